@@ -1,8 +1,8 @@
-"""The words that a chain may use: the table of built-in drivers, and where third parties' drivers are found.
+"""Finds drivers by the words that a chain uses: a table of built-in drivers, and third parties' packages.
 
-Must not import a driver before its name was asked for: a worker loads what its chain names and no more.
+Must not import a driver before it is asked for: a worker loads only the drivers that its chain names.
 
-A third party's package names its drivers in its entry points, and they become words of the chain::
+A third party's package names its drivers in its entry points; chains can then use these words::
 
     [project.entry-points."xenbackend.drivers"]
     xor = "xenbackend_xor:Xor"
@@ -49,11 +49,11 @@ BUILT_IN = {
     "vhdx": "xenbackend.block.drivers.vhdx:Vhdx",
     "vmdk": "xenbackend.block.drivers.vmdk:Vmdk",
 }
-ALIASES = {  # words of blktap that mean a driver of ours
+ALIASES = {  # blktap's names for drivers of ours
     "valve": "throttle",
     "vhdsync": "vhd",
 }
-UNBUILT = {  # words of blktap2 and libxl that an operator may know: what they stand for, and what takes their place
+UNBUILT = {  # words of blktap2 and libxl for which there is no driver: what they mean, and what to use instead
     "bc": ("blktap2's cache in front of a shared parent", "cache: keeps blocks in a file, and cache=on in memory"),
     "ioemu": ("a disk of the QEMU device model", "name the image itself, as in qcow2:/img/a.qcow2"),
     "lc": ("blktap's local read cache", "cache:FILE,size=SIZE keeps what is read in a file on a faster device"),
@@ -64,22 +64,23 @@ UNBUILT = {  # words of blktap2 and libxl that an operator may know: what they s
 }
 
 
-LOADED_AHEAD = {"rbd"}  # of ours: what they need a worker has to be told of before its walls go up
+LOADED_AHEAD = {"rbd"}  # our drivers with `needs`, which a worker has to know before its walls go up
 
-_ahead: dict[str, type[Driver] | LookupError] | None = None  # what was looked for ahead; None: whatever is asked for
+_ahead: dict[str, type[Driver] | LookupError] | None = None  # what `load_ahead` found; None: it was not called
 
 
 def load_ahead(names: Iterable[str]) -> list[type[Driver]]:
-    """Load what these drivers are made of, and return their classes: later no other one that is loaded ahead is found.
+    """Load drivers and all that they need, and return their classes.
 
-    For a process that will be able to import nothing. A name that cannot be used is no error until it is asked for.
+    For a process that will not be able to import anything later. From then on `find_driver` finds no other drivers of
+    third parties or of LOADED_AHEAD. A name that cannot be used is an error only when it is asked for.
     """
-    global _ahead  # noqa: PLW0603 - of the whole process, as what it can import is
+    global _ahead  # noqa: PLW0603 - it is about the whole process, which cannot import afterwards
     found: dict[str, type[Driver] | LookupError] = {}
     for name in names:
         try:
             driver = found[name] = find_driver(name)
-            with suppress(DriverError):  # opening it says the same
+            with suppress(DriverError):  # opening the layer will report the same
                 driver.prepare()
         except LookupError as problem:
             found[name] = problem
@@ -88,9 +89,9 @@ def load_ahead(names: Iterable[str]) -> list[type[Driver]]:
 
 
 def to_load_ahead(chain: str) -> list[str]:
-    """Return the words of a chain's text that `load_ahead` is for: third parties' drivers, and some of ours.
+    """Return the drivers of a chain's text that must be loaded by `load_ahead`: third parties', and some of ours.
 
-    None of a text that is no chain.
+    A text that is not a chain has none.
     """
     try:
         words = {layer.name for layer in parse(chain)}
@@ -100,15 +101,15 @@ def to_load_ahead(chain: str) -> list[str]:
 
 
 def driver_names() -> list[str]:
-    """Return every word that can be asked for, third parties' included, sorted."""
+    """Return the names of all drivers, including third parties', sorted."""
     return sorted({*BUILT_IN, *(each.name for each in _entry_points())})
 
 
 def find_driver(name: str) -> type[Driver]:
     """Return the class of a driver.
 
-    Raises: LookupError with a sentence for the operator: an unknown name, one that is known but not built, or
-        a third party's driver that cannot be used.
+    Raises: LookupError with a sentence for the operator: the name is unknown, or known but not built (UNBUILT), or that
+        of a third party's driver that cannot be used.
     """
     name = ALIASES.get(name, name)
     if name in BUILT_IN and not (_ahead is not None and name in LOADED_AHEAD):
@@ -171,7 +172,7 @@ def _options_text(options: list[OptionHelp]) -> str:
 
 
 def _entry_points() -> list[EntryPoint]:
-    """Return what third parties offer. Imported late: a worker with our own drivers needs none of it (2 MiB, 25 ms)."""
+    """Return third parties' drivers. Imports late, as a worker with our own drivers does not need it (2 MiB, 25 ms)."""
     from importlib import metadata
 
     return list(metadata.entry_points(group=GROUP))

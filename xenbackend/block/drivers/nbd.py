@@ -7,51 +7,53 @@ Synopsis:
 
 Description:
     Reads and writes an export of an NBD server: nbdkit with its plug-ins (S3, ssh, curl, ...), qemu-nbd,
-    qemu-storage-daemon, nbd-server, or another host's. A server is named by the whole path of its socket, by host and
-    port (an address of IPv6 in brackets), or by a URI as libnbd writes it: nbd://HOST[:PORT]/EXPORT,
-    nbd+unix:///EXPORT?socket=PATH, nbds:// where TLS is wanted. What a URI cannot hold is written with a % there, so
-    that `%7C` is a bar and `%2C` a comma; elsewhere a backslash before a bar or comma does. A URI that begins a chain
-    may be written as it is: nbd://host/export.
+    qemu-storage-daemon, nbd-server, or one on another host. SERVER is the absolute path of the server's socket; its
+    host and port (with an IPv6 address in brackets); or a URI as for libnbd: nbd://HOST[:PORT]/EXPORT,
+    nbd+unix:///EXPORT?socket=PATH, or nbds:// for TLS. In a URI, characters that it cannot hold are percent-encoded:
+    `%7C` is a bar and `%2C` a comma; elsewhere a bar or a comma has a backslash before it. A URI that begins with nbd:
+    needs no second `nbd:` before it: nbd://host/export.
 
-    Names are resolved and connections made by the opener, a process of its own with the host's network. The worker
-    behind its walls gets the socket.
+    The opener, a process of its own with the host's network, resolves names and makes the connections. The worker
+    behind its walls gets the sockets.
 
-    With TLS (nbds://, nbds+unix://, or certificates=) nothing is said in plain text, and no server is gone on with that
-    is not the one it should be. `certificates`, or a URI's tls-certificates, is the directory with ca-cert.pem: whom we
-    believe; and client-cert.pem with client-key.pem, where the server wants to know who we are. A server's certificate
-    has to be of the host that the chain names; over a unix socket any that the authority has signed will do. The opener
-    reads the files when the disk is opened, and the worker keeps what is in them. Keys that both sides share (PSK) are
-    not spoken.
+    With TLS (nbds://, nbds+unix://, or certificates=) nothing is sent in plain text, and a server that cannot prove its
+    identity is refused. `certificates`, or tls-certificates in a URI, is a directory with ca-cert.pem, the authorities
+    that we trust, and, if the server wants to know who we are, client-cert.pem with client-key.pem. A server's
+    certificate has to be for the host that the chain names; over a unix socket any certificate that an authority has
+    signed will do. The opener reads the files when the disk is opened, and the worker keeps their content. Pre-shared
+    keys (PSK) are not supported.
 
-    `connections` is how many are made, 1 by default and 8 at most. More need a server that says that all of them see
-    the same (multi-conn), and bring more where it does the work of each in a thread of its own: nbdkit, `--threads=1`.
+    `connections` is how many connections are made, 1 by default and 8 at most. More than one needs a server that
+    declares all of them consistent with one another (multi-conn), and is faster only if the server does the work of
+    each connection in a thread of its own, as nbdkit does with `--threads=1`.
 
 Behaviour:
-    A server that goes away is a pause: reads, writes and flushes wait, by the policy's kind `away`, and the connection
-    is made again, after 0.1 s at first and every 5 s at last. What was in flight is sent again then. A server that
-    comes back with a smaller disk, without the export, or only to be read, is not served from; the disk waits, and
-    `status` says why, as it says what it waits for in any case (`connection`). A server that owes answers, and
-    gives none for `timeout`, nor 4 KiB of one, is treated as one that has gone. A connection that has nothing to do may
-    be silent for ever.
-    A server that breaks the protocol loses its connection, and is connected to again. Where there are several, and one
-    is lost, the disk waits until all of them are there.
+    If the server goes away, the disk waits: the policy's kind `away` applies to reads, writes and flushes, and the
+    connection is made again, after 0.1 s at first, later every 5 s. Then the requests that were in flight are sent
+    again. If the server comes back with a smaller disk, without the export, or with a read-only one, it is not used;
+    the disk goes on waiting, and `status` says why, as it always says what the disk is waiting for (`connection`). A
+    server that owes answers, and for the time of `timeout` sends none, nor 4 KiB of one, is treated as one that has
+    gone away. A connection without requests may be silent for ever.
+    A server that breaks the protocol loses its connection, and is connected to again. If there are several connections
+    and one is lost, the disk waits until all of them are there again.
 
-    What was sent by a connection that is lost, also as the worker died, may still be under way at the server. Done
-    later than what the guest writes next, it would destroy that. So the former connection is seen to its end before
-    anything is sent again: our direction is shut down, and what comes is read until the server closes. That is enough
-    for a server that closes a connection only when it has done all that came by it: nbdkit does, with `--threads=1`.
-    With several threads, which it has by default, it closes at once where a connection ends within a request, while
-    another thread still writes. qemu-nbd and qemu-storage-daemon always close at once. There a write may reach the disk
-    seconds later, if that is slow, and `drain` is the time to wait after that end, 5 s by default: longer than a write
-    may take. Only with a server that closes as nbdkit with one thread does should it be `drain=0s`; the guest then
-    waits milliseconds and not seconds when a worker dies. `status` says which holds (`barrier`). A server, or a
-    network, that does not end the former connection within 10 s keeps the disk waiting until it does, or until an
-    administrator, who knows that nothing is under way there, says `xenbackend resume`. A connection that is reset
-    counts as ended.
+    When a connection is lost, or its worker dies, requests that were sent by it may still be under way at the server.
+    If they are done later than what the guest writes next, they destroy that. So the old connection is drained before
+    anything is sent again: our direction is shut down, and what comes is read until the server closes the connection.
+    That is enough for a server that closes a connection only when it has done everything that came by it, as nbdkit
+    does with `--threads=1`. With several threads, its default, nbdkit closes at once if the connection ends within a
+    request, while another thread is still writing. qemu-nbd and qemu-storage-daemon always close at once: on a slow
+    disk a write may land seconds later. For those servers `drain` is the time to wait after the end of the connection,
+    5 s by default; it has to be longer than a write can take. Use `drain=0s` only with a server that closes as nbdkit
+    with one thread does; when a worker dies, the guest then waits for milliseconds instead of seconds. `status` shows
+    what applies (`barrier`). If the server or the network does not end the old connection within 10 s, the disk
+    waits until it does, or until an administrator who knows that nothing is under way there uses `xenbackend resume`.
+    A connection that is reset counts as ended.
 
-    A flush is NBD's, and covers what the guest wrote before. A discard is a trim, and promises nothing of what is read
-    there afterwards. `image map` and `image convert` ask for block status, and skip what reads as zeros. Sectors are as
-    large as the smallest request that the server takes, 512 bytes at least. Larger requests than it takes are cut.
+    A flush is an NBD flush, and covers what the guest wrote before it. A discard is a trim, after which the content of
+    the range is undefined. `image map` and `image convert` ask for the block status, and skip what reads as zeros.
+    Sectors are as large as the smallest request that the server accepts, at least 512 bytes. Requests that are larger
+    than the server accepts are split.
 
 Example:
     log:|nbd:unix:/run/nbdkit.sock,drain=0s
@@ -60,16 +62,18 @@ Example:
     nbd:nbds://storage.example/guest1,certificates=/etc/pki/xenbackend
 
 Limits:
-    Nothing keeps two hosts from writing to one export: NBD has no lock. One writer is the administrator's duty.
-    The disk's size is that at opening; `xenbackend resize` asks for it anew. `set` and `resize` look at the export by
-    one connection more, which qemu-nbd takes with `-e 2`. Certificates that were renewed count when the disk is next
-    opened: `xenbackend upgrade` does that.
-    A worker that a guest has taken over has the client's key. One for each tenant bounds what that is worth.
-    A server whose host crashes loses what it had not made durable; the guest does not learn of that, as it had not
-    crashed itself. `durable=on` has each write made durable before it is answered.
-    A disk that is detached by force while its server is silent is let go of at once: what is attached in its place may
-    meet late writes.
-    nbdkit 1.32 aborts when a client dies while requests are in flight; it needs to be restarted by its unit then.
+    Nothing stops two hosts from writing to one export, as NBD has no locks: the administrator must make sure that there
+    is one writer.
+    The disk's size is determined when it is opened; `xenbackend resize` asks for it again. `set` and `resize` look at
+    the export by one more connection, which qemu-nbd accepts with `-e 2`. Renewed certificates are used when the disk
+    is next opened: `xenbackend upgrade` does that.
+    If a guest takes over its worker, it has the client's key. With a key for each tenant, that is worth no more than
+    what the tenant may do anyway.
+    If the server's host crashes, data that the server had not made durable are lost; the guest does not notice, since
+    it has not crashed itself. With `durable=on` each write is durable before it is answered.
+    If a disk is detached by force while its server is silent, its connections are given up at once: late writes may
+    reach what is attached in its place.
+    nbdkit 1.32 aborts if a client dies while requests are in flight; have its unit restart it.
 """
 
 from __future__ import annotations
@@ -96,17 +100,17 @@ from xenbackend.nbd.abi import SEND_FLUSH, SEND_FUA, SEND_MULTI_CONN, SEND_READ_
 from xenbackend.nbd.client import MAX_NAME, Offer
 
 MAX_CONNECTIONS = 8
-MAX_DRAIN_S = 30.0  # a worker that opens its chain for longer than a minute is taken for one that hangs
+MAX_DRAIN_S = 30.0  # the supervisor takes a worker for hung if opening the chain takes more than a minute
 
 
 class Nbd(Driver):
-    """Forwards to the connection, and gets out of the way."""
+    """Connects to the server, and then gets out of the way: the layer above calls the `RemoteDisk` directly."""
 
     name = "nbd"
 
     @dataclass(frozen=True, slots=True)
     class Options:
-        """Which export, and how far its server is trusted."""
+        """The options of `nbd:`."""
 
         server: Annotated[Target, Kind("server", parse_target)] = option("unix:PATH, HOST:PORT or a URI", target=True)
         export: str = option("the export's name; by default the one without a name, or the URI's", default="")
@@ -117,7 +121,7 @@ class Nbd(Driver):
         certificates: str = option("directory with the certificates for TLS; by default the URI's", default="")
 
         def __post_init__(self) -> None:
-            """Refuse what contradicts itself. Raises: ValueError."""
+            """Refuse options that contradict one another. Raises: ValueError."""
             if self.export and self.server.export not in (None, self.export):
                 raise ValueError(f"the URI names the export {self.server.export!r}, and export= another one")
             if len(self.export.encode(errors="surrogateescape")) > MAX_NAME:
@@ -143,7 +147,7 @@ class Nbd(Driver):
 
         @property
         def credentials(self) -> str:
-            """The directory with what TLS goes by; empty: without TLS."""
+            """The directory with the certificates for TLS; empty: without TLS."""
             return self.certificates or self.server.certificates or ""
 
     options: Options
@@ -154,7 +158,7 @@ class Nbd(Driver):
         return self.options.export or self.options.server.export or ""
 
     def open(self, env: Env) -> Geometry:
-        """Connect, and agree with the server."""
+        """Connect to the server, and negotiate the export."""
         options = self.options
         wanted = Wanted(options.server.endpoint, self._export, options.timeout, options.durable, self._tls(env))
         streams: list[Stream] = []
@@ -181,7 +185,7 @@ class Nbd(Driver):
         return geometry
 
     def _tls(self, env: Env) -> Tls | None:
-        """Return how the server is to be spoken to; None: in plain text. Raises: DriverError."""
+        """Return the settings of TLS, or None for plain text. Raises: DriverError."""
         directory = self.options.credentials
         if not directory:
             return None
@@ -191,11 +195,11 @@ class Nbd(Driver):
             raise DriverError(f"{directory}: {problem}", path=directory) from problem
 
     def _agree(self, env: Env, wanted: Wanted, streams: list[Stream]) -> Offer:
-        """Make all connections, put each into `streams`, and return what is offered. Raises: DriverError."""
+        """Make all connections, append each to `streams`, and return the server's offer. Raises: DriverError."""
         first: Offer | None = None
         left_s = negotiation.HANDSHAKE_S
         for place in range(self.options.connections):
-            near = env.connect(wanted.endpoint, place)  # which waits for former ones to end, and for `drain`
+            near = env.connect(wanted.endpoint, place)  # this drains former connections, and waits for `drain`
             streams.append(near)
             deadline = Deadline(left_s)
             streams[place], offer = negotiation.negotiate(near, wanted.export, wanted.tls, deadline)
@@ -217,16 +221,16 @@ class Nbd(Driver):
         return f"nbd {self.options.server.endpoint} {self._export}"
 
     def extents(self, size: int, *, all_holes: bool = False) -> Iterator[Extent]:  # noqa: ARG002 - it shows them always
-        """See `Driver`: what the server says reads as zeros."""
+        """See `Driver`. The server's block status says what reads as zeros."""
         assert self._disk is not None  # noqa: S101 - only open layers are asked
         return self._disk.extents(size)
 
     def submit(self, batch: list[Request]) -> None:
-        """Say that nothing is open; `open` puts another one in this place."""
+        """Raise RuntimeError, since nothing is open; `open` replaces this method by the disk's own `submit`."""
         raise RuntimeError(f"submitted before the server was connected to: {batch!r}")
 
     def close(self) -> None:
-        """Let go of the connection."""
+        """Close the connections."""
         if self._disk is not None:
             self._disk.close()
             self._disk = None
@@ -236,7 +240,7 @@ class Nbd(Driver):
 
 
 def _geometry(offer: Offer, *, read_only: bool) -> Geometry:
-    """Return what an export is as a disk. Raises: DriverError where it cannot be one."""
+    """Return the geometry of an export. Raises: DriverError if it cannot be a disk."""
     sector = max(512, offer.min_block)
     if sector not in SECTOR_SIZES:
         raise DriverError(

@@ -1,28 +1,28 @@
-r"""qcow: an image of QEMU's old format QCOW, version 1; a parent (backing file) comes by itself.
+r"""qcow: an image of QEMU's old format QCOW, version 1; its parent (backing file) is opened automatically.
 
 Synopsis:
     qcow:FILE[,cache=on|off][,share=on|off][,parents=PLACES][,parent_format=FORMAT]
 
 Description:
-    The source of a chain for QCOW images of version 1, as blktap and QEMU made them. What the image does not have is
-    read from its parent, if it has one, and else is zeros; what is written goes to the image. New disks are better
-    made as `qcow2:`.
+    The source of a chain for QCOW images of version 1, as made by blktap and QEMU. Data that the image does not have
+    are read from its parent, or are zeros if it has none; writes go to the image. For new disks `qcow2:` is the better
+    choice.
 
-    The parent is opened too, for reading, as what `parent_format=` says: an image of this version does not say of
-    which format its parent is, and that is never guessed.
+    The parent is also opened, for reading, in the format that `parent_format=` names: an image of this version does not
+    say which format its parent has, and the format is never guessed.
 
 Behaviour:
-    Requests that lie in a cluster that the image has go to the file as they are. The first write to a cluster goes to
-    the end of the file, with what it had around the data, and then the table that names it is written, before the
-    write is answered. Whoever is killed in the middle loses room in the file at most. A flush returns when everything
-    that was answered is durable.
+    Requests for clusters that the image already has go to the file as they are. The first write to a cluster puts it at
+    the end of the file, with its old content around the new data; then the table that refers to it is written, and
+    the write is answered after that. A kill in the middle wastes at most some room in the file. A flush returns when
+    everything that was answered is durable.
 
-    An image whose tables lie over one another, or reach behind the end of its file, is only opened for reading.
+    An image whose tables overlap, or reach beyond the end of its file, is opened for reading only.
 
-    A parent is opened only if an administrator has allowed it: by a mark at the image, which `image create --parent`,
+    A parent is opened only if an administrator has allowed it: by a mark on the image, which `image create --parent`,
     `image snapshot`, `snapshot` and `image trust` leave, and which names that one file; by `parents=`; or by `parents`
-    in the settings. These name directories, beneath which a parent may be, or the parent itself; a device has to be
-    named itself. `parents=` takes several, with a colon between them. The image is locked while it is open: one writer,
+    in the settings. The latter two name directories below which a parent may be, or the parent itself; a device has to
+    be named itself. `parents=` takes several, separated by colons. The image is locked while it is open: one writer,
     or any number of readers.
 
 Example:
@@ -30,9 +30,9 @@ Example:
     qcow:/srv/images/child.qcow,parent_format=raw
 
 Limits:
-    No encryption, no discard. The room of a compressed cluster that is written is not used again. L2 tables take up
-    to 32 MiB of memory, the L1 table at most 32 MiB, what is known of parents up to 16 MiB. On a block device, only
-    clusters that the image has can be written.
+    No encryption, no discard. When a compressed cluster is overwritten, its old room in the file is not reused. L2
+    tables take up to 32 MiB of memory, the L1 table up to 32 MiB, information about parents up to 16 MiB. On a block
+    device, only clusters that the image already has can be written.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from xenbackend.block.request import IMAGE_DAMAGED
 from xenbackend.loop.steps import Steps
 from xenbackend.units import format_size, round_up
 
-_GROW = 64 * 1024  # bytes: the file ends at a multiple of this, which suits every medium
+_GROW = 64 * 1024  # bytes: the file's size is a multiple of this, which suits the sectors of any medium
 
 
 class Qcow(QcowDisk):
@@ -74,7 +74,7 @@ class Qcow(QcowDisk):
 
 
 def _check_tables(words: Sequence[int], file_size: int, header: qcow.Header) -> None:
-    """Refuse tables where new clusters would go, and such as lie over one another. Raises: DriverError."""
+    """Refuse tables that overlap, or that are where new clusters would go. Raises: DriverError."""
     length, places = 8 << header.l2_bits, sorted(filter(None, words))
     if places and places[-1] + length > round_up(file_size, header.cluster_size):
         raise damaged(f"its table at byte {places[-1]} reaches behind the end of the file, where new data would go")
@@ -85,7 +85,7 @@ def _check_tables(words: Sequence[int], file_size: int, header: qcow.Header) -> 
 
 
 class End:
-    """Hands out clusters behind the end of the file, where everything reads as zeros."""
+    """The allocator: hands out clusters beyond the end of the file, where everything reads as zeros."""
 
     def __init__(self, file: File, header: qcow.Header, l1: Sequence[int]) -> None:
         self._file = file
@@ -108,10 +108,10 @@ class End:
         then(0, place, count, True)
 
     def free(self, places: Sequence[int]) -> None:
-        """Forget clusters: nothing in the image could say that they are free."""
+        """Do nothing with freed clusters: the format has no way to mark them as free."""
 
     def free_table(self, place: int) -> None:
-        """Forget a table likewise."""
+        """Do nothing with a freed table, either."""
 
     def note_table(self, place: int) -> None:
         """See `Allocator`."""
@@ -123,7 +123,7 @@ class End:
         return self._occupied.among(places)
 
     def refuse(self) -> Steps[None]:
-        """See `Allocator`: this format has no mark for it. Raises: OSError."""
+        """See `Allocator`. This format has no bit for a corrupt image. Raises: OSError."""
         yield from ()
         raise OSError(IMAGE_DAMAGED, "a write would go over a table of the image")
 

@@ -1,64 +1,64 @@
-r"""qcow2: an image of QEMU's format QCOW2; a parent (backing file) comes by itself.
+r"""qcow2: an image of QEMU's format QCOW2; its parent (backing file) is opened automatically.
 
 Synopsis:
     qcow2:FILE[,cache=on|off][,share=on|off][,parents=PLACES][,parent_format=FORMAT][,data_file=FILE]
 
 Description:
-    The source of a chain for QCOW2 images of both versions, as `qemu-img` makes them; "Limits" says of each feature
-    whether it is read and written. What the image does not have is read from its parent, if it has one, and else is
-    zeros; what is written goes to the image.
+    The source of a chain for QCOW2 images of versions 2 and 3, as made by `qemu-img`; "Limits" says for each feature
+    whether it can be read and written. Data that the image does not have are read from its parent, or are zeros if
+    it has none; writes go to the image.
 
-    The parent is opened too, for reading, as what the image says it is: `raw` as `aio:`, `vpc` as `vhd:`, and `qcow`,
-    `qcow2`, `vmdk`, `vhdx` and `vdi` as themselves; and so on to the last. Where the image does not say,
-    `parent_format=` must: the format is never guessed, since whoever writes to a raw disk could make it look like
-    anything.
+    The parent is also opened, for reading, in the format that the image names (`raw` by `aio:`, `vpc` by `vhd:`, and
+    `qcow`, `qcow2`, `vmdk`, `vhdx` and `vdi` by the drivers of these names), and so are the parent's own parents. If
+    the image does not name the format, `parent_format=` must: the format is never guessed, since anybody who can write
+    to a raw disk could make it look like an image of any format.
 
-    An image may keep its data in a file beside it, the external data file. That is opened too, as the image is; every
-    cluster in it is where it is on the disk. To write to the disk, `data_file=` has to name that file: an image alone
-    does not decide which file is written.
+    An image may keep its data in a file beside it, the external data file. That is opened, too, in the same mode as the
+    image; each cluster is at the same place in it as on the disk. To write to the disk, `data_file=` has to name that
+    file: an image alone does not decide which file is written to.
 
 Behaviour:
-    Requests that lie in a cluster that the image has to itself go to the file as they are. The first write to a
-    cluster writes it to a new place, with what it had around the data, and then the table that names it, before the
-    write is answered. Clusters that a snapshot in the image or a compressed cluster has are not touched by that.
-    Refcounts are raised before a cluster is used, and lowered after a flush. Whoever is killed in the middle leaves
-    an image without an error; what it leaks, up to 16 MiB and what was freed since the last flush, `qemu-img check`
-    shows and reclaims. A flush returns when everything that was answered is durable.
+    Requests for clusters that only the image's active state uses go to the file as they are. The first write to any
+    other cluster puts it in a new place, with its old content around the new data; then the table that refers to it is
+    written, and the write is answered after that. Clusters that are compressed, or shared with a snapshot in the image,
+    are not modified by that. Refcounts are raised before a cluster is used, and lowered after a flush. A kill in the
+    middle leaves an image without errors; it leaks at most 16 MiB and what was freed since the last flush, which
+    `qemu-img check` reports and reclaims. A flush returns when everything that was answered is durable.
 
-    A discard frees whole clusters, which are used again for other ones. In an image of version 3 with a parent they
-    become zeros; in one of version 2 with a parent nothing can be discarded.
+    A discard frees whole clusters for reuse. In an image of version 3 that has a parent they become zeros; in one of
+    version 2 that has a parent nothing can be discarded.
 
-    An image that says that it is dirty (a QEMU with lazy refcounts was killed) or corrupt is only opened for reading;
-    `qemu-img check -r all` mends a dirty one. The bit for lazy refcounts itself is allowed and not made use of.
-    A cluster that holds a table of the image is never written over, also where the image's refcount says that it is
-    free: nothing is written, an image of version 3 says from then on that it is corrupt, and the disk waits until
-    `xenbackend image check --repair` has mended it. Where it is data that is wrongly counted as free, nobody sees that
-    but `image check`: have a look at an image that comes from a host that crashed. An image whose tables lie over one
-    another is only opened for reading.
+    An image that is marked as corrupt, or as dirty (QEMU was killed while it used lazy refcounts), is opened for
+    reading only; `qemu-img check -r all` repairs a dirty one. Lazy refcounts may be enabled, but are not used here.
+    A cluster that holds a table of the image is never overwritten, even if the image's refcount says that it is
+    free: nothing is written, an image of version 3 is marked as corrupt, and the disk waits until `xenbackend image
+    check --repair` has repaired the image. If a cluster with data is wrongly counted as free, only `image check`
+    notices: use it on an image that comes from a host that crashed. An image whose tables overlap is opened for
+    reading only.
 
-    Reserved bits in an image's tables mean nothing here, as to QEMU; `image check` finds them.
+    Reserved bits in an image's tables are ignored, as by QEMU; `image check` reports them.
 
-    Persistent dirty bitmaps in the image become invalid by opening it for writing, as the format demands.
+    Opening the image for writing makes its persistent dirty bitmaps invalid, as the format demands.
 
-    A parent is opened only if an administrator has allowed it: by a mark at the image, which `image create --parent`,
+    A parent is opened only if an administrator has allowed it: by a mark on the image, which `image create --parent`,
     `image snapshot`, `image rebase`, `snapshot` and `image trust` leave, and which names that one file; by `parents=`;
-    or by `parents` in the settings. These name directories, beneath which a parent may be, or the parent itself; a
-    device has to be named itself. `parents=` takes several, with a colon between them. Who copies an image copies no
-    mark (unless with `cp -a` or `rsync -X`, as root): `xenbackend image trust qcow2:FILE` makes one. The image is
-    locked while it is open: one writer, or any number of readers.
+    or by `parents` in the settings. The latter two name directories below which a parent may be, or the parent itself;
+    a device has to be named itself. `parents=` takes several, separated by colons. A copy of an image does not have the
+    mark (unless it was made by `cp -a` or `rsync -X`, as root): `xenbackend image trust qcow2:FILE` makes one. The
+    image is locked while it is open: one writer, or any number of readers.
 
     An external data file that only the image names has to be allowed in the same way, and must not be a device. It is
-    read (for a read-only disk, of a parent, by `image convert`) and never written: whoever made the image could have
-    named the disk of another guest. `data_file=` may name any file, a device too, and then what the image says does not
-    matter.
+    read (for a read-only disk, for a parent, by `image convert`) and never written to: whoever made the image could
+    have named another guest's disk. `data_file=` may name any file, also a device; the name in the image is then
+    ignored.
     The commands that change an image (`image resize`, `rebase`, `check --repair`) need `data_file=` in its layer;
-    `image commit` into such an image takes `--into qcow2:FILE,data_file=FILE`. A parent's data file is the one that
-    the parent names.
+    `image commit` into such an image takes `--into qcow2:FILE,data_file=FILE`. The data file of a parent is the one
+    that the parent itself names.
 
-    A relative name in an image is relative to the image; to QEMU it is relative to where QEMU was started, so that a
-    whole path is better. The data file has a lock of its own. A cluster is durable in it before the image names it,
-    and a flush is one of the data file, then of the image. A discard makes holes in the data file. An image whose data
-    file is shorter than the disk, or that has snapshots besides, can only be read.
+    A relative name in an image is relative to the image; QEMU takes it as relative to its own working directory, so an
+    absolute path is better. The data file has a lock of its own. A cluster is durable in it before the image refers to
+    it, and a flush flushes the data file, then the image. A discard punches holes into the data file. If the data file
+    is shorter than the disk, or the image has snapshots, the image can only be read.
 
 Example:
     log:|qcow2:/srv/images/guest.qcow2
@@ -66,37 +66,37 @@ Example:
     qcow2:/srv/guests/b.qcow2,data_file=/dev/vg/b
 
 Limits:
-    What an image may have:
+    Features of an image:
 
         feature                         read  written
         version 2                       yes   yes
         version 3                       yes   yes
         clusters of 512 bytes to 2 MiB  yes   yes
         refcounts of 1 to 64 bits       yes   yes
-        backing file                    yes   yes      the parent is only read
-        clusters compressed by deflate  yes   yes      what is written is not compressed
-        clusters compressed by zstd     yes   yes      the same; Python 3.14 or the package zstandard unpacks them
-        internal snapshots              yes   yes      they are kept, but neither made nor looked at
-        persistent bitmaps              yes   yes      writing makes them invalid, and a leak of their room
-        lazy refcounts                  yes   yes      no use is made of them
-        external data file              yes   yes      data_file= has to name it to be written
+        backing file                    yes   yes      the parent is read only
+        clusters compressed by deflate  yes   yes      writes are not compressed
+        clusters compressed by zstd     yes   yes      the same; needs Python 3.14 or the package zstandard
+        internal snapshots              yes   yes      they are kept, but neither made nor shown
+        persistent bitmaps              yes   yes      writing makes them invalid, and leaks their room
+        lazy refcounts                  yes   yes      they are not used
+        external data file              yes   yes      to be written, data_file= has to name it
         raw external data file          yes   yes      the same; it stays a raw disk
         subclusters (extended L2)       yes   no       convert it, or make it the parent of another image
         dirty                           yes   no       its refcounts are out of date: qemu-img check -r all
         corrupt                         yes   no       xenbackend image check --repair
         encryption by AES               no    no       qemu-img convert decrypts it
         encryption by LUKS              no    no       the same
-        unknown header extension        yes   yes      it stays
-        unknown compatible feature      yes   yes      it stays
+        unknown header extension        yes   yes      it is kept
+        unknown compatible feature      yes   yes      it is kept
         unknown auto-clear feature      yes   yes      writing clears it, as the format demands
         unknown incompatible feature    no    no       the format forbids it
-        size of no whole sectors        no    no       qemu-img resize makes it a multiple of 512
+        size not in whole sectors       no    no       qemu-img resize makes it a multiple of 512
 
-    The L2 tables that are in use take 256 MiB of memory for each TiB with clusters of 64 KiB, and 32 MiB at most, which
-    is enough for 128 GiB at a time; the L1 table 16 KiB for each TiB, and 32 MiB at most; refcounts up to 16 MiB; what
-    is known of parents up to 16 MiB.
-    The file never becomes smaller. An image whose snapshots or bitmaps have tables of more than 64 MiB is only opened
-    for reading.
+    L2 tables in use take 256 MiB of memory for each TiB with clusters of 64 KiB, and 32 MiB at most, which
+    is enough for 128 GiB at a time; the L1 table takes 16 KiB for each TiB, and 32 MiB at most; refcounts take up to
+    16 MiB, and information about parents up to 16 MiB.
+    The file never shrinks. An image whose snapshots or bitmaps have tables of more than 64 MiB is opened for reading
+    only.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ from xenbackend.errors import ConfigError, DriverError
 from xenbackend.loop.steps import Steps, run
 from xenbackend.units import format_size
 
-_MOST_FREED = 8192  # clusters that wait for the guest's next flush; with more of them a discard flushes itself
+_MOST_FREED = 8192  # freed clusters that may wait for the guest's next flush; beyond that a discard flushes itself
 
 
 class Qcow2(QcowDisk):
@@ -138,7 +138,7 @@ class Qcow2(QcowDisk):
 
     @dataclass(frozen=True, slots=True)
     class Options(QcowDisk.Options):
-        """What the chain says of the image."""
+        """The options of `qcow2:`."""
 
         data_file: FilePath = option("the external data file; without it what the image names, to read", default="")
 
@@ -164,7 +164,7 @@ class Qcow2(QcowDisk):
             raise
 
     def _open_data(self, env: Env) -> File | None:
-        """Open the external data file, if there is one; it stands among the options from then on."""
+        """Open the external data file, if there is one, and put its path into `self.options`."""
         options, header = self.options, self._header
         if not header.has_data_file:
             if options.data_file:
@@ -187,7 +187,7 @@ class Qcow2(QcowDisk):
         return super().identify()
 
     def _says_where_its_data_are(self) -> bool:
-        """Return whether the image itself leads to its data, as `parents=` is now, and not only `data_file=`."""
+        """Return whether the name in the image leads to the data file that is open, with `parents=` as it is now."""
         options, header = self.options, self._header
         if not header.has_data_file:
             return True
@@ -226,13 +226,13 @@ class Qcow2(QcowDisk):
         )
 
     def is_preallocated(self) -> bool:
-        """See `QcowDisk`: where a tenth more clusters are counted as used than the file has on its host, as QEMU."""
+        """See `QcowDisk`. As QEMU: true if over a tenth more clusters are in use than the host has allocated."""
         file, header = self.file, self._header
         most = file.allocated >> header.cluster_bits
         most = max(most * 10 // 9, most + 2)
         try:
             return has_more_clusters(file.read_at, header, -(-file.size >> header.cluster_bits), most)
-        except DriverError:  # damaged refcounts are no reason not to say where the data are
+        except DriverError:  # damaged refcounts must not keep `extents` from an answer
             return False
 
     def _serve_subclusters(self, file: File, data: File | None, unpack: Unpack) -> Geometry:
@@ -264,7 +264,7 @@ class Qcow2(QcowDisk):
             self._subclusters.read_special(request)
 
     def flush(self, request: Request) -> None:
-        """Make everything durable; then lower the refcounts of what was freed before."""
+        """Make everything durable; then lower the refcounts of the clusters that were freed before the flush."""
         allocator = self.allocator
         if allocator is None or not allocator.freed_count:
             super().flush(request)
@@ -272,7 +272,7 @@ class Qcow2(QcowDisk):
             self.io.sync(partial(self._flushed, request, allocator, allocator.take_freed()))
 
     def discard(self, request: Request) -> None:
-        """Free the clusters that lie in the range as a whole; of a data file, which stays as it is, make holes."""
+        """Free the clusters that are completely in the range; with a data file, punch a hole into that instead."""
         if not self._can_discard:
             self.io.finish(request, errno.EOPNOTSUPP)
         elif self._header.has_data_file:
@@ -281,7 +281,7 @@ class Qcow2(QcowDisk):
             run(self._discard(request.offset, request.length), lambda status, _: self.io.finish(request, status))
 
     def close(self) -> None:
-        """Give back the clusters that were reserved and not used, and close the files."""
+        """Free the clusters that were reserved and not used, and close the files."""
         try:
             if self.allocator is not None:
                 self.allocator.close()
@@ -305,7 +305,7 @@ class Qcow2(QcowDisk):
             count = min(end - first, (1 << table_bits) - index)
             if self._mapping.is_mapped(number):
                 yield from self._discard_in_table(number, index, count)
-                yield self.io.pause  # so that others have their turn
+                yield self.io.pause  # let other requests have their turn
             first += count
         if self.allocator is not None and self.allocator.freed_count > _MOST_FREED:
             freed = self.allocator.take_freed()

@@ -4,48 +4,51 @@ Synopsis:
     rbd:POOL[/NAMESPACE]/IMAGE[@SNAPSHOT][,id=USER][,conf=FILE]
 
 Description:
-    Reads and writes an image by Ceph's own library, librbd, which the host has to have (Debian: librbd1). The
-    configuration and the user's key are read by the opener, as `rbd -c FILE --id USER` would; the worker behind its
+    Reads and writes an image by Ceph's own library, librbd, which has to be installed on the host (Debian: librbd1).
+    The opener reads the configuration and the user's key, as `rbd -c FILE --id USER` would; the worker behind its
     walls gets both as bytes, and connects to monitors and OSDs itself. A key needs `profile rbd` for the monitors, and
-    `profile rbd pool=POOL`, or `pool=POOL namespace=NAMESPACE`, for the OSDs. A backslash before a comma or bar makes
-    it a part of a name.
+    `profile rbd pool=POOL`, or `pool=POOL namespace=NAMESPACE`, for the OSDs. In a name, put a backslash before a comma
+    or a bar.
 
 Behaviour:
-    Nothing is answered that the cluster does not have: librbd's cache is off. Options that were set at the image or its
-    pool beat those of the client, so what holds is read when the image is opened, and an image is refused whose
-    settings would lose answered writes, or let a dead client write.
+    A write is answered only when the cluster has it: librbd's cache is off. Options that were set on the image or its
+    pool override those of the client. So the settings in effect are read when the image is opened, and an image is
+    refused if they would lose answered writes, or let a dead client write.
 
-    The image's exclusive lock is taken when the disk is opened, and given to nobody. Somebody else's lock is refused
-    with that one's name. A worker that dies leaves its lock, and perhaps writes on their way. Its successor has the
-    cluster refuse that client first (an entry of the blocklist, for 24 hours), then takes the lock: so no write of a
-    dead worker lands after its successor's. That takes some 0.1 to 1 s; the guest waits. A key that may not write to
-    the blocklist is found out when the disk is attached, or checked. An owner that has gone silent, so that it has no
-    watch on the image any more (30 s), is treated likewise, for a year: its host may only stand still, and write on
-    when the entry has gone. A lock that somebody made by `rbd lock add` is left alone.
+    The exclusive lock of the image is taken when the disk is opened, and not given to anybody else. If somebody else
+    has it, the disk is refused, and the error names the owner. A worker that dies leaves its lock behind, and perhaps
+    writes that are still on their way. Its successor first has the cluster refuse the dead client (by an entry in the
+    blocklist, for 24 hours), then takes the lock: so no write of a dead worker lands after one of its successor. That
+    takes 0.1 to 1 s, for which the guest waits. A key that may not write to the blocklist is noticed when the
+    disk is attached or checked. An owner that has been silent so long that it has no watch on the image any more (30 s)
+    is treated in the same way, but for a year: its host may only be suspended, and would otherwise write again when the
+    entry has expired. A lock that somebody made by `rbd lock add` is left alone.
 
-    A worker that the cluster refuses, or that has lost its lock or a right of its key, ends, and says so. Its successor
-    goes on if nobody else has the lock and the key may write, and waits otherwise. It also waits where another disk of
-    xenbackend, on whatever host, has served the image meanwhile, since its guest knows nothing of what was written
-    there (`other-file`). The image says which disk it serves: `xenbackend.served` of `rbd image-meta list`. So an image
-    is told from another one of its name also over a stop of the service.
+    If the cluster refuses a worker, or if a worker loses its lock or a right of its key, it says so and ends. Its
+    successor continues if nobody else has the lock and the key may write, and waits otherwise. It also waits if another
+    disk of xenbackend, on any host, has served the image meanwhile, since the guest knows nothing of what was written
+    there (`other-file`). The image records which disk it serves (`xenbackend.served` in `rbd image-meta list`). So
+    another image of the same name is recognised even after the service was stopped.
 
-    An image is its cluster's number, its pool's and its own id, and that of the snapshot. Where the name means another
-    image than the one that the disk was served from, or none, the disk waits (`other-file`): give the image its name
-    back, and `xenbackend resume`. While it is served it may be renamed.
+    An image is identified by the ids of its cluster, its pool and itself, and that of the snapshot. If the name refers
+    to another image than the one that the disk was served from, or to none, the disk waits (`other-file`): give the
+    image its name back, and use `xenbackend resume`. An image may be renamed while it is served.
 
-    OSDs that do not answer are waited for as long as it takes; `status` says for how long (`cluster`). No operation is
-    ever timed out, since it might be done later all the same. A cluster that is full holds writes back likewise.
+    If OSDs do not answer, the disk waits for them as long as it takes; `status` says for how long it has waited
+    (`cluster`). No operation is ever timed out, since it could still be done later. A cluster that is full delays
+    writes in the same way.
 
-    `xenbackend snapshot DISK @NAME` makes an RBD snapshot: all that the guest was answered, at one moment. `image map`
-    tells data from what was never written, and with `--since NAME` what has changed since a snapshot. `image convert`
-    makes an image of a cluster, and copies one; `image unlock` takes the lock from an owner that is dead.
+    `xenbackend snapshot DISK @NAME` makes an RBD snapshot, which holds all answered writes as of one moment. `image
+    map` tells data from ranges that were never written, and with `--since NAME` shows what has changed since a
+    snapshot. `image convert` can create an image in a cluster, and copy one from there; `image unlock` takes the lock
+    from an owner that is dead.
 
-    A larger image is offered by `xenbackend resize`; `status` says that there is one (`size`). An image that has become
-    smaller than the disk is a pause (`other-size`).
+    If the image has grown, `status` says so (`size`), and `xenbackend resize` gives the new size to the guest. If the
+    image has become smaller than the disk, the disk waits (`other-size`).
 
-    A discard frees what it covers of 64 KiB ranges, and promises nothing of what is read there afterwards. A snapshot
-    is a disk that is only read, and needs no lock; so is an image that is attached read-only, of which others may
-    change what is read.
+    A discard frees the 64 KiB ranges that it covers completely; the content of its range is undefined afterwards. A
+    snapshot is a read-only disk, and needs no lock. Neither does an image that is attached read-only; others may change
+    its content meanwhile.
 
 Example:
     rbd:rbd/guest1
@@ -53,15 +56,16 @@ Example:
     cow:/img/1.cow|rbd:rbd/template@v3,id=reader,conf=/etc/ceph/site2.conf
 
 Limits:
-    An image needs the feature exclusive-lock to be written to. A mirror of another cluster's image is only read, until
-    it is promoted. Nobody else may write to it meanwhile (`w!`, share=on).
-    The worker has the host's network, and a key: if a guest takes it over, it has all that the key allows. A key for
-    each tenant's namespace bounds that.
-    Monitors are those that `mon host` names; neither DNS (SRV) nor sections of single monitors are asked.
+    To be written to, an image needs the feature exclusive-lock. A mirror of another cluster's image is read-only until
+    it is promoted. An image cannot have several writers (`w!`, share=on).
+    The worker has the host's network and a key. A guest that takes over its worker can do all that the key allows; a
+    separate key for the namespace of each tenant limits that.
+    The monitors are those in `mon host`; neither DNS (SRV records) nor sections for single monitors are used.
     A disk that was attached without rbd: in its chain cannot be given one while it runs.
-    If the cluster is unreachable when a worker dies, its successor waits. A monitor's address is resolved when the disk
-    is opened; later ones come from the cluster.
-    `image map`, and what else looks at an image for long, wants one that nobody writes to, such as a snapshot.
+    If the cluster is unreachable when a worker dies, the successor waits. The addresses of monitors are resolved when
+    the disk is opened; later the cluster itself says where its monitors are.
+    `image map`, and any other command that reads an image for a long time, needs one that nobody writes to, such as a
+    snapshot.
 """
 
 from __future__ import annotations
@@ -90,27 +94,27 @@ from xenbackend.ceph.cluster import Cluster
 from xenbackend.ceph.image import HAS_EXCLUSIVE_LOCK, Image, Pool
 from xenbackend.errors import DriverError
 
-SNAPSHOT_S = 25.0  # less than a client waits for an order
-_STEP = 1 << 36  # bytes of an image that are asked for at once
-OPEN_S, CLOSE_S = 40.0, 10.0  # a worker that opens its chain for longer than a minute is taken for one that hangs
+SNAPSHOT_S = 25.0  # shorter than a client waits for the answer to an order
+_STEP = 1 << 36  # bytes of an image that one call of `diff` covers
+OPEN_S, CLOSE_S = 40.0, 10.0  # the supervisor takes a worker for hung if opening takes more than a minute
 
 
 class Rbd(Driver):
-    """Opens the image, and gets out of the way."""
+    """Opens the image, and then gets out of the way: the layer above calls the `RbdDisk` directly."""
 
     name = "rbd"
     needs = frozenset({"ceph", "network"})
 
     @dataclass(frozen=True, slots=True)
     class Options:
-        """Which image, and as whom it is asked for."""
+        """The options of `rbd:`."""
 
         image: Annotated[Target, Way("image", parse_target)] = option("POOL[/NAMESPACE]/IMAGE[@SNAPSHOT]", target=True)
         id: str = option("user of the cluster, without client.", default="admin")
         conf: str = option("whole path of the cluster's ceph.conf", default="/etc/ceph/ceph.conf")
 
         def __post_init__(self) -> None:
-            """Refuse what cannot be. Raises: ValueError."""
+            """Refuse invalid values. Raises: ValueError."""
             if self.id.startswith("client."):
                 raise ValueError(f"id is written without client., as in id={self.id.removeprefix('client.')}")
             if not re.fullmatch(r"[^\s\x00/,]+", self.id):
@@ -120,7 +124,7 @@ class Rbd(Driver):
 
         @property
         def account(self) -> Account:
-            """As whom the cluster is asked."""
+            """The account with which the cluster is accessed."""
             return Account(self.conf, self.id)
 
     options: Options
@@ -137,7 +141,7 @@ class Rbd(Driver):
         library.load()
 
     def open(self, env: Env) -> Geometry:
-        """Connect, open the image, and have its lock where it is to be written to."""
+        """Connect, open the image, and take its lock unless it is only read."""
         target = self.options.image
         read_only = env.read_only or bool(target.snapshot)
         if env.shareable and not read_only:
@@ -151,7 +155,7 @@ class Rbd(Driver):
             return self._steps(env, wanted, owner, identity, attempt, read_only=read_only)
 
         def undo() -> None:
-            self._owner = None  # what is noted there belongs to who opens it now
+            self._owner = None  # the note belongs to whoever opens the image next
             with suppress(DriverError):
                 self._close()
 
@@ -163,7 +167,7 @@ class Rbd(Driver):
         except NotBack:
             raise
         except BaseException:
-            with suppress(DriverError):  # why it could not be opened is what to report
+            with suppress(DriverError):  # the failure to report is that of the opening
                 within(CLOSE_S, "", self._close)
             raise
         self.submit = self._disk.submit  # type: ignore[method-assign]  # one call less
@@ -174,7 +178,7 @@ class Rbd(Driver):
         return self._identity
 
     def extents(self, size: int, *, all_holes: bool = False) -> Iterator[Extent]:  # noqa: ARG002 - it knows all of them
-        """See `Driver`: what the cluster has, an image's parents with it."""
+        """See `Driver`. Data are what the cluster has, including that of the image's parents."""
         return self._diff("", size, Kind.ZERO)
 
     def changes(self, since: str, size: int) -> Iterator[Extent]:
@@ -182,7 +186,7 @@ class Rbd(Driver):
         return self._diff(since, size, Kind.ABSENT)
 
     def snapshot(self, name: str) -> None:
-        """See `Driver`: an RBD snapshot, which holds what was answered, and nothing by halves."""
+        """See `Driver`: make an RBD snapshot, which holds every answered request, and no half-done one."""
         image, target = self._image, self.options.image
         if target.snapshot or image is None or self.env.read_only:
             raise DriverError(f"{target} is only read, so that there is nothing to keep", errno=errno.EROFS)
@@ -196,13 +200,13 @@ class Rbd(Driver):
         return ", ".join(map(str, self._image.owners()))
 
     def submit(self, batch: list[Request]) -> None:
-        """Say that nothing is open; `open` puts another one in this place."""
+        """Raise RuntimeError, since nothing is open; `open` replaces this method by the disk's own `submit`."""
         raise RuntimeError(f"submitted before the image was opened: {batch!r}")
 
     def close(self) -> None:
-        """Let go of the image and its lock. Raises: DriverError, where the cluster does not answer.
+        """Close the image, and release its lock. Raises: DriverError if the cluster does not answer.
 
-        Then the process ends if it is a worker: its successor has the lock taken from it.
+        In that case a worker's process ends instead, and its successor takes the lock from it.
         """
         if self._disk is None:
             return
@@ -225,9 +229,9 @@ class Rbd(Driver):
         *,
         read_only: bool,
     ) -> tuple[Geometry, str]:
-        """Open all of it, and return its limits, too; whoever calls closes what is open where this raises.
+        """Connect and open the image; return its geometry, and its limits for people.
 
-        Raises: DriverError.
+        Raises: DriverError; the caller then closes what is open.
         """
         target = self.options.image
         cluster = self._cluster = Cluster(self.options.id, wanted)
@@ -265,7 +269,7 @@ class Rbd(Driver):
         return geometry, settings.limits(holds)
 
     def _see_that_it_is_safe(self, image: Image, why_unsafe: str) -> None:
-        """Raise DriverError where a worker that dies would lose something."""
+        """Raise DriverError if an image must not be written to, as data would be lost with a worker or to others."""
         target = self.options.image
         if not image.features() & HAS_EXCLUSIVE_LOCK:
             raise DriverError(
@@ -294,7 +298,7 @@ class Rbd(Driver):
             env.report("limits", limits)
 
     def _diff(self, since: str, size: int, gaps: Kind) -> Iterator[Extent]:
-        """Yield what has changed, in whole sectors."""
+        """Yield the extents that have data, or changed since a snapshot, in whole sectors; the others are `gaps`."""
         image = self._image
         assert image is not None  # noqa: S101 - only open layers are asked
         for start in range(0, size, _STEP):
@@ -302,7 +306,7 @@ class Rbd(Driver):
             yield from extents_of(image.diff(since, start, end - start), start, end, gaps)
 
     def _close(self) -> None:
-        """Close what is open, the last one first. Raises: DriverError, about the image."""
+        """Close image, pool and cluster, as far as they are open. Raises: DriverError if the image cannot be closed."""
         image, self._image = self._image, None
         pool, self._pool = self._pool, None
         cluster, self._cluster = self._cluster, None
@@ -310,7 +314,7 @@ class Rbd(Driver):
             if image is not None:
                 image.close()
                 if self._owner is not None:
-                    self._owner.text = ""  # nothing is under way, and the lock is given back
+                    self._owner.text = ""  # nothing is under way, and the lock is released
         finally:
             if pool is not None:
                 pool.close()

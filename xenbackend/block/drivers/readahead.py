@@ -1,21 +1,21 @@
-"""readahead: reads ahead of a guest that reads one piece after the other.
+"""readahead: reads ahead for a guest that reads sequentially.
 
 Synopsis:
     readahead:[size=SIZE]
 
 Description:
-    For layers below where each request takes long and many bytes cost little more than few: a disk behind a network, a
-    compressed image. A guest that reads in order finds what comes next in memory. nbdkit's filter of that name does the
-    same; a local disk hardly gains, as its own cache and most guests read ahead themselves.
+    For layers on which each request takes long, but a large one hardly longer than a small one: a disk on a network, a
+    compressed image. A guest that reads in order finds the next data in memory. nbdkit's filter of that name does the
+    same. A local disk hardly gains, since its own cache and most guests read ahead themselves.
 
 Behaviour:
-    After three reads that follow one another the next `size` bytes are read at once, and the `size` bytes behind those
-    when the guest gets to the first of them. A read that lies in one such piece is answered from memory, or waits for
-    it. Any other read goes straight down, and two streams at a time are none.
+    After three reads in sequence the next `size` bytes are read in one piece, and when the guest gets to that piece,
+    the `size` bytes after it. A read inside one such piece is answered from memory, or waits until the piece is there.
+    All other reads are passed on; two interleaved streams do not count as sequential.
 
-    A write or discard drops whatever was read ahead and is still on its way, and nothing is read ahead until it is
-    back: no read finds what was there before an answered write. Where reading ahead fails, the guest's reads go down,
-    and meet the error themselves, or not. Nothing is kept over the end of a worker.
+    A write or discard drops all data that were read ahead or are on their way, and nothing is read ahead until it has
+    come back: no read returns data from before a write that was answered. If reading ahead fails, the guest's reads
+    are passed on, and get an error only if they fail themselves. Nothing is kept beyond the end of a worker.
 
     `xenbackend status --json` shows the reads that were answered from memory (`hits`), and the bytes that were read
     ahead (`read_ahead_bytes`).
@@ -25,8 +25,9 @@ Example:
     readahead:size=4M|partition:1|aio:/mnt/nfs/disk.raw
 
 Limits:
-    It takes twice `size` of memory. What others write to a shared image (`share=on`, `w!`) is not noticed while it lies
-    in memory: do not use it there. A read that goes down costs 0.6 us more in batches, and 1 us alone.
+    It takes twice `size` of memory. Writes of others to a shared image (`share=on`, `w!`) do not reach data that are
+    already in memory: do not use this layer there. A read that is passed on costs 0.6 us more in batches, and 1 us
+    alone.
 """
 
 from __future__ import annotations
@@ -40,13 +41,13 @@ from xenbackend.block.options import Size, option
 from xenbackend.block.request import PENDING, Op, Request
 from xenbackend.units import format_size, round_up
 
-_STREAK = 2  # reads, each at the end of the one before, until the guest is taken to read in order
+_STREAK = 2  # reads that each begin where the one before ended; from then on the guest counts as sequential
 _MIN, _MAX = 64 << 10, 16 << 20  # bytes
 
 
 @dataclass(eq=False, slots=True)
 class _Piece:
-    """What is read ahead: bytes of the disk from `start` up to `end`."""
+    """A range of the disk that is read ahead: bytes `start` to `end`, the end excluded."""
 
     start: int
     end: int
@@ -76,20 +77,20 @@ class Readahead(Filter):
     options: Options
 
     def open(self, env: Env) -> Geometry:
-        """Begin with nothing."""
+        """Begin with no data."""
         geometry = super().open(env)
         self._size = geometry.size
         self._step = round_up(self.options.size, geometry.sector_size)
-        self._expected = -1  # where the read begins that goes on with the last one
+        self._expected = -1  # where the next read begins if the guest reads in order
         self._streak = 0
         self._pieces: list[_Piece] = []  # at most two, the second behind the first
-        self._under_way: dict[Request, _Piece] = {}  # reads of ours, also of pieces that are dropped
-        self._writing = 0  # what changes the disk, and is in flight
+        self._under_way: dict[Request, _Piece] = {}  # our own reads, also those of dropped pieces
+        self._writing = 0  # writes and discards in flight
         self._hits = self._bytes = 0
         return geometry
 
     def submit(self, batch: list[Request]) -> None:
-        """Answer from memory what is there, pass on the rest, and read ahead."""
+        """Answer from memory the reads whose data are there, pass on the rest, and read ahead."""
         passed: list[Request] = []
         served: list[Request] = []
         for request in batch:
@@ -118,7 +119,7 @@ class Readahead(Filter):
             self.complete(served)
 
     def on_complete(self, batch: list[Request]) -> None:
-        """Give back the guest's requests, and take what was read ahead."""
+        """Give back the guest's requests, and take in the data that were read ahead."""
         back: list[Request] = []
         again: list[Request] = []
         for request in batch:
@@ -152,19 +153,19 @@ class Readahead(Filter):
         self._hits += 1
 
     def _drop(self) -> Sequence[Request]:
-        """Forget what was read ahead, and return the reads that waited for it."""
+        """Drop all pieces, and return the reads that waited for them."""
         waiting = [request for piece in self._pieces for request in piece.waiting]
         self._pieces.clear()
         return waiting
 
     def _read_ahead(self) -> None:
-        """Have the pieces that the guest gets to next: the one where it is, and once that is here the one behind."""
+        """Read the piece that the guest gets to next: the one at its position or, if there is one, the one after it."""
         at = self._expected
         here = [each for each in self._pieces if each.start <= at < each.end]
         start = here[-1].end if here else at
         behind = [each for each in self._pieces if each.start == start and here]
         awaited = [each for each in self._pieces if each.waiting and each not in here + behind]
-        self._pieces = [*here, *behind, *awaited]  # of a stream that has ended nothing is kept
+        self._pieces = [*here, *behind, *awaited]  # pieces of a stream that has ended are dropped
         if len(self._pieces) >= 2 or start >= self._size:
             return
         piece = _Piece(start, min(start + self._step, self._size), allocate(self._step))
@@ -177,7 +178,7 @@ class Readahead(Filter):
         self.next.submit([request])  # type: ignore[union-attr]  # as in `submit`
 
     def _arrived(self, piece: _Piece, status: int, back: list[Request], again: list[Request]) -> None:
-        if piece not in self._pieces:  # dropped: whoever waited was sent down then
+        if piece not in self._pieces:  # it was dropped; the waiting reads were passed on then
             return
         waiting, piece.waiting = piece.waiting, []
         if status:

@@ -1,4 +1,4 @@
-"""throttle: lets so many requests and bytes through a second, and holds back what is more.
+"""throttle: limits the requests and bytes a second, and holds back what exceeds the limits.
 
 Synopsis:
     throttle:[iops=N][,iops_read=N][,iops_write=N][,bps=SIZE][,bps_read=SIZE][,bps_write=SIZE][,iops_burst=N]
@@ -6,64 +6,65 @@ Synopsis:
         [,burst=TIME][,size=SIZE][,group=NAME]
 
 Description:
-    Keeps one guest from taking a disk away from the others. `iops` limits requests, `bps` bytes, both a second, for
-    reads and writes together; `iops_read` and its like limit one direction, alone or below the limit of both. A
-    request passes where every limit that concerns it lets it.
+    Keeps one guest from using up a medium that others share. `iops` limits requests, `bps` bytes, each a second and for
+    reads and writes together; `iops_read` and the like limit one direction, alone or within the limit for both. A
+    request passes when all limits that apply to it allow it.
 
-    The meaning is that of QEMU's throttling (docs/throttle.txt there), which has `iops-total` for `iops`,
-    `iops-total-max` for `iops_burst`, `iops-total-max-length` for `burst` and `iops-size` for `size`: each limit is a
-    bucket that leaks at its rate. By default it holds what comes in 100 ms, so that a disk that was idle does that much
-    at once. With a burst it holds what comes in `burst` seconds at the burst's rate: a disk that was idle does the
-    rate of `iops_burst` for that long, and a little longer since the bucket leaks meanwhile.
+    The options mean the same as in QEMU's throttling (docs/throttle.txt there), which calls `iops` `iops-total`,
+    `iops_burst` `iops-total-max`, `burst` `iops-total-max-length` and `size` `iops-size`: each limit is a bucket that
+    leaks at its rate. By default it holds what comes in 100 ms, so a disk that was idle may do that much at once. With
+    a burst it holds what comes in `burst` seconds at the rate of the burst: a disk that was idle does `iops_burst` for
+    that long, and a little longer since the bucket leaks meanwhile.
 
-    With `group` the limits are those of all disks that name this group, together: each has a share of them, and holds
-    itself to that. Disks that are held back share alike; what one does not use goes to the others. The limits stand in
-    each disk's chain, and should be the same there: a disk goes by its own.
+    With `group` the limits apply to all disks that name this group, together: each of them has a share, and keeps to
+    it. Disks that are held back get equal shares; what a disk does not use goes to the others. The limits are written
+    in the chain of each disk, and should be the same there, since a disk goes by its own.
 
-    `valve`, the name of blktap's throttle, means this driver.
+    `valve`, the name of blktap's throttle, is an alias of this driver.
 
 Behaviour:
-    What is held back waits in two queues, reads and writes, so that a limit of one direction holds up the other one
-    never. Each is served in the order of arrival, whatever ring it came by, and of both the one that came first goes
-    first where both may go. A request that is larger than a bucket passes, and those behind it wait until its price
-    is paid.
+    Requests that are held back wait in two queues, one for reads and one for writes, so a limit on one direction never
+    delays the other. Each queue is served in the order of arrival, from whichever ring the requests came; if both
+    queues may go on, the older request goes first. A request that is larger than a bucket passes, and those behind it
+    wait until its cost is paid.
 
-    A discard counts as a write request, and moves no bytes; QEMU counts its bytes. A flush counts as nothing and waits
-    for nothing: it covers what was written before, and what is held back was not. Requests are counted as the guest
-    sent them if this is the top layer, and after the layers above have cut them otherwise. With `size` a request
-    counts as one for each `size` bytes of it that have begun.
+    A discard counts as a write of no bytes; QEMU counts its bytes. A flush does not count, and does not wait: it
+    covers what was written before, and requests that are held back were not. If this is the top layer, requests are
+    counted as the guest sent them, else as the layers above have split them. With `size` a request counts once for
+    each `size` bytes, or part of them, that it has.
 
     Orders do not wait for a limit: `pause`, `set`, `snapshot`, `resize`, `upgrade` and `detach` let everything pass
-    that is held back, and it is charged: what comes afterwards waits longer. `set` with other numbers changes a limit
-    while the guest runs. What the guest has used up is not forgotten when its worker dies, but it is when `set` alters
+    that is held back. It still counts: what comes afterwards waits longer. `set` with other numbers changes a limit
+    while the guest runs. What a guest has used up is remembered when its worker dies, and forgotten when `set` changes
     this layer.
 
-    `xenbackend status --json` shows how many requests are `waiting`, how many were `held` back ever, and for how many
+    `xenbackend status --json` shows how many requests are `waiting`, how many were ever `held` back, and for how many
     milliseconds in all (`held_ms`).
 
-    The shares of a group are handed out by the service, once a second, by what each disk was held back and has used;
-    they change in two steps, so that no more than the limits is handed out meanwhile. A disk that has just joined, or
-    does nothing, has a small share at first. While no service runs the shares stay as they are. A worker that its guest
-    has taken over gets no larger share by what it counts, and cannot take any from the others.
+    The service computes the shares of a group once a second, from how much each disk was held back and has used. A
+    share is lowered one step before another one is raised, so that the shares never exceed the limits together. A disk
+    that has just joined, or does nothing, has a small share at first. While no service runs, the shares stay as they
+    are. A worker that was taken over by its guest cannot get a larger share by false figures than others that
+    are held back, nor take any from the others.
 
-    `xenbackend status --json` shows the share besides, in millionths (`share_ppm`), and for how many milliseconds of
-    the whole limit was let pass (`spent_ms`).
+    For a disk in a group `status --json` also shows the share, in millionths (`share_ppm`), and for how many
+    milliseconds' worth of the whole limit it was let pass (`spent_ms`).
 
-    Settings without effect are refused: a burst without its limit or not above it, `burst` without a burst, `size`
-    without a limit of requests, `group` without a limit, a limit of one direction that is not below that of both.
+    Options without effect are refused: a burst without its limit or not above it, `burst` without a burst, `size`
+    without a limit on requests, `group` without a limit, and a limit on one direction that is not below that for both.
 
 Example:
     throttle:iops=500,bps=20M|aio:/srv/images/guest.img
     throttle:iops=500,iops_burst=2000,burst=60s,bps_write=50M|qcow2:/srv/images/guest.qcow2
 
 Limits:
-    Time is that of the worker's loop: a worker that sleeps for more than 100 ms after a limit has ended loses the rest.
-    Put it above other filters: below one that caches writes it would limit the cache, and not the guest. A group is one
-    service's, and one host's. It is fairness among guests that do not attack the host: a worker that was taken over
-    does I/O as fast as it likes.
+    Time is measured in the worker's loop: if the worker sleeps for more than 100 ms after a limit has ended, it loses
+    the rest. Put the layer above other filters: below one that caches writes it would limit the cache, and not the
+    guest. A group belongs to one service, and so to one host. It is for fairness among guests that do not attack the
+    host: a worker that was taken over does as much I/O as it likes.
 
-    Where nothing is held back it costs 0.2 us a request in batches of 32, 0.4 us in batches of 8, and 1.6 us for one
-    alone; in a group 0.1 us more in batches of 32, and 0.7 us alone.
+    If nothing is held back it costs 0.2 us a request in batches of 32, 0.4 us in batches of 8, and 1.6 us for one
+    alone; in a group 0.1 us more in batches of 32, and 0.7 us more alone.
 """
 
 from __future__ import annotations
@@ -83,23 +84,24 @@ from xenbackend.block.shares import FIRST
 from xenbackend.errors import DriverError
 from xenbackend.units import format_size
 
-# QEMU, util/throttle.c: throttle_compute_wait. Without a burst a bucket holds a tenth of its rate
+# QEMU, util/throttle.c: throttle_compute_wait. Without a burst a bucket holds a tenth of a second's worth
 _SLACK_S = 0.1
-_TICK_S = 1e-6  # what is due within it is due: a clock has only so many digits
+_TICK_S = 1e-6  # a request that is due within this time is due now: floating point numbers are not exact
 _MOST = 10**15  # include/qemu/throttle.h, THROTTLE_VALUE_MAX
-_LONGEST_S = 86400.0  # our choice, of a burst
-_LEAST_SHARE = 1e-6  # and 1 is all
+_LONGEST_S = 86400.0  # the longest burst: our choice
+_LEAST_SHARE = 1e-6  # of the whole limit, which is 1
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-_WAYS = ("", "_read", "_write")  # both directions, or one: `_counts` has their requests, then their bytes
+_WAYS = ("", "_read", "_write")  # both directions, or one; counts have their requests, then their bytes
 
 
 @dataclass(frozen=True, slots=True)
 class _Limit:
-    """A leaking bucket as a clock: it is empty at `empty_at`, which is memory number `place`.
+    """A leaking bucket, as the time when it will be empty.
 
-    which  of `_counts`: what it counts
+    place  where that time is in `_empty_at`, the memory
+    which  what it counts: 0 to 2 for requests, 3 to 5 for bytes; in each case of all, of reads, of writes
     cost   seconds that one unit takes to leak
-    slack  seconds that it may be from being empty while something still passes
+    slack  how many seconds before it is empty requests may pass
     """
 
     place: int
@@ -152,13 +154,13 @@ class Throttle(Filter):
     options: Options
 
     def open(self, env: Env) -> Geometry:
-        """Find what was used up by a predecessor."""
+        """Continue with what was used up through a predecessor."""
         geometry = super().open(env)
         limits = tuple(_limits_of(self.options, 1.0))
         self._empty_at = env.memory("buckets", max(8, 8 * len(limits))).cast("d")
         self._share = env.memory("share", 8).cast("d") if self.options.group else None
         self._spent_s = 0.0
-        for place, at in enumerate(self._empty_at):  # a predecessor may have been taken over, and left anything
+        for place, at in enumerate(self._empty_at):  # a predecessor that a guest took over may have left anything
             if not 0 <= at <= env.now() + _MOST:
                 self._empty_at[place] = 0.0
         if self._share is not None and not _LEAST_SHARE <= self._share[0] <= 1:
@@ -166,7 +168,7 @@ class Throttle(Filter):
         self._set_limits()
         self._held: tuple[deque[tuple[int, float, Request]], ...] = (deque(), deque())  # reads; writes and discards
         self._order = count()
-        self._wakes_at = 0.0  # of the timer that is to come next; 0: none
+        self._wakes_at = 0.0  # when the next timer is due; 0: there is none
         self._ever = 0
         self._waited_s = 0.0
         env.report("limits", _describe(self.options) or "none")
@@ -175,12 +177,12 @@ class Throttle(Filter):
         return geometry
 
     def _set_limits(self) -> None:
-        """Go by this disk's share of the limits."""
+        """Compute the limits from this disk's share of them."""
         self._limits = tuple(_limits_of(self.options, self._share[0] if self._share is not None else 1.0))
         self._of_way = [[each for each in self._limits if each.which % 3 in (0, way)] for way in (1, 2)]
 
     def control(self, verb: str, arguments: Sequence[str]) -> bytes:
-        """Take the share of a group's limits, from the service: ``share 0.25``. Raises: DriverError."""
+        """Take this disk's share of the group's limits from the service: ``share 0.25``. Raises: DriverError."""
         if verb != "share" or self._share is None:
             return super().control(verb, arguments)
         try:
@@ -190,7 +192,7 @@ class Throttle(Filter):
         if not _LEAST_SHARE <= share <= 1:
             raise DriverError("a share is a number above 0, and 1 at most", layer=self.name, errno=errno.EINVAL)
         now, empty_at, former = self.env.now(), self._empty_at, self._share[0]
-        for limit in self._limits if share > former else ():  # what is to be paid still is paid at the new rate
+        for limit in self._limits if share > former else ():  # the remaining debt is paid at the new rate
             empty_at[limit.place] = now + max(0.0, empty_at[limit.place] - now) * former / share
         self._share[0] = share
         self._set_limits()
@@ -198,7 +200,7 @@ class Throttle(Filter):
         return b""
 
     def submit(self, batch: list[Request]) -> None:
-        """Pass the batch on where every limit allows all of it, else as much as they do."""
+        """Pass on the whole batch if all limits allow it, else as many requests as they allow."""
         now = self.env.now()
         if not (self._held[0] or self._held[1]) and self._may_pass(batch, now):
             self.next.submit(batch)  # type: ignore[union-attr]  # a filter in a chain has a layer below
@@ -217,7 +219,7 @@ class Throttle(Filter):
         self._pass_on(passing, waits, now)
 
     def release(self) -> None:
-        """Pass on all that is held back, and charge it."""
+        """Pass on all requests that are held back, and charge them."""
         now = self.env.now()
         passing = [self._let_one_go(way, now) for way in (0, 1) for _ in range(len(self._held[way]))]
         if passing:
@@ -235,13 +237,13 @@ class Throttle(Filter):
         return counted
 
     def close(self) -> None:
-        """Let go of the memory."""
+        """Release the memory."""
         self._empty_at.release()
         if self._share is not None:
             self._share.release()
 
     def _may_pass(self, batch: list[Request], now: float) -> bool:
-        """Charge the whole batch, and return True; where a limit would hold anything back, charge nothing."""
+        """Charge the whole batch and return True; charge nothing and return False if a limit would hold any of it back."""
         if not self._limits:
             return True
         reads = writes = read_bytes = written_bytes = 0
@@ -272,12 +274,12 @@ class Throttle(Filter):
         return True
 
     def _spend(self, seconds: list[float]) -> None:
-        """Count what was let pass, in seconds of the whole limit that was nearest."""
-        assert self._share is not None  # noqa: S101 - of a group
+        """Count what was let pass, in seconds of the whole of the limit that it uses most."""
+        assert self._share is not None  # noqa: S101 - called for disks in a group only
         self._spent_s += max(seconds, default=0.0) * self._share[0]
 
     def _take(self, now: float, passing: list[Request]) -> list[float]:
-        """Add to `passing` what may go now; return for how many seconds each direction waits, 0: nothing is left."""
+        """Append to `passing` what may go now; return the seconds that each direction has to wait, 0 if it is empty."""
         waits = [0.0, 0.0]
         while ways := [way for way in (0, 1) if self._held[way] and not waits[way]]:
             way = min(ways, key=lambda each: self._held[each][0][0])
@@ -289,7 +291,7 @@ class Throttle(Filter):
         return waits
 
     def _let_one_go(self, way: int, now: float) -> Request:
-        """Charge what waits for longest in one direction, and return it."""
+        """Take the oldest request out of one direction's queue, charge it, and return it."""
         _, since, request = self._held[way].popleft()
         self._waited_s += now - since
         empty_at, step = self._empty_at, self.options.size
@@ -311,7 +313,7 @@ class Throttle(Filter):
             self.next.submit(passing)  # type: ignore[union-attr]  # as in `submit`
 
     def _wake(self) -> None:
-        """Pass on what may go by now, from a timer or because the limits are others."""
+        """Pass on the requests that may go now. Called by a timer, and when the limits have changed."""
         self._wakes_at = 0.0
         if self._held[0] or self._held[1]:
             now = self.env.now()
@@ -321,7 +323,7 @@ class Throttle(Filter):
 
 
 def _what_is_idle(limits: dict[str, Any]) -> str:
-    """Return a sentence about an option that does nothing beside the others, empty: there is none."""
+    """Return a sentence about an option that has no effect with the others, or an empty text."""
     bursts = {name: value for name, value in limits.items() if name.endswith("_burst") and value}
     for name, value in bursts.items():
         limit = name.removesuffix("_burst")
@@ -341,9 +343,9 @@ def _what_is_idle(limits: dict[str, Any]) -> str:
 
 
 def _limits_of(options: Throttle.Options, share: float) -> Iterator[_Limit]:
-    """Yield the buckets; a burst of more than a second has one of its own, which leaks at the burst's rate.
+    """Yield the buckets; a burst of more than a second adds one of its own, which leaks at the burst's rate.
 
-    All leak at their `share` of the rate, and hold as much less.
+    All of them leak at `share` times their rate, and hold correspondingly less.
     """
     place = count()
     for number, kind in enumerate(("iops", "bps")):
@@ -358,7 +360,7 @@ def _limits_of(options: Throttle.Options, share: float) -> Iterator[_Limit]:
 
 
 def _describe(options: Throttle.Options) -> str:
-    """Return the limits for people."""
+    """Return a description of the limits for people."""
     words = {"iops": "requests", "bps": "bytes"}
     found = []
     for kind, way in ((kind, way) for kind in words for way in _WAYS):

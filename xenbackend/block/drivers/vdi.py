@@ -1,22 +1,22 @@
-r"""vdi: a VDI image of VirtualBox, for reading.
+r"""vdi: a VDI image of VirtualBox, read-only.
 
 Synopsis:
     vdi:FILE[,cache=on|off][,share=on|off]
 
 Description:
-    The source of a chain for disks of VirtualBox, dynamic or fixed. It can only be read: attach it read-only, or give
-    a QCOW2 image this one as its parent, which takes what is written.
+    The source of a chain for disks of VirtualBox, dynamic or fixed. It can only be read: attach it read-only, or make
+    it the parent of a QCOW2 image, which takes the writes.
 
 Behaviour:
-    Requests go to where the map says that their blocks are; what the image does not have is zeros. The image is locked
-    while it is open: any number of readers.
+    Requests go to the places where the image's map says that their blocks are; blocks that the image does not have are
+    zeros. The image is locked while it is open: any number of readers.
 
 Example:
     vdi:/srv/images/appliance.vdi
 
 Limits:
-    No differencing images, of which snapshots are made: they name their parents by a number, and not by a file. The
-    map takes 8 MiB of memory for each TiB that is used, and 16 MiB at most.
+    No differencing images, which VirtualBox uses for snapshots: they name their parent by a UUID, and not by a file.
+    The map takes 8 MiB of memory for each TiB that is used, and 16 MiB at most.
 """
 
 from __future__ import annotations

@@ -1,38 +1,39 @@
-r"""vhd: a VHD image: fixed, dynamic or differencing; a parent comes by itself.
+r"""vhd: a VHD image: fixed, dynamic or differencing; its parent is opened automatically.
 
 Synopsis:
     vhd:FILE[,cache=on|off][,share=on|off][,parents=PLACES][,changed=refuse|accept]
 
 Description:
-    The source of a chain for images of XenServer, blktap, Hyper-V, Virtual PC and QEMU (`vpc`). What the image does
-    not have is read from its parent, if it has one, and else is zeros; what is written goes to the image.
+    The source of a chain for images of XenServer, blktap, Hyper-V, Virtual PC and QEMU (`vpc`). Data that the image
+    does not have are read from its parent, or are zeros if it has none; writes go to the image.
 
-    A differencing image names its parent. That is opened too, for reading: as `vhd:`, or as `aio:` where the image
-    says that its parent is a raw one; and so on to the last.
+    A differencing image names its parent. That is also opened, for reading: by `aio:` if the image says that its parent
+    is a raw one, else by `vhd:`; and so are the parent's own parents.
 
 Behaviour:
-    Requests that lie in a block that the image has go to the file as they are. The first write to a block (2 MiB as
+    Requests for blocks that the image already has go to the file as they are. The first write to a block (2 MiB as
     a rule) lengthens the file. In images with a parent, and on block devices, the first write to a sector also
-    writes the block's bitmap, before it is answered. Whoever is killed in the middle loses room in the file at most,
-    and there is always a valid footer at its end. A flush returns when everything that was answered is durable.
+    writes the block's bitmap, before it is answered. A kill in the middle wastes at most some room in the file, and
+    there is always a valid footer at its end. A flush returns when everything that was answered is durable.
 
-    An image whose blocks lie over one another, or over anything else that the image keeps, is refused; one whose table
-    or map of full blocks lies over something is read, and not written to. A new block is never put where the image
-    says that a name of its parent is: then nothing is written, and the disk waits until `xenbackend image check
-    --repair` has mended the image.
+    An image whose blocks overlap one another, or anything else in the image, is refused. One whose table or map of full
+    blocks overlaps something is read, but not written to. A new block is never put over the place where the image
+    says that a name of its parent is: instead nothing is written, and the disk waits until `xenbackend image check
+    --repair` has repaired the image.
 
-    A discard makes holes in the file, where the host's file system can: what the image had there is zeros, and takes
-    no room in the host. No block is freed, so the file does not become shorter, nor does a copy of it that is not
-    sparse; what was a parent's stays so.
+    A discard punches holes into the file, if the host's file system can do that: data of the image become zeros, and
+    take no room on the host. No block is freed, so neither the file nor a copy of it that is not sparse becomes
+    shorter. Data that come from a parent are not discarded.
 
-    A parent is looked for beside the image, under its relative name first, then under its absolute one. It is opened
-    only if an administrator has allowed it: by a mark at the image, which `image create --parent`, `image snapshot`,
+    A parent is looked for by its relative name, seen from the image, first, and then by its absolute name. It is opened
+    only if an administrator has allowed it: by a mark on the image, which `image create --parent`, `image snapshot`,
     `image rebase`, `snapshot` and `image trust` leave, and which names that one file; by `parents=`; or by `parents` in
-    the settings. These name directories, beneath which a parent may be, or the parent itself; a device has to be named
-    itself. `parents=` takes several, with a colon between them.
+    the settings. The latter two name directories below which a parent may be, or the parent itself; a device has to be
+    named itself. `parents=` takes several, separated by colons.
 
-    A parent with another UUID than the one the image was made for is refused, and so is one that was altered since,
-    where the image's writer keeps that time; blktap and XenServer do not. `changed=accept` takes the parent as it is.
+    A parent is refused if its UUID is not the one in the image. It is also refused if it was modified after the image
+    was made, provided that the image records that time, which blktap and XenServer do not do. `changed=accept` accepts
+    the parent as it is.
 
     The image is locked while it is open: one writer, or any number of readers.
 
@@ -41,11 +42,11 @@ Example:
     vhd:/dev/VG_XenStorage-1/VHD-3,parents=/dev/VG_XenStorage-1/VHD-2:/dev/VG_XenStorage-1/VHD-1
 
 Limits:
-    New disks up to 2040 GiB, in blocks of up to 2 MiB, as other programs read no larger ones; older ones of ours up
-    to 2 TiB are served, where what is written to their last blocks finds no room. Up to 2 million blocks. No
-    encryption, no split images, nothing that Virtual PC wrote before 2004; no discard on block devices. The table
-    takes 4 MiB of memory for each TiB, the bitmaps up to 16 MiB for each image, and what is known of a parent as much
-    again. A block device has to be large enough for what will be written.
+    New disks can have up to 2040 GiB, in blocks of up to 2 MiB, since other programs do not read larger ones. Older
+    ones of ours, up to 2 TiB, are served, but there is no room for writes to their last blocks. Up to 2 million blocks.
+    No encryption, no split images, no images written by Virtual PC before 2004; no discard on block devices. The table
+    takes 4 MiB of memory for each TiB, the bitmaps up to 16 MiB for each image, and information about a parent as much
+    again. A block device has to be large enough for everything that will be written.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ from xenbackend.errors import DriverError
 from xenbackend.units import PAGE, SECTOR, round_up
 
 _RAW = bytes(16)  # the UUID of a parent that is no VHD image (libvhd)
-_TOLERANCE = 2  # seconds: what file systems round times to
+_TOLERANCE = 2  # seconds: file systems round times to this
 
 
 class Vhd(Blocks):
@@ -129,7 +130,7 @@ class Vhd(Blocks):
         self.serve(file, footer.size, header, table, full, packed, taken, device_end)
 
     def _give_end(self, end: int, footer: bytes) -> None:
-        """Give the file what whoever was killed did not come to: the end of its last block, and a footer behind it."""
+        """Complete what a killed writer left undone: the end of the file's last block, and a footer after it."""
         self.file.grow(round_up(end + SECTOR, PAGE), footer)
 
     def _find_parent(self) -> ParentRef:
@@ -163,7 +164,7 @@ class Vhd(Blocks):
             raise DriverError(f"its parent {self._parent_path} {problem}; {advice}", errno=errno.ESTALE)
 
     def _was_altered(self) -> bool:
-        """Return whether the parent's file is not of the time that the image knows; not where blktap made the image."""
+        """Return whether the parent's file has another time than the image records; False for images of blktap."""
         known = self.header.parent_timestamp
         if not known or self.footer.creator[:3] == b"tap":
             return False
@@ -171,7 +172,7 @@ class Vhd(Blocks):
         return abs(changed_s - vhd.EPOCH - known) > _TOLERANCE
 
     def close(self) -> None:
-        """Note which blocks are full by now, where the image keeps that, and close the file."""
+        """Update the image's map of full blocks, if it has one, and close the file."""
         try:
             if self._batmap is not None:
                 self._write_batmap(self._batmap)
@@ -187,13 +188,13 @@ class Vhd(Blocks):
         if blocks == batmap.blocks:
             return
         header, bits = vhd_tables.pack_batmap(batmap, blocks)
-        self.file.sync()  # the bitmaps that it speaks of
+        self.file.sync()  # first the bitmaps that it describes
         self.file.write_at(batmap.offset, bits)
         self.file.write_at(batmap.header_offset, header)
 
 
 def _check_apart(places: list[Place]) -> None:
-    """Refuse to write where what changes in service would be written over something else. Raises: DriverError."""
+    """Refuse writing if a place that changes in service overlaps another one. Raises: DriverError."""
     for one, other in overlaps(places):
         if one.changes or other.changes:
             raise vhd.damaged(f"{one.what} and {other.what} overlap, so that it can only be read")

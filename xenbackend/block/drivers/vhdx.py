@@ -1,21 +1,21 @@
-r"""vhdx: a VHDX image of Hyper-V, for reading.
+r"""vhdx: a VHDX image of Hyper-V, read-only.
 
 Synopsis:
     vhdx:FILE[,cache=on|off][,share=on|off]
 
 Description:
     The source of a chain for disks of Hyper-V's newer format, dynamic or fixed, with sectors of 512 or 4096 bytes. It
-    can only be read: attach it read-only, or give a QCOW2 image this one as its parent, which takes what is written.
+    can only be read: attach it read-only, or make it the parent of a QCOW2 image, which takes the writes.
 
 Behaviour:
-    Requests go to where the table says that their blocks are; what the image does not have is zeros. Checksums of
-    headers are checked. The guest is told the physical sector that the image has for its disk. The image is locked
-    while it is open: any number of readers.
+    Requests go to the places where the image's table says that their blocks are; blocks that the image does not have
+    are zeros. The checksums of headers are verified. The guest is told the physical sector size in the image. The image
+    is locked while it is open: any number of readers.
 
-    An image whose host crashed, or that was copied while it was in use, has changes in its log that are not in their
+    If the host crashed, or the image was copied while it was in use, the image's log has changes that are not in their
     places yet. The log is replayed in memory, as Hyper-V and QEMU would replay it in the file; `xenbackend check`
-    says so as `log`. Nothing is written to the file: whoever opens it next finds it as it was. What had not reached
-    the log is lost, as after a power failure. An image is refused where no entry of its log is whole, or where the
+    reports that as `log`. Nothing is written to the file: whoever opens it next finds it unchanged. What had not
+    reached the log is lost, as after a power failure. An image is refused if no entry of its log is complete, or if the
     file is shorter than the log says.
 
 Example:
@@ -39,7 +39,7 @@ class Vhdx(ForeignDisk):
     """See the head of this file."""
 
     name = "vhdx"
-    is_preallocated = True  # or not; nothing in the image says it
+    is_preallocated = True  # it may be: nothing in the image says
 
     def parse(self, env: Env, file: File) -> vhdx.Image:
         """See `ForeignDisk`."""

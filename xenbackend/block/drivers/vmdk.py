@@ -1,29 +1,29 @@
-r"""vmdk: a VMDK disk of VMware, in one file or several, or in an OVA, for reading; a parent comes by itself.
+r"""vmdk: a VMDK disk of VMware, in one or several files or in an OVA, read-only; its parent is opened automatically.
 
 Synopsis:
     vmdk:FILE[,cache=on|off][,share=on|off][,parents=PLACES][,changed=refuse|accept][,disk=NAME]
 
 Description:
     The source of a chain for disks of VMware Workstation, of ESX, and of appliances. It can only be read: attach it
-    read-only, or give a QCOW2 image this one as its parent, which takes what is written.
+    read-only, or make it the parent of a QCOW2 image, which takes the writes.
 
-    FILE is a disk in one file (monolithicSparse, streamOptimized, which is compressed); or the descriptor, the small
-    text file beside a disk in several files (monolithicFlat, twoGbMaxExtentFlat, twoGbMaxExtentSparse, and of ESX vmfs
-    and vmfsSparse); or an OVA, an appliance in one archive, whose disk is read where it is: nothing is unpacked. Where
-    an OVA has several disks, `disk=` names the file of one.
+    FILE is one of three: a disk in one file (monolithicSparse, or streamOptimized, which is compressed); the
+    descriptor, a small text file beside a disk in several files (monolithicFlat, twoGbMaxExtentFlat,
+    twoGbMaxExtentSparse, and of ESX vmfs and vmfsSparse); or an OVA, an appliance in one archive, whose disk is read in
+    place, without unpacking. If an OVA has several disks, `disk=` gives the file name of one of them.
 
-    A snapshot names its parent, which has to be such a disk too.
+    A snapshot names its parent, which has to be a VMDK disk, too.
 
 Behaviour:
-    Requests go to where the tables say that their grains are. A compressed grain is read and inflated as a whole, and
-    the last one is kept, so that small reads in a row cost that once. What the image does not have is its parent's, if
-    it has one, and else zeros.
+    Requests go to the places where the image's tables say that their grains are. A compressed grain is read and
+    inflated as a whole, and the last one is kept, so that sequential small reads do that only once. Data that the image
+    does not have are read from its parent, or are zeros if it has none.
 
-    A parent, and each file that a descriptor names, is opened only if an administrator has allowed it: by a mark at the
-    image, which `image trust` leaves; by `parents=`; or by `parents` in the settings. These name directories, beneath
-    which such files may be, or the file itself; `parents=` takes several, with a colon between them. What a descriptor
-    names must be a file, and no device. A parent whose content changed since the image was made is refused;
-    `changed=accept` takes it as it is. All files are locked while the disk is open: any number of readers.
+    A parent, and each file that a descriptor names, is opened only if an administrator has allowed it: by a mark on the
+    image, which `image trust` leaves; by `parents=`; or by `parents` in the settings. The latter two name directories
+    below which such files may be, or the file itself; `parents=` takes several, separated by colons. A descriptor
+    cannot name a device. A parent whose content changed after the image was made is refused; `changed=accept` accepts
+    it as it is. All files are locked while the disk is open: any number of readers.
 
 Example:
     vmdk:/srv/images/appliance-disk1.vmdk
@@ -31,10 +31,10 @@ Example:
     vmdk:/srv/images/appliance.ova,disk=appliance-disk2.vmdk
 
 Limits:
-    Refused, by name: SE sparse extents of ESXi, for which `qemu-img convert` makes one file; raw device mappings; disks
-    in an OVA that are compressed once more by gzip, or in chunks. Up to 512 extents. Sparse extents of one disk have
-    grains of one size. Tables take 128 MiB of memory for each TiB that is in use, and 16 MiB at most; the directory
-    takes 128 KiB for each TiB.
+    Refused with an explanation: SE sparse extents of ESXi, which `qemu-img convert` turns into one file; raw device
+    mappings; disks in an OVA that are additionally compressed by gzip, or split into chunks. Up to 512 extents. All
+    sparse extents of a disk must have grains of the same size. Tables take 128 MiB of memory for each TiB that is in
+    use, and 16 MiB at most; the directory takes 128 KiB for each TiB.
 """
 
 from __future__ import annotations
@@ -73,12 +73,12 @@ class Vmdk(ForeignDisk):
 
     @dataclass(frozen=True, slots=True)
     class Options(ChangedOptions):
-        """What the chain says of the image."""
+        """The options of `vmdk:`."""
 
         disk: str = option("which disk of an OVA: the name of its file there", default="")
 
     options: Options
-    image: Disk  # type: ignore[assignment]  # what a table of it is made of may be in several places
+    image: Disk  # type: ignore[assignment]  # the entries of one table may be in several places
 
     def parse(self, env: Env, file: File) -> Disk:  # type: ignore[override]  # see `image`
         """See `ForeignDisk`."""
@@ -102,7 +102,7 @@ class Vmdk(ForeignDisk):
         return geometry
 
     def extents(self, size: int, *, all_holes: bool = False) -> Iterator[Extent]:
-        """See `Driver`. What is in a flat extent is data where its file has some."""
+        """See `Driver`. In a flat extent, what the file has is data, and its holes are shown."""
         for found in self.table_extents(size):
             is_flat = self.image.piece_at(found.start).image is None
             for each in with_holes([found], self.file) if all_holes or is_flat else [found]:
@@ -128,7 +128,7 @@ class Vmdk(ForeignDisk):
             self.io.soon(partial(self._build, number, then, 0, []))
 
     def check_parent(self, parent: Geometry) -> None:
-        """Refuse a parent that is not what it was when the image was made. Raises: DriverError."""
+        """Refuse a parent whose content changed after the image was made. Raises: DriverError."""
         super().check_parent(parent)
         expected = self.image.descriptor.parent_cid
         if self.options.changed == "refuse" and isinstance(self.next, Vmdk):
@@ -144,9 +144,9 @@ class Vmdk(ForeignDisk):
         entry = self.entry(cluster)
         piece = self.image.piece_at(request.offset)
         assert entry is not None  # noqa: S101 - it was just found
-        assert piece.image is not None  # noqa: S101 - nobody else says SPECIAL
+        assert piece.image is not None  # noqa: S101 - only sparse images have SPECIAL entries
         sector = (cluster << self.cluster_bits) - piece.start >> 9
-        most = (1 << self.cluster_bits) + SECTOR  # what does not become smaller becomes a little larger
+        most = (1 << self.cluster_bits) + SECTOR  # data that cannot be compressed become a little larger
         self._inflated.read(request, cluster, entry & PLACE, most, partial(piece.image.inflate, sector))
 
     def _parse_one(self, file: File, start: bytes) -> Disk:
@@ -216,7 +216,7 @@ class Vmdk(ForeignDisk):
 
 
 class Gathering:
-    """Reads that are under way together: `then` gets the first error of any, and the bytes of all."""
+    """Several reads under way at a time. When all have ended, `then` gets the first error or 0, and their data."""
 
     def __init__(self, count: int, then: Callable[[int, Sequence[bytes]], None]) -> None:
         self._left = count
@@ -225,7 +225,7 @@ class Gathering:
         self._data = [b""] * count
 
     def put(self, number: int, skip: int, length: int, status: int, data: memoryview) -> None:
-        """Take what one of them has read."""
+        """Take the result of read number `number`: `length` bytes of `data`, after the first `skip`."""
         self._data[number] = bytes(data[skip : skip + length])
         self._status = self._status or status
         self._left -= 1
@@ -234,7 +234,7 @@ class Gathering:
 
 
 def _names(name: bytes) -> list[str]:
-    """Return what a file may be called by now: as it was named, or beside the image wherever it was before."""
+    """Return the names to try for a file: the one in the image, and its last part, for a file beside the image."""
     path = os.fsdecode(name).replace("\\", "/")
     return list(dict.fromkeys([path, path.rpartition("/")[2]]))
 
