@@ -1,1 +1,1 @@
-"""What image formats have in common whose disk lies in a file in clusters, wherever there was room for them."""
+"""The common part of image formats that keep a disk's clusters anywhere in a file, and tables that place them."""

@@ -1,21 +1,21 @@
-"""The blocks of a dynamic or differencing VHD image in service: their bitmaps, and how new ones come about.
+"""The blocks of a dynamic or differencing VHD image in service: their bitmaps, and how new blocks are made.
 
 Must not read an image's headers, nor trust a table that was not checked.
 
-A block that has all its sectors is an entry like any other. Of one that has not, the bitmap says which of them are the
-image's own; it is read when it is needed. What a guest wrote is answered after the bitmap that names it is in the file:
+A block that has all its sectors has an ordinary entry. For a block that lacks some, a bitmap says which sectors the
+image has; it is read when it is needed. A write is answered after the bitmap that marks its sectors is in the file:
 
     write to sectors that the block has             data -> answer
-    write to others                                 data -> bitmap -> answer
+    write to other sectors                          data -> bitmap -> answer
     write to a block that is not there     block -> data -> bitmap -> answer
 
-A new block begins behind the end of the file, where everything is zeros. The file grows together with a new footer at
-its end; then comes the bitmap, a flush, and last the table's entry. Whoever is killed in between, or loses the power,
-has lost the room, and nothing else. Without a parent zeros are what the sectors hold, so the new bitmap says at once
-that they are all there. A block device does not grow, and what is there is anything: its bitmaps begin as zeros.
+A new block is put beyond the end of the file, where everything is zeros. The file grows together with a new footer at
+its end; then come the bitmap, a flush, and last the table's entry. A kill or a power failure in between wastes the
+room, and nothing else. Without a parent the sectors hold zeros, so the new bitmap marks all of them at once. A block
+device does not grow, and has arbitrary content: there the bitmaps of new blocks begin as zeros.
 
-No block is put where the image says that something else is, such as a name of its parent behind the end of its file: a
-guest could write that. Nothing is done then, and the requests end with IMAGE_DAMAGED.
+No block is put where the image says that something else is, such as a name of its parent beyond the end of its file,
+since a guest could then write to that. In such a case nothing is done, and the requests end with IMAGE_DAMAGED.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ from xenbackend.block.request import IMAGE_DAMAGED, Request
 from xenbackend.loop.steps import Steps, run
 from xenbackend.units import PAGE, SECTOR, round_up
 
-_BITMAPS = 8 << 20  # bytes that the bitmaps in memory take, one for each sector; up to twice that
+_BITMAPS = 8 << 20  # bytes of the bitmaps in memory, one byte for each sector; they take up to twice that
 _PER_SECTOR = SECTOR // 4  # entries of the table in one sector
-_TABLE_BITS = 32  # one table has all blocks
+_TABLE_BITS = 32  # a single table has all blocks
 
 
 class Bitmap:
     """Which sectors of a block the image has, one byte for each.
 
-    `present`: those that the bitmap in the file names. `planned`: those that the next one will.
+    `present`: as in the file's bitmap. `planned`: as the next write of that bitmap will have it.
     """
 
     __slots__ = ("planned", "present", "write")
@@ -72,17 +72,17 @@ class Blocks(MappedDisk):
         taken: Iterable[tuple[int, int]],
         end: int,
     ) -> None:
-        """Begin to serve.
+        """Prepare for serving.
 
         Args:
             file: the image.
             size: bytes of the disk.
             header: where the table is, and how large the blocks are.
             table: the first sector of each block, or UNUSED.
-            full: one byte for each block: 1 where it is known to have all its sectors.
-            footer: what stands at the end of the file.
-            taken: what is no block, as offset and end; where the image says so, which may be behind the end.
-            end: where the last block ends, for a block device; 0 for a file.
+            full: one byte for each block: 1 if the block is known to have all its sectors.
+            footer: the footer for the end of the file.
+            taken: ranges of the file, as (start, end), that the image uses for other things; also beyond its end.
+            end: for a block device the end of the last block in bytes; 0 for a file.
         """
         self._header = header
         self._footer = footer
@@ -98,18 +98,18 @@ class Blocks(MappedDisk):
         self.start(file, size, cluster_bits=bits, table_bits=_TABLE_BITS, tables=tables)
         self._bitmaps: Tables[Bitmap] = Tables(_BITMAPS * SECTOR // header.block_size)
         self._inside_mask = header.block_size - 1
-        self._page_owners = Memo(header.block_size // PAGE)  # of blocks that lack sectors
+        self._page_owners = Memo(header.block_size // PAGE)  # owners of the pages of blocks that lack sectors
         self._holes = Holes(self)
         self._loading_bitmap: Once[Request] = Once(self.go_on)
         self._making: Once[Request] = Once(self.go_on)
-        self._wanted: list[int] = []  # blocks that nothing was done for yet
+        self._wanted: list[int] = []  # blocks that need a place, and for which nothing was done yet
         self._room = Shared(self._find_room, self.io.soon)
-        self._places: dict[int, int] = {}  # of blocks that room was found for
-        self._coming: dict[int, int] = {}  # those of blocks whose entries are being written
+        self._places: dict[int, int] = {}  # by block: the place that was found for it
+        self._coming: dict[int, int] = {}  # by block: its place, while its table entry is being written
         self._table_writes = SharedByNumber(self._write_table, self.io.soon)
 
     def extents(self, size: int, *, all_holes: bool = False) -> Iterator[Extent]:
-        """See `Driver`. QEMU knows no parents here: to it what is not there is zeros, and a block is all there."""
+        """See `Driver`. Without a parent as QEMU, which ignores bitmaps: a block is there as a whole, or is zeros."""
         if all_holes:
             return with_holes(self._block_extents(size, by_sectors=True), self.file)
         return self._block_extents(size, by_sectors=self.parent is not None)
@@ -129,11 +129,11 @@ class Blocks(MappedDisk):
                 yield from _sector_extents(sectors, start, place)
 
     def shortcut(self, request: Request) -> int:
-        """See `MappedDisk`: a request to sectors that their block has, though it lacks others; or lacks all of."""
+        """See `MappedDisk`. It is for a block that lacks sectors, but has all or none of those of the request."""
         offset, op, length = request.offset, request.op, request.length
         block = offset >> self.cluster_bits
         bitmap = self._bitmaps.young.get(block)
-        if bitmap is None or op > 1:  # Op.WRITE; to look the name up, or to divide, would cost a tenth of this
+        if bitmap is None or op > 1:  # above Op.WRITE; looking the name up, or a division, would cost a tenth
             return 0
         inside = offset & self._inside_mask
         first, last = inside >> 9, inside + length >> 9
@@ -149,7 +149,7 @@ class Blocks(MappedDisk):
         return -1 - known[first >> 3]
 
     def owner(self, offset: int, length: int) -> Driver | None:
-        """See `MappedDisk`: the sectors that a block lacks are a parent's."""
+        """See `MappedDisk`. The sectors that a block lacks are a parent's."""
         block, inside = divmod(offset, self._header.block_size)
         if inside + length > self._header.block_size or not self.entries[block] & SPECIAL:
             return super().owner(offset, length)
@@ -189,16 +189,16 @@ class Blocks(MappedDisk):
 
     @property
     def can_discard(self) -> bool:
-        """Return whether holes can be made, which read as zeros; a device that discards does not promise that."""
+        """Whether holes can be made, which read as zeros; a device's discard does not guarantee that."""
         return self.file.can_discard and not self._device_end
 
     def bitmap(self, block: int) -> bytearray | None:
-        """Return which sectors a block has, a byte for each, where that is in memory."""
+        """Return which sectors a block has, a byte for each; None if its bitmap is not in memory."""
         bitmap = self._bitmaps.find(block)
         return bitmap.present if bitmap else None
 
     def write_elsewhere(self, request: Request) -> None:
-        """Write to blocks that lack sectors, or that are not there; each by itself."""
+        """Do a write to blocks that lack sectors, or are not there, one block at a time."""
         size, inside = self._header.block_size, request.offset % self._header.block_size
         ends = [*range(size - inside, request.length, size), request.length]
         for part in self.io.split(request, [end - start for start, end in zip([0, *ends], ends, strict=False)]):
@@ -220,7 +220,7 @@ class Blocks(MappedDisk):
             self.io.write_data(self.place(request), request.iov, partial(self._written, request, bitmap))
 
     def _written(self, request: Request, bitmap: Bitmap, status: int) -> None:
-        """Go on with the bitmap when the data are in the file."""
+        """Have the bitmap written after the data are in the file."""
         block, first, last = self.sectors(request)
         if status:
             self._bitmaps.unpin(block)
@@ -255,7 +255,7 @@ class Blocks(MappedDisk):
         then(status)
 
     def load_bitmap(self, block: int, request: Request) -> None:
-        """Read a bitmap, once for all who need it, and dispatch them again."""
+        """Read a bitmap, once for all requests that need it, and dispatch those again."""
         self._loading_bitmap.want(block, request, partial(self._load_bitmap, block))
 
     def _load_bitmap(self, block: int, then: Then) -> None:
@@ -282,7 +282,7 @@ class Blocks(MappedDisk):
         run(self._make_block(block), lambda status, _: then(status))
 
     def _make_block(self, block: int) -> Steps[None]:
-        """Give a block its place. Where that fails it is tried again for the next who wants it."""
+        """Make a new block. If that fails, it is tried again for the next request that needs the block."""
         self._wanted.append(block)
         try:
             yield self._room.want
@@ -304,7 +304,7 @@ class Blocks(MappedDisk):
             self._keep(block, bytearray(self._header.block_size // SECTOR))
 
     def _find_room(self, then: Then) -> None:
-        """Find room for all blocks that are wanted, at the end of the file."""
+        """Find room at the end of the file for all blocks that need it."""
         wanted, self._wanted = self._wanted, []
         begin = end = self._device_end or self.file.size
         for block in wanted:
@@ -321,7 +321,7 @@ class Blocks(MappedDisk):
             self.io.in_thread(partial(self.file.grow, round_up(end + SECTOR, PAGE), self._footer), then)
 
     def _write_table(self, sector: int, then: Then) -> None:
-        """Write the table's entries of blocks whose bitmaps are in the file."""
+        """Write one sector of the table, with the entries of new blocks whose bitmaps are in the file."""
         first, room = sector * _PER_SECTOR, self._header.bitmap_size
         places = [entry & PLACE for entry in self.entries[first : first + _PER_SECTOR]]
         for block, place in self._coming.items():
@@ -334,17 +334,17 @@ class Blocks(MappedDisk):
     # Arithmetic.
 
     def sectors(self, request: Request) -> tuple[int, int, int]:
-        """Return the block of a request, its first sector in it, and the one after its last."""
+        """Return the block of a request, the request's first sector in it, and the one after its last."""
         block, inside = divmod(request.offset, self._header.block_size)
         return block, inside // SECTOR, (inside + request.length) // SECTOR
 
     def _sectors_of(self, block: int) -> int:
-        """Return how many sectors of a block the disk has: the last one may reach beyond it."""
+        """Return how many sectors of a block the disk has: the last block may reach beyond the disk's end."""
         size = self._header.block_size
         return min(size, self.size - block * size) // SECTOR
 
     def place(self, request: Request) -> int:
-        """Return where a request in a block that is there lies in the file."""
+        """Return the place in the file of a request to a block that is there."""
         block, inside = divmod(request.offset, self._header.block_size)
         return (self.entries[block] & PLACE) + inside
 

@@ -1,7 +1,7 @@
-"""A file that is only read, seen with changes that are not in it: those of a log that nobody may write back.
+"""A read-only view of a file with changes applied in memory: those of a log that must not be written back.
 
-Must not write to the file, nor know whose changes they are. What has no changes is read as before, and costs a look at
-where the request lies.
+Must not write to the file, nor know where the changes come from. A range without changes is read from the file, at the
+cost of one search among the changes.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from xenbackend.block.driver import Complete, File
 from xenbackend.block.formats.common import Read
 from xenbackend.block.request import Op, Request
 
-Change = tuple[int, int, bytes | None]  # first byte in the file, length, what stands there; None: zeros
+Change = tuple[int, int, bytes | None]  # first byte in the file, length, new content; None: zeros
 
 
 class Changes:
-    """Ranges of a file that have other bytes than the file, none over another."""
+    """Ranges of a file whose content is changed; they do not overlap."""
 
     def __init__(self, newest_first: Iterable[Change] = ()) -> None:
-        """Take changes; where two lie over one another, the one that comes first counts."""
+        """Take changes; where two of them overlap, the earlier in `newest_first` wins."""
         pieces: list[Change] = []
-        starts: list[int] = []  # what has its bytes already; neighbours are joined, so that nothing is looked at twice
+        starts: list[int] = []  # of ranges that are taken already; adjacent ones are joined
         ends: list[int] = []
         for change in newest_first:
             start, end = change[0], change[0] + change[1]
@@ -34,14 +34,14 @@ class Changes:
             starts[joined], ends[joined] = [min(start, *starts[joined], start)], [max(end, *ends[joined], end)]
         self._pieces = sorted(pieces, key=lambda piece: piece[0])
         self._ends = [start + length for start, length, _ in self._pieces]
-        self.end = max(self._ends, default=0)  # bytes: where the last one ends
+        self.end = max(self._ends, default=0)  # bytes: the end of the last range
 
     def __len__(self) -> int:
-        """Return how many ranges there are."""
+        """Return the number of ranges."""
         return len(self._pieces)
 
     def put(self, offset: int, iov: Sequence[memoryview]) -> None:
-        """Put the changes into what was read from `offset` on."""
+        """Apply the changes to data that were read from `offset` on."""
         for view in iov:
             for start, length, data in self._between(offset, offset + len(view)):
                 first, after = max(start, offset), min(start + length, offset + len(view))
@@ -50,7 +50,7 @@ class Changes:
             offset += len(view)
 
     def next_data(self, offset: int) -> tuple[int, int] | None:
-        """Return where the first bytes at or behind `offset` begin and end that are not just zeros; None for none."""
+        """Return where the first changed range at or after `offset` that is not of zeros begins and ends, or None."""
         for number in range(bisect_right(self._ends, offset), len(self._pieces)):
             start, length, data = self._pieces[number]
             if data is not None:
@@ -58,7 +58,7 @@ class Changes:
         return None
 
     def reader(self, read: Read, size: int) -> Read:
-        """Return what reads by `read`, with the changes, from a file that has `size` bytes with them."""
+        """Return a function that reads by `read` and applies the changes; `size` is the file's size with them."""
 
         def changed(offset: int, length: int) -> bytes:
             length = max(0, min(length, size - offset))
@@ -69,7 +69,7 @@ class Changes:
         return changed
 
     def _between(self, offset: int, end: int) -> Iterator[Change]:
-        """Yield what reaches into a range."""
+        """Yield the changes that overlap a range."""
         for number in range(bisect_right(self._ends, offset), len(self._pieces)):
             if self._pieces[number][0] >= end:
                 break
@@ -77,12 +77,12 @@ class Changes:
 
 
 class ChangedFile:
-    """A file with changes over it; implements `block.driver.File` for readers.
+    """A file with changes applied; implements `block.driver.File` for readers.
 
     Args:
         file: opened for reading only, and closed with this one.
-        changes: what is to be seen in its place.
-        size: bytes that the file has with them.
+        changes: applied to everything that is read.
+        size: the file's size in bytes, with the changes.
     """
 
     can_discard = False
@@ -101,7 +101,7 @@ class ChangedFile:
 
     @property
     def complete(self) -> Complete:
-        """Where finished requests go."""
+        """The function that finished requests are given to."""
         return self._complete
 
     @complete.setter
@@ -109,7 +109,7 @@ class ChangedFile:
         self._complete = complete
 
     def submit(self, batch: list[Request]) -> None:
-        """Take requests; what is past the end of the file itself is zeros there, too."""
+        """Take requests; what is beyond the end of the file, and not changed, is zeros."""
         self._file.submit(batch)
 
     def read_at(self, offset: int, length: int) -> bytes:
@@ -117,20 +117,20 @@ class ChangedFile:
         return self._reader(offset, length)
 
     def write_at(self, offset: int, data: bytes) -> None:
-        """Refuse it. Raises: OSError."""
+        """Refuse to write. Raises: OSError."""
         raise OSError(errno.EROFS, f"{len(data)} bytes to {offset} of a file that is only read")
 
     def grow(self, size: int, tail: bytes = b"") -> None:
-        """Refuse it. Raises: OSError."""
+        """Refuse to grow the file. Raises: OSError."""
         raise OSError(errno.EROFS, f"{size + len(tail)} bytes for a file that is only read")
 
     @property
     def allocated(self) -> int:
-        """Return what the host keeps for the file, in bytes."""
+        """Return the bytes that the host has allocated for the file."""
         return self._file.allocated
 
     def next_data(self, offset: int) -> tuple[int, int]:
-        """Return where the first data at or behind `offset` begin and end; the size twice where there are none."""
+        """Return where the first data at or after `offset` begin and end; the size twice if there are none."""
         size = self._file.size
         found = self._file.next_data(offset) if offset < size else (size, size)
         if found[0] >= size:
@@ -138,7 +138,7 @@ class ChangedFile:
         return min(found, self._changes.next_data(offset) or found)
 
     def sync(self) -> None:
-        """Have nothing to make durable."""
+        """Do nothing: nothing was written."""
 
     def close(self) -> None:
         """Close the file."""

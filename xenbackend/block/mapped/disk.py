@@ -1,18 +1,18 @@
-r"""A disk whose clusters lie in a file wherever there was room; the rest is its parent's, or zeros.
+r"""A disk whose clusters may be anywhere in a file; clusters that the file does not have are its parent's, or zeros.
 
 Must not know how a format writes its tables, nor wait for anything.
 
-What lies in one cluster that the file has goes to the file as a request of ours, pooled, with the same memory at
-another place: a batch stays a batch, and nothing is allocated. (To shift the request itself would cost the same, 0.3
-us, but a filter above may look at what it has lent: `log:` does.) Everything else is `dispatch`ed: cut where that is
-needed, each piece to where it belongs.
+A request within one cluster that the file has goes to the file as a pooled request of our own, with the same memory at
+another place: a batch stays a batch, and nothing is allocated. (Shifting the request itself would cost the same, 0.3
+us, but a filter above may look at the requests that it has lent, as `log:` does.) All other requests are `dispatch`ed:
+split if necessary, and each piece sent where it belongs.
 
     submit -- the table says where --> file ---------------------> complete
        \-- dispatch -- READ  ------> file, parent, zeros, read_special
-                    \- WRITE ------> file, write_elsewhere: the format finds a place, writes, and says so in its tables
+                    \- WRITE ------> file, write_elsewhere: the format finds a place, writes, and updates its tables
 
-What is all a parent's goes to the one that has it, however far down the chain, once that is known: see `owners`. What
-is to be sent gathers in lists: see `io`.
+A read of data that only a parent has goes to that parent directly, however far down it is, once it is known: see
+`owners`. Requests to be sent are collected in lists: see `io`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from xenbackend.block.request import PENDING, Op, Request, clear
 
 @dataclass(frozen=True, slots=True)
 class ImageOptions:
-    """What the chain says of an image."""
+    """The options of an image that has no parent."""
 
     file: FilePath = option("the image file or block device", target=True)
     cache: bool = option("go through the host's page cache", default=False)
@@ -44,30 +44,30 @@ class ImageOptions:
 
 @dataclass(frozen=True, slots=True)
 class ChildOptions(ImageOptions):
-    """What the chain says of an image that may have a parent."""
+    """The options of an image that may have a parent."""
 
     parents: str = option("where the files may be that the image names", default="")
 
 
 @dataclass(frozen=True, slots=True)
 class ChangedOptions(ChildOptions):
-    """What the chain says of an image that knows when its parent was changed."""
+    """The options of an image that can tell whether its parent was changed."""
 
     changed: Literal["refuse", "accept"] = option("a parent that was altered or exchanged", default="refuse")
 
 
 class MappedDisk(Driver):
-    """The base of mapped formats: a subclass reads the headers, calls `start`, and has the hooks below.
+    """The base of mapped formats: a subclass reads the headers, calls `start`, and implements the hooks below.
 
-    Entries and tables: `xenbackend.block.mapped.tables`. A request that a hook gets is a guest's own or a `Part`; the
-    hook ends it by `io.finish`, or passes it to another helper of `io` or of the disk.
+    Entries and tables: `xenbackend.block.mapped.tables`. A hook gets a guest's own request or a `Part`. It ends the
+    request by `io.finish`, or passes it to another helper of `io` or of the disk.
     """
 
     Options: ClassVar[type] = ImageOptions
-    step: ClassVar[int] = 0  # bytes: the file ends at a multiple of this; 0 for one that ends where it has to
+    step: ClassVar[int] = 0  # bytes: the file's size is made a multiple of this; 0: it is left as it is
 
     def open(self, env: Env) -> Geometry:
-        """Open the image, and close it where it cannot be served. Raises: DriverError, OSError."""
+        """Open the image; close it again if it cannot be served. Raises: DriverError, OSError."""
         self.file = self.open_file(env)
         try:
             geometry = self.open_image(env, self.file)
@@ -98,15 +98,15 @@ class MappedDisk(Driver):
         tables: Tables[Table],
         data: File | None = None,
     ) -> None:
-        """Begin to serve: call this from `open`.
+        """Prepare for serving; to be called from `open_image`.
 
         Args:
-            file: the image, as `ImageIO` takes it.
+            file: the image, as for `ImageIO`.
             size: bytes of the disk.
             cluster_bits: a cluster has 2 to the power of this many bytes.
             table_bits: a table has 2 to the power of this many entries.
-            tables: what is known of them.
-            data: the file that has the clusters, likewise.
+            tables: the cache of tables.
+            data: the file that has the clusters if that is another one, as for `ImageIO`.
         """
         self.file = file
         self.io = ImageIO(self, file, data)
@@ -125,49 +125,50 @@ class MappedDisk(Driver):
         self.owners = Owners()
         self._memo = Memo(min(entries, -(-size // cluster)))
 
-    # What a format does.
+    # Hooks, which a format implements.
 
     def open_image(self, env: Env, file: File) -> Geometry:
-        """Read the headers, and call `start`; what then stands in the place of `self.file` closes it.
+        """Read the headers, and call `start`. If this replaces `self.file`, the replacement has to close `file`.
 
         Raises: DriverError, OSError.
         """
         raise NotImplementedError
 
     def load_table(self, number: int, then: Then) -> None:
-        """Get a table that `tables` does not have, put it there, then call `then`; once for all who need it."""
+        """Read a table that `tables` does not have, put it there, then call `then`. Called once for all who need it."""
         raise NotImplementedError
 
     def read_special(self, request: Request) -> None:
-        """Read inside one cluster whose entry is SPECIAL."""
+        """Do a read inside one cluster whose entry is SPECIAL."""
         raise NotImplementedError
 
     def write_elsewhere(self, request: Request) -> None:
-        """Write to clusters, all in one table, none of which may be written where it is."""
+        """Do a write to clusters, all in one table, none of which may be written in place."""
         raise NotImplementedError
 
     def flush(self, request: Request) -> None:
-        """Make what was completed durable; enough as it is where answers wait for the metadata's writes."""
+        """Make completed requests durable. Override it if requests are completed before their metadata are written."""
         if self.io.is_apart:
             self.io.sync(partial(self.io.finish, request))
         else:
             self.io.to_file(request, 0)
 
     def discard(self, request: Request) -> None:
-        """Forget the range, or parts of it."""
+        """Discard the range, or parts of it; by default not supported."""
         self.io.finish(request, errno.EOPNOTSUPP)
 
     def shortcut(self, request: Request) -> int:  # noqa: ARG002 - for formats that know more than entries say
-        """Return where all of a request lies in the file, though its entry does not say so; 0 if that is not known.
+        """Return where the whole of a request is in the file, though its entry does not say so; 0 if that is not known.
 
-        Of a read that is all a parent's, return that parent's number in `owners`, less than 0: -1 for an unknown one.
+        For a read of data that only parents have, return -1 minus the number in `owners` of the parent that has them,
+        so -1 if that parent is not known.
         """
         return 0
 
     # The contract of a driver.
 
     def check_parent(self, parent: Geometry) -> None:
-        """Remember where the parent ends; a child may be larger or smaller."""
+        """Remember the parent's size, which may be smaller or larger than the child's."""
         self._parent_size = parent.size
         self.on_complete = self.io.returned
 
@@ -206,10 +207,10 @@ class MappedDisk(Driver):
         """Close the files; nothing is in flight."""
         self.io.close()
 
-    # What a format may call, from its hooks and from whatever they were promised to be called back by.
+    # Helpers, which a format may call from its hooks and its callbacks.
 
     def to_parent(self, request: Request) -> None:
-        """Read from the parent, as far as it reaches, and zeros beyond."""
+        """Do a read from the parent; beyond its end there are zeros."""
         inside = self._parent_size - request.offset
         if inside >= request.length:
             self.io.to_parent(request)
@@ -221,12 +222,12 @@ class MappedDisk(Driver):
             self.zeros(rest)
 
     def zeros(self, request: Request) -> None:
-        """Read zeros."""
+        """Do a read of zeros."""
         clear(request.iov)
         self.io.finish(request, 0)
 
     def dispatch(self, request: Request) -> None:
-        """Send a request, or pieces of it, to where the tables say; also once more, when they have changed."""
+        """Send a request, or pieces of it, where the tables say; may be called again after the tables have changed."""
         if request.op == Op.FLUSH:
             self.flush(request)
         elif request.op == Op.DISCARD:
@@ -238,24 +239,24 @@ class MappedDisk(Driver):
                 self._send_by(part, way, place)
 
     def go_on(self, request: Request, status: int) -> None:
-        """Go on with a request that has waited for a table or for room, or fail it where that failed."""
+        """Dispatch a request that has waited for a table or for room; end it with `status` if that failed."""
         if status:
             self.io.finish(request, status)
         else:
             self.dispatch(request)
 
     def read_disk(self, offset: int, view: memoryview, then: Then) -> None:
-        """Read what the disk has now, wherever that is."""
+        """Read the disk's present content from `offset` on into `view`, wherever it is."""
         self.dispatch(self.io.part(Op.READ, offset, len(view), [view], then))
 
     def entry(self, cluster: int) -> int | None:
-        """Return a cluster's entry, or None where its table has to be loaded."""
+        """Return a cluster's entry, or None if its table is not loaded."""
         _, table_shift, cluster_shift, table_mask, _, _ = self._layout
         table = self.tables.find(cluster >> table_shift - cluster_shift)
         return None if table is None else table[cluster & table_mask]
 
     def owner(self, offset: int, length: int) -> Driver | None:
-        """Return who can serve reads of a range: this disk, or one of its parents; None while that is not known."""
+        """Return the layer that can serve reads of a range, this disk or a parent; None if tables are missing."""
         _, table_shift, bits, table_mask, _, _ = self._layout
         first, end = offset >> bits, offset + length - 1 >> bits
         while first <= end:
@@ -268,10 +269,10 @@ class MappedDisk(Driver):
             first = last + 1
         return self._owner_below(offset, length) if offset + length <= self._parent_size else self
 
-    # Sending pieces to where they belong.
+    # Sending requests where they belong.
 
     def _submit_sorted(self, moved: list[Request], odd: list[Request]) -> None:
-        """Submit what was gathered by `submit`."""
+        """Send what `submit` has sorted: `moved` to the file, gathered reads to their owners, and `odd` one by one."""
         rest = self._sort(odd, moved) if odd else odd
         through = self.owners.take()
         if rest:
@@ -286,7 +287,7 @@ class MappedDisk(Driver):
                 owner.submit(requests)
 
     def _sort(self, odd: list[Request], moved: list[Request]) -> list[Request]:
-        """Take those out for which the format knows a shortcut."""
+        """Sort the requests for which the format knows a shortcut; return the others."""
         rest, gathered = [], self.owners.gathered
         for request in odd:
             place = self.shortcut(request)
@@ -313,9 +314,9 @@ class MappedDisk(Driver):
             owner.submit(requests)
 
     def _to_unknown(self, requests: list[Request]) -> None:
-        """Pass reads to the parent; those that come after them go where these would have been found."""
+        """Pass reads to the parent, and remember the owners of their clusters for the reads that follow."""
         offsets = [request.offset for request in requests]
-        self.next.submit(requests)  # type: ignore[union-attr]  # whoever knows its size has been given it
+        self.next.submit(requests)  # type: ignore[union-attr]  # there is one if its size is known
         for offset in offsets:
             self._learn(offset)
 
@@ -326,7 +327,7 @@ class MappedDisk(Driver):
             self._memo.remember(cluster >> table_bits, cluster & (1 << table_bits) - 1, self.owners.number(owner))
 
     def _owner_below(self, offset: int, length: int) -> Driver | None:
-        """Return which parent can serve reads of a range of ours, None where that takes a table that is not loaded."""
+        """Return the parent that can serve reads of a range, or None if a table is missing that would tell."""
         if offset + length <= self._parent_size and isinstance(self.next, MappedDisk):
             return self.next.owner(offset, length)
         return self.next

@@ -1,4 +1,4 @@
-"""Images of other hypervisors' formats, which are read and never written: the base of their drivers.
+"""The base of drivers for other hypervisors' image formats, which are read and never written.
 
 Must not know a format, nor open the file for writing.
 """
@@ -25,16 +25,16 @@ _TABLE_EXTRA = 256  # bytes that a table takes beside its entries
 
 
 class ForeignDisk(MappedDisk):
-    """A format says what its image is by `parse`; everything else is done here."""
+    """A read-only mapped disk. A subclass implements `parse`, and everything else is done here."""
 
     step = 64 * 1024  # the file may end anywhere
     image: Layout
-    is_preallocated = False  # whether the image was made with room for all of its disk
+    is_preallocated = False  # whether the image was made with room for the whole disk
 
     def parse(self, env: Env, file: File) -> Layout:
-        """Return what the image says, and report what it is. Raises: DriverError, OSError.
+        """Return the layout of the image, and report its format. Raises: DriverError, OSError.
 
-        Where the disk is not to be read from `file` as it stands, what is put into its place, `self.file`, closes it.
+        If the disk cannot be read directly from `file`, this replaces `self.file`; the replacement has to close `file`.
         """
         raise NotImplementedError
 
@@ -56,7 +56,7 @@ class ForeignDisk(MappedDisk):
         return with_holes(found, self.file) if all_holes or self.is_preallocated else found
 
     def table_extents(self, size: int) -> Iterator[Extent]:
-        """Yield what the tables say, blocking. Raises: DriverError, OSError."""
+        """Yield the extents according to the tables, blocking. Raises: DriverError, OSError."""
         shape = self.image.shape
         cluster = 1 << shape.cluster_bits
         for number in range(shape.tables):
@@ -79,7 +79,7 @@ class ForeignDisk(MappedDisk):
             self.io.soon(partial(self._put, number, self._empty(), then))
 
     def write_elsewhere(self, request: Request) -> None:
-        """Refuse it: nobody above writes to a disk that says that it can only be read."""
+        """Refuse to write. No layer above does that, since the geometry says read-only."""
         self.io.finish(request, errno.EROFS)
 
     def _decode(self, number: int, skip: int, length: int, then: Then, status: int, data: memoryview) -> None:

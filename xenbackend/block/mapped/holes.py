@@ -1,7 +1,7 @@
-"""Discards of a disk of VHD blocks: holes in the file, and no change of a table.
+"""Discards of a disk of VHD blocks: holes in the file, without a change of the table.
 
-Must not free a block: an entry that was freed and used again for another block would have to be ordered against every
-write in flight, and would save nothing that a hole does not.
+Must not free a block: reusing its place for another block would have to be ordered against every write in flight, and
+would save no more room than a hole does.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from xenbackend.block.request import Op, Request
 if TYPE_CHECKING:
     from xenbackend.block.mapped.blocks import Blocks
 
-_AT_ONCE = 16384  # blocks that are not there, looked at in one go
+_AT_ONCE = 16384  # absent blocks that are skipped before other requests get their turn
 
 
 class Holes:
-    """Makes holes where sectors are the image's own: they stay its own, as zeros, and take no room in the host."""
+    """Punches holes for the sectors that the image has: they become its zeros, and take no room on the host."""
 
     def __init__(self, disk: Blocks) -> None:
         self._disk = disk
         self._io = disk.io
 
     def make(self, request: Request) -> None:
-        """Do a discard, and end it."""
+        """Do a discard, and end the request."""
         disk, bits = self._disk, self._disk.cluster_bits
         if not disk.can_discard:
             disk.io.finish(request, errno.EOPNOTSUPP)
@@ -38,7 +38,7 @@ class Holes:
             self._go_on(request, request.offset, 0)
 
     def _go_on(self, request: Request, offset: int, status: int) -> None:
-        """Go from block to block; between many that are not there, others have their turn."""
+        """Go from block to block, with a pause for other requests after many blocks that are absent."""
         disk, bits, end = self._disk, self._disk.cluster_bits, request.offset + request.length
         stop = min(end, offset + (_AT_ONCE << bits))
         while offset < stop and not disk.entries[offset >> bits]:
@@ -53,7 +53,7 @@ class Holes:
             self._make_in_block(disk.io.part(Op.DISCARD, offset, stop - offset, (), then))
 
     def _soon_go_on(self, request: Request, offset: int, status: int) -> None:
-        self._io.soon(partial(self._go_on, request, offset, status))  # or each block went one call deeper
+        self._io.soon(partial(self._go_on, request, offset, status))  # otherwise the stack would grow with each block
 
     def _make_in_block(self, request: Request) -> None:
         disk = self._disk

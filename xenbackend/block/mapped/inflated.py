@@ -1,6 +1,6 @@
-"""Compressed clusters of a disk: read, inflated once for all who want one at the same time, the last one kept.
+"""Reads compressed clusters of a disk: each is inflated once for all requests that wait for it; the last one is kept.
 
-Must not know how a format compresses, nor where it says so.
+Must not know how a format compresses clusters, nor where it records that.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from xenbackend.block.request import Request
 from xenbackend.errors import DriverError
 from xenbackend.units import SECTOR, round_up
 
-Inflate = Callable[[bytes], bytes]  # from the file's bytes, and whatever follows them, to a cluster
+Inflate = Callable[[bytes], bytes]  # from a compressed cluster, perhaps with other bytes behind it, to a cluster
 
 
 class Inflated:
-    """Reads from compressed clusters for `read_special` of a disk.
+    """Reads from compressed clusters, for `MappedDisk.read_special`.
 
     Args:
-        io: of the image.
+        io: the image's.
         cluster_bits: a cluster has 2 to the power of this many bytes.
     """
 
@@ -33,14 +33,14 @@ class Inflated:
         self._inflating: Once[Request] = Once(self._give)
 
     def read(self, request: Request, key: int, place: int, length: int, inflate: Inflate) -> None:
-        """Read inside one cluster.
+        """Do a read inside one cluster.
 
         Args:
-            request: what to read.
-            key: a number that no other cluster has, nor this one after it was written anew.
-            place: where its bytes are in the file.
-            length: how many they are at most.
-            inflate: makes the cluster of them; what it raises, a DriverError, is EIO for whoever reads.
+            request: the read.
+            key: a number that no other cluster has, and that this cluster does not have after it is rewritten.
+            place: where its compressed data begin in the file, in bytes.
+            length: the most bytes that they can have.
+            inflate: inflates them; if it raises DriverError, the read ends with EIO.
         """
         if key == self._last[0]:
             self._give(request, 0, self._last[1])

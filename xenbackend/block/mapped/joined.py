@@ -1,7 +1,7 @@
-"""Ranges of files as one file that is only read: the parts of a disk that is in several files, or a file in an archive.
+"""Ranges of files as one read-only file: for a disk that is in several files, or a file in an archive.
 
-Must not look at what is in them. A place in the joined file is a range's base and the place in the range; no two ranges
-touch, so that a request is always for one file.
+Must not look at their content. A place in the joined file is the base of a range plus the place in that range. No two
+ranges touch, so a request is always for one file.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from xenbackend.block.mapped.parts import cut
 from xenbackend.block.request import Op, Request, clear
 from xenbackend.units import round_up
 
-_GAP = 1 << 20  # bytes between two ranges, and more than any cluster that begins in the first one goes on
+_GAP = 1 << 20  # bytes between two ranges: more than a cluster can reach beyond the end of the first one
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A range of a file, in bytes; what is behind its end reads as zeros."""
+    """A range of a file, in bytes; beyond its end there are zeros."""
 
     file: File
     start: int
@@ -31,10 +31,10 @@ class Span:
 
 
 class Joined:
-    """A `block.driver.File`. The files belong to it, from `add` on.
+    """A `block.driver.File`. It owns the files, from `add` on.
 
-    A request is moved to its file's place while it is there, and shortened where its range ends: it has to be its
-    owner's own, as those of a `MappedDisk` are.
+    A request is modified on its way down: moved to its place in the file, and cut off at the end of the range. So it
+    has to be the sender's own, as those of a `MappedDisk` are, and not a guest's.
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class Joined:
         self._complete: Complete | None = None
 
     def add(self, file: File, start: int, length: int) -> int:
-        """Add a range of a file, which may be one that is here already, and return its base."""
+        """Add a range of a file, and return its base; several ranges may be of the same file."""
         if not any(each is file for each in self._files):
             self._files.append(file)
             self.mode = self.mode or file.mode
@@ -62,7 +62,7 @@ class Joined:
 
     @property
     def complete(self) -> Complete:
-        """Where finished requests go."""
+        """The function that finished requests are given to."""
         assert self._complete is not None  # noqa: S101 - the owner sets it before the first submit
         return self._complete
 
@@ -95,34 +95,34 @@ class Joined:
 
     @property
     def allocated(self) -> int:
-        """Bytes that the host keeps for all of the files."""
+        """The bytes that the host has allocated for all the files."""
         return sum(each.allocated for each in self._files)
 
     def next_data(self, offset: int) -> tuple[int, int]:
-        """See `File`; asked inside of a range, it says what that has. Raises: OSError."""
+        """See `File`. The answer is about the range that `offset` is in. Raises: OSError."""
         span = self._spans[self._number_at(offset)]
         moved, end = span.base - span.start, span.base + span.length
         first, after = span.file.next_data(offset - moved)
         return min(first + moved, end), min(after + moved, end)
 
     def place_in_file(self, place: int) -> int:
-        """Return where a place is in its own file."""
+        """Return the place in its own file of a place in the joined one."""
         span = self._spans[self._number_at(place)]
         return place - span.base + span.start
 
     def write_at(self, offset: int, data: bytes) -> None:
-        """Refuse it. Raises: OSError."""
+        """Refuse to write. Raises: OSError."""
         raise OSError(errno.EROFS, f"{len(data)} bytes at {offset} of files that are only read")
 
     def grow(self, size: int, tail: bytes = b"") -> None:
-        """Refuse it. Raises: OSError."""
+        """Refuse to grow a file. Raises: OSError."""
         raise OSError(errno.EROFS, f"{size} bytes and {len(tail)} of files that are only read")
 
     def sync(self) -> None:
         """Do nothing: nothing was written."""
 
     def close(self) -> None:
-        """Close every file. Raises: OSError, where the last one could not be closed."""
+        """Close every file. Raises: OSError if the last one could not be closed."""
         *others, last = self._files
         for file in others:
             with suppress(OSError):  # they were only read
@@ -133,7 +133,7 @@ class Joined:
         return max(0, bisect_right(self._bases, offset) - 1)
 
     def _move(self, request: Request, span: Span) -> bool:
-        """Send a request to the place of its file; False where it begins behind the range, and is zeros."""
+        """Move a request to its place in the file; if it begins beyond the range, fill it with zeros, return False."""
         place = request.offset - span.base
         inside = min(request.length, span.length - place)
         if inside < request.length:

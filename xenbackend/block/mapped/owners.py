@@ -1,7 +1,7 @@
-"""Which of a disk's parents holds what, remembered, so that a read goes there at once and not down the chain.
+"""Remembers which of a disk's parents has which data, so that a read goes there directly and not down the chain.
 
-Must not send anything, nor be asked about what the disk has itself. It holds because parents are never written while
-they are open: what a parent once had, it has.
+Must not send anything, nor be used for data that the disk has itself. What is remembered stays true, because parents
+are never written to while they are open.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from xenbackend.block.driver import Driver
 from xenbackend.block.request import Request
 
 _MOST = 16 << 20  # bytes of a memo
-_EXTRA = 128  # bytes that a table takes beside its numbers
+_EXTRA = 128  # bytes that a table takes in addition to its numbers
 _MAX_OWNERS = 255
 
 Gathered = list[tuple[Driver | None, list[Request]]]
 
 
 class Owners:
-    """Gathers reads by the layer that they go to: `gathered` has a list for each number of an owner.
+    """Gathers reads by the layer that they go to: `gathered` has a list for each owner's number.
 
-    The number 0 is for reads of what is not known to be anybody's. `gathered` stays the same object, for whoever
-    cannot afford a call.
+    Number 0 is for reads whose owner is not known. `gathered` stays the same object, so that a hot loop can use it
+    without a call.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class Owners:
         self._owners: list[Driver] = []
 
     def number(self, owner: Driver) -> int:
-        """Return the number of an owner, which is its for good."""
+        """Return an owner's number, which never changes; 0 if there are too many owners."""
         if owner not in self._owners:
             if len(self._owners) == _MAX_OWNERS:
                 return 0
@@ -37,7 +37,7 @@ class Owners:
         return self._owners.index(owner) + 1
 
     def take(self) -> Gathered:
-        """Return what was gathered, by owner; None for what is not known to be anybody's."""
+        """Return the gathered reads by owner, and empty the lists; the owner is None if it is not known."""
         taken: Gathered = []
         for number, requests in enumerate(self.gathered):
             if requests:
@@ -47,10 +47,10 @@ class Owners:
 
 
 class Memo:
-    """The owner's number of each cluster of a table, in `known`, a byte for each; what is not known is 0.
+    """By table in `known`: the owner's number of each of its clusters, one byte each, 0 if it is not known.
 
     Args:
-        entries: clusters of a table.
+        entries: clusters in a table.
     """
 
     def __init__(self, entries: int) -> None:
@@ -59,7 +59,7 @@ class Memo:
         self._limit = max(1, _MOST // (entries + _EXTRA))
 
     def remember(self, table: int, index: int, number: int) -> None:
-        """Keep a number; when there are too many tables, all are forgotten."""
+        """Remember a number; if there are too many tables, first forget all of them."""
         if table not in self.known:
             if len(self.known) >= self._limit:
                 self.known.clear()

@@ -1,4 +1,4 @@
-"""Parts of requests, and requests of our own; and the memory that they are made of.
+"""Parts of requests, requests of a layer's own, and memory for them.
 
 Must not submit anything.
 """
@@ -13,9 +13,9 @@ from xenbackend.block.request import PENDING, Request
 
 
 class Part(Request):
-    """A piece of a request, or a request of our own. `done` is called when it is back, and must not keep it.
+    """A piece of a request, or a request of a layer's own. `done` is called when it is back, and must not keep it.
 
-    A child's parts come to its parent as requests like any other: `pool` tells whose they are.
+    To a parent its child's parts are requests like any others: `pool` tells which disk a part belongs to.
     """
 
     __slots__ = ("done", "pool")
@@ -28,7 +28,7 @@ class Part(Request):
 
 
 class Join:
-    """A request that was cut: it ends when all of its parts have, with the first error among them."""
+    """A request that was split: it ends when all its parts have, with the first error among them."""
 
     __slots__ = ("left", "request", "status")
 
@@ -39,7 +39,7 @@ class Join:
 
 
 class Pool:
-    """Parts that are lent again and again. `lent` are out at the moment."""
+    """Parts that are reused. `lent` is the number of parts in use."""
 
     def __init__(self) -> None:
         self.lent = 0
@@ -48,7 +48,7 @@ class Pool:
     def take(
         self, op: int, offset: int, length: int, iov: Sequence[memoryview], done: Callable[[Part], None], tag: Any
     ) -> Part:
-        """Return a part; give it back by `put`."""
+        """Return a part, which has to be given back by `put`."""
         self.lent += 1
         part = self._free.pop() if self._free else Part(self)
         part.op, part.offset, part.length, part.iov = op, offset, length, iov
@@ -56,7 +56,7 @@ class Pool:
         return part
 
     def split(self, request: Request, lengths: Sequence[int], done: Callable[[Part], None]) -> list[Part]:
-        """Return parts of a request whose tag is their `Join`; of one that such a part has, if the request is one."""
+        """Return parts of a request, tagged with their `Join`; if it is such a part itself, its own `Join` is used."""
         is_part = isinstance(request, Part) and request.pool is self and isinstance(request.tag, Join)
         join: Join = request.tag if is_part else Join(request, 1)
         join.left += len(lengths) - 1
@@ -77,12 +77,12 @@ class Pool:
 
 
 def allocate(size: int) -> memoryview:
-    """Return memory, zero at first, that begins where direct I/O wants it to."""
+    """Return zeroed memory, aligned to a page as direct I/O needs it."""
     return memoryview(mmap.mmap(-1, size))
 
 
 def cut(iov: Sequence[memoryview], lengths: Sequence[int]) -> Iterator[list[memoryview]]:
-    """Yield for each length the views that hold so many bytes, from the beginning of `iov` on."""
+    """Yield, for each length in turn, views of the next so many bytes of `iov`."""
     views = iter(iov)
     view = memoryview(b"")
     for length in lengths:
@@ -98,11 +98,11 @@ def cut(iov: Sequence[memoryview], lengths: Sequence[int]) -> Iterator[list[memo
 
 
 def tell(part: Part) -> None:
-    """Call a part's tag with its status: a `Part.done`."""
+    """Call a part's tag with its status; for use as `Part.done`."""
     part.tag(part.status)
 
 
 def tell_with(part: Part) -> None:
-    """Call the first of a part's tag with its status and the second: a `Part.done`."""
+    """Call the first item of a part's tag with its status and the second item; for use as `Part.done`."""
     then, view = part.tag
     then(part.status, view)

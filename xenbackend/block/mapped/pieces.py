@@ -1,4 +1,4 @@
-"""How a request is cut: a piece for each stretch of it that goes the same way.
+"""Splits a request into pieces, one for each stretch of it that goes the same way.
 
 Must not send anything, nor load a table.
 """
@@ -22,10 +22,10 @@ class Way(IntEnum):
     ZEROS = 2
     SPECIAL = 3  # the format reads it
     ELSEWHERE = 4  # the format writes it, somewhere
-    LOAD = 5  # nobody knows before its table is there
+    LOAD = 5  # not known: its table has to be loaded first
 
 
-Piece = tuple[Way, int, int]  # the place in the file, or the number of the table; how many bytes
+Piece = tuple[Way, int, int]  # the way; the place in the file, or the table's number; the length in bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +37,10 @@ class Shape:
 
 
 def pieces_of(request: Request, find: Callable[[int], Table | None], shape: Shape) -> list[Piece]:
-    """Return the pieces of a read or write, in their order; neighbours that go the same way are one.
+    """Return the pieces of a read or write, in order; neighbours that go the same way are merged.
 
-    Behind a cluster whose table has to be loaded it is not looked any further: what comes before goes ahead, so that
-    there is progress however few tables are kept.
+    The search stops at a cluster whose table has to be loaded, and the rest is one piece. The pieces before it can be
+    sent at once, so there is progress even if very few tables are kept.
     """
     cluster, table_shift = 1 << shape.cluster_bits, shape.cluster_bits + shape.table_bits
     offset, end = request.offset, request.offset + request.length
@@ -63,7 +63,7 @@ def pieces_of(request: Request, find: Callable[[int], Table | None], shape: Shap
 
 
 def _way(op: int, entry: int, inside: int, table: int) -> tuple[Way, int]:
-    """Return which way a piece of one cluster goes, and what has to fit for the next piece to go with it."""
+    """Return the way of a piece of one cluster, and a place that decides whether the next piece can be merged."""
     if entry >> op & 1:
         return Way.FILE, (entry & PLACE) + inside
     if op == Op.WRITE:
@@ -74,7 +74,7 @@ def _way(op: int, entry: int, inside: int, table: int) -> tuple[Way, int]:
 
 
 def _add(pieces: list[Piece], way: Way, place: int, length: int) -> None:
-    """Add a piece; to the last one where it goes the same way, and in the file right behind it."""
+    """Add a piece; merge it with the last one if it goes the same way and, in the file, directly follows it."""
     if pieces and way != Way.SPECIAL:
         last_way, last_place, last_length = pieces[-1]
         if last_way == way and place == (last_place + last_length if way == Way.FILE else last_place):
@@ -84,7 +84,7 @@ def _add(pieces: list[Piece], way: Way, place: int, length: int) -> None:
 
 
 def runs_of(present: bytearray, first: int, last: int) -> list[int]:
-    """Return the bytes of each run of sectors that are alike."""
+    """Return the length in bytes of each run of equal values among the sectors `first` to `last`, excluded."""
     lengths = []
     while first < last:
         after = present.find(1 - present[first], first, last)

@@ -1,4 +1,4 @@
-"""Work that many ask for at once and that is done once for all of them: a table read, a write of metadata, a flush.
+"""Work that is done once for all who ask for it at the same time: reading a table, writing metadata, a flush.
 
 Must not know what the work is.
 """
@@ -15,18 +15,18 @@ W = TypeVar("W")
 
 
 class Shared:
-    """One piece of work, at most once under way; who asks meanwhile shares the next time.
+    """One piece of work, under way at most once; those who ask meanwhile share the next run.
 
     Args:
-        begin: does the work, once, and calls what it is given with the status.
-        soon: calls what it is given when nothing else is left to do, so that who asks at the same time shares.
+        begin: does the work once, and calls its argument with the status.
+        soon: calls its argument when nothing else is left to do, so that all who ask until then share a run.
     """
 
     def __init__(self, begin: Callable[[Then], None], soon: Soon) -> None:
         self._begin = begin
         self._soon = soon
         self._wanted: list[Then] = []
-        self._sharing: list[Then] = []  # those for whom the work is under way
+        self._sharing: list[Then] = []  # those who share the run that is under way
 
     @property
     def is_idle(self) -> bool:
@@ -34,7 +34,7 @@ class Shared:
         return not (self._wanted or self._sharing)
 
     def want(self, then: Then) -> None:
-        """Call `then` when the work has been done once from its beginning, counted from now."""
+        """Call `then` when a run of the work that begins after this call has ended."""
         if self.is_idle:
             self._soon(self._start)
         self._wanted.append(then)
@@ -52,7 +52,7 @@ class Shared:
 
 
 class SharedByNumber:
-    """Pieces of work that have numbers, each `Shared` by itself: `begin` gets the number as well."""
+    """Numbered pieces of work, each of them a `Shared`: `begin` gets the number, too."""
 
     def __init__(self, begin: Callable[[int, Then], None], soon: Soon) -> None:
         self._begin = begin
@@ -67,16 +67,16 @@ class SharedByNumber:
         work.want(then)
 
     def forget(self, number: int) -> None:
-        """Give back the memory for a piece of work, unless somebody waits for it."""
+        """Free the memory of a piece of work, unless somebody waits for it."""
         if number in self._works and self._works[number].is_idle:
             del self._works[number]
 
 
 class Once(Generic[W]):
-    """Something that is got once for all who wait for it: the first has it begun, the others wait, then all go on.
+    """Something that is fetched once for all who wait for it: the first one begins that, and all go on at its end.
 
     Args:
-        go_on: lets one of them go on; gets whoever waited, and what the work has come to.
+        go_on: called for each of those who waited, with that one and the results.
     """
 
     def __init__(self, go_on: Callable[..., None]) -> None:
@@ -84,7 +84,7 @@ class Once(Generic[W]):
         self._waiting: dict[int, list[W]] = {}
 
     def want(self, number: int, who: W, begin: Callable[[Callable[..., None]], Any]) -> None:
-        """Let somebody wait for what has a number; `begin` gets what to call when it is there, and does not keep it."""
+        """Let `who` wait for thing number `number`. `begin` fetches it, and calls its argument with the results."""
         waiting = self._waiting.get(number)
         if waiting is not None:
             waiting.append(who)

@@ -1,9 +1,9 @@
-"""Where the clusters of a disk are: entries, and a bounded cache of the tables that hold them.
+"""The places of a disk's clusters: entries, and a bounded cache of the tables that hold them.
 
 Must not do I/O, nor know how a format writes its tables.
 
 An entry is one number for each cluster, a place in the file and flags: ``place | READABLE | WRITABLE``. A place is in
-bytes and a multiple of 512, so the flags cost nothing. The entry 0 is a cluster that the image does not have.
+bytes and a multiple of 512, so there is room for the flags. Entry 0 is a cluster that the image does not have.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from typing import Generic, TypeVar
 
 READABLE = 1 << 0  # reads may go to the place: 1 << Op.READ
-WRITABLE = 1 << 1  # writes may go to the place, and change nothing but the data: 1 << Op.WRITE
-ZERO = 1 << 4  # reads as zeros, whatever the parent has. Bits 2 and 3 stay clear: no flush or discard has a place
+WRITABLE = 1 << 1  # writes may go to the place without any change of metadata: 1 << Op.WRITE
+ZERO = 1 << 4  # reads as zeros, whatever the parent has. Bits 2 and 3 stay clear: flushes and discards have no place
 SPECIAL = 1 << 5  # only the format can read and write it; the other bits are its own
 OWNED = READABLE | WRITABLE
 PLACE = (1 << 63) - 512  # the bits of an entry that are the place
@@ -24,17 +24,17 @@ T = TypeVar("T")
 
 
 class Tables(Generic[T]):
-    """The things by number that were used last: from `limit` to twice as many, and those that are pinned.
+    """A cache of tables by number: the last used ones, `limit` to twice as many, and those that are pinned.
 
-    Two generations: what is found costs one look into `young`, and nothing is moved on each use. When the young ones
-    are `limit`, they become the old ones, and what was old and never asked for again is forgotten.
+    There are two generations, so that a hit costs one look into `young`, and nothing is moved on each use. When there
+    are `limit` young ones, they become the old ones, and the old ones that were not used again are dropped.
 
     Args:
-        limit: how many; a table's size times this, twice, is the memory that is taken.
+        limit: number of tables; the cache takes up to twice the memory of so many.
     """
 
     def __init__(self, limit: int) -> None:
-        self.young: dict[int, T] = {}  # stays the same object, for whoever cannot afford a call
+        self.young: dict[int, T] = {}  # stays the same object, so that a hot loop can use it without a call
         self._old: dict[int, T] = {}
         self._limit = max(1, limit)
         self._pins: Counter[int] = Counter()
@@ -49,14 +49,14 @@ class Tables(Generic[T]):
         return table
 
     def put(self, number: int, table: T) -> None:
-        """Keep a table; the pinned ones and the young ones stay."""
+        """Add a table; if this makes the young ones old, old ones that are not pinned are dropped."""
         if len(self.young) >= self._limit and number not in self.young:
             self._grow_old()
         self._old.pop(number, None)
         self.young[number] = table
 
     def pin(self, number: int) -> None:
-        """Keep a table that is there until it is unpinned as often: its change is on its way to the file."""
+        """Keep a table until it is unpinned as often: a change of it is on its way to the file."""
         self._pins[number] += 1
 
     def unpin(self, number: int) -> None:
