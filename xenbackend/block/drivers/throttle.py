@@ -243,7 +243,7 @@ class Throttle(Filter):
             self._share.release()
 
     def _may_pass(self, batch: list[Request], now: float) -> bool:
-        """Charge the whole batch and return True; charge nothing and return False if a limit would hold any of it back."""
+        """Charge the whole batch, return True; if a limit would hold any of it back, charge nothing, return False."""
         if not self._limits:
             return True
         reads = writes = read_bytes = written_bytes = 0

@@ -1,1 +1,1 @@
-"""What QCOW images of both versions have in common: two levels of tables, and changes of them step by step."""
+"""The common part of both versions of QCOW images: two levels of tables, and their changes, step by step."""

@@ -1,7 +1,7 @@
-"""How each version of QCOW writes L1 and L2 tables, as a disk reads them: words of the file to entries, and back.
+"""Translates L1 and L2 tables of each version of QCOW: the file's words to entries, and back.
 
-Must not do I/O. A table is checked as a whole when it is loaded: one word that leads nowhere makes all of it
-unreadable. Reserved bits mean nothing here, as to QEMU: `image check` finds them, and the rest of the table is true.
+Must not do I/O. A table is checked as a whole when it is loaded: a single word with an impossible place makes all of it
+unreadable. Reserved bits are ignored, as by QEMU: `image check` reports them, and the rest of the table is valid.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from xenbackend.block.mapped.tables import OWNED, PLACE, READABLE, SPECIAL, WRIT
 
 
 class Version2:
-    """QCOW2: a word says whether its cluster may be written in place, that it is zeros, or that it is compressed."""
+    """QCOW2: a word says whether its cluster may be written in place, is zeros, or is compressed."""
 
     def __init__(self, header: qcow2.Header) -> None:
         self._header = header
@@ -28,7 +28,7 @@ class Version2:
     def decode_l1(self, word: int) -> tuple[int, bool]:
         """See `Codec`."""
         place = qcow2_tables.l1_place(word, self._header)
-        return place, bool(place and word & COPIED)  # without a place a table would be written over the header
+        return place, bool(place and word & COPIED)  # with place 0 it would be written over the header
 
     def encode_l1(self, place: int) -> int:
         """See `Codec`."""
@@ -45,7 +45,7 @@ class Version2:
         return entries
 
     def map_l2(self, words: array[int]) -> array[int]:
-        """Return the entries with the places of clusters that are zeros, too. Raises: DriverError."""
+        """Return the entries, for zero clusters with the place that is reserved for them. Raises: DriverError."""
         entries = self.decode_l2(words)
         for index, entry in enumerate(entries):
             if entry == ZERO:
@@ -59,7 +59,7 @@ class Version2:
         return entry & PLACE | (COPIED if entry & WRITABLE else 0)
 
     def check_table(self, number: int, entries: array[int]) -> None:
-        """See `Codec`: in an external data file each cluster is where it is on the disk."""
+        """See `Codec`. In an external data file each cluster has to be at the same place as on the disk."""
         if not self._is_apart:
             return
         size, place = self._header.cluster_size, number << self.l2_bits + self._header.cluster_bits
@@ -70,7 +70,7 @@ class Version2:
 
     def places_of(self, word: int) -> Sequence[int]:
         """See `Codec`."""
-        if self._is_apart:  # and not counted
+        if self._is_apart:  # clusters in the data file have no refcounts
             return ()
         if not word & COMPRESSED:
             return [word & OFFSET] if word & OFFSET else []
@@ -83,7 +83,7 @@ class Version2:
         return qcow2_tables.compressed_place(word, self._header.cluster_bits)
 
     def _odd(self, word: int) -> int:
-        """Return the entry for a word that may be more than a cluster. Raises: DriverError."""
+        """Return the entry for a word that may have other bits than a place. Raises: DriverError."""
         place = qcow2_tables.l2_place(word, self._header)
         if word & COMPRESSED:
             if self._is_apart:
@@ -97,7 +97,7 @@ class Version2:
 
 
 class Version1:
-    """QCOW: a word is a place, or a compressed cluster; everything belongs to the image alone, and nothing is freed."""
+    """QCOW version 1: a word is a place, or a compressed cluster. Clusters are never shared, and never freed."""
 
     def __init__(self, header: qcow.Header) -> None:
         self._header = header
@@ -116,24 +116,24 @@ class Version1:
     def decode_l2(self, words: array[int]) -> array[int]:
         """See `Codec`."""
         if not any(words):
-            return array("Q", bytes(8 * len(words)))  # a new table; the rest takes 20 times as long
+            return array("Q", bytes(8 * len(words)))  # a new table: the general way takes 20 times as long
         inside = self._header.cluster_size - 1
         if any(word & inside for word in words if not word & qcow.COMPRESSED):
             raise damaged("an entry of its L2 tables is not the place of a cluster")
         return array("Q", [word and (SPECIAL if word & qcow.COMPRESSED else word | OWNED) for word in words])
 
     def map_l2(self, words: array[int]) -> array[int]:
-        """Return the entries; there is no more to know. Raises: DriverError."""
+        """Return the entries, as `decode_l2`: there are no zero clusters. Raises: DriverError."""
         return self.decode_l2(words)
 
     def check_table(self, number: int, entries: array[int]) -> None:
-        """Find nothing wrong: what it could be, nobody knows."""
+        """Accept everything: nothing in this format could contradict it."""
 
     def encode_l2(self, entry: int) -> int:
         """See `Codec`."""
         return entry & PLACE
 
-    def places_of(self, word: int) -> Sequence[int]:  # noqa: ARG002 - nothing could say that it is free
+    def places_of(self, word: int) -> Sequence[int]:  # noqa: ARG002 - the format cannot mark clusters as free
         """See `Codec`."""
         return ()
 

@@ -1,15 +1,15 @@
-"""The first write to a cluster: a new place in the file, the data there, then the entry that names it.
+"""The first write to a cluster: find a new place in the file, write the data there, then the entry that refers to it.
 
 Must not know how entries are written, nor which clusters are free: `Mapping` and the allocator do.
 
-    find room -> data, and around them what the cluster had -> (flush) -> entry -> answer
+    find room -> data, with the cluster's old content around them -> (flush) -> entry -> answer
 
-The flush is there where bytes that nobody writes now came to a new place: a table that names them must not be durable
-before they are. At the end of the file, where everything reads as zeros, nothing has to be put around the data of a
-cluster that had nothing.
+The flush is needed if old content was copied to the new place: a table that refers to it must not become durable
+earlier. At the end of the file everything reads as zeros, so there the data of a cluster that had no content need
+nothing around them.
 
-Where clusters are in a file of their own, every cluster has its one place there, with whatever was there before: the
-flush is always there, and nothing is written behind the end of the disk, where the file may end.
+In an external data file every cluster has a fixed place, with whatever was there before: so the flush is always needed,
+and nothing is written beyond the end of the disk, where the file may end.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from xenbackend.block.qcow.level2 import Mapping
 from xenbackend.block.request import Request
 from xenbackend.loop.steps import Steps, run
 
-Reserve = Callable[[int, int, Any], None]  # first cluster of the disk, how many; calls back as `Allocator.reserve` does
+Reserve = Callable[[int, int, Any], None]  # first cluster of the disk, how many, callback as of `Allocator.reserve`
 
 
 class CopyUp:
-    """Writes to clusters that cannot be written where they are; one write to a cluster at a time."""
+    """Does writes to clusters that cannot be written in place; one write to a cluster at a time."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class CopyUp:
         table_bits: int,
         reaches_parent: Callable[[int], bool],
     ) -> None:
-        """Take what does the steps; `reaches_parent` says whether the parent has something at an offset or behind."""
+        """`reaches_parent` tells whether an offset of the disk is before the end of the parent."""
         self._disk = disk
         self._io = disk.io
         self._mapping = mapping
@@ -49,10 +49,10 @@ class CopyUp:
         self._table_bits = table_bits
         self._reaches_parent = reaches_parent
         self._bits = disk.cluster_bits
-        self._waiting: dict[int, list[Request]] = {}  # by cluster that is being written; never without an entry
+        self._waiting: dict[int, list[Request]] = {}  # by cluster that is being written, which always has an entry
 
     def write(self, request: Request) -> None:
-        """Write to clusters of one table, none of which may be written in place; end it by `finish`."""
+        """Do a write to clusters of one table, none of which may be written in place; end it by `finish`."""
         clusters = self._clusters(request)
         for cluster in clusters:
             if cluster in self._waiting:
@@ -66,13 +66,13 @@ class CopyUp:
         return range(request.offset >> self._bits, (request.offset + request.length - 1 >> self._bits) + 1)
 
     def _release(self, clusters: range) -> None:
-        """Let those go on that waited for clusters."""
+        """Dispatch the requests that waited for these clusters."""
         waiting = [each for cluster in clusters for each in self._waiting.pop(cluster)]
         for each in waiting:
             self._disk.dispatch(each)
 
     def _serve(self, request: Request, clusters: range) -> Steps[None]:
-        """Write piece by piece: as much at a time as there is room for in one place."""
+        """Write piece by piece, each as long as the room that was found in a row."""
         status, offset, end = 0, request.offset, request.offset + request.length
         views: Sequence[memoryview] = request.iov
         number, index = divmod(clusters.start, 1 << self._table_bits)
@@ -91,13 +91,13 @@ class CopyUp:
         self._release(clusters)
 
     def _write(self, start: int, stop: int, views: Sequence[memoryview], place: int, *, is_zero: bool) -> Steps[None]:
-        """Write what the disk is to hold between two offsets to new clusters at `place`."""
+        """Write the new content of the disk from `start` to `stop` to new clusters at `place`."""
         size = 1 << self._bits
         before, behind = start % size, -stop % size
         if self._is_apart:
             behind = min(behind, self._disk.size - stop)
         needs_sync = self._is_apart
-        if not (before or behind):  # whole clusters, as of a guest that writes in sequence
+        if not (before or behind):  # whole clusters, as a guest's that writes sequentially
             yield partial(self._io.write_data, place, views)
         else:
             head, no_head = yield from self._old(start - before, before, is_zero=is_zero)
@@ -112,7 +112,7 @@ class CopyUp:
         yield from self._mapping.change(number, index, entries)
 
     def _old(self, offset: int, length: int, *, is_zero: bool) -> Generator[Any, Any, tuple[memoryview, bool]]:
-        """Return what a part of a cluster holds, nothing where that need not be written; and whether it need not."""
+        """Return the old content of a part of a cluster, empty if it need not be written, and whether it need not."""
         if not length:
             return memoryview(b""), True
         entry = self._disk.entry(offset >> self._bits)
@@ -127,4 +127,4 @@ class CopyUp:
 
 
 def _nothing(_status: int, _result: None) -> None:
-    """Do nothing when the steps have ended: they finish their request themselves."""
+    """Do nothing at the end of the steps, which finish their request themselves."""

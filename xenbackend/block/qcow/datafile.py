@@ -1,9 +1,9 @@
-"""The external data file of a QCOW2 image: which file it may be, and opening it.
+"""The external data file of a QCOW2 image: finds which file it is, and opens it.
 
-Every cluster in it is where it is on the disk, so that nothing in it is ever handed out, counted or moved.
+Every cluster in it is at the same place as on the disk, so nothing in it is ever allocated, counted or moved.
 
-Must not follow a name that the image gives but by the rule for parents, nor for writing at all: whoever made the image
-could name the disk of somebody else there, which lies in the same directory.
+Must not follow a name in the image other than by the rule for parents, and never for writing: whoever made the image
+could name somebody else's disk, which is in the same directory.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from xenbackend.block.mapped.parents import DATA_FILE, is_file_name
 from xenbackend.errors import DriverError, printable
 from xenbackend.units import format_size
 
-_STEP = 512  # bytes: it may end inside of a sector, and is made longer by a hole then
+_STEP = 512  # bytes: a file that ends inside a sector is extended by a hole
 
 
 def find_data(files: Lookup, image: str, name: bytes, chosen: str, within: str, *, read_only: bool) -> tuple[str, str]:
-    """Return the path of the data file, and by which act of an administrator it is that, as `Found.by`.
+    """Return the path of the data file, and which act of an administrator allowed it, as in `Found.by`.
 
     Args:
-        files: finds what the image names, and tells files apart.
+        files: finds the file that the image names, and compares files.
         image: the path of the image.
-        name: what the image says.
-        chosen: what the operator says, who may name any file.
-        within: where the operator says that a file that the image names may be.
-        read_only: it is only read, for which what the image says may suffice.
+        name: the name in the image.
+        chosen: the file that the operator names, which may be any; empty: none.
+        within: where the operator says that a file that the image names may be (`parents=`).
+        read_only: the file is only read, so the name in the image may suffice.
 
     Raises: DriverError, OSError.
     """
@@ -60,18 +60,18 @@ def refuse_unchosen(image: str, name: bytes) -> None:
 
 
 def data_item(path: str) -> str:
-    """Return what a layer says to choose a data file, with whatever it needs escaped."""
+    """Return the option that chooses a data file, escaped as in a layer's text."""
     return format_item(f"data_file={path}")
 
 
 def unchosen(path: str, advice: str) -> str:
-    """Return why a data file is not written to that only the image names, and what to say instead."""
+    """Return why a data file that only the image names is not written to, with `advice` on the option to use."""
     problem = f"its data file {printable(path)} is named by the image alone, which does not suffice for writing"
     return f"{problem}; if that file belongs to it, say {printable(advice)}"
 
 
 def open_data(env: Env, path: str, header: Header, *, direct: bool) -> File:
-    """Open a data file as the image is opened, with a lock of its own. Raises: DriverError, OSError."""
+    """Open a data file in the same mode as the image, with a lock of its own. Raises: DriverError, OSError."""
     file = env.files.open(path, read_only=env.read_only, shareable=env.shareable, direct=direct, step=_STEP)
     try:
         if not env.read_only:
@@ -83,7 +83,7 @@ def open_data(env: Env, path: str, header: Header, *, direct: bool) -> File:
 
 
 def check_length(path: str, length: int, size: int) -> None:
-    """Refuse a data file that ends before the disk does: what was behind is lost, or was never there.
+    """Refuse a data file that is shorter than the disk: the rest of its data is lost, or was never there.
 
     Raises: DriverError.
     """
@@ -94,5 +94,5 @@ def check_length(path: str, length: int, size: int) -> None:
 
 
 def in_place(cluster_bits: int) -> Callable[[int, int, Callable[[int, int, int, bool], None]], None]:
-    """Return what finds room for clusters in a data file, as `copyup.Reserve`: where they are on the disk."""
+    """Return a `copyup.Reserve` for a data file, where the place of a cluster is that on the disk."""
     return lambda first, count, then: then(0, first << cluster_bits, count, False)

@@ -1,6 +1,6 @@
-"""What both versions of QCOW do in the same way: open the file, find the parent, read compressed clusters, write anew.
+"""What both versions of QCOW have in common: opening, the parent, compressed clusters, first writes to clusters.
 
-Must not know where a version keeps its tables, nor what it knows of free clusters.
+Must not know where a version keeps its tables, nor how it tracks free clusters.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from xenbackend.block.request import Request
 from xenbackend.errors import DriverError, printable
 from xenbackend.units import SECTOR, round_up
 
-TABLES = 16 << 20  # bytes that L2 tables in memory take, up to twice that
-_TABLE_EXTRA = 1024  # bytes that a table takes beside its words
+TABLES = 16 << 20  # bytes of L2 tables in memory; they take up to twice that
+_TABLE_EXTRA = 1024  # bytes that a table takes in addition to its words and entries
 
 
 class QcowDisk(MappedDisk):
@@ -40,12 +40,12 @@ class QcowDisk(MappedDisk):
 
     @dataclass(frozen=True, slots=True)
     class Options(ChildOptions):
-        """What the chain says of the image."""
+        """The options of `qcow:`."""
 
         parent_format: QemuName = option("what the parent is, where the image does not say", default="")
 
     options: Options
-    step = 64 * 1024  # which suits every medium
+    step = 64 * 1024  # suits the sectors of any medium
     allocator: Allocator | None = None
 
     def serve(
@@ -58,12 +58,12 @@ class QcowDisk(MappedDisk):
         unpack: Unpack = inflate,
         data: File | None = None,
     ) -> None:
-        """Begin to serve; `allocator` is set afterwards by `serve_writes` where the disk may be written."""
+        """Prepare for serving; for a writable disk call `serve_writes` afterwards."""
         self._codec = codec
         self._unpack = partial(unpack, cluster_size=1 << cluster_bits)
-        table_bytes = 2 * 8 << codec.l2_bits  # entries, and the words of the file
+        table_bytes = 2 * 8 << codec.l2_bits  # the entries, and the file's words
         tables: Tables[L2Table] = Tables(TABLES // (table_bytes + _TABLE_EXTRA))
-        # `Tables` is not covariant; nobody but us puts one in.
+        # `Tables` is not covariant; only this class adds to it.
         bits = codec.l2_bits
         self.start(file, size, cluster_bits=cluster_bits, table_bits=bits, tables=tables, data=data)  # type: ignore[arg-type]  # two kinds of tables
         first = l1.offset // SECTOR * SECTOR
@@ -84,7 +84,7 @@ class QcowDisk(MappedDisk):
         return with_holes(found, self.io.data) if all_holes or self.is_preallocated() else found
 
     def is_preallocated(self) -> bool:
-        """Return whether the image seems to have been made with room for data that are not there yet."""
+        """Return whether the image seems to have been preallocated: made with room for data that are not there yet."""
         return False
 
     def _cluster_extents(self, size: int) -> Iterator[Extent]:
@@ -99,13 +99,13 @@ class QcowDisk(MappedDisk):
             yield from of_entries(entries, cluster, start, size)
 
     def serve_writes(self, allocator: Allocator, reserve: Reserve | None = None) -> None:
-        """Allow writes; call it after `serve`.
+        """Allow writes; to be called after `serve`.
 
         Args:
-            allocator: finds room in the image, for tables and clusters.
-            reserve: finds room for clusters in the data file, where there is one.
+            allocator: finds room in the image for tables and clusters.
+            reserve: finds room for clusters in the external data file, if there is one.
         """
-        with suppress(OSError):  # a block device is as large as it is; a write outside of it will say so
+        with suppress(OSError):  # a block device cannot grow; a write beyond its end will fail
             self.file.grow(round_up(self.file.size, 1 << self.cluster_bits))
         self.allocator = allocator
         self._mapping.allocator = allocator
@@ -126,7 +126,7 @@ class QcowDisk(MappedDisk):
         self._copyup.write(request)
 
     def read_special(self, request: Request) -> None:
-        """See `MappedDisk`: a compressed cluster."""
+        """See `MappedDisk`. The cluster is compressed."""
         cluster = request.offset >> self.cluster_bits
         number, index = divmod(cluster, 1 << self._codec.l2_bits)
         table: Any = self.tables.find(number)
@@ -135,7 +135,7 @@ class QcowDisk(MappedDisk):
         self._inflated.read(request, word, region.offset, region.length, self._unpack)
 
     def find_parent(self, name: bytes, image_format: str) -> ParentRef:
-        """Return the parent that the image names. Raises: DriverError, where it cannot or must not be opened."""
+        """Return the parent that the image names. Raises: DriverError if it cannot or must not be opened."""
         options, path = self.options, os.fsdecode(name)
         parent_format = image_format or options.parent_format
         known = ", ".join(BY_QEMU_NAME)

@@ -1,9 +1,9 @@
-"""The two levels of tables: L1 in memory, L2 loaded when it is asked for, changes written sector by sector.
+"""The two levels of tables: L1 in memory, L2 tables loaded when needed, changes written in small units.
 
 Must not choose places in the file, nor know how a version writes an entry: the allocator and the codec do.
 
-A change shows in a table's entries only after it is in the file: until then it is `pending`, so that no write of the
-guest is answered that a table in the file does not have yet. What is freed goes to the allocator after that.
+A change is visible in a table's entries only after it is in the file; until then they are `pending`. So no write of the
+guest is answered before the table in the file refers to its data. Freed clusters go to the allocator after that.
 """
 
 from __future__ import annotations
@@ -25,79 +25,79 @@ UNIT = 4096  # bytes of a table that are written together; a smaller table is wr
 
 
 class Codec(Protocol):
-    """How a version writes its tables: words of 64 bits in the file, entries of `block.mapped.tables` in memory."""
+    """Translates a version's tables: 64-bit words in the file, entries of `block.mapped.tables` in memory."""
 
     l2_bits: int
 
     def decode_l1(self, word: int) -> tuple[int, bool]:
-        """Return the place of an L2 table, 0 for none, and whether it may be written there. Raises: DriverError."""
+        """Return the place of an L2 table, 0 if none, and whether it may be written in place. Raises: DriverError."""
 
     def encode_l1(self, place: int) -> int:
-        """Return the word for an L2 table that may be written where it is."""
+        """Return the word for an L2 table that may be written in place."""
 
     def decode_l2(self, words: array[int]) -> array[int]:
         """Return the entries of an L2 table. Raises: DriverError."""
 
     def check_table(self, number: int, entries: array[int]) -> None:
-        """Refuse entries that the L2 table of this number cannot have. Raises: DriverError."""
+        """Check that the L2 table of this number can have these entries. Raises: DriverError."""
 
     def encode_l2(self, entry: int) -> int:
         """Return the word for an entry that is not SPECIAL."""
 
     def places_of(self, word: int) -> Sequence[int]:
-        """Return the clusters of the file that a word of an L2 table takes, as far as they can be free again."""
+        """Return the places of the clusters that a word of an L2 table uses, without those that cannot be freed."""
 
 
 class Allocator(Protocol):
-    """Finds room in the file."""
+    """Allocates clusters of the file."""
 
     def reserve(self, count: int, then: Any) -> None:
-        """Find up to `count` clusters in a row: ``then(status, place, got, is_zero)``."""
+        """Allocate up to `count` clusters in a row, and call ``then(status, place, got, is_zero)``."""
 
     def free(self, places: Sequence[int]) -> None:
-        """Take back clusters that no table names any more, or never named; not those where a table is."""
+        """Take back clusters to which no table refers (any more), except those that hold a table themselves."""
 
     def tables_among(self, places: Iterable[int]) -> set[int]:
-        """Return those of some places of clusters where the image has a table, which no data may be written over."""
+        """Return those of `places` at which the image has a table, which must not be overwritten by data."""
 
     def refuse(self) -> Steps[None]:
-        """Say that a write would destroy a table, in the image too where it has a mark. Raises: OSError, always."""
+        """Refuse a write that would destroy a table; mark the image as corrupt if possible. Raises: OSError, always."""
 
     def free_table(self, place: int) -> None:
         """Take back the room of an L2 table."""
 
     def note_table(self, place: int) -> None:
-        """Take note that an L2 table is in room that was reserved."""
+        """Note that clusters that were allocated now hold an L2 table."""
 
 
 class L2Table(array):  # type: ignore[type-arg]  # its items are the "Q" that it is made with
-    """The entries of an L2 table, and what else there is to know of it.
+    """The entries of an L2 table, and its state.
 
-    It refers to itself by a proxy only, or it would stay until the next garbage collection, which may be long after
-    the cache has forgotten it. Whoever waits for one of its writes holds it.
+    It refers to itself by a proxy only: else it would stay in memory until the next garbage collection, perhaps long
+    after the cache has dropped it. Those who wait for one of its writes keep a reference.
     """
 
     number: int
-    place: int  # in the file, 0 for nowhere yet
-    may_write: bool  # there, and used by nobody else
-    words: array[int]  # what the file has, or will have when the writes on their way have ended
-    on_tables: set[int]  # entries that name a place where the image has a table: they stay as they are
-    pending: set[int]  # entries that are behind their words: these are on their way to the file
-    units: SharedByNumber  # writes of parts of it
-    move: Shared  # gives it a place where it may be written
+    place: int  # in the file, 0 if it is not there yet
+    may_write: bool  # it is in the file, and not shared with a snapshot
+    words: array[int]  # the file's words, as they will be when the writes under way have ended
+    on_tables: set[int]  # indices of entries with the place of a table of the image: these must not change
+    pending: set[int]  # indices of entries that are older than their words, which are on their way to the file
+    units: SharedByNumber  # writes of parts of the table
+    move: Shared  # moves the table to a place where it may be written
 
 
 class L1Table:
-    """The words of the L1 table as they are in the file, with whatever shares their sectors."""
+    """The L1 table's words as in the file, together with the other content of their sectors."""
 
     def __init__(self, offset: int, sectors: bytes, write: Any, soon: Soon) -> None:
         """Take the whole sectors around the table.
 
         Args:
             offset: of the table in the file, in bytes.
-            sectors: what is in the file from the beginning of its first sector to the end of its last.
+            sectors: the file's content from the beginning of its first sector to the end of its last.
             write: writes to the file: ``write(place, data, then)``.
-            soon: collects writes of the same sector, as in `Shared`.
+            soon: combines writes of the same sector, as in `Shared`.
         """
         self._first = offset // SECTOR * SECTOR
         self._inside = offset - self._first
@@ -116,7 +116,7 @@ class L1Table:
         return unpack_table(bytes(self._sectors[self._inside : self._inside + count * 8]))
 
     def store(self, number: int, then: Then) -> None:
-        """Write the sector of an entry."""
+        """Write the sector that an entry is in."""
         self._stores.want(self._at(number) // SECTOR, then)
 
     def _at(self, number: int) -> int:
@@ -128,14 +128,14 @@ class L1Table:
 
 
 class Mapping:
-    """Loads tables for a disk and changes them.
+    """Loads a disk's tables, and changes them.
 
     Args:
-        io: of the image.
-        codec: how the version writes tables.
+        io: the image's.
+        codec: the version's codec.
         cluster_bits: a cluster has 2 to the power of this many bytes.
-        l1: the first level.
-        tables: where the disk looks for tables; each table in it is an `L2Table`.
+        l1: the L1 table.
+        tables: the disk's cache of tables, each of which is an `L2Table`.
     """
 
     def __init__(self, io: ImageIO, codec: Codec, cluster_bits: int, l1: L1Table, tables: Tables[L2Table]) -> None:
@@ -146,39 +146,39 @@ class Mapping:
         self._tables = tables
         self._loading: Once[Then] = Once(lambda then, status, _: then(status))
         self._per_unit = min(UNIT >> 3, 1 << codec.l2_bits)
-        self.allocator: Allocator | None = None  # where nothing may be written
+        self.allocator: Allocator | None = None  # None: the disk is read-only
 
     def load(self, number: int, then: Then) -> None:
-        """Load a table, once for all who ask for it at the same time."""
+        """Load a table, once for all callers that wait for it."""
         self._loading.want(number, then, lambda then: run(self._load(number), then))
 
     def is_mapped(self, number: int) -> bool:
-        """Return whether there is a table, without loading it."""
+        """Return whether there is a table of this number, without loading it."""
         return number in self._tables.young or self._l1[number] != 0
 
     def table(self, number: int) -> Generator[Any, Any, L2Table]:
-        """Return a table, loaded if it has to be; look at it before the next step. Raises: OSError."""
+        """Return a table, loading it if necessary. It may be dropped at the caller's next step. Raises: OSError."""
         while (table := self._tables.find(number)) is None:
             yield partial(self.load, number)
         return table
 
     def refuse_tables(self, number: int, span: range) -> Steps[None]:
-        """Refuse to change entries that name a place where the image has a table. Raises: OSError, IMAGE_DAMAGED."""
+        """Refuse to change entries that have the place of a table of the image. Raises: OSError, IMAGE_DAMAGED."""
         table = yield from self.table(number)
         if self.allocator is not None and not table.on_tables.isdisjoint(span):
             yield from self.allocator.refuse()
 
     def change(self, number: int, index: int, entries: Sequence[int]) -> Steps[None]:
-        """Set neighbouring entries of a table: in the file first, then in memory; then free what they had.
+        """Set adjacent entries of a table: first in the file, then in memory; then free their old clusters.
 
-        Raises: OSError, and nothing has changed in memory.
+        Raises: OSError; nothing has changed in memory then.
         """
         span = range(index, index + len(entries))
         yield from self.refuse_tables(number, span)
         table = yield from self.table(number)
         self._tables.pin(number)
         try:
-            while not table.pending.isdisjoint(span):  # another change of the same has begun before
+            while not table.pending.isdisjoint(span):  # an earlier change of some of these entries is under way
                 yield self._unit(table, index) if table.may_write else table.move.want
             freed = yield from self._change(table, span, entries)
         finally:
@@ -187,7 +187,7 @@ class Mapping:
             self.allocator.free(freed)
 
     def _change(self, table: L2Table, span: range, entries: Sequence[int]) -> Steps[list[int]]:
-        """Return the places that the entries of `span` had."""
+        """Change the entries of `span`, and return the places that they had."""
         here = slice(span.start, span.stop)
         before = table.words[here]
         table.words[here] = array("Q", map(self._codec.encode_l2, entries))
@@ -211,7 +211,7 @@ class Mapping:
         if place:
             data = bytes((yield partial(self._io.read_meta, place, len(data))))
         else:
-            yield self._soon  # or a request across many tables would go one call deeper for each of them
+            yield self._soon  # otherwise the stack would grow with each table that a request covers
         words = unpack_table(data)
         table = L2Table("Q", self._codec.decode_l2(words))
         self._codec.check_table(number, table)
@@ -223,7 +223,7 @@ class Mapping:
         self._tables.put(number, table)
 
     def _protect(self, table: L2Table) -> set[int]:
-        """Let no write go to where the image has a table; return the entries that would have let it."""
+        """Make entries with the place of a table of the image read-only, and return their indices."""
         if self.allocator is None or self._io.is_apart:
             return set()
         places = self.allocator.tables_among(entry & PLACE for entry in table if entry & WRITABLE)
@@ -239,7 +239,7 @@ class Mapping:
         run(self._find_place(table), lambda status, _: then(status))
 
     def _find_place(self, table: L2Table) -> Steps[None]:
-        """Write a table to a new place, then let L1 point there; it is durable before that."""
+        """Write a table to a new place, make it durable, then let L1 refer to it there."""
         if table.may_write:
             return
         assert self.allocator is not None  # noqa: S101 - nothing is changed where there is none
@@ -252,7 +252,7 @@ class Mapping:
             self._l1[table.number] = self._codec.encode_l1(place)
             yield partial(self._l1.store, table.number)
         except OSError:
-            self._l1[table.number] = before  # the new place stays taken: who knows what is in the file
+            self._l1[table.number] = before  # the new place stays allocated, since the file's word may have changed
             raise
         self.allocator.note_table(place)
         if table.place:
@@ -260,7 +260,7 @@ class Mapping:
         table.place, table.may_write = place, True
 
     def _room(self, count: int) -> Generator[Any, Any, int]:
-        """Return the place of clusters in a row."""
+        """Allocate `count` clusters in a row, and return their place."""
         assert self.allocator is not None  # noqa: S101 - nothing is changed where there is none
         while True:
             place, got, _ = yield partial(self.allocator.reserve, count)
@@ -269,7 +269,7 @@ class Mapping:
             self.allocator.free([place + (each << self._cluster_bits) for each in range(got)])
 
     def _unit(self, table: L2Table, index: int) -> Step:
-        """Return what writes the part of a table that an entry is in."""
+        """Return the step that writes the part of a table that an entry is in."""
         return partial(table.units.want, index // self._per_unit * self._per_unit)
 
     def _write_unit(self, table: L2Table, first: int, then: Then) -> None:

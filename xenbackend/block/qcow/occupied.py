@@ -1,9 +1,9 @@
-"""Which clusters of a QCOW2 image hold its own tables: what may never be handed out, whatever the refcounts say.
+"""Which clusters of a QCOW2 image hold its own tables, and so must never be handed out, whatever the refcounts say.
 
-Must not believe a refcount: this is what there is besides them.
+Must not rely on refcounts: it is there in case they are wrong.
 
-Refcounts that are too low are a damage that nobody sees until the cluster is handed out. Where it holds data, only a
-check can tell; where it holds a table, a write would take all with it that the table names.
+A refcount that is too low goes unnoticed until the cluster is handed out. If the cluster has data, only a check can
+find it. If it has a table, a write would destroy everything that the table refers to.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from xenbackend.block.formats.qcow2 import Header, Region
 from xenbackend.block.formats.qcow2_tables import OFFSET, parse_bitmaps, parse_snapshots, unpack_table
 from xenbackend.errors import DriverError
 
-MAX_TABLES = 64 << 20  # bytes of snapshots' and bitmaps' tables; an L1 table of a disk of 1 TiB has 16 KiB
+MAX_TABLES = 64 << 20  # bytes of tables of snapshots and bitmaps; the L1 table of a disk of 1 TiB has 16 KiB
 
 
 class Occupied:
-    """The clusters of the header and of every table; a table that is used twice counts twice.
+    """The clusters of the header and of all tables; a table that is shared by two counts twice.
 
     Args:
         cluster_bits: a cluster has 2 to the power of this many bytes.
-        regions: whole tables, wherever they are.
+        regions: the header, and tables of several clusters.
         tables: the places of L2 tables and refcount blocks, each of which is one cluster.
     """
 
@@ -37,7 +37,7 @@ class Occupied:
 
     @property
     def is_crossed(self) -> bool:
-        """Return whether a whole table has a cluster of another one, or one that is an L2 table or a refcount block."""
+        """Whether a region overlaps another one, or an L2 table or a refcount block."""
         spans = sorted(self._regions)
         if any(start < stop for (_, stop), (start, _) in pairwise(spans)):
             return True
@@ -55,7 +55,7 @@ class Occupied:
         return min(found, default=None)
 
     def among(self, places: Iterable[int]) -> set[int]:
-        """Return those of some places of clusters, in bytes, where a table is."""
+        """Return those of `places`, of clusters and in bytes, at which a table is."""
         clusters = {place >> self._bits for place in places}
         if not clusters:
             return set()
@@ -68,18 +68,18 @@ class Occupied:
         return {cluster << self._bits for cluster in found}
 
     def add_table(self, place: int) -> None:
-        """Take note of a new L2 table or refcount block."""
+        """Add a new L2 table or refcount block."""
         insort(self._tables, place >> self._bits)
 
     def remove_table(self, place: int) -> None:
-        """Take note that one of those who named a table has let go of it."""
+        """Remove an L2 table or refcount block, or one of its users."""
         cluster = place >> self._bits
         at = bisect_left(self._tables, cluster)
         if at < len(self._tables) and self._tables[at] == cluster:
             del self._tables[at]
 
     def move(self, before: Region, after: Region) -> None:
-        """Take note that a whole table is somewhere else now."""
+        """Note that a region has moved."""
         self._regions.remove(self._span(before))
         self._regions.append(self._span(after))
 
@@ -90,20 +90,20 @@ class Occupied:
 def occupied_by(
     read: Read, file_size: int, header: Header, l1: Sequence[int], refcount_table: Sequence[int]
 ) -> Occupied:
-    """Return what an image's tables take, those of its snapshots and bitmaps too.
+    """Return the clusters of all tables of an image, including those of its snapshots and bitmaps.
 
     Args:
         read: reads the image file.
-        file_size: bytes of it.
-        header: of the image.
+        file_size: the file's size in bytes.
+        header: the image's header.
         l1: the words of its L1 table.
-        refcount_table: its entries.
+        refcount_table: the entries of its refcount table.
 
     Raises: DriverError, OSError.
     """
     regions = [Region(0, header.cluster_size), header.l1, header.refcount_table]
     blocks, active = [place for place in refcount_table if place], _places(l1)
-    tables: list[int] = []  # of snapshots: they share theirs with one another and with the disk
+    tables: list[int] = []  # L2 tables of snapshots, which may be shared among them and with the disk
     if header.snapshot_count:
         snapshots, l1_tables = parse_snapshots(read, header, file_size)
         regions += [snapshots, *l1_tables]
@@ -111,7 +111,7 @@ def occupied_by(
         for region in set(l1_tables):
             tables += _places(unpack_table(read(region.offset, region.length))) * l1_tables.count(region)
     length = 0
-    for region in parse_bitmaps(read, header, file_size):  # each is read only after it was looked at here
+    for region in parse_bitmaps(read, header, file_size):  # lazily: the length is checked before each is read
         length += region.length if region.length > header.cluster_size else 0
         _check_length(length)
         regions.append(region)
@@ -129,7 +129,7 @@ def _overlap() -> DriverError:
 
 
 def _check_length(length: int) -> None:
-    """Refuse tables that would take long to read: a sparse file has room for any. Raises: DriverError."""
+    """Refuse tables that would take too long to read; a sparse file can have huge ones. Raises: DriverError."""
     if length > MAX_TABLES:
         raise damaged(f"the tables of its snapshots or bitmaps have {length} bytes, more than {MAX_TABLES}")
 

@@ -1,11 +1,11 @@
-"""Which clusters of a QCOW2 image are in use: the refcounts in the file, and the clusters that are ours to hand out.
+"""The allocator of a QCOW2 image: its refcounts in the file, and clusters that are reserved to be handed out.
 
 Must not know what a cluster is used for.
 
-Refcounts are raised ahead, for a batch of clusters, and made durable before the first of them is handed out; so no
-table can name a cluster that is free on the disk, whatever a crash leaves of the writes. They are lowered only after a
-flush that came after the last table that named them was written. A crash leaks at most one batch and what was freed
-since the last flush: space is lost until it is repaired, and nothing else.
+Refcounts are raised in advance for a batch of clusters, and made durable before the first of these is handed out. So no
+table can refer to a cluster that is free in the file, whichever writes survive a crash. They are lowered only after a
+flush that follows the write of the last table that referred to them. A crash leaks at most one batch and what was freed
+since the last flush: the room is lost until a repair, and nothing else.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from xenbackend.block.request import IMAGE_DAMAGED
 from xenbackend.loop.steps import Line, Steps
 from xenbackend.units import SECTOR, round_up
 
-FIRST_BATCH, MAX_BATCH = 1 << 20, 16 << 20  # bytes reserved ahead: less at first, more while they are used up
-_CACHE = 4 << 20  # bytes of refcount blocks kept as they are in the file, twice that for a moment
-_GROW = 64 * 1024  # bytes: the file ends at a multiple of this, which suits every medium
+FIRST_BATCH, MAX_BATCH = 1 << 20, 16 << 20  # bytes reserved in advance: few at first, then more and more
+_CACHE = 4 << 20  # bytes of refcount blocks that are cached, as in the file; up to twice that
+_GROW = 64 * 1024  # bytes: the file's size is a multiple of this, which suits the sectors of any medium
 
 Reserved = Callable[[int, int, int, bool], None]  # status, place, clusters, whether they read as zeros
 
@@ -50,10 +50,10 @@ class Refcounts:
     """Hands out clusters of an image that is open for writing.
 
     Args:
-        io: of the image.
-        header: of the image.
+        io: the image's.
+        header: the image's header.
         table: the refcount table.
-        occupied: where the image's tables are.
+        occupied: the clusters of the image's tables.
     """
 
     def __init__(self, io: ImageIO, header: Header, table: array[int], occupied: Occupied) -> None:
@@ -66,12 +66,12 @@ class Refcounts:
         self._blocks: Tables[array[int]] = Tables(_CACHE >> header.cluster_bits)
         self._per_block = 1 << header.block_bits
         self._line = Line()
-        self._cursor = 0  # clusters before it are in use, as far as is known
-        self._next = self._end = 0  # clusters that are ours: raised in the file, and not handed out yet
-        self._fresh = -(-io.file.size >> header.cluster_bits)  # from here on nothing was ever written
-        self._is_zero = False  # what is ours reads as zeros
+        self._cursor = 0  # clusters before it are taken to be in use
+        self._next = self._end = 0  # reserved clusters: counted in the file, and not handed out yet
+        self._fresh = -(-io.file.size >> header.cluster_bits)  # from this cluster on nothing was ever written
+        self._is_zero = False  # whether the reserved clusters read as zeros
         self._batch = FIRST_BATCH
-        self._freed: list[int] = []  # clusters that no table names, once what was written is durable
+        self._freed: list[int] = []  # clusters that no table refers to once the writes so far are durable
         self._waiting: list[tuple[int, Reserved]] = []
 
     def reserve(self, count: int, then: Reserved) -> None:
@@ -83,7 +83,7 @@ class Refcounts:
             self._line.add(self._refill(), self._refilled)
 
     def free(self, places: Sequence[int]) -> None:
-        """Take back clusters that no table names any more; see `Allocator`."""
+        """Take back clusters that no table refers to any more; see `Allocator`."""
         tables = self._occupied.among(places)
         self._freed += [place >> self._header.cluster_bits for place in places if place not in tables]
 
@@ -92,7 +92,7 @@ class Refcounts:
         return self._occupied.among(places)
 
     def refuse(self) -> Steps[None]:
-        """See `Allocator`. Nothing more is reserved from now on: who knows what else is wrong."""
+        """See `Allocator`. Nothing is reserved from now on, since other things may be wrong, too."""
         if not self._is_corrupt and self._header.version >= 3:
             place, fields = incompatible_bytes(self._header.incompatible | CORRUPT)
             sector = bytearray((yield partial(self._io.read_meta, 0, SECTOR)))
@@ -105,7 +105,7 @@ class Refcounts:
     def free_table(self, place: int) -> None:
         """Take back the room of an L2 table; see `Allocator`."""
         self._occupied.remove_table(place)
-        self._freed.append(place >> self._header.cluster_bits)  # a snapshot may have it, too, and keeps it
+        self._freed.append(place >> self._header.cluster_bits)  # a snapshot that shares it keeps it
 
     def note_table(self, place: int) -> None:
         """See `Allocator`."""
@@ -113,25 +113,25 @@ class Refcounts:
 
     @property
     def freed_count(self) -> int:
-        """Return how many clusters wait for a flush."""
+        """The number of freed clusters that wait for a flush."""
         return len(self._freed)
 
     def take_freed(self) -> list[int]:
-        """Return what was freed until now; hand it to `lower` when a flush that begins after this call has ended."""
+        """Return the clusters freed so far; pass them to `lower` after a flush that begins after this call."""
         freed, self._freed = self._freed, []
         return freed
 
     def keep_freed(self, clusters: list[int]) -> None:
-        """Take back what `take_freed` gave, because the flush failed."""
+        """Take back what `take_freed` returned, because the flush failed."""
         self._freed += clusters
 
     def lower(self, clusters: list[int], then: Then) -> None:
-        """Lower the refcounts of clusters that were freed. A failure leaks them and is no error: `then` gets 0."""
+        """Lower the refcounts of freed clusters. A failure leaks them, and is not an error: `then` always gets 0."""
         steps = self._lower(Counter(clusters))
         self._io.when_quiet(lambda: self._line.add(steps, lambda _status, _result: then(0)))
 
     def close(self) -> None:
-        """Give back what was not handed out or was freed; by blocking calls, nothing is in flight. Raises: OSError."""
+        """Free the clusters that are reserved or freed, by blocking calls; nothing is in flight. Raises: OSError."""
         file = self._io.file
         unused = Counter(range(self._next, self._end))
         if not (unused or self._freed):
@@ -167,7 +167,7 @@ class Refcounts:
             then(status, 0, 0, False)
 
     def _refill(self) -> Steps[None]:
-        """Find clusters that are free and make them ours. Raises: OSError, ENOSPC where there is no room."""
+        """Find free clusters, and reserve them. Raises: OSError, ENOSPC if there is no room."""
         while self._next == self._end:
             index, start = divmod(self._cursor, self._per_block)
             if index >= len(self._table):
@@ -185,7 +185,7 @@ class Refcounts:
             yield from self._raise(index, block, first)
 
     def _raise(self, index: int, block: array[int], first: int) -> Steps[None]:
-        """Make the free clusters of a block from `first` on ours, up to a batch of them."""
+        """Reserve the free clusters of a block from `first` on, at most a batch of them."""
         most = min(len(block), first + max(1, self._batch >> self._header.cluster_bits))
         end = first + 1
         while end < most and not block[end]:
@@ -206,23 +206,23 @@ class Refcounts:
         self._batch = min(2 * self._batch, MAX_BATCH)
 
     def _refuse_tables(self, first: int, end: int) -> Steps[None]:
-        """Hand out nothing where a table is. Raises: OSError, IMAGE_DAMAGED."""
+        """Refuse to reserve clusters at which a table is. Raises: OSError, IMAGE_DAMAGED."""
         if self._is_corrupt or self._occupied.find(first, end) is not None:
             yield from self.refuse()
 
     def _make_room(self, first: int, end: int) -> int:
-        """Grow the file to hold the clusters up to `end`; return how far it does. Raises: OSError."""
+        """Grow the file up to cluster `end`; return the cluster up to which that succeeded. Raises: OSError."""
         bits, file = self._header.cluster_bits, self._io.file
         try:
             file.grow(round_up(end << bits, _GROW))
-        except OSError:  # a block device, or a full disk: what there is may be enough
+        except OSError:  # a block device, or a full file system: the room that there is may suffice
             end = min(end, file.size >> bits)
             if end <= first:
                 raise
         return end
 
     def _new_block(self, index: int) -> Steps[None]:
-        """Put a refcount block into the first cluster that it counts; all of them are free."""
+        """Make a refcount block, in the first of the clusters that it counts, all of which are free."""
         if not index:
             raise OSError(errno.EIO, "the refcounts of the header are missing")
         first = index * self._per_block
@@ -250,7 +250,7 @@ class Refcounts:
         yield partial(self._io.write_meta, self._region.offset + first * 8, data)
 
     def _grow_table(self) -> Steps[None]:
-        """Write a larger refcount table behind everything, with the blocks that count it, then let the header name it.
+        """Write a larger refcount table after all clusters, with the blocks that count it, then have the header use it.
 
         Raises: OSError.
         """
@@ -303,7 +303,7 @@ class Refcounts:
         return found
 
     def _block(self, index: int) -> Generator[Any, Any, array[int]]:
-        """Return a refcount block as it is in the file; it is not to be changed. Raises: OSError, DriverError."""
+        """Return a refcount block as in the file, which must not be modified. Raises: OSError, DriverError."""
         block = self._blocks.find(index)
         if block is None:
             place = refcount_block_of(self._table[index], self._header)
@@ -318,7 +318,7 @@ class Refcounts:
             yield partial(self._io.write_meta, offset + place, data)
 
     def _changes(self, block: array[int], places: Sequence[int] | Counter[int]) -> list[tuple[int, bytes]]:
-        """Return the sectors of a block that hold the refcounts of `places`: offset in the block, and bytes."""
+        """Return the sectors of a block that hold the refcounts of `places`: offset in the block, and content."""
         order = self._header.refcount_order
         per_sector = SECTOR * 8 >> order
         sectors = sorted({place // per_sector for place in places})

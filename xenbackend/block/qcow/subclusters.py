@@ -1,8 +1,8 @@
-"""QCOW2 images with subclusters (extended L2 entries), as they are read: 32 parts of a cluster, each for itself.
+"""Reading QCOW2 images with subclusters (extended L2 entries): a cluster has 32 parts, each with a state of its own.
 
-A subcluster is the disk's, or zeros, or its parent's; `entries_of` says which, for whoever wants to know. Here it is
-what a cluster is to `MappedDisk`, and a part of an L2 table is a table: a whole one would be 32 times as large in
-memory as in the file. Source: QEMU, ``docs/interop/qcow2.txt``, "Extended L2 Entries". Must not write.
+A subcluster is data, zeros, or the parent's; `entries_of` says which. To `MappedDisk` a subcluster is a cluster, and a
+part of an L2 table is a table: a whole L2 table would be 32 times as large in memory as in the file.
+Source: QEMU, ``docs/interop/qcow2.txt``, "Extended L2 Entries". Must not write.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from xenbackend.block.mapped.tables import READABLE, SPECIAL, ZERO, Table, Table
 from xenbackend.block.request import Request
 from xenbackend.errors import DriverError
 
-_PART_BITS = 8  # entries of an L2 table that are one table in memory, as a power of 2: 4 KiB of the file
+_PART_BITS = 8  # log2 of the L2 entries that are one table in memory: 4 KiB of the file
 _ALL = (1 << SUBCLUSTERS) - 1
 _UNREADABLE = [SPECIAL] * SUBCLUSTERS
 
 
 class Part(array):  # type: ignore[type-arg]  # its items are the "Q" that it is made with
-    """The entries of the subclusters of a part of an L2 table; `words` are those of their clusters."""
+    """The subclusters' entries for a part of an L2 table; `words` has the first word of each of their clusters."""
 
     words: array[int]
 
@@ -45,11 +45,11 @@ class Subclusters:
     """Loads parts of L2 tables for a disk, and reads its compressed clusters.
 
     Args:
-        io: of the image.
-        header: of the image.
+        io: the image's.
+        header: the image's header.
         l1: the words of its L1 table.
-        inflate: makes a cluster of compressed bytes.
-        tables: where the disk looks for parts.
+        inflate: inflates a compressed cluster.
+        tables: the disk's cache of tables, which has the parts.
     """
 
     table_bits = _PART_BITS + SUBCLUSTERS.bit_length() - 1  # of a part, in subclusters
@@ -76,7 +76,7 @@ class Subclusters:
             self._io.soon(partial(self._loaded, number, then, 0, memoryview(bytes(16 << _PART_BITS))))
 
     def read_special(self, request: Request) -> None:
-        """Read inside a subcluster of a compressed cluster, or of one whose entry is damaged, which is EIO."""
+        """Do a read inside a subcluster of a compressed cluster; end it with EIO if the cluster's entry is damaged."""
         header, cluster = self._header, request.offset >> self._header.cluster_bits
         part: Any = self._tables.find(cluster >> _PART_BITS)
         word = part.words[cluster & (1 << _PART_BITS) - 1]
@@ -87,7 +87,7 @@ class Subclusters:
             self._io.finish(request, errno.EIO)
 
     def extents(self, size: int) -> Iterator[Extent]:
-        """Yield what the image has of a disk of `size` bytes; it may block. Raises: DriverError, OSError."""
+        """Yield the image's extents of a disk of `size` bytes; it may block. Raises: DriverError, OSError."""
         header = self._header
         span = header.cluster_size << header.l2_bits
         for number, word in enumerate(self._l1[: -(-size // span)]):
@@ -110,16 +110,16 @@ class Subclusters:
 
 
 def entries_of(words: Sequence[int], header: Header, first: int) -> array[int]:
-    """Return the entries of subclusters, as `block.mapped.tables` has them: 32 for each two words of an L2 table.
+    """Return the entries of subclusters, as in `block.mapped.tables`: 32 for each pair of words of an L2 table.
 
-    READABLE with a place is data, ZERO zeros, perhaps with a place where data could be, 0 the parent's. SPECIAL is a
-    subcluster of a compressed cluster where the first word says so; else the two words contradict one another, and all
-    of the cluster is unreadable.
+    READABLE with a place is data; ZERO is zeros, perhaps with a place that is reserved for data; 0 is the parent's.
+    SPECIAL is a subcluster of a compressed cluster if the first word says so; else the two words contradict one
+    another, and the whole cluster is unreadable.
 
     Args:
-        words: those of an L2 table or a part of one, in pairs.
-        header: of the image.
-        first: number of the disk's cluster that they begin with.
+        words: pairs of words of an L2 table, or of a part of one.
+        header: the image's header.
+        first: the number of the disk's cluster that they begin with.
     """
     entries = array("Q")
     for cluster, (word, bitmap) in enumerate(zip(words[::2], words[1::2], strict=True), first):
@@ -128,7 +128,7 @@ def entries_of(words: Sequence[int], header: Header, first: int) -> array[int]:
 
 
 def _of_cluster(word: int, bitmap: int, header: Header, on_disk: int) -> Sequence[int]:
-    """Return the entries of one cluster: the first 32 bits of `bitmap` are data, the others zeros."""
+    """Return the entries of one cluster: the low 32 bits of `bitmap` mark data, the high ones zeros."""
     if word & COMPRESSED:
         return _UNREADABLE
     try:
