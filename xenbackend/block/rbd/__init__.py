@@ -1,1 +1,1 @@
-"""A disk that is an image of a Ceph cluster: its name, who may write to it, its requests."""
+"""Disks that are images of a Ceph cluster: their names, the right to write to them, their requests."""

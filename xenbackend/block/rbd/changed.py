@@ -1,6 +1,6 @@
-"""What a cluster tells of ranges of an image, in bytes and in any order, as extents of whole sectors.
+"""Turns a cluster's ranges of an image, which are in bytes and in any order, into extents of whole sectors.
 
-Must not tell of zeros, or of no change, where a sector is so only in part: whoever copies would lose the rest of it.
+Must not report a sector as zeros or unchanged if it is so only in part: whoever copies would lose the rest of it.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from xenbackend.units import SECTOR, round_up
 
 
 def extents_of(found: Iterable[tuple[int, int, bool]], start: int, end: int, gaps: Kind) -> Iterator[Extent]:
-    """Yield what there is from `start` to `end`, both in bytes and at the end of a sector, or of the disk.
+    """Yield the extents from `start` to `end`.
 
     Args:
-        found: as `ceph.image.Image.diff` returns it: offset, bytes, and whether there are data or zeros.
-        start: bytes.
-        end: bytes.
-        gaps: what the rest is. A sector that is data, zeros or rest in part only is data.
+        found: as returned by `ceph.image.Image.diff`: offset, length in bytes, and True for data or False for zeros.
+        start: bytes, at the beginning of a sector.
+        end: bytes, at the end of a sector or of the disk.
+        gaps: the kind of the ranges in between. A sector that is not wholly of one kind is data.
     """
-    edges: list[tuple[int, int, int]] = []  # where, how many more data begin there, how many more zeros
+    edges: list[tuple[int, int, int]] = []  # place, change there in the number of data ranges, and of zero ranges
     for offset, length, is_data in found:
         first, last = max(start, offset), min(end, offset + length)
         if last <= first:

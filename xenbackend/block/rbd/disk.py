@@ -1,11 +1,11 @@
-"""An open image in service: requests to librbd and back, how long the cluster says nothing, whether the size changes.
+"""An open image in service: passes requests to librbd and back, watches for late answers and changes of the size.
 
-Must not call anything that waits for the cluster from the worker's loop, nor answer a request of which nobody knows
-whether it was done.
+Must not call anything that waits for the cluster from the worker's loop, nor answer a request if nobody knows whether
+it was done.
 
-A client that the cluster refuses, or that has lost its lock or a right of its key, is of no use any more, and nothing
-that it does would mend that: the process ends, and its successor finds out whether it may write. What its key may, a
-client knows from when it came; so only another one sees that a right was given back.
+A client that the cluster refuses, or that has lost its lock or a right of its key, cannot recover by itself: the
+process ends, and its successor finds out whether it may write. A client learns the rights of its key when it connects,
+so only a new one notices that a right was given back.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from xenbackend.ceph.requests import Requests
 from xenbackend.errors import DriverError
 
 TICK_S = 1.0
-SLOW_S = 2  # from then on an answer is late
+SLOW_S = 2  # an answer that takes longer is reported as late
 _NO_RIGHT = "the cluster does not let this client do it any more, as its key has lost a right"
 _LOST = {
     BLOCKLISTED: "the cluster refuses this client: somebody has put it on the blocklist",
@@ -35,10 +35,10 @@ _FULL = {errno.EDQUOT: errno.ENOSPC}
 
 
 class RbdDisk:
-    """One image in service, `size` bytes large; `complete` gets requests back."""
+    """One image in service, of `size` bytes; `complete` gets the finished requests."""
 
     def __init__(self, env: Env, image: Image, size: int, complete: Complete, *, watches_size: bool) -> None:
-        """Have answers told. Raises: DriverError."""
+        """Have librbd signal its answers. Raises: DriverError."""
         self._env = env
         self._image = image
         self._size = size
@@ -81,12 +81,12 @@ class RbdDisk:
             self._give_back(failed)
 
     def close(self) -> None:
-        """Hear of nothing any more; nothing is in flight, and the image is closed next."""
+        """Stop watching for answers; nothing is in flight, and the caller closes the image next."""
         self._is_closed = True
         self._env.unwatch(self._fd)
 
     def closed(self) -> None:
-        """Release the rest: the image is closed, so that librbd writes no more to the eventfd."""
+        """Close the eventfd: the image is closed, so librbd does not write to it any more."""
         os.close(self._fd)
 
     def _reap(self) -> None:
@@ -112,13 +112,13 @@ class RbdDisk:
             self._complete(done)
 
     def _status(self, request: Request, code: int) -> int:
-        """Return what becomes of a request that failed; ends the process where this client is of no use any more."""
+        """Return the status of a request that failed; end the process if this client cannot recover."""
         if code in _LOST:
             self._env.give_up(
                 f"{_LOST[code]}; {request!r} was not done, and is done by another worker if that may write"
             )
-            return errno.EIO  # where nobody follows
-        if code <= 0 or code == errno.EINVAL:  # it reached beyond the end
+            return errno.EIO  # there is no successor, so the process goes on
+        if code <= 0 or code == errno.EINVAL:  # it reached beyond the image's end
             self._look_at_size()
             return AWAY
         return _FULL.get(code, code)
@@ -142,14 +142,14 @@ class RbdDisk:
             self._look_at_size()
 
     def _look_at_size(self) -> None:
-        """Ask librbd how large the image is, which it knows unless something has changed."""
+        """Ask librbd, in a thread, for the image's size; it has to ask the cluster only if something has changed."""
         if self._is_looking or self._is_closed:
             return
         self._is_looking = True
         sizes: list[int] = []
 
         def look() -> None:
-            with suppress(DriverError):  # whatever is wrong, requests will tell
+            with suppress(DriverError):  # requests will meet the same problem
                 sizes.append(self._image.size())
 
         def looked() -> None:
@@ -159,7 +159,7 @@ class RbdDisk:
 
         try:
             self._env.run_in_thread(look, looked)
-        except RuntimeError:  # the host has no room for a thread: the next tick asks, and answers are given back
+        except RuntimeError:  # the host has no resources for a thread: the next tick tries again
             self._is_looking = False
 
     def _compare(self, size: int) -> None:

@@ -1,6 +1,6 @@
-"""What is done to images of a cluster that no guest uses: a new one that appears whole, a lock taken from a dead owner.
+"""Commands on a cluster's images that no guest uses: makes one that appears complete, takes a lock from a dead owner.
 
-Must not be called by a worker, nor write an image's data: whoever makes one opens its chain for that.
+Must not be called by a worker, nor write an image's data: a command that makes an image opens its chain for that.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from xenbackend.ceph.cluster import Cluster
 from xenbackend.ceph.image import Image, Owner, Pool
 from xenbackend.errors import DriverError
 
-CALL_S = 60.0  # for each thing that is asked of a cluster
-PARTIAL = ".partial"  # behind the name of an image that is not whole yet
+CALL_S = 60.0  # seconds that each operation of a cluster may take
+PARTIAL = ".partial"  # appended to the name of an image that is not complete yet
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where an image is: a pool of a cluster, which this process is connected to."""
+    """The place of an image: a pool of a cluster to which this process is connected."""
 
     cluster: Cluster
     pool: Pool
 
     def create(self, name: str, size: int) -> None:
-        """Make an image of zeros, of `size` bytes. Raises: DriverError; EEXIST."""
+        """Create an image of zeros, of `size` bytes. Raises: DriverError, EEXIST if there is one of that name."""
         within(CALL_S, f"{name} is not made yet", lambda: self.pool.create(name, size))
 
     def rename(self, former: str, name: str) -> None:
-        """Give an image another name, which no image has. Raises: DriverError; EEXIST."""
+        """Rename an image. Raises: DriverError, EEXIST if there is an image called `name`."""
         within(CALL_S, f"{former} is not renamed yet", lambda: self.pool.rename(former, name))
 
     def remove(self, name: str) -> None:
@@ -59,9 +59,9 @@ class Place:
         return within(CALL_S, f"{name} is not found yet", look)
 
     def take_lock(self, name: str, owner: str) -> Owner:
-        """Take an image's lock from the owner that is named, and keep that out; return it.
+        """Take an image's lock from `owner`, have the cluster refuse that client, and return it.
 
-        Raises: DriverError; ENOENT: nobody has it, EBUSY: another one has.
+        Raises: DriverError; ENOENT if nobody has the lock, EBUSY if somebody else has it.
         """
 
         def take() -> Owner:
@@ -76,7 +76,7 @@ class Place:
 
 @contextmanager
 def place_of(options: Any, settings: Mapping[str, str]) -> Iterator[Place]:
-    """Be connected to where the image of these options is, or is to be. Raises: DriverError."""
+    """Connect to the place where the image of a layer's options is, or will be. Raises: DriverError."""
     target, account = _target(options), _account(options)
 
     def connect() -> Place:
@@ -95,12 +95,12 @@ def place_of(options: Any, settings: Mapping[str, str]) -> Iterator[Place]:
     try:
         yield place
     finally:
-        with suppress(DriverError):  # it is connected to no more in any case
+        with suppress(DriverError):  # the connection is given up in any case
             within(CALL_S, "", disconnect)
 
 
 def partial_of(layer: LayerSpec) -> str:
-    """Return the layer that has an image while it is made. Raises: DriverError, where it is none that can be made."""
+    """Return the text of the layer for an image while it is being made. Raises: DriverError if it cannot be made."""
     target = _target(layer.options)
     if target.snapshot:
         raise DriverError(f"{target} is a snapshot, and is only read", errno=errno.EROFS)
@@ -128,7 +128,7 @@ def _take_from(cluster: Cluster, image: Image, owner: str) -> Owner:
 
 def _target(options: Any) -> Target:
     target = getattr(options, "image", None)
-    assert isinstance(target, Target)  # noqa: S101 - of the driver rbd
+    assert isinstance(target, Target)  # noqa: S101 - the options are those of the driver rbd
     return target
 
 

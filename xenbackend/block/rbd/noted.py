@@ -1,6 +1,6 @@
-"""One short text in a memory that outlives the process: whole at any moment at which that may be killed (`note`).
+"""A short text in a memory that outlives the process, complete whenever the process may be killed (`note`).
 
-Must not be written by two at a time.
+Must not be written by two processes at a time.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ _NOTE = Note(0, 2, (_AT, _AT + _ROOM), _ROOM, version=1)
 
 
 class Noted:
-    """The text in a memory of SIZE bytes; zeros are an empty one, as is what nobody of ours has written."""
+    """The text in a memory of SIZE bytes. Zeros, and content that is not from here, count as an empty text."""
 
     def __init__(self, memory: memoryview) -> None:
         self._memory = memory
 
     @property
     def text(self) -> str:
-        """The text as it is there now."""
+        """The present text."""
         found = (_NOTE.read(self._memory) or {}).get("text")
         return found if isinstance(found, str) else ""
 

@@ -1,21 +1,22 @@
-"""Being the one who writes to an image: its lock taken, and whoever had it before kept out for good.
+"""Becomes the only writer of an image: takes its lock, and shuts out the former owner for good.
 
 Must not take a lock from anybody who may be alive, other than our own predecessors, which are dead; nor one that was
 made by hand (`rbd lock add`), as librbd does not either.
 
     before      the address that our predecessor noted, if it did not close the image in order
-    refuse      the cluster refuses all that comes from it, and from an owner that has gone silent (blocklist)
-    break       the lock is taken from it
-    note        our own address, before the lock is ours
+    refuse      the cluster refuses everything from there, and from an owner that has gone silent (blocklist)
+    break       their locks are removed
+    note        our own address is noted, before the lock is ours
     acquire     the lock is ours, and nobody gets it by asking
-    mark        the image says which disk it serves
+    mark        the image records which disk it serves
 
-What a dead predecessor had sent may still be on its way, or wait at an OSD. An OSD does nothing for this client before
-it knows the map in which the predecessor is refused, so nothing of that client comes after what this one writes.
+Requests that a dead predecessor sent may still be on their way, or waiting at an OSD. An OSD does nothing for this
+client before it has the map in which the predecessor is refused, so no write of the predecessor lands after one of
+ours.
 
-That holds as long as the entry of the blocklist lives. Our predecessor's process is dead, so the entry has to outlive
-what the network still carries: DEAD_S. Of an owner that is silent nobody knows that. Its host may stand still, and
-write on after the entry has gone: SILENT_S makes that unlikely, and is no proof.
+That is true as long as the entry in the blocklist exists. Our predecessor's process is dead, so the entry only has to
+outlive what the network still carries: DEAD_S. A silent owner may not be dead: its host may be suspended, and write
+again after the entry has expired. SILENT_S makes that unlikely, but not impossible.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from xenbackend.ceph.image import MARK, Owner
 from xenbackend.errors import DriverError
 
 DEAD_S = 86400.0
-SILENT_S = 365 * 86400.0  # few hosts fall silent, so there are few such entries
-_NOBODY = "192.0.2.1:0/"  # an address that no host has (RFC 5737); with a number behind it, as clients have
+SILENT_S = 365 * 86400.0  # hosts rarely fall silent, so there are few such entries
+_NOBODY = "192.0.2.1:0/"  # an address that no host has (RFC 5737); a number follows it, as for clients
 
 
 class Cluster(Protocol):
@@ -71,15 +72,15 @@ class Image(Protocol):
 def take(
     cluster: Cluster, image: Image, noted: Noted, step: Callable[[], AbstractContextManager[None]] = nullcontext
 ) -> None:
-    """Have the image's lock, after `noted`, our predecessor's address, which is ours afterwards.
+    """Take the image's lock. `noted` has our predecessor's address before, and our own afterwards.
 
-    `step` is what that is noted within: it raises where somebody else takes the lock instead, as we took too long.
+    Our address is noted inside `step()`, which raises if we took too long, so that somebody else takes the lock now.
 
-    Raises: DriverError; EBUSY where somebody else has the lock, EACCES where our key could keep nobody out.
+    Raises: DriverError; EBUSY if somebody else has the lock, EACCES if our key does not let us shut anybody out.
     """
     before, owners = noted.text, image.owners()
     _leave_alone(image, owners, before)
-    # One order to the monitors each time: where nobody has to be kept out, to see that we could.
+    # There is always a command to the monitors: if nobody has to be refused, it tells whether we could do that.
     mine = cluster.address()
     refused = {owner.address: SILENT_S for owner in owners} | ({before: DEAD_S} if before else {})
     if refused:
@@ -101,7 +102,7 @@ def take(
 
 
 def _leave_alone(image: Image, owners: Sequence[Owner], before: str) -> None:
-    """Raise DriverError with EBUSY about an owner that may be alive, or whose lock was made by hand."""
+    """Raise DriverError (EBUSY) if an owner may be alive, or if its lock was made by hand."""
     strangers = [each for each in owners if each.address != before]
     alive = set(image.watchers()) if strangers else set()
     for each in strangers:
@@ -113,11 +114,11 @@ def _leave_alone(image: Image, owners: Sequence[Owner], before: str) -> None:
 
 
 def mark(image: Image, disk: str, *, goes_on: bool) -> None:
-    """Write at the image which disk it serves, by a text that no other disk of any host has; the lock is ours.
+    """Record in the image which disk it serves: a text that is unique among all hosts' disks. The lock is ours.
 
-    Where it `goes_on`, a guest has used the image through this disk before, so that nobody else may have meanwhile.
+    `goes_on`: a guest has used the image through this disk before, so no other disk may have served it meanwhile.
 
-    Raises: DriverError, ESTALE where another disk has.
+    Raises: DriverError, ESTALE if another disk has.
     """
     found = image.mark()
     if found == disk:
@@ -133,7 +134,7 @@ def mark(image: Image, disk: str, *, goes_on: bool) -> None:
 
 
 def refuse(cluster: Cluster, address: str, seconds: float) -> None:
-    """Have a cluster refuse a client for so long. Raises: DriverError, naming the right that our key lacks."""
+    """Have the cluster refuse a client for so many seconds. Raises: DriverError that names the right our key lacks."""
     try:
         cluster.refuse(address, seconds)
     except DriverError as problem:

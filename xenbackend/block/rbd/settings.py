@@ -1,7 +1,7 @@
-"""Which settings of an image let a worker die at any moment, and which do not.
+"""Checks the settings of an image: with some of them the death of a worker would lose data.
 
-Must not ask a cluster: it is given what holds (`ceph.image.Image.settings`). That may come from the image or its pool,
-and beats what the client wished.
+Must not ask a cluster: it is given the settings in effect (`ceph.image.Image.settings`), which may come from the image
+or its pool, and override those of the client.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Setting(Protocol):
 
 _LOSES = "what it answers is lost with a worker that dies"
 _NO_FENCE = "a client whose lock is broken could still write"
-# What a setting has to be, and what else would happen.
+# The value that a setting has to have, and what would happen otherwise.
 _WANTED = {
     "rbd_cache": ("false", _LOSES),
     "rbd_plugins": ("", f"{_LOSES}, or is read from a place that others fill"),
@@ -34,14 +34,14 @@ _WANTED = {
     "rbd_non_blocking_aio": ("true", "a cluster that is slow would stop the worker"),
 }
 _EXPIRY = "rbd_blocklist_expire_seconds"
-_LEAST_EXPIRY_S = 3600  # an entry of the blocklist is to outlive whatever the dead client had sent
+_LEAST_EXPIRY_S = 3600  # an entry in the blocklist has to outlive everything that the dead client had sent
 _LIMITS = "rbd_qos_"
 
 
 def why_unsafe(settings: Mapping[str, Setting]) -> str:
-    """Return a sentence about the first setting with which the image must not be written to; empty: there is none.
+    """Return a sentence about the first setting that makes writing to the image unsafe, or an empty text.
 
-    A setting that this release does not know is one that it does not have.
+    A setting that is missing is one that this release of Ceph does not have.
     """
     for name, (wanted, otherwise) in _WANTED.items():
         found = settings.get(name)
@@ -54,18 +54,18 @@ def why_unsafe(settings: Mapping[str, Setting]) -> str:
 
 
 def _is_long(expiry: str) -> bool:
-    """Return whether an entry of the blocklist lives long; Ceph takes 1K for a number, too, which we do not."""
+    """Return whether entries in the blocklist live long enough. Ceph accepts 1K as a number, too; we do not."""
     return expiry == "0" or (expiry.isdecimal() and int(expiry) >= _LEAST_EXPIRY_S)
 
 
 def limits(settings: Mapping[str, Setting]) -> str:
-    """Return the limits that the cluster's clients have for the image, for people; empty: none."""
+    """Return the limits (QoS) that librbd applies to the image, for people; empty if there are none."""
     found = {name: each for name, each in settings.items() if name.startswith(_LIMITS) and name.endswith("_limit")}
     return ", ".join(f"{name.removeprefix(_LIMITS)} {each.value}" for name, each in found.items() if each.value != "0")
 
 
 def discard_granularity(settings: Mapping[str, Setting]) -> int:
-    """Return how many bytes a discard must have, and be aligned to, to have an effect."""
+    """Return the length and alignment in bytes that a discard needs to have an effect."""
     found = settings.get("rbd_discard_granularity_bytes")
     return max(512, int(found.value)) if found is not None and found.value.isdecimal() else 64 << 10
 

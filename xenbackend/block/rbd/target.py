@@ -1,4 +1,4 @@
-"""How an image of a cluster is written: ``pool/image``, ``pool/namespace/image``, each with ``@snapshot`` behind it.
+"""The syntax of an image's name: ``pool/image`` or ``pool/namespace/image``, and ``@snapshot`` after either.
 
 Must not look anything up. Source: rbd(8), "image-spec", "snap-spec".
 """
@@ -29,7 +29,7 @@ class Target:
 
 
 def parse_target(text: str) -> Target:
-    """Return what a text names. Raises: ValueError, with a sentence."""
+    """Parse the name of an image or snapshot. Raises: ValueError, with a sentence."""
     for word in ("id", "conf"):
         if f":{word}=" in text:
             raise ValueError(f"{text!r} is as QEMU writes it; options come behind commas here: {_corrected(text)}")
@@ -49,7 +49,7 @@ def parse_target(text: str) -> Target:
 
 
 def parse_name(name: str) -> str:
-    """Return the name of a snapshot. Raises: DriverError, with a sentence."""
+    """Check the name of a snapshot, and return it. Raises: DriverError, with a sentence."""
     try:
         return parse_target(f"pool/image@{name}").snapshot
     except ValueError:
