@@ -1,1 +1,1 @@
-"""Disks that are served by another program, over a socket that an opener has connected."""
+"""Disks that another program serves, over a socket that an opener has connected."""

@@ -1,9 +1,9 @@
-"""One connection to an NBD server after its handshake: requests out, replies in, data straight from and into `iov`.
+"""One connection to an NBD server after its handshake: sends requests, receives replies, with data directly in `iov`.
 
-Must not connect, nor do a request again: what is in flight when the connection is lost goes back to whoever sent it.
+Must not connect, nor repeat a request: requests in flight when the connection is lost go back to their sender.
 
-A server is not to be believed: a reply that nothing asked for, data outside of a request, or what is no reply at all,
-ends the connection (`NbdError`), and nothing else. A read is done when as many bytes have come as it wants.
+A server is not trusted: an unexpected reply, data outside the range of a request, or anything that is not a reply ends
+the connection (`NbdError`), and has no other effect. A read is done when all its bytes have come.
 """
 
 from __future__ import annotations
@@ -44,22 +44,22 @@ from xenbackend.nbd.client import Offer
 Stream = socket.socket | TlsSocket
 _KINDS = (CMD_READ, CMD_WRITE, CMD_FLUSH, CMD_TRIM)  # by Op
 _IOV_MAX = 1024  # pieces of one sendmsg(2)
-_ROOM = 64 * 1024  # bytes of heads of replies, and of small data with them
-_MAX_SMALL = 8192  # bytes of a chunk that is no data
-MAX_ERRORS = 64  # of one request, which say where it failed; the servers that are known to us say one
+_ROOM = 64 * 1024  # bytes of the receive buffer, for the heads of replies and small data
+_MAX_SMALL = 8192  # bytes of a chunk without data
+MAX_ERRORS = 64  # error chunks in reply to one request; the servers that we know send one
 
 
 class Connection:
-    """The transmission over one socket, which is ours from now on.
+    """The transmission phase on one socket, which belongs to this object from now on.
 
-    in_flight   requests that the server has not answered
-    answered    requests that it has, since the beginning
-    heard       bytes that it has said, since the beginning
-    failure     why it is of no use any more (Lost, NbdError), the first reason; `take_back` has what was in flight
+    in_flight   number of requests that the server has not answered
+    answered    number of requests that it has answered since the beginning
+    heard       bytes received since the beginning
+    failure     the first reason why the connection is unusable; `take_back` returns the requests in flight then
     """
 
     def __init__(self, near: Stream, offer: Offer, *, durable: bool = False) -> None:
-        """With `durable` each write is answered when it is on the medium."""
+        """If `durable`, each write is answered only when it is on the medium."""
         near.setblocking(False)
         self.in_flight = self.answered = self.heard = 0
         self.failure: Lost | NbdError | None = None
@@ -69,25 +69,25 @@ class Connection:
         self._write_flags = CMD_FLAG_FUA if durable else 0
         self._lent: list[Request | None] = []  # by cookie
         self._free: list[int] = []  # cookies
-        self._got: dict[int, int] = {}  # bytes of reads that come in several chunks, by cookie
-        self._failed: dict[int, tuple[int, int]] = {}  # errno, and how many errors have come, by cookie
+        self._got: dict[int, int] = {}  # by cookie: bytes received of a read that comes in several chunks
+        self._failed: dict[int, tuple[int, int]] = {}  # by cookie: the first errno, and the number of errors
         self._out: deque[memoryview | bytes] = deque()
         self._view = memoryview(bytearray(_ROOM))
-        self._at = self._end = 0  # what of it has come and is not looked at
-        self._iov: Sequence[memoryview] = ()  # where data go that are still to come
-        self._after_data: Request | None = None  # is done when they are there
+        self._at = self._end = 0  # the part of it that was received and not parsed yet
+        self._iov: Sequence[memoryview] = ()  # where the data go that come next
+        self._after_data: Request | None = None  # the request that is done when these data are there
 
     def fileno(self) -> int:
-        """Return its descriptor."""
+        """Return the socket's descriptor."""
         return self._socket.fileno()
 
     @property
     def wants_to_send(self) -> bool:
-        """Whether the socket has not taken everything."""
+        """Whether there is something that the socket has not accepted yet."""
         return bool(self._out) or (self._tls is not None and self._tls.has_unsent)
 
     def submit(self, batch: list[Request]) -> None:
-        """Send requests, as far as the socket takes them; they are in flight, also where that has failed."""
+        """Send requests, as far as the socket accepts them. They are in flight from now on, even if sending fails."""
         out, lent, free, head = self._out, self._lent, self._free, REQUEST.pack
         was_empty = not out
         write_flags = self._write_flags
@@ -109,7 +109,7 @@ class Connection:
             self.send()
 
     def send(self) -> None:
-        """Send what the socket takes now."""
+        """Send as much as the socket accepts now."""
         out = self._out
         try:
             while out:
@@ -132,7 +132,7 @@ class Connection:
             self.fail(problem)
 
     def receive(self) -> list[Request]:
-        """Return the requests that are done, with their status; then look at `failure`."""
+        """Receive, and return the requests that are done, with their statuses. Check `failure` afterwards."""
         done: list[Request] = []
         try:
             while self._receive_once(done):
@@ -148,11 +148,11 @@ class Connection:
         return done
 
     def fail(self, why: Lost | NbdError) -> None:
-        """Take note of what has happened, unless something did before: a socket tells of a network's end only once."""
+        """Set `failure` unless it is set: a socket reports an error of the network only once."""
         self.failure = self.failure or why
 
     def take_back(self) -> list[Request]:
-        """Return what is in flight; nothing more is done with it."""
+        """Return the requests in flight, and forget them."""
         self.in_flight = 0
         lost = [request for request in [*self._lent, self._after_data] if request is not None]
         self._lent, self._free, self._iov, self._after_data = [], [], (), None
@@ -162,24 +162,24 @@ class Connection:
         return lost
 
     def close(self, *, in_order: bool) -> None:
-        """Close the socket; `in_order` says goodbye, with nothing in flight."""
+        """Close the socket; if `in_order`, disconnect from the server first; nothing is in flight then."""
         if in_order:
             try:
                 self._socket.settimeout(1.0)
                 self._socket.sendall(REQUEST.pack(REQUEST_MAGIC, 0, CMD_DISC, 0, 0, 0))
                 self._socket.shutdown(socket.SHUT_RDWR)
             except (OSError, NbdError):
-                pass  # it has ended before, or its TLS has
+                pass  # the connection, or its TLS, has ended already
         self._socket.close()
 
     def block_status(self, offset: int, length: int, timeout_s: float) -> Iterator[tuple[int, int]]:
-        """As `status.ask`, with nothing in flight."""
+        """See `status.ask`; nothing is in flight."""
         return ask(self._socket, self._offer.context or 0, offset, length, timeout_s)
 
     def _receive_once(self, done: list[Request]) -> bool:
-        """Receive and look at it; True where there may be more already."""
+        """Receive once, and parse that; return True if there may be more already."""
         view = self._view
-        if self._iov:  # the rest of this read's data, and what follows into the buffer, by one call
+        if self._iov:  # one call for the rest of this read's data, and for what follows, into the buffer
             iov = self._iov
             received = self._socket.recvmsg_into([*iov, view] if len(iov) < _IOV_MAX else iov[:_IOV_MAX])[0]
             if not received:
@@ -201,10 +201,10 @@ class Connection:
             self._at, self._end = 0, left + received
         was_full = self._end == _ROOM
         self._parse(done)
-        return bool(self._iov) or was_full or self._tls is not None  # which may have more than the socket shows
+        return bool(self._iov) or was_full or self._tls is not None  # TLS may hold more than the socket shows
 
     def _fill(self, received: int) -> int:
-        """Take note of data that have come; return how many bytes are in the buffer, -1 where there is more to come."""
+        """Advance `_iov` by the received bytes; return how many are in the buffer, or -1 if data are still missing."""
         iov = self._iov
         for place, piece in enumerate(iov):
             if received < len(piece):
@@ -244,7 +244,7 @@ class Connection:
 
     def _simple(self, request: Request, number: int, code: int, at: int, end: int, done: list[Request]) -> int:
         """Take a simple reply whose head ends at `at`; return where it ends."""
-        if request.op or code:  # no READ that was done
+        if request.op or code:  # anything but a READ that succeeded
             self._finish(request, number, errno_of(code) if code else 0, done)
             return at
         if self._offer.structured:
@@ -260,7 +260,7 @@ class Connection:
         return at
 
     def _chunk(self, request: Request, number: int, word: int, at: int, end: int, done: list[Request]) -> int:
-        """Take a chunk of a structured reply at `at`; return where it ends, -1 where it is not all there."""
+        """Take a chunk of a structured reply at `at`; return where it ends, or -1 if it is not complete yet."""
         flags, kind = word >> 16, word & 0xFFFF
         length: int = STRUCTURED.unpack_from(self._view, at)[4]
         body, is_last = at + STRUCTURED.size, bool(flags & CHUNK_DONE)
@@ -282,7 +282,7 @@ class Connection:
         else:
             self._small_chunk(request, number, kind, self._view[body : body + length], is_last=is_last)
             after = body + length
-        if is_last and self._iov:  # it is done when the rest has come
+        if is_last and self._iov:  # the request is done when the rest of its data has come
             self._finish(request, number, 0, [])
             self._after_data = request
         elif is_last:
@@ -290,23 +290,23 @@ class Connection:
         return after
 
     def _small_chunk(self, request: Request, number: int, kind: int, body: memoryview, *, is_last: bool) -> None:
-        """Take a chunk that is no data."""
+        """Take a chunk without data."""
         if kind == CHUNK_HOLE and request.op == Op.READ and len(body) == CHUNK_HOLE_BODY.size:
             clear(self._part(request, number, *CHUNK_HOLE_BODY.unpack(body)))
         elif kind & CHUNK_ERROR and len(body) >= CHUNK_ERROR_HEAD.size:
             code, count = self._failed.get(number, (errno_of(CHUNK_ERROR_HEAD.unpack_from(body)[0]), 0))
             if count == MAX_ERRORS:
                 raise NbdError(f"more than {MAX_ERRORS} errors in reply to one request")
-            self._failed[number] = code, count + 1  # whatever else comes of it
+            self._failed[number] = code, count + 1  # whatever other chunks follow
         elif kind != CHUNK_NONE or body or not is_last:
             raise NbdError(f"a chunk of type {kind} in reply to a {Op(request.op).name}")
 
     def _part(self, request: Request, number: int, offset: int, length: int) -> Sequence[memoryview]:
-        """Return where data of a read go, after looking whether they belong there; counts them."""
+        """Check that data belong to a read, count them, and return the memory that they go to."""
         start = offset - request.offset
         if start < 0 or start + length > request.length:
             raise NbdError(f"data of {offset}+{length} for a read of {request.offset}+{request.length}")
-        if not length:  # there could be any number of them
+        if not length:  # a server could send any number of these
             raise NbdError("a chunk that brings 0 bytes")
         got = self._got.get(number, 0)
         if got + length > request.length:
@@ -315,7 +315,7 @@ class Connection:
         return request.iov if length == request.length else cut(request.iov, start, length)
 
     def _copy(self, iov: Sequence[memoryview], length: int, at: int, end: int) -> int:
-        """Copy data that are in the buffer to where they go, and leave in `_iov` where the rest goes."""
+        """Copy data from the buffer into `iov`, and set `_iov` to where the rest goes; return where they end."""
         view = self._view
         if end - at >= length:
             for piece in iov:
@@ -346,7 +346,7 @@ class Connection:
 
 
 def cut(iov: Sequence[memoryview], start: int, length: int) -> list[memoryview]:
-    """Return the memory of a part of a request."""
+    """Return the views of `length` bytes of `iov`, from byte `start` on."""
     found = []
     for piece in iov:
         size = len(piece)

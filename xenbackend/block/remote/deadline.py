@@ -1,4 +1,4 @@
-"""A time by which something on a socket has to be done, however many bytes that takes: for whoever may wait.
+"""A deadline for an exchange on a socket, for callers that may wait.
 
 Must not be used while requests are served.
 """
@@ -17,24 +17,24 @@ class HasDescriptor(Protocol):
     """Something that can be waited for."""
 
     def fileno(self) -> int:
-        """Return its descriptor."""
+        """Return the descriptor to wait for."""
 
 
 class Deadline:
-    """So many seconds from now on; as a time-out of a socket is one of each call, a byte now and then outlives that."""
+    """So many seconds from now, for all calls together; a socket's time-out is for each call, so it may never end."""
 
     def __init__(self, seconds: float) -> None:
         self._at = time.monotonic() + seconds
 
     @property
     def left_s(self) -> float:
-        """How long it still is, 0 at least."""
+        """The seconds that are left, at least 0."""
         return max(0.0, self._at - time.monotonic())
 
     def do(self, near: HasDescriptor, step: Callable[[], _T]) -> _T:
-        """Return what `step` does, which is called anew whenever there is more to receive where it would block.
+        """Return the result of `step`. If it raises BlockingIOError, wait until `near` is readable, and call it again.
 
-        Raises: what `step` does; TimeoutError.
+        Raises: any other exception of `step`; TimeoutError.
         """
         waiting = select.poll()
         waiting.register(near.fileno(), select.POLLIN)

@@ -1,10 +1,10 @@
-"""A disk on an NBD server in service: requests spread over its connections, and cut where they must be.
+"""A disk on an NBD server in service: distributes requests to its connections, and splits those that are too large.
 
-Must not decide what becomes of requests that could not be done (the disk's policy does), nor send one again itself.
+Must not decide what happens to requests that failed (the disk's policy does), nor send one again by itself.
 
-What was in flight on a connection that is lost (`lane`) goes back as AWAY, and comes again from above. It may be under
-way at the server all the same, and could land there after what another connection has sent meanwhile. So while one is
-missing, everything that comes is AWAY; what the others have in flight is waited for.
+Requests in flight on a connection that is lost (`lane`) end with AWAY, and come again from above. They may still be
+under way at the server, and could land after requests that were sent by another connection meanwhile. So while a
+connection is missing, all new requests end with AWAY; those in flight on the other connections may finish.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from xenbackend.nbd.abi import (
 )
 from xenbackend.nbd.client import Offer
 
-_MOST = 1 << 30  # bytes of one discard or question for block status
+_MOST = 1 << 30  # bytes of one discard, or of one request for block status
 _ABILITIES = {SEND_FLUSH: "flush", SEND_TRIM: "discard", SEND_FUA: "write through its cache"}
 
 
 @dataclass(slots=True)
 class _Whole:
-    """A request that was cut into parts."""
+    """A request that was split into parts."""
 
     request: Request
     left: int
@@ -45,10 +45,10 @@ class _Whole:
 
 
 class RemoteDisk:
-    """One export in service; `complete` gets requests back, `offer` is what was told to the guest."""
+    """One export in service. `complete` gets the finished requests; `offer` is the one that the guest was told of."""
 
     def __init__(self, env: Env, wanted: Wanted, streams: Sequence[Stream], offer: Offer, complete: Complete) -> None:
-        """The streams, after their handshakes, are ours from now on; that of each place."""
+        """Take over the streams, one for each place, after their handshakes."""
         self.offer = offer
         self._env = env
         self._wanted = wanted
@@ -90,13 +90,13 @@ class RemoteDisk:
         lane.submit(connection, batch)
 
     def extents(self, size: int) -> Iterator[Extent]:
-        """Yield what is data and what reads as zeros; a range within a sector counts as data. Raises: DriverError."""
+        """Yield data and zeros by block status; a sector that is not all zeros counts as data. Raises: DriverError."""
         connection = self._lanes[0].connection
         step = max(512, self.offer.min_block)
         if connection is None or self.offer.context is None:
             yield Extent(0, size, Kind.DATA, 0)
             return
-        place = done = 0  # up to which the server has told, and we
+        place = done = 0  # how far the server has answered, and how far we have yielded
         is_zero = False
         while place < size:
             try:
@@ -108,7 +108,7 @@ class RemoteDisk:
                     raise DriverError("the server tells of a range without bytes")
                 end = min(place + length, size)
                 if bool(flags & STATUS_ZERO) != is_zero:
-                    # where zeros begin, up; where data begin, down: what is not whole is data
+                    # Round up where zeros begin, and down where data begin: a sector with both is data.
                     edge = min(size, place + -place % step if flags & STATUS_ZERO else place - place % step)
                     if edge > done:
                         yield Extent(done, edge - done, Kind.ZERO if is_zero else Kind.DATA, done)
@@ -121,12 +121,12 @@ class RemoteDisk:
             yield Extent(done, size - done, Kind.ZERO if is_zero else Kind.DATA, done)
 
     def close(self) -> None:
-        """Say goodbye, with nothing in flight; connections that are being made are given up."""
+        """Close all connections in order; nothing is in flight. Connections that are being made are given up."""
         for lane in self._lanes:
             lane.close()
 
     def why_less(self, offer: Offer) -> str:
-        """Return why a guest that was told of one offer cannot go on with another one; empty: it can."""
+        """Return why a guest that was told of `self.offer` cannot continue with another one, or an empty text."""
         known = self.offer
         if offer.size < known.size:
             return f"the export has {offer.size} bytes now, and the guest's disk {known.size}: it cannot shrink in use"
@@ -140,7 +140,7 @@ class RemoteDisk:
         return f"the export cannot {missing[0]} any more, as the guest was told it could" if missing else ""
 
     def _tell(self) -> None:
-        """Say how the connections are."""
+        """Report the state of the connections."""
         count, endpoint = len(self._lanes), self._wanted.endpoint
         troubles = [lane.trouble for lane in self._lanes if lane.connection is None and lane.trouble]
         if count == 1:
@@ -157,7 +157,7 @@ class RemoteDisk:
             self._complete(done)
 
     def _without_what_never_happens(self, batch: list[Request]) -> list[Request]:
-        """Give back what the server cannot do (D6), and return the rest."""
+        """Give back requests that the server never does (D6), and return the others."""
         never = [request for request in batch if request.op in self._never]
         for request in never:
             request.status = errno.EOPNOTSUPP
@@ -166,7 +166,7 @@ class RemoteDisk:
         return [request for request in batch if request.op not in self._never]
 
     def _cut(self, batch: list[Request]) -> list[Request]:
-        """Return a batch with each request that is too long as its parts."""
+        """Return a batch with each request that is too long replaced by its parts."""
         found = []
         for request in batch:
             most = self._most[request.op]
@@ -186,7 +186,7 @@ class RemoteDisk:
         return found
 
     def _joined(self, request: Request) -> Request | None:
-        """Return the request that is done by this one: itself, or the one that its last part makes whole."""
+        """Return the request that is done with this one: itself, or the whole request if this was its last part."""
         whole = self._parts.pop(request, None)
         if whole is None:
             return request

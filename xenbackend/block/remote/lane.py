@@ -1,9 +1,9 @@
-"""One of a disk's connections to its NBD server: made anew when it is lost, watched while the server owes an answer.
+"""One of a disk's connections to its NBD server: replaced when it is lost, watched while the server owes an answer.
 
-Must not decide what becomes of requests that could not be done, nor send one again.
+Must not decide what happens to requests that failed, nor send one again.
 
-When it is lost, everything that is in flight on it goes back as AWAY. What was sent may be under way at the server all
-the same. So a new connection is asked for by `Env.reconnect`, which sees the former one to its end before.
+When the connection is lost, everything in flight on it ends with AWAY, but may still be under way at the server. So a
+new connection is requested by `Env.reconnect`, which drains the old one first.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from xenbackend.block.servers import After, Endpoint
 from xenbackend.errors import DriverError
 from xenbackend.nbd.client import Offer
 
-TICK_S = 1.0  # between two looks at whether the server says anything
-_LEAST = 4096  # bytes of answers that are as good as one: a link that brings fewer in that time serves no disk
-PAUSES_S = (0.1, 0.3, 1.0, 2.0, 5.0)  # before a connection is tried again, by how often in a row
+TICK_S = 1.0  # between two checks whether the server answers
+_LEAST = 4096  # received bytes that count as an answer: a link that brings fewer in `silence_s` cannot serve a disk
+PAUSES_S = (0.1, 0.3, 1.0, 2.0, 5.0)  # before the next try to connect, by the number of failures in a row
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What the chain says: which export of which server, how long it may be silent, and how writes are done."""
+    """What the chain wants: which export of which server, how long that may be silent, how writes are done, TLS."""
 
     endpoint: Endpoint
     export: str
@@ -40,7 +40,7 @@ class Wanted:
 
 
 class Lane:
-    """The connection in one place; `connection` while there is one, `trouble` says why there is none."""
+    """The connection in one place. `connection` is None while there is none, and `trouble` says why."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class Lane:
         is_less: Callable[[Offer], str],
         on_change: Callable[[], None],
     ) -> None:
-        """`complete` gets requests back; `is_less` says why an offer will not do; `begin` comes next."""
+        """`complete` gets finished requests; `is_less` returns why an offer will not do. Call `begin` next."""
         self.connection: Connection | None = None
         self.trouble = ""
         self._env = env
@@ -61,14 +61,14 @@ class Lane:
         self._is_less = is_less
         self._on_change = on_change
         self._negotiation: Negotiation | None = None
-        self._coming: socket.socket | None = None  # whose handshake is under way
-        self._failures = 0  # of connecting, in a row
+        self._coming: socket.socket | None = None  # a new connection during its handshake
+        self._failures = 0  # to connect, in a row
         self._is_closed = self._is_timed = self._wants_to_send = False
         self._answered = self._heard = -1
         self._silent_s = 0.0
 
     def begin(self, stream: Stream, offer: Offer) -> None:
-        """Have a connection, which is ours from now on."""
+        """Take over a connection after its handshake."""
         self.connection = connection = Connection(stream, offer, durable=self._wanted.durable)
         self.trouble = ""
         self._failures, self._wants_to_send, self._answered = 0, False, -1
@@ -76,11 +76,11 @@ class Lane:
         self._on_change()
 
     def submit(self, connection: Connection, batch: list[Request]) -> None:
-        """Send requests by `connection`, which is ours."""
+        """Send requests by `connection`, which is the present `self.connection`."""
         connection.submit(batch)
         if connection.wants_to_send != self._wants_to_send:
             self._want(connection)
-        if connection.failure is not None:  # not from within `submit`
+        if connection.failure is not None:  # deferred: requests must not be given back within `submit`
             self._env.call_later(0.0, partial(self._lose, connection))
         if not self._is_timed:
             self._is_timed = True
@@ -88,7 +88,7 @@ class Lane:
             self._env.call_later(TICK_S, self._tick)
 
     def close(self) -> None:
-        """Say goodbye, with nothing in flight; a connection that is being made is given up."""
+        """Close the connection in order; nothing is in flight. One that is being made is given up."""
         self._is_closed = True
         if self._negotiation is not None:
             self._negotiation.stop()
@@ -126,9 +126,9 @@ class Lane:
             self._lose(connection)
 
     def _tick(self) -> None:
-        """Look whether a server that owes us answers says enough; one that owes none may be silent for ever.
+        """Check that a server that owes us answers sends enough; one that owes none may be silent for ever.
 
-        Bytes alone do not do: one that says one now and then would never be given up.
+        Counting any byte would not do: a server that sends one now and then would never be given up.
         """
         self._is_timed = False
         connection = self.connection
@@ -140,7 +140,7 @@ class Lane:
             self._silent_s += TICK_S
         if self._silent_s >= self._wanted.silence_s:
             connection.fail(Lost(f"the server has answered nothing for {self._silent_s:.0f} s"))
-            self._lose(connection)  # no look is due then: the next connection's would come beside it
+            self._lose(connection)  # without another tick: there would be two when the next connection starts its own
         else:
             self._is_timed = True
             self._env.call_later(TICK_S, self._tick)
@@ -149,7 +149,7 @@ class Lane:
         self._answered, self._heard, self._silent_s = connection.answered, connection.heard, 0.0
 
     def _lose(self, connection: Connection) -> None:
-        """Give back what is in flight, and have another connection made in the place of one that has failed."""
+        """Give up a connection that has failed: request another one, and give back what is in flight."""
         if connection is not self.connection:
             return
         self.connection = None
@@ -174,7 +174,7 @@ class Lane:
             self._env.reconnect(self._wanted.endpoint, self._place, after, self._connected)
 
     def _try_later(self, why: str) -> None:
-        """Say why there is no connection, and try again after a pause."""
+        """Report why there is no connection, and try again after a pause."""
         self._say(f"none: {why}")
         pause_s = PAUSES_S[min(self._failures, len(PAUSES_S) - 1)]
         self._failures += 1
@@ -201,7 +201,7 @@ class Lane:
             why = self._is_less(offer)
         if offer is None or why:
             near.close()
-            self._parted()  # no request went there
+            self._parted()  # no request was sent by it
             self._try_later(why)
         else:
             self.begin(negotiation.stream, offer)

@@ -1,4 +1,4 @@
-"""How a connection to an NBD server ends, and how the server's error numbers are those of this host.
+"""Why a connection to an NBD server was lost, and the errno for a server's error numbers.
 
 Must not hold a socket.
 """
@@ -14,7 +14,7 @@ _RESETS = (errno.ECONNRESET, errno.EPIPE)
 
 
 class Lost(Exception):
-    """The connection is of no use any more; `is_broken`: not by its server, but by the network."""
+    """The connection is unusable; `is_broken`: because of the network, and not because of the server."""
 
     def __init__(self, why: str, *, is_broken: bool = False) -> None:
         super().__init__(why)
@@ -31,7 +31,7 @@ def errno_of(code: int) -> int:
 
 
 def lost(error: OSError) -> Lost:
-    """Return what became of a connection by an error of its socket."""
+    """Return the loss of a connection that an error of its socket means."""
     if error.errno in _RESETS:
         return Lost("the server has reset the connection")
     return Lost(f"the connection broke: {error.strerror or error}", is_broken=True)

@@ -1,7 +1,7 @@
-"""A connection's handshake: at once, while a chain is opened, or step by step in the loop, while a disk is served.
+"""A connection's handshake: in one go while a chain is being opened, or step by step in the loop of a served disk.
 
-Must not connect, nor judge whether what a server offers will do. Where TLS is wanted nothing is said without it but
-that it is.
+Must not connect, nor judge whether a server's offer will do. If TLS is wanted, nothing is sent without it but the
+request for TLS.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from xenbackend.errors import DriverError
 from xenbackend.nbd.abi import NbdError
 from xenbackend.nbd.client import ClientHandshake, Offer, Refused
 
-HANDSHAKE_S = 10.0  # that a server may take for all of it, and for all connections that are made as a chain is opened
-_ROOM = 4096  # bytes at once
+HANDSHAKE_S = 10.0  # for the whole handshake; while a chain is being opened, for those of all its connections
+_ROOM = 4096  # bytes received at once
 
 Stream = socket.socket | TlsSocket
-Then = Callable[[Offer | None, str], None]  # what is offered, or why nothing is
+Then = Callable[[Offer | None, str], None]  # gets the server's offer, or why there is none
 _FAILURES = (NbdError, Refused, TlsFailed, OSError)
 
 
 class Talk:
-    """The handshake over one socket, of which somebody else says when there is something to receive.
+    """The handshake on one socket; the caller waits until there is something to receive.
 
-    stream   what the requests go by afterwards
+    stream   the socket, or the TLS socket over it, for the requests afterwards
     """
 
     def __init__(self, near: socket.socket, export: str, tls: Tls | None) -> None:
-        """The socket stays the caller's."""
+        """The socket remains the caller's, who has to close it."""
         self.stream: Stream = near
         self._near = near
         self._tls = tls
@@ -42,9 +42,9 @@ class Talk:
         self._is_encrypting = False  # TLS's own handshake is under way
 
     def step(self) -> Offer | None:
-        """Receive once, and answer; return what is offered, once it is.
+        """Receive once, and reply; return the server's offer at the end of the handshake, else None.
 
-        Raises: OSError as the socket does; NbdError, Refused, TlsFailed.
+        Raises: OSError of the socket; NbdError, Refused, TlsFailed.
         """
         if not self._is_encrypting:
             piece = self.stream.recv(_ROOM)
@@ -64,7 +64,7 @@ class Talk:
 
 
 def negotiate(near: socket.socket, export: str, tls: Tls | None, deadline: Deadline) -> tuple[Stream, Offer]:
-    """Do the handshake, waiting for the server, and return what the requests go by, which does not block.
+    """Do the handshake, waiting for the server; return the non-blocking stream for requests, and the offer.
 
     Raises: DriverError; the socket stays open.
     """
@@ -79,10 +79,10 @@ def negotiate(near: socket.socket, export: str, tls: Tls | None, deadline: Deadl
 
 
 class Negotiation:
-    """One that goes on in the loop; `then` is called once, unless it is stopped before."""
+    """A handshake in the worker's loop; `then` is called once, unless it is stopped before."""
 
     def __init__(self, env: Env, near: socket.socket, export: str, tls: Tls | None, then: Then) -> None:
-        """The socket stays the caller's."""
+        """The socket remains the caller's, who has to close it."""
         self._env = env
         self._socket = near
         self._talk = Talk(near, export, tls)
@@ -93,11 +93,11 @@ class Negotiation:
 
     @property
     def stream(self) -> Stream:
-        """What the requests go by, once `then` is called."""
+        """The stream for requests, when `then` is called."""
         return self._talk.stream
 
     def stop(self) -> None:
-        """Leave it."""
+        """Abandon the handshake."""
         if self._then is not None:
             self._then = None
             self._env.unwatch(self._socket.fileno())
@@ -125,7 +125,7 @@ class Negotiation:
 
 
 def _explained(problem: Exception) -> DriverError:
-    """Return what a handshake failed by, as a sentence."""
+    """Return why a handshake failed, as a sentence."""
     match problem:
         case Refused():
             return DriverError(f"the server refuses: {problem}", errno=errno.ENOENT)

@@ -1,6 +1,6 @@
-"""A question for block status: which ranges of an export read as zeros.
+"""Requests for block status: which ranges of an export read as zeros.
 
-Must not be asked in a worker's loop: it waits for the answer.
+Must not be used in a worker's loop: it waits for the reply.
 
 Source: NetworkBlockDevice/nbd doc/proto.md, "Block status".
 """
@@ -30,13 +30,13 @@ from xenbackend.nbd.abi import (
 
 Stream = socket.socket | TlsSocket
 _MOST = 1 << 20  # bytes of a chunk
-_MAX_CHUNKS = 64  # of an answer: one for each context that was asked for, which is one
+_MAX_CHUNKS = 64  # of a reply; there should be one for each context that was negotiated, and that is one
 
 
 def ask(near: Stream, context: int, offset: int, length: int, timeout_s: float) -> Iterator[tuple[int, int]]:
-    """Yield length and flags of ranges from `offset` on, at least one; nothing is in flight on `near`.
+    """Yield the length and flags of ranges from `offset` on, at least one; nothing is in flight on `near`.
 
-    Raises: Lost, NbdError; OSError, where the server refuses.
+    Raises: Lost, NbdError; OSError if the server refuses.
     """
     deadline = Deadline(timeout_s)
     try:
@@ -52,7 +52,7 @@ def ask(near: Stream, context: int, offset: int, length: int, timeout_s: float) 
 
 
 def _answer(near: Stream, context: bytes, deadline: Deadline) -> bytes:
-    """Receive an answer, and return the ranges that it has of a context."""
+    """Receive a reply, and return its packed ranges for one context."""
     found = b""
     for _ in range(_MAX_CHUNKS):
         magic, flags, kind, _, size = STRUCTURED.unpack(_take(near, STRUCTURED.size, deadline))

@@ -1,6 +1,6 @@
-"""How an NBD export is written: a socket or a host, an export's name, or a URI as libnbd has it.
+"""The syntax of an NBD export: a socket or a host with an export's name, or a URI as of libnbd.
 
-Must not resolve a name. A part of a URI is decoded once. Source: NetworkBlockDevice/nbd doc/uri.md.
+Must not resolve a name. Each part of a URI is decoded once. Source: NetworkBlockDevice/nbd doc/uri.md.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _MAX_PATH = 107  # bytes; sun_path of unix(7) has 108, with a NUL
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """An export; what is None the text does not say, so that an option may.
+    """An export. A field is None if the text does not say, so that an option may.
 
-    tls            whether the server is spoken to by TLS
-    certificates   the directory with what TLS goes by
+    tls            whether TLS is used
+    certificates   the directory with the certificates for TLS
     """
 
     endpoint: Endpoint
@@ -41,7 +41,7 @@ class Target:
 
 
 def parse_target(text: str) -> Target:
-    """Return what ``unix:/path``, ``host:port`` or a URI names. Raises: ValueError, with a sentence."""
+    """Parse ``unix:/path``, ``host:port`` or a URI. Raises: ValueError, with a sentence."""
     if uri := _URI.match(text):
         return _parse_uri(text if uri[1] else f"nbd:{text}")
     if text.startswith("unix:"):

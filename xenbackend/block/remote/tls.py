@@ -1,10 +1,10 @@
-"""TLS over a socket that is there already, as a client with certificates: what a socket can do, encrypted.
+"""TLS over a connected socket, as a client with certificates, with the interface of a socket.
 
-Must not read a file, nor go on where a certificate is not right. The socket stays what it is underneath: whoever has
-another descriptor of it sees its end, as he would without TLS.
+Must not read a file, nor continue if a certificate is not valid. The socket underneath is not changed: whoever has
+another descriptor of it sees its end as without TLS.
 
-Python's `ssl` reads a client's own certificate from files only, and whoever serves a disk can open none. So that one is
-handed to OpenSSL itself, by the functions that `ssl` is linked with.
+Python's `ssl` loads a client's own certificate from files only, and a worker cannot open any. So the certificate is
+given to OpenSSL directly, by the functions of the library that `ssl` is linked with.
 
 Source: NetworkBlockDevice/nbd doc/proto.md, "TLS support"; PySSLContext of CPython's Modules/_ssl.c, whose first field
 is the SSL_CTX; SSL_CTX_use_certificate(3), PEM_read_bio_PrivateKey(3).
@@ -27,7 +27,7 @@ from xenbackend.errors import XenbackendError
 from xenbackend.nbd.abi import NbdError
 
 _MOST = 256 * 1024  # bytes that are encrypted, or received, at once
-_MOST_EMPTY = 4  # receipts without data, as of session tickets, before somebody else has a turn
+_MOST_EMPTY = 4  # receipts without data, as of session tickets, before others have their turn
 _EXTRA_CHAIN_CERT = 14  # openssl/ssl.h, SSL_CTRL_EXTRA_CHAIN_CERT
 _END_OF_FILE = "no start line"  # openssl/pem.h, PEM_R_NO_START_LINE
 _UNKNOWN = "its certificate is from no authority that we know"
@@ -42,16 +42,16 @@ _SENTENCES = {
 
 
 class TlsFailed(XenbackendError):
-    """There is no TLS with a server, or none that could be trusted."""
+    """TLS with a server could not be established, or its certificate is not trusted."""
 
 
 class Tls:
-    """How servers are spoken to: whom we believe, who we are, and which host it should be."""
+    """The settings of TLS: the authorities that we trust, our own certificate, and the host of the server."""
 
     def __init__(self, credentials: Mapping[str, str], host: str) -> None:
-        """Take what AUTHORITIES, CERTIFICATE and KEY have in them, as PEM; without the last two we are nobody.
+        """Take the contents of AUTHORITIES, CERTIFICATE and KEY as PEM; without the last two we have no certificate.
 
-        `host` is the name or address that a server's certificate is for; empty: any that its authority has signed.
+        `host` is the name or address that the server's certificate has to be for; empty: any that is signed will do.
 
         Raises: TlsFailed, naming the file.
         """
@@ -71,7 +71,7 @@ class Tls:
             _give_certificate(context, credentials[CERTIFICATE].encode(), credentials[KEY].encode())
 
     def over(self, near: socket.socket) -> TlsSocket:
-        """Return what `near` is with TLS; `handshake` comes next."""
+        """Return a TLS socket over `near`; call its `handshake` next."""
         incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         return TlsSocket(near, self._begin(incoming, outgoing), incoming, outgoing)
 
@@ -80,9 +80,9 @@ class Tls:
 
 
 class TlsSocket:
-    """A socket with TLS, with what of a socket is used; one that does not block raises BlockingIOError likewise.
+    """A socket with TLS, with those methods of a socket that are used here; if non-blocking, it raises BlockingIOError.
 
-    Raises besides: NbdError, where what comes is no TLS.
+    In addition its methods raise NbdError if the data received are not TLS.
     """
 
     def __init__(
@@ -97,16 +97,16 @@ class TlsSocket:
 
     @property
     def version(self) -> str:
-        """Which version of TLS was agreed on: TLSv1.3."""
+        """The version of TLS that was agreed on, such as TLSv1.3."""
         return self._session.version() or ""
 
     @property
     def has_unsent(self) -> bool:
-        """Whether the socket has not taken everything that is encrypted."""
+        """Whether there are encrypted data that the socket has not accepted yet."""
         return bool(self._unsent) or self._outgoing.pending > 0
 
     def handshake(self) -> None:
-        """Go on with the handshake until it is done. Raises: TlsFailed; as the socket does."""
+        """Continue the handshake until it is done. Raises: TlsFailed, OSError of the socket."""
         while True:
             try:
                 self._session.do_handshake()
@@ -117,19 +117,19 @@ class TlsSocket:
                 if not self._fetch():
                     raise TlsFailed("it has closed the connection while TLS began") from None
             except ssl.SSLError as error:
-                with suppress(OSError):  # the server may be told
+                with suppress(OSError):  # an alert for the server, if it can be sent
                     self.flush()
                 raise TlsFailed(_sentence(error)) from error
 
     def flush(self) -> None:
-        """Send what is encrypted and not sent."""
+        """Send the encrypted data that were not sent yet."""
         while self.has_unsent:
             if not self._unsent:
                 self._unsent = memoryview(self._outgoing.read())
             self._unsent = self._unsent[self._socket.send(self._unsent) :]
 
     def sendmsg(self, pieces: Iterable[bytes | memoryview]) -> int:
-        """Encrypt and send the beginning; return how many bytes of it: `flush` sends what the socket has not taken."""
+        """Encrypt the beginning of `pieces`, send that, and return its length; `flush` sends what is left over."""
         self.flush()
         taken, size = [], 0
         for piece in pieces:
@@ -146,27 +146,27 @@ class TlsSocket:
         return size
 
     def sendall(self, data: bytes) -> None:
-        """Encrypt and send all of it; the socket blocks, or takes that much."""
+        """Encrypt and send all data; the socket blocks, or accepts that much."""
         left = memoryview(data)
         while left:
             left = left[self.sendmsg([left]) :]
         self.flush()
 
     def recv(self, size: int) -> bytes:
-        """Receive up to so many bytes; none at the end."""
+        """Receive up to `size` bytes; none at the end of the connection."""
         room = bytearray(size)
         return bytes(room[: self.recv_into(memoryview(room))])
 
     def recv_into(self, view: memoryview) -> int:
-        """Receive into `view`, and return how many bytes; 0 at the end.
+        """Receive into `view`, and return the number of bytes, 0 at the end of the connection.
 
-        Raises: BlockingIOError also where much comes, and no data: there may be no end of that.
+        Raises: BlockingIOError, also if records without data keep coming, since there may be no end of them.
         """
         empty = 0
         while True:
             try:
                 return self._session.read(len(view), view)  # type: ignore[return-value]  # into a buffer
-            except ssl.SSLWantReadError:  # nothing is left in `_incoming`, so that the socket shows what comes next
+            except ssl.SSLWantReadError:  # `_incoming` is empty, so the socket will be readable when more comes
                 if empty == _MOST_EMPTY:
                     raise BlockingIOError(errno.EAGAIN, "no data") from None
                 empty += 1
@@ -178,7 +178,7 @@ class TlsSocket:
                 raise NbdError(f"TLS: {_reason(error)}") from error
 
     def recvmsg_into(self, views: Iterable[memoryview]) -> tuple[int]:
-        """Receive into one view after the other as much as is there, at least one byte; none at the end."""
+        """Receive what is there into one view after the other; return the number of bytes, 0 at the end."""
         size = 0
         for view in views:
             filled = 0
@@ -196,27 +196,27 @@ class TlsSocket:
         return (size,)
 
     def _fetch(self) -> bool:
-        """Receive what is encrypted; False at the end."""
+        """Receive encrypted data; return False at the end of the connection."""
         received = self._socket.recv(_MOST)
         self._incoming.write(received)
         return bool(received)
 
 
 def _give_certificate(context: ssl.SSLContext, certificate: bytes, key: bytes) -> None:
-    """Let a context present a certificate, with those behind it in its file. Raises: TlsFailed."""
+    """Give a context our certificate, with the chain behind it in the same file, and its key. Raises: TlsFailed."""
     try:
         library = _library()
     except (OSError, AttributeError) as error:
         raise TlsFailed(f"this Python's OpenSSL takes no {CERTIFICATE}: {error}") from error
     pointer = ctypes.c_void_p.from_address(id(context) + object.__basicsize__)
-    if library.SSL_CTX_get_options(pointer) != context.options:  # a Python whose contexts begin in another way
+    if library.SSL_CTX_get_options(pointer) != context.options:  # the layout of this Python's contexts is another one
         raise TlsFailed(f"this Python's OpenSSL takes no {CERTIFICATE}: no context is where one should be")
     library.ERR_clear_error()
     try:
         _use_certificates(library, pointer, certificate)
         _use_key(library, pointer, key)
     finally:
-        library.ERR_clear_error()  # at the end of a file there is one
+        library.ERR_clear_error()  # the end of the PEM data leaves an error
 
 
 def _use_certificates(library: Any, pointer: ctypes.c_void_p, certificate: bytes) -> None:
@@ -230,7 +230,7 @@ def _use_certificates(library: Any, pointer: ctypes.c_void_p, certificate: bytes
                 if is_taken != 1:
                     raise TlsFailed(f"OpenSSL does not take {CERTIFICATE}: {_last_error(library)}")
             else:
-                library.SSL_CTX_ctrl(pointer, _EXTRA_CHAIN_CERT, 0, one)  # which has it from now on
+                library.SSL_CTX_ctrl(pointer, _EXTRA_CHAIN_CERT, 0, one)  # the context owns it from now on
             found += 1
     finally:
         library.BIO_free(bio)
@@ -243,28 +243,28 @@ def _use_certificates(library: Any, pointer: ctypes.c_void_p, certificate: bytes
 def _use_key(library: Any, pointer: ctypes.c_void_p, key: bytes) -> None:
     bio = library.BIO_new_mem_buf(key, len(key))
     try:
-        private = library.PEM_read_bio_PrivateKey(bio, None, None, b"")  # an empty passphrase: nobody is asked for one
+        private = library.PEM_read_bio_PrivateKey(bio, None, None, b"")  # no passphrase, or OpenSSL would ask for it
     finally:
         library.BIO_free(bio)
     if not private:
         raise TlsFailed(f"{KEY} has no key in it that can be read without a passphrase")
     is_its = library.SSL_CTX_use_PrivateKey(pointer, private)
     library.EVP_PKEY_free(private)
-    # A context has room for a certificate of each kind of key. One of another kind has no certificate beside it, which
-    # is no mistake until it is asked for: we would be nobody.
+    # A context has room for a certificate for each type of key. A key of another type than the certificate's is not
+    # refused at once, and we would present no certificate.
     if is_its != 1 or library.SSL_CTX_check_private_key(pointer) != 1:
         raise TlsFailed(f"{KEY} is not the key of {CERTIFICATE}")
 
 
 def _last_error(library: Any) -> str:
-    """Return what OpenSSL says about its last error, in words."""
+    """Return OpenSSL's text for its last error."""
     said = library.ERR_reason_error_string(library.ERR_peek_last_error())
     return said.decode() if said else "no reason is given"
 
 
 @cache
 def _library() -> Any:
-    """Return what `ssl` is linked with. Raises: OSError, AttributeError, where that cannot be reached."""
+    """Return the library that `ssl` is linked with. Raises: OSError, AttributeError if it cannot be reached."""
     library = ctypes.PyDLL(getattr(_ssl, "__file__", None))
     address, number, text = ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p
     for name, arguments, result in (
@@ -295,13 +295,13 @@ def _sentence(error: ssl.SSLError) -> str:
 
 
 def _reason(error: ssl.SSLError) -> str:
-    """Return what OpenSSL says, in words."""
+    """Return OpenSSL's text for an error."""
     if not error.reason:
         return error.strerror or f"error {error.errno or errno.EPROTO}"
     return error.reason.replace("_", " ").lower()
 
 
-# A process that can open no file any more can load nothing either.
+# Now, since a process behind walls can open no file, and so load nothing.
 with suppress(OSError, AttributeError):
     _library()
 ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
