@@ -1,9 +1,9 @@
 """The header of a file that a filter keeps beside a disk: bytes to values.
 
-    0    magic, version, crc, size, block, length of the base's text, 0, token; then what the layer below was, as text
+    0    magic, version, crc, size, block, length of `base`, 0, token; then `base`, a text about the layer below
 
 It takes HEADER_SIZE bytes; everything is little-endian. The formats are ours. Must not open a file, nor take a number
-from a header without having looked at it.
+from a header without checking it.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _MAX_BASE = HEADER_SIZE - _HEADER.size
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What stands in the header: bytes of the disk and of a block, what the layer below was, and 16 bytes of chance.
+    """The header's content: sizes of the disk and of a block in bytes, a text for the layer below, 16 random bytes.
 
-    By the `token` this file is told from another one that has taken its name. A format is a subclass: its driver's
-    name, by which people know it, its magic and its version.
+    The random `token` distinguishes this file from another one that later has the same name. A subclass for each format
+    sets LAYER, the driver's name for messages, its magic and its version.
     """
 
     LAYER: ClassVar[str]
@@ -41,11 +41,11 @@ class Header:
 
     @property
     def blocks(self) -> int:
-        """How many there are; the last one may be cut."""
+        """The number of blocks; the last one may be shorter."""
         return -(-self.size // self.block)
 
     def pack(self) -> bytes:
-        """Return the header as it stands in the file. Raises: DriverError where the base's text is too long."""
+        """Return the header's bytes. Raises: DriverError if `base` is too long."""
         text = self.base.encode(errors="surrogateescape")
         if len(text) > _MAX_BASE:
             raise DriverError("the layer below is made of too many files to note what it was")
@@ -55,7 +55,7 @@ class Header:
 
     @classmethod
     def parse(cls, data: bytes) -> Self:
-        """Return what a header says. Raises: DriverError."""
+        """Parse and check a header. Raises: DriverError."""
         if data[: len(cls.MAGIC)] != cls.MAGIC:
             raise DriverError(f"it is no file of {cls.LAYER}:, and is left as it is; name another one")
         magic, version, crc, size, block, length, _, token = _HEADER.unpack_from(data)
@@ -73,21 +73,21 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class MappedHeader(Header):
-    """That of a file which has a map behind its header, of ENTRY bytes for each block, and the blocks behind that."""
+    """The header of a file that has a map after it, of ENTRY bytes for each block, and then the blocks."""
 
     ENTRY: ClassVar[int]
 
     @property
     def map_size(self) -> int:
-        """Bytes of the map, whole pages."""
+        """The map's size in bytes, whole pages."""
         return round_up(self.ENTRY * self.blocks, PAGE)
 
     @property
     def data_at(self) -> int:
-        """Where block 0 would be, in bytes."""
+        """The place of block 0, in bytes."""
         return round_up(HEADER_SIZE + self.map_size, MAX_BLOCK)
 
     @property
     def file_size(self) -> int:
-        """Bytes of the file."""
+        """The file's size in bytes."""
         return self.data_at + self.blocks * self.block

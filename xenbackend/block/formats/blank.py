@@ -21,8 +21,8 @@ from xenbackend.block.formats.vhd_names import parent_names
 from xenbackend.errors import ConfigError, printable
 from xenbackend.units import PAGE, SECTOR, format_size, round_up
 
-# QEMU and blktap take the disk's size as the footer has it, and not from the geometry, only for creators they know.
-# With version 1.1 of this one they look for no map of full blocks, which a new image does not have.
+# Only for creators that they know do QEMU and blktap take the disk's size from the footer, and not from the geometry.
+# For version 1.1 of this creator they do not look for a map of full blocks, which a new image does not have.
 _VHD_CREATOR, _VHD_CREATOR_VERSION = b"tap\0", 0x00010001
 _QCOW2_HEADER = struct.Struct(">4sIQIIQIIQQIIQQQQII")
 _QCOW_HEADER = struct.Struct(">4sIQIIQBBHIQ")
@@ -32,7 +32,7 @@ _PROTOCOL = re.compile(rb"[A-Za-z0-9+.-]+:")
 
 @dataclass(frozen=True, slots=True)
 class Blank:
-    """What a new file holds: pieces of bytes by their place, and holes around them."""
+    """The content of a new file: pieces as (place, bytes), and holes around them."""
 
     size: int  # bytes
     pieces: Sequence[tuple[int, bytes]] = field(default=())
@@ -40,9 +40,9 @@ class Blank:
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
-    """What may be chosen of a new image. Sizes are bytes; 0 is what the format uses as a rule."""
+    """The choices for a new image. Sizes are in bytes; 0 is the format's default."""
 
-    cluster_size: int = 0  # of VHD: the block
+    cluster_size: int = 0  # for VHD: of a block
     is_fixed: bool = False  # VHD only
 
 
@@ -50,15 +50,15 @@ class Wishes:
 class Parent:
     """How a new image names its parent."""
 
-    name: str  # as it is written into the image
+    name: str  # as it will be written into the image
     format: str  # a key of FORMATS
     qemu_format: str
-    uuid: bytes = bytes(16)  # of a VHD image
-    mtime: float = 0.0  # seconds since 1970
+    uuid: bytes = bytes(16)  # of a VHD parent
+    mtime: float = 0.0  # of the parent's file, in seconds since 1970
 
 
 def blank(image_format: str, size: int, wishes: Wishes, parent: Parent | None) -> Blank:
-    """Return a new image. Raises: ConfigError, where the format cannot be what was wished for."""
+    """Return a new image. Raises: ConfigError if the format does not support the wishes."""
     if size <= 0 or size % SECTOR:
         raise ConfigError(f"a disk of {size} bytes cannot be; its size is a multiple of 512")
     row = FORMATS[image_format]
@@ -126,8 +126,8 @@ def qcow_l2_bits(cluster_size: int) -> int:
 
 
 def blank_vhd(size: int, wishes: Wishes, parent: Parent | None) -> Blank:
-    """Return a VHD image: dynamic, fixed, or with a parent differencing. Raises: ConfigError."""
-    import uuid  # late: it takes long, and whoever looks at an image needs none
+    """Return a VHD image: dynamic or fixed, or differencing if it has a parent. Raises: ConfigError."""
+    import uuid  # late: the import is slow, and only new images need it
 
     vhd.check_new_size(size)
     kind = vhd.FIXED if wishes.is_fixed else vhd.DIFFERENCING if parent else vhd.DYNAMIC
@@ -152,9 +152,9 @@ def blank_vhd(size: int, wishes: Wishes, parent: Parent | None) -> Blank:
 
 
 def vhd_with_parent(header: vhd.Header, place: int, parent: Parent | None) -> tuple[vhd.Header, bytes]:
-    """Return a VHD's header with another parent, or none, and the names that it has at `place` of the file then.
+    """Return a VHD's header with another parent, or none, and the parent's names to be written at `place` of the file.
 
-    Raises: ConfigError, for a name that nobody could read back.
+    Raises: ConfigError if a name could not be read back.
     """
     if parent is None:
         return replace(header, parent_uuid=bytes(16), parent_timestamp=0, parent_name=b"", locators=()), b""
@@ -179,7 +179,7 @@ def _cluster_bits(size: int, least: int, most: int) -> int:
 
 
 def _refcount_clusters(others: int, cluster: int, disk: int) -> tuple[int, int]:
-    """Return how many clusters refcount table and blocks take, for themselves, the header and `others`.
+    """Return how many clusters the refcount table and the blocks take to count themselves, the header and `others`.
 
     The table has room for the clusters of a full disk, so that it need not move while the disk is filled.
     """
@@ -191,19 +191,19 @@ def _refcount_clusters(others: int, cluster: int, disk: int) -> tuple[int, int]:
 
 
 def qcow_name(parent: Parent | None) -> bytes:
-    """Return how QCOW names a parent: what looks like a protocol (`nbd:`) would not be taken for a file."""
+    """Return the name of a parent in QCOW, changed if it looks like a protocol (`nbd:`) and not like a file."""
     name = os.fsencode(parent.name) if parent else b""
     return b"./" + name if _PROTOCOL.match(name) else name
 
 
 def _check_room(name: bytes, room: int) -> None:
-    """Refuse a parent's name for which QCOW's header has no room. Raises: ConfigError."""
+    """Refuse a parent's name that does not fit into QCOW's header. Raises: ConfigError."""
     if len(name) > min(room, qcow2.MAX_NAME):
         raise ConfigError(f"the parent's name has {len(name)} bytes, too many for the image's header")
 
 
 def _check_readable(name: str, header: vhd.Header, written: bytes, place: int) -> None:
-    """Refuse a parent's name that nobody could read back. Raises: ConfigError."""
+    """Refuse a parent's name that could not be read back. Raises: ConfigError."""
 
     def read(offset: int, length: int) -> bytes:
         return written[offset - place : offset - place + length]
@@ -215,7 +215,7 @@ def _check_readable(name: str, header: vhd.Header, written: bytes, place: int) -
 
 
 def _locators(name: str, place: int) -> tuple[tuple[vhd.Locator, ...], bytes]:
-    r"""Return the parent's name as Windows, blktap and macOS look for it; relative names begin with ``.\``."""
+    r"""Return the parent's name in the forms of Windows, blktap and macOS; relative ones begin with ``.\``, ``./``."""
     is_absolute = name.startswith("/")
     unix = name if is_absolute else f"./{name}"
     windows = unix.replace("/", "\\").encode("utf-16-le", "surrogatepass")

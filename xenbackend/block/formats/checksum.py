@@ -1,11 +1,11 @@
 """The file of `checksum:`: bytes to values.
 
     0         header (`beside`)
-    4096      log: one byte for each PAGE of sums, not 0 while the medium may have other data than the sums there say
-    sums_at   sums: 32 bits for each block, 0 where none is known
+    4096      log: one byte for each PAGE of sums, not 0 while that page's sums may not match the data on the medium
+    sums_at   sums: 32 bits for each block, 0 if the sum is not known
 
-A sum is the CRC-32 of a block, begun with the block's number, so that a block in another one's place is found. Nothing
-is 0 but what is not known. Everything is little-endian. The format is ours. Must not open a file.
+A sum is the CRC-32 of a block with the block's number as its initial value, so that a block in the place of another one
+is detected. A known sum is never 0. Everything is little-endian. The format is ours. Must not open a file.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from xenbackend.block.formats.beside import HEADER_SIZE
 from xenbackend.units import round_up
 
 PAGE = 4096  # bytes of the file that are written together
-SUMS = PAGE // 4  # of a page
+SUMS = PAGE // 4  # sums in a page
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,22 +31,22 @@ class Header(beside.Header):
 
     @property
     def pages(self) -> int:
-        """Pages of sums."""
+        """The number of pages of sums."""
         return -(-self.blocks // SUMS)
 
     @property
     def log_size(self) -> int:
-        """Bytes of the log, whole pages."""
+        """The log's size in bytes, whole pages."""
         return round_up(self.pages, PAGE)
 
     @property
     def sums_at(self) -> int:
-        """Where the sum of block 0 is, in bytes."""
+        """The place of block 0's sum, in bytes."""
         return HEADER_SIZE + self.log_size
 
     @property
     def file_size(self) -> int:
-        """Bytes of the file."""
+        """The file's size in bytes."""
         return self.sums_at + self.pages * PAGE
 
 

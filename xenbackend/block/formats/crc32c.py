@@ -1,10 +1,10 @@
-"""CRC-32C, the checksum of VHDX: the same polynomial as in iSCSI, which no library that we use has.
+"""CRC-32C, the checksum of VHDX: the polynomial of iSCSI. No library that we use has it.
 
 Source: RFC 3720, 12.1 and appendix B.4. Must not do anything else.
 
-Byte by byte, a MiB would take 0.2 s. So data is cut into lanes of 64 bytes, and one step does one byte of every lane:
-a table of bytes is `bytes.translate`, an exclusive or of many bytes that of two long numbers. The lanes' checksums are
-joined by what 64 zero bytes make of a checksum, which is a table, too, because everything here is linear.
+Byte by byte, a MiB would take 0.2 s. So data are cut into lanes of 64 bytes, and one step does one byte of every lane:
+table look-ups are one `bytes.translate`, and the exclusive or of many bytes is that of two long integers. The lanes'
+checksums are combined by the effect that 64 zero bytes have on a checksum, which is a table, too: CRCs are linear.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def crc32c(data: bytes) -> int:
 
 
 def _lanes(data: bytes) -> list[int]:
-    """Return the checksum of each lane, begun with 0 and not inverted; `plane` n has the byte n of all of them."""
+    """Return the checksum of each lane, initially 0 and not inverted; `planes[n]` has byte n of all of them."""
     count = len(data) // _LANE
     planes = [0] * 4
     for place in range(_LANE):
@@ -47,7 +47,7 @@ def _lanes(data: bytes) -> list[int]:
 
 
 def _table(of_bit: Callable[[int], int], first: int) -> list[int]:
-    """Return what becomes of each byte at the bits from `first` on; `of_bit` says it of one bit."""
+    """Return the table of a linear function for a byte at bits `first` on; `of_bit` is the function for one bit."""
     table = [0]
     for number in range(1, 256):
         rest = number & number - 1

@@ -1,6 +1,6 @@
-"""The header of an encrypted volume, whichever LUKS it is: read, decoded, and held against the disk that it lies on.
+"""The header of an encrypted volume, LUKS1 or LUKS2: read, decoded, and checked against the disk that it is on.
 
-Must not decrypt anything, nor believe a number of it.
+Must not decrypt anything, nor trust a number in the header.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ _MAX_SIZE = 1 << 63
 
 
 def parse(look: Look, size: int, slot: int | None = None) -> Volume:
-    """Return what the header of a disk of `size` bytes says, with the size of the volume.
+    """Return the volume that the header of a disk describes, including its size.
 
     Args:
         look: reads the disk.
-        size: bytes of the disk.
-        slot: the only key slot that is to be tried; None: all of them.
+        size: size of the disk in bytes.
+        slot: the only key slot to be tried; None: all of them.
 
     Raises: DriverError, OSError.
     """
@@ -38,7 +38,7 @@ def parse(look: Look, size: int, slot: int | None = None) -> Volume:
 
 
 def _check(volume: Volume, first: int, size: int) -> None:
-    """Hold a volume against its disk: its slots lie from byte `first` up to its data. Raises: DriverError."""
+    """Check a volume against its disk: the slots have to be between byte `first` and the data. Raises: DriverError."""
     if not volume.offset:
         raise DriverError("its header is a detached one, whose data lie elsewhere; this driver knows none")
     end = volume.offset + volume.size

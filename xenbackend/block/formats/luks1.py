@@ -1,8 +1,8 @@
 """The header of LUKS1: bytes to values.
 
-Must not decrypt anything, nor take a number from a header without having looked at it.
+Must not decrypt anything, nor take a number from a header without checking it.
 
-Source: "LUKS On-Disk Format Specification" 1.2.3; numbers are big-endian, places count in sectors of 512 bytes.
+Source: "LUKS On-Disk Format Specification" 1.2.3; numbers are big-endian, places are in sectors of 512 bytes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _ACTIVE, _INACTIVE = 0x00AC71F3, 0x0000DEAD
 
 
 def parse(data: bytes) -> Volume:
-    """Return what a header says that begins as one of LUKS1; its checks are the caller's. Raises: DriverError."""
+    """Parse data that begin like a LUKS1 header; the caller checks the values. Raises: DriverError."""
     _, _, name, mode, spec, payload, key_size, digest, salt, iterations, _ = _HEADER.unpack_from(data)
     cipher = Cipher(f"{_text(name)}-{_text(mode)}", key_size)
     hash_name = _text(spec)

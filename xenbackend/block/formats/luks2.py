@@ -1,10 +1,10 @@
 """The header of LUKS2, of which there are two copies: bytes and JSON to values.
 
-Must not decrypt anything, nor take a number from a header without having looked at it: the JSON of a stranger's image
-is bounded in length by its header, in depth by the interpreter, and each value is looked at before it is used.
+Must not decrypt anything, nor take a number from a header without checking it: the JSON of a stranger's image
+is bounded in length by its header, in depth by the interpreter, and each value is checked before it is used.
 
-Source: "LUKS2 On-Disk Format Specification" 1.1.4; lib/luks2/luks2_disk_metadata.c of cryptsetup for where a second
-copy is looked for whose first one is gone.
+Source: "LUKS2 On-Disk Format Specification" 1.1.4; lib/luks2/luks2_disk_metadata.c of cryptsetup for the places of a
+second copy if the first one is gone.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ BINARY = 4096  # bytes in front of the JSON
 _SIZES = tuple(1 << bits for bits in range(14, 23))  # of a copy: 16 KiB to 4 MiB
 CHECKSUM_AT = 448
 _SECTOR_SIZES = (512, 1024, 2048, 4096)
-_MOST_DIGITS = 20  # of a number that stands there as text
-_PRIORITIES = {2: 0, 1: 1}  # by which slots are tried first; 0: only if it is named
+_MOST_DIGITS = 20  # of a number that is a string in the JSON
+_PRIORITIES = {2: 0, 1: 1}  # priority to rank in the order of tries; priority 0: tried only if it is named
 
 
 class _Copy(NamedTuple):
@@ -39,9 +39,9 @@ class _Copy(NamedTuple):
 
 
 def parse(look: Look, size: int, slot: int | None = None) -> Volume:
-    """Return what the newer one of both copies says that is sound; its checks are the caller's.
+    """Parse the newer valid one of both copies; the caller checks the values.
 
-    `slot` may be one that is only used when it is named. Raises: DriverError, OSError.
+    `slot` may be one that is only used if it is named. Raises: DriverError, OSError.
     """
     first = _read_copy(look, 0, MAGIC, size)
     places = [first.size] if first else _SIZES
@@ -56,7 +56,7 @@ def parse(look: Look, size: int, slot: int | None = None) -> Volume:
 
 
 def _read_copy(look: Look, place: int, magic: bytes, size: int) -> _Copy | None:
-    """Return a copy if it lies at `place` and is sound."""
+    """Return the copy at `place`, or None if there is no valid one."""
     if place + BINARY > size:
         return None
     head = look(place, BINARY)
@@ -85,7 +85,7 @@ class _Metadata:
         self._copy = copy
 
     def volume(self, wanted: int | None) -> Volume:
-        """Return the one volume that it describes. Raises: DriverError."""
+        """Return the volume that it describes. Raises: DriverError."""
         self._refuse_requirements()
         name, segment = self._segment()
         cipher_text = _str(segment, "encryption")
@@ -146,7 +146,7 @@ class _Metadata:
         return digest, _texts(found[0], "keyslots")
 
     def _slots(self, names: list[str], wanted: int | None) -> tuple[tuple[Slot, ...], int]:
-        """Return the slots in the order in which they are tried, and the bytes of the key that they have."""
+        """Return the slots in the order in which they are tried, and the size of their key in bytes."""
         all_slots = _dict(self._json.get("keyslots"), "keyslots")
         if len(all_slots) > MAX_SLOTS:
             raise damaged(f"it has {len(all_slots)} key slots, and {MAX_SLOTS} are the most")
@@ -218,7 +218,7 @@ def _int(values: dict[str, Any], name: str) -> int:
 
 
 def _number(values: dict[str, Any], name: str) -> int:
-    """Return a number of 64 bits, which stands there as text, since not all that reads JSON can hold one."""
+    """Return a 64-bit number, which is a string in the JSON since not all JSON parsers support such numbers."""
     value = values.get(name)
     if not isinstance(value, str) or not (value.isascii() and value.isdecimal()) or len(value) > _MOST_DIGITS:
         raise damaged(f"{name} is no number")

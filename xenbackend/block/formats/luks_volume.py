@@ -1,4 +1,4 @@
-"""What a header of an encrypted volume says, as values that LUKS1 and LUKS2 share.
+"""The header of an encrypted volume as values, the same for LUKS1 and LUKS2.
 
 Must not read a header: `luks1` and `luks2` do.
 """
@@ -14,7 +14,7 @@ from xenbackend.units import SECTOR
 
 MAGIC = b"LUKS\xba\xbe"
 MAX_SLOTS = 32  # of LUKS2; LUKS1 has 8
-MAX_STRIPES = 4000  # what every tool writes
+MAX_STRIPES = 4000  # the number that every tool writes
 MAX_DIGEST_ITERATIONS = 20_000_000  # of PBKDF2 over a volume key, which a worker does: seconds
 _XTS_SIZES, _CBC_SIZES = (32, 64), (16, 24, 32)  # bytes of a key of AES
 _KNOWN = {
@@ -27,19 +27,19 @@ _KNOWN = {
 
 
 def damaged(problem: str) -> DriverError:
-    """Return the error for a header whose own bytes contradict one another."""
+    """Return the error for a header that is inconsistent."""
     return DriverError(f"its LUKS header is damaged: {problem}; look at it with cryptsetup luksDump")
 
 
 @dataclass(frozen=True, slots=True)
 class Cipher:
-    """How sectors are encrypted; `text` is as dm-crypt writes it: aes-xts-plain64."""
+    """The encryption of sectors; `text` is in dm-crypt's syntax, such as aes-xts-plain64."""
 
     text: str
     key_size: int  # bytes
 
     def check(self) -> None:
-        """See that it is known. Raises: DriverError."""
+        """Check that the cipher is known. Raises: DriverError."""
         if self.text not in _KNOWN:
             raise DriverError(
                 f"it is encrypted by {printable(self.text[:60])}, and this driver knows {', '.join(_KNOWN)}; "
@@ -50,37 +50,37 @@ class Cipher:
 
     @property
     def is_xts(self) -> bool:
-        """XTS, else CBC."""
+        """Whether the mode is XTS; else it is CBC."""
         return "-xts-" in self.text
 
     @property
     def has_essiv(self) -> bool:
-        """The number of a sector is itself encrypted before it is used."""
+        """Whether a sector's number is encrypted before it is used as the IV."""
         return self.text.endswith("essiv:sha256")
 
     @property
     def number_mask(self) -> int:
-        """Which bits of a sector's number are used."""
+        """The bits of a sector's number that are used."""
         return (1 << 32) - 1 if self.text.endswith("-plain") else (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A key slot: the volume key, cut into stripes and encrypted by a key that a passphrase gives."""
+    """A key slot: the volume key, split into stripes and encrypted by a key that is derived from a passphrase."""
 
     number: int
     derivation: Derivation
     cipher: Cipher
     offset: int  # bytes, on the disk
-    hash: str  # by which the stripes were made
+    hash: str  # with which the stripes were made
     stripes: int = MAX_STRIPES
 
     def length(self, key_size: int) -> int:
-        """Return the bytes of its stripes."""
+        """Return the size of its stripes in bytes."""
         return key_size * self.stripes
 
     def check(self, key_size: int, first: int, end: int) -> None:
-        """See that its numbers make sense, and its stripes lie from byte `first` to `end`. Raises: DriverError."""
+        """Check its numbers, and that its stripes are between bytes `first` and `end`. Raises: DriverError."""
         self.derivation.check()
         self.cipher.check()
         if not 1 <= self.stripes <= MAX_STRIPES or self.hash not in HASHES:
@@ -91,7 +91,7 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Digest:
-    """PBKDF2 of the volume key, by which the right one is known."""
+    """PBKDF2 of the volume key, to recognise the right key."""
 
     hash: str
     iterations: int
@@ -99,7 +99,7 @@ class Digest:
     value: bytes
 
     def check(self) -> None:
-        """See that its numbers make sense. Raises: DriverError."""
+        """Check its numbers. Raises: DriverError."""
         if self.hash not in HASHES:
             known = ", ".join(HASHES)
             raise DriverError(
@@ -113,15 +113,15 @@ class Digest:
             )
 
     def fits(self, key: bytearray) -> bool:
-        """Return whether a key is the volume's."""
+        """Return whether a key is that of the volume."""
         return hashlib.pbkdf2_hmac(self.hash, key, self.salt, self.iterations, len(self.value)) == self.value
 
 
 @dataclass(frozen=True, slots=True)
 class Volume:
-    """An encrypted disk: `size` bytes from `offset` on; 0: up to the end of what it lies on.
+    """An encrypted disk: `size` bytes from `offset` on; size 0: up to the end of the disk that it is on.
 
-    tweak   what is added to the number of a sector; both count in 512 bytes
+    tweak   is added to the number of a sector; both are in units of 512 bytes
     slots   in the order in which they are tried
     """
 
@@ -136,6 +136,6 @@ class Volume:
 
     @property
     def identity(self) -> bytes:
-        """32 bytes that tell this volume, and where its data lie, from any other."""
+        """32 bytes that identify this volume and the place of its data."""
         said = [getattr(self, each.name) for each in fields(self) if each.name not in ("slots", "size")]
         return hashlib.sha256(repr(said).encode()).digest()

@@ -2,8 +2,8 @@
 
 Sources: POSIX, ``pax``, "ustar Interchange Format" and "pax Header Block"; GNU tar, "Basic Tar Format" (long names,
 numbers in base 256); DMTF DSP0243, "Open Virtualization Format", ``References`` and ``DiskSection``. Must not open a
-file, nor read what a member holds, but for the description: an archive may say that it has any number of members of
-any size.
+file, nor read the content of a member other than the description: an archive may claim to have any number of members
+of any size.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from xenbackend.units import round_up
 
 MAX_MEMBERS = 4096
 _MAX_TEXT = 4 << 20  # bytes of a description
-_MAX_HEADER = 64 << 10  # bytes of a header that gives another one's name and size
+_MAX_HEADER = 64 << 10  # bytes of a header that has the name or size for the next one
 _MAX_NAME = 4096  # bytes
 _BLOCK = 512
 _FILE, _LONG_NAME, _LONG_LINK, _PAX, _PAX_FOR_ALL, _SPARSE = b"0", b"L", b"K", b"x", b"g", b"S"
@@ -29,7 +29,7 @@ _PAX_RECORD = re.compile(rb"(\d{1,9}) ([^=\n]{1,255})=")
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A file in an archive: where its bytes are, in bytes."""
+    """A file in an archive. `offset` and `length` are in bytes."""
 
     name: str
     offset: int
@@ -38,11 +38,11 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """A file that the description names as a disk."""
+    """A disk's file in the description."""
 
     name: str
-    compression: str  # empty where it is stored as it is
-    is_chunked: bool  # stored in pieces
+    compression: str  # empty if it is not compressed
+    is_chunked: bool  # split into several members
 
 
 def is_archive(start: bytes) -> bool:
@@ -51,9 +51,9 @@ def is_archive(start: bytes) -> bool:
 
 
 def members(read: Read, file_size: int) -> Iterator[Member]:
-    """Yield the files of an archive in their order; what else is in it is passed over.
+    """Yield the files of an archive in order; other members are skipped.
 
-    Raises: DriverError, where a header is damaged, or there are more than MAX_MEMBERS.
+    Raises: DriverError if a header is damaged, or if there are more than MAX_MEMBERS.
     """
     place, more = 0, _More()
     for _ in range(MAX_MEMBERS):
@@ -83,9 +83,10 @@ def find_disk(read: Read, file_size: int, wanted: str) -> Member:
     Args:
         read: reads the file.
         file_size: bytes of the file.
-        wanted: the name of the disk's file in it; may be empty where there is one.
+        wanted: the name of the disk's file in it; may be empty if there is only one disk.
 
-    Raises: DriverError, where it is none, has no such disk, has several to choose from, or not in one readable piece.
+    Raises: DriverError if it is no OVA, if it has no such disk, if it has several and `wanted` is empty, or if the disk
+        is compressed or split.
     """
     files = {each.name: each for each in members(read, file_size)}
     texts = [each for each in files.values() if each.name.lower().endswith(".ovf")]
@@ -108,8 +109,8 @@ def find_disk(read: Read, file_size: int, wanted: str) -> Member:
 
 
 def described_disks(text: bytes) -> list[Described]:
-    """Return the disks that a description names, in its order. Raises: DriverError, where it cannot be read."""
-    from xml.parsers import expat  # late: most disks are in no OVA
+    """Return the disks in a description, in its order. Raises: DriverError if it cannot be parsed."""
+    from xml.parsers import expat  # late: most disks are not in an OVA
 
     found: dict[str, list[dict[str, str]]] = {"File": [], "Disk": []}
 
@@ -118,7 +119,7 @@ def described_disks(text: bytes) -> list[Described]:
         if kept is not None:
             kept.append({key.rpartition(" ")[2]: value for key, value in attributes.items()})
 
-    def refuse(*_: object) -> None:  # entities can make gigabytes of a few lines, and no OVF needs any
+    def refuse(*_: object) -> None:  # entities can expand a few lines to gigabytes, and no OVF needs any
         raise DriverError("its description has a document type, which none needs")
 
     parser = expat.ParserCreate(namespace_separator=" ")
@@ -155,7 +156,7 @@ def _choose(disks: Sequence[Described], wanted: str) -> Described:
 
 @dataclass(frozen=True, slots=True)
 class _More:
-    """What headers before a member's own say of it."""
+    """The name and size of a member as given by the headers before its own."""
 
     name: str = ""
     size: int | None = None
@@ -166,7 +167,7 @@ def _long_name(more: _More, data: bytes) -> _More:
 
 
 def _pax(more: _More, data: bytes) -> _More:
-    """Return what a pax header says: records of a length, which counts all of them, a key and a value."""
+    """Apply a pax header: records of a length, which is that of the whole record, a key and a value."""
     name, size, place = more.name, more.size, 0
     while match := _PAX_RECORD.match(data, place):
         end = place + int(match[1])
@@ -197,7 +198,7 @@ def _damaged(problem: str) -> DriverError:
 
 
 def _length(block: bytes, more: _More, place: int) -> int:
-    """Return how many bytes follow a header. Raises: DriverError."""
+    """Return the number of bytes that follow a header. Raises: DriverError."""
     if not _has_checksum(block):
         raise _damaged(f"the archive's header at byte {place} has another checksum")
     kind = block[156:157]
@@ -209,13 +210,13 @@ def _length(block: bytes, more: _More, place: int) -> int:
 
 
 def _has_checksum(block: bytes) -> bool:
-    """Return whether a header's bytes add up; its checksum itself counts as spaces."""
+    """Return whether a header's checksum is right, which is the sum of its bytes with the checksum itself as spaces."""
     said = block[148:156].strip(b"\0 ")
     return said.isdigit() and not said.strip(b"01234567") and int(said, 8) == sum(block[:148] + b" " * 8 + block[156:])
 
 
 def _number(field: bytes, place: int) -> int:
-    """Return a number: in octal digits, or to the base 256 behind a byte of 0x80."""
+    """Parse a number: octal digits, or base 256 after a byte of 0x80."""
     if field[0] & 0x80:
         return int.from_bytes(field[1:], "big") if field[0] == 0x80 else -1
     digits = field.strip(b"\0 ")

@@ -1,8 +1,7 @@
 """Partition tables: bytes to places on a disk.
 
-Sources: UEFI specification 2.10, 5.2 (MBR) and 5.3 (GPT); Linux, block/partitions/efi.c and msdos.c, whose reading
-decides where the specifications leave something open. Must not open a file, nor take a number from a table without
-having looked at it.
+Sources: UEFI specification 2.10, 5.2 (MBR) and 5.3 (GPT); Linux, block/partitions/efi.c and msdos.c, which decide
+if the specifications leave something open. Must not open a file, nor take a number from a table without checking it.
 """
 
 from __future__ import annotations
@@ -31,9 +30,9 @@ MAX_LOGICAL = 256  # partition.h of Linux, DISK_MAX_PARTS
 
 @dataclass(frozen=True, slots=True)
 class Partition:
-    """A partition: `start` and `length` in bytes; `kind` is its type as the table has it, `table` what table it is.
+    """A partition: `start` and `length` in bytes, `kind` its type in the table, `table` the kind of table.
 
-    `trouble` is what is wrong with the table although it can be read.
+    `trouble` says what is wrong with a table that can nevertheless be used.
     """
 
     start: int
@@ -46,7 +45,7 @@ class Partition:
 @dataclass(frozen=True, slots=True)
 class _Record:
     kind: int
-    start: int  # sectors, from wherever it counts
+    start: int  # sectors, relative to a place that depends on the record
     count: int
 
 
@@ -60,15 +59,15 @@ class _Gpt:
 
 
 def find(read: Read, size: int, sector: int, number: int) -> Partition:
-    """Return a partition by the number that Linux gives it.
+    """Return the partition with Linux's number `number`.
 
     Args:
-        read: reads what the disk has.
-        size: of the disk, in bytes.
-        sector: bytes of one of its sectors: tables count in them.
+        read: reads the disk.
+        size: the disk's size in bytes.
+        sector: bytes of a sector, the unit in tables.
         number: from 1 on.
 
-    Raises: DriverError, with a sentence; what `read` raises.
+    Raises: DriverError, with a sentence; the exceptions of `read`.
     """
     records = _records(read(0, 512))
     if records is None:
@@ -110,7 +109,7 @@ def _find_in_gpt(read: Read, size: int, sector: int, number: int) -> Partition:
 
 
 def _gpt(read: Read, last: int, sector: int, place: int) -> tuple[_Gpt | None, str]:
-    """Return the table whose header is at sector `place`; None, and what is wrong with it, where it is not valid."""
+    """Return the table whose header is at sector `place`, or None and what is wrong with it."""
     if not 1 <= place <= last:
         return None, "lies outside of the disk"
     block = read(place * sector, sector)
@@ -190,11 +189,11 @@ def _logical(read: Read, size: int, sector: int, extended: _Record) -> Iterator[
 
 
 def _records(block: bytes, *, is_extended: bool = False) -> list[_Record] | None:
-    """Return the four entries of a boot record, None where it is none."""
+    """Return the four entries of a boot record, or None if it is not one."""
     if block[510:512] != _MBR_SIGNATURE:
         return None
     entries = [_MBR_ENTRY.unpack_from(block, _MBR_TABLE + place * _MBR_ENTRY.size) for place in range(4)]
-    if not is_extended and any(active not in (0, 0x80) for active, *_ in entries):  # the code of a file system
+    if not is_extended and any(active not in (0, 0x80) for active, *_ in entries):  # a file system's boot code
         return None
     return [_Record(kind, start, count) for _, _, kind, _, start, count in entries]
 

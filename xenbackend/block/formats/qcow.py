@@ -1,8 +1,8 @@
 """QCOW images of version 1: bytes to values.
 
-Source: QEMU, ``block/qcow.c``, `QCowHeader` and `get_cluster_offset`. All numbers there are big endian. There are no
-refcounts: what is new is put at the end of the file. Must not open a file, nor take a size or an offset from an image
-without having looked at it.
+Source: QEMU, ``block/qcow.c``, `QCowHeader` and `get_cluster_offset`. All numbers are big-endian. There are no
+refcounts: new clusters are put at the end of the file. Must not open a file, nor take a size or an offset from an image
+without checking it.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _HEADER = struct.Struct(">4sIQIIQBBHIQ")
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a header says, every number of it checked. Sizes and offsets are bytes."""
+    """The content of a header, with every number checked. Sizes and offsets are in bytes."""
 
     size: int
     cluster_bits: int
     l2_bits: int  # an L2 table has 1 << l2_bits entries
     l1: Region
-    backing_file: bytes  # empty where the image has no parent; of which format it is, the image does not say
+    backing_file: bytes  # empty if the image has no parent; the image does not say which format that has
 
     @property
     def cluster_size(self) -> int:
@@ -36,13 +36,13 @@ class Header:
 
 
 def parse_header(read: Read, file_size: int) -> Header:
-    """Return what the header of an image says.
+    """Parse the header of an image.
 
     Args:
         read: reads the image file.
-        file_size: bytes of the image file.
+        file_size: the image file's size in bytes.
 
-    Raises: DriverError, where it is no QCOW image of version 1, a damaged or an encrypted one.
+    Raises: DriverError if it is no QCOW image of version 1, or is damaged or encrypted.
     """
     start = read(0, _HEADER.size)
     if len(start) < _HEADER.size or start[:4] != MAGIC:
@@ -73,7 +73,7 @@ def parse_header(read: Read, file_size: int) -> Header:
 
 
 def compressed_place(entry: int, cluster_bits: int) -> Region:
-    """Return where the bytes of a compressed cluster are."""
+    """Return the range of the file that has a compressed cluster."""
     offset_bits = 63 - cluster_bits
     offset = entry & ((1 << offset_bits) - 1)
     return Region(offset, (entry & ~COMPRESSED) >> offset_bits)

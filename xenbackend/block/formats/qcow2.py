@@ -1,7 +1,7 @@
-"""The header of a QCOW2 image: bytes to values, and the bytes of what may change in it.
+"""The header of a QCOW2 image: bytes to values, and bytes for the fields that may change.
 
 Source: QEMU, ``docs/interop/qcow2.txt``, "Header", "Header extensions", "Feature name table". All numbers there are big
-endian. Must not open a file, nor take a size or an offset from an image without having looked at it.
+endian. Must not open a file, nor take a size or an offset from an image without checking it.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from xenbackend.errors import ConfigError, DriverError, printable
 from xenbackend.units import format_size, round_up
 
 MAGIC = b"QFI\xfb"
-MIN_CLUSTER_BITS, MAX_CLUSTER_BITS = 9, 21  # 512 bytes to 2 MiB, as QEMU
+MIN_CLUSTER_BITS, MAX_CLUSTER_BITS = 9, 21  # 512 bytes to 2 MiB, as in QEMU
 MAX_REFCOUNT_ORDER = 6
-MAX_L1_BYTES = 32 << 20  # as QEMU
-MAX_REFCOUNT_TABLE_BYTES = 8 << 20  # as QEMU
-MAX_SNAPSHOTS = 65536  # as QEMU
+MAX_L1_BYTES = 32 << 20  # as in QEMU
+MAX_REFCOUNT_TABLE_BYTES = 8 << 20  # as in QEMU
+MAX_SNAPSHOTS = 65536  # as in QEMU
 MAX_NAME = 1023  # bytes of a parent's name
-SUBCLUSTERS = 32  # of a cluster, where there are any
+SUBCLUSTERS = 32  # of a cluster, if the image has subclusters
 DIRTY, CORRUPT, DATA_FILE, COMPRESSION, EXTENDED_L2 = 1 << 0, 1 << 1, 1 << 2, 1 << 3, 1 << 4  # incompatible features
 BITMAPS, RAW_DATA = 1 << 0, 1 << 1  # auto-clear features
 
@@ -34,7 +34,7 @@ _FEATURE = struct.Struct("BB46s")
 _BITMAPS_EXTENSION = struct.Struct(">IIQQ")
 BACKING_FORMAT, _FEATURE_NAMES, _BITMAPS, _DATA_NAME = 0xE2792ACA, 0x6803F857, 0x23852875, 0x44415441
 _KNOWN = DIRTY | CORRUPT | DATA_FILE | COMPRESSION | EXTENDED_L2
-_COMPRESSION_AT = 104  # where the kind of compression stands, in a header that is long enough
+_COMPRESSION_AT = 104  # place of the type of compression, in a header that is long enough
 _COMPRESSIONS = ("zlib", "zstd")  # by number
 
 
@@ -48,7 +48,7 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a header says, every number of it checked. Sizes and offsets are bytes."""
+    """The content of a header, with every number checked. Sizes and offsets are in bytes."""
 
     version: int
     size: int
@@ -61,11 +61,11 @@ class Header:
     incompatible: int
     autoclear: int
     compression: str  # of compressed clusters: "zlib" or "zstd"
-    backing_file: bytes  # empty where the image has no parent
-    backing_format: str  # empty where the image does not say
-    data_name: bytes  # of the external data file; empty where the image does not say
+    backing_file: bytes  # empty if the image has no parent
+    backing_format: str  # empty if the image does not say
+    data_name: bytes  # of the external data file; empty if the image does not say
     bitmap_count: int
-    bitmap_directory: Region | None  # where the bitmaps are consistent
+    bitmap_directory: Region | None  # None unless the bitmaps are consistent
 
     @property
     def cluster_size(self) -> int:
@@ -74,12 +74,12 @@ class Header:
 
     @property
     def has_data_file(self) -> bool:
-        """Whether its clusters are in another file, each where it is on the disk."""
+        """Whether its clusters are in another file, each at the same place as on the disk."""
         return bool(self.incompatible & DATA_FILE)
 
     @property
     def kept_autoclear(self) -> int:
-        """The auto-clear features that stay true where we write."""
+        """The auto-clear features that remain true when we write."""
         return self.autoclear & RAW_DATA
 
     @property
@@ -94,7 +94,7 @@ class Header:
 
     @property
     def subcluster_size(self) -> int:
-        """Bytes of a subcluster, where there are any."""
+        """Bytes of a subcluster, if the image has any."""
         return self.cluster_size // SUBCLUSTERS
 
     @property
@@ -109,13 +109,13 @@ class Header:
 
 
 def parse_header(read: Read, file_size: int) -> Header:
-    """Return what the header of an image says.
+    """Parse the header of an image.
 
     Args:
         read: reads the image file.
-        file_size: bytes of the image file.
+        file_size: the image file's size in bytes.
 
-    Raises: DriverError, where it is no QCOW2 image, a damaged one, or one with a feature that we do not have.
+    Raises: DriverError if it is no QCOW2 image, or is damaged, or has a feature that we do not support.
     """
     start = read(0, _V3_LENGTH)
     if len(start) < _V2.size or start[:4] != MAGIC:
@@ -159,27 +159,27 @@ def parse_header(read: Read, file_size: int) -> Header:
 
 
 def autoclear_bytes(autoclear: int) -> tuple[int, bytes]:
-    """Return where in the file the auto-clear features of version 3 stand, and their bytes."""
+    """Return the place in the file of version 3's auto-clear features, and their bytes."""
     return 88, autoclear.to_bytes(8, "big")
 
 
 def incompatible_bytes(incompatible: int) -> tuple[int, bytes]:
-    """Return where in the file the incompatible features of version 3 stand, and their bytes."""
+    """Return the place in the file of version 3's incompatible features, and their bytes."""
     return 72, incompatible.to_bytes(8, "big")
 
 
 def refcount_table_bytes(table: Region, cluster_size: int) -> tuple[int, bytes]:
-    """Return where in the file the place of the refcount table stands, and its bytes: they are in one sector."""
+    """Return the place in the file of the fields about the refcount table, and their bytes, all in one sector."""
     return 48, struct.pack(">QI", table.offset, table.length // cluster_size)
 
 
 def with_parent(read: Read, header: Header, name: bytes, image_format: str) -> list[tuple[int, bytes]]:
-    """Return the writes that give an image another parent, each durable before the next; none without a name.
+    """Return the writes that give an image another parent, or no parent if `name` is empty.
 
-    The name goes behind all that is there, if there is room: then it is the first sector that says everything, as a
-    rule, and whoever is killed or loses the power leaves the one parent or the other.
+    Each write has to be durable before the next. If there is room, the name goes after everything that is there. Then,
+    as a rule, the change is in the first sector alone, and a kill or a power failure leaves the old parent or the new.
 
-    Raises: ConfigError, where the first cluster has no room for it.
+    Raises: ConfigError if the first cluster has no room for the name.
     """
     first = read(0, header.cluster_size)
     backing_offset, backing_length = struct.unpack_from(">QI", first, _BACKING_AT)
@@ -200,12 +200,12 @@ def with_parent(read: Read, header: Header, name: bytes, image_format: str) -> l
 
 
 def pack_extension(kind: int, data: bytes) -> bytes:
-    """Return a header extension; kind 0 ends them."""
+    """Return the bytes of a header extension; kind 0 ends the list."""
     return _EXTENSION.pack(kind, len(data)) + data.ljust(round_up(len(data), 8), b"\0")
 
 
 def check_region(what: str, region: Region, most: int, cluster_size: int, file_size: int) -> None:
-    """Refuse a table that is empty, too large, at an odd place or past the end of the file. Raises: DriverError."""
+    """Refuse a table that is empty, too large, misaligned or beyond the end of the file. Raises: DriverError."""
     offset, length = region.offset, region.length
     if not 0 < length <= most:
         raise damaged(f"its {what} has {length} bytes and not 1 to {most}")
@@ -252,7 +252,7 @@ def _extensions(first: bytes, start: int, end: int) -> Iterator[tuple[int, bytes
 
 
 def _check_features(incompatible: int, names: bytes) -> None:
-    """Refuse the features that we do not have, by the name that the image itself gives to those that we do not know."""
+    """Refuse features that we do not know, with the name that the image gives them. Raises: DriverError."""
     unknown = incompatible & ~_KNOWN
     if unknown:
         known = {bit: name for kind, bit, name in _FEATURE.iter_unpack(names[: len(names) // 48 * 48]) if kind == 0}
@@ -262,7 +262,7 @@ def _check_features(incompatible: int, names: bytes) -> None:
 
 
 def _compression(field: bytes, incompatible: int) -> str:
-    """Return how clusters are compressed; the field and the feature bit have to agree, as QEMU demands."""
+    """Return the type of compression. The field and the feature bit have to agree, as QEMU demands."""
     kind = field[0] if field else 0
     if bool(kind) != bool(incompatible & COMPRESSION):
         raise damaged(f"its clusters are compressed in the way number {kind}, and its features contradict that")

@@ -1,10 +1,10 @@
-"""Whether a QCOW2 image is sound: every cluster that its tables reach, against the refcounts that it stores.
+"""Checks a QCOW2 image: compares every cluster that its tables reach with the refcounts that it stores.
 
-Must not write, nor decide what is done about a fault: `qcow2_repair` says what can be written to mend one.
+Must not write, nor decide what is done about a fault: `qcow2_repair` plans the writes of a repair.
 
-Agrees with ``qemu-img check`` on whether there is an error, and on the number of leaked clusters. Only a refcount that
-is too high is never more than a leak here, whatever the entry's flag says. Faults are counted, and the first of them
-put into sentences.
+Agrees with ``qemu-img check`` on whether there is an error, and on the number of leaked clusters, with one exception: a
+refcount that is too high is never more than a leak here, whatever the entry's flag says. Faults are counted, and the
+first ones are described in sentences.
 """
 
 from __future__ import annotations
@@ -22,35 +22,35 @@ from xenbackend.errors import DriverError
 from xenbackend.units import round_up
 
 MAX_SENTENCES = 50
-_PAGE_BITS = 12  # counts are kept in pages of 4096 clusters, so that a sparse file costs what is used of it
+_PAGE_BITS = 12  # counts are kept in pages of 4096 clusters, so that a sparse file needs memory only for its used parts
 
 
 @dataclass
 class Report:
-    """What was found in an image. All but `sentences` are numbers of clusters or entries."""
+    """The result of a check. The integers are numbers of clusters or entries."""
 
     clusters: int = 0  # in the file
-    leaks: int = 0  # refcounts that are too high: space that is lost until it is repaired, no danger
+    leaks: int = 0  # refcounts that are too high: room that is lost until a repair, and no danger
     low_refcounts: int = 0  # danger: a cluster in use may be handed out again
     wrong_flags: int = 0  # entries whose "copied" flag contradicts the refcount
-    broken: int = 0  # what refcounts alone cannot mend: entries out of range, overlapping tables
+    broken: int = 0  # faults that new refcounts cannot repair: entries out of range, overlapping tables
     is_dirty: bool = False  # the image itself says that its refcounts may be wrong
     is_corrupt: bool = False  # the image itself says that it is damaged
     sentences: list[str] = field(default_factory=list)
 
     @property
     def errors(self) -> int:
-        """Faults that endanger data, all together."""
+        """The number of all faults that endanger data."""
         return self.low_refcounts + self.wrong_flags + self.broken
 
     def say(self, sentence: str) -> None:
-        """Keep a sentence, unless there are plenty."""
+        """Add a sentence, unless there are MAX_SENTENCES already."""
         if len(self.sentences) < MAX_SENTENCES:
             self.sentences.append(sentence)
 
 
 class Counts:
-    """How often each cluster is used, in pages that appear when they are needed."""
+    """The number of uses of each cluster, in pages that are made when needed."""
 
     def __init__(self, block_bits: int) -> None:
         self.page_bits = min(block_bits, _PAGE_BITS)  # so that a refcount block is whole pages
@@ -69,18 +69,18 @@ class Counts:
         return page[cluster & ((1 << self.page_bits) - 1)] if page is not None else 0
 
     def empty(self) -> array[int]:
-        """Return a page without a use."""
+        """Return a page with all counts 0."""
         return array("Q", bytes(8 << self.page_bits))
 
 
 class Check:
-    """One look at a whole image. After `run`, `report`, `counts` and `blocks` say what is there.
+    """A check of a whole image. `run` sets `report`, `counts` and `blocks`.
 
     Args:
         read: reads the image file.
-        file_size: bytes of the image file.
+        file_size: the image file's size in bytes.
 
-    Raises: DriverError, where the header says that it is no image, or none that we could serve.
+    Raises: DriverError if the header is not that of an image that we could serve.
     """
 
     def __init__(self, read: Read, file_size: int) -> None:
@@ -98,7 +98,7 @@ class Check:
         self._metadata: dict[int, int] = {}  # how often a cluster of metadata may be used
 
     def run(self) -> Report:
-        """Look at everything. Raises: OSError, where the file cannot be read."""
+        """Check everything. Raises: OSError if the file cannot be read."""
         header = self.header
         self._use_metadata("the header", Region(0, header.cluster_size))
         self._use_metadata("the refcount table", header.refcount_table)
@@ -122,7 +122,7 @@ class Check:
         return self.report
 
     def table(self, region: Region) -> array[int]:
-        """Return a table of 64-bit words; past the end of the file it is zeros."""
+        """Return a table of 64-bit words; beyond the end of the file there are zeros."""
         data = self.read(region.offset, region.length)
         return tables.unpack_table(data + bytes(region.length - len(data)))
 
@@ -219,7 +219,7 @@ class Check:
                 self._use_odd(entry, times)
 
     def _use_odd(self, entry: int, times: int) -> None:
-        """Count an entry that is not simply a cluster: compressed, zeros, or broken."""
+        """Count the clusters of an entry that is not just a place: compressed, zeros, or broken."""
         try:
             tables.check_l2_entry(entry, self.header)
         except DriverError as error:
@@ -241,7 +241,7 @@ class Check:
                 self._break(error.problem)
 
     def _check_places(self, l1: array[int]) -> None:
-        """Find clusters of the external data file that are not where they are on the disk."""
+        """Find clusters of the external data file that are not at the same place as on the disk."""
         header = self.header
         for number, l1_entry in enumerate(l1):
             offset, place = l1_entry & OFFSET, number << header.l2_bits + header.cluster_bits
@@ -262,7 +262,7 @@ class Check:
             self._metadata |= dict.fromkeys(self._clusters(region), 1)
 
     def _use(self, what: str, region: Region, times: int) -> bool:
-        """Count a region, or say that it is outside the file: its last cluster may be there in part."""
+        """Count a region, or report that it is outside the file, which may end inside its last cluster."""
         if region.offset + region.length > round_up(self.file_size, self.header.cluster_size):
             self._break(f"{what}, {region.length} bytes at byte {region.offset}, is outside the file")
             return False
@@ -275,7 +275,7 @@ class Check:
         return range(region.offset >> bits, ((region.offset + region.length - 1) >> bits) + 1)
 
     def _check_overlaps(self) -> None:
-        """Find metadata that something else uses too. What only data share is a matter of refcounts."""
+        """Find clusters of metadata with other uses. Clusters of data may be shared, if their refcounts say so."""
         for cluster, times in self._metadata.items():
             if self.counts[cluster] != times:
                 self._break(f"cluster {cluster} holds metadata, and something else uses it too")
@@ -291,7 +291,7 @@ class Check:
             self._compare(number, self.counts.pages[number], self.counts.empty())
 
     def _stored_pages(self) -> Iterator[tuple[int, array[int]]]:
-        """Yield number and refcounts of each page that is in a refcount block and in the file."""
+        """Yield the number and refcounts of each page that is in a refcount block and inside the file."""
         header, page_bits = self.header, self.counts.page_bits
         page_bytes = (1 << page_bits + header.refcount_order) >> 3
         per_block = 1 << header.block_bits - page_bits
@@ -324,5 +324,5 @@ class Check:
 
 
 def check(read: Read, file_size: int) -> Report:
-    """Return what is wrong with an image. Raises: DriverError where it is no image that we could serve; OSError."""
+    """Check an image. Raises: DriverError if it is no image that we could serve; OSError."""
     return Check(read, file_size).run()

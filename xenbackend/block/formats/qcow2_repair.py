@@ -1,8 +1,8 @@
-"""What has to be written to mend the refcounts of a QCOW2 image after a `Check`.
+"""Plans the writes that repair the refcounts of a QCOW2 image after a `Check`.
 
-Must not touch what the guest's data depend on: an image with broken tables is refused.
+Must not touch anything that the guest's data depend on: an image with broken tables is refused.
 
-The order makes every prefix of the writes safe: refcounts reach the truth before a flag or the header relies on them.
+The order makes it safe to stop after any write: refcounts are right before a flag or the header relies on them.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from xenbackend.units import SECTOR, round_up
 
 
 def plan_repair(check: Check) -> list[list[Write]]:
-    """Return what mends an image: lists of writes, each to be made durable before the next one is begun.
+    """Return the writes that repair an image: lists, each to be made durable before the next one is begun.
 
     Args:
-        check: has been run; it cannot be used again afterwards.
+        check: was run; it cannot be used again afterwards.
 
-    Raises: DriverError, where refcounts and flags are not all that is wrong.
+    Raises: DriverError if more than refcounts and flags is wrong.
     """
     report = check.report
     if report.broken:
@@ -43,7 +43,7 @@ def plan_repair(check: Check) -> list[list[Write]]:
 
 
 def _place_missing_blocks(check: Check) -> list[int]:
-    """Put a block behind the end of the file wherever clusters are counted and have none; return their indices."""
+    """Put refcount blocks that are missing after the end of the file; return their indices."""
     header, counts, blocks = check.header, check.counts, check.blocks
     end = round_up(check.file_size, header.cluster_size) >> header.cluster_bits
     added: list[int] = []
@@ -82,7 +82,7 @@ def _table_sector(check: Check, index: int) -> Write:
 
 
 def _flags(check: Check) -> list[Write]:
-    """Return the sectors of L1 and L2 tables with every flag right."""
+    """Return the sectors of L1 and L2 tables that change when all flags are made right."""
     changed: dict[int, tuple[array[int], int, int]] = {}
     for offset, table, index in check.wrong_flags():
         table[index] ^= COPIED

@@ -17,19 +17,19 @@ from xenbackend.block.formats.qcow2 import SUBCLUSTERS, Header, Region, check_re
 from xenbackend.block.formats.words import pack, unpack
 from xenbackend.units import round_up
 
-COPIED = 1 << 63  # of an entry of L1 or L2: its refcount is exactly one, so that it may be written in place
+COPIED = 1 << 63  # of an entry of L1 or L2: its refcount is exactly one, so it may be written in place
 COMPRESSED = 1 << 62  # of an entry of L2
 ZERO = 1  # of an entry of L2: reads as zeros
 OFFSET = 0x00FF_FFFF_FFFF_FE00  # of an entry of L1 or L2
-MAX_SNAPSHOT_TABLE = 64 << 20  # bytes, as QEMU
-MAX_BITMAPS = 65535  # as QEMU
-_MAX_BITMAP_TABLE = 256 << 20  # bytes; QEMU: 2^29 entries of 8 would be more than an image of ours can ask for
+MAX_SNAPSHOT_TABLE = 64 << 20  # bytes, as in QEMU
+MAX_BITMAPS = 65535  # as in QEMU
+_MAX_BITMAP_TABLE = 256 << 20  # bytes; our choice: QEMU's limit, 2^29 entries of 8 bytes, is more than any image needs
 _MAX_COMPRESSED_OFFSET = 1 << 56
 _REFCOUNT_TABLE_OFFSET = ~0x1FF
 _SNAPSHOT = struct.Struct(">QIHHIIQII")
 _BITMAP = struct.Struct(">QIIBBHI")
 _WORDS = {3: "B", 4: "H", 5: "I", 6: "Q"}  # refcount order to type of array
-_SPREAD = {  # refcounts of less than a byte: from each byte to its refcounts, the least significant bits first
+_SPREAD = {  # for refcounts of less than a byte: from a byte to its refcounts, least significant bits first
     order: [
         bytes((byte >> shift) & ((1 << (1 << order)) - 1) for shift in range(0, 8, 1 << order)) for byte in range(256)
     ]
@@ -48,13 +48,13 @@ def pack_table(table: array[int]) -> bytes:
 
 
 def check_l1_entry(entry: int, header: Header) -> None:
-    """Refuse an entry of an L1 table with reserved bits, or that is no cluster's. Raises: DriverError."""
+    """Refuse an entry of an L1 table that has reserved bits, or not the place of a cluster. Raises: DriverError."""
     if entry & ~(OFFSET | COPIED) or (entry and not l1_place(entry, header)):
         raise damaged(f"an entry of its L1 table is {entry:#x}")
 
 
 def check_l2_entry(entry: int, header: Header) -> None:
-    """Refuse an entry of an L2 table with reserved bits, or that is no cluster's. Raises: DriverError."""
+    """Refuse an entry of an L2 table that has reserved bits, or not the place of a cluster. Raises: DriverError."""
     allowed = ~COPIED if entry & COMPRESSED else OFFSET | COPIED | ZERO
     if entry & ~allowed:
         raise damaged(f"an entry of its L2 tables is {entry:#x}")
@@ -62,7 +62,7 @@ def check_l2_entry(entry: int, header: Header) -> None:
 
 
 def l1_place(entry: int, header: Header) -> int:
-    """Return where an L2 table is, 0 for none. Reserved bits mean nothing, as to QEMU. Raises: DriverError."""
+    """Return where an L2 table is, 0 if there is none. Reserved bits are ignored, as by QEMU. Raises: DriverError."""
     place = entry & OFFSET
     if place & (header.cluster_size - 1):
         raise damaged(f"an entry of its L1 table is {entry:#x}")
@@ -70,11 +70,11 @@ def l1_place(entry: int, header: Header) -> int:
 
 
 def l2_place(entry: int, header: Header) -> int:
-    """Return where the cluster or the compressed bytes of an entry of an L2 table are, 0 for nowhere.
+    """Return the place of the cluster, or of the compressed cluster, of an entry of an L2 table; 0 if there is none.
 
-    As to QEMU, reserved bits mean nothing, and the flag of a cluster that may be written means nothing without one.
+    As in QEMU, reserved bits are ignored, and so is the flag COPIED of an entry without a cluster.
 
-    Raises: DriverError, where no cluster can be, and for zeros in version 2, which has no such thing.
+    Raises: DriverError if no cluster can be there, and for zeros in an image of version 2, which does not have them.
     """
     if entry & COMPRESSED:
         place = compressed_place(entry, header.cluster_bits).offset
@@ -88,7 +88,7 @@ def l2_place(entry: int, header: Header) -> int:
 
 
 def check_bitmap(entry: int, bitmap: int, header: Header) -> None:
-    """Refuse the bitmap of an entry with subclusters that contradicts it, or itself. Raises: DriverError."""
+    """Refuse a bitmap of subclusters that contradicts its entry, or itself. Raises: DriverError."""
     data, zeros = bitmap & (1 << SUBCLUSTERS) - 1, bitmap >> SUBCLUSTERS
     has_place = entry & OFFSET or (header.has_data_file and entry & COPIED)
     if data & zeros or (data and not has_place) or (bitmap and entry & COMPRESSED):
@@ -96,7 +96,7 @@ def check_bitmap(entry: int, bitmap: int, header: Header) -> None:
 
 
 def compressed_place(entry: int, cluster_bits: int) -> Region:
-    """Return where the bytes of a compressed cluster are at most: they end in the last sector of the region."""
+    """Return the range that a compressed cluster may take: it ends somewhere in the last sector of that."""
     offset_bits = 62 - (cluster_bits - 8)
     offset = entry & ((1 << offset_bits) - 1)
     sectors = ((entry & ~(COPIED | COMPRESSED)) >> offset_bits) + 1
@@ -104,7 +104,7 @@ def compressed_place(entry: int, cluster_bits: int) -> Region:
 
 
 class Unpack(Protocol):
-    """How compressed clusters of an image become clusters."""
+    """Unpacks compressed clusters of an image."""
 
     def __call__(self, data: bytes, cluster_size: int) -> bytes:
         """Return a cluster from its compressed bytes and whatever follows them. Raises: DriverError."""
@@ -129,9 +129,9 @@ def unpack_refcounts(block: bytes, order: int) -> array[int]:
 
 
 def pack_refcounts(refcounts: array[int], order: int) -> bytes:
-    """Return the bytes of refcounts, each of 1 << `order` bits; their number fills whole bytes.
+    """Return the bytes of refcounts, each of 1 << `order` bits; there must be enough to fill whole bytes.
 
-    Raises: OverflowError, where one of them is too large.
+    Raises: OverflowError if one of them is too large.
     """
     if refcounts and max(refcounts) >= 1 << (1 << order):
         raise OverflowError(f"a refcount of {max(refcounts)} does not fit into {1 << order} bits")
@@ -145,7 +145,7 @@ def pack_refcounts(refcounts: array[int], order: int) -> bytes:
 
 
 def refcount_clusters(others: int, cluster_size: int, order: int) -> tuple[int, int]:
-    """Return how many clusters the refcount table and its blocks take that count themselves and `others`."""
+    """Return how many clusters a refcount table and its blocks take, if they count themselves and `others`."""
     table = blocks = 0
     while True:
         wanted = -(-((others + table + blocks) << order) // (cluster_size * 8))
@@ -156,7 +156,7 @@ def refcount_clusters(others: int, cluster_size: int, order: int) -> tuple[int, 
 
 
 def refcount_block_of(entry: int, header: Header) -> int:
-    """Return the offset of the refcount block that an entry of the refcount table names, 0 for none.
+    """Return the offset of the refcount block of an entry of the refcount table, 0 if there is none.
 
     Raises: DriverError.
     """
@@ -199,7 +199,7 @@ def parse_snapshots(read: Read, header: Header, file_size: int) -> tuple[Region,
 
 
 def parse_bitmaps(read: Read, header: Header, file_size: int) -> Iterator[Region]:
-    """Yield the regions that consistent bitmaps take: their directory, their tables, their clusters.
+    """Yield the regions of consistent bitmaps: their directory, their tables, their clusters.
 
     Raises: DriverError.
     """

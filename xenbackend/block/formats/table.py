@@ -1,6 +1,6 @@
-"""The image formats, a row each: all that depends on the format and is not in the format's own modules.
+"""The image formats, one row each: everything about a format that is not in its own modules.
 
-Must not import what a row names as text: it is loaded when it is needed, as drivers are. Must not open a file.
+Must not import the modules that a row names as text: they are loaded when needed, as drivers are. Must not open a file.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ _TOOLS = "xenbackend.image.formats"
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """A format. One without `blank` is only read, and nothing that follows applies."""
+    """A format. One without `blank` is only read, and the fields after that do not apply."""
 
     name: str  # our word for it
-    driver: str  # that serves it
-    qemu_name: str  # what QEMU calls it, also where an image of QCOW names its parent
+    driver: str  # the driver that serves it
+    qemu_name: str  # QEMU's name for it, also in a QCOW2 image that names its parent
     title: str  # its name for people
-    look: str  # what a file of it looks like, as in "a VHD image"
-    magic: tuple[int, bytes] = (0, b"")  # where the file has which bytes; of several that it has, the longest decide
-    passes_on: tuple[str, ...] = ()  # options of its layer that the layers of its parent and its child have, too
-    blank: str = ""  # what makes an empty image of it, as `blank.blank_vhd`
-    tools: str = ""  # what commands do to its images, an `image.tools.Tools`
-    parents: tuple[str, ...] = ()  # which formats the parent of a new image may have, by our words
-    says_parents_format: bool = True  # it says of which format its parent is; if not, its layer must
-    step: int = 0  # bytes: a file that is written ends at a multiple of it
-    cluster_size: int = 0  # bytes, of VHD: of a block; as QEMU chooses it. 0 where there are no tables to check
-    can_be_fixed: bool = False  # an image may have all of its disk from the beginning
+    look: str  # what a file of it is called, as in "a VHD image"
+    magic: tuple[int, bytes] = (0, b"")  # place and bytes; if several formats match, the longest magic decides
+    passes_on: tuple[str, ...] = ()  # options that a layer passes on between child and parent
+    blank: str = ""  # function that makes an empty image, such as `blank.blank_vhd`
+    tools: str = ""  # class for the commands on its images, an `image.tools.Tools`
+    parents: tuple[str, ...] = ()  # names of the formats that the parent of a new image may have
+    says_parents_format: bool = True  # an image names its parent's format; if not, its layer must
+    step: int = 0  # bytes: the size of a file that is written is a multiple of it
+    cluster_size: int = 0  # default in bytes, as QEMU's; for VHD of a block; 0 if there are no tables to check
+    can_be_fixed: bool = False  # an image may have the whole disk from the beginning
     can_rebase: bool = False  # an image may get another parent
 
 
@@ -66,20 +66,20 @@ WRITTEN = {each.name: each for each in _ROWS if each.blank}  # the others are on
 BY_DRIVER = {each.driver: each for each in _ROWS} | {"sync": FORMATS["raw"]}
 BY_QEMU_NAME = {each.qemu_name: each for each in _ROWS}
 
-QemuName = Annotated[str, choice(tuple(BY_QEMU_NAME))]  # of a format, as an option
+QemuName = Annotated[str, choice(tuple(BY_QEMU_NAME))]  # a format by QEMU's name, as an option
 
 
 def format_of(driver: str) -> str:
-    """Return our word for the format that a driver serves; empty where it is none."""
+    """Return our name for the format that a driver serves; empty if it serves none."""
     return BY_DRIVER[driver].name if driver in BY_DRIVER else ""
 
 
 def load(name: str) -> Any:
-    """Return what a row names, as ``module:attribute``."""
+    """Import and return an object that a row names as ``module:attribute``."""
     module, _, attribute = name.partition(":")
     return getattr(import_module(module), attribute)
 
 
 def layers(formats: tuple[str, ...] | dict[str, Format]) -> list[str]:
-    """Return how an image of each format is written as a layer: ``vhd:FILE``."""
+    """Return the layer's text for an image of each format, such as ``vhd:FILE``."""
     return [f"{FORMATS[each].driver}:FILE" for each in formats]

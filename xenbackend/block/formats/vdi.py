@@ -1,8 +1,8 @@
 """VDI images: bytes to values.
 
-Source: VirtualBox, ``src/VBox/Storage/VDICore.h``, and QEMU, ``block/vdi.c``. A map has a number for each block: the
-how-manieth block behind the header and the map it is. Must not open a file, nor take a size or an offset from an image
-without having looked at it.
+Source: VirtualBox, ``src/VBox/Storage/VDICore.h``, and QEMU, ``block/vdi.c``. A map has a number for each block of the
+disk: its index among the blocks of the file, which follow the header and the map. Must not open a file, nor take a size
+or an offset from an image without checking it.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from xenbackend.errors import DriverError
 from xenbackend.units import round_up
 
 SIGNATURE = 0xBEDA107F
-FREE, DISCARDED = 0xFFFFFFFF, 0xFFFFFFFE  # in the map: nothing there; read as zeros
+FREE, DISCARDED = 0xFFFFFFFF, 0xFFFFFFFE  # in the map: the block is not in the file; reads as zeros
 TYPES = {1: "dynamic", 2: "fixed"}  # 3 is undo, 4 a differencing image
-_MAX_BLOCKS = 0x3FFFFFFF  # as QEMU
+_MAX_BLOCKS = 0x3FFFFFFF  # as in QEMU
 _MAX_BLOCK_BITS = 30
 _TABLE_BITS = 9
 _HEADER = struct.Struct("<64sIIIII256sIIIIIIIQIIII")
@@ -29,7 +29,7 @@ _HEADER = struct.Struct("<64sIIIII256sIIIIIIIQIIII")
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """What a header says, every number of it checked; a `Layout`."""
+    """The content of a header, with every number checked; a `Layout`."""
 
     shape: Shape
     kind: str
@@ -52,13 +52,13 @@ class Image:
 
 
 def parse(read: Read, file_size: int) -> Image:
-    """Return what the header of an image says.
+    """Parse the header of an image.
 
     Args:
         read: reads the image file.
-        file_size: bytes of the image file.
+        file_size: the image file's size in bytes.
 
-    Raises: DriverError, where it is no VDI image, a damaged one, or one that only stands with another.
+    Raises: DriverError if it is no VDI image, or is damaged, or depends on another image.
     """
     start = read(0, _HEADER.size)
     if len(start) < _HEADER.size or int.from_bytes(start[64:68], "little") != SIGNATURE:

@@ -1,8 +1,8 @@
 """The headers of a VHD image: bytes to values and back.
 
 Sources: "Virtual Hard Disk Image Format Specification", version 1.0 (Microsoft, 2006), sections "Hard Disk Footer
-Format", "Dynamic Disk Header Format" and "Appendix: CHS Calculation"; libvhd is blktap's. All numbers are big endian.
-Must not open a file, nor take a size or an offset from an image without having looked at it.
+Format", "Dynamic Disk Header Format" and "Appendix: CHS Calculation"; libvhd is blktap's. All numbers are big-endian.
+Must not open a file, nor take a size or an offset from an image without checking it.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from xenbackend.errors import ConfigError, DriverError, printable
 from xenbackend.units import SECTOR, format_size, round_up
 
 FIXED, DYNAMIC, DIFFERENCING = 2, 3, 4  # Footer.type
-MAX_SIZE = 2 << 40  # bytes: as many sectors as an entry of the table can name
-MAX_NEW_SIZE = 2040 << 30  # bytes: QEMU (block/vpc.c) and libvhd read no larger ones, and 2 TiB have no room for blocks
-MAX_ENTRIES = 1 << 21  # blocks that are checked in a second: 1 TiB in the smallest that Windows makes, 512 KiB
-MIN_BLOCK, MAX_BLOCK = 4 << 10, 16 << 20  # bytes; 2 MiB and 512 KiB are what is in use
+MAX_SIZE = 2 << 40  # bytes: an entry of the table cannot address more sectors
+MAX_NEW_SIZE = 2040 << 30  # bytes: QEMU (block/vpc.c) and libvhd read no larger ones; 2 TiB leave no room in the file
+MAX_ENTRIES = 1 << 21  # as many blocks can be checked in a second: 1 TiB in blocks of 512 KiB, Windows' smallest
+MIN_BLOCK, MAX_BLOCK = 4 << 10, 16 << 20  # bytes; 2 MiB and 512 KiB are in use
 MAX_NEW_BLOCK = 2 << 20  # bytes: libvhd reads no larger ones
 NO_OFFSET = (1 << 64) - 1
-EPOCH = 946_684_800  # 2000-01-01 00:00 UTC in seconds of Unix: timestamps count from there
+EPOCH = 946_684_800  # 2000-01-01 00:00 UTC as Unix time: timestamps count seconds from there
 
 _FOOTER = struct.Struct(">8sIIQI4sI4sQQHBBII16sBB426x")
 _HEADER = struct.Struct(">8sQQIIII16sI4x512s192s256x")
@@ -33,7 +33,7 @@ _COOKIE, _POISON, _HEADER_COOKIE = b"conectix", b"v_poison", b"cxsparse"
 _VERSION = 0x00010000
 _FOOTER_SUM, _HEADER_SUM = 64, 36  # where the checksums are
 _LARGEST_CHS = 65535 * 16 * 255  # sectors
-_BY_GEOMETRY = (b"vpc ", b"qemu")  # whose disks end where their geometry does: Virtual PC, and QEMU before 2.9
+_BY_GEOMETRY = (b"vpc ", b"qemu")  # creators whose disks have the size of the geometry: Virtual PC, QEMU before 2.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Geometry:
 
 @dataclass(frozen=True, slots=True)
 class Footer:
-    """The last 512 bytes of an image; a dynamic one has a copy at its beginning. Sizes and offsets are bytes."""
+    """The last 512 bytes of an image; a dynamic one has a copy at its beginning. Sizes and offsets are in bytes."""
 
     type: int
     current_size: int
@@ -64,31 +64,31 @@ class Footer:
     creator: bytes = b"xenb"
     creator_version: int = 0x00010000
     creator_os: bytes = b"Wi2k"
-    features: int = 2  # a bit that is always set
+    features: int = 2  # the reserved bit, which is always set
     version: int = _VERSION
     saved: int = 0
     hidden: int = 0  # libvhd: the disk of a snapshot, not to be used by itself
 
     @property
     def size(self) -> int:
-        """What a guest sees: the current size, or with some creators what the geometry makes of it, as in QEMU."""
+        """The disk's size: the current size, or for some creators that of the geometry, as in QEMU."""
         by_geometry = self.creator in _BY_GEOMETRY and self.geometry.size < _LARGEST_CHS * SECTOR
         return self.geometry.size if by_geometry and self.geometry.size else self.current_size
 
 
 @dataclass(frozen=True, slots=True)
 class Locator:
-    """Where one name of the parent is written. Offset and length are bytes."""
+    """The place of one name of the parent. Offset and length are in bytes."""
 
     code: bytes  # one of W2ru, W2ku, MacX and others
-    space: int  # in sectors, or in bytes, as libvhd and Windows write it
+    space: int  # in sectors; libvhd and Windows write it in bytes
     length: int
     offset: int
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The header of a dynamic or differencing image. Sizes and offsets are bytes."""
+    """The header of a dynamic or differencing image. Sizes and offsets are in bytes."""
 
     table_offset: int
     entries: int
@@ -100,7 +100,7 @@ class Header:
 
     @property
     def bitmap_size(self) -> int:
-        """Bytes of the bitmap in front of each block."""
+        """The size in bytes of the bitmap before each block."""
         return round_up(self.block_size // SECTOR // 8, SECTOR)
 
 
@@ -108,18 +108,18 @@ damaged = partial(common.damaged, tool="xenbackend image check")
 
 
 def title_of(footer: Footer) -> str:
-    """Return what an image is, for people."""
+    """Return the kind of an image, for people."""
     kinds = {FIXED: "fixed", DYNAMIC: "dynamic", DIFFERENCING: "differencing"}
     return f"VHD, {kinds.get(footer.type, f'type {footer.type}')}"
 
 
 def checksum(data: bytes, place: int) -> int:
-    """Return the ones' complement of the sum of all bytes, but for the 4 at `place`, where the checksum is."""
+    """Return the ones' complement of the sum of all bytes, without the 4 of the checksum at `place`."""
     return ~(sum(data) - sum(data[place : place + 4])) & 0xFFFFFFFF
 
 
 def geometry_of(size: int) -> Geometry:
-    """Return the geometry that belongs to a size, which may be a little larger ("CHS Calculation")."""
+    """Return the geometry for a size, which may be a little larger than the geometry's ("CHS Calculation")."""
     sectors = min(size // SECTOR, _LARGEST_CHS)
     if sectors >= 65535 * 16 * 63:
         per_track, heads = 255, 16
@@ -136,7 +136,7 @@ def geometry_of(size: int) -> Geometry:
 
 
 def check_new_size(size: int) -> None:
-    """Refuse a disk that others could not read. Raises: ConfigError."""
+    """Refuse a disk that other programs could not read. Raises: ConfigError."""
     if size > MAX_NEW_SIZE:
         problem = f"a VHD image holds up to {MAX_NEW_SIZE >> 30} GiB, and not {format_size(size)}"
         raise ConfigError(f"{problem}: other programs read no larger one; use qcow2")
@@ -166,10 +166,10 @@ def pack_header(header: Header) -> bytes:
 def read_footer(read: Read, file_size: int) -> tuple[Footer, bool]:
     """Return the footer of an image, and whether it was found at the end, where it belongs.
 
-    The copy at the beginning is looked at only where the end has none: the beginning of a fixed disk is a guest's, who
-    may write there what it likes.
+    The copy at the beginning is read only if there is no footer at the end: a guest can write anything to the beginning
+    of a fixed disk.
 
-    Raises: DriverError, where it is no VHD image, a damaged one, or one that is not for use.
+    Raises: DriverError if it is no VHD image, or is damaged, or marked as not to be used.
     """
     for place in (max(0, file_size - SECTOR), 0):
         data = read(place, SECTOR)
@@ -181,7 +181,7 @@ def read_footer(read: Read, file_size: int) -> tuple[Footer, bool]:
 
 
 def read_header(read: Read, footer: Footer, file_size: int) -> Header:
-    """Return the header that the footer of a dynamic or differencing image leads to. Raises: DriverError."""
+    """Return the header to which the footer of a dynamic or differencing image refers. Raises: DriverError."""
     data = read(footer.data_offset, _HEADER.size)
     if len(data) < _HEADER.size or data[:8] != _HEADER_COOKIE:
         raise damaged(f"there is no header at {footer.data_offset}")

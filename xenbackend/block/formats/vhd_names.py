@@ -1,8 +1,8 @@
 r"""The names by which a differencing VHD image knows its parent.
 
-Sources: "Virtual Hard Disk Image Format Specification", version 1.0, "Parent Locator Entry"; what writers put there in
-truth from blktap's libvhd: names relative to the image under every code, ``.\base.vhd`` and ``file://./base.vhd``.
-Must not look for the files, nor say which of them may be opened.
+Sources: "Virtual Hard Disk Image Format Specification", version 1.0, "Parent Locator Entry"; blktap's libvhd for what
+writers really put there: names relative to the image under every code, ``.\base.vhd`` and ``file://./base.vhd``.
+Must not look for the files, nor decide which of them may be opened.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _DRIVE = re.compile(r"[A-Za-z]:(?=/)")
 
 
 def parent_names(read: Read, header: Header, file_size: int) -> list[str]:
-    """Return the parent's names, the relative ones first; what is no name is left out. Raises: OSError."""
+    """Return the parent's names, the relative ones first, without unreadable ones. Raises: OSError."""
     names: list[str] = []
     for code in NAME_CODES:
         for locator in header.locators:
@@ -30,13 +30,13 @@ def parent_names(read: Read, header: Header, file_size: int) -> list[str]:
 
 
 def names_in(read: Read, locator: Locator, file_size: int) -> list[str]:
-    """Return the names that one locator gives, none where its code or what is written there is no name's."""
+    """Return the names that one locator gives; none if its code is unknown, or if its content is not a name."""
     decode = _CODES.get(locator.code)
     return _readable(decode(_content(read, locator, file_size))) if decode else []
 
 
 def space_of(locator: Locator) -> int:
-    """Return how many bytes a locator keeps; libvhd and Windows write bytes where the specification says sectors."""
+    """Return the bytes reserved for a locator; libvhd and Windows write bytes instead of the specified sectors."""
     return locator.space * SECTOR if locator.space < SECTOR else locator.space
 
 
@@ -51,13 +51,13 @@ def _content(read: Read, locator: Locator, file_size: int) -> bytes:
 
 
 def _windows(data: bytes) -> list[str]:
-    r"""Return a path that is written as Windows does, ``.\base.vhd``, as one of ours."""
+    r"""Convert a Windows path such as ``.\base.vhd`` to one of Unix."""
     name = data.decode("utf-16-le", "replace").rstrip("\0").replace("\\", "/")
     return [_DRIVE.sub("", name, count=1)]
 
 
 def _url(data: bytes) -> list[str]:
-    """Return the path of a URL, as it stands (libvhd does not quote) and unquoted (RFC 2396)."""
+    """Return the path of a URL, both literally (libvhd does not quote) and unquoted (RFC 2396)."""
     from urllib.parse import unquote  # late: most images have no parent
 
     url = data.decode("utf-8", "replace").rstrip("\0")
@@ -69,4 +69,4 @@ def _url(data: bytes) -> list[str]:
 
 _CODES: dict[bytes, Callable[[bytes], list[str]]] = {b"W2ru": _windows, b"MacX": _url, b"W2ku": _windows}
 NAME_CODES = tuple(_CODES)  # of locators that are read
-OTHER_CODES = (b"Wi2r", b"Wi2k", b"Mac ")  # of the specification, too: no program reads them any more
+OTHER_CODES = (b"Wi2r", b"Wi2k", b"Mac ")  # also in the specification; no program reads them any more

@@ -1,8 +1,8 @@
-"""Where a VHD image keeps what is no block: footers, header, table, map of full blocks, names of its parent.
+"""The places of everything in a VHD image but its blocks: footers, header, table, map of full blocks, parent's names.
 
 Sources: "Virtual Hard Disk Image Format Specification", version 1.0; for the batmap blktap's ``include/vhd.h``.
 
-Must not open a file, nor decide what becomes of an image whose places cannot be.
+Must not open a file, nor decide what happens to an image whose places are impossible.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from xenbackend.units import SECTOR, round_up
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A range of the file, in bytes, and what is there. `changes`: it is written while the disk is in service."""
+    """A range of the file in bytes, and what is there. `changes`: it is written to while the disk is in service."""
 
     what: str
     offset: int
@@ -28,7 +28,7 @@ class Place:
 
 
 def places_of(footer: Footer, header: Header, batmap: Batmap | None) -> list[Place]:
-    """Return where everything is but the footer at the end; each place may be anywhere, also behind the end."""
+    """Return all places but that of the footer at the end. They may be anywhere, also beyond the file's end."""
     table_end = header.table_offset + round_up(4 * header.entries, SECTOR)  # it is written by whole sectors
     places = [
         Place("the footer's copy", 0, SECTOR),
@@ -46,12 +46,12 @@ def places_of(footer: Footer, header: Header, batmap: Batmap | None) -> list[Pla
 
 
 def ranges_of(places: Iterable[Place]) -> list[tuple[int, int]]:
-    """Return offset and end of each place."""
+    """Return the offset and end of each place."""
     return [(each.offset, each.end) for each in places]
 
 
 def overlaps(places: Iterable[Place]) -> Iterator[tuple[Place, Place]]:
-    """Yield each two places that have a byte in common; the one that begins first is the first of them."""
+    """Yield each pair of places that overlap, in the order of their offsets."""
     before: list[Place] = []
     for place in sorted(places, key=lambda each: each.offset):
         yield from ((each, place) for each in before if place.offset < each.end and place.offset < place.end)

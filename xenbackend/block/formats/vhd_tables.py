@@ -1,4 +1,4 @@
-"""The tables of a VHD image: where its blocks are, and which of their sectors; bytes to values and back.
+"""The tables of a VHD image, for the places of blocks and the sectors that they have: bytes to values and back.
 
 Sources: "Virtual Hard Disk Image Format Specification", version 1.0, "Block Allocation Table and Data Blocks"; for the
 batmap blktap's ``include/vhd.h`` and ``vhd/lib/libvhd.c``. All numbers are big endian. Must not open a file, nor trust
@@ -20,27 +20,27 @@ from xenbackend.block.formats.words import unpack
 from xenbackend.errors import DriverError
 from xenbackend.units import SECTOR, round_up
 
-UNUSED = 0xFFFFFFFF  # an entry of the table for a block that the image does not have
+UNUSED = 0xFFFFFFFF  # the table's entry for a block that the image does not have
 BATMAP = struct.Struct(">8sQIII1sB")  # the rest of its sector is zeros, or a key's hash
 
 _VERSION_AND_SUM, _VERSION_AT = struct.Struct(">II"), 20
 _BATMAP_COOKIE = b"tdbatmap"
-_SIGNED_SUMS, _LATEST = 0x00010001, 0x00010002  # versions of the batmap; in 1.1 its bytes were summed with their sign
+_SIGNED_SUMS, _LATEST = 0x00010001, 0x00010002  # versions of the batmap; 1.1 summed its bytes as signed numbers
 _BITS = [bytes(value >> 7 - bit & 1 for bit in range(8)) for value in range(256)]
-_STRETCH = 512  # entries that are passed over together
+_STRETCH = 512  # entries that are skipped together
 _ALL_UNUSED = array("I", [UNUSED] * _STRETCH).tobytes()
 _DIGITS = bytes.maketrans(b"\0\1", b"01")
 
 
 @dataclass(frozen=True, slots=True)
 class Batmap:
-    """libvhd's map of the blocks that have all their sectors: one bit for each block. Offsets and sizes are bytes."""
+    """libvhd's map of the blocks that have all their sectors: one bit for each block. Offsets, sizes: bytes."""
 
     header_offset: int
     header: bytes  # its sector as it is
     offset: int
     size: int
-    blocks: bytes  # one byte for each block: 1 where it is full
+    blocks: bytes  # one byte for each block: 1 if it is full
 
 
 def read_table(read: Read, footer: Footer, header: Header) -> array[int]:
@@ -53,7 +53,7 @@ def read_table(read: Read, footer: Footer, header: Header) -> array[int]:
 
 
 def used_blocks(table: array[int]) -> Iterator[int]:
-    """Yield the blocks that the image has. To look at each entry of 2 TiB takes a tenth of a second; so not at each."""
+    """Yield the blocks that the image has; skips unused stretches, since a look at each entry of 2 TiB takes 0.1 s."""
     data, width = table.tobytes(), table.itemsize
     for start in range(0, len(table), _STRETCH):
         if data[start * width : (start + _STRETCH) * width] != _ALL_UNUSED:
@@ -62,16 +62,17 @@ def used_blocks(table: array[int]) -> Iterator[int]:
 
 
 def pack_entries(entries: Sequence[int]) -> bytes:
-    """Return what entries of the table are written as."""
+    """Return the bytes of entries of the table."""
     return struct.pack(f">{len(entries)}I", *entries)
 
 
 def check_table(table: array[int], header: Header, metadata: Sequence[tuple[int, int]], end: int) -> int:
-    """Return where the last block ends, or 0. `metadata` are ranges, as offset and end, that no block may touch.
+    """Check a table, and return where the last block ends, or 0.
 
-    A block may end behind `end`, but not begin there: what a writer that was killed has left.
+    `metadata` are ranges, as (start, end), that no block may overlap. A block may end beyond `end`, as left by a writer
+    that was killed, but not begin there.
 
-    Raises: DriverError, where blocks overlap one another or the metadata, or lie outside the file.
+    Raises: DriverError if blocks overlap one another or the metadata, or are outside the file.
     """
     stride = header.bitmap_size + header.block_size
     used = sorted(table[block] for block in used_blocks(table))
@@ -88,7 +89,7 @@ def check_table(table: array[int], header: Header, metadata: Sequence[tuple[int,
 
 
 def unpack_bitmap(data: bytes | memoryview, sectors: int) -> bytearray:
-    """Return one byte for each sector of a block: 1 where the block has it."""
+    """Return one byte for each sector of a block: 1 if the block has it."""
     return bytearray(b"".join(map(_BITS.__getitem__, data))[:sectors])
 
 
@@ -99,11 +100,11 @@ def pack_bitmap(sectors: bytes | bytearray, size: int) -> bytes:
 
 
 def read_batmap(read: Read, footer: Footer, header: Header, table: array[int]) -> Batmap | None:
-    """Return the batmap, or None where there is none that can be trusted.
+    """Return the batmap, or None if there is none that can be trusted.
 
-    It is only a short cut, so one with a wrong checksum, or with blocks that the table does not have, is not looked at.
+    It is only a short cut, so one with a wrong checksum, or with blocks that the table does not have, is ignored.
 
-    Raises: DriverError, where it says that the disk is encrypted.
+    Raises: DriverError if it says that the disk is encrypted.
     """
     if not _may_have_batmap(footer):
         return None
@@ -127,7 +128,7 @@ def read_batmap(read: Read, footer: Footer, header: Header, table: array[int]) -
 
 
 def batmap_ranges(read: Read, footer: Footer, header: Header) -> list[tuple[int, int]]:
-    """Return what a batmap takes by its own word, as offset and end, also of one that is not to be trusted."""
+    """Return the ranges that a batmap claims, as (start, end), also of one that cannot be trusted."""
     place = _batmap_place(header)
     data = read(place, SECTOR)
     if not _may_have_batmap(footer) or len(data) < SECTOR or data[:8] != _BATMAP_COOKIE:
@@ -137,7 +138,7 @@ def batmap_ranges(read: Read, footer: Footer, header: Header) -> list[tuple[int,
 
 
 def pack_batmap(batmap: Batmap, blocks: bytes) -> tuple[bytes, bytes]:
-    """Return what a batmap's header and map become; `blocks` has one byte for each block."""
+    """Return the new bytes of a batmap's header and map; `blocks` has one byte for each block."""
     bits = pack_bitmap(blocks[: 8 * batmap.size], batmap.size)
     version, _ = _VERSION_AND_SUM.unpack_from(batmap.header, _VERSION_AT)
     total = _batmap_sum(bits, version)
@@ -159,6 +160,6 @@ def _batmap_sum(bits: bytes, version: int) -> int:
 
 
 def _touches(used: Sequence[int], stride: int, start: int, stop: int) -> bool:
-    """Return whether one of the blocks, sorted, has bytes between `start` and `stop`."""
-    place = bisect_left(used, -(-stop // SECTOR))  # the first that begins behind
+    """Return whether one of the sorted blocks overlaps bytes `start` to `stop`."""
+    place = bisect_left(used, -(-stop // SECTOR))  # the first block that begins after the range
     return place > 0 and used[place - 1] * SECTOR + stride > start

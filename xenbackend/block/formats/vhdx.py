@@ -1,8 +1,9 @@
 """VHDX images: bytes to values.
 
-Source: Microsoft, [MS-VHDX] 2.2 to 2.6. Two headers, of which the newer one counts; a region table, which names the
-table of blocks (BAT) and the metadata. For each chunk of blocks the BAT has their entries, then one for a bitmap, which
-only differencing images use. Must not open a file, nor take a size or an offset from an image without having looked.
+Source: Microsoft, [MS-VHDX] 2.2 to 2.6. There are two headers, of which the newer one counts, and a region table, which
+places the block allocation table (BAT) and the metadata. For each chunk of blocks the BAT has their entries, then one
+for a bitmap, which only differencing images use. Must not open a file, nor take a size or an offset from an image
+without checking it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _MIB = 1 << 20
 _HEADERS, _HEADER_LENGTH = (64 << 10, 128 << 10), 4096
 _REGIONS, _REGIONS_LENGTH = (192 << 10, 256 << 10), 64 << 10
 _MAX_ENTRIES = 2047  # of a table of regions or metadata
-_MAX_ITEM = 64  # bytes of the items that are looked at
+_MAX_ITEM = 64  # bytes of an item that are read
 _PLACE = (1 << 64) - _MIB  # of an entry of the BAT; the lowest three bits are its state
 _PRESENT, _PARTIAL = 6, 7  # states; 0 to 3 read as zeros, 4 and 5 are reserved
 _MAX_SIZE = 64 << 40  # bytes
@@ -46,15 +47,15 @@ _KNOWN = {  # with the ID of the disk
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """What an image says, every number of it checked; a `Layout`."""
+    """The headers of an image, with every number checked; a `Layout`."""
 
     shape: Shape
     bat: int  # bytes
     blocks: int
-    log: vhdx_log.Replay | None = None  # what an unclean end left to do; the file is to be read with it
+    log: vhdx_log.Replay | None = None  # changes that an unclean end left in the log; the file has to be read with them
 
     def table_at(self, number: int) -> tuple[int, int]:
-        """See `Layout`: a table is a chunk."""
+        """See `Layout`. A table is a chunk."""
         first = number << self.shape.table_bits
         return self.bat + (first + number) * 8, min(1 << self.shape.table_bits, self.blocks - first) * 8
 
@@ -70,13 +71,13 @@ class Image:
 
 
 def parse(read: Read, file_size: int) -> Image:
-    """Return what an image says.
+    """Parse the headers of an image.
 
     Args:
         read: reads the image file.
-        file_size: bytes of the image file.
+        file_size: the image file's size in bytes.
 
-    Raises: DriverError, where it is no VHDX image, a damaged one, or one that has a parent.
+    Raises: DriverError if it is no VHDX image, or is damaged, or has a parent.
     """
     if read(0, 8) != b"vhdxfile":
         raise DriverError("it is no VHDX image: it does not begin as one")
@@ -102,14 +103,14 @@ def parse(read: Read, file_size: int) -> Image:
 
 
 def _checked(read: Read, place: int, length: int, signature: bytes) -> bytes:
-    """Return a structure with its checksum at byte 4, or nothing where that is wrong."""
+    """Return a structure that has its checksum at byte 4, or nothing if that is wrong."""
     data = read(place, length)
     is_whole = len(data) == length and data[:4] == signature
     return data if is_whole and crc32c(data[:4] + bytes(4) + data[8:]) == int.from_bytes(data[4:8], "little") else b""
 
 
 def _log(read: Read, file_size: int) -> vhdx_log.Replay | None:
-    """Return what the log has to say of everything else, by the newer of both headers; None where it is empty."""
+    """Return the replay of the log to which the newer of both headers refers; None if the log is empty."""
     headers = [
         _HEADER.unpack_from(data) for place in _HEADERS if (data := _checked(read, place, _HEADER_LENGTH, b"head"))
     ]
@@ -126,7 +127,7 @@ def _log(read: Read, file_size: int) -> vhdx_log.Replay | None:
 
 
 def _regions(read: Read, file_size: int) -> dict[bytes, tuple[int, int]]:
-    """Return place and length in bytes of both regions."""
+    """Return the place and length, in bytes, of both regions."""
     data = next(filter(None, (_checked(read, place, _REGIONS_LENGTH, b"regi") for place in _REGIONS)), b"")
     count = int.from_bytes(data[8:12], "little")
     if not data or count > _MAX_ENTRIES:
@@ -145,7 +146,7 @@ def _regions(read: Read, file_size: int) -> dict[bytes, tuple[int, int]]:
 
 
 def _items(read: Read, place: int, length: int) -> dict[bytes, bytes]:
-    """Return the metadata."""
+    """Return the metadata items that we know, by their GUID."""
     table = read(place, min(length, _REGIONS_LENGTH))
     count = int.from_bytes(table[10:12], "little")
     if table[:8] != b"metadata" or count > _MAX_ENTRIES:
@@ -167,7 +168,7 @@ def _entries(entry: struct.Struct, table: bytes, first: int, count: int) -> list
 
 
 def _numbers(items: dict[bytes, bytes]) -> tuple[int, int, int]:
-    """Return the bytes of the disk, of a block and of a sector."""
+    """Return the sizes of the disk, of a block and of a sector, in bytes."""
     try:
         block_size, flags = struct.unpack_from("<II", items[PARAMETERS])
         (size,), (sector_size,) = (
@@ -182,5 +183,5 @@ def _numbers(items: dict[bytes, bytes]) -> tuple[int, int, int]:
 
 
 def _physical(items: dict[bytes, bytes], sector_size: int) -> int:
-    """Return what Hyper-V calls the disk's physical sector, in bytes: 4096, or what is wrong and no harm, a sector."""
+    """Return the disk's physical sector size in bytes: 4096, or else, also for an invalid value, that of a sector."""
     return 4096 if items.get(_PHYSICAL) == struct.pack("<I", 4096) else sector_size

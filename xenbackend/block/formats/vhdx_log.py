@@ -1,12 +1,12 @@
-"""The log of a VHDX image: bytes to the changes that its last user had not put in their places yet.
+"""The log of a VHDX image: bytes to the changes that its last user had not yet applied to their places.
 
-Source: Microsoft, [MS-VHDX] 2.3. The log is a ring of entries, each with a number that is one more than the one before
-and with descriptors of what was to be written where. An entry says where the oldest one is that was not in its place
-when it was written: from that one to itself is a sequence. Only the newest sequence that is whole counts: an entry
-that was torn, or belongs to an earlier use of the log, ends it.
+Source: Microsoft, [MS-VHDX] 2.3. The log is a ring of entries. Each entry has a number that is one more than that of
+the entry before it, and descriptors of what was to be written where. It also says where the oldest entry is that was
+not applied when it was written: the entries from there to itself are a sequence. Only the newest complete sequence
+counts; an entry that was torn, or is from an earlier use of the log, ends a sequence.
 
-Must not read outside of the log, nor take a length, a place or a count from it without having looked; what it takes to
-look is bounded, too, however the entries lie over one another.
+Must not read outside the log, nor take a length, a place or a count from it without checking it. The time for that is
+bounded, too, even if entries overlap.
 """
 
 from __future__ import annotations
@@ -24,47 +24,47 @@ from xenbackend.units import format_size
 _MIB = 1 << 20
 MAX_LOG = 64 * _MIB  # bytes; Hyper-V and QEMU make logs of 1 MiB
 _MAX_DESCRIPTORS = 1 << 16  # of a sequence; the log of 1 MiB has room for 32,752
-_MAX_END = 128 << 40  # bytes: where a change, or the file, ends at most; a disk has 64 TiB
-_MAX_LOOKS = 4  # times the log: entries that nobody laid over one another are looked at once
-_SECTOR = 4096  # bytes of which entries are made, and that a descriptor of data stands for
-_HEADERS_END = 192 << 10  # bytes: what stands before is never changed by a log
+_MAX_END = 128 << 40  # bytes: the largest end of a change or of the file; a disk has up to 64 TiB
+_MAX_LOOKS = 4  # times the log's size may be checked: entries that do not overlap are checked once
+_SECTOR = 4096  # bytes: the unit of entries, and the data of one descriptor
+_HEADERS_END = 192 << 10  # bytes: a log never changes anything before this
 _ENTRY = struct.Struct("<4sIIIQII16sQQ")
 _DESCRIPTOR = struct.Struct("<4s4s8sQQ")
 
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """What an image is with its log replayed."""
+    """The result of a replay."""
 
     changes: Changes
-    size: int  # bytes of the file then
-    entries: int  # of the log that counted
+    size: int  # the file's size in bytes, with the changes
+    entries: int  # number of log entries that were replayed
 
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """An entry that is whole: signature, identity, descriptors, sectors and checksum are right."""
+    """A complete entry: its signature, identity, descriptors, sectors and checksum are right."""
 
     place: int  # bytes, in the log
     length: int
     tail: int  # where the oldest entry of its sequence is
     sequence: int
     descriptors: int
-    flushed: int  # bytes that the file had at least when this was written
-    last: int  # bytes that it needs
+    flushed: int  # the least size of the file in bytes when this was written
+    last: int  # the size in bytes that the file needs
 
 
 def replay(read: Read, file_size: int, guid: bytes, place: int, length: int) -> Replay:
-    """Return what the log is to change.
+    """Return the changes in the log.
 
     Args:
         read: reads the image file.
-        file_size: its bytes.
-        guid: the log's identity, as the header has it.
+        file_size: the image file's size in bytes.
+        guid: the log's identity in the header.
         place: where the log is in the file, in bytes.
-        length: bytes of the log.
+        length: the log's size in bytes.
 
-    Raises: DriverError, where it is damaged, or larger than any that is known.
+    Raises: DriverError if it is damaged, or larger than the limits above.
     """
     if place < _MIB or place % _MIB or length % _MIB or place + length > file_size:
         raise damaged(f"its log of {length} bytes at byte {place} is not inside the file of {file_size}")
@@ -93,16 +93,16 @@ def replay(read: Read, file_size: int, guid: bytes, place: int, length: int) -> 
 
 
 def _newest(ring: _Ring) -> list[_Entry]:
-    """Return the newest sequence that is whole, the oldest entry first; nothing where there is none."""
+    """Return the newest complete sequence, the oldest entry first; empty if there is none."""
     best: list[_Entry] = []
-    hopeless: set[int] = set()  # places in sequences whose oldest entry is gone
+    hopeless: set[int] = set()  # places of entries in sequences whose oldest entry is gone
     place = 0
     while place < ring.size:
         found = [] if place in hopeless else ring.sequence(place)
         places = [entry.place for entry in found]
         if found and found[-1].tail in places:
             if not best or found[-1].sequence > best[-1].sequence:
-                best = found[places.index(found[-1].tail) :]  # what came before is in its place
+                best = found[places.index(found[-1].tail) :]  # the entries before were applied
             place += sum(entry.length for entry in found)
         else:
             hopeless.update(places)
@@ -111,17 +111,17 @@ def _newest(ring: _Ring) -> list[_Entry]:
 
 
 class _Ring:
-    """The log's bytes, and the entries that are whole."""
+    """The log's bytes, and its complete entries."""
 
     def __init__(self, data: bytes, guid: bytes) -> None:
         self.size = len(data)
         self._data = data
         self._guid = guid
         self._known: dict[int, _Entry | None] = {}
-        self._left = _MAX_LOOKS * self.size  # bytes that may still be looked at
+        self._left = _MAX_LOOKS * self.size  # bytes that may still be checked
 
     def sequence(self, place: int) -> list[_Entry]:
-        """Return the entries from a place on that follow one another."""
+        """Return consecutive entries from a place on."""
         found: list[_Entry] = []
         while (entry := self._entry(place)) and (not found or entry.sequence == found[-1].sequence + 1):
             found.append(entry)
@@ -129,7 +129,7 @@ class _Ring:
         return found
 
     def changes(self, entry: _Entry) -> Iterator[Change]:
-        """Yield what an entry changes, in its order."""
+        """Yield the changes in an entry, in order."""
         body = self._body(entry.place, entry.length)
         place = _first_sector(entry.descriptors)
         for signature, trailing, leading, offset, _ in _descriptors(body, entry.descriptors):
@@ -145,7 +145,7 @@ class _Ring:
         return self._known[place]
 
     def _look(self, place: int) -> _Entry | None:
-        """Look at what is cheap first. Sizes are not held to be MiB, as the format has it: QEMU writes others."""
+        """Check what is cheap first. File sizes need not be whole MiB as the format demands: QEMU writes others."""
         signature, checksum, length, tail, sequence, count, _, guid, flushed, last = _ENTRY.unpack_from(
             self._data, place
         )
@@ -172,7 +172,7 @@ class _Ring:
 
 
 def _is_right(body: bytes, entry: _Entry) -> bool:
-    """Return whether all that an entry is made of has its number, and a meaning."""
+    """Return whether all parts of an entry have its number, and are valid."""
     place, number = _first_sector(entry.descriptors), entry.sequence.to_bytes(8, "little")
     for signature, _, leading, offset, sequence in _descriptors(body, entry.descriptors):
         if sequence != entry.sequence or offset % _SECTOR:
@@ -195,5 +195,5 @@ def _descriptors(body: bytes, count: int) -> Iterator[tuple[bytes, bytes, bytes,
 
 
 def _first_sector(descriptors: int) -> int:
-    """Return where the sectors of data begin in an entry with so many descriptors, in bytes."""
+    """Return where the data sectors begin in an entry with so many descriptors, in bytes."""
     return -(-(_ENTRY.size + descriptors * _DESCRIPTOR.size) // _SECTOR) * _SECTOR

@@ -1,8 +1,9 @@
 """Sparse files of VMDK disks, with grains and tables: bytes to values.
 
 Source: VMware, "Virtual Disk Format 5.0" (hosted sparse extents, stream-optimized ones among them), and QEMU,
-``block/vmdk.c`` (also for COWD, the sparse extents of ESX). A directory in memory names the tables, and these the
-grains. Must not open a file, nor take a size or an offset from an image without having looked at it.
+``block/vmdk.c`` (also for COWD, the sparse extents of ESX). A directory in memory has the places of the tables, and
+these have the places of the grains. Must not open a file, nor take a size or an offset from an image without checking
+it.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from xenbackend.errors import DriverError
 from xenbackend.units import SECTOR, format_size
 
 MAGIC = b"KDMV"
-MAX_DIRECTORY = 16 << 20  # bytes, of all files of a disk together
+MAX_DIRECTORY = 16 << 20  # bytes, for all files of a disk together
 MARKER = 12  # bytes before a compressed grain: its first sector on the disk, and how many bytes follow
 _ZERO_GRAINS, _COMPRESSED, _MARKERS = 1 << 2, 1 << 16, 1 << 17  # flags of the header
-_AT_END = (1 << 64) - 1  # as the place of the directory: a second header at the end of the file says it
+_AT_END = (1 << 64) - 1  # as the place of the directory: a second header, at the end of the file, has it
 _TABLE_BITS = 9  # the format has no other tables
 _MAX_GRAIN_BITS = 20
 _HEADER = struct.Struct("<4sIIQQQQIQQQB4sH")
@@ -42,7 +43,7 @@ _OTHERS = {
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """What an image says, every number of it checked; a `Layout`."""
+    """The content of a sparse file's header, with every number checked; a `Layout`."""
 
     shape: Shape
     is_compressed: bool
@@ -65,7 +66,7 @@ class Image:
         return entries
 
     def inflate(self, sector: int, data: bytes) -> bytes:
-        """Return the grain that begins at `sector` of the disk, from its marker on. Raises: DriverError."""
+        """Return the grain that begins at `sector` of the disk; `data` begin with its marker. Raises: DriverError."""
         size = 1 << self.shape.cluster_bits
         found, length = struct.unpack_from("<QI", data) if len(data) >= MARKER else (-1, 0)
         if found != sector:
@@ -80,14 +81,14 @@ class Image:
 
 
 def parse(read: Read, file_size: int, *, is_part: bool = False) -> Image:
-    """Return what a sparse file says.
+    """Parse the header of a sparse file.
 
     Args:
         read: reads the image file.
-        file_size: bytes of the image file.
-        is_part: a descriptor in another file names this one; without it the file has to be a whole disk.
+        file_size: the image file's size in bytes.
+        is_part: a descriptor in another file names this one; else the file has to be a whole disk.
 
-    Raises: DriverError, where it is no such file, or a damaged one.
+    Raises: DriverError if it is no such file, or is damaged.
     """
     fields = _fields(read, 0)
     if fields[9] == _AT_END:
@@ -110,7 +111,7 @@ def parse(read: Read, file_size: int, *, is_part: bool = False) -> Image:
 
 
 def parse_cowd(read: Read, file_size: int) -> Image:
-    """Return what a sparse extent of ESX (COWD, "vmfsSparse") says. Raises: DriverError, where it is damaged."""
+    """Parse the header of a sparse extent of ESX (COWD, "vmfsSparse"). Raises: DriverError if it is damaged."""
     data = read(0, _COWD_HEADER.size)
     if len(data) < _COWD_HEADER.size or data[:4] != _COWD_MAGIC:
         raise DriverError("it is no extent of the format COWD: it does not begin as one")

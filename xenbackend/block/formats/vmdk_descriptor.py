@@ -1,7 +1,7 @@
 """The descriptor of a VMDK disk: the text that names the files of the disk, its parent and its content ID.
 
-Sources: VMware, "Virtual Disk Format 5.0", "The Descriptor File"; the extents of ESX (VMFS, VMFSSPARSE) as QEMU,
-``block/vmdk.c``, has them. Must not open a file: the names in here were written by whoever made the image.
+Sources: VMware, "Virtual Disk Format 5.0", "The Descriptor File"; for the extents of ESX (VMFS, VMFSSPARSE) QEMU,
+``block/vmdk.c``. Must not open a file: whoever made the image chose the names.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from xenbackend.units import SECTOR
 
 NO_PARENT = 0xFFFFFFFF  # as a content ID
 MAX_LENGTH = 1 << 20  # bytes
-MAX_EXTENTS = 512  # files that a worker has open for one disk: 1 TiB in pieces of 2 GiB
-MAX_SIZE = 64 << 40  # bytes of a disk; VMware has 62 TiB
+MAX_EXTENTS = 512  # files that a worker may have open for one disk: 1 TiB in pieces of 2 GiB
+MAX_SIZE = 64 << 40  # bytes of a disk; VMware's limit is 62 TiB
 
 FLAT, SPARSE, COWD, ZEROS = "FLAT", "SPARSE", "VMFSSPARSE", "ZERO"
-_KINDS = {FLAT: FLAT, "VMFS": FLAT, SPARSE: SPARSE, COWD: COWD, ZEROS: ZEROS}  # by the words of the text
+_KINDS = {FLAT: FLAT, "VMFS": FLAT, SPARSE: SPARSE, COWD: COWD, ZEROS: ZEROS}  # by the word in the text
 _REFUSED = {
     "SESPARSE": "is of ESXi's format SE sparse; qemu-img convert -f vmdk makes one file of the disk",
     "VMFSRDM": "is a raw device mapping, a device of an ESX host; clone the disk there with vmkfstools -i",
@@ -37,16 +37,16 @@ _EXTENT = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """A range of the disk and the file that holds it. Numbers are bytes."""
+    """A range of the disk, and the file that holds it. Numbers are in bytes."""
 
-    kind: str  # FLAT, SPARSE, COWD or ZEROS; or a word of the text that is none of these
+    kind: str  # FLAT, SPARSE, COWD or ZEROS, or an unknown word of the text
     length: int
     name: bytes  # of the file; empty for zeros
-    offset: int  # in the file, of a flat extent
+    offset: int  # in the file, for a flat extent
     is_readable: bool = True
 
     def check(self) -> None:
-        """Refuse what cannot be read. Raises: DriverError."""
+        """Refuse an extent that cannot be read. Raises: DriverError."""
         name = printable(self.name.decode("utf-8", "replace"))
         if self.kind not in _KINDS.values():
             problem = _REFUSED.get(self.kind, f"is of the kind {printable(self.kind)}, which is not known")
@@ -59,9 +59,9 @@ class Extent:
 
 @dataclass(frozen=True, slots=True)
 class Descriptor:
-    """What the text says; `extents` are in the order of the disk, and none of them is checked."""
+    """The content of the text. `extents` are in the order of the disk, and not checked yet."""
 
-    cid: int  # changes with the content
+    cid: int  # content ID, which changes with the content
     parent_cid: int
     parent: bytes  # the name of its file
     create_type: str = ""  # "monolithicFlat"
@@ -69,7 +69,7 @@ class Descriptor:
 
     @property
     def size(self) -> int:
-        """Bytes of the disk."""
+        """The disk's size in bytes."""
         return sum(each.length for each in self.extents)
 
 
@@ -79,7 +79,7 @@ def is_descriptor(start: bytes) -> bool:
 
 
 def parse(text: bytes) -> Descriptor:
-    """Return what a descriptor says, up to its first NUL. Raises: DriverError, where it contradicts itself."""
+    """Parse a descriptor, up to its first NUL. Raises: DriverError if it is inconsistent."""
     text = text.partition(b"\0")[0]
     values = {}
     for line in text.splitlines():

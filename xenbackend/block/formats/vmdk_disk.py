@@ -1,7 +1,7 @@
-"""A VMDK disk made of extents: which of their tables make a table of the disk, and what stands in it then.
+"""A VMDK disk made of extents: makes the tables of the disk from those of its extents.
 
-Must not read a file: it says which bytes it needs, and is given them. Places are those of `mapped.joined`, where every
-file of the disk has a base.
+Must not read a file: it says which bytes it needs, and the caller reads them. Places are those of `mapped.joined`, in
+which every file of the disk has a base.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ _TABLE_BITS = 9
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """An extent that is there. Numbers are bytes."""
+    """An extent that was opened. Numbers are in bytes."""
 
     start: int  # on the disk
     length: int
-    base: int  # where its file, or its part of the file, begins; of zeros nothing
+    base: int  # where its file, or its part of the file, begins; meaningless for zeros
     image: Image | None = None  # of a sparse extent
     is_zeros: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """A range of the files that a table of the disk is made of: the part of an extent's table that is wanted."""
+    """A part of an extent's table that is needed for a table of the disk: a range of the files."""
 
     place: int  # in bytes, in the joined files
     length: int
     piece: Piece
-    first: int  # the first cluster of the disk that it speaks of
+    first: int  # the first cluster of the disk that it is about
 
 
 class Disk:
-    """The extents of a disk in their order. Raises: DriverError, where they do not fit together."""
+    """The extents of a disk, in order. Raises: DriverError if they do not fit together."""
 
     def __init__(self, pieces: Sequence[Piece], descriptor: Descriptor) -> None:
         self.pieces = pieces
@@ -56,11 +56,11 @@ class Disk:
         self.shape = Shape(size, bits, table_bits, 0)
 
     def piece_at(self, offset: int) -> Piece:
-        """Return the extent that has a byte of the disk."""
+        """Return the extent that has the byte at `offset` of the disk."""
         return self.pieces[bisect_right(self._starts, offset) - 1]
 
     def needs(self, number: int) -> list[Need]:
-        """Return what a table of the disk is made of."""
+        """Return the parts of extents' tables that a table of the disk is made of."""
         bits = self.shape.cluster_bits
         first, end = self._clusters(number)
         needs = []
@@ -78,11 +78,11 @@ class Disk:
         return needs
 
     def table(self, number: int, data: Sequence[bytes]) -> array[int]:
-        """Return the entries of a table, as `mapped.tables` has them. Raises: DriverError.
+        """Return the entries of a table, as in `mapped.tables`. Raises: DriverError.
 
         Args:
             number: the table's.
-            data: the bytes of each of its `needs`, in their order.
+            data: the bytes of each of its `needs`, in the same order.
         """
         first, end = self._clusters(number)
         bits = self.shape.cluster_bits
@@ -94,7 +94,7 @@ class Disk:
                 words = (ZERO if piece.is_zeros else (each << bits) + base for each in range(low, high))
                 table[low - first : high - first] = array("Q", words)
         for need, found in zip(self.needs(number), data, strict=True):
-            assert need.piece.image is not None  # noqa: S101 - the others need nothing
+            assert need.piece.image is not None  # noqa: S101 - other pieces have no needs
             entries, base = need.piece.image.decode(found), need.piece.base
             if base:
                 entries = array("Q", [each + base if each & PLACE else each for each in entries])
@@ -102,7 +102,7 @@ class Disk:
         return table
 
     def _clusters(self, number: int) -> tuple[int, int]:
-        """Return the first cluster of a table, and the one behind its last that the disk has."""
+        """Return the first cluster of a table, and the one after the last that the disk has."""
         first = number << self.shape.table_bits
         return first, min(first + (1 << self.shape.table_bits), -(-self.shape.size >> self.shape.cluster_bits))
 
@@ -116,7 +116,7 @@ class Disk:
 
 
 def _division(pieces: Sequence[Piece]) -> tuple[int, int]:
-    """Return the bits of the disk's clusters and tables. Raises: DriverError."""
+    """Return `cluster_bits` and `table_bits` for the disk. Raises: DriverError."""
     images = [each.image for each in pieces if each.image is not None]
     odd = 1 << _MAX_CLUSTER_BITS
     for piece in pieces:

@@ -1,4 +1,4 @@
-"""Tables of numbers in an image, which is big-endian or little-endian whatever the machine is.
+"""Tables of numbers in an image, which are big-endian or little-endian independently of the machine.
 
 Must not know what the numbers mean.
 """
@@ -13,7 +13,7 @@ Order = Literal["big", "little"]
 
 
 def unpack(kind: str, data: bytes, order: Order) -> array[int]:
-    """Return the numbers of a table, as many as are whole; `kind` as `array` has it."""
+    """Return the numbers of a table, without an incomplete last one; `kind` is a type code of `array`."""
     table: array[int] = array(kind)
     table.frombytes(data[: len(data) // table.itemsize * table.itemsize])
     if sys.byteorder != order:

@@ -1,10 +1,10 @@
-"""Clusters that are compressed by zstd: unpacked by the standard library (Python 3.14) or the package `zstandard`.
+"""Unpacks clusters that are compressed by zstd, by the standard library (Python 3.14) or the package `zstandard`.
 
-Must not import either by itself: whoever opens such an image does, or `worker.preload`. What an image holds is not
-trusted: at most a byte more than a cluster comes out of it, and no more than 8 MiB of memory are taken on the way,
-which RFC 8878 has every decoder support.
+Must not import either on its own import: `find_unzstd` does, when such an image is opened, or `worker.preload`. An
+image's content is not trusted: at most one byte more than a cluster is unpacked, with a window of at most 8 MiB, which
+RFC 8878 has every decoder support.
 
-As QEMU writes it a cluster is one frame; as QEMU reads it, it may be several, and the last one ends with the cluster.
+QEMU writes a cluster as one frame; when QEMU reads one, it may be several frames, the last of which ends the cluster.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from xenbackend.block.formats.common import damaged
 from xenbackend.block.formats.qcow2_tables import Unpack
 from xenbackend.errors import DriverError
 
-_WINDOW_BITS = 23  # the most that a frame may look back: 8 MiB
+_WINDOW_BITS = 23  # log2 of the largest window of a frame: 8 MiB
 _MOST_FRAMES = 64  # of a cluster
 
 
 def find_unzstd() -> Unpack:
-    """Return what unpacks a cluster. Raises: DriverError, where the host has nothing that does."""
+    """Return a function that unpacks a cluster. Raises: DriverError if the host has no implementation of zstd."""
     try:
         if sys.version_info >= (3, 14):
             from compression import zstd
@@ -58,7 +58,7 @@ class OfPackage:
 
 
 class OfLibrary:
-    """Unpacks by `compression.zstd`, or what has its interface."""
+    """Unpacks by `compression.zstd`, or a module with its interface."""
 
     def __init__(self, zstd: Any) -> None:
         self._error: type[Exception] = zstd.ZstdError
