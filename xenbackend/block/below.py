@@ -1,4 +1,4 @@
-"""What lies below a filter that keeps something about it: a text by which another chain is told from that.
+"""Identifies the layers below a filter that keeps data about them: by a text that differs for another chain.
 
 Must not read a disk.
 """
@@ -13,10 +13,10 @@ from xenbackend.block.options import files_of
 
 
 def describe(driver: Driver | None, files: Lookup, *, with_changes: bool) -> str:
-    """Return what tells the layers from `driver` downward from others: of files, which they are.
+    """Return a text that identifies the layers from `driver` downward, by the identities of their files.
 
-    Filters that alter nothing do not count. `with_changes`: and when a file was changed last; of a block device nobody
-    knows that.
+    Transparent filters do not count. If `with_changes`, the text includes the time when each file was changed last; for
+    a block device that is not known.
 
     Raises: OSError, DriverError.
     """
@@ -29,7 +29,7 @@ def describe(driver: Driver | None, files: Lookup, *, with_changes: bool) -> str
 
 
 def changed_ns(driver: Driver | None, files: Lookup) -> int:
-    """Return when the files of the layers from `driver` downward were changed last, since 1970; 0: nobody knows.
+    """Return when the files of the layers from `driver` downward were changed last, in ns since 1970; 0: not known.
 
     Raises: OSError, DriverError.
     """
@@ -46,13 +46,13 @@ def _that_count(driver: Driver | None) -> Iterator[Driver]:
 
 def _look_at(path: str, files: Lookup, *, with_changes: bool) -> str:
     facts = files.look(path)
-    if facts.is_device:  # which number it has, and which sequence, is another matter after each start of the host
+    if facts.is_device:  # its number and its disk sequence number may change with each boot
         return facts.real
     identity = " ".join(word for word in facts.identity.split(" ") if not word.startswith("device="))
     return f"{identity} changed={facts.mtime_ns}" if with_changes else identity
 
 
 def _given(options: object) -> list[str]:
-    """Return the options that are not as they are by default."""
+    """Return the options that differ from their defaults."""
     values = [(each, getattr(options, each.name)) for each in fields(options)]  # type: ignore[arg-type]  # a dataclass
     return [f"{each.name}={value}" for each, value in values if each.default is MISSING or value != each.default]

@@ -1,6 +1,6 @@
-"""A file that a filter keeps beside a disk: made, opened, and begun so that a kill leaves a whole one or a new one.
+"""A file that a filter keeps beside a disk: created, opened, and initialised so that a kill leaves it complete or new.
 
-Must not know what is in it beyond its header (`formats.beside`).
+Must not know its content beyond the header (`formats.beside`).
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from xenbackend.units import PAGE, format_size
 
 
 def check_block(block: int) -> None:
-    """See that an option is a size of blocks. Raises: ValueError with a sentence."""
+    """Check an option that is the size of blocks. Raises: ValueError with a sentence."""
     if not MIN_BLOCK <= block <= MAX_BLOCK or block & (block - 1):
         raise ValueError(f"block is {format_size(block)}; it must be 4K, 8K, ... up to 1M")
 
 
 def have(env: Env, path: str, *, read_only: bool) -> tuple[File, int]:
-    """Return the file, open, and when it was changed last, in nanoseconds since 1970; it is made where it is not there.
+    """Open a file, creating it if necessary; return it and when it was changed last, in nanoseconds since 1970.
 
     Raises: DriverError, OSError.
     """
     made = env.files.open_record(path)
     try:
-        found = os.fstat(made)  # to open it for good gives it another time of change
+        found = os.fstat(made)  # before `open`, which may change this time
         if not found.st_size:
             os.ftruncate(made, HEADER_SIZE)
     finally:
@@ -34,14 +34,15 @@ def have(env: Env, path: str, *, read_only: bool) -> tuple[File, int]:
 
 
 def is_new(file: File, first: bytes, size: int) -> bool:
-    """Return whether a file is to be begun, whose first bytes are these, and which has `size` bytes once it is."""
+    """Return whether a file that begins with `first` is not initialised yet; `size` is its size when it is."""
     return not any(first) and file.size in (HEADER_SIZE, size)
 
 
 def begin(file: File, header: Header, *, size: int, written: int) -> None:
-    """Make a file `size` bytes long, which begins with `header`; up to `written` it is more than a hole.
+    """Initialise a file with `header` and `size` bytes; up to byte `written` it is filled with zeros, and not a hole.
 
-    So no write there finds the file system full. The header comes last, and durably. Raises: OSError.
+    So later writes there cannot fail because the file system is full. The header is written last. All of it is durable.
+    Raises: OSError.
     """
     file.grow(size)
     for place in range(HEADER_SIZE, written, MAX_BLOCK):

@@ -1,4 +1,4 @@
-"""The asserting layer: put between all layers it finds whoever breaks a rule of the driver contract.
+"""The asserting layer: between all layers of a chain it detects which one breaks a rule of the driver contract.
 
 Must not be in a production chain: it costs more than most drivers.
 """

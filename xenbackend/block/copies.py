@@ -1,4 +1,4 @@
-"""Memory of our own that requests are done with instead of a guest's, which changes while one looks (D7).
+"""A layer's own memory, used for requests instead of the guest's, which may change at any moment (D7).
 
 Must not know what is in it.
 """
@@ -10,23 +10,23 @@ from collections.abc import Sequence
 from xenbackend.block.mapped.parts import allocate
 
 _LEAST = 4096
-_MAX_USED = 32 << 20  # bytes in use at a time, but for one request of any size
-_MAX_SPARE = 8 << 20  # bytes that are kept for the next requests
+_MAX_USED = 32 << 20  # bytes in use at a time; a single request may exceed that
+_MAX_SPARE = 8 << 20  # free bytes that are kept for later requests
 
 
 class Copies:
-    """Those of one layer."""
+    """The copies of one layer."""
 
     def __init__(self) -> None:
-        self._spares: dict[int, list[memoryview]] = {}  # by their size
+        self._spares: dict[int, list[memoryview]] = {}  # by size
         self._spared = self._used = 0  # bytes
 
     def have_room(self, length: int) -> bool:
-        """Return whether there may be another one, of so many bytes; else wait until one is put back."""
+        """Return whether another copy of `length` bytes may be made now; if not, wait until one is put back."""
         return not self._used or self._used + length <= _MAX_USED
 
     def take(self, length: int) -> memoryview:
-        """Return memory of at least `length` bytes, aligned for direct I/O, with anything in it. Raises: OSError."""
+        """Return memory of at least `length` bytes, aligned for direct I/O, with arbitrary content. Raises: OSError."""
         size = max(_LEAST, 1 << (length - 1).bit_length())
         spares = self._spares.get(size)
         if spares:
@@ -41,7 +41,7 @@ class Copies:
         """Take memory back."""
         size = len(memory)
         self._used -= size
-        if self._spared + size > _MAX_SPARE:  # of sizes that are not used any more
+        if self._spared + size > _MAX_SPARE:  # some are of sizes that are not used any more
             self._spares.clear()
             self._spared = 0
         if size <= _MAX_SPARE:
@@ -50,14 +50,14 @@ class Copies:
 
 
 def fill(memory: memoryview, place: int, iov: Sequence[memoryview]) -> None:
-    """Copy what a request has into memory, from `place` on."""
+    """Copy a request's data into memory, from `place` on."""
     for view in iov:
         memory[place : place + len(view)] = view
         place += len(view)
 
 
 def give(iov: Sequence[memoryview], memory: memoryview, place: int) -> None:
-    """Copy memory from `place` on into what a request has."""
+    """Copy memory, from `place` on, into a request's views."""
     for view in iov:
         view[:] = memory[place : place + len(view)]
         place += len(view)

@@ -1,7 +1,7 @@
-"""Ranges of a disk and what an image has of each: the words in which a driver answers `Driver.extents`.
+"""Ranges of a disk, and what an image has of each: the results of `Driver.extents`.
 
-Must not read an image's data or tables: what there is to know of entries is handed in, and a file is only asked where
-its holes are. The order is that of the disk.
+Must not read an image's data or tables: entries are passed in, and a file is only asked for its holes. All ranges are
+in the order of the disk.
 """
 
 from __future__ import annotations
@@ -15,49 +15,49 @@ from xenbackend.block.mapped.tables import PLACE, READABLE, SPECIAL
 
 
 class Kind(Enum):
-    """What an image has of a range."""
+    """The state of a range in an image."""
 
     DATA = "data"
-    ZERO = "zero"  # it says that there are zeros
-    ABSENT = "absent"  # the parent's, or zeros
+    ZERO = "zero"  # the image says that it reads as zeros
+    ABSENT = "absent"  # not in the image: the parent's data, or zeros
 
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """A range of a disk in bytes. `depth` 0 is the image itself, 1 its parent; `place` is where in that file it is.
+    """A range of a disk, in bytes. `depth` is 0 for the image itself, 1 for its parent; `place` is that in the file.
 
-    `is_hole`: the image has room for data there, and its file has a hole, which reads as zeros.
+    `is_hole`: the image has a place for these data, at which its file has a hole, which reads as zeros.
     """
 
     start: int
     length: int
     kind: Kind
-    place: int | None = None  # not known, or compressed
+    place: int | None = None  # None: not known, or compressed
     depth: int = 0
     is_hole: bool = False
 
     @property
     def end(self) -> int:
-        """Where it ends, in bytes."""
+        """The end of the range, in bytes, which is excluded."""
         return self.start + self.length
 
     @property
     def is_zeros(self) -> bool:
-        """Whether it is known to read as zeros where no parent has anything else."""
+        """Whether it is known to read as zeros, unless a parent has data there."""
         return self.is_hole or self.kind is not Kind.DATA
 
 
 class Holed(Protocol):
-    """What can be asked of a file; a part of `block.driver.File`."""
+    """A file that knows its holes; a part of `block.driver.File`."""
 
     size: int  # bytes
 
     def next_data(self, offset: int) -> tuple[int, int]:
-        """Return where the first data at or behind `offset` begin and end; the size twice where there are none."""
+        """Return where the first data at or after `offset` begin and end; the size twice if there are none."""
 
 
 def of_file(file: Holed, size: int) -> Iterator[Extent]:
-    """Yield the ranges of a disk that its file begins with: its holes are zeros. Raises: OSError."""
+    """Yield the extents of a raw disk, which is the beginning of its file: holes are zeros. Raises: OSError."""
     place = 0
     while place < size:
         start, end = (min(size, each) for each in file.next_data(place))
@@ -69,8 +69,8 @@ def of_file(file: Holed, size: int) -> Iterator[Extent]:
 
 
 def with_holes(extents: Iterable[Extent], file: Holed) -> Iterator[Extent]:
-    """Yield extents with their data cut where the file has holes. Raises: OSError."""
-    start = end = 0  # data that the file has: what the last question brought
+    """Yield extents, with data split where the file has holes. Raises: OSError."""
+    start = end = 0  # the range of data that the file has reported last
     asked = 0
     for extent in extents:
         if extent.kind is not Kind.DATA or extent.place is None:
@@ -88,13 +88,13 @@ def with_holes(extents: Iterable[Extent], file: Holed) -> Iterator[Extent]:
 
 
 def of_entries(entries: Sequence[int], cluster: int, start: int, end: int) -> Iterator[Extent]:
-    """Yield what a table says, whose first entry stands for `start` on, up to `end` of the disk.
+    """Yield the extents that a table describes.
 
     Args:
-        entries: as `block.mapped.tables` has them.
-        cluster: bytes of the disk that each stands for.
-        start: bytes.
-        end: bytes.
+        entries: as in `block.mapped.tables`.
+        cluster: bytes of the disk for each entry.
+        start: where the first entry's cluster begins on the disk, in bytes.
+        end: where to stop on the disk, in bytes.
     """
     if start < end and not any(entries):
         yield Extent(start, min(len(entries) * cluster, end - start), Kind.ABSENT)
@@ -117,7 +117,7 @@ def cut(extent: Extent, start: int, length: int) -> Extent:
 
 
 def merged(extents: Iterable[Extent]) -> Iterator[Extent]:
-    """Yield extents, those as one that follow one another and are alike."""
+    """Yield extents, with adjacent ones merged if they are alike and consecutive in the file."""
     last: Extent | None = None
     for extent in extents:
         if last is not None and _continues(last, extent):
@@ -137,7 +137,7 @@ def _continues(last: Extent, extent: Extent) -> bool:
 
 
 def _runs(entries: Sequence[int], cluster: int) -> Iterator[tuple[int, int, int]]:
-    """Yield first index, count and first entry of those that are alike and follow one another in the file."""
+    """Yield first index, count and first entry of runs of entries that are alike and consecutive in the file."""
     if not entries:
         return
     first, expected = 0, entries[0]

@@ -1,6 +1,6 @@
-"""What a driver sees of files, servers and clusters, all of which somebody else opens: `worker.files`, `image.session`.
+"""The interfaces by which a driver gets files, servers and clusters: `worker.files` and `image.session` open them.
 
-Must not do anything: these are the shapes that both sides agree on.
+Must not do anything itself: these are protocols, on which both sides agree.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from xenbackend.block.servers import Account, After, Endpoint
 if TYPE_CHECKING:
     import socket
 
-# In the place of a path: a file that has no name, in a directory of the settings. It begins empty, is there for as long
-# as the disk is attached, whoever serves it, and nothing of it can be left.
+# Instead of a path: a file without a name, in a directory of the settings. It is empty at first, exists as long as the
+# disk is attached, whichever worker serves that, and leaves nothing behind.
 UNNAMED = "(unnamed)"
 
 
 class File(Protocol):
-    """An open image file or block device: itself a bottom layer, with blocking helpers for `open` only."""
+    """An open image file or block device. It takes requests as a bottom layer does; its other methods block."""
 
     size: int  # bytes
-    sector_size: int  # bytes; what was asked for, or the smallest unit that the medium writes
-    physical_sector_size: int  # bytes; what the medium writes at once
+    sector_size: int  # bytes; the size that was asked for, or the smallest unit that the medium writes
+    physical_sector_size: int  # bytes; the unit in which the medium writes
     can_discard: bool
-    discard_granularity: int  # bytes, 0 where it cannot discard
+    discard_granularity: int  # bytes, 0 if it cannot discard
     complete: Complete  # set by the owner before the first submit
-    mode: str  # what was chosen, for people: "O_DIRECT, Linux AIO"
+    mode: str  # how I/O is done, for people: "O_DIRECT, Linux AIO"
 
     def submit(self, batch: list[Request]) -> None:
-        """Take requests as a driver does (D1-D9). Reads past the end of the file give zeros."""
+        """Take requests as a driver does (D1-D9). Reads beyond the end of the file return zeros."""
 
     def read_at(self, offset: int, length: int) -> bytes:
         """Read up to `length` bytes, blocking. For `open` only. Raises: OSError."""
@@ -46,21 +46,21 @@ class File(Protocol):
 
     @property
     def allocated(self) -> int:
-        """Bytes that the host keeps for it: fewer than `size` where it has holes; 0 for a block device."""
+        """The bytes that the host has allocated for it: fewer than `size` if it has holes; 0 for a block device."""
 
     def next_data(self, offset: int) -> tuple[int, int]:
-        """Return where the first data at or behind `offset` begin and end, in bytes: in between are holes.
+        """Return where the first data at or after `offset` begin and end, in bytes; before them is a hole.
 
-        What cannot have holes, such as a block device, is all data; where there are none, it is `size` twice.
+        If there are no more data, return `size` twice. What cannot have holes, such as a block device, is all data.
 
         Raises: OSError.
         """
 
     def grow(self, size: int, tail: bytes = b"") -> None:
-        """Make the file `size` bytes long; never shorter. What is new reads as zeros, up to `tail` at the very end.
+        """Make the file `size` bytes long, never shorter. The new part reads as zeros, up to `tail` at its very end.
 
-        File and tail appear in one step: whoever is killed leaves both or nothing. Blocking, but quick without `tail`:
-        then `submit` may call it, else a thread.
+        New size and tail appear in one step: a kill leaves both or neither. It blocks, but is quick without `tail`, so
+        that it may be called in `submit`; with `tail` call it in a thread.
 
         Raises: OSError; ENOSPC for a block device, EINVAL for a size that the medium cannot have.
         """
@@ -71,52 +71,52 @@ class File(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The file that an image means: `path` opens it from now on, `by` says by which act of an administrator."""
+    """The file that an image names: `path` opens it from now on, `by` says which act of an administrator allowed it."""
 
     path: str
     by: str
 
 
 class FileFacts(Protocol):
-    """What a file is; `identity` tells it from any other, whatever it is called."""
+    """Facts about a file; `identity` distinguishes it from any other file, whatever its name is."""
 
     @property
     def identity(self) -> str:
-        """Equal texts are of one file, or of one block device."""
+        """A text that is equal for the same file or block device only."""
 
     @property
     def is_device(self) -> bool:
-        """It is a block device, else a regular file."""
+        """Whether it is a block device; else it is a regular file."""
 
     @property
     def mtime_ns(self) -> int:
-        """Time of its last change, since 1970; of an image that is open by this path, of the last one before."""
+        """When it was changed last, in ns since 1970; for an image that is open by this path, before it was opened."""
 
     @property
     def real(self) -> str:
-        """Its path with all links followed."""
+        """Its path, with all links followed."""
 
 
 class Lookup(Protocol):
-    """Says what names mean. A driver looks nothing up itself: the process that it runs in may not be able to."""
+    """Looks names up. A driver must not do that by itself, since its process may not be able to."""
 
     def look(self, path: str) -> FileFacts:
-        """Return what a file is, without opening it. Raises: OSError; DriverError where it cannot be an image."""
+        """Return the facts about a file, without opening it. Raises: OSError; DriverError if it cannot be an image."""
 
     def resolve(self, path: str) -> str:
         """Return the directory of a file with all links followed. Raises: DriverError."""
 
     def find(self, what: str, image: str, names: Sequence[str], within: str = "") -> Found:
-        """Find the file that an image names, if an administrator has allowed that this image is followed to it.
+        """Find the file that an image names, if an administrator has allowed this image to lead to it.
 
-        From then on `open` of the path that it returns opens that very file, for reading, whatever the name means by
-        then. An image is not to be trusted.
+        From then on `open` with the path that is returned opens exactly that file, for reading, whatever the name
+        refers to by then. An image is not trusted.
 
         Args:
-            what: of `block.mapped.parents`: PARENT, DATA_FILE or EXTENT.
+            what: PARENT, DATA_FILE or EXTENT of `block.mapped.parents`.
             image: the path by which the image itself was opened.
-            names: what it says, the likeliest name first, relative to its own directory, or absolute.
-            within: what the chain says of where such files may be (`parents=`).
+            names: the names in the image, the likeliest first, relative to its own directory, or absolute.
+            within: where the chain says that such files may be (`parents=`).
 
         Raises: DriverError.
         """
@@ -126,34 +126,34 @@ class Files(Lookup, Protocol):
     """Opens image files, with the lock that keeps two writers apart."""
 
     def connect(self, endpoint: Endpoint, place: int, after: After, *, keeps: bool) -> socket.socket:
-        """Return a socket connected to a server; drivers call `Env.connect`, which knows what came before."""
+        """Return a socket connected to a server. Drivers call `Env.connect`, which knows about former connections."""
 
     def derive(self, source: str, how: Derivation, *, without_newline: bool = False) -> memoryview:
-        """Return a key that is made of a passphrase, in memory that is the caller's to wipe. For `open` only.
+        """Return a key derived from a passphrase, in memory that the caller has to wipe. For `open` only.
 
-        It takes up to minutes, and is done by an opener: a worker never gets the passphrase.
+        It may take minutes, and is done by the opener: a worker never gets the passphrase.
 
         Args:
-            source: where the passphrase is; an option of the layer has it as a `block.keys.KeySource`.
-            how: as a header says.
-            without_newline: make it of all of the passphrase but the newline at its end; ENODATA: it has none.
+            source: where the passphrase is, as in an option of the layer that is a `block.keys.KeySource`.
+            how: the parameters, as in a header.
+            without_newline: leave out the newline at the end of the passphrase; ENODATA if it has none.
 
         Raises: DriverError, OSError.
         """
 
     def read_cluster(self, account: Account) -> Mapping[str, str]:
-        """Return what a client of a cluster has to know: Ceph's options by their names, the key among them.
+        """Return the settings of a cluster's client: Ceph's options by name, including the key.
 
-        An opener reads it from the host's files; of monitors the names are resolved. For a guest's disk there is a text
-        besides that no other disk has, of this host or another one (`block.servers.DISK`).
+        The opener reads them from the host's files, and resolves the names of monitors. For a guest's disk there is a
+        text, too, that is unique among the disks of all hosts (`block.servers.DISK`).
 
         Raises: DriverError, also for an account that the layer's options do not name (`block.servers`); OSError.
         """
 
     def read_certificates(self, directory: str) -> Mapping[str, str]:
-        """Return what is in the files of a directory that are for TLS, by their names (`block.servers`), as PEM.
+        """Return the contents of a directory's files for TLS, by file name (`block.servers`), as PEM.
 
-        An opener reads them; the key is the worker's to keep from then on, for connections that are made later.
+        The opener reads them. The worker has to keep them, including the key, for connections that are made later.
 
         Raises: DriverError, also for a directory that the layer's options do not name; OSError.
         """
@@ -174,19 +174,19 @@ class Files(Lookup, Protocol):
         Args:
             path: the file or block device.
             read_only: open it for reading only.
-            shareable: others may write to it, too: somebody said so. Otherwise one may who has it alone, or all read.
-            direct: bypass the page cache where the file allows.
+            shareable: others may write to it, too, as somebody has said. Else there is one writer or any readers.
+            direct: bypass the page cache if the file allows it.
             blocking: do every request by a blocking call, one after the other.
-            step: for image formats whose file may end anywhere, also inside a sector. A file that is opened for writing
-                is first made to end at a multiple of so many bytes, by a hole.
-            sector_size: bytes of a sector of the disk; 0 for the medium's own. What is opened for reading only may end
-                inside its last sector, which zeros make whole.
+            step: for image formats whose file may end anywhere, also inside a sector: the size of a file that is opened
+                for writing is first increased to a multiple of so many bytes, by a hole.
+            sector_size: bytes of a sector of the disk; 0 for that of the medium. A file that is opened for reading only
+                may end inside its last sector, which is then filled with zeros.
 
-        Raises: OSError, as open(2) would; DriverError where the file cannot be an image or is locked.
+        Raises: OSError, as open(2) would; DriverError if the file cannot be an image, or is locked.
         """
 
     def open_record(self, path: str) -> int:
-        """Return a descriptor of a regular file, for reading and writing; it is made where it is not there.
+        """Return a descriptor of a regular file, for reading and writing; create the file if necessary.
 
-        Raises: DriverError where it is another thing, or no option of the layer names it as a record; OSError.
+        Raises: DriverError if it is no regular file, or if no option of the layer names it as a record; OSError.
         """

@@ -1,17 +1,17 @@
-r"""The text of a chain: layers, items, escapes; parse, format and say where something is wrong.
+r"""The text of a chain, with layers, items and escapes: parses and formats it, and says where something is wrong.
 
 Must not know a driver, an option or a file.
 
     chain = [prefix] layer *("|" layer)      the guest's end first
     layer = driver ":" [item *("," item)]
 
-A backslash takes the meaning from the character after it, so that every file name can be written: ``aio:/img/a\|b``.
-What an item means is the driver's affair: its target as it stands, or ``key=value`` up to the first ``=``.
+A backslash makes the character after it an ordinary one, so that every file name can be written: ``aio:/img/a\|b``.
+The driver decides what an item means: its target, literally, or ``key=value``, split at the first ``=``.
 
 The prefix is what toolstacks put before the text that the operator wrote: ``tap2:``, ``tap:`` or ``tapdisk:``, and one
-format word of libxl (``aio:``, ``vhd:`` ...). A format word is only a prefix where the next thing is a word with
-a colon, so ``aio:log:|aio:/img`` is the chain ``log:|aio:/img``, and ``aio:/img`` is the driver aio. A relative file
-called ``log:x`` is therefore written ``aio:log\:x``, and `format_layer` writes it so.
+format word of libxl (``aio:``, ``vhd:`` ...). A format word is a prefix only if a word with a colon follows it, so
+``aio:log:|aio:/img`` is the chain ``log:|aio:/img``, and ``aio:/img`` is the driver aio. A relative file called
+``log:x`` therefore has to be written as ``aio:log\:x``, which `format_layer` does.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 from xenbackend.errors import ChainError
 
-MAX_CHAIN = 4096  # bytes; XENSTORE_PAYLOAD_MAX of io/xs_wire.h: what is longer never fits into a node
+MAX_CHAIN = 4096  # bytes; XENSTORE_PAYLOAD_MAX of io/xs_wire.h: a longer text does not fit into a node
 MAX_LAYERS = 32  # our choice: `submit` goes down one call per layer, and the stack is finite
 
 _WORD = r"[a-z][a-z0-9_-]*"
@@ -32,7 +32,7 @@ _NAME = re.compile(_WORD)
 _WORD_WITH_COLON = re.compile(rf"^({_WORD}):")
 _ESCAPED = re.compile(r"\\(.)", re.DOTALL)
 _SPECIAL = re.compile(r"[\\|,]")
-_SHOWN = 72  # characters of a chain that is too long to show
+_SHOWN = 72  # characters shown of a chain that is too long
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +42,11 @@ class Item:
     text: str
     start: int = field(default=0, compare=False)
     end: int = field(default=0, compare=False)
-    value_start: int = field(default=0, compare=False)  # after the first "=", or `start` where there is none
+    value_start: int = field(default=0, compare=False)  # after the first "=", or `start` if there is none
 
     @property
     def length(self) -> int:
-        """Columns that the item takes in the chain's text."""
+        """The number of columns of the item in the chain's text."""
         return self.end - self.start
 
 
@@ -61,9 +61,9 @@ class Layer:
 
 
 def parse(text: str) -> tuple[Layer, ...]:
-    """Return the layers of a chain, the guest's end first; never none.
+    """Return the layers of a chain, the guest's end first; there is at least one.
 
-    Raises: ChainError, whose caret stands in `text` as it was given.
+    Raises: ChainError, with a column of `text` as it was given.
     """
     _check_whole(text)
     match = _PREFIX.match(text)
@@ -77,20 +77,20 @@ def parse(text: str) -> tuple[Layer, ...]:
 
 
 def format_chain(layers: tuple[Layer, ...]) -> str:
-    """Return the canonical text: no prefix, and escapes only where they are needed."""
+    """Return the canonical text: without a prefix, and with escapes only where they are needed."""
     return "|".join(format_layer(layer.name, *(item.text for item in layer.items)) for layer in layers)
 
 
 def format_layer(name: str, *items: str) -> str:
-    """Return the text of one layer, such as ``vhd:/img/base.vhd``, with whatever its items need escaped."""
+    """Return the text of one layer, such as ``vhd:/img/base.vhd``, with its items escaped."""
     written = [format_item(item) for item in items]
-    if written and name in FORMATS:  # or the name would be taken for a prefix
+    if written and name in FORMATS:  # else the name would be taken for a prefix
         written[0] = _WORD_WITH_COLON.sub(r"\1\:", written[0])
     return f"{name}:{','.join(written)}"
 
 
 def format_item(item: str) -> str:
-    """Return the text of an item behind the first one, such as ``key=value``, with whatever it needs escaped."""
+    """Return the text of an item after the first one, such as ``key=value``, escaped."""
     return _SPECIAL.sub(r"\\\g<0>", item)
 
 
@@ -107,7 +107,7 @@ def _check_whole(text: str) -> None:
 
 
 def _split(text: str, start: int, end: int, mark: str) -> list[tuple[int, int]]:
-    """Return the spans between the marks that no backslash stands before."""
+    """Return the spans between marks that are not escaped."""
     spans = []
     begin = place = start
     while place < end:

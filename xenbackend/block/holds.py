@@ -1,6 +1,6 @@
-"""Blocks that something alters, so that nothing else does meanwhile: what comes waits its turn.
+"""Holds on blocks that a request alters: other requests that alter them have to wait for their turn.
 
-Must not begin what waits.
+Must not begin a waiting request; the caller does.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from xenbackend.block.request import Op, Request
 
 @dataclass(eq=False, slots=True)
 class Hold:
-    """Blocks that one request alters, and those that wait for them."""
+    """The blocks that one request alters, and the requests that wait for them."""
 
     first: int
     last: int
@@ -20,14 +20,14 @@ class Hold:
 
 
 class Holds:
-    """Those of one layer. A discard may have any number of blocks: it is one entry, a write has one for each."""
+    """The holds of one layer. A discard may have any number of blocks, and has one entry; a write has one for each."""
 
     def __init__(self) -> None:
         self._blocks: dict[int, Hold] = {}
         self._wide: list[Hold] = []
 
     def find(self, first: int, last: int) -> Hold | None:
-        """Return a hold on any of these blocks."""
+        """Return a hold on any of these blocks, or None."""
         for wide in self._wide:
             if wide.first <= last and first <= wide.last:
                 return wide
@@ -39,7 +39,7 @@ class Holds:
         return next((hold for block, hold in blocks.items() if first <= block <= last), None)
 
     def add(self, op: int, first: int, last: int) -> None:
-        """Hold blocks, none of which is held, for a write or a discard."""
+        """Hold blocks for a write or a discard; none of them is held yet."""
         hold = Hold(first, last)
         if op == Op.DISCARD:
             self._wide.append(hold)
@@ -49,7 +49,7 @@ class Holds:
             self._blocks.update(dict.fromkeys(range(first, last + 1), hold))
 
     def remove(self, op: int, first: int, last: int) -> list[Request]:
-        """Let go of blocks that `add` was called with, and return what waited for them."""
+        """Remove the hold of an `add` with the same arguments, and return the requests that waited for it."""
         if op == Op.DISCARD:
             hold = next(each for each in self._wide if (each.first, each.last) == (first, last))
             self._wide.remove(hold)

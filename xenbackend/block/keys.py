@@ -1,6 +1,6 @@
-"""Where a passphrase is, and how a key is made of it: words between a chain's text, a layer, and who has passphrases.
+"""Where a passphrase is, and how a key is derived from it: shared by a chain's text, a layer and the opener.
 
-Must not read a passphrase, nor make a key of one: an opener does (`opener.deriving`), a process of its own.
+Must not read a passphrase, nor derive a key from one: the opener does (`opener.deriving`), a process of its own.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ from typing import Annotated, Any
 from xenbackend.block.options import KEY, Kind, uses_of
 from xenbackend.errors import DriverError
 
-CREDENTIAL = "credential:"  # in front of the name of one that systemd hands to the service, systemd.exec(5)
+CREDENTIAL = "credential:"  # before the name of a credential that systemd gives to the service, systemd.exec(5)
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,255}")
 
 HASHES = ("sha1", "sha224", "sha256", "sha384", "sha512")
 PBKDF2, ARGON2 = "pbkdf2", ("argon2i", "argon2id")
 
-# What a header may ask for. Less than the least no tool writes: whoever asks for that tries out passphrases. More than
-# the most would keep the host busy for minutes; cryptsetup goes up to 4 GiB and 4 lanes.
+# The limits for a header's parameters. No tool writes less than the minimum, which would serve to guess passphrases.
+# More than the maximum would keep the host busy for minutes; cryptsetup uses up to 4 GiB and 4 lanes.
 MIN_ITERATIONS, MAX_ITERATIONS = 1000, 100_000_000  # of PBKDF2
 MIN_PASSES, MIN_MEMORY_KIB = 4, 32  # of Argon2, as in lib/crypto_backend/pbkdf_check.c of cryptsetup
 MAX_MEMORY_KIB = 4 << 20
 MAX_WORK_KIB = 128 << 20  # memory times passes
 MAX_LANES = 16
-MAX_LENGTH, MAX_SALT = 128, 64  # bytes; of a header
+MAX_LENGTH, MAX_SALT = 128, 64  # bytes, of the key and of the salt
 
 
 def parse_key(text: str) -> str:
-    """Return where a passphrase is, as a chain says it. Raises: ValueError with a sentence."""
+    """Check a chain's option that says where a passphrase is. Raises: ValueError with a sentence."""
     name = text.removeprefix(CREDENTIAL)
     if not text:
         raise ValueError("it is empty; name a file with the passphrase, or credential:NAME")
@@ -42,19 +42,19 @@ KeySource = Annotated[str, Kind("file or credential:NAME", parse_key, use=KEY)]
 
 
 def key_files_of(options: Any) -> dict[str, str]:
-    """Return the files with passphrases that parsed options name: option to path."""
+    """Return the files with passphrases that parsed options name, as option to path."""
     keys = {value for value, use in uses_of(options).items() if use == KEY and not value.startswith(CREDENTIAL)}
     return {each.name: getattr(options, each.name) for each in fields(options) if getattr(options, each.name) in keys}
 
 
 @dataclass(frozen=True, slots=True)
 class Derivation:
-    """How a key of `length` bytes is made of a passphrase.
+    """How a key of `length` bytes is derived from a passphrase.
 
     function     PBKDF2 or one of ARGON2
-    iterations   of PBKDF2 (RFC 8018), or passes of Argon2 (RFC 9106)
-    hash         of PBKDF2
-    memory_kib, lanes   of Argon2
+    iterations   those of PBKDF2 (RFC 8018), or the passes of Argon2 (RFC 9106)
+    hash         the hash of PBKDF2
+    memory_kib, lanes   parameters of Argon2
     """
 
     function: str
@@ -66,7 +66,7 @@ class Derivation:
     lanes: int = 0
 
     def check(self) -> None:
-        """See that it asks for nothing beyond all measure. Raises: DriverError."""
+        """Check that the parameters are within the limits. Raises: DriverError."""
         if not 0 < self.length <= MAX_LENGTH or not 8 <= len(self.salt) <= MAX_SALT:
             raise DriverError(f"its header is damaged: a key of {self.length} bytes, {len(self.salt)} bytes of salt")
         if self.function == PBKDF2:

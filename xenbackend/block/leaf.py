@@ -1,6 +1,6 @@
-"""A new image over one that is open: what its file holds, and the layer that opens it.
+"""A new image over an open one, its parent: the content of its file, and the text of the layer that opens it.
 
-Must not open or write a file, nor guess of which format a parent is: the driver that has it open says that.
+Must not open or write a file, nor guess a parent's format: the driver that has the parent open says it.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from xenbackend.block.opening import MAX_PARENTS, OpenLayer
 from xenbackend.block.options import files_of
 from xenbackend.errors import ConfigError
 
-_OVER_RAW = "qcow2"  # it says itself of which format its parent is, and any tool knows it
+_OVER_RAW = "qcow2"  # it records its parent's format, and every tool supports it
 
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
     """A new image.
 
-    text      the layer that opens it, with every option that it needs once it is marked with its parent
+    text      the layer that opens it, with all options that it needs after it was marked with its parent
     unmarked  the same for an image that cannot be marked
-    size      its disk's, bytes
+    size      the disk's size in bytes
     """
 
     text: str
@@ -44,16 +44,16 @@ def leaf_over(
     size: int | None = None,
     wishes: Wishes | None = None,
 ) -> Leaf:
-    """Return a child of an open image. The image is not asked for anything that changes while it is written.
+    """Return a child of an open image. It depends on nothing of the image that changes while that is written to.
 
     Args:
-        layers: the image's, and its parents' behind it.
+        layers: the image's layer, then those of its parents.
         path: where the child will be.
-        image_format: the child's, one of WRITTEN; by default the image's own, and over a raw one QCOW2.
-        size: bytes of the child's disk; by default as many as the image has.
-        wishes: what else may be chosen.
+        image_format: the child's format, one of WRITTEN; by default the image's own, or QCOW2 over a raw one.
+        size: the size of the child's disk in bytes; by default that of the image's.
+        wishes: the other choices.
 
-    Raises: ConfigError, where that child cannot be.
+    Raises: ConfigError if such a child is not possible.
     """
     if not image_format:
         image_format = format_of(layers[0].driver.name)
@@ -65,9 +65,9 @@ def leaf_over(
 
 
 def child_of(layers: Sequence[OpenLayer], path: str, image_format: str) -> tuple[Parent, str, str]:
-    """Return how an image at `path` names an open image as its parent, and `text` and `unmarked` as of a `Leaf`.
+    """Return how an image at `path` names an open image as its parent, and the `text` and `unmarked` of its `Leaf`.
 
-    Raises: ConfigError, where an image of that format cannot have that parent.
+    Raises: ConfigError if an image of that format cannot have that parent.
     """
     layer = layers[0]
     child_format, parent_format = FORMATS.get(image_format), BY_DRIVER.get(layer.driver.name)
@@ -98,10 +98,10 @@ def child_of(layers: Sequence[OpenLayer], path: str, image_format: str) -> tuple
 
 
 def _places_for(files: Lookup, options: Any, parent: str) -> list[str]:
-    """Return what `parents=` has to name for the child of an open image that cannot be marked.
+    """Return the places for `parents=` of a child that cannot be marked.
 
-    That is the directory of the parent, so that one place will do for a whole family; of a device, that device; and the
-    file that has the parent's data.
+    They are the directory of the parent, so that one place will do for a whole family, or the parent itself if it is a
+    device; and the file that has the parent's data, if there is one.
     """
     facts, data_file = files.look(parent), getattr(options, "data_file", "")
     path = os.path.abspath(parent)  # noqa: PTH100 - as `opening`: pathlib would alter the name
@@ -110,9 +110,9 @@ def _places_for(files: Lookup, options: Any, parent: str) -> list[str]:
 
 
 def _options(child: Format, places: list[str], parent_format: Format, options: Any) -> list[str]:
-    """Return what the child's layer has to say: where its parents may be, and what the image itself cannot say.
+    """Return the options for the child's layer: the places of its parents, and what the image itself cannot record.
 
-    What the parent's own layer says of its file and its parents goes on: they are opened by the child from now on.
+    Options of the parent's own layer about its file and its parents are kept, since the child's layer opens them now.
     """
     given = map(os.path.abspath, places_of(getattr(options, "parents", "")))
     named = ":".join(dict.fromkeys([*given, *places]))
@@ -129,9 +129,9 @@ def _options(child: Format, places: list[str], parent_format: Format, options: A
 
 
 def _name(files: Lookup, path: str, parent: str) -> str:
-    """Return a parent's name: relative to the child, unless they have no more than the root in common."""
+    """Return a parent's name: relative to the child, or absolute if they have only the root in common."""
     facts = files.look(parent)
-    if facts.is_device:  # what its link leads to may be another one tomorrow
+    if facts.is_device:  # keep the link's name, since the device behind it may have another one tomorrow
         return os.path.abspath(parent)  # noqa: PTH100 - as `opening`: pathlib would alter the name
     beside, real = files.resolve(path), facts.real
     if os.path.commonpath([beside, real]) == "/":

@@ -1,6 +1,6 @@
-"""Reads what the layers below a filter have while that filter is being opened.
+"""Reads data of the layers below a filter while that filter is being opened.
 
-Must not be used once a chain is open: it takes the completions of every layer, which the chain gives their place later.
+Must not be used after the chain is open: it takes over the completions of every layer, which the chain wires later.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from xenbackend.units import SECTOR, round_up
 
 
 def look(layers: Sequence[Driver], env: Env, offset: int, length: int) -> bytes:
-    """Return `length` bytes from `offset` on of what `layers`, open and the top one first, have.
+    """Return `length` bytes at `offset` of the disk of `layers`, which are open; the top one is first.
 
-    Both are in bytes; whatever they are, whole sectors are read. Raises: OSError, with the layer's status.
+    Both are in bytes, and need not be whole sectors. Raises: OSError with the status of the read.
     """
     back: list[Request] = []
     _wire(layers, back.extend)

@@ -7,9 +7,9 @@ Must not know a driver by name.
         file: FilePath = option("the image", target=True)
         cache: bool = option("use the page cache", default=False)
 
-The annotation chooses how a value is read: `str`, `int`, `float`, `bool` (on, off, yes, no), `Literal["a", "b"]`,
-or one of the kinds below. A kind of one's own is ``Annotated[type, Kind(...)]``. What several options must fulfil
-together is checked in `__post_init__`, which raises ValueError with a sentence.
+The annotation determines how a value is parsed: `str`, `int`, `float`, `bool` (on, off, yes, no), `Literal["a", "b"]`,
+or one of the kinds below. For a kind of your own write ``Annotated[type, Kind(...)]``. Conditions on several options
+are checked in `__post_init__`, which raises ValueError with a sentence.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from xenbackend.units import format_duration, format_size, parse_duration, parse
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """How one sort of value is read and shown. `parse` raises ValueError with a sentence for the operator.
+    """How values of one kind are parsed and shown. `parse` raises ValueError with a sentence for the operator.
 
-    `use` is what a driver does with a value that is a text: nothing; it opens a file of that name (IMAGE, RECORD); or
-    it has a key made of what is there (KEY).
+    `use` says what a driver does with a text: it opens the file of that name (IMAGE, RECORD), it has a key derived from
+    the passphrase there (KEY), or neither ("").
     """
 
     noun: str
@@ -46,7 +46,7 @@ class OptionHelp:
 
     name: str
     kind: str
-    default: str  # "" where the option must be given
+    default: str  # "" if the option must be given
     text: str
     is_target: bool
 
@@ -56,15 +56,15 @@ def option(text: str, *, default: Any = MISSING, target: bool = False) -> Any:
 
     Args:
         text: the line for the manual.
-        default: the value where the chain does not name the option; must not be mutable.
-        target: it is the driver's first item, whatever that contains. With a default it may be left out, and what
-            reads as another option is that option: ``log:track=off`` names no file.
+        default: the value if the chain does not name the option; must not be mutable.
+        target: the option is the driver's first item, whatever that contains. If it has a default it may be left out,
+            and a first item that looks like another option is that option: ``log:track=off`` names no file.
     """
     return field(default=default, metadata={"help": text, "target": target})
 
 
 def parse_options(options: type, layer: Layer, chain: str) -> Any:
-    """Return an instance of the dataclass `options` from the items of `layer`. `chain` is the text they stand in.
+    """Return an instance of the dataclass `options` from the items of `layer`; `chain` is the text of the whole chain.
 
     Raises: ChainError.
     """
@@ -82,12 +82,12 @@ def parse_options(options: type, layer: Layer, chain: str) -> Any:
 
 
 def target_of(options: type) -> str:
-    """Return the name of the option that is the first item, or nothing."""
+    """Return the name of the option that is the first item, or an empty text."""
     return next((each.name for each in fields(options) if each.metadata.get("target")), "")
 
 
 def files_of(options: Any) -> dict[str, str]:
-    """Return the files that parsed options name: option to path."""
+    """Return the files that parsed options name, as option to path."""
     of: type = type(options)
     return {
         name: getattr(options, name)
@@ -97,7 +97,7 @@ def files_of(options: Any) -> dict[str, str]:
 
 
 def uses_of(options: Any) -> dict[str, str]:
-    """Return what parsed options let a driver use: path to IMAGE or RECORD, or a source of passphrases to KEY."""
+    """Return what parsed options let a driver use: a path to IMAGE or RECORD, or a source of a passphrase to KEY."""
     of: type = type(options)
     kinds = _kinds(of)
     values = {name: getattr(options, name) for name, kind in kinds.items() if kind.use}
@@ -120,7 +120,7 @@ def describe_options(options: type) -> list[OptionHelp]:
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    """Return what to add to a sentence about an unknown word: the nearest known one, or nothing."""
+    """Return an addition to a sentence about an unknown word, with the nearest known one, or an empty text."""
     import difflib  # late: most words are right
 
     close = difflib.get_close_matches(word.lower(), list(words), n=1)
@@ -128,7 +128,7 @@ def nearest(word: str, words: Iterable[str]) -> str:
 
 
 def _is_left_out(options: type, target: str, first: str) -> bool:
-    """True where the first item is another option, and the target one that may be left out."""
+    """Return whether the first item is another option, and the target may be left out."""
     key, sign, _ = first.partition("=")
     may_be = {each.name: each.default is not MISSING for each in fields(options)}
     return bool(sign) and may_be[target] and key in may_be and key != target
@@ -180,7 +180,7 @@ def _build(options: type, values: dict[str, Any], layer: Layer, chain: str) -> A
         raise ChainError(f"{layer.name}: {error}", chain, layer.start, length) from None
 
 
-@cache  # annotations are text, which each look would compile
+@cache  # annotations are texts, which would be evaluated each time
 def _kinds(options: type) -> Mapping[str, Kind]:
     hints = get_type_hints(options, include_extras=True)
     return {each.name: _kind(hints[each.name]) for each in fields(options)}
@@ -198,7 +198,7 @@ def _kind(annotation: Any) -> Kind:
 
 
 def choice(words: tuple[str, ...]) -> Kind:
-    """Return the kind of an option that is one of some words."""
+    """Return the kind of an option whose value is one of `words`."""
 
     def parse(text: str) -> str:
         if text not in words:
@@ -252,12 +252,12 @@ _PLAIN: dict[Any, Kind] = {
     float: _number("a number", float, -1e300, 1e300),
     bool: Kind("on or off", _parse_bool, lambda value: "on" if value else "off"),
 }
-IMAGE = "image"  # a file or block device that is there
-RECORD = "record"  # a regular file that is made where it is not there, and one beside it whose name ends in .1
+IMAGE = "image"  # a file or block device that exists
+RECORD = "record"  # a regular file that is created if it does not exist, and one beside it whose name ends in .1
 KEY = "key"  # a passphrase, which no worker sees (`block.keys`)
 FILE = Kind("file", os.fspath, use=IMAGE)
 
-FilePath = Annotated[str, FILE]  # names a file: the chain finds loops of parents by it
+FilePath = Annotated[str, FILE]  # names a file; loops of parents are detected by these
 RecordPath = Annotated[str, Kind(FILE.noun, os.fspath, use=RECORD)]
 Size = Annotated[int, Kind("size", parse_size, format_size)]  # bytes
 Duration = Annotated[float, Kind("duration", parse_duration, format_duration)]  # seconds

@@ -1,6 +1,6 @@
-"""Layers in an order that makes no sense, though each of them works: what to say of it.
+"""Remarks about layers in an order that makes little sense, though it works.
 
-Must not refuse a chain: whoever wrote it may have his reasons.
+Must not refuse a chain: its author may have reasons.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ _BELOW: dict[tuple[str, str], str] = {  # (the upper driver, one anywhere below 
     ("readahead", "throttle"): "throttle below readahead limits what is read ahead, and not what the guest reads",
     ("throttle", "throttle"): "two throttles follow each other: one that has the limits of both does the same",
 }
-# The same, but only directly below
+# The same, for a lower driver directly below the upper one only
 _NEXT: dict[tuple[str, str], str] = {
     ("offset", "offset"): "two offsets follow each other: one whose start is the sum does the same, and is faster",
 }
 
 
 def words_of(layers: Sequence[LayerSpec]) -> list[str]:
-    """Return what `remarks` knows a chain's layers by: the driver, and a mode that makes it another thing."""
+    """Return the layers in the form for `remarks`: the driver's name, and a mode that makes a difference."""
     modes = [(each.driver.name, getattr(each.options, "mode", "")) for each in layers]
     return [f"{name} {mode}" if mode == WRITEBACK else name for name, mode in modes]
 
 
 def remarks(drivers: Sequence[str]) -> list[str]:
-    """Return a sentence for each odd order among a chain's drivers, given as by `words_of`, the top one first."""
+    """Return a sentence for each odd order among a chain's drivers, which are as from `words_of`, the top one first."""
     found = []
     for place, upper in enumerate(drivers):
         for lower in (each.partition(" ")[0] for each in drivers[place + 1 :]):

@@ -1,18 +1,18 @@
-"""Tells copies of blocks, which are on their way into a cache, from what was written to the disk meanwhile.
+"""Detects copies of blocks on their way into a cache that are outdated, as the disk was written there meanwhile.
 
-Must not hold anything up: whatever was overtaken is of no use, and that is all.
+Must not delay anything: a copy that was overtaken is useless, and that is all.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 
-_CHUNK = 4  # bits: blocks that are looked at together
-_WIDE = 1 << 12  # blocks; what alters more than that alters everything
+_CHUNK = 4  # log2 of the number of blocks that are tracked together
+_WIDE = 1 << 12  # blocks; a request that alters more counts as altering everything
 
 
 class Copy:
-    """A copy of blocks from `first` to `last`; `is_old` once something else was being written there."""
+    """A copy of blocks `first` to `last`; `is_old` is set as soon as they are altered."""
 
     __slots__ = ("first", "is_old", "last")
 
@@ -23,7 +23,7 @@ class Copy:
 
 
 class Overtaken:
-    """The copies and the writes of one layer that are under way."""
+    """The copies, and the requests that alter blocks, that are under way in one layer."""
 
     def __init__(self) -> None:
         self._altering: Counter[int] = Counter()  # by chunk
@@ -32,11 +32,11 @@ class Overtaken:
 
     @staticmethod
     def is_wide(first: int, last: int) -> bool:
-        """Return whether these are too many blocks to look at each of them."""
+        """Return whether these are too many blocks to track each of them."""
         return last - first >= _WIDE
 
     def begin(self, first: int, last: int) -> None:
-        """Take note that blocks are being altered: copies of them are old, from before or half of it."""
+        """Note that blocks are being altered: copies of them are old, since they may have old data or a mixture."""
         if self.is_wide(first, last):
             self._wide += 1
             for copies in self._copies.values():
@@ -49,7 +49,7 @@ class Overtaken:
                 each.is_old = True
 
     def end(self, first: int, last: int) -> None:
-        """Take note that they were altered."""
+        """Note that the blocks were altered."""
         if self.is_wide(first, last):
             self._wide -= 1
             return
@@ -59,7 +59,7 @@ class Overtaken:
                 del self._altering[chunk]
 
     def copy(self, first: int, last: int) -> Copy:
-        """Return a copy that is begun now, to be `forget`ed once it is where it belongs, or nowhere."""
+        """Begin a copy; call `forget` with it when it has been stored, or dropped."""
         copy = Copy(first, last)
         chunks = range(first >> _CHUNK, (last >> _CHUNK) + 1)
         copy.is_old = bool(self._wide) or any(chunk in self._altering for chunk in chunks)
@@ -68,7 +68,7 @@ class Overtaken:
         return copy
 
     def forget(self, copy: Copy) -> None:
-        """Look at a copy no more."""
+        """Stop tracking a copy."""
         for chunk in range(copy.first >> _CHUNK, (copy.last >> _CHUNK) + 1):
             copies = self._copies[chunk]
             copies.remove(copy)

@@ -1,28 +1,29 @@
-"""What becomes of a request that the disk could not do: by kind of error, from a text that people write.
+"""The policy for requests that fail: an action for each kind of error, from a text that people write.
 
 Must not hold a request, nor know a guest.
 
     enospc=pause,read=retry 3 every 1s,write=report,flush=pause,away=pause         the default
 
 Kinds:
-    enospc   no space left, of writes (ENOSPC, EDQUOT)
+    enospc   no space left for a write (ENOSPC, EDQUOT)
     read     any other error of a read
     write    any other error of a write or discard
     flush    any error of a flush
-    away     the disk's server cannot be reached (AWAY), whatever was asked for
+    away     the disk's server cannot be reached (AWAY), for any operation
 
 Actions:
-    pause             keep it, say so, and try again every second until it works: the guest sees only that it takes long
-    retry N every T   keep it and try again up to N times, T seconds apart; then report it
-    report            the guest gets an error
+    pause             keep the request, report the pause, and try again every second until it works: to the guest it
+                      only takes long
+    retry N every T   keep the request, and try again up to N times, T seconds apart; then report the error
+    report            the guest gets the error
 
-An image that turns out to be damaged (IMAGE_DAMAGED) is a pause whatever the policy says: the next
-write could destroy what is still whole, and only an administrator can mend it. So is a file of a cache that cannot be
-used while it alone has what was answered (CACHE_LOST).
+If an image turns out to be damaged (IMAGE_DAMAGED), the disk pauses whatever the policy says: the next write could
+destroy what is still intact, and only an administrator can repair the image. It also pauses if a cache's file cannot be
+used while only that file has data that were answered (CACHE_LOST).
 
-A flush knows `pause` only, and is not tried again by itself, unless the disk's server was away. A frontend takes a
-flush that fails for success, and never flushes again; and to try again tells nothing, since the kernel reports what it
-has lost only once.
+The only action for a flush is `pause`, and a flush is not tried again automatically unless the disk's server was away.
+A frontend takes a failed flush for a success, and never flushes again; and another try would prove nothing, since the
+kernel reports lost data only once.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from xenbackend.block.request import AWAY, CACHE_LOST, IMAGE_DAMAGED, Op
 from xenbackend.errors import ConfigError
 
 DEFAULT = "enospc=pause,read=retry 3 every 1s,write=report,flush=pause,away=pause"
-PAUSE_S = 1.0  # between two tries of what is paused
+PAUSE_S = 1.0  # between two tries during a pause
 MAX_TRIES, MAX_EVERY_S = 1000, 60.0
 _KINDS = ("enospc", "read", "write", "flush", "away")
 _RETRY = re.compile(r"retry (\d{1,4}) every (\d{1,3}(?:\.\d{1,3})?)s")
@@ -43,14 +44,14 @@ _RETRY = re.compile(r"retry (\d{1,4}) every (\d{1,3}(?:\.\d{1,3})?)s")
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """Try again up to `tries` times, `every_s` seconds apart; None: for ever, and say that the disk is paused."""
+    """Try again up to `tries` times, `every_s` seconds apart; None: for ever, and report that the disk is paused."""
 
     tries: int | None
     every_s: float = PAUSE_S
 
     @property
     def pauses(self) -> bool:
-        """True where an administrator has to know."""
+        """Whether the disk is paused, which an administrator has to know."""
         return self.tries is None
 
 
@@ -58,10 +59,10 @@ _REPORT, _PAUSE = Action(0), Action(None)
 
 
 class Policy:
-    """An action per kind of error."""
+    """An action for each kind of error."""
 
     def __init__(self, text: str = "") -> None:
-        """Read a text; what it leaves out stays as in `DEFAULT`. Raises: ConfigError."""
+        """Parse a text; kinds that it leaves out are as in `DEFAULT`. Raises: ConfigError."""
         self._actions: dict[str, Action] = {}
         for part in f"{DEFAULT},{text}".split(","):
             if part.strip():
@@ -69,7 +70,7 @@ class Policy:
                 self._actions[kind] = _parse(text, kind, action)
 
     def action(self, op: int, code: int) -> Action:
-        """Return what becomes of a request of operation `op` that ended with errno `code`."""
+        """Return the action for a request of operation `op` that ended with errno `code`."""
         if code == CACHE_LOST:
             return _PAUSE
         if code == AWAY:
@@ -83,7 +84,7 @@ class Policy:
         return self._actions["enospc" if code in (errno.ENOSPC, errno.EDQUOT) else "write"]
 
     def __str__(self) -> str:
-        """Return the whole text."""
+        """Return the complete text, with all kinds."""
         return ",".join(f"{kind}={_text(self._actions[kind])}" for kind in _KINDS)
 
 

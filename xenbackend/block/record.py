@@ -1,9 +1,9 @@
-"""The file that `log:` with a target writes: one record per request; decoding, choosing and summing up. Pure.
+"""The file that `log:` with a target writes, one record per request: packing, decoding, filtering and summing up.
 
 Must not open a file or read a clock.
 
-A file is a sequence of 32-byte records, all numbers little-endian. The first 8 bytes tell the two kinds apart: as a
-time, the magic would lie after the year 2262.
+A file is a sequence of 32-byte records, all numbers little-endian. The first 8 bytes distinguish the two kinds: as a
+time, the magic would be after the year 2262.
 
     a session: a worker opened the layer, or the file was begun anew       a request, in the order of completion
      0  8  magic, "xbelog" 0x01 0xff; 0x01 is the version                   0  8  when it was submitted, ns since 1970
@@ -15,8 +15,9 @@ time, the magic would lie after the year 2262.
                                                                                   3 discard, 255 records lost
                                                                            31  1  zero
 
-Where records were lost before (the writer was too slow, or the disk full), one record says so: its operation is 255 and
-its count of sectors is the number of records. A last record that is cut short belongs to a death and is passed over.
+If records were lost before (the writer was too slow, or the disk full), one record says so: its operation is 255, and
+its count of sectors is the number of lost records. A last record that is cut short is from a worker that died, and is
+ignored.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Session(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """One request: wall clock in ns when it was submitted, bytes, ns until it was completed, status as an errno."""
+    """One request: wall clock in ns when it was submitted, its range in bytes, ns until completion, status as errno."""
 
     time_ns: int
     offset: int
@@ -64,7 +65,7 @@ class Entry(NamedTuple):
 
 
 class Lost(NamedTuple):
-    """This many records are missing before this place."""
+    """So many records are missing at this place."""
 
     time_ns: int
     records: int
@@ -82,15 +83,15 @@ def pack_request(entry: Entry) -> bytes:
 
 
 def pack_lost(lost: Lost) -> bytes:
-    """Return the record that stands for lost ones."""
+    """Return the record that represents lost ones."""
     return REQUEST.pack(lost.time_ns, 0, 0, min(lost.records, MAX_COUNT), 0, LOST)
 
 
 def read(stream: BinaryIO) -> Iterator[Session | Entry | Lost]:
-    """Yield what a file holds, from its begin on.
+    """Yield the records of a file, from its beginning.
 
-    A record that cannot be one (a crash of the host leaves such) counts as a lost one.
-    Raises: ValueError when the file is none of ours.
+    An invalid record, as left by a crash of the host, counts as a lost one.
+    Raises: ValueError if it is not a file of `log:`.
     """
     is_first = True
     while block := stream.read(_READ_AHEAD):
@@ -100,7 +101,7 @@ def read(stream: BinaryIO) -> Iterator[Session | Entry | Lost]:
         for at in range(0, len(block) - SIZE + 1, SIZE):
             yield _decode(block[at : at + SIZE])
         if len(block) % SIZE:
-            return  # the end; a worker that goes on writing meanwhile must not be read from the middle of a record
+            return  # the end; if a worker writes meanwhile, reading on would begin inside a record
 
 
 def _decode(record: bytes) -> Session | Entry | Lost:
@@ -116,17 +117,17 @@ def _decode(record: bytes) -> Session | Entry | Lost:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Which requests a reader wants; each field that is set narrows it."""
+    """A filter for requests; each field that is set narrows it."""
 
     ops: frozenset[Op] = frozenset(Op)
     since_ns: int = 0
-    first: int = 0  # bytes: the range that a request must touch ...
-    stop: int | None = None  # ... not included; None for the disk's end
+    first: int = 0  # bytes: beginning of the range that a request must overlap
+    stop: int | None = None  # bytes: its end, excluded; None for the end of the disk
     errors_only: bool = False
     slower_than_ns: int = 0
 
     def wants(self, entry: Entry) -> bool:
-        """Return whether the reader wants this one. A flush touches no range and passes only where all are wanted."""
+        """Return whether a request passes the filter. A flush overlaps no range, so it passes only if there is none."""
         if entry.op not in self.ops or entry.time_ns < self.since_ns or entry.latency_ns < self.slower_than_ns:
             return False
         if self.errors_only and not entry.status:
@@ -142,7 +143,7 @@ class _OpSummary:
     errors: int = 0
     sequential: int = 0
     latencies_ns: array[int] = field(default_factory=lambda: array("Q"))
-    # Requests of one batch complete in any order, so the end of the last one alone would miss most runs.
+    # Requests of a batch complete in any order, so the end of the last one alone would miss most sequences.
     recent_ends: OrderedDict[int, None] = field(default_factory=OrderedDict)
 
     def add(self, entry: Entry) -> None:
@@ -170,7 +171,7 @@ class _OpSummary:
 
 
 class Summary:
-    """Sums up requests in the order of the file. Cost: 8 bytes of memory per request."""
+    """Sums up requests, which come in the order of the file. Takes 8 bytes of memory per request."""
 
     def __init__(self) -> None:
         self._ops: dict[Op, _OpSummary] = {}
@@ -179,7 +180,7 @@ class Summary:
         self._span: tuple[int, int] | None = None  # ns: the earliest submission, the last completion
 
     def add(self, entries: Iterable[Entry | Lost]) -> None:
-        """Add what was read."""
+        """Add requests and losses."""
         for entry in entries:
             if isinstance(entry, Lost):
                 self._lost += entry.records
@@ -192,7 +193,7 @@ class Summary:
                 self._heat[entry.offset // HOT_RANGE] += 1
 
     def result(self, hottest: int = 5) -> dict[str, Any]:
-        """Return the sums as plain values: per operation, the duration, what was lost, the busiest ranges of 1 MiB.
+        """Return the sums as plain values: the duration, lost records, sums by operation, the busiest ranges of 1 MiB.
 
         A range is counted once for each read or write that begins in it.
         """

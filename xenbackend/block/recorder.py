@@ -1,13 +1,13 @@
-"""Writes a record file in service: a buffer, a thread that empties it, and a bound on what the file takes.
+"""Writes a record file in service: a buffer, a thread that empties it, and a limit on the file's size.
 
-Must not know what a record says, nor make a request wait: what cannot be written in time is dropped and counted.
+Must not know what a record means, nor delay a request: records that cannot be written in time are dropped and counted.
 
-The file and the one that takes its older half, `<path>.1`, are both opened at the begin, so that a worker that may
-open nothing in service can still begin the file anew: it copies its bytes to `<path>.1` and truncates it. Each holds
+The file and the one for its older part, `<path>.1`, are both opened at the beginning, since a worker cannot open files
+in service. So it can begin the file anew later: it copies its content to `<path>.1`, and truncates it. Each of them has
 at most `limit` bytes.
 
-    add     -> buffer, up to BUFFER_LIMIT bytes; from there on records are dropped
-    write   -> a thread takes the whole buffer; asked for at WRITE_AT bytes, after IDLE_S seconds, and by `close`
+    add     -> buffer, up to BUFFER_LIMIT bytes; beyond that records are dropped
+    write   -> a thread writes the whole buffer: at WRITE_AT bytes, after IDLE_S seconds, and on `close`
 """
 
 from __future__ import annotations
@@ -22,35 +22,35 @@ from xenbackend.errors import DriverError
 from xenbackend.units import format_size
 
 WRITE_AT = 64 * 1024  # bytes
-BUFFER_LIMIT = 512 * 1024  # bytes; more than this waits only for a disk that does not keep up
-IDLE_S = 1.0  # the oldest record waits so long at most, which bounds what dies with the worker
-MIN_LIMIT = 2 * BUFFER_LIMIT  # bytes; so that whatever was buffered fits into a file that was begun anew
+BUFFER_LIMIT = 512 * 1024  # bytes; there are more only if the disk cannot keep up
+IDLE_S = 1.0  # the oldest record waits at most so long, which limits what is lost if the worker dies
+MIN_LIMIT = 2 * BUFFER_LIMIT  # bytes; so that a full buffer fits into a file that was begun anew
 _COPY = 1 << 20  # bytes
 
 
 class Recorder:
-    """An open record file, to the end of which records are appended."""
+    """An open record file, to which records are appended."""
 
     def __init__(self, env: Env, path: str, limit: int, session: bytes, wall_ns: Callable[[], int]) -> None:
-        """Open the file, or make it, for its owner only.
+        """Open the file, or create it with access for its owner only.
 
-        Units: `limit` is bytes, at least MIN_LIMIT. `session` is the record that begins a file and this worker's part.
-        Raises: DriverError when `path` is something else than a record file; OSError.
+        `limit` is in bytes, at least MIN_LIMIT. `session` is the record at the beginning of a file and of this worker's
+        part. Raises: DriverError if `path` is not a record file; OSError.
         """
-        self.problem = ""  # the last fault of the file, for people
+        self.problem = ""  # the last error of the file, for people
         self.recorded = 0  # records written since this worker opened the file
-        self._dropped = 0  # records that found the buffer full; counted by the loop
-        self._failed = 0  # records that the file did not take; counted by whoever holds the lock
-        self._said = 0  # lost records of which the file speaks; likewise
+        self._dropped = 0  # records that did not fit into the buffer; counted by the loop
+        self._failed = 0  # records that could not be written; protected by the lock
+        self._said = 0  # lost records that the file reports; protected by the lock
         self._env = env
         self._limit = limit
         self._session = session
         self._wall_ns = wall_ns
         self._needs_session = True
         self._buffer = bytearray()
-        self._pending: list[bytes] = []  # what a thread was asked to write; `close` may be there before it
+        self._pending: list[bytes] = []  # what a thread has been asked to write; `close` may write it first
         self._has_timer = False
-        self._lock = threading.Lock()  # held while the file is written
+        self._lock = threading.Lock()  # held while the file is written to
         self._file, self._size = _open(env, path)
         try:
             self._older, _ = _open(env, f"{path}.1")
@@ -60,7 +60,7 @@ class Recorder:
 
     @property
     def lost(self) -> int:
-        """Records that are not in the file and will not be."""
+        """The number of records that are not in the file, and never will be."""
         return self._dropped + self._failed
 
     def add(self, records: bytes) -> None:
@@ -77,7 +77,7 @@ class Recorder:
             self._env.call_later(IDLE_S, self._after_idling)
 
     def close(self) -> None:
-        """Write what is buffered, and close. Waits for the thread, if it is writing."""
+        """Write the buffered records, and close the files. Waits for the thread if it is writing."""
         self._pending.append(bytes(self._buffer))
         self._buffer.clear()
         self._write_pending()
@@ -106,7 +106,7 @@ class Recorder:
                 self._pending.pop(0)
 
     def _write(self, data: bytes) -> None:
-        """Append `data`, whole or not at all; a fault of the file ends here and costs the guest nothing."""
+        """Append `data` as a whole or not at all. An error of the file is recorded, and does not affect the guest."""
         count = len(data) // record.SIZE
         lost = self.lost
         if lost > self._said:
@@ -127,7 +127,7 @@ class Recorder:
             self.recorded += count
 
     def _begin_anew(self) -> None:
-        """Move the file's bytes to the older file; where that is impossible they are given up, to free their space."""
+        """Move the file's content to the older file; if that fails, drop it, to free its space."""
         os.ftruncate(self._older, 0)
         try:
             at = 0
@@ -143,7 +143,7 @@ class Recorder:
 
 
 def _open(env: Env, path: str) -> tuple[int, int]:
-    """Return a descriptor of a record file and its size in bytes, without a last record that was cut short."""
+    """Return the descriptor of a record file, and its size in bytes without a last record that was cut short."""
     try:
         fd = env.files.open_record(path)
     except DriverError as error:
@@ -162,7 +162,7 @@ def _open(env: Env, path: str) -> tuple[int, int]:
 
 
 def _append(fd: int, data: bytes, at: int) -> None:
-    """Write all of `data` at `at`, the end of the file; on a fault the file ends there again. Raises: OSError."""
+    """Write all of `data` at `at`, the end of the file; on an error, truncate the file to that. Raises: OSError."""
     view = memoryview(data)
     written = 0
     try:

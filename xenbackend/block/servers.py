@@ -1,6 +1,6 @@
-"""Where a server is that a layer's disk comes from: what its text names, before anybody looks a name up.
+"""Servers and clusters that a layer's disk comes from, as its options name them, before any name is resolved.
 
-Must not resolve a name, nor make a socket: an opener does.
+Must not resolve a name, nor make a socket: the opener does.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """A stream socket's other end: a path in the file system, or else a host and a port."""
+    """The address of a server: the path of a unix socket, or else a host and a port."""
 
     path: str = ""
-    host: str = ""  # a name or an address; one of IPv6 without brackets
+    host: str = ""  # a name or an address; an IPv6 address is without brackets
     port: int = 0
 
     def __str__(self) -> str:
@@ -26,42 +26,42 @@ class Endpoint:
 
 
 class After(StrEnum):
-    """What a connection takes the place of: what must have ended at its server before."""
+    """What a new connection replaces: the connections that have to be drained before."""
 
     NOTHING = "nothing"
-    DEATH = "death"  # all connections that a worker of this disk has left
-    LOSS = "loss"  # that of the same server and place, which is of no use any more
-    BREACH = "breach"  # the same, and the network has given it up: no end of it will ever be seen
+    DEATH = "death"  # all connections that a former worker of this disk has left
+    LOSS = "loss"  # that to the same server in the same place, which is unusable
+    BREACH = "breach"  # the same, but the network broke it, so that it can never be drained
 
 
 def servers_of(options: Any) -> dict[str, Endpoint]:
-    """Return the servers that a layer's options name, by their text: options whose value has an `endpoint`."""
+    """Return the servers that a layer's options name, by their texts: those of values with an `endpoint`."""
     values = [getattr(options, each.name) for each in fields(options)]
     found = [each.endpoint for each in values if isinstance(getattr(each, "endpoint", None), Endpoint)]
     return {str(endpoint): endpoint for endpoint in found}
 
 
-DISK = "disk"  # beside the settings of a cluster's client: a text that no other disk has, of this host or another one
+DISK = "disk"  # key beside a cluster client's settings: a text that is unique among the disks of all hosts
 
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """As whom a cluster is asked, and the file on this host that says where it is and by which key."""
+    """The user of a cluster, and the file on this host that says where the cluster and the user's key are."""
 
     conf: str  # a whole path
     user: str  # of Ceph, without ``client.``
 
 
-AUTHORITIES, CERTIFICATE, KEY = "ca-cert.pem", "client-cert.pem", "client-key.pem"  # as QEMU and libnbd call the files
+AUTHORITIES, CERTIFICATE, KEY = "ca-cert.pem", "client-cert.pem", "client-key.pem"  # the file names of QEMU and libnbd
 
 
 def certificates_of(options: Any) -> str:
-    """Return the directory with the certificates that a layer's options name; empty: they name none."""
+    """Return the directory with certificates that a layer's options name, or an empty text."""
     found = getattr(options, "credentials", "")
     return found if isinstance(found, str) else ""
 
 
 def account_of(options: Any) -> Account | None:
-    """Return the account that a layer's options name by their `account`, None where they name none."""
+    """Return the `account` of a layer's options, or None if they have none."""
     found = getattr(options, "account", None)
     return found if isinstance(found, Account) else None

@@ -1,6 +1,6 @@
-"""A chain that could be opened: its text with every driver found and every option checked.
+"""A parsed chain: every driver of its text was found, and every option checked.
 
-Must not open anything: the supervisor refuses a bad chain by this before anything is touched.
+Must not open anything: by this the supervisor refuses a bad chain before anything is touched.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from xenbackend.errors import ChainError, ConfigError
 
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
-    """A layer that could be opened: its canonical text, its driver and the parsed options."""
+    """A parsed layer: its canonical text, its driver and its options."""
 
     text: str
     driver: type[Driver]
@@ -29,14 +29,14 @@ class LayerSpec:
 
 @dataclass(frozen=True, slots=True)
 class ChainSpec:
-    """A chain that could be opened, the guest's end first; `text` is canonical."""
+    """A parsed chain, the guest's end first; `text` is canonical."""
 
     text: str
     layers: tuple[LayerSpec, ...]
 
 
 def parse_chain(text: str) -> ChainSpec:
-    """Return the chain that a text describes, every option checked and nothing opened. Raises: ChainError."""
+    """Parse a chain's text and check every option, without opening anything. Raises: ChainError."""
     layers = grammar.parse(text)
     found = [_find_driver(layer, text) for layer in layers]
     _check_places(layers, found, text)
@@ -48,18 +48,18 @@ def parse_chain(text: str) -> ChainSpec:
 
 
 def only_read_from(drivers: Sequence[Driver | type[Driver]]) -> int:
-    """Return the place of the first layer that is only read, because a filter above it keeps what is written.
+    """Return the index of the first layer that is only read, because a filter above it keeps all writes.
 
-    Where there is no such filter, it is the number of layers.
+    If there is no such filter, return the number of layers.
     """
     keeping = (place + 1 for place, each in enumerate(drivers) if getattr(each, "keeps_writes", False))
     return next(keeping, len(drivers))
 
 
 def check_whole_paths(chain: ChainSpec) -> None:
-    """See that every file of a chain is named whole: who opens it looks for it from a directory of his own.
+    """Check that every file of a chain has an absolute path: whoever opens it has another working directory.
 
-    Raises: ConfigError, naming the layer and the file.
+    Raises: ConfigError that names the layer and the file.
     """
     for layer in chain.layers:
         for option, file in {**files_of(layer.options), **key_files_of(layer.options)}.items():
@@ -80,7 +80,7 @@ def _find_driver(layer: grammar.Layer, text: str) -> type[Driver]:
 
 
 def _hint(layer: grammar.Layer, text: str) -> str:
-    """Return what to add where a file's name was taken for a driver because toolstacks put a word before chains."""
+    """Return a hint if a file name was taken for a driver, because a word before it was taken for a prefix."""
     before = text[: layer.start].rstrip(":").rpartition(":")[2].rpartition("|")[2]
     is_file = before in grammar.FORMATS
     return rf"; if it begins the name of a file, write {before}:{layer.name}\:" if is_file else ""

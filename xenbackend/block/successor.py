@@ -1,6 +1,6 @@
-"""Whether a chain has what a guest has written, so that it can take another one's place below the running guest.
+"""Whether a chain has the data that a guest has written, so that it can replace another one below the running guest.
 
-Must not open a file. What decides is which file a name means now, and not the name.
+Must not open a file. Files are compared by identity, and not by name.
 """
 
 from __future__ import annotations
@@ -14,21 +14,22 @@ from xenbackend.block.options import files_of
 
 
 def keeps_content(former: Sequence[OpenLayer], new: Sequence[OpenLayer]) -> bool:
-    """Return whether `new`, layers of an open chain, top first, has the source that `former` writes to.
+    """Return whether `new` has the source that `former` writes to; both are layers of open chains, top first.
 
-    Its source is the same one, of the same format, or has it as a parent at any depth. One without files, such as
-    ``ram:``, is the same if its text is. Whether an image in between is empty nobody can tell: a snapshot's is.
+    The source of `new` has to be the same one, of the same format, or have it as a parent at any depth. A source
+    without files, such as ``ram:``, is compared by its `content` or its text. Whether images in between are empty, as a
+    snapshot's new one is, is not checked.
 
-    Raises: OSError, DriverError, where a file cannot be looked at.
+    Raises: OSError, DriverError if a file cannot be looked at.
     """
     source = next(each for each in former if not each.driver.is_filter)
     return _disk_of(source) in [_disk_of(each) for each in new if not each.driver.is_filter]
 
 
 def shows_the_same(former: Sequence[OpenLayer], new: Sequence[OpenLayer]) -> bool:
-    """Return whether both chains have the same filters that alter what is read, such as `partition:`, in one order.
+    """Return whether both chains have the same non-transparent filters, such as `partition:`, in the same order.
 
-    Raises: OSError, DriverError, where a file cannot be looked at.
+    Raises: OSError, DriverError if a file cannot be looked at.
     """
     return _views_of(former) == _views_of(new)
 
@@ -39,7 +40,7 @@ def _views_of(layers: Sequence[OpenLayer]) -> list[Hashable]:
 
 
 def _disk_of(layer: OpenLayer) -> Hashable:
-    """Return what tells the disk of a source from any other, however it is written."""
+    """Return a value that identifies the disk of a source, independently of its text."""
     driver, options = layer.driver.name, layer.driver.options
     files = _files_of(layer)
     if not files:

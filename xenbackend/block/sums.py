@@ -1,14 +1,14 @@
-"""A sum for each block of a disk, in memory that outlives the worker, and in a file, with a log of what is in doubt.
+"""The sums of a disk's blocks: in memory that outlives the worker, and in a file, with a log of pages in doubt.
 
 Must not read a disk, nor compute a sum.
 
-Data and sums lie on two media, and no power failure may make what was written look like rot. So before the first
-block of a page of sums is altered, the log says durably that this page is in doubt, and it does so until
+Data and sums are on two media, and a power failure must not make data that were written look rotten. So before the
+first block of a page of sums is altered, the log durably marks this page as in doubt, and the mark stays until
 
     the data are durable below -> the sums are written -> made durable -> and nothing was written there meanwhile
 
-After a power failure the sums of pages in doubt are forgotten. A killed worker's memory is left, and forgets nothing:
-there the sum of a block is not known from before its write is sent until that is done.
+After a power failure the sums of pages in doubt are forgotten. The memory of a killed worker is kept, with all sums:
+there the sum of a block counts as unknown from before its write is sent until the write is done.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from xenbackend.block.request import Op
 from xenbackend.loop.steps import Line, Step, Steps
 
 REST_S = 5.0  # a page stays in doubt for that long after the last write
-_TOKEN = 16  # bytes behind the rest in memory: of which file it is, once it was read
-_PIECE = 1 << 20  # bytes that are read at once, while it is opened
+_TOKEN = 16  # bytes at the end of the memory: the token of the file, set when that has been read
+_PIECE = 1 << 20  # bytes of the file that are read at once when it is opened
 _MARKED = re.compile(rb"[^\0]")
 Done = Callable[[int], None]  # gets 0 or a positive errno
 
 
 class Sums:
-    """Those of one disk. `values` has a sum for each block, 0 where it is not known, and is written by `put` alone."""
+    """The sums of one disk. `values` has one for each block, 0 if it is not known; only methods here change it."""
 
     def __init__(self, env: Env, file: File, header: Header, flush_below: Step) -> None:
-        """Take what a predecessor left of this file in memory, else what the file has. Raises: OSError.
+        """Take the sums that a predecessor left in memory for this file, else those in the file. Raises: OSError.
 
-        `flush_below` makes durable what the layer below was given.
+        `flush_below` flushes the layer below.
         """
         size = header.pages * PAGE
         self._env, self._file, self._header, self._flush_below = env, file, header, flush_below
@@ -48,14 +48,14 @@ class Sums:
         self._log = self._memory[size : size + header.log_size]
         self._pool = Pool()
         self._line = Line()
-        self._epochs: Counter[int] = Counter()  # by page: how often something began or ended that alters its blocks
-        self._busy: Counter[int] = Counter()  # by page: how much has to be kept in doubt for what alters its blocks
-        self._loaded: set[int] = set()  # pages that the file had something of
-        self._stale: set[int] = set()  # pages that the file does not have as they are
-        self._recent: set[int] = set()  # pages that were altered since the last look
+        self._epochs: Counter[int] = Counter()  # by page: how often altering its blocks has begun or ended
+        self._busy: Counter[int] = Counter()  # by page: number of requests under way that need it to be in doubt
+        self._loaded: set[int] = set()  # pages that were read from the file
+        self._stale: set[int] = set()  # pages that the file does not have in their present state
+        self._recent: set[int] = set()  # pages that were altered since the last `_look`
         self._unflushed: set[int] = set()  # pages with data that may not be durable below
-        self._wanted: set[int] = set()  # pages that shall be in doubt
-        self._waiting: list[Done] = []  # for that
+        self._wanted: set[int] = set()  # pages that are to be marked as in doubt
+        self._waiting: list[Done] = []  # callbacks for when they are
         self._has_timer = self._is_closed = self._is_flushing = False
         end = len(self._memory) - PAGE
         self.is_left = self._memory[end : end + _TOKEN] == header.token
@@ -67,14 +67,14 @@ class Sums:
         self._unflushed.update(doubtful)
 
     def _load(self, *, is_fresh: bool) -> None:
-        """Read log and sums, and forget those that are in doubt."""
+        """Read the log and the sums, and forget the sums in doubt."""
         header, sums = self._header, self._memory[: self._header.pages * PAGE]
         if not is_fresh:
             self._forget(range(header.pages))
         self._log[:] = self._file.read_at(HEADER_SIZE, header.log_size).ljust(header.log_size, b"\0")
         place, end = header.sums_at, header.sums_at + len(sums)
         while place < end:
-            start, stop = self._file.next_data(place)  # of a large disk of which little is known most is a hole
+            start, stop = self._file.next_data(place)  # skips holes: most of a large disk may be unknown
             start, stop = max(place, start // PAGE * PAGE), min(end, stop)
             if start >= end or start >= self._file.size:
                 break
@@ -88,7 +88,7 @@ class Sums:
         sums.release()
 
     def _forget(self, pages: Iterable[int]) -> list[int]:
-        """Forget the sums of pages, and return those that had any. What was never touched takes no memory so far."""
+        """Forget the sums of pages, and return the pages that had any. Pages that were never used stay unallocated."""
         zeros, cleared = bytes(PAGE), []
         for page in pages:
             sums = self._memory[page * PAGE : (page + 1) * PAGE]
@@ -102,21 +102,21 @@ class Sums:
 
     @property
     def is_in_doubt(self) -> bool:
-        """Whether a power failure now, or a service that kept nothing, would forget sums."""
+        """Whether any page is in doubt, so that a power failure or the loss of the memory would forget sums."""
         return any(self._log)
 
     def forget(self) -> None:
-        """Forget all of them. For `open` only: nothing is in flight."""
+        """Forget all sums. For `open` only: nothing is in flight."""
         self._stale.update(self._forget(self._loaded))
 
     def epoch(self, first: int, last: int) -> int:
-        """Return a number that is another one once a block from `first` to `last` is being altered, or was."""
+        """Return a number that changes when altering a block from `first` to `last` begins or ends."""
         page, other = first // SUMS, last // SUMS
         epochs = self._epochs
         return epochs[page] if page == other else sum(epochs[each] for each in range(page, other + 1))
 
     def put(self, first: int, sums: list[int]) -> None:
-        """Note the sums of blocks from `first` on, where that alters anything; they reach the file later."""
+        """Set the sums of blocks from `first` on; they are written to the file later."""
         last = first + len(sums) - 1
         if first == last:
             self.values[first] = sums[0]
@@ -129,9 +129,9 @@ class Sums:
         self._watch()
 
     def doubt(self, first: int, last: int, done: Done) -> bool:
-        """Have the pages of blocks in doubt until `end`; return whether they are already.
+        """Have the pages of these blocks marked as in doubt until `end`; return whether they are already.
 
-        Else `done` hears how that ended, once it is durable.
+        If not, `done` is called with the status when the marks are durable.
         """
         pages = range(first // SUMS, last // SUMS + 1)
         for page in pages:
@@ -145,7 +145,7 @@ class Sums:
         return False
 
     def begin(self, first: int, last: int) -> None:
-        """Take note that blocks are being altered, whose pages are in doubt by now: their sums are not known."""
+        """Note that blocks are being altered, whose pages are in doubt already: their sums are unknown now."""
         step = 64 << 10
         if first == last:
             self.values[first] = 0
@@ -157,7 +157,7 @@ class Sums:
         self._alter(range(first // SUMS, last // SUMS + 1))
 
     def end(self, first: int, last: int) -> None:
-        """Take note that blocks were altered, or not after all: what `doubt` began is over."""
+        """Note that altering blocks has ended, successfully or not; the counterpart of `doubt`."""
         pages = range(first // SUMS, last // SUMS + 1)
         for page in pages:
             self._busy[page] -= 1
@@ -171,7 +171,7 @@ class Sums:
         self._watch()
 
     def flushing(self) -> Callable[[], None]:
-        """Return what to call when a flush of the layer below, which begins now, has succeeded."""
+        """Return a function to be called if a flush of the layer below that begins now has succeeded."""
         epochs = {page: self._epochs[page] for page in self._unflushed}
 
         def flushed() -> None:
@@ -180,18 +180,18 @@ class Sums:
         return flushed
 
     def take(self, part: Part) -> None:
-        """Take back a part of ours that the file has given back."""
+        """Take back one of our parts from the file."""
         part.done(part)
         self._pool.put(part)
 
     def owns(self, part: Part) -> bool:
-        """Return whether a part is ours."""
+        """Return whether a part is one of ours."""
         return part.pool is self._pool
 
     def close(self, *, writes: bool) -> None:
-        """Let go of the memory; if it `writes`, bring everything into the file before. Raises: OSError."""
+        """Release the memory; if `writes`, first write everything to the file. Raises: OSError."""
         self._is_closed = True
-        self._env.wait_for(lambda: not (self._pool.lent or self._is_flushing))  # or that would land after what comes
+        self._env.wait_for(lambda: not (self._pool.lent or self._is_flushing))  # or their writes may follow ours
         try:
             if writes:
                 for page in sorted(self._stale):
@@ -201,13 +201,13 @@ class Sums:
                 for page in set(self._doubtful()) - self._unflushed:
                     self._log[page] = 0
                 self._file.write_at(HEADER_SIZE, self._log.tobytes())
-                self._file.write_at(0, self._header.pack())  # which has a time of change from now on
+                self._file.write_at(0, self._header.pack())  # gives the file its time of change
                 self._file.sync()
         finally:
             for view in (self.values, self._log, self._memory):
                 view.release()
 
-    # what is done with the file while the disk is in service, one after the other
+    # Operations on the file while the disk is in service, one after the other.
 
     def _watch(self) -> None:
         if not (self._has_timer or self._env.read_only):
@@ -215,7 +215,7 @@ class Sums:
             self._env.call_later(REST_S, self._look)
 
     def _look(self) -> None:
-        """Have pages settled to which nothing was written for a while."""
+        """Settle the pages to which nothing was written for a while."""
         self._has_timer = False
         if self._is_closed:
             return
@@ -253,9 +253,9 @@ class Sums:
             done(status)
 
     def _settle(self, epochs: dict[int, int]) -> Steps[None]:
-        """Bring sums into the file, and take pages out of doubt whose data are durable and stay as they are.
+        """Write sums to the file; clear the doubt of pages whose data are durable and were not altered meanwhile.
 
-        What fails is tried again.
+        If that fails, it is tried again later.
         """
         stale = self._stale & epochs.keys() | self._stale - set(self._doubtful())
         try:
@@ -275,7 +275,7 @@ class Sums:
         self._write(places, done)
 
     def _write_log(self, pages: Iterable[int], state: int, done: Done) -> None:
-        """Write the log with another state of these pages, which memory need not have."""
+        """Write the log to the file with a new state for these pages; the log in memory is not changed."""
         places = {}
         for start in {page // PAGE * PAGE for page in pages}:
             data = bytearray(self._log[start : start + PAGE])

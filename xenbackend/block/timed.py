@@ -1,9 +1,10 @@
-"""How long each layer of a chain takes, by operation, while somebody wants to know.
+"""Measures how long each layer of a chain takes, by operation.
 
 Must not be in a chain that nobody measures: it costs a third of a microsecond for each request and layer.
 
-A timer lies above a layer: it sees what that is given, and what it gives back. So a layer's time has that of the layers
-below it in it. Timers come and go while requests are in flight; those that one has not seen begin are not counted.
+A timer is above a layer: it sees the requests that the layer is given and gives back. So a layer's time includes that
+of the layers below it. Timers come and go while requests are in flight; a request whose beginning a timer has not seen
+is not counted.
 """
 
 from __future__ import annotations
@@ -16,19 +17,19 @@ from typing import Any
 from xenbackend.block.driver import Filter, NoOptions
 from xenbackend.block.request import Op, Request
 
-BUCKETS = 48  # as of the counters' histogram: number n counts what took from 2^(n-1) to 2^n ns
+BUCKETS = 48  # as in the counters' histogram: number n counts requests that took from 2^(n-1) to 2^n ns
 
 
 @dataclass(slots=True)
 class Times:
-    """Of one operation at one layer."""
+    """The times of one operation at one layer."""
 
     bytes: int = 0
     sum_ns: int = 0
     buckets: list[int] = field(default_factory=lambda: [0] * BUCKETS)
 
     def as_json(self) -> dict[str, Any]:
-        """Return plain values; of the buckets those that have any."""
+        """Return plain values, without empty buckets."""
         filled = {str(place): count for place, count in enumerate(self.buckets) if count}
         return {"bytes": self.bytes, "sum_ns": self.sum_ns, "buckets": filled}
 
@@ -39,7 +40,7 @@ class Timed(Filter):
     name = "timed"
 
     def __init__(self, layer: str, clock: Callable[[], int] = monotonic_ns) -> None:
-        """Time the layer of that text; `clock` is in ns."""
+        """Time the layer with the text `layer`; `clock` returns ns."""
         super().__init__(NoOptions())
         self.layer = layer
         self.times = tuple(Times() for _ in Op)
@@ -47,12 +48,12 @@ class Timed(Filter):
         self._begun: dict[Request, int] = {}
 
     def submit(self, batch: list[Request]) -> None:
-        """Take note of when these begin, and pass them on."""
+        """Note when these requests begin, and pass them on."""
         self._begun.update(dict.fromkeys(batch, self._clock()))
         super().submit(batch)
 
     def on_complete(self, batch: list[Request]) -> None:
-        """Count what is done, and pass it on."""
+        """Count the requests that are done, and pass them on."""
         now = self._clock()
         for request in batch:
             begun = self._begun.pop(request, None)
@@ -64,13 +65,13 @@ class Timed(Filter):
         self.complete(batch)
 
     def as_json(self) -> dict[str, Any]:
-        """Return plain values; of the operations those that were done."""
+        """Return plain values, without operations that did not occur."""
         done = {op.name.lower(): times for op, times in zip(Op, self.times, strict=True) if any(times.buckets)}
         return {"layer": self.layer, "operations": {name: times.as_json() for name, times in done.items()}}
 
 
 def parse_times(values: Any) -> list[Mapping[str, Any]]:
-    """Return what `Timed.as_json` made plain, of each layer. Raises: ValueError for anything else."""
+    """Check that `values` are those of `Timed.as_json` for each layer, and return them. Raises: ValueError if not."""
     if not isinstance(values, list):
         raise ValueError("not a list of layers")
     for each in values:

@@ -1,6 +1,6 @@
 """A filter that shows a range of the layer below as a disk of its own: the base of `offset:` and `partition:`.
 
-Must not know where the range comes from, nor let a request reach a byte outside of it.
+Must not know where the range comes from, nor let a request reach a byte outside it.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from xenbackend.units import format_size
 
 
 class Window(Filter):
-    """Moves each request by the place where the range begins. A subclass calls `show` when it is opened."""
+    """Moves each request by the beginning of the range. A subclass calls `show` when it is opened."""
 
     _start = 0
     _size = 0
 
     def show(self, start: int, length: int) -> Geometry:
-        """Show `length` bytes from `start` on. Raises: DriverError, where there is no such range of whole sectors."""
+        """Show `length` bytes from `start` on. Raises: DriverError if there is no such range of whole sectors."""
         below = self.below
         assert below is not None  # noqa: S101 - the chain opens a filter after the layer below it
         if length <= 0 or start < 0 or start + length > below.size:
@@ -45,7 +45,7 @@ class Window(Filter):
         return replace(below, size=length, discard_alignment=(below.discard_alignment - start) % step if step else 0)
 
     def submit(self, batch: list[Request]) -> None:
-        """Pass requests of our own on, at the places that are meant."""
+        """Pass on a request of our own for each one, moved to its place below."""
         start, spare = self._start, self._spare
         passed: list[Request] = []
         for request in batch:
@@ -58,7 +58,7 @@ class Window(Filter):
         self.next.submit(passed)  # type: ignore[union-attr]  # a filter in a chain has a layer below
 
     def on_complete(self, batch: list[Request]) -> None:
-        """Give back those that ours stood for."""
+        """Give back the requests for which these were sent down."""
         back: list[Request] = []
         for own in batch:
             request = own.tag

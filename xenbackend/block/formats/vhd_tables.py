@@ -1,7 +1,7 @@
 """The tables of a VHD image, for the places of blocks and the sectors that they have: bytes to values and back.
 
 Sources: "Virtual Hard Disk Image Format Specification", version 1.0, "Block Allocation Table and Data Blocks"; for the
-batmap blktap's ``include/vhd.h`` and ``vhd/lib/libvhd.c``. All numbers are big endian. Must not open a file, nor trust
+batmap blktap's ``include/vhd.h`` and ``vhd/lib/libvhd.c``. All numbers are big-endian. Must not open a file, nor trust
 a table that it has not checked.
 """
 
