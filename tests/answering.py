@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 from xenbackend import counters
+from xenbackend.client import Disk, Service, results
+from xenbackend.protocol import plain
 from xenbackend.protocol.answers import Answer
 from xenbackend.protocol.codes import Code
 
@@ -146,3 +149,14 @@ def working(request: Request) -> Answer:
     if request.get("command") not in (None, "get", "peek"):
         data = "tracking on\ngranularity 512\nsize 1048576\n"
     return Answer(Code.OK, data, order=None if verb in ("ping", "status", "orders") else 17)
+
+
+def typed_disk(said: Mapping[str, Any] = DISK, **changes: Any) -> Disk:
+    """Return a description of a disk, with some of it changed, as a client returns it."""
+    [completed] = plain.completed("status", [{**deepcopy(said), **changes}])
+    return results.disk(completed)
+
+
+def typed_service(**changes: Any) -> Service:
+    """Return what that service says of itself, as a client returns it."""
+    return results.service({**_DONE["ping"], **changes})

@@ -65,7 +65,7 @@ def figures(page: memoryview, names: Sequence[Sequence[str]]) -> list[dict[str, 
     return [dict(zip(each, words, strict=False)) for each in names]
 
 
-def percentile_ns(buckets: list[int], fraction: float) -> int:
+def percentile_ns(buckets: Sequence[int], fraction: float) -> int:
     """Return the upper bound in ns of the bucket below which `fraction` of the samples lie, 0 without samples."""
     wanted = sum(buckets) * fraction  # rounding may make this more than the number of samples
     seen = bound = 0

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.answering import DISK, answering, working
+from tests.answering import DISK, answering, typed_disk, working
 from xenbackend.cli import latency
 from xenbackend.cli.latency import Histogram, difference
 from xenbackend.cli.main import main
@@ -54,7 +54,7 @@ def test_it_is_of_the_interval(
 def test_counting_that_began_anew_is_told() -> None:
     """Such a difference would be of nothing that ever was."""
     with pytest.raises(XenbackendError, match="attached anew"):
-        difference(timed(at17=5), timed(at17=4, at18=9), 1.0)
+        difference(typed_disk(timed(at17=5)), typed_disk(timed(at17=4, at18=9)), 1.0)
 
 
 def test_without_requests_there_is_nothing_to_divide() -> None:
@@ -62,7 +62,7 @@ def test_without_requests_there_is_nothing_to_divide() -> None:
     nothing = Histogram((0,) * 48, 0, 2.0)
 
     assert (None, None, 0, []) == (nothing.mean_ns, nothing.bound_ns(0.5), nothing.samples, list(nothing.filled()))
-    assert {"p50": None, "p90": None, "p99": None, "p99.9": None} == latency.values(DISK, nothing)["bounds_ns"]
+    assert {"p50": None, "p90": None, "p99": None, "p99.9": None} == latency.values(typed_disk(), nothing)["bounds_ns"]
 
 
 @pytest.mark.parametrize("words", [["9/xvda"], ["5/xvda", "--plot", "/nonexistent/x.png", "--total"]])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.answering import Request, answering, working
 from xenbackend.cli.latency_layers import lines
 from xenbackend.cli.main import main
+from xenbackend.client import Measured, results
 
 
 def measure(tmp_path: Path, *words: str) -> tuple[int, list[Request]]:
@@ -17,6 +19,11 @@ def measure(tmp_path: Path, *words: str) -> tuple[int, list[Request]]:
     with answering(tmp_path / "x", working) as control:
         status = main(["latency", "mail/xvda", "--layers", "--socket", control.path, *words])
         return status, control.asked
+
+
+def measured(chain: str, layers: list[dict[str, Any]]) -> Measured:
+    """Return what a client returns of a second."""
+    return results.done(Measured, 17, {"chain": chain, "seconds": 1.0, "layers": layers})
 
 
 def test_each_layer_has_a_line_for_each_operation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,7 +63,7 @@ def test_a_layer_is_named_once_and_its_figures_stand_in_columns() -> None:
     times = {"bytes": 4096, "sum_ns": 0, "buckets": {"0": 1}}
     long = {"bytes": 1 << 20, "sum_ns": 300_000, "buckets": {"17": 1000}}
     layers = [{"layer": "log:", "operations": {"read": times, "write": long}}, {"layer": "aio:/img", "operations": {}}]
-    _, head, read, write, nothing, _ = lines("5/xvda", {"chain": "log:|aio:/img", "seconds": 1.0, "layers": layers})
+    _, head, read, write, nothing, _ = lines("5/xvda", measured("log:|aio:/img", layers))
     end = head.index("requests") + len("requests")
 
     assert [("log:", "read"), ("", "write"), ("aio:/img", "-")] == [
@@ -78,6 +85,6 @@ def test_what_does_not_go_together(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_no_text_of_a_chain_moves_a_cursor() -> None:
     """It is printed so that it can be read."""
-    measured = {"chain": "aio:/\x1b[2J", "seconds": 1.0, "layers": [{"layer": "aio:/\x1b[2J", "operations": {}}]}
+    found = measured("aio:/\x1b[2J", [{"layer": "aio:/\x1b[2J", "operations": {}}])
 
-    assert not any("\x1b" in line for line in lines("5/xvda", measured))
+    assert not any("\x1b" in line for line in lines("5/xvda", found))

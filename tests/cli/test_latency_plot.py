@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.answering import DISK
+from tests.answering import typed_disk
 from xenbackend.cli.latency import Histogram
 from xenbackend.errors import ConfigError
 
@@ -19,10 +19,10 @@ def test_a_picture(tmp_path: Path, buckets: tuple[int, ...]) -> None:
     """It is written as its ending says, also of nothing, and of a chain with signs that mean something to a picture."""
     from xenbackend.cli.latency_plot import save
 
-    save({**DISK, "chain": "aio:/$a$\\b_{"}, Histogram(buckets, 800_000, 2.0), tmp_path / "x.png")
-    save(DISK, Histogram(buckets, 800_000, None), tmp_path / "x.svg")
+    save(typed_disk(chain="aio:/$a$\\b_{"), Histogram(buckets, 800_000, 2.0), tmp_path / "x.png")
+    save(typed_disk(), Histogram(buckets, 800_000, None), tmp_path / "x.svg")
 
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
     assert "5/xvda" in (tmp_path / "x.svg").read_text() or (tmp_path / "x.svg").stat().st_size > 1000
     with pytest.raises(ConfigError, match="cannot be written"):
-        save(DISK, Histogram(buckets, 0, None), tmp_path / "none" / "x.png")
+        save(typed_disk(), Histogram(buckets, 0, None), tmp_path / "none" / "x.png")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.answering import DISK
+from tests.answering import typed_disk
 from xenbackend.cli.latency import Histogram
 from xenbackend.cli.latency_text import lines
 
@@ -11,7 +11,7 @@ def test_a_histogram() -> None:
     """A line for each bucket from the first to the last that has any, the most the longest bar; then the sums."""
     buckets = [0] * 48
     buckets[17], buckets[19] = 90, 10
-    head, first, middle, last, below = lines({**DISK, "chain": "aio:/\x1b"}, Histogram(tuple(buckets), 10**7, 2.0))
+    head, first, middle, last, below = lines(typed_disk(chain="aio:/\x1b"), Histogram(tuple(buckets), 10**7, 2.0))
 
     assert r"5/xvda  aio:/\x1b" == head
     assert f"65.5 us to   131 us         90   90.0 %  {'#' * 40}" == first.strip()
@@ -25,4 +25,4 @@ def test_a_histogram() -> None:
 
 def test_an_idle_disk() -> None:
     """It is said, instead of a picture of nothing."""
-    assert "no request was timed since it was attached" == list(lines(DISK, Histogram((0,) * 48, 0, None)))[-1]
+    assert "no request was timed since it was attached" == list(lines(typed_disk(), Histogram((0,) * 48, 0, None)))[-1]

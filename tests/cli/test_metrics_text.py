@@ -8,25 +8,24 @@ from typing import Any
 
 import pytest
 
-from tests.answering import DISK, LAYER
+from tests.answering import DISK, LAYER, typed_disk, typed_service
 from xenbackend.cli.metrics_text import of_nobody, of_service, text
+from xenbackend.client import Disk
 
-SERVICE = {"version": "0.2.0", "since": 1.5, "bugs": 0, "breaches": 2}
+SERVICE = typed_service(version="0.2.0", since=1.5, breaches=2)
 COUNTERS = {
     "reads": 7, "writes": 6, "flushes": 5, "discards": 4, "read_bytes": 3, "written_bytes": 2, "errors": 1,
     "guest_errors": 8, "in_flight": 9,
 }  # fmt: skip
 
 
-def disk(**known: Any) -> dict[str, Any]:
+def disk(**known: Any) -> Disk:
     """Return a disk as `status` describes it."""
-    layers = [
-        {"layer": "throttle:iops=5", **{key: LAYER[key] for key in LAYER if key != "text"}, "figures": {"held": 4}}
-    ]
-    return {**DISK, "counters": COUNTERS, "layers": layers, **known}
+    layers = [{**LAYER, "text": "throttle:iops=5", "figures": {"held": 4}}]
+    return typed_disk(**{"counters": COUNTERS, "layers": layers, **known})
 
 
-def lines(*disks: dict[str, Any], is_openmetrics: bool = False) -> list[str]:
+def lines(*disks: Disk, is_openmetrics: bool = False) -> list[str]:
     """Return the lines of the text that are not comments."""
     written = text(of_service(SERVICE, disks), is_openmetrics=is_openmetrics)
     return [line for line in written.splitlines() if not line.startswith("#")]
@@ -64,11 +63,11 @@ def test_what_status_says_is_in_it() -> None:
     } <= set(found)  # fmt: skip
 
 
-@pytest.mark.parametrize("key", ["paused", "needs_upgrade", "restarts"])
-def test_each_fact_has_its_own_line(key: str) -> None:
+@pytest.mark.parametrize(("key", "value"), [("paused", True), ("needs_upgrade", True), ("restarts", 1)])
+def test_each_fact_has_its_own_line(key: str, value: int) -> None:
     """What is true of one disk is said of that one, and of no other fact."""
     names = {"paused": "disk_paused", "needs_upgrade": "disk_needs_upgrade", "restarts": "disk_restarts_total"}
-    found = lines(disk(), disk(vbd="6/xvda", guest="web", **{key: 1}))
+    found = lines(disk(), disk(vbd="6/xvda", guest="web", **{key: value}))
 
     for each, name in names.items():
         assert f'xenbackend_{name}{{disk="5/xvda",guest="mail"}} 0' in found
@@ -86,7 +85,7 @@ def test_every_disk_has_its_counters() -> None:
 
 def test_layers_of_one_kind_are_told_apart() -> None:
     """By their number in the chain, from the guest's end down."""
-    layers = [{**disk()["layers"][0], "figures": {"held": count}} for count in (4, 5)]
+    layers = [{"layer": "throttle:iops=5", "figures": {"held": count}} for count in (4, 5)]
     found = [line for line in lines(disk(layers=layers)) if "layer_figure" in line]
     labels = 'disk="5/xvda",guest="mail",layer="{}",driver="throttle",figure="held"'
 
@@ -102,7 +101,7 @@ def test_what_is_told_as_words() -> None:
 
 def test_a_service_that_tells_little_or_nothing() -> None:
     """An older one does not say since when it runs; where none answers a monitor reads that it is down."""
-    older = text(of_service({**SERVICE, "since": None}, []), is_openmetrics=False)
+    older = text(of_service(typed_service(since=None), []), is_openmetrics=False)
 
     assert "\nxenbackend_start_time_seconds 0\n" in older
     assert text(of_nobody(), is_openmetrics=False).endswith("\nxenbackend_up 0\n")
@@ -136,7 +135,7 @@ def test_the_two_formats_differ_as_they_should() -> None:
 
 
 @pytest.mark.parametrize("disks", [[], [disk()], [disk(), disk(vbd="6/xvda", guest='"\\\n', reason="halted")]])
-def test_promtool_finds_no_fault(disks: list[dict[str, Any]]) -> None:
+def test_promtool_finds_no_fault(disks: list[Disk]) -> None:
     """Prometheus's own tool reads the text, and has nothing to say about names, types and units."""
     if not shutil.which("promtool"):
         pytest.skip("promtool is not installed (Debian: prometheus)")

@@ -13,11 +13,10 @@ from typing import Any
 import pytest
 
 from tests import answering
-from tests.answering import DISK, Control, working
+from tests.answering import DISK, Control, typed_disk, working
 from xenbackend.cli import status
 from xenbackend.cli.main import main
 from xenbackend.cli.status import COLUMNS, Speed, speed
-from xenbackend.disks import parse_disk
 from xenbackend.protocol.answers import Answer
 from xenbackend.protocol.codes import Code
 
@@ -183,8 +182,9 @@ def test_sorting(control: Control, service: Service, capsys: pytest.CaptureFixtu
 
 def test_rates_and_latency_are_of_the_interval() -> None:
     """What a disk did before the first look counts for nothing; a bound is that of a bucket."""
-    before = moved(disk(), reads=10**6, latency_samples=10**6, latency_ns=10**15)
-    after = moved(before, reads=100, writes=20, read_bytes=8192, latency_samples=4, latency_ns=400_000)
+    told = moved(disk(), reads=10**6, latency_samples=10**6, latency_ns=10**15)
+    later = moved(told, reads=100, writes=20, read_bytes=8192, latency_samples=4, latency_ns=400_000)
+    before, after = typed_disk(told), typed_disk(later)
 
     assert Speed({"reads": 50.0, "writes": 10.0, "read_bytes": 4096.0, "written_bytes": 0.0}, 100_000.0, 1 << 17) == (
         speed(before, after, 2.0)
@@ -194,11 +194,11 @@ def test_rates_and_latency_are_of_the_interval() -> None:
 
 def test_counters_that_began_anew_are_no_rate() -> None:
     """A disk that was attached anew, has no worker, or was not looked at before, has no rate: never a negative one."""
-    known = moved(disk(), reads=100)
+    known = typed_disk(moved(disk(), reads=100))
 
     assert {Speed()} == {
-        speed(None, known, 1.0), speed(known, disk(), 1.0), speed(known, known, 0.0),
-        speed(known, disk(counters={}, latency_histogram=[]), 1.0),
+        speed(None, known, 1.0), speed(known, typed_disk(), 1.0), speed(known, known, 0.0),
+        speed(known, typed_disk(counters={}, latency_histogram=[]), 1.0),
     }  # fmt: skip
 
 
@@ -248,4 +248,3 @@ def test_an_age_is_one_word() -> None:
         status.age(1000.0 - each if each is not None else None, 1000.0)
         for each in (0, 59, 120, 3 * 3600, 4 * 86400, None)
     ]
-    assert status.chosen([disk()], [parse_disk("5/xvda")])

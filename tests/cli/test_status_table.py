@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.answering import DISK, answering, working
+from tests.answering import DISK, answering, typed_disk, typed_service, working
 from xenbackend.cli import status, status_table
 from xenbackend.cli.main import main
 from xenbackend.cli.status import Picture
@@ -77,7 +77,7 @@ def moved(known: dict[str, Any], **counts: int) -> dict[str, Any]:
 
 def picture(*disks: dict[str, Any], at: float = 0.0) -> Picture:
     """Return what the service said at a moment."""
-    return Picture({"pid": 11}, list(disks), at)
+    return Picture(typed_service(), [typed_disk(each) for each in disks], at)
 
 
 def shown(before: Picture, after: Picture, height: int = 100) -> str:

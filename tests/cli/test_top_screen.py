@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
-
 import pytest
 
-from tests.answering import DISK
+from tests.answering import typed_disk
 from xenbackend.cli import top_rows, top_screen
 from xenbackend.cli.status import Speed
 from xenbackend.cli.top_rows import Row, View
 from xenbackend.cli.top_screen import Frame, lines
 
 MOVED = Speed({"reads": 123.4, "writes": 5.0, "read_bytes": 4.5e6, "written_bytes": 0.0}, 262_000.0, 1 << 19)
-ROWS = [
-    Row({**deepcopy(DISK), "vbd": f"{domid}/xvda", "guest": "\x1b[2J漢字" * 5}, MOVED, (1e5, 2e5))
-    for domid in range(40)
-]
+ROWS = [Row(typed_disk(vbd=f"{domid}/xvda", guest="\x1b[2J漢字" * 5), MOVED, (1e5, 2e5)) for domid in range(40)]
 
 
 def shown(frame: Frame, width: int = 160, height: int = 12) -> list[str]:
@@ -56,8 +51,8 @@ def test_what_matters_most_stays_in_a_narrow_one() -> None:
 
 def test_what_is_wrong_stands_below_its_disk() -> None:
     """The sentence of a disk that is not served, and on request each layer with what it counts."""
-    known = {**DISK, "reason": "storage", "error": "it does not answer",
-             "layers": [{"layer": "throttle:iops=1", "figures": {"held": 7}}]}  # fmt: skip
+    layer = {"layer": "throttle:iops=1", "figures": {"held": 7}}
+    known = typed_disk(reason="storage", error="it does not answer", layers=[layer])
     _, _, row, why, layer, *_ = shown(Frame([Row(known, Speed())], View(with_layers=True), "s"))
 
     assert "storage" in row

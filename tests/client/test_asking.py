@@ -156,7 +156,10 @@ def test_a_disk_is_found_by_all_of_its_names(tmp_path: Path) -> None:
             with pytest.raises(Invalid, match=said):
                 service.disk(wrong)
 
+        both = [each.vbd for each in service.disks("web/xvda", "5/xvda", "mail/xvda")]
+
     assert ["5/xvda"] * 4 + ["6/xvda"] == found
+    assert ["5/xvda", "6/xvda"] == both
 
 
 def test_a_release_that_looks_at_nothing_is_asked_for_no_exchange(tmp_path: Path) -> None:

@@ -37,6 +37,14 @@ def test_an_answer_to_an_order_is_of_its_class() -> None:
     assert {} == results.done(Done, 3, "paused").values
 
 
+def test_a_histogram_has_all_of_its_buckets() -> None:
+    """What was measured of a layer compares with what is known of its disk: buckets that nobody told are empty."""
+    times = results.Times(bytes=0, sum_ns=0, buckets={"17": 2, "47": 1})
+
+    assert {17: 2, 47: 1} == {place: count for place, count in enumerate(times.histogram) if count}
+    assert len(results.disk(DISK).latency_histogram) == len(times.histogram)
+
+
 @pytest.mark.parametrize("key", ["vbd", "kind", "domid", "device"])
 def test_what_must_be_there_is_missed(key: str) -> None:
     """A disk that has no name is none."""

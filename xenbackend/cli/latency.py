@@ -13,10 +13,9 @@ from typing import Any
 
 from xenbackend import counters
 from xenbackend.cli import status
-from xenbackend.cli.arguments import add_json, add_socket, disk
+from xenbackend.cli.arguments import add_json, add_socket
 from xenbackend.cli.output import print_json
-from xenbackend.cli.status import Known
-from xenbackend.client import Client
+from xenbackend.client import Client, Disk
 from xenbackend.errors import ConfigError, XenbackendError
 
 FRACTIONS = (0.5, 0.9, 0.99, 0.999)
@@ -32,7 +31,7 @@ def register(subparsers: Any) -> None:
         "With --layers the worker times each layer of the chain meanwhile, which costs it less than half a "
         "microsecond for each request and layer, and then goes on as before.",
     )
-    parser.add_argument("vbd", type=disk, metavar="DISK", help="such as 5/xvda or guest/xvda")
+    parser.add_argument("vbd", metavar="DISK", help="such as 5/xvda or guest/xvda")
     parser.add_argument(
         "--interval", type=status.interval, default=5.0, metavar="SECONDS", help="how long to look (%(default)s)"
     )
@@ -71,7 +70,7 @@ class Histogram:
 
     def bound_ns(self, fraction: float) -> int | None:
         """Return the bound that this fraction of them stayed below, None without any."""
-        return counters.percentile_ns(list(self.buckets), fraction) if self.samples else None
+        return counters.percentile_ns(self.buckets, fraction) if self.samples else None
 
     def filled(self) -> range:
         """Return the buckets from the first to the last that has any."""
@@ -80,7 +79,7 @@ class Histogram:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Look, print and draw. Raises: ServiceError; ConfigError, for a disk that is not there or a picture that fails."""
+    """Look, print and draw. Raises: ServiceError; ConfigError, for a picture that fails."""
     if args.layers:
         from xenbackend.cli import latency_layers
 
@@ -105,41 +104,36 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def look(args: argparse.Namespace) -> tuple[Known, Histogram]:
+def look(args: argparse.Namespace) -> tuple[Disk, Histogram]:
     """Return what is known of the disk at the end of the interval, and its latencies."""
-    before = _ask(args)
+    client = Client(args.socket)
+    before = client.disk(args.vbd)
     if args.total:
-        return before, Histogram(tuple(before["latency_histogram"]), before["counters"]["latency_ns"], None)
+        return before, Histogram(before.latency_histogram, before.counters["latency_ns"], None)
     begun = time.monotonic()
     time.sleep(args.interval)
-    after = _ask(args)
+    after = client.disk(args.vbd)
     return after, difference(before, after, time.monotonic() - begun)
 
 
-def difference(before: Known, after: Known, seconds: float) -> Histogram:
+def difference(before: Disk, after: Disk, seconds: float) -> Histogram:
     """Return the latencies between two looks. Raises: XenbackendError, where counting has begun anew between them."""
-    pairs = zip(after["latency_histogram"], before["latency_histogram"], strict=True)
+    pairs = zip(after.latency_histogram, before.latency_histogram, strict=True)
     buckets = tuple(new - old for new, old in pairs)
-    sum_ns = after["counters"]["latency_ns"] - before["counters"]["latency_ns"]
+    sum_ns = after.counters["latency_ns"] - before.counters["latency_ns"]
     if min(sum_ns, *buckets) < 0:
-        raise XenbackendError(f"{after['vbd']} was attached anew meanwhile; look again")
+        raise XenbackendError(f"{after.vbd} was attached anew meanwhile; look again")
     return Histogram(buckets, sum_ns, seconds)
 
 
-def values(known: Known, histogram: Histogram) -> dict[str, Any]:
+def values(known: Disk, histogram: Histogram) -> dict[str, Any]:
     """Return what scripts get."""
     return {
-        "vbd": known["vbd"],
-        "chain": known["chain"],
+        "vbd": known.vbd,
+        "chain": known.chain,
         "seconds": None if histogram.seconds is None else round(histogram.seconds, 3),
         "samples": histogram.samples,
         "mean_ns": None if histogram.mean_ns is None else round(histogram.mean_ns),
         "bounds_ns": {f"p{fraction * 100:g}": histogram.bound_ns(fraction) for fraction in FRACTIONS},
         "buckets": [{"below_ns": 1 << place, "count": histogram.buckets[place]} for place in histogram.filled()],
     }
-
-
-def _ask(args: argparse.Namespace) -> Known:
-    disks = [each.values for each in Client(args.socket).disks()]
-    [known] = status.chosen(disks, [args.vbd])[:1]
-    return known

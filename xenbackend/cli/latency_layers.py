@@ -6,13 +6,14 @@ Must not be asked for all the time: it is an order, since the worker has more to
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from xenbackend.cli import waiting
 from xenbackend.cli.latency import FRACTIONS, Histogram
 from xenbackend.cli.output import print_json
-from xenbackend.counters import BUCKETS
+from xenbackend.client import LayerTimes, Measured, Times
+from xenbackend.disks import parse_disk
 from xenbackend.errors import printable
 from xenbackend.units import format_duration, format_size
 
@@ -22,60 +23,59 @@ _HEAD = ("layer", "operation", "requests", "mean size", "mean", "50 % <", "99 % 
 def run(args: argparse.Namespace) -> int:
     """Order, wait and print. Raises: ServiceError; ConfigError."""
     args.verb, args.timeout = "measure", None
-    measured = waiting.order(args, lambda client: client.measure(str(args.vbd), args.interval))
-    found = measured.values
+    measured = waiting.order(args, lambda client: client.measure(args.vbd, args.interval))
+    vbd = str(parse_disk(args.vbd))
     if args.json:
-        print_json({"order": measured.order, "vbd": str(args.vbd), **found, "layers": values(found["layers"])})
+        print_json({"order": measured.order, "vbd": vbd, **measured.values, "layers": values(measured.layers)})
     else:
-        print("\n".join(lines(str(args.vbd), found)))
+        print("\n".join(lines(vbd, measured)))
     return 0
 
 
-def values(layers: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def values(layers: Sequence[LayerTimes]) -> list[dict[str, Any]]:
     """Return what scripts get."""
     return [
-        {"layer": each["layer"], "operations": {name: _values(times) for name, times in each["operations"].items()}}
+        {"layer": each.layer, "operations": {name: _values(times) for name, times in each.operations.items()}}
         for each in layers
     ]
 
 
-def _values(times: Mapping[str, Any]) -> dict[str, Any]:
+def _values(times: Times) -> dict[str, Any]:
     histogram = _histogram(times)
     return {
         "requests": histogram.samples,
-        "bytes": times["bytes"],
+        "bytes": times.bytes,
         "mean_ns": None if histogram.mean_ns is None else round(histogram.mean_ns),
         "bounds_ns": {f"p{fraction * 100:g}": histogram.bound_ns(fraction) for fraction in FRACTIONS},
         "buckets": [{"below_ns": 1 << place, "count": histogram.buckets[place]} for place in histogram.filled()],
     }
 
 
-def lines(vbd: str, measured: Mapping[str, Any]) -> Iterator[str]:
+def lines(vbd: str, measured: Measured) -> Iterator[str]:
     """Yield what the disk is, and a line for each operation of each layer, in columns."""
-    yield f"{vbd}  {printable(measured['chain'])}"
-    rows = [_HEAD, *(row for each in measured["layers"] for row in _rows(each))]
+    yield f"{vbd}  {printable(measured.chain)}"
+    rows = [_HEAD, *(row for each in measured.layers for row in _rows(each))]
     widths = [max(len(row[place]) for row in rows) for place in range(len(_HEAD))]
     for row in rows:
         left = [word.ljust(width) for word, width in zip(row[:2], widths, strict=False)]
         yield "  ".join([*left, *(word.rjust(width) for word, width in zip(row[2:], widths[2:], strict=True))])
-    yield f"measured for {measured['seconds']:g} s; a layer's time has that of the layers below it in it"
+    yield f"measured for {measured.seconds:g} s; a layer's time has that of the layers below it in it"
 
 
-def _rows(layer: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    name = printable(layer["layer"])
-    if not layer["operations"]:
+def _rows(layer: LayerTimes) -> Iterator[tuple[str, ...]]:
+    name = printable(layer.layer)
+    if not layer.operations:
         yield (name, "-", "0", "-", "-", "-", "-")
-    for operation, times in layer["operations"].items():
+    for operation, times in layer.operations.items():
         histogram = _histogram(times)
         bounds = [_time(histogram.bound_ns(fraction)) for fraction in (0.5, 0.99)]
-        size = format_size(round(times["bytes"] / histogram.samples))
+        size = format_size(round(times.bytes / histogram.samples))
         yield (name, operation, str(histogram.samples), size, _time(histogram.mean_ns), *bounds)
         name = ""
 
 
-def _histogram(times: Mapping[str, Any]) -> Histogram:
-    buckets = tuple(times["buckets"].get(str(place), 0) for place in range(BUCKETS))
-    return Histogram(buckets, times["sum_ns"], None)
+def _histogram(times: Times) -> Histogram:
+    return Histogram(times.histogram, times.sum_ns, None)
 
 
 def _time(nanoseconds: float | None) -> str:

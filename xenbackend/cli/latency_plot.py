@@ -11,12 +11,12 @@ from pathlib import Path
 
 from xenbackend import __version__
 from xenbackend.cli.latency import Histogram
-from xenbackend.cli.status import Known
+from xenbackend.client import Disk
 from xenbackend.errors import ConfigError, printable
 from xenbackend.units import format_duration
 
 
-def save(known: Known, histogram: Histogram, path: Path) -> None:
+def save(known: Disk, histogram: Histogram, path: Path) -> None:
     """Write the picture to `path`, in the format that its ending names. Raises: ConfigError."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -32,9 +32,9 @@ def save(known: Known, histogram: Histogram, path: Path) -> None:
     when = datetime.now().astimezone().isoformat(timespec="seconds")
     span = "since it was attached" if histogram.seconds is None else f"{histogram.seconds:.1f} s"
     mean = "" if histogram.mean_ns is None else f", mean {format_duration(histogram.mean_ns / 1e9)}"
-    title = f"{known['vbd']}: {histogram.samples} requests, {span}{mean}"
-    below = f"{platform.node()}, xenbackend {known['worker_version'] or __version__}, {when}"
-    chain = printable(known["chain"]).replace("$", r"\$")  # which would begin a formula
+    title = f"{known.vbd}: {histogram.samples} requests, {span}{mean}"
+    below = f"{platform.node()}, xenbackend {known.worker_version or __version__}, {when}"
+    chain = printable(known.chain).replace("$", r"\$")  # which would begin a formula
     axes.set_title(f"{title}\n{chain}\n{below}", fontsize=9)
     try:
         figure.savefig(path, dpi=120)

@@ -8,17 +8,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from xenbackend.cli.latency import FRACTIONS, Histogram
-from xenbackend.cli.status import Known
+from xenbackend.client import Disk
 from xenbackend.errors import printable
 from xenbackend.units import format_duration
 
 _WIDTH = 40  # of the longest bar
 
 
-def lines(known: Known, histogram: Histogram) -> Iterator[str]:
+def lines(known: Disk, histogram: Histogram) -> Iterator[str]:
     """Yield what the disk is, a line for each bucket, and what they amount to."""
     when = "since it was attached" if histogram.seconds is None else f"in {histogram.seconds:.1f} s"
-    yield f"{known['vbd']}  {printable(known['chain'])}"
+    yield f"{known.vbd}  {printable(known.chain)}"
     if not histogram.samples:
         yield f"no request was timed {when}"
         return

@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
 def look(control: str) -> list[Family]:
     """Ask the service. Raises: ServiceError."""
     client = Client(control)
-    return metrics_text.of_service(client.service().values, [each.values for each in client.disks()])
+    return metrics_text.of_service(client.service(), client.disks())
 
 
 def leave(directory: Path, text: str) -> None:

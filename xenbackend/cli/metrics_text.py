@@ -6,9 +6,10 @@ formats", 0.0.4; OpenMetrics 1.0.0. The two differ in how a counter is declared,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+
+from xenbackend.client import Disk, Service
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 OPENMETRICS_TYPE = "application/openmetrics-text; version=1.0.0; charset=utf-8"
@@ -17,7 +18,6 @@ _ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 
 Labels = dict[str, str]
 Sample = tuple[str, Labels, float]  # suffix of the name, labels, value
-Known = Mapping[str, Any]  # of one disk, or of the service: docs/json.md
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,72 +52,68 @@ def of_nobody() -> list[Family]:
     return [Family("xenbackend_up", "gauge", "1 while the service answers.", [("", {}, 0)])]
 
 
-def of_service(service: Known, disks: Sequence[Known]) -> list[Family]:
+def of_service(service: Service, disks: Sequence[Disk]) -> list[Family]:
     """Return what is known of the service and of its disks, as `ping` and `status` describe them."""
-    return [*_of_service(service), *_of_disks([_Disk(each) for each in disks])]
+    return [*_of_service(service), *_of_disks([_Labelled(each) for each in disks])]
 
 
-def _of_service(service: Known) -> list[Family]:
+def _of_service(service: Service) -> list[Family]:
     return [
         _gauge("up", "1 while the service answers.", [({}, 1)]),
-        _gauge("info", "The service's version.", [({"version": service["version"]}, 1)]),
-        _gauge("start_time_seconds", "When the service was started, since 1970.", [({}, service["since"] or 0)]),
-        _counter("bugs", "Faults of the program that the service has met.", [({}, service["bugs"])]),
-        _counter("breaches", "Workers killed because they broke the protocol.", [({}, service["breaches"])]),
+        _gauge("info", "The service's version.", [({"version": service.version}, 1)]),
+        _gauge("start_time_seconds", "When the service was started, since 1970.", [({}, service.since or 0)]),
+        _counter("bugs", "Faults of the program that the service has met.", [({}, service.bugs)]),
+        _counter("breaches", "Workers killed because they broke the protocol.", [({}, service.breaches)]),
     ]
 
 
-class _Disk:
+class _Labelled:
     """One disk, and the labels that all of its samples have."""
 
-    def __init__(self, known: Known) -> None:
-        self.labels = {"disk": known["vbd"], "guest": known["guest"]}
+    def __init__(self, known: Disk) -> None:
+        self.labels = {"disk": known.vbd, "guest": known.guest}
         self.known = known
-        self.counters: Mapping[str, int] = known["counters"]
 
     def facts(self) -> Labels:
         """Return what is told as words."""
         known = self.known
-        words = {"node": known["node"], "chain": known["chain"], "state": known["state"]}
-        return self.labels | words | {"version": known["worker_version"]}
+        words = {"node": known.node, "chain": known.chain, "state": known.state}
+        return self.labels | words | {"version": known.worker_version}
 
     def figures(self) -> Iterator[tuple[Labels, float]]:
         """Yield what layers count."""
-        for place, layer in enumerate(self.known["layers"]):
-            labels = self.labels | {"layer": str(place), "driver": layer["layer"].partition(":")[0]}
-            for name, value in layer["figures"].items():
+        for place, layer in enumerate(self.known.layers):
+            labels = self.labels | {"layer": str(place), "driver": layer.layer.partition(":")[0]}
+            for name, value in layer.figures.items():
                 yield labels | {"figure": name}, value
 
     def latency(self) -> Iterator[Sample]:
         """Yield each operation's histogram, as it is cumulated in the text."""
-        for operation, timed in self.known["latency_by_operation"].items():
-            labels, buckets = self.labels | {"operation": operation}, timed["buckets"]
+        for operation, timed in self.known.latency_by_operation.items():
+            labels, buckets = self.labels | {"operation": operation}, timed.buckets
             bounds = [(_number(2**place / 1e9), sum(buckets[: place + 1])) for place in _BUCKETS]
             for bound, count in [*bounds, ("+Inf", sum(buckets))]:
                 yield "_bucket", labels | {"le": bound}, count
-            yield "_sum", labels, timed["sum_ns"] / 1e9
+            yield "_sum", labels, timed.sum_ns / 1e9
             yield "_count", labels, sum(buckets)
 
 
-def _of_disks(disks: Sequence[_Disk]) -> list[Family]:
-    def of_each(key: str) -> list[tuple[Labels, float]]:
-        return [(disk.labels, disk.known[key] or 0) for disk in disks]
+def _of_disks(disks: Sequence[_Labelled]) -> list[Family]:
+    def of_each(value: Callable[[Disk], float]) -> list[tuple[Labels, float]]:
+        return [(disk.labels, value(disk.known)) for disk in disks]
 
     def counted(**keys: str) -> list[tuple[Labels, float]]:
         """Return counters by operation."""
         return [
-            (disk.labels | {"operation": operation}, disk.counters[key])
+            (disk.labels | {"operation": operation}, disk.known.counters[key])
             for disk in disks
             for operation, key in keys.items()
         ]
 
-    def counters(key: str) -> list[tuple[Labels, float]]:
-        return [(disk.labels, disk.counters[key]) for disk in disks]
-
-    served = [(disk.labels, not disk.known["reason"] and not disk.known["paused"]) for disk in disks]
-    reasons = [(disk.labels | {"reason": disk.known["reason"]}, 1) for disk in disks if disk.known["reason"]]
+    served = [(disk.labels, not disk.known.reason and not disk.known.paused) for disk in disks]
+    reasons = [(disk.labels | {"reason": disk.known.reason}, 1) for disk in disks if disk.known.reason]
     waits = [
-        (disk.labels | {"for": what}, disk.known["waits_s"] if what == disk.known["waits_for"] else 0)
+        (disk.labels | {"for": what}, (disk.known.waits_s or 0) if what == disk.known.waits_for else 0)
         for disk in disks
         for what in ("storage", "key")
     ]
@@ -126,18 +122,22 @@ def _of_disks(disks: Sequence[_Disk]) -> list[Family]:
     return [
         _gauge("disk_info", "What a disk is.", [(disk.facts(), 1) for disk in disks]),
         _gauge("disk_served", "1 while nothing is in the way of serving the disk.", served),
-        _gauge("disk_paused", "1 while an administrator has paused the disk.", of_each("paused")),
+        _gauge("disk_paused", "1 while an administrator has paused the disk.", of_each(lambda disk: disk.paused)),
         _gauge("disk_reason", "1 for why a disk is not served as it should be.", reasons),
         _gauge("disk_wait_seconds", "For how long a file cannot be opened, by what it waits for.", waits),
         _gauge(
-            "disk_needs_upgrade", "1 while the worker has another version than the service.", of_each("needs_upgrade")
+            "disk_needs_upgrade",
+            "1 while the worker has another version than the service.",
+            of_each(lambda disk: disk.needs_upgrade),
         ),
-        _counter("disk_restarts", "Workers that ended unasked and were replaced.", of_each("restarts")),
+        _counter("disk_restarts", "Workers that ended unasked and were replaced.", of_each(lambda disk: disk.restarts)),
         _counter("disk_requests", "Requests that were done.", done),
         _counter("disk_bytes", "Bytes that were read and written.", counted(read="read_bytes", write="written_bytes")),
-        _counter("disk_errors", "Requests that failed.", counters("errors")),
-        _counter("disk_guest_errors", "Requests that broke a rule.", counters("guest_errors")),
-        _gauge("disk_in_flight", "Requests under way.", counters("in_flight")),
+        _counter("disk_errors", "Requests that failed.", of_each(lambda disk: disk.counters["errors"])),
+        _counter(
+            "disk_guest_errors", "Requests that broke a rule.", of_each(lambda disk: disk.counters["guest_errors"])
+        ),
+        _gauge("disk_in_flight", "Requests under way.", of_each(lambda disk: disk.counters["in_flight"])),
         Family("xenbackend_disk_latency_seconds", "histogram", "Time of a request, of a sample.", latency),
         _gauge(
             "layer_figure",

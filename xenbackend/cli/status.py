@@ -8,16 +8,15 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from xenbackend import counters
-from xenbackend.cli.arguments import add_json, add_socket, disk, duration
+from xenbackend.cli.arguments import add_json, add_socket, duration
 from xenbackend.cli.output import print_json
-from xenbackend.client import Client
-from xenbackend.disks import DiskName
-from xenbackend.errors import ConfigError, printable
+from xenbackend.client import Client, Disk, File, Layer, Service
+from xenbackend.errors import printable
 
 SAMPLE_S = 1.0  # between the two looks that rates are made of
 SHORTEST_S = 1.0  # between two looks of --watch: workers add up their counters once a second
@@ -28,7 +27,6 @@ COLUMNS = (
 )  # fmt: skip
 _AGES = ((86400, "d"), (3600, "h"), (60, "m"), (1, "s"))
 _WAITS = {"storage": "its storage has not answered for {}", "key": "its key has been in the making for {}"}
-Known = dict[str, Any]  # of one disk, as the service describes it
 
 
 def register(subparsers: Any) -> None:
@@ -40,7 +38,7 @@ def register(subparsers: Any) -> None:
         "bound below which 99 of 100 requests lie), errors and chain. Rates and latency are those of one second, or "
         "with --watch of the time since the last picture. On a terminal it is a table, otherwise a line for each disk.",
     )
-    parser.add_argument("vbds", nargs="*", type=disk, metavar="DISK", help="only these, such as 5/xvda or guest/xvda")
+    parser.add_argument("vbds", nargs="*", metavar="DISK", help="only these, such as 5/xvda or guest/xvda")
     parser.add_argument(
         "--watch", type=interval, nargs="?", const=2.0, metavar="SECONDS", help="refresh every SECONDS (%(const)s)"
     )
@@ -80,48 +78,30 @@ class Speed:
 class Picture:
     """What the service said at one moment."""
 
-    service: dict[str, Any]
-    disks: list[Known]
+    service: Service
+    disks: list[Disk]
     at: float  # by the monotonic clock
 
 
 def look(args: argparse.Namespace) -> Picture:
-    """Ask the service. Raises: ServiceError; ConfigError for a disk that it does not serve."""
+    """Ask the service. Raises: ServiceError, also for a disk that it does not serve."""
     client = Client(args.socket)
-    service = client.service().values
-    disks = chosen([each.values for each in client.disks(looks=True)], args.vbds)
-    return Picture(service, disks, time.monotonic())
-
-
-def chosen(disks: list[Known], names: Sequence[DiskName]) -> list[Known]:
-    """Return those that are named, all without a name. Raises: ConfigError for a name that none has."""
-    if not names:
-        return disks
-
-    def is_meant(known: Known, by: DiskName) -> bool:
-        node = known["node"].split("/")
-        return by.means(known["kind"], known["domid"], int(node[-1]), known["guest"])
-
-    for each in names:
-        if not any(is_meant(known, each) for known in disks):
-            served = ", ".join(known["vbd"] for known in disks) or "none at all"
-            raise ConfigError(f"there is no disk {each} in service; there are {served}")
-    return [known for known in disks if any(is_meant(known, each) for each in names)]
+    return Picture(client.service(), client.disks(*args.vbds, looks=True), time.monotonic())
 
 
 def speeds(before: Picture, after: Picture) -> dict[str, Speed]:
     """Return the speed of each disk of the later picture between the two."""
-    former = {each["node"]: each for each in before.disks}
+    former = {each.node: each for each in before.disks}
     seconds = after.at - before.at
-    return {each["node"]: speed(former.get(each["node"]), each, seconds) for each in after.disks}
+    return {each.node: speed(former.get(each.node), each, seconds) for each in after.disks}
 
 
-def speed(before: Known | None, after: Known, seconds: float) -> Speed:
+def speed(before: Disk | None, after: Disk, seconds: float) -> Speed:
     """Return what happened between two descriptions of a disk; nothing is known where its counters began anew."""
-    if before is None or seconds <= 0 or not before["counters"] or not after["counters"]:
+    if before is None or seconds <= 0:
         return Speed()
-    moved = {each: after["counters"][each] - before["counters"][each] for each in after["counters"]}
-    pairs = zip(after["latency_histogram"], before["latency_histogram"], strict=True)
+    moved = {each: after.counters[each] - before.counters[each] for each in after.counters}
+    pairs = zip(after.latency_histogram, before.latency_histogram, strict=True)
     buckets = [new - old for new, old in pairs]
     if min(*(moved[each] for each in RATES), *buckets) < 0:
         return Speed()
@@ -132,42 +112,42 @@ def speed(before: Known | None, after: Known, seconds: float) -> Speed:
     return Speed(rates, moved["latency_ns"] / samples, counters.percentile_ns(buckets, 0.99))
 
 
-def condition(known: Known) -> str:
+def condition(known: Disk) -> str:
     """Return how a disk is in one word: ``paused``, why it is not served as it should be, or our state."""
-    return "paused" if known["paused"] else known["reason"] or known["state"]
+    return "paused" if known.paused else known.reason or known.state
 
 
-def remarks(known: Known) -> list[str]:
+def remarks(known: Disk) -> list[str]:
     """Return the sentences that belong to it."""
-    paused = [f"paused by {known['paused_by'] or 'an administrator'}"] if known["paused"] else []
-    under_way = [f"{each['verb']} is under way, order {each['order']}" for each in known["under_way"]]
-    old = [f"its worker runs {known['worker_version'] or 'another version'}"] if known["needs_upgrade"] else []
-    waits = [_WAITS[known["waits_for"]].format(age(0, known["waits_s"]))] if known["waits_for"] in _WAITS else []
-    files = [_describe_file(each) for each in known["files"] if each["now"] in ("other", "gone")]
-    walls = [f"its worker is not behind these walls: {', '.join(known['no_walls'])}"] if known["no_walls"] else []
-    needs = [f"its drivers need, and have: {', '.join(known['needs'])}"] if known["needs"] else []
-    seconds = known["braked_s"]
+    paused = [f"paused by {known.paused_by or 'an administrator'}"] if known.paused else []
+    under_way = [f"{each.verb} is under way, order {each.order}" for each in known.under_way]
+    old = [f"its worker runs {known.worker_version or 'another version'}"] if known.needs_upgrade else []
+    waits = [_WAITS[known.waits_for].format(age(0, known.waits_s or 0))] if known.waits_for in _WAITS else []
+    files = [_describe_file(each) for each in known.files if each.now in ("other", "gone")]
+    walls = [f"its worker is not behind these walls: {', '.join(known.no_walls)}"] if known.no_walls else []
+    needs = [f"its drivers need, and have: {', '.join(known.needs)}"] if known.needs else []
+    seconds = known.braked_s
     braked = [f"its guest writes to xenstore without end: a look each {seconds:.0f} s"] if seconds else []
-    counted = [_describe_figures(each) for each in known["layers"] if any(each["figures"].values())]
-    every = (*paused, *under_way, known["error"], *waits, *braked, *counted, *files, *old, *walls, *needs)
+    counted = [_describe_figures(each) for each in known.layers if any(each.figures.values())]
+    every = (*paused, *under_way, known.error, *waits, *braked, *counted, *files, *old, *walls, *needs)
     return [printable(each) for each in every if each]
 
 
-def _describe_figures(layer: dict[str, Any]) -> str:
+def _describe_figures(layer: Layer) -> str:
     """Return what a layer counts, such as ``throttle: waiting 12, held 300``."""
-    driver = layer["layer"].partition(":")[0]
-    return f"{driver}: {', '.join(f'{name} {value}' for name, value in layer['figures'].items())}"
+    driver = layer.layer.partition(":")[0]
+    return f"{driver}: {', '.join(f'{name} {value}' for name, value in layer.figures.items())}"
 
 
-def _describe_file(file: dict[str, Any]) -> str:
-    if file["now"] == "gone":
-        return f"{file['file']} has lost that name; the disk is served from the file that had it"
-    return f"{file['file']} leads to another file by now: {file['difference']}; the disk is served from the one before"
+def _describe_file(file: File) -> str:
+    if file.now == "gone":
+        return f"{file.file} has lost that name; the disk is served from the file that had it"
+    return f"{file.file} leads to another file by now: {file.difference}; the disk is served from the one before"
 
 
-def errors(known: Known) -> int:
+def errors(known: Disk) -> int:
     """Return how many requests failed or were wrong, of its whole life."""
-    return int(known["counters"].get("errors", 0) + known["counters"].get("guest_errors", 0))
+    return known.counters["errors"] + known.counters["guest_errors"]
 
 
 def age(since: float | None, now: float) -> str:
@@ -182,20 +162,20 @@ def age(since: float | None, now: float) -> str:
 def service_line(picture: Picture) -> str:
     """Return what is to be said of the service."""
     service, count = picture.service, len(picture.disks)
-    old = sum(each["needs_upgrade"] for each in picture.disks)
+    old = sum(each.needs_upgrade for each in picture.disks)
     stale = f"; {old} of {count} need upgrade: xenbackend upgrade" if old else ""
-    up = age(service.get("since"), time.time())
+    up = age(service.since, time.time())
     disks = f"{count} disk{'s' * (count != 1)}"
-    return f"service {service.get('version', '?')}, process {service['pid']}, up {up}: {disks}{stale}"
+    return f"service {service.version or '?'}, process {service.pid}, up {up}: {disks}{stale}"
 
 
-def _rate(key: str) -> Callable[[Known, Speed], Any]:
+def _rate(key: str) -> Callable[[Disk, Speed], Any]:
     return lambda _, moved: -moved.rates[key] if moved.rates else 0
 
 
-SORTS: dict[str, Callable[[Known, Speed], Any]] = {
-    "disk": lambda known, _: (known["domid"], known["node"]),
-    "guest": lambda known, _: known["guest"],
+SORTS: dict[str, Callable[[Disk, Speed], Any]] = {
+    "disk": lambda known, _: (known.domid, known.node),
+    "guest": lambda known, _: known.guest,
     "state": lambda known, _: condition(known),
     "reads": _rate("reads"),
     "writes": _rate("writes"),
@@ -203,26 +183,26 @@ SORTS: dict[str, Callable[[Known, Speed], Any]] = {
     "written-bytes": _rate("written_bytes"),
     "latency": lambda _, moved: -(moved.mean_ns or 0),
     "errors": lambda known, _: -errors(known),
-    "restarts": lambda known, _: -known["restarts"],
-    "age": lambda known, _: known["worker_since"] or 0,
-    "chain": lambda known, _: known["chain"],
+    "restarts": lambda known, _: -known.restarts,
+    "age": lambda known, _: known.worker_since or 0,
+    "chain": lambda known, _: known.chain,
 }
 
 
-def arranged(args: argparse.Namespace, before: Picture, after: Picture) -> list[tuple[Known, Speed]]:
+def arranged(args: argparse.Namespace, before: Picture, after: Picture) -> list[tuple[Disk, Speed]]:
     """Return the disks with their speeds, as --sort says."""
     moved = speeds(before, after)
-    rows = [(each, moved[each["node"]]) for each in after.disks]
+    rows = [(each, moved[each.node]) for each in after.disks]
     return sorted(rows, key=lambda row: (SORTS[args.sort](*row), SORTS["disk"](*row)))
 
 
-def line(known: Known, moved: Speed, now: float) -> list[str]:
+def line(known: Disk, moved: Speed, now: float) -> list[str]:
     """Return one disk as the words of COLUMNS; a dash where nothing is known. What follows the chain are remarks."""
     rates = [f"{moved.rates[each]:.0f}" if moved.rates else "-" for each in RATES]
     latencies = ["-" if each is None else f"{each / 1e3:.0f}" for each in (moved.mean_ns, moved.p99_ns)]
-    worker = [str(known["worker"] or "-"), age(known["worker_since"], now), known["worker_version"] or "-"]
-    chain = printable(known["chain"]) or "-"
-    words = [known["vbd"], printable(known["guest"]) or "-", condition(known), *worker, str(known["restarts"])]
+    worker = [str(known.worker or "-"), age(known.worker_since, now), known.worker_version or "-"]
+    chain = printable(known.chain) or "-"
+    words = [known.vbd, printable(known.guest) or "-", condition(known), *worker, str(known.restarts)]
     return [*words, *rates, *latencies, str(errors(known)), chain + "".join(f"  # {each}" for each in remarks(known))]
 
 
@@ -230,7 +210,7 @@ def _print_json(args: argparse.Namespace) -> None:
     while True:
         picture = look(args)
         rows = arranged(args, picture, picture)
-        print_json({"service": picture.service, "vbds": [known for known, _ in rows]})
+        print_json({"service": picture.service.values, "vbds": [known.values for known, _ in rows]})
         sys.stdout.flush()
         if args.watch is None:
             return

@@ -10,7 +10,8 @@ import time
 from typing import TYPE_CHECKING
 
 from xenbackend.cli import status
-from xenbackend.cli.status import Known, Picture, Speed
+from xenbackend.cli.status import Picture, Speed
+from xenbackend.client import Disk
 from xenbackend.errors import printable
 from xenbackend.units import format_duration, format_size
 
@@ -61,7 +62,7 @@ def frame(args: argparse.Namespace, before: Picture, after: Picture, room: int |
     from rich.text import Text
 
     rows = status.arranged(args, before, after)[:room]
-    notes = [f"{known['vbd']}: {each}" for known, _ in rows for each in _notes(known)]
+    notes = [f"{known.vbd}: {each}" for known, _ in rows for each in _notes(known)]
     line = status.service_line(after)
     if before is after and rows:
         line += "; rates follow with the next picture"
@@ -70,7 +71,7 @@ def frame(args: argparse.Namespace, before: Picture, after: Picture, room: int |
     return Group(*([table(rows)] if rows else []), *map(Text, [*notes, line]))
 
 
-def table(rows: list[tuple[Known, Speed]]) -> Table:
+def table(rows: list[tuple[Disk, Speed]]) -> Table:
     """Return the table, which fits into 80 columns: what belongs together stands one above the other."""
     from rich.table import Table
 
@@ -84,24 +85,24 @@ def table(rows: list[tuple[Known, Speed]]) -> Table:
     return made
 
 
-def _notes(known: Known) -> list[str]:
-    restarts = [f"restarts of its worker: {known['restarts']}"] if known["restarts"] else []
+def _notes(known: Disk) -> list[str]:
+    restarts = [f"restarts of its worker: {known.restarts}"] if known.restarts else []
     return [*status.remarks(known), *restarts]
 
 
-def _cells(known: Known, moved: Speed, now: float) -> list[Text]:
+def _cells(known: Disk, moved: Speed, now: float) -> list[Text]:
     from rich.text import Text  # a chain may hold what rich takes for mark-up
 
     word = status.condition(known)
-    worker = f"{known['worker']}, {status.age(known['worker_since'], now)}" if known["worker"] else "no worker"
+    worker = f"{known.worker}, {status.age(known.worker_since, now)}" if known.worker else "no worker"
     return [
-        Text(f"{known['vbd']}\n{printable(known['guest'])}"),
-        Text.assemble((word, _STYLES.get(word, "red" if known["reason"] else "")), f"\n{worker}"),
+        Text(f"{known.vbd}\n{printable(known.guest)}"),
+        Text.assemble((word, _STYLES.get(word, "red" if known.reason else "")), f"\n{worker}"),
         Text(_rates(moved, "reads", "read_bytes")),
         Text(_rates(moved, "writes", "written_bytes")),
         Text(f"{_duration(moved.mean_ns)}\n{_duration(moved.p99_ns, '<')}"),
         Text(str(status.errors(known))),
-        Text(printable(known["chain"]) + (" (read-only)" if known["read_only"] else "")),
+        Text(printable(known.chain) + (" (read-only)" if known.read_only else "")),
     ]
 
 

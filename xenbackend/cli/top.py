@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from xenbackend.cli import status, top_rows
-from xenbackend.cli.arguments import add_json, add_socket, disk
+from xenbackend.cli.arguments import add_json, add_socket
 from xenbackend.cli.output import print_json
 from xenbackend.cli.status import Picture
 from xenbackend.cli.top_rows import History, Row, View
 from xenbackend.client import Client, ServiceError
-from xenbackend.errors import ConfigError, printable
+from xenbackend.errors import printable
 from xenbackend.protocol.client import Waiting
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def register(subparsers: Any) -> None:
         "terminal, or with --once or --count, it prints lines for scripts.",
         epilog=f"Keys: {KEYS}.",
     )
-    parser.add_argument("vbds", nargs="*", type=disk, metavar="DISK", help="only these, such as 5/xvda or guest/xvda")
+    parser.add_argument("vbds", nargs="*", metavar="DISK", help="only these, such as 5/xvda or guest/xvda")
     parser.add_argument(
         "--interval", type=status.interval, default=2.0, metavar="SECONDS", help="between two looks (%(default)s)"
     )
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     from xenbackend.cli import top_terminal  # late: scripts have no terminal
 
     top_terminal.check()
-    status.chosen(look(args).disks, args.vbds)  # what is wrong from the beginning is told in a sentence
+    look(args)  # what is wrong from the beginning is told in a sentence
     console = Console(highlight=False)
     with top_terminal.Terminal(console) as terminal:
         bars = top_rows.BARS if console.encoding.lower().startswith("utf") else top_rows.PLAIN_BARS
@@ -82,9 +82,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def look(args: argparse.Namespace, waiting: Waiting | None = None) -> Picture:
-    """Ask the service. Raises: ServiceError."""
+    """Ask the service. Raises: ServiceError, also for a disk that it does not serve."""
     client = Client(args.socket, waiting=waiting, answer_s=ANSWER_S)
-    return Picture(client.service().values, [each.values for each in client.disks()], time.monotonic())
+    return Picture(client.service(), client.disks(*args.vbds), time.monotonic())
 
 
 @dataclass(slots=True)
@@ -114,7 +114,7 @@ class Live:
         self._note = ""
 
     def run(self) -> None:
-        """Go on until a key ends it. Raises: ConfigError for a disk that is not there at the first look."""
+        """Go on until a key ends it."""
         due = time.monotonic()
         while not self._state.has_ended:
             now = time.monotonic()
@@ -128,14 +128,12 @@ class Live:
     def _look(self) -> None:
         try:
             picture = look(self._args, self._meanwhile)
-            rows = self._history.take(picture)
-            status.chosen(picture.disks, self._args.vbds)
         except _Ended:
             return
-        except (ServiceError, ConfigError) as problem:  # it is tried again, and what was seen stays
+        except ServiceError as problem:  # it is tried again, and what was seen stays
             self._note = str(problem)
             return
-        self._rows, self._note = rows, ""
+        self._rows, self._note = self._history.take(picture), ""
         self._service = status.service_line(picture)
 
     def _meanwhile(self, waited_s: float) -> None:
@@ -157,12 +155,7 @@ class Live:
         from xenbackend.cli.top_screen import Frame
 
         state = self._state
-        known = {row.known["node"] for row in self._rows}
-        names = self._args.vbds if known else ()
-        try:
-            rows = top_rows.arranged(self._rows, state.view, names)
-        except ConfigError:  # the disk has gone
-            rows = []
+        rows = top_rows.arranged(self._rows, state.view)
         state.first = max(0, min(state.first, len(rows) - 1))
         held = "held; " if state.is_held else ""
         service = f"{held}{self._service}"
@@ -237,10 +230,10 @@ def _print(args: argparse.Namespace, view: View) -> None:
     while left is None or left > 0:
         time.sleep(args.interval)
         picture = look(args)
-        rows = top_rows.arranged(history.take(picture), view, args.vbds)
+        rows = top_rows.arranged(history.take(picture), view)
         if args.json:
             print_json(
-                {"time": time.time(), "service": picture.service, "vbds": [top_rows.values(row) for row in rows]}
+                {"time": time.time(), "service": picture.service.values, "vbds": [top_rows.values(row) for row in rows]}
             )
         else:
             _print_lines(rows, view)
@@ -262,8 +255,8 @@ def _cells(row: Row) -> list[str]:
     rates = [f"{row.moved.rates[each]:.0f}" if row.moved.rates else "-" for each in status.RATES]
     times = ["-" if each is None else f"{each / 1e3:.0f}" for each in (row.moved.mean_ns, row.moved.p99_ns)]
     known = row.known
-    words = [known["vbd"], printable(known["guest"]) or "-", row.condition, *rates, str(row.in_flight), *times]
-    return [*words, str(status.errors(known)), printable(known["chain"]) or "-"]
+    words = [known.vbd, printable(known.guest) or "-", row.condition, *rates, str(row.in_flight), *times]
+    return [*words, str(status.errors(known)), printable(known.chain) or "-"]
 
 
 def _count(text: str) -> int:

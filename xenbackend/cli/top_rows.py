@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from xenbackend.cli import status
-from xenbackend.cli.status import Known, Picture, Speed
-from xenbackend.disks import DiskName
+from xenbackend.cli.status import Picture, Speed
+from xenbackend.client import Disk
 from xenbackend.errors import printable
 
 REMEMBERED = 60  # intervals, of which the sparkline shows as many as there is room for
@@ -24,14 +24,14 @@ PLAIN_BARS = "_.-=+*#%"  # where a terminal has no others
 class Row:
     """One disk between two looks; `history` are mean latencies in ns, the latest last, None where nothing was timed."""
 
-    known: Known
+    known: Disk
     moved: Speed
     history: tuple[float | None, ...] = ()
 
     @property
     def in_flight(self) -> int:
         """The requests that are under way."""
-        return int(self.known["counters"].get("in_flight", 0))
+        return self.known.counters["in_flight"]
 
     @property
     def condition(self) -> str:
@@ -41,7 +41,7 @@ class Row:
     @property
     def text(self) -> str:
         """What a filter looks into."""
-        words = (self.known["vbd"], self.known["guest"], self.condition, self.known["chain"])
+        words = (self.known.vbd, self.known.guest, self.condition, self.known.chain)
         return printable(" ".join(words)).lower()
 
 
@@ -80,18 +80,16 @@ class History:
         """Return a row for each disk of a look; of the first one no speed is known."""
         moved = status.speeds(self._last or picture, picture)
         is_first, self._last = self._last is None, picture
-        self._means = {each["node"]: self._means.get(each["node"], deque(maxlen=REMEMBERED)) for each in picture.disks}
+        self._means = {each.node: self._means.get(each.node, deque(maxlen=REMEMBERED)) for each in picture.disks}
         if not is_first:
             for node, means in self._means.items():
                 means.append(moved[node].mean_ns)
-        return [Row(each, moved[each["node"]], tuple(self._means[each["node"]])) for each in picture.disks]
+        return [Row(each, moved[each.node], tuple(self._means[each.node])) for each in picture.disks]
 
 
-def arranged(rows: Iterable[Row], view: View, names: Sequence[DiskName] = ()) -> list[Row]:
-    """Return the rows that are wanted, in the order that is wanted. Raises: ConfigError, as `status.chosen`."""
-    rows = list(rows)
-    wanted = {each["node"] for each in status.chosen([row.known for row in rows], names)}
-    found = [row for row in rows if row.known["node"] in wanted and view.filter.lower() in row.text]
+def arranged(rows: Iterable[Row], view: View) -> list[Row]:
+    """Return the rows that are wanted, in the order that is wanted."""
+    found = [row for row in rows if view.filter.lower() in row.text]
     found.sort(key=lambda row: (SORTS[view.sort](row), SORTS["disk"](row)), reverse=view.is_reversed)
     return found
 
@@ -109,9 +107,9 @@ def sparkline(values: Sequence[float | None], width: int, bars: str = BARS) -> s
 def layers(row: Row) -> list[str]:
     """Return a line for each layer: its text, and what it counts."""
     lines = []
-    for each in row.known["layers"]:
-        figures = ", ".join(f"{name} {value}" for name, value in each["figures"].items())
-        lines.append(printable(each["layer"]) + (f"  [{printable(figures)}]" if figures else ""))
+    for each in row.known.layers:
+        figures = ", ".join(f"{name} {value}" for name, value in each.figures.items())
+        lines.append(printable(each.layer) + (f"  [{printable(figures)}]" if figures else ""))
     return lines
 
 
@@ -119,12 +117,12 @@ def values(row: Row) -> dict[str, Any]:
     """Return a row for scripts."""
     known, moved = row.known, row.moved
     rates = {f"{name}_per_s": None if moved.rates is None else round(moved.rates[name], 3) for name in status.RATES}
-    figures = [{"layer": each["layer"], "figures": each["figures"]} for each in known["layers"]]
+    figures = [{"layer": each.layer, "figures": each.figures} for each in known.layers]
     return {
-        "vbd": known["vbd"],
-        "guest": known["guest"],
+        "vbd": known.vbd,
+        "guest": known.guest,
         "condition": row.condition,
-        "chain": known["chain"],
+        "chain": known.chain,
         **rates,
         "mean_ns": None if moved.mean_ns is None else round(moved.mean_ns),
         "p99_ns": moved.p99_ns,

@@ -68,8 +68,8 @@ def _time(nanoseconds: float | None) -> str:
 
 def _columns(bars: str) -> list[_Column]:
     return [
-        _Column("disk", 9, 0, lambda row: row.known["vbd"], is_right=False),
-        _Column("guest", 12, 6, lambda row: printable(row.known["guest"]) or "-", is_right=False),
+        _Column("disk", 9, 0, lambda row: row.known.vbd, is_right=False),
+        _Column("guest", 12, 6, lambda row: printable(row.known.guest) or "-", is_right=False),
         _Column("state", 12, 1, lambda row: row.condition, is_right=False),
         _Column("r/s", 6, 3, _rate("reads")),
         _Column("w/s", 6, 3, _rate("writes")),
@@ -135,9 +135,9 @@ def _of_row(row: Row, columns: Sequence[_Column], view: View) -> list[Text]:
         word = word.rjust(each.width) if each.is_right else word
         style = _STYLES.get(row.condition, "red") if each.heading == "state" else ""
         line.append(set_cell_size(word, each.width), style).append(" ")
-    line.append(printable(row.known["chain"]))
+    line.append(printable(row.known.chain))
     below = [Text(f"    {each}", "dim") for each in top_rows.layers(row)] if view.with_layers else []
-    if row.known["reason"] or row.known["paused"]:
+    if row.known.reason or row.known.paused:
         below.insert(0, Text(f"    {next(iter(status.remarks(row.known)), '')}", "yellow"))
     return [line, *below]
 

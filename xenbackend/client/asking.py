@@ -60,22 +60,19 @@ class Client:
         """Return what the service says of itself."""
         return self._typed(results.service, self._ask({"verb": "ping"}))
 
-    def disks(self, *, looks: bool = False) -> list[Disk]:
-        """Return all disks in service; with `looks` also what their files' names mean by now, which is looked up."""
+    def disks(self, *vbds: str, looks: bool = False) -> list[Disk]:
+        """Return all disks in service, or those that are named, such as ``5/xvda`` or ``guest/xvda``.
+
+        With `looks` also what their files' names mean by now, which is looked up. Raises: Invalid, where one that is
+        named is not in service.
+        """
+        names = [_checked(each) for each in vbds]
         said = self._ask({"verb": "status", **_flag("looks", is_set=looks)})
-        return self._typed(lambda said: results.each_of(results.disk, said), said)
+        return self._typed(lambda said: _chosen(results.each_of(results.disk, said), names), said)
 
     def disk(self, vbd: str) -> Disk:
-        """Return a disk, such as ``5/xvda`` or ``guest/xvda``. Raises: Invalid, where it is not in service."""
-        name = _checked(vbd)
-        disks = self.disks()
-        for each in disks:
-            devid = self._typed(int, each.node.rpartition("/")[2])
-            if name.means(each.kind, each.domid, devid, each.guest):
-                return each
-        served = ", ".join(each.vbd for each in disks) or "none at all"
-        sentence = f"there is no disk {name} in service; there are {served}"
-        raise ServiceError(Answer(Code.INVALID, sentence=sentence))
+        """Return a disk in service. Raises: Invalid."""
+        return self.disks(vbd)[0]
 
     def orders(self) -> list[Order]:
         """Return the last orders, the latest at the end."""
@@ -203,6 +200,16 @@ class Client:
 def _flag(name: str, *, is_set: bool) -> dict[str, Any]:
     """Return the part of a request that is left out where it is not wanted."""
     return {name: True} if is_set else {}
+
+
+def _chosen(disks: list[Disk], names: list[DiskName]) -> list[Disk]:
+    """Return those that are named, all without a name. Raises: Invalid, for a name that none has."""
+    for name in names:
+        if not any(each.is_called(name) for each in disks):
+            served = ", ".join(each.vbd for each in disks) or "none at all"
+            sentence = f"there is no disk {name} in service; there are {served}"
+            raise ServiceError(Answer(Code.INVALID, sentence=sentence))
+    return [each for each in disks if not names or any(map(each.is_called, names))]
 
 
 def _checked(vbd: str) -> DiskName:

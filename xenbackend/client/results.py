@@ -11,6 +11,8 @@ from dataclasses import MISSING, dataclass, field, fields
 from types import NoneType
 from typing import Any, TypeVar
 
+from xenbackend.counters import BUCKETS
+from xenbackend.disks import DiskName
 from xenbackend.protocol import plain
 from xenbackend.protocol.codes import Code, known
 
@@ -124,6 +126,15 @@ class Disk:
     latency_by_operation: dict[str, Latency]
     values: Values = field(repr=False)
 
+    def is_called(self, name: DiskName) -> bool:
+        """Return whether somebody who says this name means this disk."""
+        return name.means(self.kind, self.domid, self.devid, self.guest)
+
+    @property
+    def devid(self) -> int:
+        """The number of its device. Raises: ValueError, where `node` is none of xenstore's."""
+        return int(self.node.rpartition("/")[2])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Who:
@@ -196,6 +207,11 @@ class Times:
     bytes: int
     sum_ns: int
     buckets: dict[str, int]
+
+    @property
+    def histogram(self) -> tuple[int, ...]:
+        """The same as `Disk.latency_histogram` has them: element n counts those below 2^n ns."""
+        return tuple(self.buckets.get(str(place), 0) for place in range(BUCKETS))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
