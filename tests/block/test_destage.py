@@ -14,6 +14,7 @@ from tests.helpers_block import Machine, discard, flush, read, write
 from xenbackend.block.destage import REST_S
 from xenbackend.block.drivers.cache import Cache
 from xenbackend.block.request import Op, Request
+from xenbackend.block.write_back import WriteBack
 
 BLOCK = 4096
 
@@ -89,10 +90,10 @@ def test_media_that_answer_at_once(tmp_path: Path) -> None:
         driver = chain.layers[0].driver
         assert driver.figures()["dirty"] > 2000
         assert isinstance(driver, Cache)
-        assert driver._writer is not None
+        assert isinstance(driver._requests, WriteBack)
         counts = [driver.figures()["destaged"]]
         for _ in range(50):
-            driver._writer.destage._tick()
+            driver._requests.destage._tick()
             machine.do(chain, read(0, 512))
             counts.append(driver.figures()["destaged"])
         assert max(later - sooner for sooner, later in pairwise(counts)) <= 4 * 8

@@ -46,8 +46,8 @@ class Life(lives.Beside):
     def writer(self) -> WriteBack:
         """Return what does all."""
         assert isinstance(self.top, Cache)
-        assert self.top._writer is not None
-        return self.top._writer
+        assert isinstance(self.top._requests, WriteBack)
+        return self.top._requests
 
     def run(self) -> None:
         """Do all that waits."""

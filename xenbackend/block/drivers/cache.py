@@ -63,30 +63,21 @@ Limits:
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import os
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated
 
 from xenbackend.block.below import describe
 from xenbackend.block.cache_file import open_back, open_read
 from xenbackend.block.cache_map import CacheMap
-from xenbackend.block.cache_parts import MODES, READ, WRITEBACK, WRITETHROUGH, Own, check_sizes, parse_mode
-from xenbackend.block.copies import Copies, fill, give
+from xenbackend.block.cache_parts import MODES, READ, WRITEBACK, WRITETHROUGH, check_sizes, parse_mode
 from xenbackend.block.driver import Env, File, Filter, Geometry
-from xenbackend.block.formats.cache import DATA_AT
-from xenbackend.block.mapped.parts import Join, cut
 from xenbackend.block.options import Kind, RecordPath, Size, option
-from xenbackend.block.overtaken import Overtaken
-from xenbackend.block.request import PENDING, Op, Request
+from xenbackend.block.request import Request
 from xenbackend.block.write_back import WriteBack
+from xenbackend.block.write_through import WriteThrough
 from xenbackend.errors import DriverError
 from xenbackend.units import format_size
-
-_MOST = 128 << 10  # bytes of a request that is kept
-_PATIENCE = 16  # errors of FILE, one after the other
 
 
 class Cache(Filter):
@@ -114,8 +105,7 @@ class Cache(Filter):
 
     options: Options
     _file: File | None = None
-    _map: CacheMap | None = None  # None: FILE is left alone
-    _writer: WriteBack | None = None  # with mode=writeback it does all
+    _requests: WriteThrough | WriteBack
 
     def __init__(self, options: Options) -> None:
         """See `Driver`."""
@@ -126,295 +116,69 @@ class Cache(Filter):
     def open(self, env: Env) -> Geometry:
         """Open FILE, or make it. Raises: DriverError, OSError."""
         geometry = super().open(env)
-        self._size, self._block = geometry.size, self.options.block
-        self._bits = self._block.bit_length() - 1
-        self._copies = Copies()
-        self._overtaken = Overtaken()
-        self._free: list[Own] = []  # reads from FILE that may be used again
-        self._done_read = self._was_read
-        self._down: list[Request] = []
-        self._to_file: list[Request] = []
-        self._back: list[Request] = []
-        self._hits = self._misses = self._errors = self._in_a_row = self._at_file = 0
         if self.options.mode == WRITEBACK:
             return self._open_back(env, geometry)
-        if env.serves:
-            try:
-                self._open_file(env)
-            except (DriverError, OSError) as problem:
-                if not env.resumes:
-                    raise
-                self._map = CacheMap(env, self.options.size // self._block, b"")  # nothing that comes is noted there
-                self._leave_alone(str(problem))
+        if not env.serves:
+            self._requests = self._through(None)
+            return geometry
+        try:
+            known = self._open_file(env)
+        except (DriverError, OSError) as problem:
+            if not env.resumes:
+                raise
+            known = CacheMap(env, self.options.size // self.options.block, b"")  # nothing that comes is noted there
+            self._requests = self._through(known)
+            self._requests.leave_alone(str(problem))
+        else:
+            self._requests = self._through(known)
         return geometry
 
     def _open_back(self, env: Env, geometry: Geometry) -> Geometry:
         """Open FILE, also for whoever only looks: it may have what is nowhere else. Raises: DriverError, OSError."""
         options = self.options
         self._file, header = open_back(self, options.file, options.size, options.block)
-        self._file.complete = self.on_complete
-        if header is not None:
-            self._writer = WriteBack(self, self._file, header, rate=options.destage)
-            dirty = self._writer.figures()["dirty"]
+        if header is None:
+            self._requests = self._through(None)
+        else:
+            self._file.complete = self.on_complete
+            self._requests = WriteBack(self, self._file, header, rate=options.destage)
+            dirty = self._requests.figures()["dirty"]
             env.report("mode", self._file.mode)
             env.report("cache", f"{format_size(header.size)}; {dirty} blocks were in FILE alone when it was opened")
         physical = max(geometry.physical_sector_size, self._file.physical_sector_size)
         return replace(geometry, can_flush=True, physical_sector_size=physical)
 
-    def _open_file(self, env: Env) -> None:
-        """Open FILE, and what was known of it. Raises: DriverError, OSError."""
-        file, header = open_read(self, self.options.file, self.options.size, self._block)
-        self._file = file
-        file.complete = self._from_file
-        cut = self._size % self._block and self._size  # its last block is another one once the disk has grown
+    def _open_file(self, env: Env) -> CacheMap:
+        """Open FILE, and return what was known of it. Raises: DriverError, OSError."""
+        block, size = self.options.block, self.below.size  # type: ignore[union-attr]  # as in `Filter.open`
+        self._file, header = open_read(self, self.options.file, self.options.size, block)
+        cut = size % block and size  # its last block is another one once the disk has grown
         base = f"{describe(self.next, env.files, with_changes=False)} {cut}".encode(errors="surrogateescape")
-        self._map = CacheMap(env, header.blocks, header.token + hashlib.sha256(base).digest())
-        env.report("mode", file.mode)
-        env.report("cache", f"{format_size(self._map.slots * self._block)} in blocks of {format_size(self._block)}")
+        known = CacheMap(env, header.blocks, header.token + hashlib.sha256(base).digest())
+        env.report("mode", self._file.mode)
+        env.report("cache", f"{format_size(known.slots * block)} in blocks of {format_size(block)}")
+        return known
+
+    def _through(self, known: CacheMap | None) -> WriteThrough:
+        keeps_writes = self.options.mode == WRITETHROUGH
+        return WriteThrough(self, self._file, known, self.options.block, keeps_writes=keeps_writes)
 
     def submit(self, batch: list[Request]) -> None:
-        """Read from FILE what is there, pass on the rest, and keep what comes back."""
-        if self._writer is not None:
-            self._writer.submit(batch)
-            return
-        for request in batch:
-            if request.op == Op.READ and self._map is not None:
-                self._read(request, self._map)
-            elif request.op in (Op.WRITE, Op.DISCARD):
-                self._alter(request)
-            else:
-                self._down.append(request)
-        self._pass_on()
+        """Have FILE or the layer below do what they are to do."""
+        self._requests.submit(batch)
 
     def on_complete(self, batch: list[Request]) -> None:
         """Go on with what the layer below gives back, or FILE with mode=writeback."""
-        if self._writer is not None:
-            self._writer.take_back(batch)
-            return
-        for request in batch:
-            if type(request) is Own and request.cache is self:
-                request.done(request)
-            else:
-                if request.op in (Op.WRITE, Op.DISCARD):
-                    self._overtaken.end(*self._blocks(request))
-                self._back.append(request)
-        self._pass_on()
+        self._requests.take_back(batch)
 
     def figures(self) -> dict[str, int]:
         """See `Driver`."""
-        if self._writer is not None:
-            return self._writer.figures()
-        return {"hits": self._hits, "misses": self._misses, "errors": self._errors}
+        return self._requests.figures()
 
     def close(self) -> None:
         """Let go of FILE. Raises: OSError."""
-        self.env.wait_for(lambda: not self._at_file)  # or it would land in a slot that another chain has given away
         try:
-            if self._writer is not None:
-                self._writer.close()
-            if self._map is not None:
-                self._map.close()
+            self._requests.close()
         finally:
             if self._file is not None:
                 self._file.close()
-
-    def _from_file(self, batch: list[Request]) -> None:
-        """Go on with what FILE gives back."""
-        self._at_file -= len(batch)
-        for own in batch:
-            own.done(own)  # type: ignore[attr-defined]  # nothing else is sent there
-        self._pass_on()
-
-    def _pass_on(self) -> None:
-        """Send down, to FILE and up what has come together meanwhile."""
-        if self._down:
-            down, self._down = self._down, []
-            self.next.submit(down)  # type: ignore[union-attr]  # a filter in a chain has a layer below
-        if self._to_file:
-            to_file, self._to_file = self._to_file, []
-            self._at_file += len(to_file)
-            self._file.submit(to_file)  # type: ignore[union-attr]  # there is a map, or was when these were made
-        if self._back:
-            back, self._back = self._back, []
-            self.complete(back)
-
-    def _blocks(self, request: Request) -> tuple[int, int]:
-        return request.offset >> self._bits, (request.offset + request.length - 1) >> self._bits
-
-    # reads
-
-    def _read(self, request: Request, known: CacheMap) -> None:
-        bits, offset = self._bits, request.offset
-        first, last = offset >> bits, (offset + request.length - 1) >> bits
-        slot = known.find(first)
-        if slot >= 0 and first == last:
-            self._hits += 1
-            self._read_slot(request, slot, offset & (self._block - 1), request.length, request.iov, known)
-            return
-        slots = [slot, *map(known.find, range(first + 1, last + 1))]
-        if -1 in slots:
-            self._miss(request, first, last)
-            return
-        self._hits += 1
-        pieces, at = Join(request, len(slots)), offset & (self._block - 1)
-        lengths = [self._block - at, *[self._block] * (len(slots) - 2)]
-        lengths.append(request.length - sum(lengths))
-        for place, length, iov in zip(slots, lengths, cut(request.iov, lengths), strict=True):
-            self._read_slot(pieces, place, at, length, iov, known)
-            at = 0
-
-    def _read_slot(
-        self, tag: Request | Join, slot: int, at: int, length: int, iov: Sequence[memoryview], known: CacheMap
-    ) -> None:
-        """Read a part of a slot, which stays as it is until that is done."""
-        known.pins[slot] += 1
-        own = self._free.pop() if self._free else Own()
-        own.offset, own.length, own.iov = DATA_AT + (slot << self._bits) + at, length, iov
-        own.op, own.status, own.done, own.tag, own.block = Op.READ, PENDING, self._done_read, tag, slot
-        self._to_file.append(own)
-
-    def _was_read(self, own: Own) -> None:
-        request, status = own.tag, own.status
-        if self._map is not None:
-            self._map.pins[own.block] -= 1
-        own.tag, own.iov = None, ()
-        self._free.append(own)
-        if type(request) is Join:
-            request.status, request.left = max(request.status, status), request.left - 1
-            if request.left:
-                return
-            request, status = request.request, request.status
-        if status:
-            self._drop(*self._blocks(request))
-            self._failed(status)
-            self._down.append(request)  # nothing need be in FILE
-        else:
-            self._in_a_row = 0
-            request.status = 0
-            self._back.append(request)
-
-    def _miss(self, request: Request, first: int, last: int) -> None:
-        """Read whole blocks from below."""
-        self._misses += 1
-        if request.length > _MOST or not self._copies.have_room(_MOST + 2 * self._block):
-            self._down.append(request)
-            return
-        start = first << self._bits
-        own = Own.make(self, Op.READ, start, min((last + 1) << self._bits, self._size) - start, self._missed)
-        self._take_copy(own, request, first, last)
-        self._down.append(own)
-
-    def _take_copy(self, own: Own, request: Request, first: int, last: int) -> None:
-        own.tag, own.slots, own.memory = request, {}, self._copies.take(own.length)
-        own.iov = [own.memory[: own.length]]
-        own.copy = self._overtaken.copy(first, last)
-
-    def _missed(self, own: Own) -> None:
-        """Give back what was read from below, and keep it."""
-        request: Request = own.tag
-        request.status = own.status
-        if not own.status:
-            give(request.iov, own.memory, request.offset - own.offset)
-        self._back.append(request)
-        self._keep(own)
-
-    # what is written
-
-    def _alter(self, request: Request) -> None:
-        """Have the cache know nothing of what is altered, before it is sent; and perhaps keep it afterwards."""
-        first, last = self._blocks(request)
-        known, is_kept = self._map, self.options.mode == WRITETHROUGH and request.op == Op.WRITE
-        if known is None or not is_kept or request.length > _MOST or not self._copies.have_room(_MOST):
-            self._drop(first, last)
-            self._overtaken.begin(first, last)
-            self._down.append(request)
-            return
-        own = Own.make(self, Op.WRITE, request.offset, request.length, self._written)
-        self._take_copy(own, request, first, last)
-        was_old = own.copy.is_old
-        fill(own.memory, 0, request.iov)  # the guest may alter its pages between the one medium and the other
-        for block in {first, last}:
-            slot = known.find(block)
-            if slot >= 0:  # what it has around a write to a part of it stays true
-                known.pins[slot] += 1
-                own.slots[block] = slot
-        self._drop(first, last)
-        self._overtaken.begin(first, last)
-        own.copy.is_old = was_old  # it is no older than itself
-        self._down.append(own)
-
-    def _written(self, own: Own) -> None:
-        """Give back what was written below, and keep it."""
-        request: Request = own.tag
-        self._overtaken.end(*self._blocks(request))
-        request.status = own.status
-        self._back.append(request)
-        self._keep(own)
-
-    def _drop(self, first: int, last: int) -> None:
-        if self._map is None:
-            return
-        if self._overtaken.is_wide(first, last):
-            self._map.clear()
-        else:
-            self._map.drop(first, last)
-
-    # what is kept
-
-    def _keep(self, own: Own) -> None:
-        """Write what was read or written into slots, unless that failed, or is old."""
-        known, begun, own.left = self._map, own.slots, 0
-        own.slots = {}
-        if known is not None and not own.status and not own.copy.is_old:
-            for block in range(own.copy.first, own.copy.last + 1):
-                self._keep_block(own, block, begun.pop(block, -1), known)
-        for slot in begun.values() if known is not None else ():
-            known.pins[slot] -= 1  # type: ignore[union-attr]  # as above
-        if not own.left:
-            self._forget(own)
-
-    def _keep_block(self, own: Own, block: int, slot: int, known: CacheMap) -> None:
-        """Write what there is of a block into `slot`, or all of it into another one."""
-        begin, end = block << self._bits, min((block + 1) << self._bits, self._size)
-        start, stop = max(begin, own.offset), min(end, own.offset + own.length)
-        if slot < 0 and (start, stop) == (begin, end) and known.find(block) < 0:
-            slot = known.take(block)
-        if slot < 0:
-            return
-        part = Own.make(self, Op.WRITE, DATA_AT + slot * self._block + start - begin, stop - start, self._kept)
-        part.iov, part.tag, part.block = [own.memory[start - own.offset : stop - own.offset]], own, block
-        own.slots[block] = slot
-        own.left += 1
-        self._to_file.append(part)
-
-    def _kept(self, part: Own) -> None:
-        own: Own = part.tag
-        if self._map is not None:
-            slot = own.slots[part.block]
-            if not part.status and not own.copy.is_old:
-                self._map.put(slot, part.block)
-            self._map.pins[slot] -= 1
-        if part.status:
-            self._failed(part.status)
-        own.left -= 1
-        if not own.left:
-            self._forget(own)
-
-    def _forget(self, own: Own) -> None:
-        self._overtaken.forget(own.copy)
-        self._copies.put(own.memory)
-
-    def _failed(self, status: int) -> None:
-        """Count an error of FILE; one that is full takes what there is room for."""
-        self._errors += 1
-        self._in_a_row += status not in (errno.ENOSPC, errno.EDQUOT)
-        if self._in_a_row >= _PATIENCE and self._map is not None:
-            self._leave_alone(os.strerror(status))
-
-    def _leave_alone(self, why: str) -> None:
-        """Serve without FILE from now on, and leave a successor nothing of what it has."""
-        if self._map is not None:
-            self._map.clear()
-            self._map.close()
-            self._map = None
-        self.env.report("cache", f"off: {why}")

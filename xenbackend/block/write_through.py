@@ -1,0 +1,281 @@
+"""The requests of a cache whose layer below answers every write: without FILE they are slower, and nothing else.
+
+Must not let a block of FILE be read that is older than what the layer below has.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from xenbackend.block.cache_map import CacheMap
+from xenbackend.block.cache_parts import Own
+from xenbackend.block.copies import Copies, fill, give
+from xenbackend.block.formats.cache import DATA_AT
+from xenbackend.block.mapped.parts import Join, cut
+from xenbackend.block.overtaken import Overtaken
+from xenbackend.block.request import PENDING, Op, Request
+
+if TYPE_CHECKING:
+    from xenbackend.block.driver import File, Filter
+
+_MOST = 128 << 10  # bytes of a request that is kept
+_PATIENCE = 16  # errors of FILE, one after the other
+
+
+class WriteThrough:
+    """Those of one disk. `map` is None where FILE is left alone."""
+
+    def __init__(
+        self, driver: Filter, file: File | None, known: CacheMap | None, block: int, *, keeps_writes: bool
+    ) -> None:
+        """Begin with a map of what FILE has; without both everything goes by. `block` is in bytes."""
+        assert driver.below is not None  # noqa: S101 - as in `Filter.open`
+        self._driver, self._env, self._file, self.map = driver, driver.env, file, known
+        self._size, self._block, self._keeps_writes = driver.below.size, block, keeps_writes
+        self._bits = block.bit_length() - 1
+        self._copies = Copies()
+        self._overtaken = Overtaken()
+        self._free: list[Own] = []  # reads from FILE that may be used again
+        self._done_read = self._was_read
+        self._down: list[Request] = []
+        self._to_file: list[Request] = []
+        self._back: list[Request] = []
+        self._hits = self._misses = self._errors = self._in_a_row = self._at_file = 0
+        if file is not None:
+            file.complete = self._from_file
+
+    def submit(self, batch: list[Request]) -> None:
+        """Take requests as a driver does: read from FILE what is there, pass on the rest, and keep what comes back."""
+        for request in batch:
+            if request.op == Op.READ and self.map is not None:
+                self._read(request, self.map)
+            elif request.op in (Op.WRITE, Op.DISCARD):
+                self._alter(request)
+            else:
+                self._down.append(request)
+        self._pass_on()
+
+    def take_back(self, batch: list[Request]) -> None:
+        """Go on with what the layer below gives back."""
+        for request in batch:
+            if type(request) is Own and request.cache is self:
+                request.done(request)
+            else:
+                if request.op in (Op.WRITE, Op.DISCARD):
+                    self._overtaken.end(*self._blocks(request))
+                self._back.append(request)
+        self._pass_on()
+
+    def figures(self) -> dict[str, int]:
+        """See `Driver`."""
+        return {"hits": self._hits, "misses": self._misses, "errors": self._errors}
+
+    def close(self) -> None:
+        """Wait for FILE, and let go of memory."""
+        self._env.wait_for(lambda: not self._at_file)  # or it would land in a slot that another chain has given away
+        if self.map is not None:
+            self.map.close()
+
+    def _from_file(self, batch: list[Request]) -> None:
+        """Go on with what FILE gives back."""
+        self._at_file -= len(batch)
+        for own in batch:
+            own.done(own)  # type: ignore[attr-defined]  # nothing else is sent there
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        """Send down, to FILE and up what has come together meanwhile."""
+        if self._down:
+            down, self._down = self._down, []
+            self._driver.next.submit(down)  # type: ignore[union-attr]  # a filter in a chain has a layer below
+        if self._to_file:
+            to_file, self._to_file = self._to_file, []
+            self._at_file += len(to_file)
+            self._file.submit(to_file)  # type: ignore[union-attr]  # there is a map, or was when these were made
+        if self._back:
+            back, self._back = self._back, []
+            self._driver.complete(back)
+
+    def _blocks(self, request: Request) -> tuple[int, int]:
+        return request.offset >> self._bits, (request.offset + request.length - 1) >> self._bits
+
+    # reads
+
+    def _read(self, request: Request, known: CacheMap) -> None:
+        bits, offset = self._bits, request.offset
+        first, last = offset >> bits, (offset + request.length - 1) >> bits
+        slot = known.find(first)
+        if slot >= 0 and first == last:
+            self._hits += 1
+            self._read_slot(request, slot, offset & (self._block - 1), request.length, request.iov, known)
+            return
+        slots = [slot, *map(known.find, range(first + 1, last + 1))]
+        if -1 in slots:
+            self._miss(request, first, last)
+            return
+        self._hits += 1
+        pieces, at = Join(request, len(slots)), offset & (self._block - 1)
+        lengths = [self._block - at, *[self._block] * (len(slots) - 2)]
+        lengths.append(request.length - sum(lengths))
+        for place, length, iov in zip(slots, lengths, cut(request.iov, lengths), strict=True):
+            self._read_slot(pieces, place, at, length, iov, known)
+            at = 0
+
+    def _read_slot(
+        self, tag: Request | Join, slot: int, at: int, length: int, iov: Sequence[memoryview], known: CacheMap
+    ) -> None:
+        """Read a part of a slot, which stays as it is until that is done."""
+        known.pins[slot] += 1
+        own = self._free.pop() if self._free else Own()
+        own.offset, own.length, own.iov = DATA_AT + (slot << self._bits) + at, length, iov
+        own.op, own.status, own.done, own.tag, own.block = Op.READ, PENDING, self._done_read, tag, slot
+        self._to_file.append(own)
+
+    def _was_read(self, own: Own) -> None:
+        request, status = own.tag, own.status
+        if self.map is not None:
+            self.map.pins[own.block] -= 1
+        own.tag, own.iov = None, ()
+        self._free.append(own)
+        if type(request) is Join:
+            request.status, request.left = max(request.status, status), request.left - 1
+            if request.left:
+                return
+            request, status = request.request, request.status
+        if status:
+            self._drop(*self._blocks(request))
+            self._failed(status)
+            self._down.append(request)  # nothing need be in FILE
+        else:
+            self._in_a_row = 0
+            request.status = 0
+            self._back.append(request)
+
+    def _miss(self, request: Request, first: int, last: int) -> None:
+        """Read whole blocks from below."""
+        self._misses += 1
+        if request.length > _MOST or not self._copies.have_room(_MOST + 2 * self._block):
+            self._down.append(request)
+            return
+        start = first << self._bits
+        own = Own.make(self, Op.READ, start, min((last + 1) << self._bits, self._size) - start, self._missed)
+        self._take_copy(own, request, first, last)
+        self._down.append(own)
+
+    def _take_copy(self, own: Own, request: Request, first: int, last: int) -> None:
+        own.tag, own.slots, own.memory = request, {}, self._copies.take(own.length)
+        own.iov = [own.memory[: own.length]]
+        own.copy = self._overtaken.copy(first, last)
+
+    def _missed(self, own: Own) -> None:
+        """Give back what was read from below, and keep it."""
+        request: Request = own.tag
+        request.status = own.status
+        if not own.status:
+            give(request.iov, own.memory, request.offset - own.offset)
+        self._back.append(request)
+        self._keep(own)
+
+    # what is written
+
+    def _alter(self, request: Request) -> None:
+        """Have the cache know nothing of what is altered, before it is sent; and perhaps keep it afterwards."""
+        first, last = self._blocks(request)
+        known, is_kept = self.map, self._keeps_writes and request.op == Op.WRITE
+        if known is None or not is_kept or request.length > _MOST or not self._copies.have_room(_MOST):
+            self._drop(first, last)
+            self._overtaken.begin(first, last)
+            self._down.append(request)
+            return
+        own = Own.make(self, Op.WRITE, request.offset, request.length, self._written)
+        self._take_copy(own, request, first, last)
+        was_old = own.copy.is_old
+        fill(own.memory, 0, request.iov)  # the guest may alter its pages between the one medium and the other
+        for block in {first, last}:
+            slot = known.find(block)
+            if slot >= 0:  # what it has around a write to a part of it stays true
+                known.pins[slot] += 1
+                own.slots[block] = slot
+        self._drop(first, last)
+        self._overtaken.begin(first, last)
+        own.copy.is_old = was_old  # it is no older than itself
+        self._down.append(own)
+
+    def _written(self, own: Own) -> None:
+        """Give back what was written below, and keep it."""
+        request: Request = own.tag
+        self._overtaken.end(*self._blocks(request))
+        request.status = own.status
+        self._back.append(request)
+        self._keep(own)
+
+    def _drop(self, first: int, last: int) -> None:
+        if self.map is None:
+            return
+        if self._overtaken.is_wide(first, last):
+            self.map.clear()
+        else:
+            self.map.drop(first, last)
+
+    # what is kept
+
+    def _keep(self, own: Own) -> None:
+        """Write what was read or written into slots, unless that failed, or is old."""
+        known, begun, own.left = self.map, own.slots, 0
+        own.slots = {}
+        if known is not None and not own.status and not own.copy.is_old:
+            for block in range(own.copy.first, own.copy.last + 1):
+                self._keep_block(own, block, begun.pop(block, -1), known)
+        for slot in begun.values() if known is not None else ():
+            known.pins[slot] -= 1  # type: ignore[union-attr]  # as above
+        if not own.left:
+            self._forget(own)
+
+    def _keep_block(self, own: Own, block: int, slot: int, known: CacheMap) -> None:
+        """Write what there is of a block into `slot`, or all of it into another one."""
+        begin, end = block << self._bits, min((block + 1) << self._bits, self._size)
+        start, stop = max(begin, own.offset), min(end, own.offset + own.length)
+        if slot < 0 and (start, stop) == (begin, end) and known.find(block) < 0:
+            slot = known.take(block)
+        if slot < 0:
+            return
+        part = Own.make(self, Op.WRITE, DATA_AT + slot * self._block + start - begin, stop - start, self._kept)
+        part.iov, part.tag, part.block = [own.memory[start - own.offset : stop - own.offset]], own, block
+        own.slots[block] = slot
+        own.left += 1
+        self._to_file.append(part)
+
+    def _kept(self, part: Own) -> None:
+        own: Own = part.tag
+        if self.map is not None:
+            slot = own.slots[part.block]
+            if not part.status and not own.copy.is_old:
+                self.map.put(slot, part.block)
+            self.map.pins[slot] -= 1
+        if part.status:
+            self._failed(part.status)
+        own.left -= 1
+        if not own.left:
+            self._forget(own)
+
+    def _forget(self, own: Own) -> None:
+        self._overtaken.forget(own.copy)
+        self._copies.put(own.memory)
+
+    def _failed(self, status: int) -> None:
+        """Count an error of FILE; one that is full takes what there is room for."""
+        self._errors += 1
+        self._in_a_row += status not in (errno.ENOSPC, errno.EDQUOT)
+        if self._in_a_row >= _PATIENCE and self.map is not None:
+            self.leave_alone(os.strerror(status))
+
+    def leave_alone(self, why: str) -> None:
+        """Serve without FILE from now on, and leave a successor nothing of what it has."""
+        if self.map is not None:
+            self.map.clear()
+            self.map.close()
+            self.map = None
+        self._env.report("cache", f"off: {why}")
