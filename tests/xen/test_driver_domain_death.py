@@ -7,10 +7,10 @@ from collections.abc import Callable
 import pytest
 
 from tests.xen.test_driver_domain import GONE, IMAGE, OTHER, blank, get, put
-from tests.xen.test_kills import complaints
 from tests.xen.tools.command import xl
 from tests.xen.tools.driver_domain import driver_domain
 from tests.xen.tools.guest import Guest
+from tests.xen.tools.kills import complaints
 from tests.xen.tools.load import Load, verify
 
 STILL_S = 10  # that a request waits, in the guest's time

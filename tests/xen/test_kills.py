@@ -2,46 +2,17 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from random import Random
 
-from tests.xen.tools import xenstore
 from tests.xen.tools.command import run, until, xenbackend
 from tests.xen.tools.disks import blank, memory_disk
 from tests.xen.tools.guest import Guest
+from tests.xen.tools.kills import complaints, deaths, kill, wait_until_served
 from tests.xen.tools.load import Load
 from tests.xen.tools.service import Service, attached
 
 KILLS, RESTARTS = 50, 5
-AT_ONCE = 5  # as soon as it serves, before it is let do anything: nobody follows a seventh that died in vain
-XVDB = 51728
-COMPLAINTS = ("I/O error", "disabled for further use", "lost async page write", "critical")
-
-
-def complaints(guest: Guest, since: int) -> list[str]:
-    """Return what the guest's kernel has printed since then that tells of a disk in trouble."""
-    return [line for line in guest.log[since:].splitlines() if any(each in line for each in COMPLAINTS)]
-
-
-def shown(guest: Guest, key: str) -> str:
-    """Return what xenstore says of the guest's xvdb; cheaper than to ask the service."""
-    return xenstore.read(f"/local/domain/0/xenbackend/vbd/{guest.domid}/{XVDB}/{key}") or ""
-
-
-def wait_until_served(guest: Guest, *, but_not_by: str = "") -> str:
-    """Return the process that serves xvdb, once another one than `but_not_by` does."""
-
-    def look() -> str:
-        worker = shown(guest, "worker")
-        return worker if shown(guest, "phase") == "serving" and worker not in ("", but_not_by) else ""
-
-    return until("xvdb is served", look)
-
-
-def kill(*pids: int | str) -> None:
-    """Kill processes at once."""
-    run("kill", f"-{int(signal.SIGKILL)}", *pids)
 
 
 def test_workers_and_services_die_under_load(linux: Guest, on_ext4: Path, the_service: Service) -> None:
@@ -51,12 +22,7 @@ def test_workers_and_services_die_under_load(linux: Guest, on_ext4: Path, the_se
     with attached(linux.domid, "xvdb", f"log:|aio:{image}", "--wait"):
         load = Load(linux, "xvdb")
         load.wait_until_it_writes(the_service)
-        for number in range(KILLS):
-            former = wait_until_served(linux)
-            if number % AT_ONCE == 0:
-                load.wait_until_it_writes(the_service)
-            kill(former)
-            worker = wait_until_served(linux, but_not_by=former)
+        for number, worker in enumerate(deaths(load, the_service, KILLS)):
             if number in restarts:
                 the_service.restart()
                 assert worker == wait_until_served(linux)

@@ -10,6 +10,8 @@ from tests.xen.tools.driver_domain import DriverDomain
 from tests.xen.tools.guest import Guest
 from tests.xen.tools.service import Service
 
+SIZE_MIB = 4  # of a disk that a load writes
+
 
 def verify(file: str, size: str = "8m", *, sector_size: int = 512) -> str:
     """Return the command; its status says whether every block was right."""
@@ -20,13 +22,17 @@ def verify(file: str, size: str = "8m", *, sector_size: int = 512) -> str:
 
 
 class Load:
-    """A disk of a guest that is written and verified again and again until `stop`."""
+    """A disk of a guest, the first `SIZE_MIB` of it, that is written and verified again and again until `stop`.
 
-    def __init__(self, guest: Guest, vdev: str) -> None:
-        self._guest = guest
+    guest   whose disk it is
+    """
+
+    def __init__(self, guest: Guest, vdev: str, *, sector_size: int = 512) -> None:
+        self.guest = guest
         self._vdev = vdev
         self._end = f"/run/stop-{vdev}"
-        again = f"until [ -e {self._end} ]; do {verify(f'/dev/{vdev}', '4m')} || exit 1; done"
+        command = verify(f"/dev/{vdev}", f"{SIZE_MIB}m", sector_size=sector_size)
+        again = f"until [ -e {self._end} ]; do {command} || exit 1; done"
         self._job = guest.start(f"rm -f {self._end}\n{again}")
 
     def wait_until_it_writes(self, service: Service | DriverDomain) -> None:
@@ -36,7 +42,7 @@ class Load:
 
     def stop(self) -> None:
         """End it. Raises: Failed, when a request failed or a block was wrong."""
-        self._guest.run(f"touch {self._end}")
+        self.guest.run(f"touch {self._end}")
         self._job.wait()
 
     def is_over(self) -> bool:
@@ -44,4 +50,4 @@ class Load:
         return self._job.is_over()
 
     def _writes(self, service: Service | DriverDomain) -> int:
-        return int(service.disk(self._guest.domid, self._vdev)["counters"].get("writes", 0))
+        return int(service.disk(self.guest.domid, self._vdev)["counters"].get("writes", 0))
