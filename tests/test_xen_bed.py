@@ -1,4 +1,4 @@
-"""The host's side of the test bed for a real Xen (`tests/xen/bed`): its cache, what it needs, what it shows."""
+"""The host's side of the test bed for a real Xen (`tests/xen/bed`): what it needs, what it shows."""
 
 from __future__ import annotations
 
@@ -27,59 +27,11 @@ from tests.xen.bed import machine, parcel, portions, recipe
 from tests.xen.bed.__main__ import BROKEN, INTERRUPTED, main
 from tests.xen.bed.again import FAILED, PASSED, repeat
 from tests.xen.bed.boot import Machine, command
-from tests.xen.bed.image import KEPT, cached, key_of
 from tests.xen.bed.progress import Progress
 from tests.xen.bed.release import DECOMPRESS, NEWEST, RELEASES
 from tests.xen.bed.report import Failure, Report
 from tests.xen.bed.session import DIED, NO_TESTS, together
 from tests.xen.bed.share import Given, Watch
-
-
-def built(cache: Path, name: str) -> Path:
-    """Return a directory of the cache, made with a file in it."""
-    return cached(cache, name, lambda place: (place / "file").write_text(name))
-
-
-def test_an_image_is_built_once(tmp_path: Path) -> None:
-    """What is in the cache is used as it is."""
-    first = built(tmp_path, "image-1")
-    second = cached(tmp_path, "image-1", lambda _: pytest.fail("built again"))
-
-    assert (first, "image-1") == (second, (second / "file").read_text())
-
-
-def test_a_build_that_failed_is_never_used(tmp_path: Path) -> None:
-    """What an interrupted build left is not taken for an image, and the next build begins from nothing."""
-
-    def fail(place: Path) -> None:
-        (place / "half").write_text("")
-        raise RuntimeError("no network")
-
-    with pytest.raises(RuntimeError, match="no network"):
-        cached(tmp_path, "image-1", fail)
-
-    assert ["file"] == [file.name for file in built(tmp_path, "image-1").iterdir()]
-
-
-def test_old_images_go(tmp_path: Path) -> None:
-    """Of each release only the images that were used last are kept."""
-    built(tmp_path, "image-4.17-1")
-    for number in range(KEPT + 1):
-        os.utime(built(tmp_path, f"image-4.20-{number}"), (number, number))
-    built(tmp_path, "image-4.20-9")
-
-    assert {"image-4.20-2", "image-4.20-9", "image-4.17-1", "lock"} == {each.name for each in tmp_path.iterdir()}
-
-
-def test_a_changed_recipe_has_another_key(tmp_path: Path) -> None:
-    """Each byte of each file counts, and so does a file's name."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    one.write_text("1")
-    two.write_text("1")
-    keys = [key_of([one]), key_of([two]), key_of([one, two])]
-    one.write_text("2")
-
-    assert 4 == len({*keys, key_of([one])})
 
 
 def test_each_release_has_an_image_of_its_own() -> None:
