@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,23 @@ def test_a_build_that_failed_is_never_used(tmp_path: Path) -> None:
         cached(tmp_path, "image-1", fail)
 
     assert ["file"] == [file.name for file in built(tmp_path, "image-1").iterdir()]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts")
+def test_what_a_build_had_mounted_outlives_it(tmp_path: Path) -> None:
+    """What an interrupted build left mounted in its draft, such as the host's /dev/shm, outlives the draft."""
+    theirs, there = tmp_path / "shm", tmp_path / "cache/image-1.partial/dev/shm"
+    theirs.mkdir()
+    (theirs / "file").write_text("")
+    there.mkdir(parents=True)
+    subprocess.run(["mount", "--bind", theirs, there], check=True)
+    try:
+        built(tmp_path / "cache", "image-1")
+    finally:
+        subprocess.run(["umount", there], check=False, capture_output=True)
+
+    assert ["file"] == [each.name for each in theirs.iterdir()]
+    assert not there.exists()
 
 
 def test_old_images_go(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import subprocess
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,10 +48,22 @@ def cached(cache: Path, name: str, build: Callable[[Path], None]) -> Path:
 
 def _build(place: Path, build: Callable[[Path], None]) -> None:
     draft = place.with_name(f"{place.name}.partial")
+    for each in _mounted_below(draft):
+        subprocess.run(["umount", each], check=True, capture_output=True, text=True)
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir()
     build(draft)
     draft.rename(place)
+
+
+def _mounted_below(directory: Path) -> list[Path]:
+    """Return what is mounted there, the last one first (proc_pid_mountinfo(5)).
+
+    A build that was interrupted leaves the host's own /dev/shm in its root: what is in there must outlive the draft.
+    """
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    places = [Path(line.split()[4].replace("\\040", " ")) for line in reversed(lines)]
+    return [each for each in places if each.is_relative_to(directory.resolve())]
 
 
 def _forget_older(cache: Path, family: str) -> None:
