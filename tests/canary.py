@@ -166,8 +166,12 @@ def try_all(at: Surroundings) -> list[str]:
 
 
 def _call(*arguments: object, but: set[int] | None = None) -> int:
-    """Make a system call; an errno of `but` means that it was let in, and what we gave it was no good."""
-    result = int(_libc.syscall(*arguments))
+    """Make a system call; an errno of `but` means that it was let in, and what we gave it was no good.
+
+    An int becomes a whole word: as C's int the last of six, which goes by the stack, has anything in its upper half.
+    """
+    words = (ctypes.c_long(each) if isinstance(each, int) else each for each in arguments)
+    result = int(_libc.syscall(*words))
     code = ctypes.get_errno()
     if result < 0 and code not in (but or ()):
         raise OSError(code, os.strerror(code))
