@@ -262,6 +262,6 @@ PEERS = {
 
 
 def peers(*, direct: bool, image: bool = False) -> list[Peer]:
-    """Return the installed peers that can do what is asked for: O_DIRECT (`direct`), formats but raw (`image`)."""
+    """Return the installed peers that can do what is wanted: O_DIRECT (`direct`), formats other than raw (`image`)."""
     able = [peer for peer in PEERS.values() if (peer.direct or not direct) and (peer.image or not image)]
     return [peer for peer in able if shutil.which(peer.program)]

@@ -125,7 +125,7 @@ class Decoder:
     def __init__(
         self, layout: Layout, sectors: int, *, read_only: bool, can_flush: bool, can_discard: bool, max_segments: int
     ) -> None:
-        """Set what was agreed: `sectors` is the disk's size (of 512 bytes), `max_segments` the limit when indirect."""
+        """Set the agreed values: the disk's size in 512-byte sectors, and the most segments of an indirect request."""
         self.sectors = sectors
         self._layout = layout
         self._read_only = read_only

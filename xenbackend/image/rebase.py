@@ -121,7 +121,7 @@ def _with_data_file(image: Image, text: str) -> str:
 
 
 def _keep_content(session: Session, child: Disk, new: Disk | None, progress: Progress) -> int:
-    """Write to the image what its former parents have and the new one does not; return how many bytes were written."""
+    """Write to the image wherever its former parents' content differs from the new one's; return the bytes written."""
     own = [each for each in extents_of(child.chain.layers[0], all_holes=True) if each.kind is Kind.ABSENT]
     maps = [map_chain(disk.chain.layers, all_holes=True) if disk else iter(()) for disk in (child, new)]
     extents = list(_common(own, where_either(*maps)))  # the maps change with the first write

@@ -29,7 +29,7 @@ class Tools:
         """Return the size of the disk in bytes. Raises: DriverError, OSError."""
         return file.size
 
-    def facts(self, driver: Any, base: Facts) -> Facts:  # noqa: ARG002 - for formats with more facts
+    def facts(self, driver: Any, base: Facts) -> Facts:  # noqa: ARG002 - for subclasses
         """Return `base` with the facts that an open driver knows about its image. Raises: DriverError, OSError."""
         return base
 

@@ -5,7 +5,7 @@ Must not set up or detach a loop device, nor take a lock or a claim.
 Locks and claims belong to one face, and cannot be seen at another one. So a process that has locked one face has to
 look at the others.
 
-Sources: loop(4), LOOP_GET_STATUS64; linux/loop.h; Linux drivers/block/loop.c for what stands in sysfs.
+Sources: loop(4), LOOP_GET_STATUS64; linux/loop.h; Linux drivers/block/loop.c for its files in sysfs.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def users_of(fd: int) -> str:
 
 
 def _kernel_users(number: int) -> Iterator[str]:
-    """Yield the guests, mounts, swap and holders of a device, of its partitions, and of the disk of which it is one."""
+    """Yield guests, mounts, swap and holders of a device, of its partitions, and of the disk to which it belongs."""
     own = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve()
     yield from (f"the kernel's backend for the disk {each}" for each in blkback.disks_on(number))
     family = [own, *(each.parent for each in own.glob("*/partition"))]

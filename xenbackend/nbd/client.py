@@ -3,7 +3,7 @@
 Must not hold a socket, nor keep more bytes from a server than one reply may have.
 
     server  greeting ->
-                      <- flags, STARTTLS                if TLS is wanted; everything else is sent inside of it
+                      <- flags, STARTTLS                if TLS is wanted; everything else is sent inside TLS
                       <- flags, STRUCTURED_REPLY
                       <- SET_META_CONTEXT               if replies are structured: block status needs both
                       <- GO                             requests follow

@@ -51,7 +51,7 @@ MAX_OPTIONS = 32  # of one client; known clients send five
 
 
 class Phase(Enum):
-    """What a client sends next."""
+    """How far a client is in the handshake: what it sends next."""
 
     FLAGS = "its flags"
     OPTIONS = "its options"

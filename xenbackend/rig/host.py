@@ -201,7 +201,7 @@ def open_host(argument: str, devices: Sequence[int] = ()) -> RigHost:
     return RigHost(argument, devices)
 
 
-def open_devices(argument: str, domid: int) -> list[int]:  # noqa: ARG001 - the rig restricts nobody
+def open_devices(argument: str, domid: int) -> list[int]:  # noqa: ARG001 - the rig does not restrict devices
     """Return two connections to the rig in the directory `argument`. Raises: KernelError."""
     grants = Connection(argument)
     try:

@@ -332,11 +332,11 @@ _ON_NODES: dict[int, Callable[[Tree, int, str, bytes], bytes]] = {
 }
 _ON_SESSION: dict[int, Callable[[Session, bytes], bytes]] = {
     XS_TRANSACTION_START: Session._begin,  # noqa: SLF001 - the table is part of the class
-    XS_WATCH: Session._watch,  # noqa: SLF001 - likewise
-    XS_UNWATCH: Session._unwatch,  # noqa: SLF001 - likewise
-    XS_RESET_WATCHES: Session._reset_watches,  # noqa: SLF001 - likewise
-    XS_INTRODUCE: Session._introduce,  # noqa: SLF001 - likewise
-    XS_RELEASE: Session._release,  # noqa: SLF001 - likewise
-    XS_GET_DOMAIN_PATH: Session._domain_path,  # noqa: SLF001 - likewise
-    XS_IS_DOMAIN_INTRODUCED: Session._is_introduced,  # noqa: SLF001 - likewise
+    XS_WATCH: Session._watch,  # noqa: SLF001 - as above
+    XS_UNWATCH: Session._unwatch,  # noqa: SLF001 - as above
+    XS_RESET_WATCHES: Session._reset_watches,  # noqa: SLF001 - as above
+    XS_INTRODUCE: Session._introduce,  # noqa: SLF001 - as above
+    XS_RELEASE: Session._release,  # noqa: SLF001 - as above
+    XS_GET_DOMAIN_PATH: Session._domain_path,  # noqa: SLF001 - as above
+    XS_IS_DOMAIN_INTRODUCED: Session._is_introduced,  # noqa: SLF001 - as above
 }
