@@ -85,7 +85,7 @@ class Env(Protocol):
         """Say that a connection was closed with nothing under way, so that it need not be drained."""
 
     def give_up(self, why: str) -> None:
-        """End this process because only a successor can put something right; `why` is logged.
+        """End this process because only a successor can put something right; `why` is reported.
 
         Nothing in flight is answered. If no successor would follow, as in a command, do nothing and return.
         """

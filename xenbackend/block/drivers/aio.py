@@ -23,10 +23,10 @@ Behaviour:
     raw`) take no lock: what they read may be a half-finished change.
 
     A block device is also refused while the host uses it: while it is mounted, used for swap, below LVM, device mapper
-    or md, opened by another device node, served to another guest by the kernel's own backend, or used through one of
-    its partitions or through the disk of which it is a partition. While it is served for writing, the host cannot use
-    it in any of these ways; only the kernel's backend does not check. A file is refused while a loop device over it is
-    used, and a loop device while its file is used. The refusal names the user if that is known. A reader is never
+    or md, opened through another device node, served to another guest by the kernel's own backend, or used through one
+    of its partitions or through the disk of which it is a partition. While it is served for writing, the host cannot
+    use it in any of these ways; only the kernel's backend does not check. A file is refused while a loop device over it
+    is used, and a loop device while its file is used. The refusal names the user if that is known. A reader is never
     refused a medium that nobody can write to, such as an ISO image that is mounted.
 
     With `share=on` the image is opened although the host uses it, and together with others that share it; so it is

@@ -37,8 +37,8 @@ Example:
 Limits:
     A block has 4 KiB, like those of most guests' file systems, or a larger power of two up to 1 MiB. Sums take 1 MiB of
     memory, and of FILE, for each GiB of disk in blocks of 4 KiB, and never more than 1 GiB. They are CRC-32: one in 4
-    billion damaged blocks goes undetected, and they do not stop anybody who alters a block on purpose. If the image is
-    changed within ten seconds after FILE was closed, or if it is a block device, the change goes unnoticed, and counts
+    billion damaged blocks goes undetected, and they do not stop anybody who alters a block on purpose. A change of the
+    image within ten seconds after FILE was closed, or at any time if it is a block device, goes unnoticed, and counts
     as rot. The layer below cannot grow while FILE is kept. A read of 4096 bytes costs 5.8 us more than without this
     layer, in batches of 32 and alone, and 2 us for each further block; a write costs 9.6 us more.
 """

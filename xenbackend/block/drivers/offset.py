@@ -25,7 +25,7 @@ Example:
 Limits:
     It costs 0.6 us a request in batches, since it makes a request of its own for each of the guest's. The second of two
     disks on ranges of one image is refused, since the first one has the image locked; if the ranges do not overlap,
-    allow it by `share=on` in the layers of both images.
+    allow it by `share=on` in the image's layer of both chains.
 """
 
 from __future__ import annotations

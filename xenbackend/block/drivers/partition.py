@@ -26,7 +26,7 @@ Example:
     log:|partition:5|qcow2:/srv/images/disk.qcow2
 
 Limits:
-    MBR and GPT are the only tables that it knows; those of BSD and Apple are not. The ranges of partitions are checked,
+    MBR and GPT are the only tables that it knows, not those of BSD and Apple. The ranges of partitions are checked,
     but not whether they overlap. It costs as much as `offset:`.
 """
 

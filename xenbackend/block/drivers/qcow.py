@@ -17,7 +17,7 @@ Behaviour:
     the write is answered after that. A kill in the middle wastes at most some room in the file. A flush returns when
     everything that was answered is durable.
 
-    An image whose tables overlap, or reach beyond the end of its file, is opened for reading only.
+    An image whose tables overlap, or reach beyond the end of its file, can be opened for reading only.
 
     A parent is opened only if an administrator has allowed it: by a mark on the image, which `image create --parent`,
     `image snapshot`, `snapshot` and `image trust` leave, and which names that one file; by `parents=`; or by `parents`

@@ -28,12 +28,12 @@ Behaviour:
     A discard frees whole clusters for reuse. In an image of version 3 that has a parent they become zeros; in one of
     version 2 that has a parent nothing can be discarded.
 
-    An image that is marked as corrupt, or as dirty (QEMU was killed while it used lazy refcounts), is opened for
+    An image that is marked as corrupt, or as dirty (QEMU was killed while it used lazy refcounts), can be opened for
     reading only; `qemu-img check -r all` repairs a dirty one. Lazy refcounts may be enabled, but are not used here.
     A cluster that holds a table of the image is never overwritten, even if the image's refcount says that it is
     free: nothing is written, an image of version 3 is marked as corrupt, and the disk waits until `xenbackend image
     check --repair` has repaired the image. If a cluster with data is wrongly counted as free, only `image check`
-    notices: use it on an image that comes from a host that crashed. An image whose tables overlap is opened for
+    notices: use it on an image that comes from a host that crashed. An image whose tables overlap can be opened for
     reading only.
 
     Reserved bits in an image's tables are ignored, as by QEMU; `image check` reports them.
@@ -95,7 +95,7 @@ Limits:
     L2 tables in use take 256 MiB of memory for each TiB with clusters of 64 KiB, and 32 MiB at most, which
     is enough for 128 GiB at a time; the L1 table takes 16 KiB for each TiB, and 32 MiB at most; refcounts take up to
     16 MiB, and information about parents up to 16 MiB.
-    The file never shrinks. An image whose snapshots or bitmaps have tables of more than 64 MiB is opened for reading
+    The file never shrinks. An image whose snapshots or bitmaps have tables of more than 64 MiB can be opened for reading
     only.
 """
 

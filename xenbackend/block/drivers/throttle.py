@@ -10,11 +10,11 @@ Description:
     reads and writes together; `iops_read` and the like limit one direction, alone or within the limit for both. A
     request passes when all limits that apply to it allow it.
 
-    The options mean the same as in QEMU's throttling (docs/throttle.txt there), which calls `iops` `iops-total`,
-    `iops_burst` `iops-total-max`, `burst` `iops-total-max-length` and `size` `iops-size`: each limit is a bucket that
-    leaks at its rate. By default it holds what comes in 100 ms, so a disk that was idle may do that much at once. With
-    a burst it holds what comes in `burst` seconds at the rate of the burst: a disk that was idle does `iops_burst` for
-    that long, and a little longer since the bucket leaks meanwhile.
+    The limits work as in QEMU's throttling (docs/throttle.txt there), where the options have other names: `iops-total`
+    for `iops`, `iops-total-max` for `iops_burst`, `iops-total-max-length` for `burst`, `iops-size` for `size`. Each
+    limit is a bucket that leaks at its rate. By default it holds what comes in 100 ms, so a disk that was idle may do
+    that much at once. With a burst it holds what comes in `burst` seconds at the rate of the burst: a disk that was
+    idle does `iops_burst` for that long, and a little longer since the bucket leaks meanwhile.
 
     With `group` the limits apply to all disks that name this group, together: each of them has a share, and keeps to
     it. Disks that are held back get equal shares; what a disk does not use goes to the others. The limits are written
@@ -44,8 +44,8 @@ Behaviour:
     The service computes the shares of a group once a second, from how much each disk was held back and has used. A
     share is lowered one step before another one is raised, so that the shares never exceed the limits together. A disk
     that has just joined, or does nothing, has a small share at first. While no service runs, the shares stay as they
-    are. A worker that was taken over by its guest cannot get a larger share by false figures than others that
-    are held back, nor take any from the others.
+    are. If a guest takes over its worker, false figures get it no more than a disk that is held back, and take nothing
+    from the fair shares of the others.
 
     For a disk in a group `status --json` also shows the share, in millionths (`share_ppm`), and for how many
     milliseconds' worth of the whole limit it was let pass (`spent_ms`).
