@@ -95,8 +95,8 @@ Limits:
     L2 tables in use take 256 MiB of memory for each TiB with clusters of 64 KiB, and 32 MiB at most, which
     is enough for 128 GiB at a time; the L1 table takes 16 KiB for each TiB, and 32 MiB at most; refcounts take up to
     16 MiB, and information about parents up to 16 MiB.
-    The file never shrinks. An image whose snapshots or bitmaps have tables of more than 64 MiB can be opened for reading
-    only.
+    The file never shrinks. An image whose snapshots or bitmaps have tables of more than 64 MiB can be opened for
+    reading only.
 """
 
 from __future__ import annotations
