@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import pytest
 from pyxs.connection import Packet
@@ -15,7 +16,9 @@ from xenbackend.supervisor.vbd.kept_files import key_of
 from xenbackend.supervisor.vbd.vbd_nodes import NOTES, VbdNodes, forget_notes
 from xenbackend.supervisor.xenstore.nodes import Nodes
 from xenbackend.supervisor.xenstore.paths import VbdPath
-from xenbackend.supervisor.xenstore.store import Store
+from xenbackend.supervisor.xenstore.store import ATTEMPTS, Store, Transaction
+
+T = TypeVar("T")
 
 STATE, HOME = f"{PATH.frontend}/state", "/local/domain/0"
 S = XenbusState
@@ -70,6 +73,42 @@ def test_a_look_that_finds_no_frontend_reads_the_node_once(nodes: VbdNodes, tool
     toolstack.remove(PATH.frontend)
     assert nodes.look(keys).keys is not keys
     assert nodes.look(keys).keys is keys
+
+
+def test_a_guest_that_writes_without_end_holds_nobody_up(xenstored: Xenstored, toolstack: Store) -> None:
+    """It can have each transaction fail that looks at its state, but not the one in which ours is written: the service,
+    which has others to serve, tries a few times at most. A guest that waits has its former driver's rings removed.
+    """
+    pauses: list[float] = []
+    busy: list[bool] = []
+
+    class Beside(Store):
+        """Whose transactions end when the guest has just written once more, while it is `busy`."""
+
+        def transact(self, body: Callable[[Transaction], T], attempts: int = ATTEMPTS) -> T:
+            def and_the_guest(nodes: Transaction) -> T:
+                result = body(nodes)
+                if busy:
+                    toolstack.write(STATE, "1")
+                return result
+
+            return super().transact(and_the_guest, attempts)
+
+    write_like_libxl(toolstack, state="6")
+    with Beside(xenstored.address, pause=pauses.append) as store:
+        nodes = VbdNodes(store, PATH)
+        nodes.theirs(nodes.keys() or {})
+        found = []
+        for each in ([True], []):
+            busy[:] = each
+            toolstack.write(f"{PATH.frontend}/ring-page-order", "2")
+            toolstack.write(f"{PATH.backend}/state", "6")
+            was_written = nodes.write(Write({"state": "2"}, S.CLOSED))
+            order = toolstack.read_optional(f"{PATH.frontend}/ring-page-order")
+            found.append((was_written, toolstack.read(f"{PATH.backend}/state"), order))
+
+    assert [(True, "2", "2"), (True, "2", None)] == found
+    assert len(pauses) < 5
 
 
 def test_a_vbd_that_is_removed_as_a_whole_is_watched_no_more(nodes: VbdNodes, toolstack: Store) -> None:

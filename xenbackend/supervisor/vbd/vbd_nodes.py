@@ -30,6 +30,7 @@ _FIXED = frozenset({
     "frontend", "frontend-id", "script", "removable", "bootable", "dev", "device-type", "discard-enable",
     "specification",
 })  # fmt: skip
+_FEW = 3  # attempts of a transaction that a guest can have fail
 _INCOMING = "--incoming"  # xl's: appended to the name until the guest runs here
 _LEFT = "--migratedaway"  # likewise, once it runs elsewhere
 
@@ -124,22 +125,35 @@ class VbdNodes:
                     nodes.write(f"{backend}/{key}", value)
                     if key in PRIVATE:
                         nodes.set_permissions(f"{backend}/{key}", self._ours)
-            if write.offers_anew and not self._path.backend_domid:
-                self._forget_rings(nodes)
             return True
 
+        if write.offers_anew and not self._path.backend_domid:
+            self._forget_rings()
         return self._store.transact(body)
 
-    def _forget_rings(self, nodes: Nodes) -> None:
+    def _forget_rings(self) -> None:
         """Remove what a former driver of the guest's has left and the next one may not write: how many rings it has.
 
         Linux writes these keys only where there are several rings or pages. A kernel with fewer CPUs that is started
         after a crash, as by kdump, would be served by its predecessor's. A frontend that waits for InitWait has written
         none of its own yet.
+
+        Not in the transaction in which our state is written: a guest that writes its state without end would have that
+        fail, and the service try again and again. It keeps what it has.
         """
-        if self.frontend and parse_state(nodes.read_optional(f"{self.frontend}/state")) is XenbusState.INITIALISING:
-            for key in IN_PLURAL:
-                nodes.remove(f"{self.frontend}/{key}")
+        state = f"{self.frontend}/state"
+
+        def body(nodes: Nodes) -> None:
+            if parse_state(nodes.read_optional(state)) is XenbusState.INITIALISING:
+                for key in IN_PLURAL:
+                    nodes.remove(f"{self.frontend}/{key}")
+
+        try:
+            if self.frontend:
+                self._store.transact(body, _FEW)
+        except StoreError as error:
+            if error.errno != errno.EAGAIN:
+                raise
 
     def may_be_incoming(self, ours: XenbusState) -> bool:
         """Return whether `xl migrate` may bring the guest here: until it runs, its former self may have its images.
