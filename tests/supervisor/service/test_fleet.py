@@ -243,6 +243,21 @@ def test_a_worker_that_does_not_read_is_killed(hear: Callable[..., Heard], tmp_p
     assert "the worker was killed: it does not read its messages" == heard.until_end()
 
 
+def test_a_message_that_cannot_be_sent_is_told(hear: Callable[..., Heard], tmp_path: Path) -> None:
+    """What the host does not take, as it is longer than a socket's buffer, is not lost without a word. A worker that
+    has ended is another matter: its end is told.
+    """
+    heard = hear(_python(tmp_path, "channel.recv(1)"))
+    longest = messages.Ask(1, messages.Command("log", "get", ["x" * (1 << 23)]))
+    with pytest.raises(KernelError, match="send Ask to a worker: Message too long"):
+        heard.worker.send(longest)
+    heard.worker.send(messages.Ask(2, messages.Pause()))
+    os.waitid(os.P_PID, heard.worker.pid, os.WEXITED | os.WNOWAIT)
+    heard.worker.send(messages.Ask(3, messages.Pause()))
+
+    assert "the worker ended unexpectedly with exit status 0" == heard.until_end()
+
+
 def test_a_memory_comes_with_its_message(hear: Callable[..., Heard], tmp_path: Path) -> None:
     """A descriptor is handed on beside its message, and no program of ours inherits it; what nobody keeps is closed."""
     heard = hear(_python(tmp_path, f"for _ in range(3): socket.send_fds(channel, [{KEEP!r}], [0])"))

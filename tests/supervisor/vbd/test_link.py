@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from xenbackend.errors import KernelError
 from xenbackend.protocol import messages
 from xenbackend.protocol.codes import Code
 from xenbackend.protocol.messages import Stage
@@ -27,10 +29,12 @@ class FakeProcess:
         self.killed: list[str] = []
         self.is_left = False
         self.is_there = True
-        self.has_broken_protocol = self.is_boosted = False
+        self.has_broken_protocol = self.is_boosted = self.host_is_short = False
 
     def send(self, message: Any, fds: Sequence[int] = ()) -> None:
-        """Take note of a message."""
+        """Take note of a message, unless the host cannot take it."""
+        if self.host_is_short:
+            raise KernelError("send", errno.ENOBUFS)
         self.sent.append(message)
 
     def kill(self, sentence: str, *, is_breach: bool = False) -> None:
@@ -220,6 +224,20 @@ def test_what_is_asked_of_a_worker_that_ends_is_answered(linked: Linked) -> None
 
     assert [Code.GONE, Code.GONE] == [each.code for each in replies]
     assert ["reply", ("ends", "the worker was ended by SIGKILL")] == linked.owner.heard
+
+
+def test_what_cannot_be_sent_is_answered(linked: Linked) -> None:
+    """Nobody waits for ever for what the host has not taken: a question has failed, and a worker that would never hear
+    of an order is replaced.
+    """
+    replies: list[messages.Reply] = []
+    linked.process.host_is_short = True
+    linked.link.ask(messages.Pause(), replies.append)
+    asked = [*linked.process.killed]
+    linked.link.order(messages.Leave)
+
+    assert [(Code.FAILED, "send: No buffer space available")] == [(each.code, each.sentence) for each in replies]
+    assert ([], ["the worker was killed: send: No buffer space available"]) == (asked, linked.process.killed)
 
 
 def test_what_a_worker_may_say_at_any_time(linked: Linked) -> None:

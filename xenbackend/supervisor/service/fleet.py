@@ -13,6 +13,7 @@ has sent besides is looked at, and its end is told as any other's.
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import socket
@@ -92,13 +93,18 @@ class Worker:
         self._process.when_there(callback)
 
     def send(self, message: messages.FromSupervisor, fds: Sequence[int] = ()) -> None:
-        """Send a message. A worker that does not read is killed: it would never do what was asked."""
+        """Send a message. A worker that does not read is killed: it would never do what was asked.
+
+        Raises: KernelError, where the host could not take the message; the worker has heard nothing of it.
+        """
         try:
             socket.send_fds(self._process.socket, [codec.encode(message)], list(fds))
         except BlockingIOError:
             self.kill("the worker was killed: it does not read its messages")
-        except OSError:
+        except ConnectionError:
             pass  # it is ending; `_reap` will tell
+        except OSError as error:
+            raise KernelError(f"send {type(message).__name__} to a worker", error.errno or errno.EIO) from None
 
     def kill(self, sentence: str, *, is_breach: bool = False) -> None:
         """Kill the process; `on_end` gets the sentence once it is gone.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -81,7 +82,8 @@ class Link:
     def order(self, make: Callable[[int], messages.Order], fds: Sequence[int] = ()) -> None:
         """Give an order, which `make` returns for its number; nothing where there is no worker.
 
-        Where it may open something, an opener's socket goes beside it, after the first of `fds`. Raises: KernelError.
+        Where it may open something, an opener's socket goes beside it, after the first of `fds`. Raises: KernelError,
+        where there is no opener, or such an order cannot be sent.
         """
         self._last = self._told = self._last + 1
         if self.worker is None:
@@ -91,7 +93,12 @@ class Link:
             self.kill("the worker was not needed any more")
             return
         job = self._openings.for_order(order) if isinstance(order, messages.Open | messages.Serve) else None
-        self._send(order, fds, job, self._wait)
+        try:
+            self._send(order, fds, job, self._wait)
+        except KernelError as error:
+            if job is not None:
+                raise
+            self.kill(f"the worker was killed: {error}")  # it would never do what was ordered
 
     def ask(self, question: messages.Question, then: Then) -> None:
         """Ask, and call `then` with the one reply: the worker's, or one that says why there is none."""
@@ -196,7 +203,8 @@ class Link:
             case messages.Ask():
                 sentence = f"the service knows no {type(message.question).__name__}"
                 if self.worker is not None:
-                    self.worker.send(messages.Reply(message.id, Code.INVALID, sentence))
+                    with suppress(KernelError):  # no worker of ours asks anything yet
+                        self.worker.send(messages.Reply(message.id, Code.INVALID, sentence))
 
     def _hear_standing(self, standing: messages.Standing) -> None:
         if standing.number > self._told:
