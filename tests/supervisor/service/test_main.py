@@ -316,9 +316,8 @@ def test_a_service_that_finds_a_newer_one_s_disks_rests(systemd: Systemd) -> Non
     """It says why at once, and is not started again at once; whoever stops the unit does not wait for the rest."""
     memory = os.memfd_create("journal")
     environment = _environment(**systemd.environment, FDSTORE="64", REFUSED_REST_S="100")
-    pid = parent._spawn([*_COMMAND, "run"], {"vbd-0-5-51712.journal.9": memory}, environment)
+    pid, pidfd = parent._spawn([*_COMMAND, "run"], {"vbd-0-5-51712.journal.9": memory}, environment)
     os.close(memory)
-    pidfd = os.pidfd_open(pid)
     while not any("STATUS=vbd/5/51712 is served by a newer version" in each for each in systemd.heard):
         systemd.heard.append(systemd._socket.recv(1000).decode())
     rests = not select.select([pidfd], [], [], 0)[0]
