@@ -152,18 +152,20 @@ def test_debian_has_the_same_version() -> None:
 
 @pytest.mark.parametrize("has_disks", [True, False])
 @pytest.mark.parametrize(
-    ("arguments", "is_downgrade"),
+    ("arguments", "is_refused"),
     [
-        ("upgrade 0.1.9", True), ("upgrade 0.2.0", False), ("upgrade 0.10.0", False), ("remove", False),
-        ("deconfigure in-favour other 1", False), ("failed-upgrade 0.3.0 0.2.0", True),
-        ("failed-upgrade 0.1.0 0.2.0", False), ("upgrade 0.2.0~rc1", True),
+        ("upgrade 0.1.9", True), ("upgrade 0.2.0", False), ("upgrade 0.10.0", False), ("remove", True),
+        ("remove in-favour other 1", True), ("deconfigure in-favour other 1", False),
+        ("failed-upgrade 0.3.0 0.2.0", True), ("failed-upgrade 0.1.0 0.2.0", False), ("upgrade 0.2.0~rc1", True),
     ],
 )  # fmt: skip
 @pytest.mark.skipif(shutil.which("dpkg") is None, reason="dpkg is not installed")
-def test_debian_refuses_an_older_version_while_disks_are_served(
-    tmp_path: Path, arguments: str, *, has_disks: bool, is_downgrade: bool
+def test_debian_takes_no_service_away_while_disks_are_served(
+    tmp_path: Path, arguments: str, *, has_disks: bool, is_refused: bool
 ) -> None:
-    """An older version is not unpacked over this one, 0.2.0, as long as guests have disks; anything else is."""
+    """As long as guests have disks, no older version is unpacked over this one, 0.2.0, and it is not removed; whatever
+    keeps a service that can serve them is done.
+    """
     for name, line in (
         ("dpkg-query", "echo 0.2.0"),
         ("python3", f'[ "$*" = "-I -m xenbackend.host.served" ] && exit {int(has_disks)}'),
@@ -178,14 +180,16 @@ def test_debian_refuses_an_older_version_while_disks_are_served(
         check=False,
     )
 
-    assert (1 if is_downgrade and has_disks else 0) == result.returncode
+    assert (1 if is_refused and has_disks else 0) == result.returncode
     assert ("systemctl stop xenbackend" in result.stderr) == bool(result.returncode)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="dpkg is not installed")
 def test_dpkg_heeds_the_refusal(tmp_path: Path) -> None:
-    """Packages with that script replace each other as they may: dpkg asks the older one, too, and that says no."""
+    """Packages with that script replace each other as they may: dpkg asks the older one, too, and that says no.
+    A package that is not removed stays installed, and is removed once no guest has a disk.
+    """
     root, tools = tmp_path / "root", tmp_path / "tools"
     for directory in (root / "var/lib/dpkg/info", root / "var/lib/dpkg/updates", tools):
         directory.mkdir(parents=True)
@@ -202,18 +206,10 @@ def test_dpkg_heeds_the_refusal(tmp_path: Path) -> None:
         (control / "prerm").chmod(0o755)
         subprocess.run(["dpkg-deb", "--build", control.parent, tmp_path], check=True, capture_output=True)
 
-    def install(version: str) -> tuple[int, str]:
-        dpkg = [
-            "dpkg",
-            f"--root={root}",
-            "--force-not-root",
-            "--force-script-chrootless",
-            "--force-bad-path",
-            "--install",
-        ]
+    def dpkg(*words: str) -> tuple[int, str]:
+        command = ["dpkg", f"--root={root}", "--force-not-root", "--force-script-chrootless", "--force-bad-path"]
         environment = {"PATH": f"{tools}:/usr/sbin:/usr/bin:/sbin:/bin"}
-        package = tmp_path / f"xenbackend_{version}_all.deb"
-        done = subprocess.run([*dpkg, package], env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run([*command, *words], env=environment, capture_output=True, text=True, check=False)
         query = [
             "dpkg-query",
             f"--admindir={root}/var/lib/dpkg",
@@ -221,14 +217,19 @@ def test_dpkg_heeds_the_refusal(tmp_path: Path) -> None:
             "--showformat=${Version} ${db:Status-Status}",
             "xenbackend",
         ]
-        return done.returncode, subprocess.run(query, capture_output=True, text=True, check=True).stdout
+        return done.returncode, subprocess.run(query, capture_output=True, text=True, check=False).stdout
+
+    def install(version: str) -> tuple[int, str]:
+        return dpkg("--install", str(tmp_path / f"xenbackend_{version}_all.deb"))
 
     assert (0, "0.2.0 installed") == install("0.2.0")
     (tmp_path / "serves").touch()
     assert (0, "0.3.0 installed") == install("0.3.0")
     assert (1, "0.3.0 installed") == install("0.2.0")
+    assert (1, "0.3.0 installed") == dpkg("--remove", "xenbackend")
     (tmp_path / "serves").unlink()
     assert (0, "0.2.0 installed") == install("0.2.0")
+    assert (0, "") == dpkg("--remove", "xenbackend")
 
 
 def test_udev_rules_have_the_form_of_udev() -> None:

@@ -115,6 +115,32 @@ def test_purged_it_leaves_nothing(fresh: Chroot) -> None:
         assert [] == ours(fresh)
 
 
+# A simulated host stands for Xen: the package's scripts ask at the socket that the settings name.
+_REMOVE_TWICE = """\
+mkfifo /root/said
+xenbackend demo --keep --json >/root/said &
+exec 3</root/said
+read -r said <&3
+socket=$(echo "$said" | sed 's/.*"socket": "\\([^"]*\\)".*/\\1/')
+sed -i "1i socket = \\"$socket\\"" /etc/xenbackend.toml
+dpkg --remove xenbackend && echo removed
+kill -INT $!
+wait $!
+dpkg --remove xenbackend && echo removed then
+rm /root/said
+"""
+
+
+def test_it_is_not_removed_below_a_guest(fresh: Chroot) -> None:
+    """It is said which guests have disks and what to do, and all stays as it was; once none has, it goes."""
+    fresh.run("dpkg", "--install", fresh.put(package(DIST)))
+    done = fresh.run("bash", "-m", "-c", _REMOVE_TWICE, check=False)
+
+    assert ["removed then"] == [line for line in done.stdout.splitlines() if line.startswith("removed")], done.stderr
+    assert "guests have disks: 5/xvda" in done.stderr
+    assert "systemctl stop xenbackend, remove" in done.stderr
+
+
 def test_lintian_has_nothing_to_say(chroot: Chroot) -> None:
     """That of the release, as it comes: no error and no warning."""
     said = chroot.run("lintian", "--allow-root", "--fail-on", "error,warning", chroot.put(package(DIST)), check=False)
