@@ -136,6 +136,7 @@ _DONE: dict[str, Any] = {
             {"layer": "aio:/img", "operations": {}},
         ],
     },
+    "end_measure": {},
     "command": "8 3\nend\n",
 }
 

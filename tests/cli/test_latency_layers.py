@@ -16,6 +16,7 @@ from xenbackend.client import Measured, results
 
 def measure(tmp_path: Path, *words: str) -> tuple[int, list[Request]]:
     """Run the command, and return its exit status and what was asked."""
+    tmp_path.mkdir(exist_ok=True)
     with answering(tmp_path / "x", working) as control:
         status = main(["latency", "mail/xvda", "--layers", "--socket", control.path, *words])
         return status, control.asked
@@ -51,6 +52,17 @@ def test_for_scripts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert [(1 << 17, 1), (1 << 18, 1)] == [(each["below_ns"], each["count"]) for each in read["buckets"]]
 
 
+def test_one_of_somebody_else_is_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is measured for it, and it is said whether anything still is."""
+    status, asked = measure(tmp_path, "--end")
+    said = capsys.readouterr().out
+    measure(tmp_path / "json", "--end", "--json")
+
+    assert (0, [{"verb": "end_measure", "vbd": "mail/xvda"}]) == (status, asked)
+    assert "mail/xvda: nothing is measured any more\n" == said
+    assert {"version": 1, "order": 17, "vbd": "mail/xvda"} == json.loads(capsys.readouterr().out)
+
+
 def test_what_was_measured_for_another_interval(tmp_path: Path) -> None:
     """The worker is told the interval that was asked for, and the order is waited for however long that takes."""
     status, asked = measure(tmp_path, "--interval", "2.5")
@@ -81,6 +93,8 @@ def test_what_does_not_go_together(tmp_path: Path, capsys: pytest.CaptureFixture
 
     assert (2, []) == (status, asked)
     assert "leave out --total and --plot" in capsys.readouterr().err
+    assert 2 == main(["latency", "mail/xvda", "--end", "--socket", str(tmp_path)])
+    assert "give both" in capsys.readouterr().err
 
 
 def test_no_text_of_a_chain_moves_a_cursor() -> None:

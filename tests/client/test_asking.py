@@ -36,6 +36,7 @@ ORDERS: dict[str, Callable[[Client], Any]] = {
     "policy": lambda service: service.policy("5/xvda", "enospc=report"),
     "upgrade": lambda service: service.upgrade("5/xvda"),
     "measure": lambda service: service.measure("5/xvda", 1.0),
+    "end_measure": lambda service: service.end_measure("5/xvda"),
     "command": lambda service: service.command("5/xvda", "log", "get"),
     "stop": lambda service: service.stop(force=True),
 }

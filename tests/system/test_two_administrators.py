@@ -7,6 +7,8 @@ import json
 import os
 import select
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout
@@ -17,6 +19,7 @@ import pytest
 
 from tests.until import until
 from xenbackend.cli.main import main
+from xenbackend.client import Client, UnderWay
 from xenbackend.embedded.machine import Machine
 from xenbackend.protocol import client
 from xenbackend.protocol.codes import Code
@@ -185,3 +188,45 @@ def test_an_order_outlives_the_service_that_took_it(site: Site) -> None:
     assert (entry["code"] == "ok", chain == f"aio:{site.directory}/two") in ((True, True), (False, False))
     assert (results[0][0] == 0) == (entry["code"] == "ok")
     assert b"b" * 4096 == Path(chain.removeprefix("aio:")).read_bytes()[4096:8192]
+
+
+def test_two_who_measure(site: Site) -> None:
+    """The second one is refused, and may end the first one's, who gets the times until then."""
+    first, measured = give(site, {"verb": "measure", "seconds": 3600})
+    until(lambda: site.under_way() == ["measure"])
+    refused, busy = give(site, {"verb": "measure", "seconds": 1})
+    refused.join(20)
+    site.frontend.write(8, b"b" * 4096)
+    ended = site.run("latency", "5/xvda", "--layers", "--end")
+    first.join(20)
+    times = measured[0].data
+
+    assert [(Code.BUSY, True)] == [(each.code, "measure is under way, order" in each.sentence) for each in busy]
+    assert (0, "5/xvda: nothing is measured any more\n", "") == ended
+    assert [Code.OK] == [each.code for each in measured]
+    assert times["seconds"] < 3600
+    assert 1 == sum(times["layers"][0]["operations"]["write"]["buckets"].values())
+    assert [] == site.under_way()
+
+
+@pytest.mark.parametrize("end", ["Ctrl-C", "--timeout", "SIGKILL of the service"])
+def test_nobody_measures_for_nobody(site: Site, end: str) -> None:
+    """However a measurement loses who has ordered it, it is over before its hour is, and the next one can begin."""
+    command = [sys.executable, "-m", "xenbackend", "latency", "5/xvda", "--layers", "--interval", "3600"]
+    if end == "--timeout":
+        with pytest.raises(UnderWay) as pending:
+            Client(site.machine.control, timeout_s=0.1).measure("5/xvda", 3600)
+        number = pending.value.order or 0
+    else:
+        with subprocess.Popen([*command, "--socket", site.machine.control], stderr=subprocess.DEVNULL) as process:
+            until(lambda: site.under_way() == ["measure"])
+            number = site.status()["under_way"][0]["order"]
+            if end == "Ctrl-C":
+                process.send_signal(signal.SIGINT)
+            else:
+                os.kill(site.machine.service_pid, signal.SIGKILL)
+            assert process.wait() != 0
+    service = Client(site.machine.control)
+
+    assert (Code.GONE if "service" in end else Code.OK) is service.wait(number).code
+    assert 1.0 == service.measure("5/xvda", 1).seconds

@@ -25,17 +25,16 @@ def counts(reply: Reply) -> list[dict[str, int]]:
     return [{name: sum(each["buckets"].values()) for name, each in layer["operations"].items()} for layer in layers]
 
 
-def test_it_measures_for_a_while_and_stops_by_itself(driven: Driven) -> None:
-    """Each layer and operation, from then on: what was in flight when it began is not in it, nor what came later. The
-    layer that takes the time is seen to.
-    """
-    driven.connect(CHAIN)
+def test_it_measures_each_layer_and_operation_from_then_on(driven: Driven) -> None:
+    """What was in flight when it began is not in it, nor what came later. The layer that takes the time is seen to."""
+    driven.connect("log:|delay:write=300ms|ram:1M")
     early = driven.begin_write(DATA)
-    number = driven.worker.put(messages.Measure(300))
+    number = driven.worker.put(messages.Measure(3_600_000))
     driven.worker.ask(messages.Command("nosuch", "get", []))  # it has begun
     driven.frontend.wait([early])
     driven.frontend.write(0, DATA)
     driven.frontend.read(0, 8)
+    driven.worker.put(messages.Measure(0))
     reply = driven.worker.expect_reply(number)
     driven.frontend.write(0, DATA)
     again = driven.worker.ask(messages.Measure(1))
@@ -43,20 +42,33 @@ def test_it_measures_for_a_while_and_stops_by_itself(driven: Driven) -> None:
     seen = {"read": 1, "write": 1}
     assert [seen, seen, {"read": 1, "write": 2}] == counts(reply)  # `delay` had held the early one until then
     log, delay, ram = (each["operations"]["write"]["sum_ns"] for each in json.loads(reply.data))
-    assert log > delay > 20_000_000 > ram
+    assert log > delay > 300_000_000 > ram
     assert [{}] * 3 == counts(again)
     assert DATA == driven.frontend.read(0, 8)
 
 
-def test_one_at_a_time(driven: Driven) -> None:
-    """Whoever comes second, of an earlier service perhaps, is told so; what the first one has is whole."""
+@pytest.mark.parametrize("milliseconds", [0, 300])
+def test_one_ends_where_another_begins(driven: Driven, milliseconds: int) -> None:
+    """It has the times until then, and the other one those from then on; none is no measurement, and ends it."""
     driven.connect(CHAIN)
-    first = driven.worker.put(messages.Measure(200))
-    second = driven.worker.ask(messages.Measure(1))
+    first = driven.worker.put(messages.Measure(3_600_000))
+    driven.worker.ask(messages.Command("nosuch", "get", []))  # it has begun
+    driven.frontend.write(0, DATA)
+    second = driven.worker.put(messages.Measure(milliseconds))
+    ended = driven.worker.expect_reply(first)
+    driven.frontend.read(0, 8)
+    reply = driven.worker.expect_reply(second)
 
-    assert (Code.INVALID, "measured already" in second.sentence) == (second.code, True)
-    assert Code.OK == driven.worker.expect_reply(first).code
-    assert Code.OK == driven.worker.ask(messages.Measure(1)).code
+    assert (Code.OK, [{"write": 1}] * 3) == (ended.code, counts(ended))
+    assert (Code.OK, [{"read": 1}] * 3 if milliseconds else []) == (reply.code, counts(reply))
+
+
+def test_nothing_ends_where_nothing_was_begun(driven: Driven) -> None:
+    """Twice is as once, and the next one is whole."""
+    driven.connect(CHAIN)
+
+    assert [Code.OK] * 2 == [driven.worker.ask(messages.Measure(0)).code for _ in range(2)]
+    assert 3 == len(counts(driven.worker.ask(messages.Measure(1))))
 
 
 def test_another_chain_is_not_measured(driven: Driven, images: list[Path]) -> None:

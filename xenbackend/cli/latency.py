@@ -29,7 +29,7 @@ def register(subparsers: Any) -> None:
         description="Show how long the requests of one interval took, from when they were taken from the guest's ring "
         "to the answer: a histogram whose buckets are powers of two, of the first request of about every eighth batch. "
         "With --layers the worker times each layer of the chain meanwhile, which costs it less than half a "
-        "microsecond for each request and layer, and then goes on as before.",
+        "microsecond for each request and layer, and then goes on as before; Ctrl-C ends that, too.",
     )
     parser.add_argument("vbd", metavar="DISK", help="such as 5/xvda or guest/xvda")
     parser.add_argument(
@@ -38,6 +38,9 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--total", action="store_true", help="of all requests since the disk was attached instead")
     parser.add_argument(
         "--layers", action="store_true", help="of each layer and operation, of all requests; only root may order it"
+    )
+    parser.add_argument(
+        "--end", action="store_true", help="with --layers: end one that is under way, which prints the times until now"
     )
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw a picture, too; needs xenbackend[plot]")
     add_json(parser)
@@ -80,6 +83,8 @@ class Histogram:
 
 def run(args: argparse.Namespace) -> int:
     """Look, print and draw. Raises: ServiceError; ConfigError, for a picture that fails."""
+    if args.end and not args.layers:
+        raise ConfigError("--end ends what --layers has begun: give both")
     if args.layers:
         from xenbackend.cli import latency_layers
 

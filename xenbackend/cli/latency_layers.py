@@ -22,13 +22,28 @@ _HEAD = ("layer", "operation", "requests", "mean size", "mean", "50 % <", "99 % 
 
 def run(args: argparse.Namespace) -> int:
     """Order, wait and print. Raises: ServiceError; ConfigError."""
-    args.verb, args.timeout = "measure", None
+    args.timeout = None
+    if args.end:
+        return _end(args)
+    args.verb = "measure"
     measured = waiting.order(args, lambda client: client.measure(args.vbd, args.interval))
     vbd = str(parse_disk(args.vbd))
     if args.json:
         print_json({"order": measured.order, "vbd": vbd, **measured.values, "layers": values(measured.layers)})
     else:
         print("\n".join(lines(vbd, measured)))
+    return 0
+
+
+def _end(args: argparse.Namespace) -> int:
+    """End what somebody else has ordered, who gets his answer now."""
+    args.verb = "end_measure"
+    done = waiting.order(args, lambda client: client.end_measure(args.vbd))
+    vbd = str(parse_disk(args.vbd))
+    if args.json:
+        print_json({"order": done.order, "vbd": vbd})
+    else:
+        print(f"{vbd}: nothing is measured any more")
     return 0
 
 

@@ -141,8 +141,15 @@ class Client:
         return self._done(Upgraded, self._order("upgrade", vbd), worker=None)
 
     def measure(self, vbd: str, seconds: float) -> Measured:
-        """Time each layer of a disk's chain from now on, and return what was found after so many seconds."""
+        """Time each layer of a disk's chain from now on, and return what was found after so many seconds.
+
+        It ends when nobody waits for it any more. Raises: Busy, where the disk is measured already.
+        """
         return self._done(Measured, self._order("measure", vbd, seconds=seconds))
+
+    def end_measure(self, vbd: str) -> Done:
+        """End a measurement that is under way, if there is one: whoever waits for it gets the times until now."""
+        return self._done(Done, self._order("end_measure", vbd))
 
     def command(self, vbd: str, layer: str, command: str, *arguments: str) -> str:
         """Give a layer a command of its driver, and return its answer: ``command("5/xvda", "log", "status")``.

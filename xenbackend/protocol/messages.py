@@ -261,7 +261,10 @@ class Command:
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """Time the chain's layers for so long; replied to afterwards, with JSON for `block.timed.parse_times`."""
+    """Time the chain's layers for so long; replied to afterwards, with JSON for `block.timed.parse_times`.
+
+    What another one has begun ends now, and is replied to with the times until then; 0 begins nothing else.
+    """
 
     milliseconds: int
 

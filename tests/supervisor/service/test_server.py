@@ -389,6 +389,26 @@ def test_many_requests_at_once_make_no_deeper_stack(loop: Loop) -> None:
     assert [] == loop.bugs
 
 
+@pytest.mark.parametrize("end", ["goes", "has waited", "is answered"])
+def test_it_is_told_once_nobody_waits_any_more(loop: Loop, end: str) -> None:
+    """Whoever carries out a request hears that its client has gone, or has waited for long enough; not of an answer."""
+    left: list[str] = []
+    with loop.connect() as client:
+        client.sendall(b'{"verb": "hold", "wait": 5}\n')
+        loop.settle()
+        loop.held[0].left = lambda: left.append(end)
+        if end == "is answered":
+            loop.held[0](Answer(Code.OK, 1))
+        if end == "has waited":
+            loop.settle(5)
+        loop.settle()
+        waited = list(left)
+    loop.settle()
+
+    assert (["has waited"] if end == "has waited" else []) == waited
+    assert ([] if end == "is answered" else [end]) == left
+
+
 @pytest.mark.parametrize("says_more", [False, True])
 def test_a_client_that_goes_away_ends_nothing(loop: Loop, *, says_more: bool) -> None:
     """It may hang up while its request is under way, also with more that it wants; the answer goes to nobody."""

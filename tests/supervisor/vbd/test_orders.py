@@ -37,6 +37,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "resume": {},
     "policy": {"policy": "write=retry 5 every 2s"},
     "measure": {"seconds": 1},
+    "end_measure": {},
     "command": {"layer": "0", "command": "get"},
 }
 
@@ -110,22 +111,6 @@ def test_who_paused_a_disk_first_is_known(serving: Stepped) -> None:
     ask(serving, "pause", by="second")
 
     assert ([Code.OK, Code.OK], "first", "second") == (codes, first, serving.vbd().orders.paused_by)
-
-
-def test_what_only_reads_is_known(serving: Stepped) -> None:
-    """A driver says which of its verbs somebody polls; a policy is asked for without one. All else changes things."""
-    serving.vbd().handover.note(chain="log:|log:|null:1G")
-    for layer, command, reads in (
-        ("0", "get", True), ("1", "status", True), ("0", "clear", False), ("2", "get", False), ("log", "get", False),
-        ("3", "get", False), ("0", "nonsense", False), (None, None, False),
-    ):  # fmt: skip
-        assert reads == serving.vbd().orders.only_reads("command", {"layer": layer, "command": command}), layer
-    assert [True, True, False, False] == [
-        serving.vbd().orders.only_reads(verb, request)
-        for verb, request in (
-            ("policy", {}), ("policy", {"policy": ""}), ("policy", {"policy": "write=report"}), ("pause", {}),
-        )
-    ]  # fmt: skip
 
 
 def test_a_detach_is_done_when_the_disk_is_over(serving: Stepped, toolstack: Store) -> None:

@@ -48,7 +48,8 @@ from xenbackend.supervisor.vbd.claim import Bus
 from xenbackend.supervisor.vbd.context import Context
 from xenbackend.supervisor.vbd.inheritance import check_versions
 from xenbackend.supervisor.vbd.last_chains import LastChains, state_directory
-from xenbackend.supervisor.vbd.orders import ORDERS, text_of
+from xenbackend.supervisor.vbd.orders import ORDERS
+from xenbackend.supervisor.vbd.requests import only_reads, text_of
 from xenbackend.supervisor.vbd.vbd import Vbd
 from xenbackend.supervisor.xenstore.paths import VbdPath, parse_backend_path
 from xenbackend.supervisor.xenstore.store import Store
@@ -310,14 +311,14 @@ class Service:
             reply(Answer(Code.GONE, None, "the service is stopping"))
             return
         verb, vbd = str(request["verb"]), self._registry.find(text_of(request, "vbd"))
-        if vbd.orders.only_reads(verb, request):
+        if only_reads(verb, request, vbd.chain_in_service()):
             self._reads += 1
             self._give(vbd, partial(vbd.orders.give, verb, request, -self._reads), reply)
             return
         given = {"from": vbd.orders.former(verb), "to": request.get(_ORDERED.get(verb, ""), "")}
         is_dry_run = request.get("dry_run") is True
         number = self._ledger.open(f"{verb}{' --dry-run' * is_dry_run}", vbd.path.disk, asdict(peer), given)
-        reply.order, reply.known = number, vbd.orders.chain_data
+        reply.order, reply.known, reply.left = number, vbd.orders.chain_data, partial(vbd.orders.left, number)
 
         def answer(how: Answer) -> None:
             if how.code is not Code.UNDER_WAY:  # the next service goes on with it

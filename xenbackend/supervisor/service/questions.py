@@ -20,7 +20,7 @@ from xenbackend.supervisor.service.looks import Looks
 from xenbackend.supervisor.service.registry import Registry
 from xenbackend.supervisor.service.server import Peer, Reply
 from xenbackend.supervisor.service.status import describe
-from xenbackend.supervisor.vbd.orders import text_of
+from xenbackend.supervisor.vbd.requests import text_of
 from xenbackend.supervisor.vbd.vbd import Vbd
 
 

@@ -64,11 +64,13 @@ class Reply:
 
     order   the number of the order that it began
     known   returns what is known until that has its answer
+    left    called where nobody waits for the answer any more
     """
 
     def __init__(self, loop: Reactor, send: Callable[[Answer], None]) -> None:
         self.order: int | None = None
         self.known: Callable[[], Any] = lambda: None
+        self.left: Callable[[], None] = lambda: None
         self.verb = ""
         self._loop = loop
         self._send: Callable[[Answer], None] | None = send
@@ -85,6 +87,7 @@ class Reply:
     def give_up(self) -> None:
         """Tell the client that it has waited for long enough."""
         self._deliver(Answer(Code.UNDER_WAY, self.known(), "it is still under way", self.order))
+        self.left()
 
     def _deliver(self, answer: Answer) -> None:
         send, self._send = self._send, None
@@ -276,6 +279,8 @@ class Server:
         del self._clients[client]
         self._loop.remove(client.socket.fileno())
         client.socket.close()
+        if client.reply is not None:
+            client.reply.left()
 
 
 class _Client:

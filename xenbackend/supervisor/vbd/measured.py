@@ -6,26 +6,21 @@ Must not ask it.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 
 from xenbackend.block.timed import parse_times
-from xenbackend.errors import ConfigError
 from xenbackend.protocol import messages
 from xenbackend.protocol.answers import Answer
 from xenbackend.protocol.codes import Code
 
-SHORTEST_S, LONGEST_S = 0.001, 3600.0
 
+def answer_of(chain: str, seconds: float, begun: float, breach: Callable[[str], None], reply: messages.Reply) -> Answer:
+    """Return the answer to who has ordered it for `seconds`, at `begun` of the monotonic clock; it may have been ended.
 
-def seconds_of(value: object) -> float:
-    """Return for how long an administrator wants to measure. Raises: ConfigError."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not SHORTEST_S <= value <= LONGEST_S:
-        raise ConfigError(f"the request needs seconds, a number from {SHORTEST_S:g} to {LONGEST_S:.0f}")
-    return float(value)
-
-
-def answer_of(reply: messages.Reply, chain: str, seconds: float, breach: Callable[[str], None]) -> Answer:
-    """Return the answer to who has ordered it; `breach` is told of what is none."""
+    `breach` is told of what is none.
+    """
+    seconds = min(seconds, round(time.monotonic() - begun, 3))
     code, sentence, layers = reply.code, reply.sentence, []
     if code is Code.OK:
         try:

@@ -10,12 +10,14 @@ Must not write xenstore, nor talk to a worker but by the vbd's link. What outliv
     policy            what becomes of requests that fail
     upgrade           another worker process serves the guest from now on
     command           a verb of one layer
-    measure           the times of each layer within an interval
+    measure           the times of each layer within an interval, while somebody waits for them
+    end_measure       that ends now
     detach            the toolstack takes the disk away; it is done when that is over
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -28,9 +30,10 @@ from xenbackend.protocol import messages
 from xenbackend.protocol.answers import Answer, Reply, of_bug
 from xenbackend.protocol.codes import Code
 from xenbackend.supervisor.vbd import chains, events
-from xenbackend.supervisor.vbd.measured import answer_of, seconds_of
+from xenbackend.supervisor.vbd.measured import answer_of
 from xenbackend.supervisor.vbd.notes import Exchange
 from xenbackend.supervisor.vbd.phase import USABLE, Phase
+from xenbackend.supervisor.vbd.requests import seconds_of, text_of
 
 if TYPE_CHECKING:
     from xenbackend.supervisor.vbd.vbd import Vbd
@@ -49,6 +52,7 @@ BARRED_BY: dict[str, frozenset[str]] = {
     "policy": frozenset(),
     "command": frozenset(),
     "measure": frozenset({"measure", "upgrade"}),
+    "end_measure": frozenset(),
     "detach": frozenset(),
 }
 ORDERS = tuple(BARRED_BY)
@@ -115,21 +119,6 @@ class Orders:
             self._under_way.pop(number, None)  # whoever called answers
             raise
 
-    def only_reads(self, verb: str, request: Mapping[str, Any]) -> bool:
-        """Return whether what is asked changes nothing, so that nobody has to be able to find it among the orders."""
-        if verb == "policy":
-            return not request.get("policy")
-        if verb != "command":
-            return False
-        try:
-            layers = parse_chain(self._vbd.chain_in_service()).layers
-        except ConfigError:
-            return False
-        named = [
-            each.driver for place, each in enumerate(layers) if request.get("layer") in (each.driver.name, str(place))
-        ]
-        return len(named) == 1 and request.get("command") in named[0].reading
-
     def former(self, verb: str) -> str:
         """Return what an order changes, as it is before: the chain, or the policy; empty where it changes neither."""
         if verb == "policy":
@@ -155,9 +144,19 @@ class Orders:
                 problem = f"the disk waits for {order.chain} from now on: {device.error or 'nobody asks for it now'}"
                 self._answer(order, Answer(Code.FAILED, sentence=problem, data=self.chain_data()))
 
+    def left(self, number: int) -> None:
+        """End an order whose answer nobody waits for any more, if it is of no use to anybody else: a measurement."""
+        order = self._under_way.get(number)
+        if order is not None and order.verb == "measure":
+            self._end_measuring()
+
+    def _end_measuring(self) -> None:
+        self._vbd.link.ask(messages.Measure(0), lambda _reply: None)
+
     def give_up(self, sentence: str, *, leaves: bool) -> None:
         """Answer everybody: the vbd has gone, or with `leaves` this service does, and the next one may go on."""
         for order in self.under_way:
+            self.left(order.number)
             if order.verb == "detach" and self._vbd.device.sight.is_over:
                 self._answer(order, Answer(Code.OK))
                 continue
@@ -180,6 +179,8 @@ class Orders:
         elif verb in _AGAIN:
             self.give(verb, {"policy": to, "by": notes.paused}, number, reply)
         elif not self._is_noted(number):
+            if verb == "measure":
+                self._end_measuring()
             reply(Answer(Code.GONE, sentence="the service ended before it was done", data=self.chain_data()))
 
     def _begin(self, order: Order, request: Mapping[str, Any]) -> None:
@@ -197,7 +198,9 @@ class Orders:
             case "command":
                 self._command(order, request)
             case "measure":
-                self._measure(order, seconds_of(request.get("seconds")))
+                self._measure(order, seconds_of(request))
+            case "end_measure":
+                self._ask(order, messages.Measure(0), lambda reply: self._done_or_noted(order, reply, {}))
             case "detach":
                 self._under_way[order.number] = order  # `give_up` answers
 
@@ -389,7 +392,7 @@ class Orders:
 
     def _measure(self, order: Order, seconds: float) -> None:
         self._check_service()
-        answer = partial(answer_of, chain=order.former, seconds=seconds, breach=self._vbd.link.breach)
+        answer = partial(answer_of, order.former, seconds, time.monotonic(), self._vbd.link.breach)
         question = messages.Measure(round(seconds * 1000))
         self._ask(order, question, lambda reply: self._answer(order, answer(reply)))
 
@@ -410,11 +413,3 @@ class Orders:
         """Answer an order, once: whoever answers it later, after a `give_up`, comes too late."""
         if self._under_way.pop(order.number, None) is not None:
             order.reply(answer)
-
-
-def text_of(request: Mapping[str, Any], key: str) -> str:
-    """Return what a request has by a key. Raises: ConfigError, where that is no text."""
-    value = request.get(key)
-    if not isinstance(value, str) or not value:
-        raise ConfigError(f"the request needs {key}, a text")
-    return value

@@ -1,0 +1,44 @@
+"""What a request says.
+
+Must not do anything with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from xenbackend.block.spec import parse_chain
+from xenbackend.errors import ConfigError
+
+SHORTEST_S, LONGEST_S = 0.001, 3600.0
+
+
+def text_of(request: Mapping[str, Any], key: str) -> str:
+    """Return a text. Raises: ConfigError, where there is none."""
+    value = request.get(key)
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"the request needs {key}, a text")
+    return value
+
+
+def seconds_of(request: Mapping[str, Any]) -> float:
+    """Return for how long an administrator wants to measure. Raises: ConfigError."""
+    value = request.get("seconds")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not SHORTEST_S <= value <= LONGEST_S:
+        raise ConfigError(f"the request needs seconds, a number from {SHORTEST_S:g} to {LONGEST_S:.0f}")
+    return float(value)
+
+
+def only_reads(verb: str, request: Mapping[str, Any], chain: str) -> bool:
+    """Return whether what is asked changes nothing, so that nobody has to be able to find it among the orders."""
+    if verb == "policy":
+        return not request.get("policy")
+    if verb != "command":
+        return False
+    try:
+        layers = parse_chain(chain).layers
+    except ConfigError:
+        return False
+    named = [each.driver for place, each in enumerate(layers) if request.get("layer") in (each.driver.name, str(place))]
+    return len(named) == 1 and request.get("command") in named[0].reading
