@@ -71,6 +71,7 @@ HOMES = {
     "asyncio": (),  # 3 us for each task and request, where a layer costs 30 ns
     "multiprocessing": (),  # threads, grants and locks do not survive a fork
     "argon2": ("opener/deriving",),  # up to 4 GiB and minutes: no worker, no service
+    "datetime": ("cli/log", "cli/report", "units"),  # times for people: `units.format_time`
     "ctypes": ("bench/blkif_native", "block/luks/cipher", "block/remote/tls", "ceph/", "kernel/"),
     "fcntl": ("kernel/", "rig/", "supervisor/service/parent", "walls/calls"),
     "importlib": (

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import time
 from collections.abc import Iterator
+from datetime import datetime
 
 import pytest
 import structlog
@@ -50,6 +53,17 @@ def test_json_lines_are_json() -> None:
     line = json.loads(stream.getvalue())
 
     assert ("service", "hello", "warning") == (line["component"], line["event"], line["level"])
+
+
+@pytest.mark.parametrize("form", ["console", "json"])
+def test_a_line_says_when_it_was(form: str) -> None:
+    """With the zone, as every time that is printed; the journal says that itself."""
+    stream = io.StringIO()
+    log.configure(form, "info", stream)
+    log.get_logger("service").warning("hello")
+    [text] = re.findall(r"\d{4}-\d\d-\d\dT[0-9:.]+[+-]\d\d:\d\d", stream.getvalue())
+
+    assert abs(datetime.fromisoformat(text).timestamp() - time.time()) < 60
 
 
 @pytest.mark.rows("R13", "A30")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import random
+import time
+from collections.abc import Iterator
+from datetime import datetime
 
 import pytest
 
-from xenbackend.units import PAGE, format_duration, format_size, parse_duration, parse_size, round_up
+from xenbackend.units import PAGE, format_duration, format_size, format_time, parse_duration, parse_size, round_up
 
 
 @pytest.mark.parametrize(("value", "expected"), [(0, 0), (1, PAGE), (PAGE, PAGE), (PAGE + 1, 2 * PAGE), (2**70, 2**70)])
@@ -93,3 +96,25 @@ def test_sizes_round_trip() -> None:
         size = chance.randrange(1, 1000) << chance.choice([0, 10, 20, 30, 40])
 
         assert size == parse_size(format_size(size).replace(" ", ""))
+
+
+@pytest.fixture(params=["UTC", "Asia/Kolkata", "America/St_Johns"])
+def _zone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("TZ", request.param)
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+@pytest.mark.usefixtures("_zone")
+@pytest.mark.parametrize("precision", ["seconds", "milliseconds", "microseconds"])
+def test_a_time_means_the_same_everywhere(precision: str) -> None:
+    """It is one word, with the host's zone, also in winter and summer; whoever reads it elsewhere finds the moment."""
+    for moment in (0, 1_700_000_000, 1_720_000_000.25, 1_700_000_000.999999):
+        text = format_time(moment, precision)
+        read = datetime.fromisoformat(text)
+
+        assert read.utcoffset() == datetime.fromtimestamp(moment).astimezone().utcoffset()
+        assert 0 <= moment - read.timestamp() < {"seconds": 1, "milliseconds": 1e-3, "microseconds": 2e-6}[precision]
+        assert [text] == text.split()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import MutableMapping
 from functools import partial
 from typing import Any, TextIO
@@ -14,6 +15,7 @@ from typing import Any, TextIO
 import structlog
 
 from xenbackend import errors
+from xenbackend.units import format_time
 
 FORMATS = ("console", "journal", "json")
 LEVELS = ("debug", "info", "warning", "error", "critical")
@@ -27,12 +29,12 @@ def configure(form: str = "console", level: str = "info", stream: TextIO | None 
     """Set how all loggers write: `form` is one of FORMATS, `level` one of LEVELS, `stream` is stderr by default."""
     processors: list[structlog.typing.Processor] = [_clean, structlog.processors.format_exc_info]
     if form == "json":
-        processors += [structlog.processors.add_log_level, structlog.processors.TimeStamper(fmt="iso")]
+        processors += [structlog.processors.add_log_level, _stamp]
         processors.append(structlog.processors.JSONRenderer(ensure_ascii=False))
     elif form == "journal":
         processors.append(_render_for_journal)
     else:
-        processors += [structlog.processors.add_log_level, structlog.processors.TimeStamper(fmt="%H:%M:%S")]
+        processors += [structlog.processors.add_log_level, _stamp]
         processors.append(structlog.dev.ConsoleRenderer(colors=(stream or sys.stderr).isatty()))
     structlog.configure(
         processors=processors,
@@ -76,6 +78,12 @@ def _clean(_: Any, __: str, fields: MutableMapping[str, Any]) -> MutableMapping[
     for key, value in fields.items():
         if isinstance(value, str):
             fields[key] = printable(value)
+    return fields
+
+
+def _stamp(_: Any, __: str, fields: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Say when it was; the journal does so itself."""
+    fields["timestamp"] = format_time(time.time(), "milliseconds")
     return fields
 
 

@@ -1,4 +1,4 @@
-"""Quantities that every room uses: sizes, durations, rounding.
+"""Quantities that every room uses: sizes, durations, times of day, rounding.
 
 Must not know a device, a protocol or a file.
 """
@@ -6,6 +6,7 @@ Must not know a device, a protocol or a file.
 from __future__ import annotations
 
 import re
+from datetime import UTC, datetime
 
 SECTOR = 512  # bytes: the unit of sector numbers on the ring and in images, whatever `sector-size` and the medium say
 PAGE = 4096  # bytes; Xen's page on every architecture that runs blkif
@@ -56,3 +57,13 @@ def format_duration(seconds: float) -> str:
         if seconds * per_second < 999.5:
             return f"{seconds * per_second:.3g} {suffix}"
     return f"{seconds:.3g} s" if seconds < 999.5 else f"{seconds:.0f} s"
+
+
+def format_time(seconds: float, precision: str = "seconds") -> str:
+    """Return a time for a reader, by the clock of this host, with its zone: ``2026-11-30T12:00:00+01:00`` (ISO 8601).
+
+    Args:
+        seconds: since 1970.
+        precision: ``seconds``, ``milliseconds`` or ``microseconds``.
+    """
+    return datetime.fromtimestamp(seconds, UTC).astimezone().isoformat(timespec=precision)

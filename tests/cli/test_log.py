@@ -7,6 +7,7 @@ import json
 import struct
 from collections.abc import Iterator
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -97,11 +98,23 @@ def shown(capsys: pytest.CaptureFixture[str]) -> list[Any]:
 def test_show_prints_a_line_per_request(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """People see operation, sectors, latency and the name of the error, and where records are missing."""
     assert 0 == run("show", str(file))
-    lines = [line[26:].split() for line in capsys.readouterr().out.splitlines()]
+    lines = [line[32:].split() for line in capsys.readouterr().out.splitlines()]
 
     assert ["read", "0", "8", "20", "us", "ok"] == lines[1]
     assert ["write", "16", "1", "30", "us", "EIO"] == lines[3]
     assert ["3", "records", "are", "missing", "before", "this", "place"] == lines[5]
+
+
+def test_a_time_that_was_printed_is_one_to_begin_at(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It has its zone, so that it means the same on every host, and to `--since`."""
+    run("show", str(file))
+    printed = capsys.readouterr().out.splitlines()[3].split()[0]
+    run("show", str(file), "--since", printed)
+    again = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]]
+
+    assert ENTRIES[2].time_ns == round(datetime.fromisoformat(printed).timestamp() * 1e6) * 1000
+    assert datetime.fromisoformat(printed).utcoffset() is not None
+    assert printed == again[0]
 
 
 @pytest.mark.parametrize(

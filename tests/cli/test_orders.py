@@ -25,7 +25,7 @@ def test_a_line_for_each_order(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
     assert heading.split() == ["order", "began", "took", "by", "disk", "what", "ended", "from", "->", "to"]
     assert [line.split()[0] for line in lines] == ["17", "18", "19"]
-    assert "2.5s" == lines[0].split()[3]
+    assert "2.5s" == lines[0].split()[2]
     assert lines[0].endswith("xenbackend[33],uid=0  5/xvda  set    ok         aio:/img -> log:|aio:/img")
     assert lines[1].endswith(r"pause  failed     -  # no\x1b[2J")
     assert "under way" in lines[2]

@@ -6,14 +6,14 @@ Must not be imported without a wish for a picture: it needs matplotlib, the extr
 from __future__ import annotations
 
 import platform
-from datetime import datetime
+import time
 from pathlib import Path
 
 from xenbackend import __version__
 from xenbackend.cli.latency import Histogram
 from xenbackend.client import Disk
 from xenbackend.errors import ConfigError, printable
-from xenbackend.units import format_duration
+from xenbackend.units import format_duration, format_time
 
 
 def save(known: Disk, histogram: Histogram, path: Path) -> None:
@@ -29,7 +29,7 @@ def save(known: Disk, histogram: Histogram, path: Path) -> None:
     axes.set_xticks(range(len(places)), [f"< {format_duration((1 << place) / 1e9)}" for place in places], rotation=45)
     axes.set_ylabel("requests that were timed")
     axes.grid(axis="y", alpha=0.3)
-    when = datetime.now().astimezone().isoformat(timespec="seconds")
+    when = format_time(time.time())
     span = "since it was attached" if histogram.seconds is None else f"{histogram.seconds:.1f} s"
     mean = "" if histogram.mean_ns is None else f", mean {format_duration(histogram.mean_ns / 1e9)}"
     title = f"{known.vbd}: {histogram.samples} requests, {span}{mean}"

@@ -12,7 +12,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,11 @@ from xenbackend.cli import output, waiting
 from xenbackend.cli.arguments import add_json, add_order_options
 from xenbackend.disks import parse_disk
 from xenbackend.errors import ConfigError
-from xenbackend.units import SECTOR, format_duration, format_size, parse_duration
+from xenbackend.units import SECTOR, format_duration, format_size, format_time, parse_duration
 
 _DISK_RANGE = struct.Struct("<QI4x")  # struct disk_range of blktap's log.h, x86-64: sector, count, padding
+_PRECISION = "microseconds"  # of the times of requests
+_TIME = len(format_time(0, _PRECISION))
 _MAX_COUNT = 0xFFFF_FFFF // 8 * 8  # sectors of one such range; whole pieces of 4 KiB
 _VERBS = {
     "get": "print the ranges that were written, and forget them",
@@ -104,7 +106,7 @@ def show_records(arguments: argparse.Namespace) -> int:
         _print_summary(summary.result(), as_json=arguments.json)
         return 0
     if not arguments.json:
-        print(f"{'time':26}  {'op':7}  {'first sector':>14}  {'sectors':>10}  {'took':>9}  status")
+        print(f"{'time':{_TIME}}  {'op':7}  {'first sector':>14}  {'sectors':>10}  {'took':>9}  status")
     for entry in entries:
         print(json.dumps(_as_values(entry)) if arguments.json else _as_line(entry))
     return 0
@@ -129,9 +131,7 @@ def _since_ns(text: str, now_ns: int) -> int:
     except ValueError:
         pass
     try:
-        return round(
-            datetime.fromisoformat(text).timestamp() * 1e9
-        )  # without a zone it is local time, as it is printed
+        return round(datetime.fromisoformat(text).timestamp() * 1e9)  # without a zone it is local time
     except ValueError:
         raise ConfigError(
             f"--since {text} is neither a time such as 2025-01-31T12:00 nor a duration such as 10m"
@@ -169,15 +169,11 @@ def _limited(entries: Iterable[Entry | Lost], head: int | None, tail: int | None
     return entries if head is None else islice(entries, max(0, head))
 
 
-def _time(time_ns: int) -> str:
-    return datetime.fromtimestamp(time_ns / 1e9, tz=UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S.%f")
-
-
 def _as_line(entry: Entry | Lost) -> str:
     if isinstance(entry, Lost):
-        return f"{'':26}  {entry.records} records are missing before this place"
+        return f"{'':{_TIME}}  {entry.records} records are missing before this place"
     return (
-        f"{_time(entry.time_ns)}  {entry.op.name.lower():7}  {entry.offset // SECTOR:>14}  "
+        f"{format_time(entry.time_ns / 1e9, _PRECISION)}  {entry.op.name.lower():7}  {entry.offset // SECTOR:>14}  "
         f"{entry.length // SECTOR:>10}  {format_duration(entry.latency_ns / 1e9):>9}  {_status(entry.status)}"
     )
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from typing import Any
 
 from xenbackend.cli.arguments import add_json, add_socket
@@ -16,7 +15,7 @@ from xenbackend.cli.output import print_json
 from xenbackend.client import Client
 from xenbackend.errors import printable
 from xenbackend.protocol.codes import Code
-from xenbackend.units import format_duration
+from xenbackend.units import format_duration, format_time
 
 HEADINGS = ("order", "began", "took", "by", "disk", "what", "ended", "from -> to")
 Entry = dict[str, Any]
@@ -62,7 +61,7 @@ def words(entry: Entry) -> tuple[str, ...]:
     """Return an order as the words of HEADINGS."""
     change = " -> ".join(printable(entry[key]) for key in ("from", "to") if entry[key])
     sentence = f"  # {printable(entry['error'])}" if entry["error"] else ""
-    number, began, who = str(entry["number"]), _moment(entry["began"]), _who(entry["who"])
+    number, began, who = str(entry["number"]), format_time(entry["began"]), _who(entry["who"])
     return (
         number,
         began,
@@ -80,17 +79,13 @@ def details(entry: Entry) -> list[tuple[str, str]]:
     texts = {key: printable(str(entry[key])) for key in ("vbd", "verb", "from", "to", "error")}
     return [
         ("order", str(entry["number"])), ("what", texts["verb"]), ("disk", texts["vbd"]), ("by", _who(entry["who"])),
-        ("from", texts["from"]), ("to", texts["to"]), ("began", _moment(entry["began"])), ("took", _took(entry)),
+        ("from", texts["from"]), ("to", texts["to"]), ("began", format_time(entry["began"])), ("took", _took(entry)),
         ("ended", _end(entry)), ("error", texts["error"]),
     ]  # fmt: skip
 
 
 def _end(entry: Entry) -> str:
     return str(entry["code"]).replace(Code.UNDER_WAY, "under way")
-
-
-def _moment(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).astimezone().isoformat(" ", "seconds")
 
 
 def _took(entry: Entry) -> str:

@@ -11,7 +11,6 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ from xenbackend.disks import devid_to_vdev
 from xenbackend.kernel.identity import difference, from_text
 from xenbackend.protocol.opening import Meaning
 from xenbackend.supervisor.xenstore.nodes import SENTENCE_MAX
+from xenbackend.units import format_time
 
 if TYPE_CHECKING:
     from xenbackend.protocol import messages
@@ -104,7 +104,7 @@ def describe_briefly(vbd: Vbd) -> dict[str, str]:
         "chain": vbd.chain_in_service(),
         "worker": str(vbd.worker.pid) if vbd.worker and vbd.worker.is_there else "",
         "phase": vbd.device.phase.value,
-        "since": datetime.fromtimestamp(vbd.since, UTC).isoformat(timespec="seconds"),
+        "since": format_time(vbd.since),
         "paused": vbd.orders.paused_by,
         "error": vbd.device.error[:SENTENCE_MAX],
     }
