@@ -8,7 +8,7 @@ disk with requests in flight that do not overlap, and says what the disk may hol
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
@@ -84,6 +84,25 @@ class RecordedFile:
         else:
             self.write_at(request.offset, content(request) if request.op == Op.WRITE else bytes(request.length))
         return 0
+
+    def read_mapped(
+        self, batch: list[Request], places: Mapping[int, int], bits: int
+    ) -> tuple[list[Request], list[tuple[Request, int]], list[Request]]:
+        """See `HostFile`: some of these reads are done at once, some are late."""
+        done, late, rest = list[Request](), list[tuple[Request, int]](), list[Request]()
+        for request in batch:
+            place, inside = places.get(request.offset >> bits), request.offset % (1 << bits)
+            if place is None or request.op != Op.READ or inside + request.length > 1 << bits:
+                rest.append(request)
+            elif self.fails(request) or self.chance.random() < 0.5:
+                late.append((request, place + inside))
+            else:
+                found = self.read_at(place + inside, request.length)
+                for view in request.iov:
+                    view[:], found = found[: len(view)], found[len(view) :]
+                request.status = 0
+                done.append(request)
+        return done, late, rest
 
     def read_at(self, offset: int, length: int) -> bytes:
         """See `File`."""

@@ -25,6 +25,7 @@ TESTED_ELSEWHERE = {
     "bench/target.py": "bench/test_session.py starts every target and ends it",
     "bench/vhost_user.py": "bench/test_virtqueue.py speaks it to a real qemu-storage-daemon",
     "bench/worker.py": "bench/test_session.py runs every workload on one",
+    "block/back_reads.py": "block/test_write_back.py has each of its reads, killed and without power",
     "block/cache_parts.py": "block/drivers/test_cache.py has each size, mode and request",
     "block/env.py": "words only; worker/test_env.py holds what implements it to them",
     "block/formats/luks1.py": "block/formats/test_luks.py has every header of both",

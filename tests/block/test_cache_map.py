@@ -7,17 +7,23 @@ from random import Random
 import pytest
 
 from tests.helpers_block import StepEnv
+from xenbackend.block import cache_map
 from xenbackend.block.cache_map import WAYS, CacheMap
+
+
+def _map(env: StepEnv, slots: int, token: bytes) -> CacheMap:
+    return CacheMap(env, slots, token, block=4096, data_at=8192)
 
 
 def test_it_is_a_dictionary_that_forgets() -> None:
     """Of random calls: what is found is what was put last, in a slot that nothing else has had since."""
-    chance, known = Random(1), CacheMap(StepEnv(), 64, b"t")
+    chance, known = Random(1), _map(StepEnv(), 64, b"t")
     content: dict[int, int] = {}  # by slot: the block whose bytes are there
     for _ in range(5000):
         block = chance.randrange(200)
         slot = known.find(block)
         assert slot < 0 or content[slot] == block
+        assert all(known.find(each) == place - 8192 >> 12 for each, place in list(known.places.items()))
         match chance.randrange(3):
             case 0:
                 known.drop(block, block + 3)
@@ -33,19 +39,19 @@ def test_it_is_a_dictionary_that_forgets() -> None:
 def test_a_successor_finds_what_was_put_and_nothing_that_was_only_taken() -> None:
     """D11: a slot that is being written has nothing."""
     env = StepEnv()
-    known = CacheMap(env, 64, b"t")
+    known = _map(env, 64, b"t")
     first, second = known.take(1), known.take(2)
     known.put(first, 1)
-    later = CacheMap(env, 64, b"t")
+    later = _map(env, 64, b"t")
 
     assert (first, -1) == (later.find(1), later.find(2))
     assert second >= 0
-    assert -1 == CacheMap(env, 64, b"of another disk").find(1)
+    assert -1 == _map(env, 64, b"of another disk").find(1)
 
 
 def test_a_pinned_slot_is_not_given_away() -> None:
     """Somebody reads from it, or writes to it; where all of a set are, nothing is kept."""
-    known = CacheMap(StepEnv(), WAYS, b"t")
+    known = _map(StepEnv(), WAYS, b"t")
     slots = [known.take(block) for block in range(WAYS)]
     assert -1 == known.take(100)
     known.pins[slots[3]] += 1
@@ -58,7 +64,7 @@ def test_a_pinned_slot_is_not_given_away() -> None:
 
 def test_what_is_used_stays() -> None:
     """A block that was looked for since the last round outlives those that were not."""
-    known = CacheMap(StepEnv(), WAYS, b"t")
+    known = _map(StepEnv(), WAYS, b"t")
     for block in range(40):
         known.find(0)
         if known.find(block) < 0:
@@ -72,7 +78,7 @@ def test_what_is_used_stays() -> None:
 
 def test_a_block_is_in_one_slot_at_most() -> None:
     """Of two copies of a block that were on their way at once one is kept: to drop it drops it."""
-    known = CacheMap(StepEnv(), WAYS, b"t")
+    known = _map(StepEnv(), WAYS, b"t")
     for slot in (known.take(5), known.take(5)):
         known.put(slot, 5)
         known.pins[slot] -= 1
@@ -81,7 +87,44 @@ def test_a_block_is_in_one_slot_at_most() -> None:
     assert -1 == known.find(5)
 
 
+@pytest.mark.parametrize("way", ["by its place", "by looking for it"])
+def test_a_block_that_is_found_again_and_again_stays(way: str) -> None:
+    """Whoever has its place does not look for it: the hand takes the place away, so that the next one looks."""
+    known = _map(StepEnv(), WAYS, b"t")
+    for block in range(200):
+        if way == "by looking for it" or 0 not in known.places:
+            known.find(0)
+        if known.find(block) < 0:
+            slot = known.take(block)
+            known.put(slot, block)
+            known.pins[slot] -= 1
+
+    assert known.find(0) >= 0
+
+
+def test_a_slot_that_is_given_to_another_block_is_no_place_of_the_former_one() -> None:
+    """Also where it was found a moment before."""
+    known = _map(StepEnv(), WAYS, b"t")
+    slot = known.take(1)
+    known.put(slot, 1)
+    assert slot == known.find(1)
+    known.restore(slot, 2)
+
+    assert (-1, slot) == (known.find(1), known.find(2))
+    assert [2] == list(known.places)
+
+
+def test_places_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many blocks a cache has, their places take so much memory and no more."""
+    monkeypatch.setattr(cache_map, "_MOST_PLACES", 10)
+    known = _map(StepEnv(), 64, b"t")
+    for block in range(64):
+        known.put(known.take(block), block)
+        assert known.find(block) >= 0
+        assert 0 < len(known.places) <= 10
+
+
 @pytest.mark.parametrize("slots", [1, 7, 8, 1000])
 def test_there_are_whole_sets(slots: int) -> None:
     """No more slots than there is room for, but for the one set that there has to be."""
-    assert CacheMap(StepEnv(), slots, b"t").slots == max(WAYS, slots // WAYS * WAYS)
+    assert _map(StepEnv(), slots, b"t").slots == max(WAYS, slots // WAYS * WAYS)

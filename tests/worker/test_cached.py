@@ -133,3 +133,26 @@ def test_runs() -> None:
 
     assert [len(run) for run in _runs(batch)] == [2, 1, 2, 1, 1]
     assert [len(run) for run in _runs(long)] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_what_memory_has_is_read_through_a_map_of_blocks(reactor: Reactor, *, direct: bool) -> None:
+    """A read inside a block with a place is done at once, or is late, with its place; all else is left as it was."""
+    path = places.DISK / f"{places.prefix()}{os.getpid()}"
+    path.write_bytes(CONTENT)
+    files = HostFiles(reactor)
+    image = files.open(str(path), read_only=False, direct=direct)
+    inside, across = request_of(Op.READ, 3 * 8192 + 4096, pieces=4), request_of(Op.READ, 3 * 8192 + 4096, 8192)
+    behind = request_of(Op.READ, 5 * 8192)
+    rest = [request_of(Op.WRITE, 3 * 8192), across, request_of(Op.READ, 4 * 8192), request_of(Op.FLUSH, 0, 0)]
+    done, late, left = image.read_mapped([rest[0], inside, *rest[1:], behind], {3: 40960, 5: len(CONTENT), 0: 0}, 13)
+    path.unlink()
+    image.close()
+    files.close()
+
+    is_cached = not image.mode.startswith("O_DIRECT")
+    assert [inside] * is_cached == done
+    assert [(inside, 45056)] * (not is_cached) + [(behind, len(CONTENT))] == late, "nothing is there to be read at once"
+    assert rest == left
+    assert {PENDING} == {each.status for each in (behind, *left)}
+    assert (0, CONTENT[45056:49152]) == (inside.status, b"".join(inside.iov)) or not is_cached

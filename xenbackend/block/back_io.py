@@ -17,7 +17,7 @@ from xenbackend.block.request import Op, Request
 from xenbackend.units import PAGE
 
 if TYPE_CHECKING:
-    from xenbackend.block.driver import File, Filter
+    from xenbackend.block.driver import Filter, HostFile
     from xenbackend.block.formats.cache import BackHeader
 
 _PATIENCE = 16  # errors of FILE, one after the other
@@ -28,13 +28,13 @@ class BackIO:
 
     on_lost: Callable[[int], None]
 
-    def __init__(self, driver: Filter, file: File, header: BackHeader) -> None:
+    def __init__(self, driver: Filter, file: HostFile, header: BackHeader) -> None:
         """Take maps from memory, or from FILE. Raises: OSError."""
         assert driver.below is not None  # noqa: S101 - as in `Filter.open`
         self._driver, self._env, self._file, self._below = driver, driver.env, file, driver.below
         self.block, self._data_at = header.block, header.data_at
         self._bits = header.block.bit_length() - 1
-        self.map = CacheMap(self._env, header.blocks, header.token)
+        self.map = CacheMap(self._env, header.blocks, header.token, block=header.block, data_at=header.data_at)
         self.tags = DurableTags(self._env, file, HEADER_SIZE, header.map_size, header.token)
         self._pool = Pool()
         self._down: list[Request] = []

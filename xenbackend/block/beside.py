@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 
-from xenbackend.block.driver import Env, File
+from xenbackend.block.driver import Env, File, HostFile
 from xenbackend.block.formats.beside import HEADER_SIZE, MAX_BLOCK, MIN_BLOCK, Header
 from xenbackend.units import PAGE, format_size
 
@@ -18,7 +18,7 @@ def check_block(block: int) -> None:
         raise ValueError(f"block is {format_size(block)}; it must be 4K, 8K, ... up to 1M")
 
 
-def have(env: Env, path: str, *, read_only: bool) -> tuple[File, int]:
+def have(env: Env, path: str, *, read_only: bool) -> tuple[HostFile, int]:
     """Open a file, creating it if necessary; return it and when it was changed last, in nanoseconds since 1970.
 
     Raises: DriverError, OSError.

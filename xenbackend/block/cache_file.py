@@ -11,7 +11,7 @@ from xenbackend.block.below import changed_ns, describe
 from xenbackend.block.beside import begin, have, is_new
 from xenbackend.block.cache_map import WAYS
 from xenbackend.block.cache_parts import MAX_SLOTS
-from xenbackend.block.driver import File, Filter
+from xenbackend.block.driver import File, Filter, HostFile
 from xenbackend.block.formats.beside import HEADER_SIZE, MIN_BLOCK
 from xenbackend.block.formats.cache import BackHeader, Header
 from xenbackend.errors import DriverError
@@ -20,7 +20,7 @@ _CLOSING_NS = 10 * 10**9  # in which the layers below may write after us, also w
 _PIECE = 1 << 20
 
 
-def open_back(driver: Filter, path: str, size: int, block: int) -> tuple[File, BackHeader | None]:
+def open_back(driver: Filter, path: str, size: int, block: int) -> tuple[HostFile, BackHeader | None]:
     """Return the file, open, and its header; None: it is new, and only read, so that nothing is in it.
 
     Raises: DriverError, OSError.
@@ -36,7 +36,7 @@ def open_back(driver: Filter, path: str, size: int, block: int) -> tuple[File, B
         raise
 
 
-def open_read(driver: Filter, path: str, size: int, block: int) -> tuple[File, Header]:
+def open_read(driver: Filter, path: str, size: int, block: int) -> tuple[HostFile, Header]:
     """Return the file of another cache, open and begun where it was not, or of another size, and its header.
 
     It is written also where the disk is only read: such a one may be slow, too. Raises: DriverError, OSError.

@@ -9,6 +9,7 @@ and one disk below, which have a `token`; with another one there are none.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 
 from xenbackend.block.driver import Env
@@ -16,20 +17,26 @@ from xenbackend.units import PAGE
 
 WAYS = 8
 _TOKEN = 48  # bytes, at the beginning
+_MOST_PLACES = 1 << 16  # of 100 bytes each
 
 
 class CacheMap:
     """The map of one cache. A slot with `pins` is not given to another block; whoever uses a slot has one there."""
 
-    def __init__(self, env: Env, slots: int, token: bytes) -> None:
-        """Take what a predecessor left, if it is of the same `token`; there are at least `slots` // WAYS sets."""
+    def __init__(self, env: Env, slots: int, token: bytes, *, block: int, data_at: int) -> None:
+        """Take what a predecessor left, if it is of the same `token`; there are at least `slots` // WAYS sets.
+
+        The slots lie one behind the other in the file, of `block` bytes each, from `data_at` on.
+        """
+        self._block, self._data_at = block, data_at
         self._sets = max(1, slots // WAYS)
         self.slots = self._sets * WAYS
         self._memory = env.memory("map", PAGE + 8 * self.slots)
         self._tags = self._memory[PAGE:].cast("Q")  # by slot: the block's number and one more, 0 for none
         self._used = bytearray(self.slots)  # by slot: since the hand came by
         self._hands = bytearray(self._sets)  # by set: the way that is looked at next when one has to go
-        self.pins = memoryview(bytearray(4 * self.slots)).cast("I")  # by slot: what reads or writes it now
+        self.pins = array("I", bytes(4 * self.slots))  # by slot: what reads or writes it now
+        self.places: dict[int, int] = {}  # by block: where it is in the file, of most that are found again and again
         token = token.ljust(_TOKEN, b"\0")[:_TOKEN]
         if self._memory[:_TOKEN] != token:
             self.clear()
@@ -43,6 +50,9 @@ class CacheMap:
         except ValueError:
             return -1
         self._used[slot] = 1
+        if len(self.places) >= _MOST_PLACES:
+            self.places.clear()
+        self.places[block] = self._data_at + slot * self._block
         return slot
 
     def drop(self, first: int, last: int) -> None:
@@ -53,9 +63,11 @@ class CacheMap:
             row = tags[start : start + WAYS].tolist()
             if block + 1 in row:
                 tags[start + row.index(block + 1)] = 0
+                self.places.pop(block, None)
 
     def clear(self) -> None:
         """Take note that no slot has anything."""
+        self.places.clear()
         step = 1 << 20
         for start in range(PAGE, len(self._memory), step):
             part = self._memory[start : start + step]
@@ -71,7 +83,7 @@ class CacheMap:
         slot = next((each for each in free if not self._tags[each]), -1)
         if slot < 0:
             slot = self._replace(number, free)
-        self._tags[slot] = 0
+        self._give(slot, 0)
         self.pins[slot] += 1
         return slot
 
@@ -85,17 +97,22 @@ class CacheMap:
                 self._hands[number] = hand
                 return slot
             self._used[slot] = 0
+            self.places.pop(self._tags[slot] - 1, None)  # or nobody would see that it is used again
 
     def put(self, slot: int, block: int) -> None:
         """Take note that a slot which was taken has a block, unless another one has it meanwhile."""
         if self.find(block) < 0:
-            self._tags[slot] = block + 1
+            self._give(slot, block + 1)
             self._used[slot] = 0  # what is read once goes first, or a backup would empty the cache
 
     def restore(self, slot: int, block: int) -> None:
         """Take note that a slot has a block, and no other one."""
         self.drop(block, block)
-        self._tags[slot] = block + 1
+        self._give(slot, block + 1)
+
+    def _give(self, slot: int, tag: int) -> None:
+        self.places.pop(self._tags[slot] - 1, None)
+        self._tags[slot] = tag
 
     def close(self) -> None:
         """Let go of the memory."""

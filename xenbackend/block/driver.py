@@ -53,6 +53,7 @@ from xenbackend.block.files import File as File  # noqa: PLC0414
 from xenbackend.block.files import FileFacts as FileFacts  # noqa: PLC0414
 from xenbackend.block.files import Files as Files  # noqa: PLC0414
 from xenbackend.block.files import Found as Found  # noqa: PLC0414
+from xenbackend.block.files import HostFile as HostFile  # noqa: PLC0414
 from xenbackend.block.files import Lookup as Lookup  # noqa: PLC0414
 from xenbackend.block.request import Complete as Complete  # noqa: PLC0414
 from xenbackend.block.request import Request

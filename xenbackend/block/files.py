@@ -69,6 +69,24 @@ class File(Protocol):
         """Release the file and its lock; nothing is in flight."""
 
 
+class HostFile(File, Protocol):
+    """A file of the host."""
+
+    def read_mapped(
+        self, batch: list[Request], places: Mapping[int, int], bits: int
+    ) -> tuple[list[Request], list[tuple[Request, int]], list[Request]]:
+        """Do those reads of a batch that lie in one block each whose place in the file is known.
+
+        Args:
+            batch: of the owner, who gets it back by this return, and not by `complete`.
+            places: where blocks are, by their number; in bytes.
+            bits: a block has 2 to the power of this many bytes.
+
+        Returns: reads that the host's memory had, with status 0; those that take longer, with their places; what lies
+        in no such block, or is no read, in its order. These two as they were.
+        """
+
+
 @dataclass(frozen=True, slots=True)
 class Found:
     """The file that an image names: `path` opens it from now on, `by` says which act of an administrator allowed it."""
@@ -168,7 +186,7 @@ class Files(Lookup, Protocol):
         blocking: bool = False,
         step: int = 0,
         sector_size: int = 0,
-    ) -> File:
+    ) -> HostFile:
         """Open an image.
 
         Args:

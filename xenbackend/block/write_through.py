@@ -19,7 +19,7 @@ from xenbackend.block.overtaken import Overtaken
 from xenbackend.block.request import PENDING, Op, Request
 
 if TYPE_CHECKING:
-    from xenbackend.block.driver import File, Filter
+    from xenbackend.block.driver import Filter, HostFile
 
 _MOST = 128 << 10  # bytes of a request that is kept
 _PATIENCE = 16  # errors of FILE, one after the other
@@ -29,7 +29,7 @@ class WriteThrough:
     """Those of one disk. `map` is None where FILE is left alone."""
 
     def __init__(
-        self, driver: Filter, file: File | None, known: CacheMap | None, block: int, *, keeps_writes: bool
+        self, driver: Filter, file: HostFile | None, known: CacheMap | None, block: int, *, keeps_writes: bool
     ) -> None:
         """Begin with a map of what FILE has; without both everything goes by. `block` is in bytes."""
         assert driver.below is not None  # noqa: S101 - as in `Filter.open`
@@ -49,6 +49,14 @@ class WriteThrough:
 
     def submit(self, batch: list[Request]) -> None:
         """Take requests as a driver does: read from FILE what is there, pass on the rest, and keep what comes back."""
+        if self.map is not None:
+            done, late, batch = self._file.read_mapped(batch, self.map.places, self._bits)  # type: ignore[union-attr]  # there is a map
+            self._hits += len(done) + len(late)
+            if done:
+                self._in_a_row = 0
+                self._back += done
+            for request, place in late:
+                self._read_from(request, place - DATA_AT >> self._bits, place, request.length, request.iov)
         for request in batch:
             if request.op == Op.READ and self.map is not None:
                 self._read(request, self.map)
@@ -82,8 +90,18 @@ class WriteThrough:
     def _from_file(self, batch: list[Request]) -> None:
         """Go on with what FILE gives back."""
         self._at_file -= len(batch)
+        known, reading = self.map, self._done_read
         for own in batch:
-            own.done(own)  # type: ignore[attr-defined]  # nothing else is sent there
+            request = own.tag
+            if own.status or known is None or own.done is not reading or type(request) is Join:  # type: ignore[attr-defined]  # nothing else is sent there
+                own.done(own)  # type: ignore[attr-defined]  # the same
+                continue
+            known.pins[own.block] -= 1  # type: ignore[attr-defined]  # as `_was_read`, without a call for each
+            own.tag, own.iov = None, ()
+            request.status = 0
+            self._free.append(own)  # type: ignore[arg-type]  # the same
+            self._back.append(request)
+            self._in_a_row = 0
         self._pass_on()
 
     def _pass_on(self) -> None:
@@ -110,7 +128,8 @@ class WriteThrough:
         slot = known.find(first)
         if slot >= 0 and first == last:
             self._hits += 1
-            self._read_slot(request, slot, offset & (self._block - 1), request.length, request.iov, known)
+            place = DATA_AT + (slot << bits) + (offset & (self._block - 1))
+            self._read_from(request, slot, place, request.length, request.iov)
             return
         slots = [slot, *map(known.find, range(first + 1, last + 1))]
         if -1 in slots:
@@ -120,17 +139,15 @@ class WriteThrough:
         pieces, at = Join(request, len(slots)), offset & (self._block - 1)
         lengths = [self._block - at, *[self._block] * (len(slots) - 2)]
         lengths.append(request.length - sum(lengths))
-        for place, length, iov in zip(slots, lengths, cut(request.iov, lengths), strict=True):
-            self._read_slot(pieces, place, at, length, iov, known)
+        for slot, length, iov in zip(slots, lengths, cut(request.iov, lengths), strict=True):
+            self._read_from(pieces, slot, DATA_AT + (slot << bits) + at, length, iov)
             at = 0
 
-    def _read_slot(
-        self, tag: Request | Join, slot: int, at: int, length: int, iov: Sequence[memoryview], known: CacheMap
-    ) -> None:
+    def _read_from(self, tag: Request | Join, slot: int, place: int, length: int, iov: Sequence[memoryview]) -> None:
         """Read a part of a slot, which stays as it is until that is done."""
-        known.pins[slot] += 1
+        self.map.pins[slot] += 1  # type: ignore[union-attr]  # whoever found the slot has a map
         own = self._free.pop() if self._free else Own()
-        own.offset, own.length, own.iov = DATA_AT + (slot << self._bits) + at, length, iov
+        own.offset, own.length, own.iov = place, length, iov
         own.op, own.status, own.done, own.tag, own.block = Op.READ, PENDING, self._done_read, tag, slot
         self._to_file.append(own)
 

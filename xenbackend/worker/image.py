@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
@@ -76,6 +76,22 @@ class Image:
             request.status = 0
         except OSError as error:
             request.status = error.errno or errno.EIO
+
+    def read_mapped(
+        self, batch: list[Request], places: Mapping[int, int], bits: int
+    ) -> tuple[list[Request], list[tuple[Request, int]], list[Request]]:
+        """See `block.driver.HostFile`: past the page cache nothing is there at once."""
+        get, inside_mask, block = places.get, (1 << bits) - 1, 1 << bits
+        late: list[tuple[Request, int]] = []
+        rest: list[Request] = []
+        for request in batch:
+            place = get(request.offset >> bits)
+            inside = request.offset & inside_mask
+            if place is None or request.op or inside + request.length > block:  # Op.READ is 0
+                rest.append(request)
+            else:
+                late.append((request, place + inside))
+        return [], late, rest
 
     def start(self, request: Request) -> None:
         """Do one request without blocking, by the queue or in a thread; `finished` gets it back."""
