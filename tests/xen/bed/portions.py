@@ -26,6 +26,7 @@ SECONDS = {  # what the rest takes; only how they compare with each other counts
     "tests/xen/test_blkback.py": 50,
     "tests/xen/test_canary.py": 110,
     "tests/xen/test_cdrom.py": 45,
+    "tests/xen/test_chains.py": 200,
     "tests/xen/test_config_line.py": 90,
     "tests/xen/test_debian_package.py": 160,
     "tests/xen/test_driver_domain.py": 280,

@@ -28,6 +28,7 @@ PACKAGES = [  # besides the release's own
     *("systemd", "systemd-sysv", "udev", "kmod", "dbus", "linux-image-amd64", "python3", "python3-venv"),
     *("xenstore-utils", "qemu-system-xen", "grub-xen-bin", "grub-xen-host"),
     *("e2fsprogs", "xfsprogs", "fio", "qemu-utils", "iproute2", "procps", "busybox-static", "strace"),
+    *("nbdkit", "cryptsetup-bin"),  # what disks are made of besides, and looked at by
     *("python3-daemon", "python3-pyxs", "python3-rich", "python3-structlog"),  # that our own package depends on
 ]
 ROOT_SIZE = "4G"  # sparse
