@@ -113,9 +113,9 @@ figures: $(VENV)/.dev  ## what the scoreboard wants, and no other suite does at 
 		tests/supervisor/vbd/test_device_is_total.py::test_random_walks_keep_the_invariants
 	exec nice $(CONTAINED) $(BIN)/python -m tests.scoreboard.branches
 
-# Only root can; the first time they are built from the distribution's registry, and cached.
-test-chroots: $(VENV)/.dev deb deb-former  ## the package in chroots of Debian 12 and 13: demo, upgrade, purge, lintian, Python
-	exec $(CONTAINED) $(BIN)/pytest -q -o faulthandler_timeout=0 --basetemp={tmp}/t $(call FAILED_OF,chroots) tests/chroots
+# Only root can; the first time they are built from the distribution's registry, and cached. K=expression runs some of them.
+test-chroots: $(VENV)/.dev deb deb-former  ## the package in chroots of Debian 12 and 13: demo, upgrade, purge, lintian; `make test` with newer Pythons
+	exec $(CONTAINED) $(BIN)/pytest -q -o faulthandler_timeout=0 --basetemp={tmp}/t $(call FAILED_OF,chroots) tests/chroots $(if $(K),-k '$(K)')
 
 # What suites have left in build/, and what is measured in seconds. RELEASE=1 fails where something is not measured, too.
 scoreboard: $(VENV)/.dev  ## every measure with its goal and its figure; fails where a figure is below its goal

@@ -1,4 +1,4 @@
-"""Chroots of Debian releases, with what the package and its checks need; built once, and cached.
+"""Chroots of Debian releases, with what the package and its checks, or the fast suite, need; built once, and cached.
 
 Must not know the package. What runs in one has mounts and processes of its own, which end with it.
 """
@@ -15,14 +15,25 @@ from pathlib import Path
 from tests.xen.bed.image import cached
 
 RELEASES = {"bookworm": "12", "trixie": "13"}
+DEVELOPED_ON = ("trixie", "forky")  # with Python 3.13 and 3.14 when this was written; 12 and its 3.11 are CI's
 NEEDED = ("mmdebstrap", "unshare", "tar")
 PACKAGES = (
     "ca-certificates", "lintian", "man-db", "python3-daemon", "python3-pyxs", "python3-rich", "python3-structlog",
     "python3-venv", "systemd-standalone-sysusers",
 )  # fmt: skip
+TOOLS = (  # what .ci/packages has for the fast suite, as far as it has the same name in each release
+    "cryptsetup-bin", "e2fsprogs", "fdisk", "fio", "gcc", "git", "kmod", "libc6-dev", "libxen-dev", "linux-libc-dev",
+    "make", "mount", "nbdkit", "openssl", "procps", "python3-venv", "qemu-utils", "util-linux-extra",
+)  # fmt: skip
 _ENTER = """\
 mount --bind "$0" "$0" && mount -t proc proc "$0/proc" && mount -t tmpfs tmpfs "$0/dev/shm" && exec chroot "$0" "$@"
 """
+# Whose root is one by chroot(2) may make no namespace of users (user_namespaces(7)), which walls are tried with.
+_ENTER_AS_ROOT_DIRECTORY = """\
+mount --bind "$0" "$0" && mount -t proc proc "$0/proc" && mount --rbind /dev "$0/dev" && mount --rbind /sys "$0/sys" &&
+cd "$0" && pivot_root . . && umount --lazy . && exec "$@"
+"""
+_HOSTS = ("etc/resolv.conf", "etc/ssl/certs/ca-certificates.crt")  # by which pip reaches its registry
 
 
 def why_not() -> str:
@@ -33,17 +44,19 @@ def why_not() -> str:
     return f"not installed: {', '.join(lacking)}" if lacking else ""
 
 
-def build(suite: str) -> Path:
-    """Return the archive of a release, from the cache or the distribution's registry."""
-    recipe = sha256(" ".join(PACKAGES).encode()).hexdigest()[:8]
+def build(suite: str, packages: Sequence[str] = PACKAGES) -> Path:
+    """Return the archive of a release with these packages, from the cache or the distribution's registry."""
+    recipe = sha256(" ".join(packages).encode()).hexdigest()[:8]
+    name = suite if packages is PACKAGES else f"developed-on-{suite}"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xenbackend-chroots"
-    return cached(cache, f"{suite}-{recipe}", lambda place: _bootstrap(suite, place)) / "root.tar"
+    return cached(cache, f"{name}-{recipe}", lambda place: _bootstrap(suite, packages, place)) / "root.tar"
 
 
-def _bootstrap(suite: str, place: Path) -> None:
+def _bootstrap(suite: str, packages: Sequence[str], place: Path) -> None:
     command = [
         "mmdebstrap", "--quiet", "--mode=root", "--variant=apt", '--aptopt=APT::Install-Recommends "false"',
-        f"--include={','.join(PACKAGES)}", suite, str(place / "root.tar"),
+        '--aptopt=Acquire::Check-Valid-Until "false"',  # testing's lists expire in days, which a mirror may be behind
+        "--dpkgopt=force-unsafe-io", f"--include={','.join(packages)}", suite, str(place / "root.tar"),
     ]  # fmt: skip
     subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
 
@@ -56,10 +69,17 @@ class Chroot:
         root.mkdir()
         subprocess.run(["tar", "--extract", "--numeric-owner", f"--file={archive}", f"--directory={root}"], check=True)
 
-    def run(self, *words: str | Path, user: str = "", check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Run a command there as root, or as another user; what it has started ends with it."""
+    def run(
+        self, *words: str | Path, user: str = "", check: bool = True, as_system: bool = False
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command there as root, or as another user; what it has started ends with it.
+
+        `as_system` gives it the host's devices, and the directory as the root of its mounts, as a system has it; the
+        release needs Debian's package `mount` for that.
+        """
         as_user: Sequence[str] = ["runuser", "-u", user, "--"] if user else []
-        inner = ["sh", "-c", _ENTER, str(self.root), *as_user, *map(str, words)]
+        enter = _ENTER_AS_ROOT_DIRECTORY if as_system else _ENTER
+        inner = ["sh", "-c", enter, str(self.root), *as_user, *map(str, words)]
         result = subprocess.run(
             ["unshare", "--mount", "--pid", "--ipc", "--fork", "--kill-child", *inner],
             stdin=subprocess.DEVNULL,
@@ -75,6 +95,13 @@ class Chroot:
         """Copy a file into the chroot, and return its name there."""
         shutil.copy(file, self.root / "root" / file.name)
         return Path("/root", file.name)
+
+    def connect(self) -> None:
+        """Let pip reach its registry from there as the host's does."""
+        for name in _HOSTS:
+            if (file := Path("/", name)).exists():
+                (self.root / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, self.root / name)
 
     def close(self) -> None:
         """Remove it."""
