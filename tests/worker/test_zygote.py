@@ -22,7 +22,9 @@ from xenbackend.block.drivers import BUILT_IN
 from xenbackend.worker import main, zygote
 def show(channel, walls, told):
     modules = sorted({{each.partition(":")[0] for each in BUILT_IN.values()}} - sys.modules.keys())
-    channel.send(repr((modules, sorted(os.listdir("/proc/self/fd")), os.getsid(0) == os.getpid())).encode())
+    links = [f"/proc/self/fd/{{each}}" for each in os.listdir("/proc/self/fd")]
+    held = [os.readlink(each).partition(":")[0] for each in links if os.path.lexists(each)]  # not the listing itself
+    channel.send(repr((modules, held, os.getsid(0) == os.getpid())).encode())
     return 0
 zygote.SERVE["w"] = show
 sys.exit(zygote.main(["--host", "{HOST}", "--socket", sys.argv[1]]))
@@ -73,9 +75,10 @@ def test_a_worker_has_everything_imported_and_nothing_open() -> None:
     process.wait(20)
 
     [answer] = answers  # one is as the other: none has inherited from its elder
-    missing, descriptors, leads_session = eval(answer)  # noqa: S307 - our own program's
+    missing, held, leads_session = eval(answer)  # noqa: S307 - our own program's
     assert ([], True) == (missing, leads_session)
-    assert 5 == len(descriptors), "three standard ones, the socket, and the listing itself"
+    # libffi, since it has its trampolines in its file, holds that one in each process; walls close it.
+    assert 4 == len([each for each in held if "/libffi.so" not in each]), "three standard ones and the socket"
 
 
 @pytest.mark.slow
