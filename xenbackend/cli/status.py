@@ -86,7 +86,8 @@ class Picture:
 def look(args: argparse.Namespace) -> Picture:
     """Ask the service. Raises: ServiceError, also for a disk that it does not serve."""
     client = Client(args.socket)
-    return Picture(client.service(), client.disks(*args.vbds, looks=True), time.monotonic())
+    disks = client.disks(*args.vbds, looks=True)  # first: it knows a name that is none without asking anybody
+    return Picture(client.service(), disks, time.monotonic())
 
 
 def speeds(before: Picture, after: Picture) -> dict[str, Speed]:

@@ -84,7 +84,8 @@ def run(args: argparse.Namespace) -> int:
 def look(args: argparse.Namespace, waiting: Waiting | None = None) -> Picture:
     """Ask the service. Raises: ServiceError, also for a disk that it does not serve."""
     client = Client(args.socket, waiting=waiting, answer_s=ANSWER_S)
-    return Picture(client.service(), client.disks(*args.vbds), time.monotonic())
+    disks = client.disks(*args.vbds)  # first: it knows a name that is none without asking anybody
+    return Picture(client.service(), disks, time.monotonic())
 
 
 @dataclass(slots=True)
