@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +46,7 @@ def test_waiting_is_shown_on_a_terminal_only(
 
 LEFT = Answer(Code.UNDER_WAY, CHAIN, "the service is replaced", 17)
 AWAY = Answer(Code.UNREACHABLE, sentence="it is away")
-OURS = {**ENTRY, "who": {**ENTRY["who"], "pid": os.getpid()}, "began": time.time() + 3600}  # after what is given below
+OTHER = {**ENTRY, "number": 18, "token": "another"}
 
 
 @pytest.mark.parametrize(
@@ -58,9 +56,9 @@ OURS = {**ENTRY, "who": {**ENTRY["who"], "pid": os.getpid()}, "began": time.time
         (LEFT, [[ENTRY | {"code": "failed", "error": "killed"}]], 1, "5/xvda is served by log:|aio:/img\n"),
         (LEFT, [[]], 75, "5/xvda is served by log:|aio:/img\n"),
         (LEFT, [AWAY], 75, "5/xvda is served by log:|aio:/img\n"),
-        (b"", [AWAY, [ENTRY], [ENTRY, OURS]], 75, ""),
-        (b"", [[ENTRY, OURS | {"number": 18}]], 0, "5/xvda is served by log:|aio:/img; update"),
-        (b"", [[OURS | {"verb": "pause"}]], 75, ""),
+        (b"", [AWAY, [OTHER], [OTHER, ENTRY]], 75, ""),
+        (b"", [[ENTRY, OTHER]], 0, "5/xvda is served by log:|aio:/img; update"),
+        (b"", [AWAY, [OPEN, OTHER], [ENTRY, OTHER]], 0, "5/xvda is served by log:|aio:/img; update"),
     ],
 )
 def test_an_order_is_waited_for_over_a_restart_of_the_service(
@@ -74,18 +72,23 @@ def test_an_order_is_waited_for_over_a_restart_of_the_service(
 ) -> None:
     """What the next service says is the answer; where it knows nothing, or none comes, nobody says that it failed.
 
-    A service that was killed has told no number: the order is the last one of its kind that this process gave since.
+    A service that was killed has told no number: the order is the one with the token that it was given with.
     """
     monkeypatch.setattr(following, "LOOK_S", 0.0)
     monkeypatch.setattr(following, "RETURN_S", 0.0 if later == [AWAY] else 60.0)
     looks = iter(later)
+    given = ""
 
     def answer(request: dict[str, Any]) -> Answer | bytes:
+        nonlocal given
         if request["verb"] == "orders":
             found = next(looks, later[-1])
-            return found if isinstance(found, Answer) else Answer(Code.OK, found)
+            if isinstance(found, Answer):
+                return found
+            return Answer(Code.OK, [{**each, "token": each["token"] or given} for each in found])
         if request["verb"] == "ping":
             return working(request)
+        given = request.get("token", given)
         return first if request["verb"] == "set" else Answer(Code.OK, [{**DISK, **CHAIN, "layers": []}])
 
     with answering(tmp_path / "x", answer) as control:

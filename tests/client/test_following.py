@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +16,27 @@ from xenbackend.protocol.answers import Answer
 OPEN = Answer(Code.OK, [{**ENTRY, "ended": None, "code": "under-way"}])
 ENDED = Answer(Code.OK, [{**ENTRY, "code": "failed", "error": "no"}])
 AWAY = Answer(Code.GONE, sentence="the service is being replaced")
+
+
+class Behind:
+    """A service that leaves each order to the next one, with its number or killed; then what that says.
+
+    An entry without a token is of the last order that was given.
+    """
+
+    def __init__(self, orders: list[dict[str, Any]], served: list[dict[str, Any]], number: int | None = 17) -> None:
+        self._orders, self._served = orders, served
+        self._left = b"" if number is None else Answer(Code.UNDER_WAY, sentence="it is replaced", order=number)
+        self._token = ""
+
+    def answer(self, request: dict[str, Any]) -> Answer | bytes:
+        """Answer as both do."""
+        if request["verb"] == "orders":
+            return Answer(Code.OK, [{**each, "token": each["token"] or self._token} for each in self._orders])
+        if request["verb"] == "status":
+            return Answer(Code.OK, self._served)
+        self._token = request["token"]
+        return self._left
 
 
 @pytest.fixture(autouse=True)
@@ -75,33 +94,16 @@ def test_it_waits_for_a_service_since_that_went(tmp_path: Path, monkeypatch: pyt
     assert [each * following.RETURN_S * 2 / 3 for each in range(1, 5)] == pytest.approx(heard)  # since it began
 
 
-@pytest.mark.parametrize(
-    ("entry", "is_ours"),
-    [
-        ({}, True),
-        ({"began": 1e9}, False),
-        ({"vbd": "6/xvda"}, False),
-        ({"who": {**ENTRY["who"], "pid": 1}}, False),
-        ({"verb": "pause"}, False),
-    ],
-)
-@pytest.mark.parametrize("name", ["5/xvda", "mail/xvda"])
-def test_only_the_order_that_was_given_is_taken_for_it(
-    tmp_path: Path, entry: dict[str, Any], name: str, *, is_ours: bool
-) -> None:
-    """A program gives many orders: where a killed service told no number, none of an earlier one is the answer.
-
-    Nor is one for another disk. Else it would be told that its order was done, which nobody has heard of.
+@pytest.mark.parametrize("number", [None, 18])
+def test_only_the_order_that_was_given_is_taken_for_it(tmp_path: Path, number: int | None) -> None:
+    """A program gives many equal orders, also at the same moment: none of the others is the answer, whether the service
+    lived to tell a number or not. Else it would be told that its order was done, which nobody has heard of.
     """
-    found = {**ENTRY, "verb": "resize", "began": time.time() + 9, "who": {**ENTRY["who"], "pid": os.getpid()}, **entry}
-    answers = {"resize": b"", "orders": Answer(Code.OK, [found]), "status": Answer(Code.OK, [DISK])}
-    with answering(tmp_path / "x", lambda request: answers[request["verb"]]) as control:
-        service = Client(control.path)
-        if is_ours:
-            assert 17 == service.resize(name).order
-        else:
-            with pytest.raises(UnderWay):
-                service.resize(name)
+    ours, others = {**ENTRY, "number": 18}, [{**ENTRY, "token": "another"}, {**ENTRY, "number": 19, "token": "third"}]
+    with left_behind(tmp_path / "x", [others[0], ours, others[1]], number=number) as control:
+        assert 18 == Client(control.path).resize("5/xvda").order
+    with left_behind(tmp_path / "y", others, number=number) as control, pytest.raises(UnderWay):
+        Client(control.path).resize("5/xvda")
 
 
 @pytest.mark.parametrize(("code", "is_waited_for"), [(Code.GONE, True), (Code.UNREACHABLE, True), (Code.FAILED, False)])
@@ -110,13 +112,11 @@ def test_only_a_service_that_is_away_is_waited_for(
 ) -> None:
     """One that ends answers for a moment that it does; one that does not say what became of orders never will."""
     monkeypatch.setattr(following, "RETURN_S", 20.0)
-    looks = [Answer(code, sentence="no"), Answer(Code.OK, [ENTRY])]
-    left = Answer(Code.UNDER_WAY, sentence="the service is replaced", order=17)
+    looks = [Answer(code, sentence="no")]
+    service = Behind([ENTRY], [DISK])
 
-    def answer(request: dict[str, Any]) -> Answer:
-        if request["verb"] == "orders":
-            return looks.pop(0)
-        return left if request["verb"] == "resize" else Answer(Code.OK, [DISK])
+    def answer(request: dict[str, Any]) -> Answer | bytes:
+        return looks.pop() if request["verb"] == "orders" and looks else service.answer(request)
 
     with answering(tmp_path / "x", answer) as control:
         if is_waited_for:
@@ -125,15 +125,14 @@ def test_only_a_service_that_is_away_is_waited_for(
             with pytest.raises(UnderWay):
                 Client(control.path).resize("5/xvda")
 
-    assert 1 - is_waited_for == len(looks)
+    looked = ["orders", "orders"] if is_waited_for else ["orders"]
+    assert looked == [each["verb"] for each in control.asked if each["verb"] == "orders"]
 
 
 def test_an_order_that_was_done_is_no_failure_where_its_disk_has_gone(tmp_path: Path) -> None:
     """Whoever ordered it hears that it was done, and that there is no disk any more of which it could be told more."""
-    left = Answer(Code.UNDER_WAY, sentence="the service is replaced", order=17)
-    answers = {"resize": left, "orders": Answer(Code.OK, [ENTRY]), "status": Answer(Code.OK, [])}
     with (
-        answering(tmp_path / "x", lambda request: answers[request["verb"]]) as control,
+        answering(tmp_path / "x", Behind([ENTRY], []).answer) as control,
         pytest.raises(Gone, match=r"order 17 was done.*5/xvda is not in service any more"),
     ):
         Client(control.path).resize("5/xvda")
@@ -159,9 +158,7 @@ OTHER = {**DISK, "vbd": "6/xvda", "node": "vbd/6/51712", "domid": 6, "guest": "w
 def left_behind(path: Path, orders: list[dict[str, Any]], *, number: int | None = 17) -> Any:
     """Return a control socket of a service that leaves each order, with its number or killed, to one of two disks."""
     served = [OTHER, {**DISK, "layers": [LAYER]}, OTHER]
-    left = b"" if number is None else Answer(Code.UNDER_WAY, sentence="the service is replaced", order=number)
-    answers = {"orders": Answer(Code.OK, orders), "status": Answer(Code.OK, served)}
-    return answering(path, lambda request: answers.get(request["verb"], left))
+    return answering(path, Behind(orders, served, number).answer)
 
 
 @pytest.mark.parametrize("verb", GIVEN)
@@ -176,9 +173,9 @@ def test_what_would_be_lost_is_not_waited_for(tmp_path: Path, verb: str) -> None
             assert 17 == GIVEN[verb](Client(control.path)).order
 
 
-def test_an_order_is_known_by_its_number(tmp_path: Path) -> None:
-    """Not by its place among the others; the answer has what is in service of its own disk."""
-    orders = [ENTRY, {**ENTRY, "number": 18, "vbd": "6/xvda"}]
+def test_the_answer_has_what_is_in_service_of_its_own_disk(tmp_path: Path) -> None:
+    """Its chain, layers and worker, and none of the others'."""
+    orders = [ENTRY, {**ENTRY, "number": 18, "vbd": "6/xvda", "token": "another"}]
     with left_behind(tmp_path / "x", orders) as control:
         changed = GIVEN["set"](Client(control.path))
         upgraded = GIVEN["upgrade"](Client(control.path))
@@ -196,12 +193,3 @@ def test_an_order_that_failed_says_why(tmp_path: Path) -> None:
         GIVEN["set"](Client(control.path))
 
     assert (17, DISK["chain"]) == (caught.value.order, caught.value.chain)
-
-
-def test_without_a_number_it_is_the_last_one_for_this_guest(tmp_path: Path) -> None:
-    """Of several that a program gave; one for another guest's disk of the same name is none."""
-    mine = {**ENTRY, "verb": "resize", "began": time.time() + 9, "who": {**ENTRY["who"], "pid": os.getpid()}}
-    orders = [mine, {**mine, "number": 18}, {**mine, "number": 19, "vbd": "6/xvda"}]
-    for name in ("5/xvda", "mail/xvda"):
-        with left_behind(tmp_path / name.partition("/")[0], orders, number=None) as control:
-            assert 18 == Client(control.path).resize(name).order

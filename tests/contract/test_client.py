@@ -100,6 +100,7 @@ def test_orders_are_done_and_numbered(served: Served) -> None:
         verbs = ["pause", "resume", "policy", "upgrade", "set"]
         assert [(verb, Code.OK) for verb in verbs] == [known[number or 0] for number in numbers]
         assert served.service.wait(changed.order or 0).to == served.chain
+        assert len(numbers) == len({each.token for each in service.orders() if each.number in numbers} - {""})
 
 
 def test_what_cannot_be_asked_is_an_error_with_a_sentence(served: Served) -> None:

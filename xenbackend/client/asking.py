@@ -5,12 +5,12 @@ Must not print, nor keep a connection: each request has its own, so that one cli
 
 from __future__ import annotations
 
-import time
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from xenbackend.client import results
-from xenbackend.client.following import FOLLOWED, Given, follow, wait_for
+from xenbackend.client.following import FOLLOWED, follow, wait_for
 from xenbackend.client.results import (
     Changed,
     Disk,
@@ -175,14 +175,15 @@ class Client:
 
     def _give(self, request: dict[str, Any], what: str) -> Answer:
         """Give an order; one that the service leaves to the next one is waited for there, unless time is limited."""
-        since = time.time()
+        token = os.urandom(8).hex()  # by which it is known again
         try:
-            return client.give_order(self.socket, request, what, self.timeout_s, self.waiting, self.answer_s)
+            return client.give_order(
+                self.socket, {**request, "token": token}, what, self.timeout_s, self.waiting, self.answer_s
+            )
         except UnderWay as problem:
             if self.timeout_s is not None or request["verb"] not in FOLLOWED or request.get("dry_run"):
                 raise
-            given = Given(request["verb"], parse_disk(request["vbd"]), since)
-            return follow(self.orders, self.disks, given, problem, self.waiting)
+            return follow(self.orders, self.disks, token, problem, self.waiting)
 
     def _check_that_it_refuses(self) -> None:
         """Raise Failed for a service of release 0.1.0, which does any exchange at once, and has no look at it."""

@@ -5,14 +5,11 @@ Must not give an order.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from xenbackend.client.results import Disk, Order
-from xenbackend.disks import DiskName, disk_of
 from xenbackend.protocol.answers import Answer
 from xenbackend.protocol.client import Gone, ServiceError, UnderWay, Unreachable, Waiting
 from xenbackend.protocol.codes import Code
@@ -23,23 +20,14 @@ RETURN_S = 30.0  # the longest that a service is away that somebody starts again
 FOLLOWED = ("set", "snapshot", "resize", "keep", "drop", "pause", "resume", "upgrade")
 
 
-@dataclass(frozen=True, slots=True)
-class Given:
-    """An order as this process has given it, by the wall clock not before `since`."""
-
-    verb: str
-    vbd: DiskName
-    since: float
-
-
 def follow(
     orders: Callable[[], list[Order]],
     disks: Callable[[], list[Disk]],
-    given: Given,
+    token: str,
     problem: UnderWay,
     waiting: Waiting | None,
 ) -> Answer:
-    """Return the answer to an order that the service has left to the next one.
+    """Return the answer to the order with this token, which the service has left to the next one.
 
     Raises: ServiceError, as that ended; Gone, where it was done and the disk has gone since; `problem` where nobody
     knows of the order, or no service comes.
@@ -53,7 +41,7 @@ def follow(
             if not is_away or time.monotonic() - begun >= RETURN_S:
                 raise problem from None
         else:
-            order = _ours(known, served, given, problem.order)
+            order = next((each for each in known if each.token == token), None)
             if order is None:
                 raise problem
             if order.ended is not None:
@@ -91,24 +79,6 @@ def _pause(begun: float, waiting: Waiting | None) -> None:
     time.sleep(LOOK_S)
     if waiting is not None:
         waiting(time.monotonic() - begun)
-
-
-def _ours(orders: list[Order], served: list[Disk], given: Given, number: int | None) -> Order | None:
-    """Return an order by its number; by what was given, where a service was killed before it told a number."""
-    if number is not None:
-        ours = [each for each in orders if each.number == number]
-    else:
-        called = _called(given.vbd, served)
-        mine = [each for each in orders if each.who.pid == os.getpid() and each.began >= given.since]
-        ours = [each for each in mine if each.verb == given.verb and each.vbd in called]
-    return ours[-1] if ours else None
-
-
-def _called(name: DiskName, served: list[Disk]) -> set[str]:
-    """Return what orders call the disk of that name; nothing where no guest in service has it."""
-    if name.domid is not None:
-        return {disk_of(name.domid, name.devid)}
-    return {each.vbd for each in served if (each.guest, each.vbd) == (name.domain, disk_of(each.domid, name.devid))}
 
 
 def _answer(order: Order, served: list[Disk]) -> Answer:

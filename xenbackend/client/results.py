@@ -147,7 +147,10 @@ class Who:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
-    """An order that the service remembers; while it is under way `ended` is None, and its code `Code.UNDER_WAY`."""
+    """An order that the service remembers; while it is under way `ended` is None, and its code `Code.UNDER_WAY`.
+
+    token   by which whoever gave it knows it, and empty where it has none
+    """
 
     number: int
     verb: str
@@ -159,6 +162,7 @@ class Order:
     ended: float | None
     code: Code
     error: str
+    token: str
     values: Values = field(repr=False)
 
 

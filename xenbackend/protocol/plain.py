@@ -36,7 +36,7 @@ LAYER: Values = {
 }  # fmt: skip
 ORDER: Values = {
     "number": 0, "verb": "", "vbd": "", "who": {}, "from": "", "to": "", "began": 0.0, "ended": None, "code": "",
-    "error": "",
+    "error": "", "token": "",
 }  # fmt: skip
 _NAMING = {"vbd", "kind", "domid", "device"}
 STOP: Values = {"pid": 0, "untold": []}

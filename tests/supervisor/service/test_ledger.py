@@ -32,13 +32,13 @@ def test_an_order_is_under_way_until_it_ends() -> None:
     """From its first moment it is known who ordered what; then also how it ended, when, and to what it led."""
     now = [100.0]
     ledger = Ledger(Keeper({}), lambda: now[0])
-    number = ledger.open("snapshot", "5/xvda", WHO, {"from": "aio:/a"})
+    number = ledger.open("snapshot", "5/xvda", WHO, {"from": "aio:/a", "token": "5f"})
     before = ledger.entries()
     now[0] = 102.5
     ledger.close(number, Answer(Code.OK, {"chain": "qcow2:/b|aio:/a"}))
 
     begun = {"number": 1, "verb": "snapshot", "vbd": "5/xvda", "who": WHO, "from": "aio:/a", "to": "", "began": 100.0,
-             "ended": None, "code": "under-way", "error": ""}  # fmt: skip
+             "ended": None, "code": "under-way", "error": "", "token": "5f"}  # fmt: skip
     assert 1 == number
     assert [begun] == before
     assert [{**begun, "to": "qcow2:/b|aio:/a", "ended": 102.5, "code": "ok"}] == ledger.entries()

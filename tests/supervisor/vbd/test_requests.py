@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from xenbackend.errors import ConfigError
-from xenbackend.supervisor.vbd.requests import only_reads, seconds_of, text_of
+from xenbackend.supervisor.vbd.requests import only_reads, seconds_of, text_of, token_of
 
 CHAIN = "log:|log:|null:1G"
 
@@ -18,6 +18,14 @@ def test_a_text_that_is_needed_is_one(value: Any) -> None:
     assert text_of({"chain": "ram:1M"}, "chain") == "ram:1M"
     with pytest.raises(ConfigError, match="needs chain, a text"):
         text_of({"chain": value}, "chain")
+
+
+@pytest.mark.parametrize("value", [5, None, "x" * 65, ["x"]])
+def test_a_token_is_bounded(value: Any) -> None:
+    """It is remembered with each order; without one an order has none."""
+    assert ("", "x" * 64) == (token_of({}), token_of({"token": "x" * 64}))
+    with pytest.raises(ConfigError, match="at most 64 characters"):
+        token_of({"token": value})
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ from xenbackend.supervisor.vbd.context import Context
 from xenbackend.supervisor.vbd.inheritance import check_versions
 from xenbackend.supervisor.vbd.last_chains import LastChains, state_directory
 from xenbackend.supervisor.vbd.orders import ORDERS
-from xenbackend.supervisor.vbd.requests import only_reads, text_of
+from xenbackend.supervisor.vbd.requests import only_reads, text_of, token_of
 from xenbackend.supervisor.vbd.vbd import Vbd
 from xenbackend.supervisor.xenstore.paths import VbdPath, parse_backend_path
 from xenbackend.supervisor.xenstore.store import Store
@@ -315,7 +315,11 @@ class Service:
             self._reads += 1
             self._give(vbd, partial(vbd.orders.give, verb, request, -self._reads), reply)
             return
-        given = {"from": vbd.orders.former(verb), "to": request.get(_ORDERED.get(verb, ""), "")}
+        given = {
+            "from": vbd.orders.former(verb),
+            "to": request.get(_ORDERED.get(verb, ""), ""),
+            "token": token_of(request),
+        }
         is_dry_run = request.get("dry_run") is True
         number = self._ledger.open(f"{verb}{' --dry-run' * is_dry_run}", vbd.path.disk, asdict(peer), given)
         reply.order, reply.known, reply.left = number, vbd.orders.chain_data, partial(vbd.orders.left, number)

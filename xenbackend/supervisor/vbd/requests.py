@@ -12,6 +12,7 @@ from xenbackend.block.spec import parse_chain
 from xenbackend.errors import ConfigError
 
 SHORTEST_S, LONGEST_S = 0.001, 3600.0
+TOKEN_MAX = 64  # characters
 
 
 def text_of(request: Mapping[str, Any], key: str) -> str:
@@ -19,6 +20,14 @@ def text_of(request: Mapping[str, Any], key: str) -> str:
     value = request.get(key)
     if not isinstance(value, str) or not value:
         raise ConfigError(f"the request needs {key}, a text")
+    return value
+
+
+def token_of(request: Mapping[str, Any]) -> str:
+    """Return by what whoever gives an order knows it again, empty where it says nothing. Raises: ConfigError."""
+    value = request.get("token", "")
+    if not isinstance(value, str) or len(value) > TOKEN_MAX:
+        raise ConfigError(f"the token of an order is a text of at most {TOKEN_MAX} characters")
     return value
 
 
