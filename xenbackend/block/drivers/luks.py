@@ -189,10 +189,13 @@ class Luks(Filter):
                     except OSError as error:
                         request.status = error.errno or errno.EIO
                     else:
-                        place = 0
-                        for view in request.iov:
-                            view[:] = memory[place : place + len(view)]
-                            place += len(view)
+                        views, place = request.iov, 0
+                        if len(views) == 1:
+                            views[0][:] = own.iov[0]  # as most are: nothing to cut
+                        else:
+                            for view in views:
+                                view[:] = memory[place : place + len(view)]
+                                place += len(view)
                 self._put_copy(memory, own.address)  # type: ignore[attr-defined]  # the same
             own.tag, own.iov, own.memory = None, (), None  # type: ignore[attr-defined]  # the same
             back.append(request)
@@ -283,11 +286,15 @@ class Luks(Filter):
                 self._spared -= size
             else:
                 memory, address = _new_copy(size)
+            part = memory if size == length else memory[:length]
             if request.op == Op.WRITE:
-                place = 0
-                for view in request.iov:
-                    memory[place : place + len(view)] = view
-                    place += len(view)
+                views, place = request.iov, 0
+                if len(views) == 1:
+                    part[:] = views[0]
+                else:
+                    for view in views:
+                        memory[place : place + len(view)] = view
+                        place += len(view)
                 self._sectors.encrypt(address, length, request.offset)  # type: ignore[union-attr]  # open
         except OSError as error:
             request.status = error.errno or errno.ENOMEM
@@ -296,7 +303,7 @@ class Luks(Filter):
         own.op, own.offset, own.length = request.op, request.offset + self._start, length
         own.status, own.tag = PENDING, request
         own.memory, own.address = memory, address
-        own.iov = [memory if size == length else memory[:length]]
+        own.iov = [part]
         self._copied += size
         return own
 

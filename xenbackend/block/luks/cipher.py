@@ -86,6 +86,7 @@ class Sectors:
 
     def __init__(self, cipher: Cipher, key: bytearray | memoryview, size: int = SECTOR, tweak: int = 0) -> None:
         self._library, ciphers = find_libcrypto()
+        self._work = self._library.EVP_Cipher
         self._size, self._tweak, self._mask = size, tweak, cipher.number_mask
         self._contexts: list[_Context] = []
         kind = ciphers[_NAMES[len(key), "XTS" if cipher.is_xts else "CBC"]]
@@ -104,11 +105,23 @@ class Sectors:
 
     def encrypt(self, address: int, length: int, place: int) -> None:
         """Encrypt whole sectors in place, the first one of which is at byte `place` of the disk. Raises: OSError."""
-        self._do(self._encrypting, address, length, place)
+        where = self._encrypting.number
+        if length != self._size or where is None:
+            self._do(self._encrypting, address, length, place)
+            return
+        where.value = place // SECTOR + self._tweak & self._mask  # of one sector, as most are: `_do` without its loop
+        if self._work(self._encrypting.address, address, address, length) != length:
+            raise _failed()
 
     def decrypt(self, address: int, length: int, place: int) -> None:
         """Decrypt likewise. Raises: OSError."""
-        self._do(self._decrypting, address, length, place)
+        where = self._decrypting.number
+        if length != self._size or where is None:
+            self._do(self._decrypting, address, length, place)
+            return
+        where.value = place // SECTOR + self._tweak & self._mask  # the same
+        if self._work(self._decrypting.address, address, address, length) != length:
+            raise _failed()
 
     def close(self) -> None:
         """Have the library wipe the key; nothing is encrypted any more."""
@@ -127,7 +140,7 @@ class Sectors:
         at_work = context.address
         if not at_work:
             raise OSError(errno.EBADF, "encryption after its end")
-        size, work, mask = self._size, self._library.EVP_Cipher, self._mask
+        size, work, mask = self._size, self._work, self._mask
         number, step = place // SECTOR + self._tweak, size // SECTOR
         where = context.number
         if where is not None:
