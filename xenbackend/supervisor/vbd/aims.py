@@ -1,6 +1,6 @@
-"""What should be: which keys and which state the backend's directory should hold, and what the worker should be doing.
+"""What a vbd should look like: the keys and the state of the backend's directory, and the worker's goal.
 
-Must not change anything: it looks at what was seen, what is known of the worker, and why it may not serve.
+Must not change anything. It derives them from what was seen, what is known of the worker, and why it may not serve.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _GOALS = {
 class WorkerFacts:
     """What is known of the worker.
 
-    serves          what it was started with, None where there is none
-    layers          of the chain that is open, or was and will be again
-    has_rings       the frontend may have requests in rings that a worker of ours served
-    is_retrying     it could not do what it was told: it is closed, and another one tries later
+    serves          the spec that it was started with; None if there is no worker
+    layers          layers of the chain that is open, or was open and will be again
+    has_rings       the frontend may have requests in rings that one of our workers served
+    is_retrying     it could not do what it was told: it is closed, and another worker tries later
     has_hung        it did not open the chain in time
-    is_replaceable  another process is to go on instead
-    lingers         the frontend's directory is gone, and its rings are served on until its driver is quiet
+    is_replaceable  another process is to take its place
+    lingers         the frontend's directory is gone, but its rings are served until its driver is quiet
     """
 
     phase: Phase = Phase.NONE
@@ -50,7 +50,7 @@ class WorkerFacts:
 
 
 class Aims:
-    """Of one vbd; `worker` may be replaced by what is known of the next one."""
+    """The aims of one vbd. When a worker has ended, `worker` is replaced by the facts about the next one."""
 
     def __init__(self, sight: Sight, reasons: Reasons, limits: Limits, pid: int) -> None:
         self.worker = WorkerFacts()
@@ -60,8 +60,8 @@ class Aims:
         self._pid = pid
 
     def is_waited_for(self) -> bool:
-        """Return whether a guest has rings that we serve, or will again: it must see nothing but a delay."""
-        # Of a frontend that an earlier service had, only one in Connected surely has rings.
+        """Return whether a guest has rings that we serve or will serve again; it must see nothing but a delay."""
+        # If no worker of this service has served the rings, only a frontend in Connected is sure to have any.
         theirs = (_S.INITIALISED, _S.CONNECTED, _S.CLOSING) if self.worker.has_rings else (_S.CONNECTED,)
         return self.is_joined() and self._sight.theirs in theirs
 
@@ -70,15 +70,15 @@ class Aims:
         return self._sight.ours in _JOINED
 
     def is_live(self) -> bool:
-        """Return whether a frontend is to be served on, though one side may be closing."""
+        """Return whether a frontend is still to be served, even if one side is closing."""
         return self.is_waited_for() and not (self._reasons[Reason.BAD_KEYS] or self._reasons[Reason.BAD_RINGS])
 
     def join(self) -> Join:
-        """Return how the frontend's rings are to be joined."""
+        """Return the action that has a worker join the frontend's rings."""
         return join_of(self._sight.keys or {}, self._limits, goes_on=self.is_joined())
 
     def keys(self, kind: str) -> dict[str, str | None]:
-        """Return what the directory of a vbd of this kind should hold, but for our state; None: nothing."""
+        """Return the keys that the directory of a vbd of this kind should hold, without our state; None removes."""
         sight, worker, reasons = self._sight, self.worker, self._reasons
         params: dict[str, str | None] = {"params": sight.params} if sight.params else {}
         if not sight.is_online:
@@ -116,18 +116,18 @@ class Aims:
         return ours
 
     def step(self) -> Step:
-        """Return what is to be done for the two states: `STEPS`, as far as script and rings allow it."""
+        """Return the step that `STEPS` has for the two states, as far as the hotplug script and the rings allow it."""
         sight = self._sight
         step, states = STEPS[sight.ours, sight.theirs], (sight.ours, sight.theirs)
         if step is Step.SERVE and self._reasons[Reason.BAD_RINGS]:
-            step = Step.CLOSE  # the frontend has to bring others
+            step = Step.CLOSE  # the frontend has to offer other rings
         elif states == (_S.CLOSING, _S.INITIALISED) and not self.worker.has_rings:
-            step = Step.CLOSE  # it has let go of its rings meanwhile, and brings others
+            step = Step.CLOSE  # the frontend has given up its old rings, and offers new ones
         is_seen = sight.has_come if step is Step.SERVE else sight.is_answered or sight.ours is not _S.INIT_WAIT
         return step if is_seen else Step.WAIT  # a toolstack waits to see exactly InitWait
 
     def goal(self) -> Goal:
-        """Return what a worker should be doing."""
+        """Return how far the worker should be."""
         goal = Goal.NONE if self._reasons.bar or self.worker.is_retrying else self._wanted()
         return Goal.REPLACE if self.worker.is_replaceable and goal is not Goal.NONE else goal
 

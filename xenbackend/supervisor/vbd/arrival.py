@@ -1,4 +1,4 @@
-"""How a vbd arrives: the toolstack's hotplug script waits for an answer, and the kernel's own backend lets go of it.
+"""How a vbd arrives: the toolstack's hotplug script waits for an answer, the vbd is taken from the kernel's backend.
 
 Must not decide what the script is told.
 """
@@ -20,10 +20,10 @@ from xenbackend.supervisor.xenstore.paths import VbdPath
 
 
 class Arrival:
-    """One vbd's.
+    """The arrival of one vbd.
 
-    scripts   of the toolstack's, that wait for an answer
-    limits    that its frontend has to keep to; one that runs already goes by what blkback offered
+    scripts   replies to the toolstack's hotplug scripts that wait for an answer
+    limits    limits that the frontend has to keep; the maxima if the vbd was blkback's, whose offer may still hold
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class Arrival:
         handover: Handover,
         then: Callable[[XenbackendError | None], None],
     ) -> None:
-        """Go on with a claim that an earlier service had begun, if it had; `then` as in `Taking`."""
+        """Go on with the claim that an earlier service had begun, if it had. For `then` see `Taking`."""
         self.scripts: list[Reply] = []
         self._path = path
         self._context = context
@@ -44,33 +44,33 @@ class Arrival:
 
     @property
     def is_under_way(self) -> bool:
-        """True while the vbd is being taken from the kernel's backend: its directory may be away."""
+        """True while the vbd is being taken from the kernel's backend; its directory may be missing meanwhile."""
         return self._taking.is_under_way
 
     def takes_from_kernel(self) -> bool:
-        """Begin to take the vbd from the kernel's backend where that has it, and return whether that is under way."""
+        """Begin a claim if the kernel's backend has the vbd, and return whether a claim is under way."""
         if self._context.bus.has(self._path):
             self._taking.begin()
             self.limits = MAXIMA
         return self._taking.is_under_way
 
     def give_back(self) -> None:
-        """Make good at once what was begun: the service ends. Raises: StoreError."""
+        """Make the directory again at once if it is away, because the service ends. Raises: StoreError."""
         self._taking.give_back()
 
     def tell(self, device: Device) -> None:
-        """Tell all scripts that wait what ``hotplug-status`` says, ``connected`` or not, and why not."""
+        """Tell all waiting scripts whether ``hotplug-status`` is ``connected``, and if not, why not."""
         code = Code.INVALID if device.is_mistaken else Code.FAILED
         is_open = device.sight.hotplug == "connected"
         self.answer(Answer(Code.OK, "connected") if is_open else Answer(code, None, device.error))
 
     def answer(self, answer: Answer) -> None:
-        """Tell all scripts that wait."""
+        """Give all waiting scripts this answer."""
         for reply in self.give_up():
             reply(answer)
 
     def give_up(self) -> list[Reply]:
-        """Return the scripts, which wait here no more."""
+        """Return the waiting scripts, and forget them here."""
         scripts, self.scripts = self.scripts, []
         return scripts
 

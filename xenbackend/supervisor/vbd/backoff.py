@@ -2,21 +2,22 @@
 
 Must not start anything, nor read a clock.
 
-A worker that died after the guest had got an answer is followed at once. One that died in vain is followed later each
-time, and after the last time not at all: a request that kills whoever touches it must not keep the host busy for ever.
-The worker itself says what the guest got. So those that die hastily, many in a row, are followed later all the same.
+A worker that died after the guest had received an answer gets a successor at once. When workers die in vain, one after
+the other, each successor waits longer, and finally there is none: a request that kills every worker must not keep the
+host busy for ever. What the guest received is recorded by the worker itself. So if many workers in a row die hastily,
+right after their start, the next one waits in any case.
 """
 
 from __future__ import annotations
 
-HASTY_S = 1.0  # before one that follows a hasty death
-REST_S = (0.0, 0.1, 0.3, 1.0, 2.0, 5.0)  # before the next worker, by how many have died in vain
+HASTY_S = 1.0  # shortest wait after a hasty death
+REST_S = (0.0, 0.1, 0.3, 1.0, 2.0, 5.0)  # wait before the next worker, by the number of deaths in a row
 
 
 class Backoff:
-    """The count.
+    """Counts the deaths and failures of one vbd's workers.
 
-    deaths   in a row
+    deaths   in a row, of which at most the first one was not in vain
     rest_s   seconds before the next worker
     """
 
@@ -36,15 +37,15 @@ class Backoff:
         return has_next
 
     def failed(self) -> None:
-        """Count a worker that could not serve the disk: that is tried again for ever."""
+        """Count a worker that could not serve the disk. Serving is tried again for ever."""
         self._failures = min(self._failures + 1, len(REST_S))
         self.rest_s = REST_S[self._failures - 1]
 
     def served(self) -> None:
-        """Forget the failures: a worker serves. Whether it does so for long is still to be seen."""
+        """Forget the failures, because a worker serves. Deaths still count: it may not live long."""
         self._failures = 0
 
     def forget(self) -> None:
-        """Begin anew."""
+        """Forget all deaths and failures."""
         self.rest_s = 0.0
         self.deaths = self._failures = 0

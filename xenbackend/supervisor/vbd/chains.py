@@ -1,4 +1,4 @@
-"""What orders make of the text of the chain in service.
+"""Checks chains that orders name, and derives new chains from the one in service.
 
 Must not open anything, nor change what is noted.
 """
@@ -18,21 +18,21 @@ MAX_CHAIN = 2048  # characters, the quota of a value in xenstore
 
 
 def short(chain: str) -> str:
-    """Return a chain that fits into xenstore. Raises: ConfigError, where it does not."""
+    """Return `chain`. Raises: ConfigError, if it does not fit into xenstore."""
     if len(chain) > MAX_CHAIN:
         raise ConfigError(f"a chain of {len(chain)} characters does not fit into xenstore, which takes {MAX_CHAIN}")
     return chain
 
 
 def whole(file: str) -> str:
-    """Return a file that is named whole. Raises: ConfigError, where it is not."""
+    """Return `file`. Raises: ConfigError, if it is not an absolute path."""
     if not Path(file).is_absolute():
         raise ConfigError(f"{file!r} is no whole path: the service would look for it in a directory of its own")
     return file
 
 
 def is_over(chain: str, former: str, file: str) -> bool:
-    """Return whether a chain is the former one with an image in this file in the place of its source."""
+    """Return whether `chain` is `former` with an image in `file` instead of its source."""
     try:
         layers, formers = parse_chain(chain).layers, parse_chain(former).layers
     except ConfigError:
@@ -42,12 +42,12 @@ def is_over(chain: str, former: str, file: str) -> bool:
 
 
 def with_unnamed(chain: str) -> str:
-    """Return a chain that has an unnamed file. Raises: ConfigError, where it has none."""
+    """Return the text of a chain. Raises: ConfigError, if it has no unnamed file."""
     return "|".join(each.text for each in _layers_with_unnamed(chain))
 
 
 def with_named(chain: str, file: str) -> str:
-    """Return a chain with a name in the place of its unnamed file. Raises: ConfigError, where it has none."""
+    """Return a chain whose unnamed file is named `file`. Raises: ConfigError, if it has no unnamed file."""
     texts, is_named = [], False
     for each in _layers_with_unnamed(chain):
         is_it = _has_unnamed(each) and not is_named  # only the upper one is written to
@@ -68,7 +68,7 @@ def _has_unnamed(layer: LayerSpec) -> bool:
 
 
 def list_of_texts(data: str) -> list[str]:
-    """Return the chain's layers in a reply of the worker's, which is not believed to be any."""
+    """Return the layers' texts from a worker's reply, which is not trusted; empty if it is not a list."""
     try:
         found = json.loads(data)
     except (ValueError, RecursionError):

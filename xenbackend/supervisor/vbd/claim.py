@@ -1,21 +1,23 @@
 """Takes a vbd away from the kernel's own block backend, so that nobody but us maps its rings.
 
-Must not run before the toolstack has seen InitWait: who waits for that takes a directory that vanishes for a failure.
+Must not run before the toolstack has seen InitWait: a toolstack that still waits takes a missing directory for a
+failure.
 
-Linux makes a device on its xen-backend bus of each backend directory that it finds in state Initialising, and
-xen-blkback binds to those of kind ``vbd`` whenever it is loaded, be it much later. At the frontend's Initialised it
-maps the rings, even of a disk that it has no image for. What takes a device off the bus for good is that its directory
-is gone:
+Linux makes a device on its xen-backend bus for each backend directory that it finds in state Initialising. Whenever
+xen-blkback is loaded, even much later, it binds to the devices of kind ``vbd``. Once the frontend is Initialised, it
+maps the rings, even if it has no image for the disk. A device leaves the bus for good only if its directory is gone:
 
-    remove the directory -> the device has left the bus -> make it again in InitWait, which the bus does not look at
+    remove the directory -> wait until the device has left the bus -> make it again in InitWait, which the bus ignores
 
-While the directory is away nobody but us knows what stood in it. So it is noted first, where the next service finds it.
+While the directory is away, nobody but us knows its contents. So they are noted first, where the next service finds
+them.
 
-In a driver domain only dom0 could make it again. There nothing is taken: a device without a driver is in nobody's way,
-and xen-blkback, which has to be kept from being loaded, is waited for, in vain unless somebody unloads it.
+In a driver domain only dom0 could make the directory again, so nothing is removed there. A device without a driver does
+no harm. If xen-blkback has bound to the device, the claim waits until somebody unloads xen-blkback, or else fails. An
+administrator has to keep it from being loaded.
 
-Nothing is unbound by hand: that takes the device's lock and waits for the thread that handles xenstore's events, which
-waits for that lock when a toolstack removes the same device at that moment.
+Nothing is unbound through sysfs: that takes the device's lock and waits for the thread that handles xenstore's events,
+and this thread waits for the lock if a toolstack removes the same device at that moment.
 
 Source: Linux drivers/xen/xenbus/xenbus_probe.c, `xenbus_probe_node` and `xenbus_dev_changed`.
 """
@@ -51,13 +53,13 @@ class Bus:
         self._root = root
 
     def has(self, path: VbdPath) -> bool:
-        """Return whether the kernel is in our way. No driver of Linux takes other kinds than ``vbd``."""
+        """Return whether the kernel is in our way. Linux has no backend for kinds other than ``vbd``."""
         device = self._root / name_of(path)
         return path.kind == "vbd" and (device / "driver" if path.backend_domid else device).exists()
 
 
 def name_of(path: VbdPath) -> str:
-    """Return what the kernel's bus calls a vbd."""
+    """Return the name of a vbd on the kernel's bus."""
     return f"vbd-{path.frontend_domid}-{path.devid}"
 
 
@@ -65,7 +67,7 @@ Note = Callable[[Claimed | None], None]
 
 
 class Claim:
-    """One vbd being taken; call `step` until it returns True."""
+    """The claim of one vbd. Call `step` until it returns True."""
 
     def __init__(
         self,
@@ -76,20 +78,20 @@ class Claim:
         note: Note = lambda _: None,
         noted: Claimed | None = None,
     ) -> None:
-        """Begin, or go on with what an earlier service had `noted`; `note` is given what the next one has to know."""
+        """Begin, or go on with the claim that an earlier service `noted`. `note` stores it for the next service."""
         self._store = store
         self._bus = bus
         self._path = path
         self._now = now
         self._deadline = now() + TIMEOUT_S
         self._note = note
-        self._noted = noted  # what the directory held, once it may be away
+        self._noted = noted  # the directory's contents, from when it may be away
         self._is_away = noted is not None
 
     def step(self) -> bool:
-        """Do what can be done now, and return whether it is over: the vbd is ours, or the toolstack took it away.
+        """Do what can be done now, and return whether the claim is over: the vbd is ours, or the toolstack removed it.
 
-        Raises: StoreError; try again when xenstore is back. XenbackendError when the kernel does not let go.
+        Raises: StoreError; try again when xenstore is back. XenbackendError, if the kernel keeps the vbd for TIMEOUT_S.
         """
         if not self._path.backend_domid:
             self._is_away = self._store.transact(self._remove)
@@ -114,10 +116,10 @@ class Claim:
         self._note(None)
 
     def _remove(self, nodes: Nodes) -> bool:
-        """Remove the directory, and again what xen-blkback wrote into it meanwhile; return whether it is away."""
+        """Remove the directory, or what xen-blkback has written there since; return whether the directory is away."""
         backend = self._path.backend
         found = nodes.dictionary(backend)
-        if "frontend" not in found:  # not a toolstack's: nothing, or what blkback wrote too late
+        if "frontend" not in found:  # not a toolstack's: empty, or written by blkback after the removal
             if found:
                 nodes.remove(backend)
             return self._noted is not None
@@ -130,8 +132,8 @@ class Claim:
         return True
 
     def _make_again(self, nodes: Nodes) -> None:
-        """Make the directory as it was, unless the toolstack has taken the vbd away in the meantime."""
-        assert self._noted is not None  # noqa: S101 - the caller has looked
+        """Make the directory as it was, but in InitWait, unless the toolstack has removed the vbd in the meantime."""
+        assert self._noted is not None  # noqa: S101 - the caller has checked
         path = self._path
         is_wanted = nodes.read_optional(f"{path.frontend}/backend") == path.backend
         if self._noted.is_in_libxl and not nodes.directory(libxl_path(path)):
@@ -146,7 +148,7 @@ _UNUSED = (XenbusState.INITIALISING, XenbusState.INIT_WAIT)
 
 
 class Taking:
-    """A vbd's claims, one at a time, as time goes by."""
+    """Carries out the claims of one vbd in the loop, one at a time."""
 
     def __init__(
         self,
@@ -157,7 +159,7 @@ class Taking:
     ) -> None:
         """`begin` makes a claim; `claim` is one that an earlier service had begun.
 
-        `then` is called from the loop when one is over: with None where the vbd is ours, else with why it is not.
+        `then` is called from the loop when a claim is over: with the error if the kernel kept the vbd, else with None.
         """
         self._loop = loop
         self._begin = begin
@@ -173,13 +175,13 @@ class Taking:
         return self._claim is not None
 
     def begin(self) -> None:
-        """Begin, if nothing is going on."""
+        """Begin a claim, unless one is under way."""
         if self._claim is None:
             self._claim = self._begin()
             self._timer.set(self._loop.now())
 
     def give_back(self) -> None:
-        """Make good at once what was begun: the service ends. Raises: StoreError."""
+        """Make the directory again at once if it is away, because the service ends. Raises: StoreError."""
         claim, self._claim = self._claim, None
         self._timer.set(None)
         if claim is not None:

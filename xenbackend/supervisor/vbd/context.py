@@ -1,6 +1,6 @@
 """What every vbd of one service shares.
 
-Must not hold anything of one vbd.
+Must not hold anything that belongs to a single vbd.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from xenbackend.supervisor.xenstore.store import Store
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """The store, the loop with its clock, the workers, and the rest."""
+    """What all vbds share: the store, the loop with its clock, the workers, and so on."""
 
     store: Store
     loop: Reactor

@@ -2,36 +2,36 @@
 
 Must not perform an action, read a clock or know a socket.
 
-It keeps what was last seen of both ends (`sight`) and what the worker last said, and after every event derives two
-things anew: which keys should stand in the backend's directory, and what the worker should be doing. Events are
-therefore hints only: one that is lost, doubled or late does no harm, and a store that was away is put right by the next
-look at it. `phase.MOVES` says what the worker is told, `phase.STANDINGS` what follows from what it says,
-`blkif.handshake.STEPS` what to do in each pair of states, `reasons.ROWS` why a disk is not served. On top of them:
+It keeps what was last seen of both ends (`sight`) and what the worker last said. After every event it derives two
+things from them: which keys should be in the backend's directory, and how far the worker should be. Events are
+therefore only hints: one that is lost, doubled or late does no harm, and after xenstore was away the next look puts
+everything right. `phase.MOVES` says what the worker is told, `phase.STANDINGS` what follows from what it says,
+`blkif.handshake.STEPS` what to do in each pair of states, `reasons.Reason` why a disk is not served. Further rules:
 
-- No frontend is served before the toolstack's hotplug script has come: a toolstack waits to see exactly InitWait before
-  it starts one. That it came is kept as ``hotplug-status``, so that the next service knows; its value, ``connected``
-  once the chain is open or ``error``, is what the script is told. Until it is told, a frontend that closes waits too.
-- A chain that cannot be opened then leaves the state alone, for the same reason, and its sentence in ``hotplug-error``.
-- Closed is written when no worker is left, so that the image is free, whichever side closed first. When the frontend
-  begins anew it is offered the disk at once, and another worker is started.
-- A worker that dies has a successor. A guest that is connected does not see it: our state stays Connected, and the
-  successor serves the same rings on. Workers that die one after the other, without a single answer to the guest, come
-  later and later, and then no more: the guest waits until an administrator says `xenbackend resume`. Without a guest
-  the vbd goes to Closed, with a sentence, until its frontend begins anew. What cannot be done is tried again for ever,
-  if a guest waits for it or the toolstack was told that it has the disk.
-- A guest that waits is served neither from another file than before nor from one that has shrunk: that takes a
-  `xenbackend resume`.
-- While the worker exports its disk to a device model, from which a guest boots before its own driver starts, a
-  toolstack finds that by ``physical-device-path``: as QEMU's URL, for kind ``vbd3`` as the socket's path.
-- ``online`` = 0 is the toolstack's request to go away: that ends in Closed. A frontend that is still connected is
-  served until it has closed. One whose directory was taken away is served on until it is quiet, or for 5 s: Linux
-  flushes a file system that is mounted when its disk goes, and waits for that for ever.
-- A node that is gone, or was made anew in the same place, ends the vbd: the worker is closed, soon or by force, and
-  nothing is written any more.
-- A service that stops leaves a connected vbd's state alone: the next one serves the same ring, and the guest only sees
-  a pause. The next service knows nothing of requests that a dead worker had taken, so another worker does them first.
-  That a flush failed stands in ``flush-failed``, for a service that finds nothing else of the disk's past.
-- Where another chain took the place of the one in service, ``params`` follows, unless the toolstack wants a third one.
+- No frontend is served before the toolstack's hotplug script has come, because a toolstack starts the script only when
+  it sees exactly InitWait. ``hotplug-status`` tells the next service that the script has come. Its value is what the
+  script is told: ``connected`` once the chain is open, or ``error``. Until then a frontend that closes waits, too.
+- If the chain cannot be opened then, our state stays as it is, for the same reason, and ``hotplug-error`` says why.
+- Closed is written once no worker is left, whichever side closed first, so that the image is free. If the frontend then
+  begins anew, it is offered the disk at once, and another worker is started.
+- A worker that dies gets a successor. A connected guest does not notice: our state stays Connected, and the successor
+  continues on the same rings. If workers die one after the other without a single answer to the guest, each successor
+  is started later, and finally none is: the guest waits until an administrator runs `xenbackend resume`. Without a
+  guest the vbd goes to Closed, with the reason, until its frontend begins anew. Failures to serve are retried for
+  ever, if a guest waits for the disk or the toolstack was told that it is there.
+- A waiting guest is served neither from another file than before nor from one that has shrunk, until an administrator
+  runs `xenbackend resume`.
+- A guest may boot from a device model before its own driver starts. While the worker exports the disk to one,
+  ``physical-device-path`` tells the toolstack where: as a URL for QEMU, for kind ``vbd3`` as the socket's path.
+- ``online`` = 0 is the toolstack's request to remove the vbd, which ends in Closed. A frontend that is still connected
+  is served until it has closed. If its directory was removed, it is served until it is quiet, or for 5 s: Linux flushes
+  a mounted file system when its disk goes, and waits for that for ever.
+- If the node is gone, or was made anew in the same place, the vbd is over: the worker is closed, by force if it is not
+  quick, and nothing is written any more.
+- A service that stops leaves a connected vbd's state alone: the next one serves the same rings, and the guest only sees
+  a pause. The next service would not know of requests that a dead worker had taken, so another worker does them first.
+  ``flush-failed`` says that a flush failed, for a service that finds nothing else of the disk's past.
+- After an exchange ``params`` is set to the new chain, unless the toolstack wants a third one.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ _OPENING = (Phase.OPENING, Phase.CONNECTING)
 
 
 def _sentence(waits: events.Waits) -> str:
-    """Return what to say of a disk whose opener waits, empty: it does not."""
+    """Return a sentence about what the disk's opener waits for; empty if it does not wait."""
     name = printable(waits.name)
     if not name:
         return ""
@@ -85,12 +85,12 @@ def _kill_who_waits() -> events.Kill:
 
 
 class Device:
-    """The automaton of one vbd; `sight` is what it has seen of it."""
+    """The automaton of one vbd; `sight` is what it has seen of both ends."""
 
     def __init__(self, path: VbdPath, limits: Limits, pid: int = 0, *, has_past: bool = False) -> None:
         """Begin with nothing known.
 
-        `pid` is the service's, by which `xentop` finds the counters; `has_past`: an earlier service had the vbd.
+        `pid` is the service's, by which `xentop` finds the counters. `has_past`: an earlier service served the vbd.
         """
         self.path = path
         self.is_leaving = self._is_mistake = False
@@ -118,9 +118,9 @@ class Device:
 
     @property
     def may_boot(self) -> bool:
-        """True while no frontend was ever connected, as far as the store tells.
+        """True while no frontend was ever connected, as far as xenstore shows.
 
-        What a device model finds stands there from when the chain is first open until a frontend is connected.
+        ``physical-device-path`` is there from the first opening of the chain until a frontend is connected.
         """
         was_open = self.sight.hotplug == "connected" and EXPORT not in (self.sight.keys or {})
         return self.sight.ours in (_S.UNKNOWN, _S.INITIALISING, _S.INIT_WAIT) and not was_open
@@ -132,7 +132,7 @@ class Device:
 
     @property
     def is_mistaken(self) -> bool:
-        """Whether the chain is a mistake of whoever named it, where that is why the disk is not served."""
+        """Whether the disk is not served because of a mistake in the chain or in the toolstack's keys."""
         is_unusable = bool(self._reasons[Reason.CANNOT_OPEN]) and self._is_mistake
         return is_unusable or bool(self._reasons[Reason.BAD_KEYS])
 
@@ -142,19 +142,19 @@ class Device:
         return self._reasons.word()
 
     def has_found_another_file(self) -> bool:
-        """Return whether it is not served because a name means another file than the one that was served."""
+        """Return whether the disk is not served because a name now leads to another file than before."""
         return bool(self._reasons[Reason.OTHER_FILE])
 
     def is_undecided(self) -> bool:
-        """Return whether it is not served because nobody knows which of two chains has the guest's data."""
+        """Return whether the disk is not served because nobody knows which of two chains has the guest's data."""
         return bool(self._reasons[Reason.UNDECIDED])
 
     def doubt(self, sentence: str) -> None:
-        """Serve nothing until an administrator says by which chain; an empty sentence changes nothing."""
+        """Serve nothing until an administrator chooses a chain; `sentence` says why. An empty one changes nothing."""
         self._reasons.say(Reason.UNDECIDED, sentence)
 
     def waits_without_worker(self) -> bool:
-        """Return whether somebody waits for the disk, and no worker does anything about that now."""
+        """Return whether somebody waits for the disk while there is no worker."""
         return self.phase in (Phase.NONE, Phase.RESTING) and self.sight.is_online and self.is_promised()
 
     def is_promised(self) -> bool:
@@ -162,11 +162,11 @@ class Device:
         return self.is_waited_for() or self.sight.hotplug == "connected"
 
     def is_waited_for(self) -> bool:
-        """Return whether a guest has rings that we serve, or will again: it must see nothing but a delay."""
+        """Return whether a guest has rings that we serve or will serve again; it must see nothing but a delay."""
         return self._aims.is_waited_for()
 
     def handle(self, event: events.Event) -> list[events.Action]:
-        """Take an event, and return what to do about it, in order."""
+        """Take an event, and return the actions that follow from it, in order."""
         killed = self._hear(event)
         if isinstance(event, events.Postponed):
             return self._set_limit()
@@ -178,7 +178,7 @@ class Device:
     # what came
 
     def _hear(self, event: events.Event) -> list[events.Action]:
-        """Take what is about the worker."""
+        """Handle what an event says about the worker."""
         match event:
             case messages.Standing() if self.phase not in (Phase.NONE, Phase.RESTING):
                 return self._stand(event)
@@ -198,7 +198,7 @@ class Device:
         return []
 
     def _note(self, event: events.Event) -> None:
-        """Take what is about the vbd."""
+        """Handle what an event says about the vbd."""
         match event:
             case events.Seen():
                 self._look(event)
@@ -235,10 +235,10 @@ class Device:
             self._reasons.say(Reason.BAD_KEYS, self.sight.problem)
             self._aims.worker.serves = self._as_shown(self._aims.worker.serves)
         if is_first and not self._reasons[Reason.FLUSH_FAILED]:
-            self._reasons.say(Reason.FLUSH_FAILED, (self.sight.keys or {}).get(LOST, ""))  # as an earlier service knew
+            self._reasons.say(Reason.FLUSH_FAILED, (self.sight.keys or {}).get(LOST, ""))  # as an earlier service noted
 
     def _as_shown(self, serves: Spec | None) -> Spec | None:
-        """Return what a worker serves, with what no worker knows, and only the guest is told, as the keys say it."""
+        """Return the spec that a worker serves, with what only the guest is told, and no worker, from the keys."""
         return self.sight.spec if serves and self.sight.spec and serves.is_served_like(self.sight.spec) else serves
 
     def _exchange(self, exchanged: events.Exchanged) -> None:
@@ -248,7 +248,7 @@ class Device:
         self.sight.exchange(exchanged)
 
     def _stand(self, standing: messages.Standing) -> list[events.Action]:
-        """Take where the worker stands: `STANDINGS`; what cannot be is a breach of the protocol."""
+        """Handle a standing, by `STANDINGS`. One that is impossible in this phase is a breach."""
         former, stage = self.phase, standing.stage
         has_failed = bool(standing.failure) and former in (Phase.OPENING, Phase.CONNECTING)
         if stage not in STANDINGS[former] or (has_failed and (former, stage) not in FAILURES):
@@ -261,7 +261,7 @@ class Device:
         if former is Phase.OPENING and standing.layers and self.is_waited_for() and self._was_told_of(standing.chain):
             self._reasons.say(Reason.OTHER_SIZE, shrinkage(standing.layers[0], self.sight.keys or {}))
             if self._reasons[Reason.OTHER_SIZE]:
-                self.phase = Phase.OPEN  # and is closed next; nothing of it is shown
+                self.phase = Phase.OPEN  # it is closed next, and nothing of it is shown
                 return []
         worker, self.phase = self._aims.worker, STANDINGS[former][stage]
         if former is Phase.ADOPTING:
@@ -277,14 +277,14 @@ class Device:
         return []
 
     def _was_told_of(self, chain: str) -> bool:
-        """Return whether it is this chain's size that the guest has read, as far as anybody knows.
+        """Return whether the guest was told the size of this chain, as far as is known.
 
-        Where the toolstack names another chain below a guest, as for a medium that is changed, the guest is told anew.
+        If the toolstack names another chain below a guest, as when a medium is changed, the guest is told the new size.
         """
         return self._told_of in ("", chain)
 
     def _believe(self, standing: messages.Standing) -> None:
-        """Show what the worker says of itself; what one that does not serve says nothing of still holds."""
+        """Take over what a standing says. The silence of a worker that does not serve clears no earlier problem."""
         worker = self._aims.worker
         worker.layers = standing.layers or worker.layers
         self._told_of = standing.chain if standing.layers else self._told_of
@@ -295,7 +295,7 @@ class Device:
                 self._reasons.say(reason, sentence)
 
     def _fail(self, sentence: str, code: int) -> None:
-        """Take note of what the worker could not do. The process is still there, and is told to close next."""
+        """Note what the worker could not do. Its process still runs, and is told to close next."""
         is_opening, self.phase = self.phase is Phase.OPENING, Phase.OPEN
         is_wanted = self.is_waited_for() or (is_opening and self.sight.hotplug == "connected")
         if is_wanted and is_opening and code == errno.ESTALE:
@@ -313,7 +313,7 @@ class Device:
         self._aims.worker = WorkerFacts(
             layers=worker.layers if self.is_waited_for() else [], has_rings=worker.has_rings
         )
-        self._is_unfinished = ended.is_unfinished and not worker.is_retrying  # one that could not would not be able to
+        self._is_unfinished = ended.is_unfinished and not worker.is_retrying  # else the next one would fail, too
         self._reasons.clear(Cause.ENDED)
         if worker.is_retrying:
             self.phase = Phase.RESTING
@@ -330,12 +330,12 @@ class Device:
                 self._reasons.say(Reason.GIVEN_UP, f"{ended.sentence}, {in_a_row}")
 
     def _wait(self, waits: events.Waits) -> list[events.Action]:
-        """Take note of what the opener waits for, or that it is over."""
+        """Note what the opener waits for, or that it waits no more."""
         had_to_wait, sentence = self._has_to_wait(), _sentence(waits)
         self._reasons.say(Reason.STORAGE, "" if waits.makes_key else sentence)
         self._reasons.say(Reason.KEY, sentence if waits.makes_key else "")
         if had_to_wait and not waits.name:
-            self._limit = _NO_LIMIT  # from here on the time is the worker's again
+            self._limit = _NO_LIMIT  # the time limit begins again
         return [_kill_who_waits()] if waits.name and self.phase is Phase.CLOSING else []
 
     def _has_to_wait(self) -> bool:
@@ -343,7 +343,7 @@ class Device:
 
     def _expire(self) -> list[events.Action]:
         if self.phase in _OPENING and self._has_to_wait():
-            return []  # another worker would wait as well, and leave one more process that hangs
+            return []  # another worker would wait as well, and leave one more hanging process
         if self.phase in LIMIT_S:
             if self.phase is Phase.OPENING:
                 self._aims.worker.has_hung = True
@@ -356,7 +356,7 @@ class Device:
     # what follows
 
     def _write(self) -> list[events.Action]:
-        """Return what the store lacks."""
+        """Return the action that writes what xenstore lacks, if anything."""
         if self.sight.keys is None or self.sight.ours is _S.UNKNOWN:
             return []
         keys, before = self.sight.keys, self.sight.ours
@@ -373,12 +373,12 @@ class Device:
         return [write] if missing else []
 
     def _goal(self) -> Goal:
-        """Return how far the worker should be: in a service that stops, as far as is needed for what was left."""
+        """Return how far the worker should be. A service that stops only finishes what a dead worker left."""
         goal = self._aims.goal()
         return Goal.NONE if self._is_stopping and not (self._is_unfinished and goal is Goal.SERVE) else goal
 
     def _move(self) -> list[events.Action]:
-        """Return the worker's next step towards the goal: `MOVES`."""
+        """Return the action that brings the worker nearer to its goal, by `MOVES`."""
         if self.is_leaving or not (self.sight.has_looked or self._is_stopping):
             return []
         former = self.phase

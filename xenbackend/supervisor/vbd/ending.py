@@ -1,12 +1,11 @@
-"""What must not be lost of a vbd when its service forgets it: which chain has the guest's data, and in which files.
+"""Saves what must not be lost of a vbd when its service forgets it: which chain has the guest's data, in which files.
 
 Must not forget anything itself, nor keep a service that is being replaced from ending.
 
-While another chain is being put in, and until xenstore says which one is in service, a file says it for the next
-service: whenever this one ends, and whoever finishes the exchange then. A service that stops waits for xenstore, its
-worker closed already; one that is replaced waits for the end of an exchange (`service.main`). Where neither comes in
-time, the file is left. Where it says that a chain was being put in, and nothing else was left, the disk waits for an
-administrator.
+During an exchange, and until xenstore names the chain in service, a file (`last_chains`) tells the next service,
+whenever this one ends. A service that stops closes its worker and then waits for xenstore; one that is replaced waits
+for the end of the exchange (`service.main`). If that takes too long, the file is left. If the file says that an
+exchange was under way, and nothing else was left, the disk waits for an administrator.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ _DOUBT = (
 
 
 class Ending:
-    """One vbd's."""
+    """What one vbd leaves when its service ends, and what it finds of an earlier one."""
 
     def __init__(self, vbd: Vbd, context: Context, nodes: VbdNodes, log: VbdLog) -> None:
         self._vbd = vbd
@@ -47,25 +46,25 @@ class Ending:
         self._give_up_at = 0.0
         self._has_said = False
         self._has_recalled = False
-        self._said: LastChain | None = None  # by the file
+        self._said: LastChain | None = None  # what the file says
         self._timer = context.loop.timer(self._give_up)
 
     def find(self, *, is_heir: bool) -> bool:
-        """Go on with what an earlier service has left in a file, and return whether anything is left of one.
+        """Go on with what an earlier service left in a file, and return whether an earlier service left anything.
 
         `is_heir`: it has left descriptors, with notes.
         """
         self._has_recalled = is_heir
         handover, last = self._vbd.handover, self._context.last_chains.of(self._vbd.path)
         handover.on_note = self._tell_next
-        if last is not None and not handover.notes.chain:  # else the notes were left, too, and know better
+        if last is not None and not handover.notes.chain:  # else the notes were left, too, and are more exact
             handover.note(chain=last.chain, stale_params=last.stale_params, undecided=last.next_chain)
         self._tell_next(is_new=True)
         return is_heir or last is not None
 
     @property
     def doubt(self) -> str:
-        """Why nobody knows which chain has the guest's data, for the administrator who has to say; else empty."""
+        """Why nobody knows which chain has the guest's data, for the administrator who has to decide; else empty."""
         notes = self._vbd.handover.notes
         if not notes.undecided:
             return ""
@@ -73,7 +72,7 @@ class Ending:
 
     @property
     def waits_for(self) -> str:
-        """What a service that stops waits for before it lets go of the disk, for people."""
+        """What a service that stops still waits for before it can forget the disk, for people."""
         if self._vbd.orders.is_exchanging():
             return "its chain, which is being exchanged"
         if self._vbd.worker is not None:
@@ -83,22 +82,22 @@ class Ending:
         return "another worker, which does what a dead one had begun"
 
     def saw(self, keys: Mapping[str, str]) -> None:
-        """Take note of what the keys say, and with the first ones of which files are noted in xenstore."""
+        """Take note of the backend's keys, and at the first call of the files that are noted in xenstore."""
         handover = self._vbd.handover
         if handover.notes.stale_params:
             handover.saw_params(keys.get("params", ""))
-        if not self._has_recalled:  # what else was left has them
+        if not self._has_recalled:  # else the notes that were left have them
             chain = handover.notes.chain or keys.get("params", "")
             handover.expect(chain, self._nodes.noted_files(keys, chain))
             self._has_recalled = True
 
     def begin(self) -> None:
-        """From now on the time of a service that stops counts."""
+        """Begin the time for which a service that stops waits."""
         self._give_up_at = self._context.loop.now() + WAIT_S
         self._timer.set(self._give_up_at)
 
     def may_end(self) -> bool:
-        """Return whether the vbd may be forgotten now; else it is asked again, by an event."""
+        """Return whether the vbd may be forgotten now; if not, it is asked again after the next event."""
         if self._vbd.device.is_leaving or self._is_told():
             return True
         is_late = self._context.loop.now() >= self._give_up_at
@@ -108,10 +107,10 @@ class Ending:
         return is_late
 
     def end(self) -> None:
-        """Leave a file where one is needed: also where the next service is to have the notes, which it may not get."""
+        """Leave a file if one is needed, even if the notes are kept: the next service may not get them."""
         self._timer.set(None)
         device, handover, chain = self._vbd.device, self._vbd.handover, self._vbd.chain_in_service()
-        handover.on_note = lambda: None  # what is let go of next is nothing that the next service need know
+        handover.on_note = lambda: None  # the next service need not know what is dropped from here on
         if not device.is_leaving and handover.agreed() is not None and self._is_waited_for():
             self._log.say("critical", UNFINISHED)
         if not device.is_leaving and not device.sight.is_over and handover.files.has_unnamed():
@@ -129,7 +128,7 @@ class Ending:
             self._log.say("warning", _LEFT_UNDECIDED if last.next_chain else _LEFT, **chains, file=str(file))
 
     def _is_waited_for(self) -> bool:
-        """Return whether there is a guest that has rings: it may have gone since the last look."""
+        """Return whether a guest has rings that we serve, and has not gone since the last look."""
         if not self._vbd.device.is_waited_for():
             return False
         try:
@@ -138,7 +137,7 @@ class Ending:
             return True
 
     def _give_up(self) -> None:
-        """End whatever is unfinished, where that cannot be done without xenstore."""
+        """Give up unfinished work if xenstore is away, without which it cannot be done; else look again."""
         if self._context.store.is_connected:
             self._timer.set(self._context.loop.now() + WAIT_S)
             self._vbd.look_soon(node=True)
@@ -146,21 +145,21 @@ class Ending:
             self._vbd.handle(Stop(self._vbd.device.is_leaving))
 
     def _last(self) -> LastChain | None:
-        """Return what the next service has to know, None where xenstore says it."""
+        """Return what the next service has to know, None if xenstore tells it."""
         notes = self._vbd.handover.notes
         exchanged = notes.exchange.chain if notes.exchange and notes.exchange.chain != notes.chain else ""
         last = LastChain(notes.chain, notes.stale_params, exchanged or notes.undecided)
         return last if last.stale_params or last.next_chain else None
 
     def _tell_next(self, *, is_new: bool = False) -> None:
-        """Let the file say what the notes say."""
+        """Bring the file up to date with the notes."""
         last, chains = self._last(), self._context.last_chains
         if last != self._said or is_new:
             self._said = last
             if last is None:
                 chains.forget(self._vbd.path)
             else:
-                with suppress(KernelError):  # `end` tries again, and says so
+                with suppress(KernelError):  # `end` tries again, and logs the error
                     chains.leave(self._vbd.path, last)
         chains.on_change()
 

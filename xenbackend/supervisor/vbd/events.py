@@ -1,4 +1,4 @@
-"""What a vbd's automaton takes in and what it answers: plain values.
+"""The events that a vbd's automaton takes and the actions that it returns, as plain values.
 
 Must not hold behaviour.
 """
@@ -14,9 +14,9 @@ from xenbackend.supervisor.vbd.spec import Spec
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """Both ends as a fresh look found them; `keys` of the backend's directory, None when it is gone.
+    """Both ends as a fresh look found them. `keys` are the backend's directory's, None if that is gone.
 
-    `has_left`: the guest was migrated to where it runs now, and asks for nothing here any more.
+    `has_left`: the guest was migrated to another place, and asks for nothing here any more.
     """
 
     keys: dict[str, str] | None
@@ -26,17 +26,17 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Postponed:
-    """The frontend's keys could not be read because xenstore is away; a look follows when it is back."""
+    """The rings cannot be joined yet: xenstore is away, or the kernel's backend has the vbd. A look follows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """The worker process has ended, wanted or not; `sentence` says how.
+    """The worker process has ended, as it was told or not; `sentence` says how.
 
-    `has_progressed`: the guest got an answer since the last worker ended, or this one had lived for long.
-    `is_unfinished`: it had not taken leave of the guest, and may have left requests that it had taken.
-    `is_hasty`: so did many before it, right after their start.
-    `has_waited`: the storage did not answer, which is no fault of a worker's; or none was started for that.
+    `has_progressed`: the guest has received an answer since the previous worker ended, or this one had lived long.
+    `is_unfinished`: it had not left the rings, and may not have answered all requests that it had taken.
+    `is_hasty`: many workers in a row have ended right after their start.
+    `has_waited`: no worker was started, because the storage does not answer.
     """
 
     sentence: str
@@ -48,7 +48,7 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class Waits:
-    """The opener waits for the storage of a file, or makes a key of a passphrase; where the name is empty, no more."""
+    """The opener waits for the storage of a file, or makes a key of a passphrase; with an empty name, no longer."""
 
     name: str
     makes_key: bool = False
@@ -56,14 +56,14 @@ class Waits:
 
 @dataclass(frozen=True, slots=True)
 class Inherited:
-    """A worker that an earlier service started is there; it has been asked where it stands."""
+    """A worker that an earlier service started still runs; it has been asked where it stands."""
 
 
 @dataclass(frozen=True, slots=True)
 class Exchanged:
-    """Another chain is in service, and the key ``params`` is to name it where it still is one of `stale_params`.
+    """Another chain is in service. The key ``params`` is to name it, if its value is still one of `stale_params`.
 
-    Comes before the `Standing` or `Ended` from which it was known.
+    It comes before the `Standing` or `Ended` that made it known.
     """
 
     stale_params: tuple[str, ...]
@@ -72,24 +72,24 @@ class Exchanged:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """The frontend's keys cannot be; the worker was not told to serve."""
+    """The frontend's keys are not valid; the worker was not told to serve."""
 
     sentence: str
 
 
 @dataclass(frozen=True, slots=True)
 class Resume:
-    """An administrator wants the disk served on: after a pause, after workers that died one after the other."""
+    """An administrator wants the disk to be served again: after a pause, or after a series of dead workers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Replaced:
-    """An administrator has put another chain in while there was no worker, and wants the disk served from that."""
+    """An administrator has put another chain in while there was no worker, and wants the disk served from it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Replace:
-    """Another process is to serve the disk: the program is a newer one."""
+    """Another process is to serve the disk, because the program is newer now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +104,10 @@ class Called:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """The service ends. The state is left as it is, for the next one.
+    """The service ends. Our state is left as it is, for the next service.
 
-    `leaves`: the worker goes on, and the next service takes it over; else it finishes what is in flight and closes.
-    `is_unfinished`: no worker has taken leave of the guest. Where none serves it now, one does before the end.
+    `leaves`: the worker goes on, and the next service adopts it; else it finishes what is in flight and closes.
+    `is_unfinished`: no worker has left the rings. If none serves now, one finishes what is in flight before the end.
     """
 
     leaves: bool = False
@@ -123,11 +123,11 @@ Event = (
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """Set keys of the backend's directory (None removes), in one transaction that first sees that it is the same one.
+    """Set keys of the backend's directory (None removes), in one transaction that first checks that it is the same one.
 
-    state    what our state must still be
-    params   what the key of that name must still be, where it is among the keys; else None
-    mark     a key of ours that must still be there: in a node made anew it is not; None before one was seen
+    state    the value that our state must still have
+    params   the value that the key ``params`` must still have, if it is to be changed; else None
+    mark     a key of ours that must still be there, which a node made anew does not have; None before one was seen
     """
 
     keys: dict[str, str | None]
@@ -137,16 +137,16 @@ class Write:
 
     @property
     def offers_anew(self) -> bool:
-        """Whether a frontend is offered the vbd that an earlier one has used, or may have."""
+        """Whether the vbd is offered to a frontend after an earlier one has used it, or may have."""
         is_offer = self.keys.get("state") == str(XenbusState.INIT_WAIT.value)
         return is_offer and self.state is not XenbusState.INITIALISING
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Start a worker and have it open the chain; `lost` says what a failed flush has lost, if one failed.
+    """Start a worker and have it open the chain. `lost` says which flush failed, if one did.
 
-    A journal that does not know of that flush has to be told before the worker gets it.
+    If the journal does not have that flush, it must be entered there before the worker gets the journal.
     """
 
     spec: Spec
@@ -155,10 +155,10 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Join:
-    """Have the worker serve; answer `Refused` where the frontend's keys cannot be.
+    """Have the worker serve the rings; handle `Refused` if the frontend's keys are not valid.
 
     `can_discard` and `max_segments` (of an indirect request) are what the frontend was offered.
-    `goes_on`: it is connected already, to an earlier worker.
+    `goes_on`: the frontend is connected already; an earlier worker served it.
     """
 
     can_discard: bool
@@ -168,12 +168,12 @@ class Join:
 
 @dataclass(frozen=True, slots=True)
 class Leave:
-    """Have the worker let go of the rings, and keep the chain open."""
+    """Have the worker leave the rings, and keep the chain open."""
 
 
 @dataclass(frozen=True, slots=True)
 class Close:
-    """Have the worker close the chain and end; `hands_over`: another one goes on with the rings."""
+    """Have the worker close the chain and end; `hands_over`: a successor continues on the same rings."""
 
     hands_over: bool = False
 
@@ -182,7 +182,7 @@ class Close:
 class Kill:
     """Kill the worker; `sentence` says why, and comes back in `Ended`.
 
-    `is_breach`: it said what cannot be; else it took too long.
+    `is_breach`: it broke the protocol; else it took too long, or is not needed.
     """
 
     sentence: str
@@ -191,9 +191,9 @@ class Kill:
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """Send `Expired` after `seconds` unless another `Limit` comes first; None: never.
+    """Have `Expired` come after `seconds`, unless another `Limit` comes first; None: never.
 
-    `quiet_s`: already after so long without a request of the guest's.
+    `quiet_s`: earlier, once the guest has made no request for so many seconds, and none is in flight.
     """
 
     seconds: float | None
@@ -202,7 +202,7 @@ class Limit:
 
 @dataclass(frozen=True, slots=True)
 class Forget:
-    """The vbd has gone and nothing of it is left."""
+    """Forget the vbd: it has gone and nothing of it is left, or this service has finished with it."""
 
 
 Action = Write | Start | Join | Leave | Close | Kill | Limit | Forget

@@ -1,6 +1,6 @@
-"""How the exchange of one vbd's chain ends: by what the worker says, or by the journal of one that has died.
+"""Finds out how an exchange of one vbd's chain has ended: from what the worker says, or from a dead worker's journal.
 
-Must not ask for one, nor answer an order that this service was given: `orders` does both.
+Must not begin an exchange, nor answer an order that this service was given: `orders` does both.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from xenbackend.supervisor.vbd.orders import Orders
 
 
 class Exchanges:
-    """One vbd's, one at a time: `handover.notes.exchange`."""
+    """The exchanges of one vbd, one at a time; `handover.notes.exchange` is the one under way."""
 
     def __init__(self, handover: Handover, orders: Orders, ledger: Ledger, handle: Callable[[Exchanged], None]) -> None:
-        """`handle` lets the automaton know of a chain that took another one's place, so that ``params`` follows."""
+        """`handle` tells the automaton that another chain is in service, so that ``params`` follows."""
         self._handover = handover
         self._orders = orders
         self._ledger = ledger
         self._handle = handle
 
     def believes(self, standing: Standing) -> bool:
-        """Return whether the chain can be that a worker says is in service; if it is the one to be put in, it is."""
+        """Return whether the worker's chain is a possible one. If it is the one to be put in, the exchange is done."""
         notes = self._handover.notes
         if notes.exchange is not None and standing.chain == notes.exchange.chain != notes.chain:
             self.end(is_done=True)
@@ -36,31 +36,31 @@ class Exchanges:
         return standing.chain == notes.chain or standing.stage is Stage.IDLE
 
     def conclude(self, standing: Standing) -> None:
-        """Take note that the worker has done with what an earlier service asked for; what is done `believes` has seen.
+        """Note how an exchange that an earlier service asked for has ended: the adopted worker has answered our order.
 
-        Unless it is the same chain once more.
+        If another chain was put in, `believes` has seen that. So it is undone, or it was the same chain once more.
         """
         exchange = self._handover.notes.exchange
         self.end(is_done=exchange is not None and exchange.chain == standing.chain and self._handover.has_exchanged())
 
     def settle(self) -> bool:
-        """Find out in the journal whether a worker had put the chain of the exchange under way in, and return that."""
+        """Find out from the journal whether a worker carried out the exchange under way, note it, and return it."""
         is_done = self._handover.has_exchanged()
         self.end(is_done=is_done)
         self.follow()
         return is_done
 
     def follow(self) -> None:
-        """Let ``params`` follow the chain in service, where it may not have done so yet."""
+        """Have ``params`` follow the chain in service, if it may not have done so yet."""
         notes = self._handover.notes
         if notes.stale_params:
             self._handle(Exchanged(tuple(notes.stale_params), notes.chain))
 
     def end(self, *, is_done: bool) -> None:
-        """Take note of how the exchange under way has ended, if there is one.
+        """Note how the exchange under way has ended, if there is one.
 
-        Its order ends in the ledger: at once where it is done, so that a service that dies now leaves no doubt; else
-        where an earlier service had begun it, and did not live to see that.
+        If it is done, its order is closed in the ledger at once: a service that dies now leaves no doubt.
+        If not, its order is closed here only if it is an earlier service's, which did not live to do so.
         """
         exchange = self._handover.notes.exchange
         if exchange is None:

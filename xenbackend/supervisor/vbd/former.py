@@ -1,11 +1,12 @@
-"""What the release before this one left of a disk, and how that becomes ours: its journal and the notes in it.
+"""Converts what the previous release left of a disk to ours: its journal, and the notes in it.
 
-Must not map anything: those memories are not sealed, and a worker of that release may have written all over them.
+Must not map anything: those memories are not sealed, so a worker of that release may cut them short, and may have
+written anything into them.
 
-VERSION 2 of the journal had the notes in it, in pages 18-49, and the rings behind them; the errno of a failed flush was
-word 4. What was agreed with the frontend and the rings themselves looked as they do now.
+A journal of VERSION 2 had the notes in pages 18-49, and the rings after them; the errno of a failed flush was word 4.
+AGREED and the rings themselves had the layout that they have now.
 
-The notes lay in the worker's reach. So they are only as good as that worker was, as they were for its own service.
+The worker could write to the notes. So they deserve only as much trust as that worker, for us as for its own service.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ _SOMEBODY = "an administrator"  # who paused a disk was not noted
 
 
 def remember_files(pidfd: int) -> int:
-    """Return a memory that says what a worker has open, for `recall_files` when it has ended.
+    """Return a memory that lists the files a worker has open, for `recall_files` when it has ended.
 
-    Its images were followed by another rule than ours, and what a guest uses stays allowed. Raises: KernelError.
+    Its release followed images to their parents by another rule, and files in use stay allowed. Raises: KernelError.
     """
     files = [asdict(each) for each in process.files_of(pidfd)]
     while len(data := json.dumps(files).encode()) > _FILES:
@@ -49,7 +50,7 @@ def remember_files(pidfd: int) -> int:
 
 
 def recall_files(fd: int) -> list[HeldFile]:
-    """Return what `remember_files` wrote. Raises: KernelError."""
+    """Return the files that `remember_files` listed; none if the list is not valid. Raises: KernelError."""
     data = memoryview(bytearray(_FILES))
     memfd.read_into(fd, 0, data)
     try:
@@ -60,7 +61,7 @@ def recall_files(fd: int) -> list[HeldFile]:
 
 
 def copy_journal(fd: int, page: memoryview) -> None:
-    """Write what a journal of VERSION holds into a new one of ours, once nobody writes the former any more.
+    """Copy what a journal of VERSION holds into a new one of ours. Nobody may write to the former one any more.
 
     Raises: KernelError.
     """
@@ -69,7 +70,7 @@ def copy_journal(fd: int, page: memoryview) -> None:
         return
     page[:PAGE] = head[:PAGE]  # the counters
     journal.poison(page, head[PAGE : 2 * PAGE].cast("Q")[_POISON])
-    with suppress(ValueError):  # no worker of ours writes what takes more room once it was read
+    with suppress(ValueError):  # what a real worker wrote takes no more room after it was read
         journal.AGREED.write(page, _AGREED.read(head))
     for ring in range(journal.MAX_RINGS):
         start = ring * journal.RING_SIZE
@@ -78,7 +79,7 @@ def copy_journal(fd: int, page: memoryview) -> None:
 
 
 def read_notes(fd: int) -> Notes:
-    """Return the notes in a journal of VERSION; a new disk's where there are none. Raises: KernelError."""
+    """Return the notes in a journal of VERSION; a new disk's if there are none. Raises: KernelError."""
     head = _head(fd)
     try:
         return _notes_of((head and _NOTES.read(head)) or {})
@@ -87,7 +88,7 @@ def read_notes(fd: int) -> Notes:
 
 
 def _head(fd: int) -> memoryview | None:
-    """Return what lies before the rings, zeros as far as nothing does; None where that is no journal of VERSION."""
+    """Return the bytes before the rings, padded with zeros; None if this is not a journal of VERSION."""
     head = memoryview(bytearray(_HEAD))
     memfd.read_into(fd, 0, head)
     is_ours = tuple(head[PAGE : PAGE + 16].cast("Q")) in ((0, 0), (MAGIC, VERSION))
@@ -114,7 +115,7 @@ def _notes_of(found: dict[str, Any]) -> Notes:
 
 
 def _policy_of(text: str) -> str | None:
-    """Return what of a policy has a meaning still; None where nothing was ordered."""
+    """Return the parts of a policy that are still valid; None if there are none."""
     parts = []
     for part in text.split(","):
         with suppress(ConfigError):

@@ -1,20 +1,20 @@
-"""What the workers of one vbd leave to each other, and one service to the next: journal, memories, a running worker.
+"""What one worker of a vbd leaves to the next, and one service to the next: journal, memories, a running worker.
 
 Must not look into a memory that a worker gave, nor give one to another disk, nor give the notes to any worker.
 
-Everything is a descriptor: the supervisor has it open, and the keeper has it too, under a name (`inheritance`). So a
-worker and the service may die at the same moment, and the next service finds all of it.
+Everything is a descriptor that both the supervisor and the keeper have open, the keeper under a name (`inheritance`).
+So worker and service may die at the same moment, and the next service finds everything.
 
-    journal   what is in flight (`xenbackend.journal`), which every worker is given and may write
+    journal   what is in flight (`xenbackend.journal`); every worker is given it and may write to it
     notes     what only the supervisor writes (`notes`)
-    m0, m1 …  memories that layers had kept; the notes say of which name
-    f0, f1 …  the disk's files (`kept_files`); the notes say which name and identity each has
-    s0, s1 …  connections to servers (`kept_connections`), likewise
-    worker    the socket of the worker that runs      pidfd   its process
+    m0, m1 …  memories of layers; the notes have the name of each
+    f0, f1 …  the disk's files (`kept_files`); the notes have the name and identity of each
+    s0, s1 …  connections to servers (`kept_connections`); the notes have the server of each
+    worker    the socket of the running worker      pidfd   its process
 
-What an older version left is made ours: its worker is killed, and once it is dead (`inheritance.end_predecessor`) its
-journal and memories are copied (`former`). Until our notes are kept, as the last of them, the former ones count, and
-whoever comes next begins again.
+What an older version left is converted: its worker is killed, and once it is dead (`inheritance.end_predecessor`) its
+journal and memories are copied (`former`). The keeper is given our notes last. Until then the former descriptors count,
+and if this service dies, the next one begins again.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ from xenbackend.supervisor.xenstore.paths import VbdPath
 
 
 class Handover:
-    """One vbd's. A keeper that is in trouble is told about, and keeps no disk from being served.
+    """The handover of one vbd. If the keeper fails, `complain` is told, and the disk is served all the same.
 
-    page    the journal's memory
-    notes   see `Notes`; changed by `note`
-    files   the files that the disk was opened from
-    connections   to servers that it is served from
-    worker  the socket and the pidfd of a worker that was inherited, or None
-    on_note is called when the notes have changed
+    page         the journal's memory
+    notes        see `Notes`; changed by `note`
+    files        the files that the disk was opened from
+    connections  the connections to servers that the disk is served from
+    worker       the socket and the pidfd of a worker that was inherited, or None
+    on_note      called when the notes have changed
     """
 
     def __init__(
@@ -64,8 +64,8 @@ class Handover:
     ) -> None:
         """Take over the descriptors `found` (see `inheritance`), or begin a journal and notes.
 
-        A former version's worker among them must have ended. `complain` gets a sentence where something is lost to the
-        next service, or was to this one. Raises: KernelError, and then all of them are closed.
+        If a former version's worker is among them, it must have ended. `complain` gets a sentence if something is lost
+        to this service or to the next one. Raises: KernelError; then all of the descriptors are closed.
         """
         self._keeper = keeper
         self._path = path
@@ -101,7 +101,7 @@ class Handover:
         return self.files.slots, self.connections.slots
 
     def _take(self, ours: dict[What, int], theirs: dict[What, int]) -> None:
-        """Take over what was found; a descriptor is taken out of these only once something else holds it."""
+        """Take over what was found. A descriptor leaves `ours` or `theirs` only once something else holds it."""
         self.worker = self._take_worker(ours)
         self._journal, self.page = self._take_memory(ours, "journal", journal.SIZE)
         self._notes, self._notes_page = self._take_memory(ours, "notes", notes.SIZE)
@@ -113,7 +113,7 @@ class Handover:
             for slot in slots.noted():
                 if current(slot) in ours:
                     slots.find(slot, ours.pop(current(slot)))
-        self._let_go(ours)  # kept by somebody who died before he had noted what it is
+        self._let_go(ours)  # kept by a service that died before it noted what they are
         if "notes" in self._unkept:
             self._adopt(theirs)
             if current(OPEN_FILES) in theirs:
@@ -122,14 +122,14 @@ class Handover:
         self._let_go(theirs)
 
     def agreed(self) -> Agreed | None:
-        """Return the chain in service and what was agreed with the frontend; None where that was not, or has ended."""
+        """Return the chain in service and what is agreed with the frontend; None if nothing is agreed now."""
         left = self._left()
         return left if left is not None and left.connect is not None else None
 
     def _left(self) -> Agreed | None:
         """Return what the last worker noted in the journal.
 
-        None where it says nothing, or a chain that nobody has told it to serve: a worker is not to be believed.
+        None if it noted nothing valid, or a chain that it was not told to serve: a worker is not trusted.
         """
         try:
             agreed: Agreed = codec.restore(Agreed, journal.AGREED.read(self.page))
@@ -139,9 +139,9 @@ class Handover:
         return agreed if agreed.chain in (self.notes.chain, exchange and exchange.chain) else None
 
     def chain_in_service(self) -> str:
-        """Return the chain that the guest's data is in, empty for a disk that was never opened.
+        """Return the chain that has the guest's data; empty for a disk that was never opened.
 
-        A worker may have put another one in and died, or the service, before either could tell.
+        During an exchange the journal decides: worker or service may have died before the result was reported.
         """
         exchange = self.notes.exchange
         agreed = self._left() if exchange is not None else None
@@ -150,7 +150,7 @@ class Handover:
     def has_exchanged(self) -> bool:
         """Return whether a worker noted that it has carried out the exchange under way.
 
-        One that puts the same text in again, for another file or another size, is known by its order alone.
+        An exchange for the same text, because of another file or size, is known only by the number of its order.
         """
         exchange, left = self.notes.exchange, self._left()
         if exchange is None or left is None or left.chain != exchange.chain:
@@ -158,9 +158,9 @@ class Handover:
         return exchange.chain != self.notes.chain or left.order == exchange.order
 
     def exchange_is_done(self) -> None:
-        """Take note that the chain of the exchange under way is in service.
+        """Note that the chain of the exchange under way, if there is one, is in service.
 
-        The key ``params`` may say now what it said then, or the former chain, if that had come into it meanwhile.
+        The key ``params`` may still have the value from when the exchange began, or meanwhile the former chain.
         """
         exchange = self.notes.exchange
         if exchange is None:
@@ -175,14 +175,14 @@ class Handover:
         self.files.slots.drop_unnoted()
 
     def exchange_is_not_done(self) -> None:
-        """Take note that the exchange under way, if there is one, has left the former chain in service."""
+        """Note that the exchange under way, if there is one, has left the former chain in service."""
         self.note(exchange=None, files=self.files.after_exchange(is_done=False))
         self.files.slots.drop_unnoted()
 
     def exchange_alone(self, exchange: Exchange) -> None:
-        """Put another chain in while there is no worker, step by step as one does: who dies at any of them is followed.
+        """Put another chain in while there is no worker, in the steps of a worker, so that a death between two is safe.
 
-        What the former chain had kept is of no use to another one. Raises: ConfigError, and nothing was changed.
+        The memories of the former chain are of no use to another one. Raises: ConfigError; then nothing was changed.
         """
         self.note(exchange=exchange)
         left, is_another = self._left(), exchange.chain != self.notes.chain
@@ -195,14 +195,14 @@ class Handover:
             self.drop(name)
 
     def saw_params(self, params: str) -> None:
-        """Take note of what the key ``params`` says, which may have followed the chain by now."""
+        """Take note of the value of ``params``; if it is not a stale one, it has followed the chain."""
         if params not in self.notes.stale_params:
             self.note(stale_params=[])
 
     def descriptors(self, chain: str) -> tuple[int, dict[str, int]]:
-        """Return the journal and the memories by name for a worker that is to open `chain`; another chain's are closed.
+        """Return journal and memories, by name, for a worker that is to open `chain`; another chain's are dropped.
 
-        Raises: ConfigError, where the chain is too long to be noted.
+        Raises: ConfigError, if the chain is too long to be noted.
         """
         if chain != self.notes.chain:
             for name in list(self._memories):
@@ -212,7 +212,7 @@ class Handover:
         return self._journal, dict(self._memories)
 
     def expect(self, chain: str, identities: Mapping[str, str]) -> None:
-        """Take note of the chain in service, and of its files' identities, where nothing else was left to us."""
+        """Note the chain in service and the identities of its files, if nothing else was left to us."""
         if identities:
             try:
                 self.files.expect(identities)
@@ -221,7 +221,7 @@ class Handover:
                 self._complain(f"which files the disk had cannot be used: {problem}")
 
     def note(self, **changes: Any) -> None:
-        """Change fields of the notes. Raises: ConfigError where it is too much, and nothing was changed."""
+        """Change fields of the notes. Raises: ConfigError, if they get too long; then nothing was changed."""
         self._write(replace(self.notes, **changes))
         self.on_note()
 
@@ -235,28 +235,28 @@ class Handover:
         self.notes = changed
 
     def poison(self, code: int) -> None:
-        """Have the next worker serve nothing until it is told to: a flush failed with errno `code`. 0 takes it back."""
+        """Have the next worker wait for `resume`, since a flush failed with errno `code`; 0 takes that back."""
         journal.poison(self.page, code)
 
     def poison_for(self, sentence: str) -> None:
-        """Do so where only xenstore knows that a flush failed; what the journal says is more exact."""
+        """Do the same if xenstore says in a `sentence` that a flush failed, and the journal does not know of it."""
         if sentence and not journal.poisoned(self.page):
             self.poison(errno.EIO)
 
     def keep_worker(self, socket_fd: int, pidfd: int) -> None:
-        """Have a worker kept that was just started: its socket stays open when we die."""
+        """Have the keeper keep a worker that was just started, so that its socket stays open when we die."""
         self._keep("pidfd", pidfd)
         self._keep("worker", socket_fd)
 
     def forget_worker(self) -> None:
-        """Take note that the worker has ended."""
+        """Have the keeper forget the worker, which has ended."""
         self._forget(current("worker"))
         self._forget(current("pidfd"))
 
     def keep(self, name: str, fd: int) -> bool:
-        """Take over a memory's descriptor, in the place of a former one of that name.
+        """Take over the descriptor of a memory, in place of a former one of that name.
 
-        False: it is no memory, or one too many, which no worker of ours gives; it was closed.
+        Return False, after closing it, if it is no memory, or one too many. No worker of ours sends such a descriptor.
         """
         self.drop(name)
         if len(self._memories) >= MAX_MEMORIES or not memfd.is_memory(fd):
@@ -273,11 +273,11 @@ class Handover:
         return True
 
     def drop(self, name: str) -> None:
-        """Let go of a memory, if there is one of that name, and of a key in it."""
+        """Wipe and close the memory of that name, if there is one. It may hold a key."""
         fd = self._memories.pop(name, -1)
         if fd < 0:
             return
-        with suppress(KernelError):  # a descriptor that a worker has spoilt
+        with suppress(KernelError):  # the worker has made it unusable
             memfd.wipe(fd)
         os.close(fd)
         slots = self.notes.memories
@@ -286,7 +286,7 @@ class Handover:
             self._forget(current(slot))
 
     def close(self) -> None:
-        """Let go of everything: the vbd has ended."""
+        """Close everything, and have the keeper forget it: the vbd has ended."""
         for name in list(self._memories):
             self.drop(name)
         self.files.let_go()
@@ -306,12 +306,13 @@ class Handover:
         self._notes_page.release()
 
     def _take_worker(self, ours: dict[What, int]) -> tuple[int, int] | None:
-        """Return the worker among what was found; one whose socket nobody has kept is killed, and has an end at once.
+        """Return socket and pidfd of the worker among what was found. One whose socket was not kept is killed.
 
-        It could not be talked to, and has to have ended before another one may touch the rings.
+        Nobody could talk to that one, and it must have ended before another one may touch the rings. Its socket here is
+        a new one whose other end is closed.
         """
         pidfd = ours.get(current("pidfd"), -1)
-        if pidfd < 0:  # to one whose socket is let go of with the rest we are gone: it closes the disk in order
+        if pidfd < 0:  # its socket, if any, is closed with the rest, and it then closes the disk in order
             return None
         if current("worker") not in ours:
             kill(pidfd)
@@ -321,24 +322,24 @@ class Handover:
         return ours.pop(current("worker")), ours.pop(current("pidfd"))
 
     def _take_memory(self, ours: dict[What, int], kind: str, size: int) -> tuple[int, memoryview]:
-        """Map what was found, or else begin a new one. Raises: KernelError."""
+        """Map the memory that was found, or begin a new one. Raises: KernelError."""
         what = current(kind)
         try:
             if what in ours:
                 page = memfd.map_sealed(ours[what], size)
                 return ours.pop(what), page
         except KernelError as error:
-            if error.errno != errno.EPERM:  # the host cannot do it now, whatever the memory is
+            if error.errno != errno.EPERM:  # the trouble is the host's, not the memory's
                 raise
             self._complain(f"the {kind} that was kept is of no use: {error}")
             self._let_go({what: ours.pop(what)})
-        if self.worker is not None:  # what it goes by is lost to us
+        if self.worker is not None:  # it still uses the memory that we have lost
             kill(self.worker[1])
         self._unkept[kind] = fd = memfd.make(f"xenbackend-{kind}", size)
         return fd, memfd.map_sealed(fd, size)
 
     def _adopt(self, theirs: Mapping[What, int]) -> None:
-        """Make copies of what a former version left."""
+        """Copy what a former version left."""
         left = theirs.get(("journal", former.VERSION), -1)
         if left < 0:
             return
@@ -346,7 +347,7 @@ class Handover:
         memories: dict[str, str] = {}
         try:
             found = former.read_notes(left)
-            if is_over:  # else nobody can end it, and it finishes by itself what it has in flight
+            if is_over:  # else its worker cannot be killed, and finishes by itself what it has in flight
                 former.copy_journal(left, self.page)
         except KernelError as error:
             self._complain(f"{error}: what a former version's worker had in flight is lost")
@@ -369,14 +370,14 @@ class Handover:
             self._write(replace(found, memories={}))
 
     def _recall(self, remembered: int) -> None:
-        """Note what a former version's worker had open."""
+        """Note which files a former version's worker had open."""
         try:
             self._write(replace(self.notes, in_service=former.recall_files(remembered)))
         except (KernelError, ConfigError) as error:
             self._complain(f"{error}: the images of this disk have to be trusted, by xenbackend image trust")
 
     def _keep_new(self) -> None:
-        """Have kept what we made, the notes last: from then on all of it counts."""
+        """Give the keeper what we have made, the notes last: from then on all of it counts."""
         if "journal" in self._unkept:
             self._keep("journal", self._unkept.pop("journal"))
         if "notes" in self._unkept:
@@ -405,7 +406,7 @@ class Handover:
 
 
 def _available() -> int:
-    """Return the bytes of memory that the host can give without trouble."""
+    """Return how many bytes of memory the host has available, by its own estimate."""
     for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
         key, _, value = line.partition(":")
         if key == "MemAvailable":

@@ -1,9 +1,9 @@
-"""The names under which the keeper has a vbd's descriptors: whose each is, what it is, and of which version.
+"""The names of a vbd's descriptors in the keeper. Each names the vbd, the kind of descriptor, and its version.
 
-Must not look into one.
+Must not look into a descriptor.
 
-``vbd-0-5-51712.journal.3`` is a journal of version 3. The last release named no version; that is 2. What is older than
-ours is made ours by whoever takes it over (`handover`, `former`), what is newer is not touched.
+``vbd-0-5-51712.journal.3`` is a journal of version 3. A name without a version is from the last release, and means
+version 2. `handover` and `former` convert what is older than ours; what is newer is not touched.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from xenbackend.supervisor.service.keeper import Keeper
 from xenbackend.supervisor.vbd import former, notes
 from xenbackend.supervisor.xenstore.paths import VbdPath
 
-What = tuple[str, int]  # which of a vbd's descriptors, and its version
+What = tuple[str, int]  # kind of descriptor, and its version
 
 OPEN_FILES = "open"  # what a former version's worker had open when it was ended: `former.remember_files`
 _VERSIONS = {
@@ -36,12 +36,12 @@ _SLOT = re.compile(r"[mfs]\d+")
 
 
 def prefix_of(path: VbdPath) -> str:
-    """Return what the names of a vbd's descriptors begin with."""
+    """Return the prefix of the names of a vbd's descriptors."""
     return f"{path.kind}-{path.backend_domid}-{path.frontend_domid}-{path.devid}"
 
 
 def parse_prefix(text: str) -> VbdPath | None:
-    """Return the vbd that a `prefix_of` is of, None where it is none."""
+    """Return the vbd that has this prefix, None if it is no `prefix_of` a vbd."""
     kind, *numbers = text.split("-")
     if len(numbers) != 3 or not all(each.isascii() and each.isdecimal() for each in numbers):
         return None
@@ -49,9 +49,9 @@ def parse_prefix(text: str) -> VbdPath | None:
 
 
 def sort_inherited(keeper: Keeper, domid: int) -> dict[VbdPath, dict[What, int]]:
-    """Return the descriptors that the keeper handed over, by vbd of the backend's domain `domid`.
+    """Return the descriptors that the keeper handed over, by vbd, for the backend's domain `domid`.
 
-    Those that are nobody's are closed and forgotten.
+    All others are closed, and the keeper forgets them.
     """
     sorted_: dict[VbdPath, dict[What, int]] = {}
     for name, fd in keeper.inherited.items():
@@ -67,10 +67,10 @@ def sort_inherited(keeper: Keeper, domid: int) -> dict[VbdPath, dict[What, int]]
 
 
 def check_versions(names: Iterable[str]) -> None:
-    """Refuse to go on where the keeper has, under one of these names, what only a newer version of ours understands.
+    """Refuse to go on if one of these names of the keeper's is of a newer version than ours.
 
-    Nothing was touched then: its workers serve on, and whoever starts that version again has them. Raises:
-    XenbackendError; not ConfigError, whose exit status has the keeper let go of everything.
+    Nothing has been touched then: the workers go on, and that version finds them when it is started again. Raises:
+    XenbackendError; not ConfigError, because its exit status makes the keeper drop everything.
     """
     for name in names:
         path, (kind, version) = _parse_name(name)
@@ -82,15 +82,14 @@ def check_versions(names: Iterable[str]) -> None:
 
 
 def end_predecessor(keeper: Keeper, path: VbdPath, found: dict[What, int]) -> int:
-    """Kill the worker of a former version among what was found; -1 where there is none.
+    """Kill the worker of a former version among what was found, and return its pidfd; -1 if there is none.
 
-    What it has open is remembered before, among what was found, and by the keeper.
-
-    Returns its pidfd, which stays `found`'s: once it is readable there may be a `Handover`.
+    The list of the files that it has open is put into `found` before, and kept by the keeper. The pidfd stays in
+    `found`; once it is readable, a `Handover` may be made.
     """
     pidfds = [fd for (kind, version), fd in found.items() if kind == "pidfd" and version < _VERSIONS[kind]]
     for pidfd in pidfds:
-        with suppress(KernelError):  # without it, its images have to be trusted anew
+        with suppress(KernelError):  # without the list, its images have to be trusted anew
             if current(OPEN_FILES) not in found:
                 found[current(OPEN_FILES)] = former.remember_files(pidfd)
                 keeper.keep(name_of(path, current(OPEN_FILES)), found[current(OPEN_FILES)])
@@ -99,12 +98,12 @@ def end_predecessor(keeper: Keeper, path: VbdPath, found: dict[What, int]) -> in
 
 
 def is_of_a_disk(name: str) -> bool:
-    """Return whether the keeper has something of a vbd's under this name."""
+    """Return whether this is the name of a vbd's descriptor."""
     return _parse_name(name)[0] is not None
 
 
 def _parse_name(name: str) -> tuple[VbdPath | None, What]:
-    """Return the vbd that a descriptor's name is of, and which of its descriptors; see `prefix_of`."""
+    """Return the vbd in a descriptor's name, None if there is none, and the descriptor's kind and version."""
     vbd, _, what = name.partition(".")
     path = parse_prefix(vbd)
     if not what or path is None:
@@ -114,26 +113,26 @@ def _parse_name(name: str) -> tuple[VbdPath | None, What]:
 
 
 def is_memory(kind: str) -> bool:
-    """Return whether a kind of descriptor is one of the memories that layers keep."""
+    """Return whether this kind of descriptor is a memory that a layer keeps."""
     return _is_slot(kind) and kind[0] == "m"
 
 
 def _is_slot(kind: str) -> bool:
-    """Return whether it is one of those of which there are several: a memory (m0), a file (f0), a connection (s0)."""
+    """Return whether it is a numbered kind: a memory (m0), a file (f0), a connection (s0)."""
     return _SLOT.fullmatch(kind) is not None
 
 
 def version_of(kind: str) -> int:
-    """Return the version that ours have of a kind of descriptor, 0 where there is no such kind."""
+    """Return our version of a kind of descriptor, 0 if there is no such kind."""
     return _SLOT_VERSION if _is_slot(kind) else _VERSIONS.get(kind, 0)
 
 
 def current(kind: str) -> What:
-    """Return which descriptor of that kind is of our version."""
+    """Return this kind with our version of it."""
     return kind, version_of(kind)
 
 
 def name_of(path: VbdPath, what: What) -> str:
-    """Return a descriptor's name."""
+    """Return the name under which the keeper has a descriptor."""
     kind, version = what
     return f"{prefix_of(path)}.{kind}" + (f".{version}" if version != former.VERSION else "")

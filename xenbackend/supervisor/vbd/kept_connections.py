@@ -1,10 +1,10 @@
-"""The connections of a disk to servers, kept beyond the worker that uses them: a successor's opener ends them.
+"""A disk's connections to servers, which outlive the worker that used them, until a successor's opener drains them.
 
-Must not read from one, nor write to it.
+Must not read from a connection, nor write to it.
 
-What a worker had sent when it died the server may still do. While its connection is kept the server sees no end of it
-that nobody asked for, and whoever comes next can see when the server has ended it (`opener.connecting`). It is kept
-before the worker gets it. A worker that closes its chain in order says so, and nothing is kept of it.
+A server may still carry out what a worker had sent before it died. As long as the connection is kept, the server does
+not see it end unasked, and the next opener can see when the server has ended it (`opener.connecting`). A connection is
+kept before the worker gets it. A worker that closes its chain in order says so, and its connection is dropped.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from xenbackend.supervisor.vbd.slots import Slots
 
 
 class Trouble(StrEnum):
-    """Why a connection could not be seen to its end."""
+    """Why a connection could not be drained."""
 
     NONE = "none"
     SILENT = "silent"
@@ -29,7 +29,7 @@ class Trouble(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class NotedConnection:
-    """A connection, as the notes have it: ``none|0|unix:/run/nbd.sock``."""
+    """A connection as it stands in the notes, such as ``none|0|unix:/run/nbd.sock``."""
 
     server: str
     place: int
@@ -40,19 +40,19 @@ class NotedConnection:
 
     @classmethod
     def parse(cls, text: str) -> NotedConnection:
-        """Return what `str` made a text of."""
+        """Return the connection that `str` turned into this text."""
         trouble, place, server = text.split("|", 2)
         return cls(server, int(place), Trouble(trouble))
 
 
 class KeptConnections:
-    """One vbd's, in its slots."""
+    """The kept connections of one vbd, in its slots."""
 
     def __init__(self, slots: Slots) -> None:
         self.slots = slots
 
     def kept(self) -> list[tuple[KeptConnection, int]]:
-        """Return them as a job names them, each with its descriptor; lent."""
+        """Return the connections as a job names them, each with its descriptor, which stays ours."""
         return [
             (KeptConnection(each.server, each.place, each.trouble is Trouble.BROKEN), self.slots[slot])
             for slot, each in self._all().items()
@@ -60,9 +60,9 @@ class KeptConnections:
         ]
 
     def take(self, server: str, place: int, fd: int, *, is_alone: bool) -> str:
-        """Keep a connection, ours from now on, in the place of one of the same name, or of all where it `is_alone`.
+        """Keep a connection, which is ours from now on, in place of the same one, or of all if it `is_alone`.
 
-        Returns: why the worker may not have it, empty: it is kept.
+        Returns: why the worker may not have it; empty if it is kept.
         """
         known = self._all()
         same = [slot for slot, each in known.items() if is_alone or (each.server, each.place) == (server, place)]
@@ -80,7 +80,7 @@ class KeptConnections:
         return ""
 
     def is_undrained(self, server: str, place: int, *, is_broken: bool) -> None:
-        """Take note that a connection could not be seen to its end."""
+        """Note that a connection could not be drained."""
         trouble = Trouble.BROKEN if is_broken else Trouble.SILENT
         self.slots.note(
             {
@@ -90,20 +90,20 @@ class KeptConnections:
         )
 
     def accept_undrained(self) -> None:
-        """Let go of those that could not be seen to their end: an administrator says that nothing is under way."""
+        """Drop the connections that could not be drained: an administrator says that nothing is under way."""
         self._keep_only(lambda _, each: each.trouble is Trouble.NONE)
 
     def has_closed(self, server: str, place: int, inode: int) -> None:
-        """Let go of a connection that its worker has closed in order: nothing is under way.
+        """Drop a connection that its worker has closed in order: nothing is under way.
 
-        An opener's word and a worker's come by two sockets, in any order. The one that was closed is told from one that
-        has taken its place by its socket's inode, which is no other socket's as long as we have it open.
+        An opener's messages and a worker's come by two sockets, in any order. So the closed connection is told from its
+        replacement by its socket's inode, which no other socket can have as long as we have this one open.
         """
         closed = {slot for slot, fd in self.slots.descriptors().items() if os.fstat(fd).st_ino == inode}
         self._keep_only(lambda slot, each: slot not in closed or (each.server, each.place) != (server, place))
 
     def let_go(self) -> None:
-        """Forget all of them: the vbd has ended."""
+        """Drop all connections: the vbd has ended."""
         self._keep_only(lambda *_: False)
 
     def _all(self) -> dict[str, NotedConnection]:

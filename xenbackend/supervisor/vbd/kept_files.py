@@ -1,18 +1,18 @@
-"""The files of a disk, kept while it lives: its image, parents, records, by O_PATH descriptors and their identities.
+"""The files of a disk (image, parents, records), kept while it lives: an O_PATH descriptor and an identity of each.
 
-Must not open a file, nor ask one anything: an opener does, and says which file it found.
+Must not open a file, nor query one: an opener does, and says which file it found.
 
-Whatever becomes of a name, a disk stays the file that it was when it was attached. So the first opening of a name
-leaves a descriptor and an identity here, and every later one for the same disk goes through that descriptor. It is kept
-before a worker gets the file. Where nothing could be kept (the service was stopped) the identity alone decides: what a
-name means then is compared with what was noted.
+A disk stays the file that it was when it was attached, whatever becomes of the name. So the first opening of a name
+leaves a descriptor and an identity here, and every later opening for the same disk goes through that descriptor. It is
+kept before a worker gets the file. If the descriptor is lost, because the service was stopped, the identity alone
+decides: the file that the name then leads to is compared with the noted one.
 
-While another chain is being put in, its names are looked up anew: what they mean is compared with the files in service,
-and is kept beside them until the exchange has ended one way or the other.
+During an exchange the names of the new chain are looked up anew. The files found are compared with those in service,
+and kept beside them until the exchange has been done or not:
 
-    of     served        both                    next
-    done   let go        kept, served            kept, served
-    not    kept          kept, served            let go
+    of           served      both            next
+    if done      dropped     kept, served    kept, served
+    if not       kept        kept, served    dropped
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _UNNAMED_LOST = (
 
 
 class Of(StrEnum):
-    """Which chain a file is of."""
+    """Which chain a file belongs to."""
 
     SERVED = "served"  # the one in service
     BOTH = "both"
@@ -46,9 +46,9 @@ class Of(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class NotedFile:
-    """A file of the disk: by which name it was opened, and which it is, as `kernel.identity` writes that.
+    """A file of the disk: the name by which it was opened, and its identity as `kernel.identity` writes it.
 
-    The notes have it as ``served|file device=2049 inode=12|/img``: a disk may have hundreds.
+    The notes have it as a short text, ``served|file device=2049 inode=12|/img``, since a disk may have hundreds.
     """
 
     name: str
@@ -60,28 +60,28 @@ class NotedFile:
 
     @classmethod
     def parse(cls, text: str) -> NotedFile:
-        """Return what `str` made a text of."""
+        """Return the file that `str` turned into this text."""
         of, identity, name = text.split("|", 2)
         return cls(name, identity, Of(of))
 
 
 def key_of(name: str) -> str:
-    """Return what stands for a name where there is no room for a long one: in xenstore."""
+    """Return the name, or its hash if it is too long for a value in xenstore."""
     data = name.encode(errors="surrogateescape")
     return name if len(data) <= _MAX_KEY else f"sha256 {hashlib.sha256(data).hexdigest()}"
 
 
 class KeptFiles:
-    """One vbd's, in its slots."""
+    """The kept files of one vbd, in its slots."""
 
     def __init__(self, slots: Slots) -> None:
         self.slots = slots
-        self._refused: set[str] = set()  # names that have come to mean another file
-        self._texts: Mapping[str, str] = {}  # from which these were parsed
+        self._refused: set[str] = set()  # names that now lead to another file
+        self._texts: Mapping[str, str] = {}  # from which `_parsed` was made
         self._parsed: dict[str, NotedFile] = {}
 
     def kept(self) -> list[tuple[NotedFile, int]]:
-        """Return the files in service of which there is a descriptor, each with it; lent."""
+        """Return the files in service that have a descriptor, each with the descriptor, which stays ours."""
         served = ((slot, file) for slot, file in self._files().items() if file.of is not Of.NEXT)
         return [(file, self.slots[slot]) for slot, file in served if slot in self.slots]
 
@@ -90,13 +90,13 @@ class KeptFiles:
         return {file.name: file.identity for file in self._files().values() if file.of is not Of.NEXT}
 
     def has_unnamed(self) -> bool:
-        """Return whether the disk in service has an unnamed file, which ends with what is kept."""
+        """Return whether the disk in service has an unnamed file, which is lost once its descriptor is closed."""
         return any(file.name == UNNAMED for file, _ in self.kept())
 
     def expect(self, identities: Mapping[str, str]) -> None:
-        """Take note of what an earlier service had noted elsewhere, by `key_of` names; nothing of it is kept.
+        """Note the identities that an earlier service noted elsewhere, by `key_of` their names, without descriptors.
 
-        Raises: ConfigError; ValueError, for what is no identity.
+        Raises: ConfigError, if they do not fit into the notes; ValueError, if one is no identity.
         """
         for identity in identities.values():
             from_text(identity)
@@ -106,10 +106,10 @@ class KeptFiles:
     def check(
         self, name: str, identity: str, *, is_next: bool = False, replaces: bool = False, may_grow: bool = False
     ) -> str:
-        """Return why a name's file may not be opened now: it is another one than that in service; empty: it may.
+        """Return why a file may not be opened by this name: another one is in service. Empty: it may.
 
-        `is_next`: it is of a chain that is to take the place of the one in service, which it `replaces`, or in which a
-        partition `may_grow`.
+        `is_next`: it is of a chain that is being put in. Another file is allowed there if the new chain `replaces` the
+        content, and the same partition with another size if it `may_grow`.
         """
         known, found = self._file(name, is_next=False), from_text(identity)
         noted = from_text(known[1].identity) if known else found
@@ -140,7 +140,7 @@ class KeptFiles:
     ) -> str:
         """Keep a file that is being opened, by its O_PATH descriptor, ours from now on; the rest is as for `check`.
 
-        Returns: why it may not be opened, empty: it is kept. Raises: ValueError, for what is no identity.
+        Returns: why it may not be opened; empty if it is kept. Raises: ValueError, if `identity` is none.
         """
         try:
             sentence = self.check(name, identity, is_next=is_next, replaces=replaces, may_grow=may_grow)
@@ -156,10 +156,10 @@ class KeptFiles:
         return sentence
 
     def accept_others(self) -> None:
-        """Serve from whatever the names mean now, where one was refused: an administrator wants the disk served on.
+        """Accept the files that refused names lead to now: an administrator wants the disk to be served again.
 
-        Where none was, a descriptor may have become of no use (ESTALE): the names are looked up anew, and compared. An
-        unnamed file cannot be found again, and no other one has what it had.
+        If no name was refused, a descriptor may have become useless (ESTALE): the names are looked up anew, and
+        compared. The unnamed file stays: it cannot be found again, and no other file has its content.
         """
         files = self._files()
         refused = self._refused - {UNNAMED}
@@ -173,13 +173,13 @@ class KeptFiles:
         self._refused.clear()
 
     def after_exchange(self, *, is_done: bool) -> dict[str, str]:
-        """Return what to note once another chain has been put in, or has not; then comes `slots.drop_unnoted`."""
+        """Return what to note once an exchange has been done or not. Then call `slots.drop_unnoted`."""
         gone = Of.SERVED if is_done else Of.NEXT
         files = self._files().items()
         return {slot: str(replace(file, of=Of.SERVED)) for slot, file in files if file.of is not gone}
 
     def let_go(self) -> None:
-        """Forget all of them: another chain is to be opened, or the vbd has ended."""
+        """Drop all files: another chain is to be opened, or the vbd has ended."""
         self.slots.note({})
         self._refused.clear()
         self.slots.drop_unnoted()
@@ -199,7 +199,7 @@ class KeptFiles:
         return None
 
     def _add(self, name: str, identity: str, fd: int, *, is_next: bool) -> str:
-        """Note a file that may be opened, and have its descriptor kept; return why that cannot be, empty: it could."""
+        """Note a file that may be opened, and have its descriptor kept. Return why that failed; empty if it did not."""
         served, former = self._file(name, is_next=False), self._file(name, is_next=True)
         is_served = served is not None and not difference(from_text(served[1].identity), from_text(identity))
         if served is not None and is_served:

@@ -1,11 +1,11 @@
-"""Files for the next service: which chain has a guest's data, where xenstore does not say it, or not yet.
+"""Files that tell the next service which chain has a guest's data, if xenstore does not say it, or not yet.
 
-Must not be believed of another vbd, nor after the host was booted anew, when the guest is another one.
+Must not be believed for another vbd, nor after the host was booted anew, when the guest is another one.
 
-The keeper is no place for this: systemd lets go of what it keeps when a service is stopped, and of the unit's own
-directory. So there is one file for each such vbd, ``vbd-0-5-51712.json``, in a directory below the one that
-``STATE_DIRECTORY`` names, else below the control socket's. It is there from before a worker is asked to exchange the
-chain until ``params`` has been seen to say something else than a former chain, or the vbd is gone.
+The keeper is no place for this: when a service is stopped, systemd drops what it keeps, and the unit's own directory.
+So there is one file for each such vbd, ``vbd-0-5-51712.json``, in a directory below the one that ``STATE_DIRECTORY``
+names, else below the control socket's. It is there from before a worker is asked for an exchange until ``params`` has
+been seen with a value other than a former chain, or the vbd is gone.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class LastChain:
     """What the notes say of the chain.
 
     chain         the chain that was in service
-    stale_params  the texts that ``params`` may still have in its place
-    next_chain    the chain that was being put in, or is in service by now: nobody knows; empty where there is none
+    stale_params  the values that ``params`` may still have instead of it
+    next_chain    the chain that was being put in, and may be in service by now; empty if there is none
     """
 
     chain: str
@@ -42,27 +42,27 @@ class LastChain:
 
 
 def state_directory(environment: Mapping[str, str], socket: str) -> Path:
-    """Return where files may be left: ``STATE_DIRECTORY``, the first where it names several, as systemd has it."""
+    """Return the directory to leave files in: the first that systemd's ``STATE_DIRECTORY`` names, else the socket's."""
     named = environment.get("STATE_DIRECTORY", "").split(":")[0]
     return Path(named) if named else Path(socket).parent
 
 
 class LastChains:
-    """All files.
+    """All such files.
 
-    left       those that are there now, as far as this service has to do with them
-    on_change  is called when what there is to know of a chain has changed
+    left       what the files say that this service has written and not removed
+    on_change  called when a vbd's notes, and so perhaps its file, have changed
     """
 
     def __init__(self, directory: Path, boot: str = "") -> None:
-        """Keep files below `directory`, which is made with the first one; `boot` names this run of the host."""
+        """Keep files below `directory`, which is made with the first one; `boot` is the id of this boot of the host."""
         self.left: dict[VbdPath, LastChain] = {}
         self.on_change: Callable[[], None] = lambda: None
         self._directory = directory / DIRECTORY
         self._boot = boot or _this_boot()
 
     def paths(self) -> list[VbdPath]:
-        """Return the vbds that there are files for. Those of another boot are removed."""
+        """Return the vbds that have a file. Files of another boot are removed."""
         try:
             names = sorted(each.name for each in self._directory.glob("*.json"))
         except OSError:
@@ -71,7 +71,7 @@ class LastChains:
         return [path for path in found if self.of(path) is not None]
 
     def of(self, path: VbdPath) -> LastChain | None:
-        """Return what was left of a vbd; None where there is nothing, or nothing of this boot."""
+        """Return what the file of a vbd says; None if there is none of this boot. Any other one is removed."""
         try:
             with self._file(path).open("rb") as file:
                 values = json.loads(file.read(_MAX))
@@ -88,7 +88,7 @@ class LastChains:
         return LastChain(chain, stale_params, next_chain)
 
     def leave(self, path: VbdPath, last: LastChain) -> Path:
-        """Write the file of a vbd, at one stroke, and return its name. Raises: KernelError."""
+        """Write the file of a vbd atomically, and return its path. Raises: KernelError."""
         file = self._file(path)
         values = {"boot": self._boot, **asdict(last)}
         try:

@@ -1,7 +1,7 @@
-"""How long the phase that a vbd is in may last.
+"""The time limit of the phase that a vbd is in.
 
-Must not know phases. A worker's time is its own: none passes while it waits for its turn to be started, as many do at
-once on a slow host. Nothing keeps it from having its turn (`service.births`).
+Must not know phases. The time of a phase begins when its worker's process is there, not while that waits for its turn
+to be started, as many do at once on a slow host. It is sure to get its turn (`service.births`).
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from xenbackend.loop.reactor import Reactor
 from xenbackend.supervisor.service.fleet import Worker
 from xenbackend.supervisor.vbd.events import Limit as Wanted
 
-LOOK_S = 0.05  # between two looks at whether the guest is quiet; only where that ends a phase
+LOOK_S = 0.05  # between two looks at whether the guest is quiet; only if that ends the phase
 
 
 class Limit:
-    """One vbd's; `on_over` is called by the loop when the time is over."""
+    """The limit of one vbd; the loop calls `on_over` when the time is over."""
 
     def __init__(
         self, loop: Reactor, on_over: Callable[[], object], activity: Callable[[], tuple[object, bool]]
     ) -> None:
-        """`activity` returns what changes with each request of the guest's, and whether one is in flight."""
+        """`activity` returns a value that changes with each request of the guest, and whether one is in flight."""
         self._loop = loop
         self._timer = loop.timer(self._look)
         self._on_over = on_over
@@ -31,7 +31,7 @@ class Limit:
         self._seen: object = None
 
     def set(self, wanted: Wanted, worker: Worker | None = None) -> None:
-        """Have so much time from now on, or from when the worker's process is there."""
+        """Set the limit from now on, or, with a worker, from when its process is there."""
         self._wanted = wanted
         self._timer.set(None)
         if worker is None:

@@ -1,8 +1,8 @@
-"""The worker of one vbd as the supervisor talks to it: orders by number, questions by id, and what it may say.
+"""How the supervisor talks to the worker of one vbd: orders by number, questions by id, and what the worker may say.
 
-Must not know what an order means to a vbd, nor believe a word of the worker's: what it says is handed on only where it
-was asked for. Whoever breaks the protocol is killed, and replaced like any worker that dies; where only the vbd finds
-its word impossible, that calls `Link.breach`.
+Must not know what an order means to a vbd, nor trust the worker: what it says is passed on only if it was asked for. A
+worker that breaks the protocol is killed, and gets a successor like any worker that dies. If only the vbd can tell that
+a message is impossible, it calls `Link.breach`.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ if TYPE_CHECKING:
 
 Then = Callable[[messages.Reply], None]
 _MAX_LOG = 4000  # characters of a line
-_MOST_HANGING = 2  # openers of one disk that nobody needs and that do not end: the next worker waits for their storage
+_MOST_HANGING = 2  # openers of one disk that should have ended and hang: no other one is started then
 
 
 class StorageHangs(KernelError):
-    """As many openers of a disk as may wait for its storage do so."""
+    """No opener is started for a disk whose storage already makes _MOST_HANGING openers hang."""
 
     def __init__(self) -> None:
         super().__init__(f"open its files: its storage has not answered {_MOST_HANGING} times", errno.ETIMEDOUT)
 
 
 class Link:
-    """One vbd's.
+    """The link to the worker of one vbd.
 
     worker       None while there is no process
-    waits_since  since when the worker's opener waits, by the loop's clock
-    waits_for    for what: "storage" that does not answer, or a "key" that is being made; empty: it does not wait
+    waits_since  since when the worker's opener has waited, by the loop's clock; None: it does not wait
+    waits_for    what for: "storage" that does not answer, or a "key" that is being made; empty: it does not wait
     """
 
     def __init__(self, vbd: Vbd, fleet: Fleet, openings: Openings) -> None:
-        """Number orders and questions from a number on that is larger than any of an earlier service."""
-        first = int(fleet.loop.now() * 1e6)  # no clock that could be set back
+        """Begin to number orders and questions, with larger numbers than any earlier service."""
+        first = int(fleet.loop.now() * 1e6)  # from a clock that cannot be set back
         self.worker: Worker | None = None
         self.waits_since: float | None = None
         self.waits_for = ""
@@ -62,28 +62,28 @@ class Link:
         self._openers: list[Opener] = []
 
     def start(self, chain: str = "") -> Worker:
-        """Start and return a worker, which first loads what of this chain can only be loaded ahead.
+        """Start and return a worker, which first loads those drivers of the chain that must be loaded ahead.
 
-        Raises: KernelError; StorageHangs, where it could not do more than those before it, which still hang.
+        Raises: KernelError; StorageHangs, if openers of earlier workers hang, as this one's would.
         """
         self._check_hanging()
         self.worker = worker = self._fleet.start(self._take, self._end, to_load_ahead(chain))
         return worker
 
     def _check_hanging(self) -> None:
-        """Raise StorageHangs where as many openers hang as may."""
+        """Raise StorageHangs if _MOST_HANGING openers hang."""
         if sum(opener.hangs() for opener in self._openers) >= _MOST_HANGING:
             raise StorageHangs
 
     def adopt(self, fds: tuple[int, int]) -> None:
-        """Go on with a worker that an earlier service started, by its `Worker.descriptors`."""
+        """Adopt a worker that an earlier service started, by its `Worker.descriptors`."""
         self.worker = self._fleet.adopt(fds, self._take, self._end)
 
     def order(self, make: Callable[[int], messages.Order], fds: Sequence[int] = ()) -> None:
-        """Give an order, which `make` returns for its number; nothing where there is no worker.
+        """Give the order that `make` returns for a number. Without a worker nothing is sent.
 
-        Where it may open something, an opener's socket goes beside it, after the first of `fds`. Raises: KernelError,
-        where there is no opener, or such an order cannot be sent.
+        If it may open something, an opener's socket goes beside it, after the first of `fds`. Raises: KernelError, if
+        there is no opener, or if such an order cannot be sent.
         """
         self._last = self._told = self._last + 1
         if self.worker is None:
@@ -101,7 +101,7 @@ class Link:
             self.kill(f"the worker was killed: {error}")  # it would never do what was ordered
 
     def ask(self, question: messages.Question, then: Then) -> None:
-        """Ask, and call `then` with the one reply: the worker's, or one that says why there is none."""
+        """Ask a question, and call `then` with the one reply: the worker's, or one that says why there is none."""
         self._last += 1
         if self.worker is None:
             then(messages.Reply(self._last, Code.GONE, "there is no worker"))
@@ -119,7 +119,7 @@ class Link:
             then(messages.Reply(self._last, Code.FAILED, str(error)))
 
     def breach(self, what: str) -> None:
-        """Kill the worker: it said what it was not asked for, or what cannot be."""
+        """Kill the worker, because it said something that it was not asked for, or that is impossible."""
         self.kill(f"the worker was killed: {what}", is_breach=True)
 
     def kill(self, sentence: str, *, is_breach: bool = False) -> None:
@@ -128,7 +128,7 @@ class Link:
             self.worker.kill(sentence, is_breach=is_breach)
 
     def let_go(self, sentence: str, *, leaves: bool) -> None:
-        """Hear nothing more, and answer every question with `sentence`; with `leaves` the worker goes on."""
+        """Listen no more, and answer every open question with `sentence`; with `leaves` the worker goes on."""
         if leaves and self.worker is not None:
             self.worker.leave()
             for opener in list(self._openers):
@@ -141,9 +141,9 @@ class Link:
     def _send(
         self, message: messages.FromSupervisor, fds: Sequence[int], job: Job | None, on_waits: OnWaits = lambda _: None
     ) -> Opener | None:
-        """Send a message, with an opener for its job beside it, which is returned. Raises: KernelError."""
+        """Send a message. For a job, start and return an opener, whose socket goes beside it. Raises: KernelError."""
         worker = self.worker
-        assert worker is not None  # noqa: S101 - whoever calls has looked
+        assert worker is not None  # noqa: S101 - the caller has checked
         if job is None:
             worker.send(message, fds)
             return None
@@ -159,28 +159,28 @@ class Link:
 
     def _opener_ended(self, worker: Worker, opener: Opener, breach: str) -> None:
         self._openers.remove(opener)
-        if breach and worker is self.worker:  # else it has gone already, and its successor has asked nothing wrong
+        if breach and worker is self.worker:  # else that worker has gone already, and its successor is not at fault
             self.breach(breach)
 
     def _wait(self, waits: Waits) -> None:
-        """Take note of a file whose storage does not answer, or of a key that is being made."""
+        """Note that a file's storage does not answer, or that a key is being made, or that this is over."""
         self.waits_since = self._fleet.loop.now() - WAITS_S if waits.name else None
         self.waits_for = ("key" if waits.makes_key else "storage") if waits.name else ""
         self._vbd.handle(events.Waits(waits.name, waits.makes_key))
 
     def _dismiss_openers(self) -> None:
-        """Let no opener go on for a worker that has ended; one that hangs goes when its storage answers."""
+        """Kill the openers of a worker that has ended. One that hangs ends when its storage answers."""
         self.waits_since, self.waits_for = None, ""
         for opener in list(self._openers):
             opener.kill()
 
     def _take(self, message: messages.FromWorker, fds: list[int]) -> None:
-        """Hear a message, with the descriptors that it carries; those that are left are closed by whoever calls."""
+        """Handle a message with the descriptors beside it; the caller closes those that are left in `fds`."""
         if self.worker is None:
             return  # it was let go
         try:
             self._hear(message, fds)
-        except Exception as bug:  # whatever it said to find a fault of ours, the other disks are served on
+        except Exception as bug:  # even if its message hits a bug of ours, the other disks must be served
             self._vbd.fault(bug)
             self.breach("it said what the service could not handle")
 

@@ -1,6 +1,6 @@
-"""What a worker says of the times of its layers, which is not believed.
+"""Checks what a worker says of the times of its layers, because a worker is not trusted.
 
-Must not ask it.
+Must not ask the worker.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from xenbackend.protocol.codes import Code
 
 
 def answer_of(chain: str, seconds: float, begun: float, breach: Callable[[str], None], reply: messages.Reply) -> Answer:
-    """Return the answer to who has ordered it for `seconds`, at `begun` of the monotonic clock; it may have been ended.
+    """Return the answer for the client that ordered a measurement of `seconds` at `begun`, in monotonic seconds.
 
-    `breach` is told of what is none.
+    It may have been ended early. Call `breach` if the worker's reply has no valid times.
     """
     seconds = min(seconds, round(time.monotonic() - begun, 3))
     code, sentence, layers = reply.code, reply.sentence, []

@@ -1,4 +1,4 @@
-"""What a frontend is offered of a disk, and what it was offered by an earlier service: from keys, and to keys.
+"""What a frontend is offered, or was offered by an earlier service: converted to keys, and from keys.
 
 Must not know how far a worker is.
 """
@@ -26,7 +26,7 @@ STATUS = "hotplug-status"
 LOST = "flush-failed"
 EXPORT = "physical-device-path"
 _ERROR = "hotplug-error"
-PRIVATE = frozenset({_ERROR, LOST, EXPORT})  # keys that name the host's files: the guest may read those beside them
+PRIVATE = frozenset({_ERROR, LOST, EXPORT})  # may name files of the host; a guest may read all other keys
 _SEGMENTS = "feature-max-indirect-segments"
 _DIGITS = 20  # of a number with 64 bits
 
@@ -41,20 +41,20 @@ def keys_for(
     flush_failed: str = "",
     has_come: bool = True,
 ) -> dict[str, str | None]:
-    """Return what should stand in a backend's directory that holds `keys`, but for our state; None: nothing.
+    """Return the keys that a backend's directory should have, without our state; None removes a key.
 
     Args:
-        keys: of the directory.
-        limits: of what we offer.
-        disk: as the guest sees it, None while it is not open.
-        export: what leads a device model to it, as `export_url` returns it.
-        problem: why there is no disk to be told of, empty where there is one.
-        flush_failed: which flush failed, empty while none did.
-        has_come: the toolstack's script has come, so it may be answered.
+        keys: what the directory holds now.
+        limits: the limits of what we offer.
+        disk: the disk as the guest sees it, None while it is not open.
+        export: where a device model finds the disk, as `export_url` returns it.
+        problem: why there is no disk to offer, empty if there is one.
+        flush_failed: which flush failed, empty if none did.
+        has_come: whether the toolstack's script has come, so that it may be answered.
     """
     wanted: dict[str, str | None] = {**publish_at_probe(limits), LOST: flush_failed[:SENTENCE_MAX] or None}
     if parse_state(keys.get("state")) in (XenbusState.CONNECTED, XenbusState.CLOSING) and _SEGMENTS in keys:
-        del wanted[_SEGMENTS]  # by an earlier service with other limits: a frontend goes by what it was offered
+        del wanted[_SEGMENTS]  # offered by an earlier service with other limits, and the frontend goes by that
     if problem:
         wanted |= {_ERROR: problem[:SENTENCE_MAX], STATUS: "error"}
     elif disk is not None:
@@ -65,7 +65,7 @@ def keys_for(
 
 
 def disk_of(top: messages.LayerFacts, spec: Spec | None, keys: Mapping[str, str]) -> Disk:
-    """Return the disk that a chain with this top layer is to a guest, as the toolstack wants it."""
+    """Return the disk that a guest sees of a chain with this top layer, as the toolstack wants it."""
     return Disk(
         size=top.size,
         sector_size=top.sector_size,
@@ -83,7 +83,7 @@ def disk_of(top: messages.LayerFacts, spec: Spec | None, keys: Mapping[str, str]
 def shrinkage(top: messages.LayerFacts, keys: Mapping[str, str]) -> str:
     """Return why a chain with this top layer cannot serve a frontend that goes by `keys`; empty: it can.
 
-    A frontend writes wherever it was told that there are sectors, and in units of those that it was told of.
+    A frontend writes to any of the sectors that it was told of, in units of the sector size that it was told.
     """
     told = keys.get("sectors", ""), keys.get("sector-size", "")
     if not all(each.isascii() and each.isdecimal() and len(each) <= _DIGITS for each in told):
@@ -103,14 +103,14 @@ def shrinkage(top: messages.LayerFacts, keys: Mapping[str, str]) -> str:
 
 
 def export_url(kind: str, path: str) -> str | None:
-    """Return what ``physical-device-path`` says of the socket of an export: QEMU's URL, for kind vbd3 the path."""
+    """Return ``physical-device-path`` for an export's socket: a URL for QEMU, or the path for kind vbd3; None: none."""
     if not path or kind == "vbd3":
         return path or None
     return f"nbd+unix:///?socket={path}"
 
 
 def join_of(keys: Mapping[str, str], limits: Limits, *, goes_on: bool) -> Join:
-    """Return how the rings are joined of a frontend that goes by what stands in `keys`."""
+    """Return the action that joins the rings of a frontend that goes by `keys`."""
     segments = keys.get(_SEGMENTS, "")
     is_number = segments.isascii() and segments.isdecimal() and len(segments) <= len(str(MAX_SEGMENTS))
     return Join(
@@ -121,7 +121,7 @@ def join_of(keys: Mapping[str, str], limits: Limits, *, goes_on: bool) -> Join:
 
 
 def connect_of(chosen: Frontend, join: Join) -> messages.Connect:
-    """Return the message that has a worker serve what a frontend has chosen."""
+    """Return the message that has a worker serve the rings as a frontend has chosen."""
     return messages.Connect(
         chosen.protocol,
         [messages.RingParameters(list(ring.grefs), ring.event_channel) for ring in chosen.rings],

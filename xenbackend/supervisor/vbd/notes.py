@@ -1,9 +1,9 @@
-"""What the service has to know of a disk although it may die any moment: typed, in a memory that no worker is given.
+"""What the service must remember of a disk beyond its own death: typed, in a memory that no worker is given.
 
-Must not hold what is told by anything else: xenstore, the journal, a worker.
+Must not hold what can be learnt from anything else: xenstore, the journal, a worker.
 
-The memory is a page of words (0 MAGIC, 1 VERSION, 2 which copy is valid) and two copies of JSON, as `note.Note` has
-it. Whoever changes these classes raises VERSION, and writes into `former` how the version before is read.
+The memory is a page of words (0 MAGIC, 1 VERSION, 2 which copy is valid) and two copies of JSON, as in `note.Note`. A
+change of these classes raises VERSION, and `former` then has to read the version before.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from xenbackend.units import PAGE
 
 VERSION = 3
 _ROOM = 64 * PAGE
-_NAMES = 8 * PAGE  # bytes for those of memories, which a worker gives; the rest is for what it must not crowd out
-_FILES = 48 * PAGE  # bytes for the files, whose names an image may give
+_NAMES = 8 * PAGE  # bytes for the names of memories, which a worker gives, and which must not crowd out the rest
+_FILES = 48 * PAGE  # bytes for the files, whose names may come from an image
 SIZE = PAGE + 2 * _ROOM  # bytes
 _NOTE = Note(0, 2, (PAGE, PAGE + _ROOM), _ROOM, VERSION)
 
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """An exchange of the chain that is under way: by which order, what ``params`` was, and which chain is put in."""
+    """An exchange under way: the number of its order, what ``params`` was then, and the chain that is being put in."""
 
     order: int
     former_params: str
     chain: str
-    names_unnamed: str = ""  # path that the disk's unnamed file gets with it
-    renews_unnamed: bool = False  # the disk gets another unnamed file with it
+    names_unnamed: str = ""  # path that the disk's unnamed file gets
+    renews_unnamed: bool = False  # the disk gets another unnamed file
 
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
-    """The backend directory while it is away because the vbd is being taken from the kernel's backend (`claim`)."""
+    """The contents of a backend directory that is away while its vbd is taken from the kernel's backend (`claim`)."""
 
     keys: dict[str, str]
     permissions: list[str]
@@ -46,22 +46,22 @@ class Claimed:
 
 @dataclass(frozen=True, slots=True)
 class Notes:
-    """All of them.
+    """All notes about one disk.
 
     chain         the chain in service, or the one that a worker was last told to open
-    exchange      the exchange under way; None: there is none
-    stale_params  what the key ``params`` may still say although `chain` has taken its place; none: it says so too
-    paused        who has paused the disk, for people; None: it is not paused
-    policy        what was ordered to become of requests that fail; None: as the settings say
+    exchange      the exchange under way, None if there is none
+    stale_params  values that the key ``params`` may still have instead of `chain`; empty if it is known to follow
+    paused        who has paused the disk, for people; None if it is not paused
+    policy        the policy that was ordered; None: as in the settings
     claim         see `Claimed`
-    memories      of the chain: the name that its worker gave to each, by the slot that it is kept under
-    files         of the chain, and of one that is being put in, by the slot that each is kept under: `kept_files`
-    connections   to servers, by the slot that each is kept under: `kept_connections`
+    memories      the name of each memory of the chain, as its worker gave it, by slot
+    files         a text about each file of the chain, and of one that is being put in, by slot: `kept_files`
+    connections   a text about each connection to a server, by slot: `kept_connections`
     program       version of the program that the worker was started from
-    restarts      workers that took the place of one that had died
-    exchanged_by  number of the order by which `chain` took another one's place
-    in_service    files that a worker of the last release had open for this disk: they stay allowed
-    undecided     a chain that may have taken the place of `chain`: an earlier service ended before it knew; else empty
+    restarts      how many workers took the place of one that had died
+    exchanged_by  number of the order that last put a chain in
+    in_service    files that a worker of the last release had open for this disk, which stay allowed
+    undecided     a chain that may be in service instead of `chain`: an earlier service ended before it knew; else empty
     """
 
     chain: str = ""
@@ -81,7 +81,7 @@ class Notes:
 
 
 def write(memory: memoryview, notes: Notes) -> None:
-    """Replace the notes at one stroke. Raises: ValueError where they are too long, or hold what cannot be stored."""
+    """Replace the notes atomically. Raises: ValueError, if they are too long, or hold what cannot be stored."""
     values = codec.as_fields(notes)
     codec.restore(Notes, values)
     if len(json.dumps(values["memories"])) > _NAMES:
@@ -92,7 +92,7 @@ def write(memory: memoryview, notes: Notes) -> None:
 
 
 def read(memory: memoryview) -> Notes:
-    """Return the notes; those of a new disk where there are none."""
+    """Return the notes; those of a new disk if there are none."""
     found = _NOTE.read(memory)
     try:
         notes: Notes = codec.restore(Notes, found or {})

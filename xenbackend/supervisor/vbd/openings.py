@@ -1,6 +1,6 @@
 """What may be opened for the workers of one vbd: the job for each order or question that may open something.
 
-Must not take a worker's word for anything: what a job says comes from the toolstack, from an order, or from the notes.
+Must not trust a worker: everything in a job comes from the toolstack, from an operator's order, or from the notes.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from xenbackend.supervisor.xenstore.paths import VbdPath
 
 
 class Openings:
-    """One vbd's.
+    """The jobs of one vbd's openers.
 
-    may_wait    whether its worker may have only looked at the chain until now
+    may_wait    whether its worker may only have looked at the chain until now
     """
 
     def __init__(self, path: VbdPath, context: Context, device: Device, handover: Handover) -> None:
@@ -31,9 +31,9 @@ class Openings:
         self._context = context
         self._device = device
         self._handover = handover
-        self._swap = messages.Swap("")  # that was asked last
-        self._mode: tuple[bool, bool] | None = None  # as the worker was told
-        self._comes = False  # the guest comes from elsewhere, where it may write until it is served here
+        self._swap = messages.Swap("")  # the last one that was asked
+        self._mode: tuple[bool, bool] | None = None  # read_only, shareable: as the worker was told
+        self._comes = False  # the guest is migrated here, and may write at its source until then
         self._has_export = False  # the worker's socket for a device model was there
 
     @property
@@ -44,18 +44,18 @@ class Openings:
 
     @property
     def _turns(self) -> str:
-        """Path of the file by which openers take turns at what takes much memory."""
+        """Path of the file by which openers take turns at work that takes much memory."""
         return str(Path(self._context.settings.socket).parent / "turns")
 
     def resumes(self, *, has_opened: bool) -> bool:
-        """Return whether the guest may have written through an earlier worker, one of which `has_opened` the chain.
+        """Return whether the guest may have written through an earlier worker; `has_opened`: one has opened the chain.
 
-        Where the guest comes from elsewhere, that may have been to look at it; a worker that serves notes that.
+        If the guest is migrated here, that one may only have looked at the chain; one that serves notes what is agreed.
         """
         return has_opened and not (self._comes and journal.AGREED.read(self._handover.page) is None)
 
     def for_order(self, order: messages.Open | messages.Serve) -> Job | None:
-        """Return the job for an order; None where it opens nothing."""
+        """Return the job for an order; None if it opens nothing."""
         if isinstance(order, messages.Open):
             self.may_wait, self._mode = order.may_wait, (order.read_only, order.shareable)
             self._comes |= order.may_wait
@@ -67,7 +67,7 @@ class Openings:
         return self._job([self._handover.chain_in_service()])
 
     def for_question(self, question: messages.Question) -> Job | None:
-        """Return the job for a question, likewise."""
+        """Return the job for a question; None if it opens nothing."""
         chain = self._handover.notes.chain
         match question:
             case messages.Swap():
@@ -83,11 +83,11 @@ class Openings:
         return None
 
     def kept(self) -> list[int]:
-        """Return the descriptors of a job's kept files and connections, lent."""
+        """Return the descriptors of a job's kept files and connections, which stay ours."""
         return [fd for _, fd in [*self._handover.files.kept(), *self._handover.connections.kept()]]
 
     def found(self, found: Found, fds: list[int]) -> str:
-        """Keep what an opener has found, ours from now on; return why the worker may not have it, or nothing."""
+        """Keep what an opener has found; `fds` are ours now. Return why the worker may not have it; empty: it may."""
         connections = self._handover.connections
         match found:
             case Opened():
@@ -108,16 +108,16 @@ class Openings:
         )
 
     def saw_export(self, path: str) -> None:
-        """Take note of whether the worker serves a device model; where it does not any more, remove the socket."""
+        """Note whether the worker serves a device model; remove the socket once it no longer does."""
         if path:
             self._has_export = True
         elif self._has_export:
             self.remove_export()
 
     def remove_export(self) -> None:
-        """Remove the socket, of which no worker is left."""
+        """Remove the socket, which no worker uses any more."""
         self._has_export = False
-        with suppress(OSError):  # who opens the next one replaces it
+        with suppress(OSError):  # the next opener replaces it
             Path(self.export).unlink(missing_ok=True)
 
     def _job(self, chains: list[str]) -> Job:

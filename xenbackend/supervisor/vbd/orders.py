@@ -1,18 +1,18 @@
-"""What operators ask of one vbd in service: each order has a number, and exactly one answer.
+"""Carries out operators' orders on one vbd: each order has a number, and gets exactly one answer.
 
-Must not write xenstore, nor talk to a worker but by the vbd's link. What outlives the service is in the notes.
+Must not write to xenstore, nor talk to a worker except through the vbd's link. What must outlive the service is noted.
 
-    pause, resume     the guest's requests wait, and go on
+    pause, resume     the guest's requests wait, or go on
     set               another chain over the same content serves the guest from now on
-    resize            the same chain, opened once more, with the size that it has become
-    snapshot          a new image over the one that is written to, which takes the guest's writes from now on
-    keep, drop        the unnamed file of the disk gets a name, or another one takes its place (`chains`)
-    policy            what becomes of requests that fail
+    resize            the same chain is opened again, with the size that it has now
+    snapshot          a new image over the one that is written to takes the guest's writes from now on
+    keep, drop        the disk's unnamed file gets a name, or is replaced by a new one (`chains`)
+    policy            sets what becomes of requests that fail
     upgrade           another worker process serves the guest from now on
-    command           a verb of one layer
-    measure           the times of each layer within an interval, while somebody waits for them
-    end_measure       that ends now
-    detach            the toolstack takes the disk away; it is done when that is over
+    command           has one layer carry out a verb
+    measure           measures the times of each layer for an interval, as long as a client waits for them
+    end_measure       ends the measurement that is under way
+    detach            the toolstack removes the disk; the order is done when that is over
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from xenbackend.supervisor.vbd.requests import seconds_of, text_of
 if TYPE_CHECKING:
     from xenbackend.supervisor.vbd.vbd import Vbd
 
-# Of the chain, or of the process that has it open.
+# What exchanges the chain, or the process that has it open.
 _EXCHANGES = frozenset({"set", "resize", "snapshot", "keep", "drop", "upgrade"})
 BARRED_BY: dict[str, frozenset[str]] = {
     "set": _EXCHANGES,
@@ -56,21 +56,21 @@ BARRED_BY: dict[str, frozenset[str]] = {
     "detach": frozenset(),
 }
 ORDERS = tuple(BARRED_BY)
-# A service that finds one of these under way gives it once more: twice is as once.
+# A service that finds one of these under way gives it once more: doing it twice is the same as doing it once.
 _AGAIN = ("pause", "resume", "policy", "detach")
 
 
 @dataclass(slots=True)
 class Order:
-    """One that is under way."""
+    """An order that is under way."""
 
     verb: str
     number: int
     reply: Reply
     former: str = ""  # chain in service when it began
-    chain: str = ""  # that it puts in
-    worker: int = 0  # process that it replaces
-    opens: bool = False  # a worker is to open `chain`, which was put in while there was none
+    chain: str = ""  # chain that it puts in
+    worker: int = 0  # process number of the worker that it replaces
+    opens: bool = False  # a worker is still to open `chain`, which was put in while there was no worker
 
 
 class Orders:
@@ -83,7 +83,7 @@ class Orders:
 
     @property
     def policy(self) -> str:
-        """The policy's text, as a worker is given it."""
+        """The policy that holds, as the text that a worker is given."""
         noted = self._vbd.handover.notes.policy
         return self._default_policy if noted is None else noted
 
@@ -99,13 +99,13 @@ class Orders:
         return list(self._under_way.values())
 
     def is_exchanging(self) -> bool:
-        """Return whether another chain is being put in, or whoever ordered that has no answer yet."""
+        """Return whether another chain is being put in, or the order for that has no answer yet."""
         return self._vbd.handover.notes.exchange is not None or any(each.chain for each in self._under_way.values())
 
     def give(self, verb: str, request: Mapping[str, Any], number: int, reply: Reply) -> None:
-        """Do what an operator asks by a verb of `ORDERS`; `reply` gets the one answer, now or later.
+        """Carry out an order, by a verb of `ORDERS`; `reply` gets the one answer, now or later.
 
-        Raises: ConfigError (ChainError) for what cannot be asked; then nothing was touched, and there is no answer.
+        Raises: ConfigError (ChainError), if it cannot be carried out; nothing was touched then, nor `reply` called.
         """
         barring = [each for each in self._under_way.values() if each.verb in BARRED_BY[verb]]
         if barring:
@@ -116,17 +116,17 @@ class Orders:
         try:
             self._begin(order, request)
         except Exception:
-            self._under_way.pop(number, None)  # whoever called answers
+            self._under_way.pop(number, None)  # the caller answers
             raise
 
     def former(self, verb: str) -> str:
-        """Return what an order changes, as it is before: the chain, or the policy; empty where it changes neither."""
+        """Return the present value of what an order changes: the chain, or the policy; empty if it changes neither."""
         if verb == "policy":
             return str(Policy(self.policy))
         return self._vbd.chain_in_service() if verb in _EXCHANGES - {"upgrade"} else ""
 
     def looked(self) -> None:
-        """Look whether the worker that an order waits for is there, or cannot be."""
+        """Answer the orders that wait for a worker to open or serve, if it does so now, or cannot."""
         for order in [each for each in self._under_way.values() if each.verb == "upgrade"]:
             device, worker = self._vbd.device, self._vbd.link.worker
             is_there = device.phase is Phase.SERVING or (device.phase is Phase.OPEN and not device.is_waited_for())
@@ -145,7 +145,7 @@ class Orders:
                 self._answer(order, Answer(Code.FAILED, sentence=problem, data=self.chain_data()))
 
     def left(self, number: int) -> None:
-        """End an order whose answer nobody waits for any more, if it is of no use to anybody else: a measurement."""
+        """End an order that is of no use without a client that waits for its answer: a measurement."""
         order = self._under_way.get(number)
         if order is not None and order.verb == "measure":
             self._end_measuring()
@@ -154,7 +154,7 @@ class Orders:
         self._vbd.link.ask(messages.Measure(0), lambda _reply: None)
 
     def give_up(self, sentence: str, *, leaves: bool) -> None:
-        """Answer everybody: the vbd has gone, or with `leaves` this service does, and the next one may go on."""
+        """Answer all orders: the vbd has gone, or with `leaves` this service ends and the next one may go on."""
         for order in self.under_way:
             self.left(order.number)
             if order.verb == "detach" and self._vbd.device.sight.is_over:
@@ -165,11 +165,11 @@ class Orders:
             self._answer(order, Answer(code, sentence=sentence, data=self.chain_data()))
 
     def chain_data(self) -> dict[str, Any]:
-        """Return what answers say of the chain in service, whatever became of the order."""
+        """Return what an answer says of the chain in service, whatever became of the order."""
         return {"chain": self._vbd.chain_in_service(), "layers": [asdict(each) for each in self._vbd.device.layers]}
 
     def go_on(self, verb: str, to: str, number: int, reply: Reply) -> None:
-        """Go on with an order to lead `to` something, which an earlier service took and did not live to answer.
+        """Go on with an order that an earlier service did not live to answer; `to` is the chain or policy it asked for.
 
         Raises: ConfigError, as `give`.
         """
@@ -217,7 +217,7 @@ class Orders:
                 self._exchange_unnamed(order, request)
 
     def _is_noted(self, number: int) -> bool:
-        """Return whether the notes know of an exchange by this order: whether it is done will be found out, or is."""
+        """Return whether the notes have this order's exchange, either as under way or as the last one done."""
         notes = self._vbd.handover.notes
         return number == notes.exchanged_by or (notes.exchange is not None and notes.exchange.order == number)
 
@@ -228,21 +228,21 @@ class Orders:
             raise ConfigError(f"the disk is not in service: {device.error or stage}")
 
     def _pause(self, order: Order, by: str) -> None:
-        if self._vbd.handover.notes.paused is None:  # else the first one has paused it
+        if self._vbd.handover.notes.paused is None:  # else it is paused already
             self._vbd.handover.note(paused=by)
         self._ask(order, messages.Pause(), lambda reply: self._paused(order, reply))
 
     def _paused(self, order: Order, reply: messages.Reply) -> None:
         is_paused = self._vbd.handover.notes.paused is not None
-        if reply.code is Code.GONE and is_paused:  # nothing is in flight where no worker is, and the next one is told
+        if reply.code is Code.GONE and is_paused:  # without a worker nothing is in flight, and the next one is told
             self._answer(order, Answer(Code.OK, data={"paused": True}))
         else:
             self._answer(order, Answer(reply.code, sentence=reply.sentence, data={"paused": is_paused}))
 
     def _resume(self, order: Order) -> None:
-        """Serve on, whatever stopped the disk: a pause, a failed flush, workers that died, another file.
+        """Serve the disk again, whatever stopped it: a pause, a failed flush, workers that died, another file.
 
-        Raises: ConfigError, where nobody knows by which chain.
+        Raises: ConfigError, if nobody knows which chain has the guest's data.
         """
         if self._vbd.device.is_undecided():
             raise ConfigError(f"the disk cannot be served on: {self._vbd.device.error}")
@@ -256,18 +256,18 @@ class Orders:
         self._vbd.handle(events.Resume())
 
     def _set_policy(self, order: Order, text: str) -> None:
-        """Go by another policy, if one is given; the answer has the one that holds."""
+        """Set another policy, if `text` has one. The answer has the policy that holds."""
         if not text:
             order.reply(Answer(Code.OK, data={"policy": str(Policy(self.policy))}))
             return
-        Policy(text)  # so that a mistake is told of what was given, and nothing else
+        Policy(text)  # so that an error names only what was given
         policy = str(Policy(f"{self.policy},{text}"))
         self._vbd.handover.note(policy=policy)
         question = messages.SetPolicy(policy)
         self._ask(order, question, lambda reply: self._done_or_noted(order, reply, {"policy": policy}))
 
     def _done_or_noted(self, order: Order, reply: messages.Reply, data: dict[str, Any]) -> None:
-        """Answer for what holds also where there is no worker: the next one is told."""
+        """Answer an order that is done even if there is no worker, because the next one is told."""
         code = Code.OK if reply.code is Code.GONE else reply.code
         self._answer(order, Answer(code, sentence=reply.sentence if code is not Code.OK else "", data=data))
 
@@ -286,7 +286,7 @@ class Orders:
             self._exchange(order, text, replaces=replaces)
 
     def _set_without_worker(self, order: Order, text: str, *, replaces: bool) -> None:
-        """Have a guest that waits served by another chain, which nobody can compare with the one before."""
+        """Have a waiting guest served by another chain, which cannot be compared with the one before."""
         if not replaces:
             said = f"the disk is not in service: {self._vbd.device.error}"
             raise ConfigError(f"{said}; only --replace puts another chain in now, which cannot be compared with it")
@@ -315,7 +315,7 @@ class Orders:
         self._ask(order, question, lambda reply: self._branched(order, file, reply))
 
     def _branched(self, order: Order, file: str, reply: messages.Reply) -> None:
-        """Put the chain with the new image in; where that is refused the image is left, empty."""
+        """Put in the chain with the new image. If that is refused, the image stays, empty."""
         if order.number not in self._under_way:
             return
         if reply.code is not Code.OK or messages.own_snapshot(file) is not None:
@@ -330,7 +330,7 @@ class Orders:
             self._answer(order, Answer(Code.FAILED, sentence=str(error), data=self.chain_data()))
 
     def _exchange_unnamed(self, order: Order, request: Mapping[str, Any]) -> None:
-        """Give the unnamed file a name, or put another one in its place."""
+        """Give the unnamed file a name, or replace it by a new one."""
         self._check_service()
         if order.verb == "keep":
             file = chains.whole(text_of(request, "file"))
@@ -342,7 +342,7 @@ class Orders:
         self._exchange(order, chains.with_unnamed(order.former), replaces=True, renews_unnamed=True)
 
     def _exchange(self, order: Order, chain: str, *, replaces: bool, is_resize: bool = False, **unnamed: Any) -> None:
-        """Put a chain in. That it was to be put in is noted first, so that whoever comes after a death knows."""
+        """Put a chain in. The exchange is noted first, so that it is known after any death."""
         order.chain = chain
         params = (self._vbd.device.sight.keys or {}).get("params", "")
         self._vbd.handover.note(exchange=Exchange(order.number, params, chain, **unnamed))
@@ -350,16 +350,16 @@ class Orders:
         self._ask(order, question, lambda reply: self._swapped(order, reply))
 
     def _swapped(self, order: Order, reply: messages.Reply) -> None:
-        """Answer for the chain that is in service: what the worker replies must agree with where it stands."""
+        """Answer by which chain is in service. The worker's reply must agree with its standing."""
         if order.number not in self._under_way:
-            return  # the service goes; the next one finds the exchange among the notes
-        is_noted = self._vbd.handover.notes.exchange is not None  # no standing has told that it is done
+            return  # the service ends; the next one finds the exchange in the notes
+        is_noted = self._vbd.handover.notes.exchange is not None  # no standing has shown that it is done
         is_done = False
         if reply.code is Code.GONE:
             is_done = self._vbd.exchanges.settle()  # the journal tells what the worker could not
         elif reply.code is Code.OK and order.chain == order.former:
             self._vbd.exchanges.end(is_done=True)
-            self._vbd.look_soon(theirs=True)  # and note which files it has now, of which no standing tells
+            self._vbd.look_soon(theirs=True)  # and note which files it has now, which no standing shows
         else:
             self._vbd.handover.exchange_is_not_done()
         code, sentence = reply.code, reply.sentence
@@ -397,7 +397,7 @@ class Orders:
         self._ask(order, question, lambda reply: self._answer(order, answer(reply)))
 
     def _ask(self, order: Order, question: messages.Question, then: Callable[[messages.Reply], None]) -> None:
-        """Ask the worker; a fault of ours over its reply is an answer, too."""
+        """Ask the worker. If a bug of ours prevents `then` from handling the reply, the order's answer says so."""
 
         def take(reply: messages.Reply) -> None:
             try:
@@ -410,6 +410,6 @@ class Orders:
         self._vbd.link.ask(question, take)
 
     def _answer(self, order: Order, answer: Answer) -> None:
-        """Answer an order, once: whoever answers it later, after a `give_up`, comes too late."""
+        """Answer an order, once. A later answer, as after a `give_up`, is dropped."""
         if self._under_way.pop(order.number, None) is not None:
             order.reply(answer)

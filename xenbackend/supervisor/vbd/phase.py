@@ -1,4 +1,4 @@
-"""How far a worker is, how far it should be, and how it gets from the one to the other: tables.
+"""Tables: how far a worker is, how far it should be, and how it gets from the one to the other.
 
 Must not hold behaviour.
 """
@@ -11,7 +11,7 @@ from xenbackend.protocol.messages import Stage
 
 
 class Phase(Enum):
-    """How far the worker is, as far as it has been told and has answered."""
+    """How far the worker is, by what it has been told and has answered."""
 
     NONE = "none"
     OPENING = "opening"
@@ -19,10 +19,10 @@ class Phase(Enum):
     CONNECTING = "connecting"
     SERVING = "serving"
     DISCONNECTING = "disconnecting"
-    RETIRING = "retiring"  # it hands over to another process
+    RETIRING = "retiring"  # it hands over to a successor
     CLOSING = "closing"
-    RESTING = "resting"  # one has died, the next one comes later
-    ADOPTING = "adopting"  # an earlier service started it, and it has been asked where it stands
+    RESTING = "resting"  # the last worker has ended, and the next one is started later
+    ADOPTING = "adopting"  # an earlier service started it, and it was asked where it stands
 
 
 class Goal(Enum):
@@ -31,11 +31,11 @@ class Goal(Enum):
     NONE = "none"
     OPEN = "open"
     SERVE = "serve"
-    REPLACE = "replace"  # as far as it is, but by another process
+    REPLACE = "replace"  # as far as now, but with another process
 
 
 class Move(Enum):
-    """What is done to get nearer to the goal."""
+    """What is done to bring the worker nearer to its goal."""
 
     START = "start"
     JOIN = "join"
@@ -45,7 +45,7 @@ class Move(Enum):
 
 
 _P = Phase
-MOVES: dict[tuple[Phase, Goal], tuple[Move, Phase]] = {  # of a pair that is not here the worker's answer is awaited
+MOVES: dict[tuple[Phase, Goal], tuple[Move, Phase]] = {  # for other pairs nothing is done before the next event
     (_P.NONE, Goal.OPEN): (Move.START, _P.OPENING),
     (_P.NONE, Goal.SERVE): (Move.START, _P.OPENING),
     (_P.OPEN, Goal.SERVE): (Move.JOIN, _P.CONNECTING),
@@ -58,7 +58,7 @@ MOVES: dict[tuple[Phase, Goal], tuple[Move, Phase]] = {  # of a pair that is not
     (_P.SERVING, Goal.NONE): (Move.CLOSE, _P.CLOSING),
     (_P.DISCONNECTING, Goal.NONE): (Move.CLOSE, _P.CLOSING),
 }
-STANDINGS: dict[Phase, dict[Stage, Phase]] = {  # a stage that is not here cannot be: the worker breaks the protocol
+STANDINGS: dict[Phase, dict[Stage, Phase]] = {  # a stage that is not here is a breach
     _P.NONE: {},
     _P.OPENING: {Stage.IDLE: _P.OPENING, Stage.OPEN: _P.OPEN},
     _P.OPEN: {Stage.OPEN: _P.OPEN, Stage.IDLE: _P.CLOSING},  # an earlier service may have told it to close
@@ -66,29 +66,29 @@ STANDINGS: dict[Phase, dict[Stage, Phase]] = {  # a stage that is not here canno
     _P.SERVING: {Stage.SERVING: _P.SERVING},
     _P.DISCONNECTING: {
         Stage.SERVING: _P.DISCONNECTING, Stage.LEAVING: _P.DISCONNECTING, Stage.OPEN: _P.OPEN,
-        Stage.IDLE: _P.CLOSING,  # likewise
+        Stage.IDLE: _P.CLOSING,  # as above
     },
     _P.RETIRING: dict.fromkeys(Stage, _P.RETIRING),
     _P.CLOSING: dict.fromkeys(Stage, _P.CLOSING),
     _P.RESTING: {},
     _P.ADOPTING: {
-        Stage.IDLE: _P.OPEN,  # it has opened nothing, so not what is wanted, and is closed
+        Stage.IDLE: _P.OPEN,  # it has not opened what is wanted, and is closed
         Stage.OPEN: _P.OPEN, Stage.CONNECTING: _P.CONNECTING, Stage.SERVING: _P.SERVING,
         Stage.LEAVING: _P.DISCONNECTING,
     },
 }  # fmt: skip
-FAILURES = {  # in which a worker may say that it could not do what it was told
+FAILURES = {  # phases and stages in which a worker may say that it could not do what it was told
     (_P.OPENING, Stage.IDLE), (_P.CONNECTING, Stage.IDLE), (_P.CONNECTING, Stage.OPEN)
 }  # fmt: skip
 LIMIT_S = {
     _P.OPENING: 60.0, _P.CONNECTING: 60.0, _P.DISCONNECTING: 30.0, _P.RETIRING: 30.0, _P.CLOSING: 30.0,
     _P.ADOPTING: 10.0,
 }  # fmt: skip
-# A frontend whose directory was taken away may be a driver that still flushes. A toolstack waits for 10 s.
+# If a frontend's directory was removed, its driver may still be flushing. A toolstack waits for 10 s.
 LINGER_S = 5.0  # at most
-QUIET_S = 0.5  # nothing was asked for so long, nor is in flight: it has flushed, or does not run
-FORCED_LIMIT_S = 5.0  # once our node is gone: nobody waits for the drain, and a domain must not become a zombie
-ATTACHED = (  # rings may be mapped
+QUIET_S = 0.5  # without a request, and with none in flight: the driver has flushed, or does not run
+FORCED_LIMIT_S = 5.0  # once our node is gone: nobody waits for what is in flight, and a domain must not become a zombie
+ATTACHED = (  # phases in which rings may be mapped
     _P.CONNECTING, _P.SERVING, _P.DISCONNECTING, _P.RETIRING, _P.CLOSING, _P.ADOPTING
 )  # fmt: skip
 USABLE = (_P.OPEN, _P.CONNECTING, _P.SERVING, _P.DISCONNECTING)

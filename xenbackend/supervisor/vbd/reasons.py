@@ -1,4 +1,4 @@
-"""Why a disk is not served, or not as it should be: eleven sentences, and what takes each of them away.
+"""Why a disk is not served, or not fully: the reasons, each with its rank and what clears it.
 
 Must not know how a sentence came about.
 """
@@ -9,33 +9,33 @@ from enum import Enum, auto
 
 
 class Cause(Enum):
-    """What takes sentences away."""
+    """What clears reasons."""
 
     KEYS = auto()  # the toolstack has written other keys
     RESUME = auto()  # an administrator wants the disk served on
     ANEW = auto()  # the frontend begins anew
     LET_GO = auto()  # the frontend has no rings, or none any more
     JOIN = auto()  # a worker is told to serve
-    FRESH = auto()  # it is told to serve rings that no worker served before
+    FRESH = auto()  # a worker is told to serve rings that no worker served before
     SERVED = auto()  # a worker serves
     ENDED = auto()  # the worker has ended
     REPLACED = auto()  # an administrator has put another chain in while there was no worker
 
 
 class Reason(Enum):
-    """The sentences: rank (the first one that there is is shown), whether it bars a worker, and what takes it away."""
+    """The reasons: rank (the first that holds is shown), whether it keeps workers from starting, and what clears it."""
 
-    CANNOT_OPEN = 1, True, (Cause.RESUME,)  # the chain, when the toolstack's script waited for it
-    BAD_KEYS = 2, True, (Cause.KEYS,)  # the toolstack's
-    UNDECIDED = 3, True, (Cause.REPLACED,)  # which of two chains has the guest's data
-    OTHER_FILE = 4, True, (Cause.RESUME,)  # a name means another file or medium than the one that was served
-    OTHER_SIZE = 5, True, (Cause.RESUME, Cause.ANEW, Cause.LET_GO)  # it is smaller than the guest was told
+    CANNOT_OPEN = 1, True, (Cause.RESUME,)  # the chain could not be opened while the toolstack's script waited for it
+    BAD_KEYS = 2, True, (Cause.KEYS,)  # the toolstack's keys are not valid
+    UNDECIDED = 3, True, (Cause.REPLACED,)  # nobody knows which of two chains has the guest's data
+    OTHER_FILE = 4, True, (Cause.RESUME,)  # a name leads to another file or medium than the one that was served
+    OTHER_SIZE = 5, True, (Cause.RESUME, Cause.ANEW, Cause.LET_GO)  # not the size or sectors that the guest was told
     GIVEN_UP = 6, True, (Cause.RESUME, Cause.ANEW)  # too many workers have died one after the other
-    BAD_RINGS = 7, False, (Cause.LET_GO,)  # the frontend's, which cannot be served
+    BAD_RINGS = 7, False, (Cause.LET_GO,)  # the frontend's rings cannot be served
     FLUSH_FAILED = 8, False, (Cause.RESUME, Cause.FRESH)
-    STORAGE = 9, False, (Cause.ENDED,)  # it does not answer
-    KEY = 10, False, (Cause.ENDED,)  # it is being made
-    TROUBLE = 11, False, (Cause.ENDED,)  # what the disk could not do and tries again
+    STORAGE = 9, False, (Cause.ENDED,)  # the storage does not answer
+    KEY = 10, False, (Cause.ENDED,)  # a key is being made
+    TROUBLE = 11, False, (Cause.ENDED,)  # the disk could not do something, and tries it again
     INTERRUPTED = 12, False, (Cause.RESUME, Cause.ANEW, Cause.SERVED)  # how the last worker ended; another one follows
     HALTED = 13, False, (Cause.JOIN,)  # which ring the frontend broke
 
@@ -46,35 +46,35 @@ class Reason(Enum):
 
 
 class Reasons:
-    """Those that there are now."""
+    """The reasons that hold now, each with its sentence."""
 
     def __init__(self) -> None:
         self._said: dict[Reason, str] = {}
 
     def __getitem__(self, reason: Reason) -> str:
-        """Return a sentence, empty while there is no such reason."""
+        """Return the sentence of a reason, empty if it does not hold."""
         return self._said.get(reason, "")
 
     def word(self) -> str:
-        """Return one word for the first one, for programs: ``flush-failed``; empty where there is none."""
+        """Return the first reason as one word for programs, such as ``flush-failed``; empty if none holds."""
         return self.first.name.lower().replace("_", "-") if self.first else ""
 
     def say(self, reason: Reason, sentence: str) -> None:
-        """Take note of a sentence; an empty one takes it away."""
+        """Set the sentence of a reason; an empty one clears it."""
         self._said[reason] = sentence
 
     def clear(self, cause: Cause) -> None:
-        """Take away what this takes away."""
+        """Clear all reasons that this cause clears."""
         for reason in Reason:
             if cause in reason.cleared_by:
                 self._said.pop(reason, None)
 
     @property
     def first(self) -> Reason | None:
-        """The one of the highest rank, None where there is none."""
+        """The reason of the highest rank that holds, None if none does."""
         return next((reason for reason in Reason if self[reason]), None)
 
     @property
     def bar(self) -> str:
-        """The first sentence because of which there is no worker, empty where there is none."""
+        """The sentence of the first reason that keeps workers from starting, empty if none does."""
         return next((self[reason] for reason in Reason if self[reason] and reason.bars), "")

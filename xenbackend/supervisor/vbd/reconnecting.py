@@ -1,4 +1,4 @@
-"""Has an opener given to a worker that wants to connect to a server again; how often, is bounded here.
+"""Gives an opener to a worker that wants to connect to a server again, and limits how often it gets one.
 
 Must not know why a connection was lost.
 """
@@ -13,14 +13,14 @@ from xenbackend.protocol import messages
 if TYPE_CHECKING:
     from xenbackend.loop.reactor import Reactor
 
-REST_S = 0.2  # between two openers for one worker: it says itself that it wants one
+REST_S = 0.2  # between two openers for one worker, which itself says that it wants one
 
 Then = Callable[[messages.Reply], None]
 Ask = Callable[[messages.Question, Then], None]
 
 
 class Reconnecting:
-    """One vbd's; `ask` asks the worker."""
+    """The reconnecting of one vbd's worker; `ask` asks the worker."""
 
     def __init__(self, loop: Reactor, ask: Ask) -> None:
         self._loop = loop
@@ -30,12 +30,12 @@ class Reconnecting:
         self._timer = loop.timer(self._try)
 
     def stands(self, standing: messages.Standing) -> None:
-        """Take note of what the worker wants now."""
+        """Note whether the worker wants an opener now."""
         self._is_wanted = standing.wants_connections
         self._try()
 
     def stop(self) -> None:
-        """Ask nothing more: there is no worker."""
+        """Stop asking, because there is no worker."""
         self._is_wanted = False
         self._timer.set(None)
 
@@ -51,4 +51,4 @@ class Reconnecting:
 
     def _answered(self, _: messages.Reply) -> None:
         self._is_asked = False
-        self._timer.set(self._asked_at + REST_S)  # where it still wants one
+        self._timer.set(self._asked_at + REST_S)  # if it still wants one

@@ -1,12 +1,12 @@
-"""What was seen of a vbd's two ends: the backend's keys, the frontend's state, and whose life of the vbd they are of.
+"""What was seen of a vbd's two ends: the backend's keys, the frontend's state, and whether they are still this vbd's.
 
 Must not know how far a worker is, nor read xenstore.
 
-A toolstack may make a node anew in the place of one whose worker has not ended yet. What is there then is another vbd:
-nothing of it is believed to be of this one, which is over. It is known by our state, which only a toolstack makes
-Initialising, and by the keys that we publish and nobody else removes. Both count only once they were seen in the node
-or xenstore has taken them, since a write of ours may have failed. A claim (`claim.py`) makes the directory again with
-our keys in it, so it ends no life, as long as nobody looks while the directory is away.
+A toolstack may make a node anew in the same place while the worker has not ended yet. The new node is another vbd: this
+one is over, and takes nothing from the new node. A new node is recognised by our state, which only a toolstack sets to
+Initialising, or because it lacks the keys that we publish, which nobody else removes. Neither counts before our state
+and keys were seen in the node or accepted by xenstore, since a write of ours may have failed. A claim (`claim.py`)
+makes the directory again with our keys in it, so the vbd goes on, as long as nobody looks while the directory is away.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _OURS = frozenset(publish_at_probe(Limits()))
 
 
 class Sight:
-    """What was seen, and what was written since: a later look corrects that if it is not so.
+    """What was seen, and what was written since; the next look corrects it if a write failed.
 
     keys         of the backend's directory, None before the first look and once the vbd is over
     theirs       the frontend's state
-    spec         what the toolstack wants, None where it cannot be meant; `problem` says why
-    has_looked   there was a look
-    is_over      the node is gone, or is another vbd's
-    is_called    the toolstack's hotplug script has come to this service
+    spec         what the toolstack wants, None if its keys are not valid; `problem` says why
+    has_looked   whether there was a look
+    is_over      whether the node is gone, or is another vbd's
+    is_called    whether the toolstack's hotplug script has come to this service
     """
 
     def __init__(self, path: VbdPath, *, has_past: bool) -> None:
@@ -44,7 +44,7 @@ class Sight:
         self.spec: Spec | None = None
         self.problem = ""
         self.has_looked = self.is_over = self.is_called = False
-        self.had_state = self.had_keys = has_past  # in this life the node was seen as only we make it
+        self.had_state = self.had_keys = has_past  # the node was seen with a state, and with keys, that only we write
         self._path = path
         self._follows: tuple[frozenset[str], str] | None = None  # texts of `params`, and the chain that replaces them
 
@@ -65,7 +65,7 @@ class Sight:
 
     @property
     def is_answered(self) -> bool:
-        """True once the toolstack's script knows what became of the vbd, or if there is no script."""
+        """True once the toolstack's script has its answer, or if there is no script."""
         return bool(self.hotplug) or not (self.keys or {}).get("script")
 
     @property
@@ -75,26 +75,26 @@ class Sight:
 
     @property
     def mark(self) -> str | None:
-        """A key of ours that was seen in the node, None before that: it tells the node from one that was made anew."""
+        """A key of ours that was seen in the node, which one made anew does not have; None if none was seen yet."""
         return min(_OURS & (self.keys or {}).keys(), default=None) if self.had_keys else None
 
     @property
     def params(self) -> str | None:
-        """The chain that the key ``params`` is to name, None where it stays as the toolstack has written it."""
+        """The chain that the key ``params`` is to name, None if it stays as the toolstack has written it."""
         if self._follows is None or self.keys is None or self.ours is _S.INITIALISING:
             return None
         formers, chain = self._follows
         return chain if self.keys.get("params") in formers else None
 
     def look(self, seen: Seen) -> set[Cause]:
-        """Take a look at both ends, and return what it takes away of the reasons."""
+        """Take in a look at both ends, and return the causes by which it clears reasons."""
         self.has_looked = True
         if self.is_over or seen.keys is None or self._is_anothers(seen.keys):
             self.is_over, self.keys, self.spec, self.theirs, self._follows = True, None, None, _S.UNKNOWN, None
             return {Cause.LET_GO}
         causes = {Cause.LET_GO} if seen.theirs in (_S.UNKNOWN, _S.INITIALISING, _S.CLOSED) else set()
         begins_anew = self.theirs is not _S.INITIALISING and seen.theirs is _S.INITIALISING
-        begins_anew |= self.theirs is _S.CLOSED and seen.theirs is _S.INITIALISED  # what lay between was not seen
+        begins_anew |= self.theirs is _S.CLOSED and seen.theirs is _S.INITIALISED  # the states between were not seen
         causes |= {Cause.ANEW} if begins_anew else set()
         self.theirs = seen.theirs
         if seen.keys != self.keys:
@@ -106,7 +106,7 @@ class Sight:
         return causes
 
     def take_as_written(self, keys: Mapping[str, str | None]) -> None:
-        """Believe what is being written; None removes a key."""
+        """Take keys that are being written as seen; None removes a key."""
         assert self.keys is not None  # noqa: S101 - nothing is written to a node that was not seen
         for key, value in keys.items():
             if value is None:
@@ -115,11 +115,11 @@ class Sight:
                 self.keys[key] = value
 
     def was_written(self, keys: Mapping[str, str | None]) -> None:
-        """Take note that keys are in the node for sure: xenstore has taken them."""
+        """Note that keys are in the node for sure: xenstore has accepted them."""
         self._knows({key: value for key, value in keys.items() if value is not None})
 
     def exchange(self, exchanged: Exchanged) -> None:
-        """Want ``params`` to name another chain."""
+        """Have ``params`` name another chain."""
         if not self.is_over:
             self._follows = frozenset(exchanged.stale_params), exchanged.chain
             self._read()

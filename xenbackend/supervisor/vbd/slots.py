@@ -1,6 +1,6 @@
 """Descriptors of one kind that a vbd keeps, each in a slot: the keeper has it, and the notes have a text about it.
 
-Must not know what the texts say. A slot is noted before it is kept; the next service lets go of one that is not noted.
+Must not know what the texts say. A slot is noted before it is kept; the next service drops one that is not noted.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from itertools import count
 
 
 class Slots:
-    """Those whose names begin with one letter, as ``f0``.
+    """The slots whose names begin with one letter, such as ``f0``.
 
     Args:
-        letter: that one.
-        noted: returns what the notes say, by slot.
-        note: changes that. Raises: ConfigError where it is too much.
+        letter: that letter.
+        noted: returns the notes' texts, by slot.
+        note: replaces those texts. Raises: ConfigError, if they are too long.
         keep: has the keeper keep a slot's descriptor.
-        forget: has the keeper let go of a slot's.
+        forget: has the keeper forget a slot's descriptor.
     """
 
     def __init__(
@@ -40,11 +40,11 @@ class Slots:
         return slot in self._fds
 
     def __getitem__(self, slot: str) -> int:
-        """Return a slot's descriptor; lent."""
+        """Return a slot's descriptor, which stays ours."""
         return self._fds[slot]
 
     def descriptors(self) -> dict[str, int]:
-        """Return all of them by slot; lent."""
+        """Return all descriptors by slot; they stay ours."""
         return dict(self._fds)
 
     def find(self, slot: str, fd: int) -> None:
@@ -52,25 +52,25 @@ class Slots:
         self._fds[slot] = fd
 
     def free(self) -> str:
-        """Return a slot that neither the notes nor we use."""
+        """Return the name of a slot that is used neither in the notes nor here."""
         taken = self.noted().keys() | self._fds.keys()
         return next(slot for number in count() if (slot := f"{self._letter}{number}") not in taken)
 
     def put(self, slot: str, fd: int) -> None:
-        """Have a descriptor kept, ours from now on, in the place of the slot's former one."""
+        """Put a descriptor, ours from now on, into a slot in place of the former one, and have it kept."""
         self.drop(slot)
         self._fds[slot] = fd
         self._keep(slot, fd)
 
     def drop(self, slot: str) -> None:
-        """Let go of a slot's descriptor, if there is one."""
+        """Close a slot's descriptor, if there is one, and have the keeper forget it."""
         fd = self._fds.pop(slot, -1)
         if fd >= 0:
             os.close(fd)
             self._forget(slot)
 
     def drop_unnoted(self) -> None:
-        """Let go of those that the notes know no more."""
+        """Drop the descriptors whose slots are not in the notes any more."""
         for slot in self._fds.keys() - self.noted().keys():
             self.drop(slot)
 

@@ -29,12 +29,12 @@ class Spec:
     removable: bool
 
     def is_served_like(self, other: Spec) -> bool:
-        """Return whether they differ at most in what only the guest is told, and no worker knows."""
+        """Return whether both differ at most in what only the guest is told, and no worker."""
         return (self.chain, self.read_only, self.shareable) == (other.chain, other.read_only, other.shareable)
 
 
 def is_ours(keys: Mapping[str, str], scripts: Collection[str]) -> bool:
-    """True when the vbd's hotplug script names us; `scripts` are base names."""
+    """Return whether the vbd's hotplug script is one of ours; `scripts` are base names."""
     return keys.get("script", "").rpartition("/")[2] in scripts
 
 
@@ -82,7 +82,7 @@ def _chain_text(kind: str, params: str) -> str:
 
 
 def in_one_line(error: ConfigError) -> str:
-    """Return an error's sentence without what only a terminal can show."""
+    """Return an error's sentence in one line, without the carets that a terminal shows below a chain."""
     if isinstance(error, ChainError):
         return f"{error.problem}: {error.chain}"
     return str(error)

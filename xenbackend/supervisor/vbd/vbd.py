@@ -1,9 +1,9 @@
-"""One vbd in service: looks at its nodes, asks its automaton, and does what that answers.
+"""One vbd in service: looks at its nodes, gives events to its automaton, and carries out the actions that follow.
 
-Must not decide: what follows from what is in `device`, what a worker may say in `link`, what operators may ask in
-`orders`. One path, one object, one worker: an object that was forgotten does nothing any more.
+Must not decide anything: what follows from what is in `device`, what a worker may say in `link`, what operators may ask
+in `orders`. A path has one object, which has one worker; an object that was forgotten does nothing any more.
 
-What a guest can make this hold is bounded: two flags say that a look is due, however many events there were.
+A guest cannot make this grow: two flags say that a look is due, however many events there were.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from xenbackend.supervisor.vbd.vbd_log import VbdLog
 from xenbackend.supervisor.vbd.vbd_nodes import VbdNodes
 from xenbackend.supervisor.xenstore.paths import VbdPath
 
-_RETRY_S = 1.0  # after xenstore refused something although it is there, or a fault of ours
+_RETRY_S = 1.0  # after xenstore refused something although it is there, or after a bug of ours
 
 
 class Vbd:
@@ -95,7 +95,7 @@ class Vbd:
 
     @property
     def worker(self) -> Worker | None:
-        """The process that serves it."""
+        """The process that serves the vbd, None if there is none."""
         return self.link.worker
 
     def look_soon(self, *, node: bool = False, theirs: bool = False) -> None:
@@ -107,7 +107,7 @@ class Vbd:
             self._look_at.set(self._context.loop.now())
 
     def handle(self, event: events.Event) -> None:
-        """Let the automaton see an event, and do what it answers; what comes of that is seen in turn."""
+        """Give the automaton an event, and carry out the actions; events that these cause are handled in turn."""
         if self.is_forgotten:
             return
         self._events.append(event)
@@ -123,9 +123,9 @@ class Vbd:
                 self._guarded(self._arrival.tell, self.device)
 
     def hotplug(self, reply: Reply) -> None:
-        """Do what the toolstack's hotplug script asks for: serve the vbd.
+        """Serve the vbd, as the toolstack's hotplug script asks.
 
-        `reply` gets `Code.OK` once the chain is open, or `Code.FAILED` with a sentence.
+        `reply` gets `Code.OK` once the chain is open, else another code with a sentence.
         """
         self._arrival.scripts.append(reply)
         self._must_look.add("node")  # what was seen last may be of a former vbd in the same place
@@ -137,7 +137,7 @@ class Vbd:
             self.handle(events.Called())
 
     def give_up_scripts(self) -> list[Reply]:
-        """Return the scripts that wait, for whoever comes next in this place."""
+        """Return the waiting scripts, for the next vbd at this path."""
         return self._arrival.give_up()
 
     def stop(self, *, leaves: bool) -> None:
@@ -147,7 +147,7 @@ class Vbd:
         self.handle(events.Stop(leaves, is_unfinished=self.handover.agreed() is not None))
 
     def abandon(self, sentence: str, *, leaves: bool = False) -> None:
-        """Be forgotten at once: the worker is killed, for which `sentence` is the reason, or with `leaves` goes on."""
+        """Forget the vbd at once. The worker is killed, with `sentence` as the reason, or with `leaves` goes on."""
         self._guarded(self._arrival.give_back)
         self.device.is_leaving |= leaves
         if not leaves:
@@ -155,23 +155,23 @@ class Vbd:
         self._forget()
 
     def doubt(self) -> None:
-        """Look at everything again and show it anew: xenstore was away."""
+        """Look at everything again and show it anew, because xenstore was away."""
         self._nodes.doubt()
         self._look_at.set(None)
         self.look_soon(node=True)
 
     def counters_page(self) -> memoryview | None:
-        """Return the counters as they are now, `counters.SIZE` bytes, without asking the worker; None without one."""
+        """Return a copy of the counters, `counters.SIZE` bytes, without asking the worker; None if there is none."""
         return memoryview(bytes(self.handover.page[: counters.SIZE])) if self.worker else None
 
     def chain_in_service(self) -> str:
-        """Return the chain that the guest is served through, or would be; empty where the toolstack named none."""
+        """Return the chain that the guest is served through, or would be; empty if the toolstack named none."""
         return self.handover.chain_in_service() or (self.device.sight.spec.chain if self.device.sight.spec else "")
 
     # what the worker says, from `link`
 
     def stands(self, standing: messages.Standing, *, is_last: bool) -> None:
-        """Take where the worker stands, if that can be; before the last order only its chain counts."""
+        """Handle a standing, if its chain is possible. One from before the last order counts only for its chain."""
         if not self.exchanges.believes(standing):
             self.link.breach("it says that a chain is in service that nobody asked for")
             return
@@ -187,11 +187,11 @@ class Vbd:
             self.exchanges.conclude(standing)
 
     def keeps(self, name: str, fd: int) -> bool:
-        """Take over a memory's descriptor; False where it is none, or one too many."""
+        """Take over the descriptor of a memory; return False if it is no memory, or one too many."""
         return self.handover.keep(name, fd)
 
     def drops(self, name: str) -> None:
-        """Let go of a memory."""
+        """Drop a memory, as the worker asks."""
         self.handover.drop(name)
 
     def logs(self, level: str, event: str, fields: Mapping[str, str]) -> None:
@@ -214,7 +214,7 @@ class Vbd:
         self.handle(events.Ended(sentence, has_progressed, self.handover.agreed() is not None, self.lives.is_hasty))
 
     def fault(self, bug: Exception) -> None:
-        """Take note of a fault of the program while this vbd was handled. A fresh look may put it right."""
+        """Report an exception that was raised while this vbd was handled. A fresh look may put things right."""
         bug.add_note(f"while {self.path} was handled")
         self._context.loop.bug(bug)
         self._look_again()
@@ -235,7 +235,7 @@ class Vbd:
     def _handle_one(self, event: events.Event) -> None:
         error = self.device.error
         actions = self.device.handle(event)
-        self._guarded(self._nodes.show_error, self.device.error)  # before the state: who sees that looks for the reason
+        self._guarded(self._nodes.show_error, self.device.error)  # before the state, which makes people look for it
         for action in actions:
             self._guarded(self._perform, action)
         if self.device.error not in ("", error):
@@ -271,7 +271,7 @@ class Vbd:
             self.log.say("info", name(parse_state(state)), frontend=name(self.device.sight.theirs))
 
     def _start(self, action: events.Start) -> None:
-        """Start a worker; where that cannot be done it has ended, as one that dies."""
+        """Start a worker. If that fails, go on as if the worker had died."""
         try:
             self._open(action)
         except Exception as problem:
@@ -316,18 +316,18 @@ class Vbd:
         )
 
     def _join(self, action: events.Join) -> None:
-        """Have the rings served that the frontend offers, or those that were agreed on already."""
+        """Have the rings served that the frontend offers, or the agreed ones if it is served already."""
         if self._arrival.takes_from_kernel():
             self.handle(events.Postponed())
             return
         agreed = self.handover.agreed() if action.goes_on else None
         try:
-            # One that is connected already goes by what an earlier service offered.
+            # A connected frontend goes by what an earlier service offered.
             chosen = parse_frontend(self._nodes.read_frontend, MAXIMA if action.goes_on else self._arrival.limits)
         except GuestError as error:
             if agreed is None:
                 self.handle(events.Refused(str(error)))
-            else:  # what it writes now cannot take back what it had agreed to
+            else:  # what the frontend writes now cannot take back what was agreed
                 self._serve(None)
             return
         except StoreError:
@@ -340,11 +340,11 @@ class Vbd:
     def _serve(self, connect: messages.Connect | None) -> None:
         try:
             self.link.order(lambda number: messages.Serve(number, connect))
-        except KernelError as error:  # there is no opener to be had
+        except KernelError as error:  # no opener could be started
             self.link.kill(str(error))
 
     def _served(self) -> None:
-        """Let the worker have its turn as any other, and say how long a guest has waited for it."""
+        """End the worker's boost, and log how long a guest has waited for a successor."""
         if self.worker is not None:
             self.worker.unboost()
         if self.lives.ended:
@@ -387,7 +387,7 @@ class Vbd:
         self.handle(seen)
 
     def _guarded(self, function: Callable[..., object], *arguments: object) -> None:
-        """Call a function; where xenstore lets it down, or a fault of ours, a fresh look will put things right."""
+        """Call a function. If it fails because of xenstore or a bug of ours, look again later, to put things right."""
         try:
             function(*arguments)
         except StoreError as error:

@@ -2,8 +2,8 @@
 
 Must not decide what is worth a line.
 
-What counts is the bytes that are written, after everything in a line has been escaped. What the worker says has a
-budget of its own: one that a guest has taken over does not silence what we say about it.
+The budget counts the bytes that are written, after everything in a line has been escaped. The worker's lines have a
+budget of their own, so that a worker that a guest has taken over does not silence what we say about it.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from xenbackend.budget import Bucket
 from xenbackend.log import LEVELS, get_logger
 from xenbackend.supervisor.xenstore.paths import VbdPath
 
-# What is lost where a service ends before it could put it right.
+# What is lost if a service ends before it could put things right.
 UNTOLD = "xenstore could not be told which chain was in service; name it in params before the disk is served again"
 UNFINISHED = "what the guest waits for could not be done before the service ended; restart the guest"
 LOST = "what the guest had written was in an unnamed file, and ends with the service; detach the disk"
 PER_HOUR = 64 * 1024  # bytes, at most, in any hour
-_LONGEST_LINE = 8 * 1024  # bytes: two texts of 500 characters of four each, and what is around them
-_BURST = PER_HOUR // 4 - _LONGEST_LINE // 2  # at once, and once more during the hour, by each of two
-_OWN = {"event", "vbd", "component"}  # fields that a worker's must not stand in for
+_LONGEST_LINE = 8 * 1024  # bytes: two texts of 500 characters of up to four bytes each, and the rest of the line
+_BURST = PER_HOUR // 4 - _LONGEST_LINE // 2  # at once, and as many again during the hour, for each of the two budgets
+_OWN = {"event", "vbd", "component"}  # fields that a worker must not set
 
 
 class VbdLog:
-    """Writes lines."""
+    """Writes the log's lines about one vbd."""
 
     def __init__(self, path: VbdPath, now: Callable[[], float]) -> None:
         """`now` is a clock in seconds that only goes forward."""
@@ -33,11 +33,11 @@ class VbdLog:
         self._ours, self._workers = (Bucket(_BURST, 3600 / _BURST, now) for _ in range(2))
 
     def say(self, level: str, event: str, **fields: str) -> None:
-        """Write a line, unless there were too many; how many were not written stands in the next one."""
+        """Write a line, unless there were too many. The next line that is written says how many were not."""
         self._say(self._ours, level, event, fields)
 
     def say_for_worker(self, level: str, event: str, **fields: str) -> None:
-        """Write a line that the worker asks for, likewise."""
+        """Write a line that the worker asks for, within the worker's budget."""
         self._say(self._workers, level if level in LEVELS else "warning", event, fields)
 
     def _say(self, budget: Bucket, level: str, event: str, fields: dict[str, str]) -> None:

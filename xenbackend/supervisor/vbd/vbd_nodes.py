@@ -1,9 +1,9 @@
-"""Everything of one vbd that stands in xenstore: both ends' directories, our status, its error, what its domain is.
+"""Everything about one vbd in xenstore: both ends' directories, our status, its error, facts about its domain.
 
 Must not decide what follows from it, nor what is written.
 
-The guest may read the backend's directory. What in there, and elsewhere, may name a file of the host is for us and the
-toolstack alone: else a guest whose image names parents would learn which files there are.
+The guest may read the backend's directory. Only we and the toolstack may read nodes, there and elsewhere, that may name
+a file of the host: otherwise a guest whose image names parents would learn which files there are.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from xenbackend.supervisor.xenstore.nodes import SENTENCE_MAX, Nodes, private
 from xenbackend.supervisor.xenstore.paths import VbdPath, domain_path, own_root, status_root
 from xenbackend.supervisor.xenstore.store import Store
 
-NOTES = "xenbackend-files"  # in the directory of what is ours: what outlives a service that keeps nothing
+NOTES = "xenbackend-files"  # in our own directory: notes for a service to which nothing else was left
 _CHAIN = "chain"
 _OURS = "feature-persistent"  # a key that only a service of ours writes: a node that a toolstack makes anew has none
-# What a toolstack writes with the node, and never again: a medium that is changed has another `params` and `type`.
+# What a toolstack writes with the node, and never again: a change of the medium writes only `params` and `type`.
 _FIXED = frozenset({
     "frontend", "frontend-id", "script", "removable", "bootable", "dev", "device-type", "discard-enable",
     "specification",
 })  # fmt: skip
 _FEW = 3  # attempts of a transaction that a guest can have fail
 _INCOMING = "--incoming"  # xl's: appended to the name until the guest runs here
-_LEFT = "--migratedaway"  # likewise, once it runs elsewhere
+_LEFT = "--migratedaway"  # xl's, too, once the guest runs elsewhere
 
 
 class VbdNodes:
-    """One vbd's; every method raises StoreError, unless it says otherwise.
+    """The nodes of one vbd; every method raises StoreError, unless it says otherwise.
 
     frontend   the frontend's directory once a look has found it, else empty
     token      of the watch on the frontend's state
@@ -53,13 +53,13 @@ class VbdNodes:
         self._status_path = f"{status_root(path.backend_domid)}/{path}"
         errors = f"{domain_path(path.backend_domid)}/error"
         self._error_path = f"{errors}/backend/{path}"
-        # What is given to a domain it may remove, but not make again. In dom0's directory the service makes all of it.
+        # A driver domain may remove a directory that dom0 made for it, but not make it again. In dom0 all are our own.
         self._errors_home = errors if path.backend_domid else self._home
         self._theirs = XenbusState.UNKNOWN  # the frontend's state as last seen
-        self._fixed: dict[str, str] = {}  # keys that were read already, and need not be again
+        self._fixed: dict[str, str] = {}  # keys that were read already, and need not be read again
         self._status: dict[str, str] = {}  # as last written
-        self._noted: list[str] | None = None  # as last written; None: nobody knows what stands there
-        self._error: str | None = None  # None: nobody knows what stands there
+        self._noted: list[str] | None = None  # as last written; None: unknown
+        self._error: str | None = None  # as last written; None: unknown
 
     def keys(self) -> dict[str, str] | None:
         """Return the backend directory's keys, None when it is gone."""
@@ -68,16 +68,16 @@ class VbdNodes:
         return found or None
 
     def _read_keys(self, nodes: Nodes) -> dict[str, str]:
-        """Read the keys but for those that stay as they are, as long as the node is the one that we have written to."""
+        """Read the keys, except those that never change, as long as the node is the one that we have written to."""
         names = nodes.directory(self._path.backend)
         known = self._fixed if _OURS in names else {}
         fixed = {key: known[key] for key in names if key in known}
         return fixed | nodes.read_many(self._path.backend, [key for key in names if key not in fixed])
 
     def look(self, keys: dict[str, str] | None) -> Seen:
-        """Return what is seen where the backend's directory has these keys; the frontend is looked at.
+        """Look at the frontend, and return both ends; `keys` are the backend's directory's.
 
-        Where that has gone, so are the keys: a toolstack takes it away and says what it wants in one transaction.
+        If the frontend has just gone, the keys are read again: a toolstack changes both in one transaction.
         """
         was, theirs = self._theirs, self.theirs(keys or {})
         if theirs is XenbusState.UNKNOWN is not was:
@@ -88,11 +88,11 @@ class VbdNodes:
         return Seen(keys, theirs, has_left=is_taken_away and self._guests_name().endswith(_LEFT))
 
     def theirs(self, keys: Mapping[str, str]) -> XenbusState:
-        """Return the frontend's state, UNKNOWN while there is none that we may look at; it is watched from now on."""
+        """Return the frontend's state, UNKNOWN if there is none that we may read; it is watched from now on."""
         try:
             frontend = frontend_path(self._path, keys) or ""
         except ConfigError:
-            frontend = ""  # the automaton says so
+            frontend = ""  # the automaton reports it
         if frontend != self.frontend:
             self._unwatch()
             self.frontend = frontend
@@ -101,13 +101,13 @@ class VbdNodes:
         return parse_state(self._store.read_if_allowed(f"{frontend}/state") if frontend else None)
 
     def read_frontend(self, key: str) -> str | None:
-        """Return one of the frontend's keys, None where it has none that we may read."""
+        """Return one of the frontend's keys, None if it has none that we may read."""
         return self._store.read_if_allowed(f"{self.frontend}/{key}")
 
     def write(self, write: Write) -> bool:
-        """Set keys of the backend's directory, if it still is as it was when that was decided; return whether it was.
+        """Set keys of the backend's directory, if it is still as `write` expects; return whether it was.
 
-        Else the toolstack was faster, has made the node anew, or has removed it; that is never brought back.
+        If not, the toolstack has changed the node, made it anew, or removed it; a removed node is never made again.
         """
         backend = self._path.backend
 
@@ -132,14 +132,14 @@ class VbdNodes:
         return self._store.transact(body)
 
     def _forget_rings(self) -> None:
-        """Remove what a former driver of the guest's has left and the next one may not write: how many rings it has.
+        """Remove the guest's keys about the number of its rings and pages, which a former driver may have left.
 
-        Linux writes these keys only where there are several rings or pages. A kernel with fewer CPUs that is started
-        after a crash, as by kdump, would be served by its predecessor's. A frontend that waits for InitWait has written
-        none of its own yet.
+        Linux writes these keys only if there are several rings or pages. So a kernel with fewer CPUs that is started
+        after a crash, as by kdump, would be served with its predecessor's keys. A frontend that waits for InitWait has
+        written none of its own yet.
 
-        Not in the transaction in which our state is written: a guest that writes its state without end would have that
-        fail, and the service try again and again. It keeps what it has.
+        This has a transaction of its own: a guest that writes its state in a loop makes it fail, which must not keep
+        our own state from being written. Such a guest keeps the keys that it has.
         """
         state = f"{self.frontend}/state"
 
@@ -156,10 +156,10 @@ class VbdNodes:
                 raise
 
     def may_be_incoming(self, ours: XenbusState) -> bool:
-        """Return whether `xl migrate` may bring the guest here: until it runs, its former self may have its images.
+        """Return whether `xl migrate` may be bringing the guest: until it runs here, its source may use the images.
 
-        Only dom0 may read what a guest is called. In a driver domain any guest may be one that is brought, until our
-        state `ours` tells that it has run here.
+        Only dom0 may read a guest's name. In a driver domain any guest may be one that is being migrated here, until
+        our state `ours` shows that it has run here.
         """
         if self._path.backend_domid:
             return ours in (XenbusState.UNKNOWN, XenbusState.INITIALISING, XenbusState.INIT_WAIT)
@@ -184,13 +184,13 @@ class VbdNodes:
         self._error = sentence
 
     def show_status(self, values: Mapping[str, str]) -> None:
-        """Show these values below ``xenbackend/…``; each is written when it changes, since that wakes watchers."""
+        """Show these values below ``xenbackend/…``; each is written only when it changes, since that wakes watchers."""
         changed = {key: value for key, value in values.items() if self._status.get(key) != value}
         self._store.write_many(self._status_path, changed)
         self._status = dict(values)
 
     def note_files(self, chain: str, identities: Mapping[str, str]) -> None:
-        """Note the chain and which files it is of, by name, for a service to which nothing else was left."""
+        """Note the chain and the identities of its files, by name, for a service to which nothing else is left."""
         files = [f"{identity}|{key_of(name)}" for name, identity in identities.items()]
         noted = [chain, *files] if files else []
         if noted == self._noted:
@@ -199,7 +199,7 @@ class VbdNodes:
         def body(nodes: Nodes) -> None:
             nodes.remove(self._notes_path)
             nodes.mkdir(self._notes_path)
-            nodes.set_permissions(self._notes_path, self._ours)  # as all below has it: no guest reads names of files
+            nodes.set_permissions(self._notes_path, self._ours)  # nodes below inherit that: no guest reads file names
             for number, value in enumerate(noted):
                 nodes.write(f"{self._notes_path}/{number or _CHAIN}", value)
 
@@ -210,8 +210,8 @@ class VbdNodes:
     def noted_files(self, keys: Mapping[str, str], chain: str) -> dict[str, str]:
         """Return the identities of the files that an earlier service served the disk from, by `key_of` their names.
 
-        None where the keys, the backend directory's, are of a vbd that no service has seen yet, or another chain than
-        this one was noted.
+        Empty if the backend directory's `keys` are of a vbd that no service has seen yet, or if another chain than this
+        one was noted.
         """
         if parse_state(keys.get("state")) in (XenbusState.UNKNOWN, XenbusState.INITIALISING):
             return {}
@@ -221,13 +221,13 @@ class VbdNodes:
         return {key: identity for identity, _, key in (value.partition("|") for value in noted.values())}
 
     def doubt(self) -> None:
-        """Show everything anew with the next calls: xenstore was away. Raises nothing."""
+        """Have the next calls show everything anew, because xenstore was away. Raises nothing."""
         self._status, self._error, self._noted = {}, None, None
 
     def forget(self, *, goes_on: bool = False) -> None:
-        """Watch no more, and remove what was shown, with the directories that were made for it.
+        """Stop watching, and remove what was shown, with the directories that were made for it.
 
-        `goes_on`: the guest does, so the chain and its files stay noted for the next service.
+        `goes_on`: the guest goes on, so the chain and its files stay noted for the next service.
         """
         self._unwatch()
         if not goes_on:
@@ -251,7 +251,7 @@ class VbdNodes:
 
 
 def forget_notes(store: Store, domid: int) -> None:
-    """Remove what was noted of vbds that have gone while no service ran. Raises: StoreError."""
+    """Remove the notes about vbds that have gone while no service ran. Raises: StoreError."""
     home = own_root(domid)
     for kind in store.directory(f"{home}/{NOTES}"):
         for guest in store.directory(f"{home}/{NOTES}/{kind}"):
