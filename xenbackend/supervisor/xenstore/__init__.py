@@ -1,1 +1,1 @@
-"""xenstore: the connection, its nodes and paths, and those of one vbd."""
+"""xenstore: the connection, the operations on nodes, and the paths of a vbd."""

@@ -1,6 +1,6 @@
-"""What can be done to xenstore's nodes, alike outside and inside a transaction.
+"""The operations on xenstore's nodes, which are the same inside and outside a transaction.
 
-Must not know a connection: whoever has one gives `_ask`.
+Must not know a connection: the owner of one passes in functions that send requests.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from xenbackend.errors import StoreError
 
 Ask = Callable[[str, Sequence[str], bytes], bytes]  # (operation, NUL-terminated strings, raw tail) -> reply's payload
 Request = tuple[str, bytes]  # a path, and what follows it
-AskMany = Callable[[str, Sequence[Request]], list[bytes | StoreError]]  # each one's payload or error
+AskMany = Callable[[str, Sequence[Request]], list[bytes | StoreError]]  # payload or error of each
 SENTENCE_MAX = 1000  # characters of a sentence for people: values end at 2048 bytes (quota)
 _BY_QUOTA = "xenstore's quota for this domain allows no more"
-_RESTARTS = 8  # of a listing in parts that others keep changing
+_RESTARTS = 8  # tries to list a directory in parts while others change it
 
 
 class Nodes:
-    """The operations on nodes. `ask` sends an operation named as in io/xs_wire.h and returns the reply's payload.
+    """The operations on nodes. `ask` sends an operation, named as in io/xs_wire.h, and returns the reply's payload.
 
-    `ask_many` sends many of one operation before it waits for the first answer, where the connection has that.
+    `ask_many` sends many requests of one operation before it waits for the first answer; None: there is no such way.
 
-    Paths are absolute, or relative to our domain's own. Values are text, in which bytes that are no UTF-8 are lone
-    surrogates, as in Python's names of files; so what a guest wrote never raises, and any file's name comes through.
-    They are at most 4096 bytes by protocol.
+    Paths are absolute, or relative to our domain's own. Values are text, in which bytes that are not UTF-8 are lone
+    surrogates, as in Python's file names; so nothing that a guest writes raises, and any file name comes through.
+    By protocol they have at most 4096 bytes.
     Every method raises StoreError: with xenstore's errno, or EIO once the connection is lost.
     """
 
@@ -50,7 +50,7 @@ class Nodes:
     def read_if_allowed(self, path: str) -> str | None:
         """Return a node's value, or None when there is none that our domain may read.
 
-        A domain other than dom0 is not told which of the two it is, once what lay above the node has gone as well.
+        A domain other than dom0 is not told which of the two it is, once the nodes above have gone as well.
         """
         try:
             return self.read_optional(path)
@@ -60,11 +60,11 @@ class Nodes:
             return None
 
     def read_many(self, path: str, keys: Iterable[str]) -> dict[str, str]:
-        """Return those of the named keys below `path` that exist. The way to read what a guest may fill."""
+        """Return those of the named keys below `path` that exist. Use it for directories that a guest may fill."""
         return self._read_many(path, list(keys), (errno_module.ENOENT,))
 
     def read_many_if_allowed(self, path: str, keys: Iterable[str]) -> dict[str, str]:
-        """Return those of the named keys below `path` that exist, and that our domain may read."""
+        """Return those of the named keys below `path` that exist and that our domain may read."""
         return self._read_many(path, list(keys), (errno_module.ENOENT, errno_module.EACCES))
 
     def _read_many(self, path: str, keys: Sequence[str], left_out: Sequence[int]) -> dict[str, str]:
@@ -102,7 +102,7 @@ class Nodes:
             return []
 
     def _directory_in_parts(self, path: str) -> list[str]:
-        """List more children than one reply holds; start again when the node changed between two parts."""
+        """List a directory that does not fit into one reply; start again if it changed between two parts."""
         for _ in range(_RESTARTS):
             names = self._parts_of_one_generation(path)
             if names is not None:
@@ -110,7 +110,7 @@ class Nodes:
         raise StoreError(f"xenstore: directory {path}: it kept changing while it was read", errno_module.EAGAIN)
 
     def _parts_of_one_generation(self, path: str) -> bytes | None:
-        """Return the whole list of names, None when it changed meanwhile.
+        """Return the whole list of names, None if it changed meanwhile.
 
         Source: docs/misc/xenstore.txt, DIRECTORY_PART: "<gencnt>|<child-leaf-name>|*"; an empty name ends the list.
         """
@@ -123,7 +123,7 @@ class Nodes:
         return names[:-1]
 
     def write(self, path: str, value: str) -> None:
-        """Set a node's value; it and its parents are made when missing."""
+        """Set a node's value. The node and those above it are made if they are missing."""
         self._ask("WRITE", (path,), encode(value))
 
     def write_many(self, path: str, values: Mapping[str, str]) -> None:
@@ -134,11 +134,11 @@ class Nodes:
                 raise answer
 
     def mkdir(self, path: str) -> None:
-        """Make a node with an empty value; one that exists is left alone."""
+        """Make a node with an empty value. If it exists already, it is left alone."""
         self._ask("MKDIR", (path,), b"")
 
     def remove(self, path: str) -> None:
-        """Remove a node and all below; a missing one is fine."""
+        """Remove a node and all below it. A missing node is no error."""
         try:
             self._ask("RM", (path,), b"")
         except StoreError as error:
@@ -146,9 +146,9 @@ class Nodes:
                 raise
 
     def prune(self, path: str, home: str) -> None:
-        """Remove a node, and then the directories above it that are left empty, up to but without `home`.
+        """Remove a node, and then the directories above it that are left empty, below `home`.
 
-        As libxl__xs_path_cleanup does it.
+        libxl__xs_path_cleanup does the same.
         """
         while path.startswith(f"{home}/"):
             self.remove(path)
@@ -166,7 +166,7 @@ class Nodes:
             self.set_permissions(f"{directory}/{key}", permissions)
 
     def get_permissions(self, path: str) -> list[str]:
-        """Return permissions such as ``["n0", "r5"]``: the owner with everybody else's right, then single domains'."""
+        """Return permissions such as ``["n0", "r5"]``: owner with the rights of all others, then single domains."""
         return strings(self._ask("GET_PERMS", (path,), b""))
 
     def set_permissions(self, path: str, permissions: Iterable[str]) -> None:
@@ -175,12 +175,12 @@ class Nodes:
 
 
 def private(domid: int) -> list[str]:
-    """Return the permissions of a node for a domain and the toolstack alone, which has all rights in any case."""
+    """Return the permissions of a node that only a domain and the toolstack, which has all rights, may use."""
     return [f"n{domid}"]
 
 
 def error_of(what: str, word: bytes) -> StoreError:
-    """Return the error that a xenstored answers in a word, such as ``ENOENT``; what is no errno becomes EIO.
+    """Return the error for xenstored's answer in one word, such as ``ENOENT``; an unknown word becomes EIO.
 
     A domain's quota is ENOSPC in C xenstored, and a word of its own in oxenstored (process.ml).
     """

@@ -1,4 +1,4 @@
-"""Xenstore's names for a vbd: its paths. Pure.
+"""Xenstore's paths of a vbd.
 
 Must not read a value.
 
@@ -34,7 +34,7 @@ class VbdPath:
 
     @property
     def disk(self) -> str:
-        """What people call it: ``5/xvda``."""
+        """The disk's name for people, such as ``5/xvda``."""
         return disk_of(self.frontend_domid, self.devid)
 
     @property
@@ -56,14 +56,14 @@ def domain_path(domid: int) -> str:
 def own_root(domid: int) -> str:
     """Return the directory in which a service makes nodes of its own.
 
-    A domain other than dom0 may write to few places of its directory, of which ``data`` is for anything.
+    A domain other than dom0 may write to few places of its directory; ``data`` is the one for general use.
     Source: libxl `libxl__domain_make`; docs/misc/xenstore-paths.pandoc.
     """
     return f"{domain_path(domid)}/data" if domid else domain_path(domid)
 
 
 def status_root(domid: int) -> str:
-    """Return the directory below which a service shows what becomes of its vbds."""
+    """Return the directory below which a service shows the status of its vbds."""
     return f"{own_root(domid)}/xenbackend"
 
 
@@ -73,10 +73,10 @@ def libxl_path(path: VbdPath) -> str:
 
 
 def parse_backend_path(path: str, own_domid: int) -> tuple[VbdPath, str] | None:
-    """Return the vbd that a path lies in and the rest below it, or None when it is not in the directory of one vbd.
+    """Return the vbd that a path belongs to, with the rest of the path; None if it is not in a vbd's directory.
 
     A path that begins with ``backend/`` is relative to our own domain, `own_domid`, as in an event of a relative watch.
-    Numbers are plain decimals in range: a node that a toolstack would not make is nobody's vbd.
+    Numbers must be plain decimals in range: a node that no toolstack would make is not a vbd.
     """
     match = _BACKEND.fullmatch(path)
     if match is None:
@@ -89,9 +89,9 @@ def parse_backend_path(path: str, own_domid: int) -> tuple[VbdPath, str] | None:
 
 
 def parse_domain_directory(path: str) -> tuple[str, int] | None:
-    """Return kind and frontend's domain of a directory that has the vbds of one domain, or None when it is none.
+    """Return kind and frontend's domain of a directory with the vbds of one domain; None if it is another path.
 
-    That is what a toolstack removes with the last vbd of a domain.
+    A toolstack removes that directory with the last vbd of the domain.
     """
     match = _OF_DOMAIN.fullmatch(path)
     return (match[2], int(match[3])) if match else None

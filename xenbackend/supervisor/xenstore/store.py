@@ -2,12 +2,12 @@
 
 Must not interpret a key, and must not run a thread.
 
-It stands on the lower half of pyxs: packets, operation numbers and the packet connection. The upper half is left alone
-for two faults of pyxs 0.4.1: a call in flight while xenstored goes away never returns, and `Monitor.wait` can spin for
+It uses the lower half of pyxs: packets, operation numbers and the packet connection. The upper half is not used because
+of two faults of pyxs 0.4.1: a call in flight while xenstored goes away never returns, and `Monitor.wait` can spin for
 ever on an event of a watch that was removed meanwhile.
 
-A connection is either in step or lost. Whatever breaks it (end of file, a deadline, a reply that is not ours) closes
-it and raises StoreError, and every later call raises at once until `reconnect`.
+A connection is either in step or lost. Anything that breaks it (end of file, a deadline, a reply to no request of ours)
+closes it and raises StoreError. Every later call raises at once until `reconnect`.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from xenbackend.supervisor.xenstore.nodes import Nodes, Request
 T = TypeVar("T")
 
 XENSTORE_PAYLOAD_MAX = 4096  # io/xs_wire.h
-_ANSWER_MAX = 1 << 20  # over a socket oxenstored answers a long directory in one piece, whatever the header says
+_ANSWER_MAX = 1 << 20  # bytes; over a socket oxenstored sends a long directory in one piece, beyond the header's limit
 _NUMBERS = dict(zip(Op._fields, Op, strict=True)) | {"DIRECTORY_PART": 22}  # io/xs_wire.h; the last one is not in pyxs
 _HEADER = struct.Struct("=IIII")  # io/xs_wire.h, "struct xsd_sockmsg": type, req_id, tx_id, len
 
 TIMEOUT_S = 10.0
-ATTEMPTS = 20  # of a transaction; with the pauses about a second in all
-_PAUSE_S = 0.001  # before the second attempt at most; doubled up to the next line
+ATTEMPTS = 20  # of a transaction: with the pauses, about a second in all
+_PAUSE_S = 0.001  # longest pause before the second attempt; doubled each time, up to _PAUSE_MAX_S
 _PAUSE_MAX_S = 0.1
-_AT_ONCE = 16  # requests sent before the first answer is read: so many fit into any socket, whatever they write
+_AT_ONCE = 16  # requests sent before the first answer is read: so many of any size fit into a socket
 _EVENTS_PER_CALL = 1024  # packets read by one `events`, so that a flood cannot hold the caller
-_PATHS_PER_TOKEN = 64  # distinct changed paths kept per token; more are said as "something below the watch"
+_PATHS_PER_TOKEN = 64  # distinct changed paths kept per token; if there are more, the watched paths stand for all
 
 
 def find_address() -> str:
@@ -68,7 +68,7 @@ def find_address() -> str:
 class _Transport:
     """A descriptor that pyxs sends through and we read from, with a deadline instead of waiting for ever.
 
-    It tries first and polls afterwards, because the kernel's xenbus device never reports that it can be written.
+    It tries first and polls only then, because the kernel's xenbus device never reports that it can be written.
     """
 
     def __init__(self, fd: int) -> None:
@@ -116,12 +116,12 @@ class _Transport:
 
 
 class _Connection(PacketConnection):  # type: ignore[misc]  # pyxs has no types
-    """pyxs's packet connection on our transport: its own cannot time out and leak a refused socket."""
+    """pyxs's packet connection on our transport. pyxs's own transport has no timeout, and leaks a refused socket."""
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.at_once = _AT_ONCE
-        self.poll: select.epoll | None = None  # shows whether there is something to be read, once anybody wants to know
+        self.poll: select.epoll | None = None  # readable if the connection is; None until `Store.fileno` is called
 
     def connect(self) -> None:
         super().connect()
@@ -131,7 +131,7 @@ class _Connection(PacketConnection):  # type: ignore[misc]  # pyxs has no types
         if self.poll is not None and self.is_connected:
             self.poll.register(self.fileno(), select.EPOLLIN)
 
-    def close(self, silent: bool = True) -> None:  # noqa: FBT001, FBT002 - pyxs's, which calls it by itself, too
+    def close(self, silent: bool = True) -> None:  # noqa: FBT001, FBT002 - pyxs's signature; pyxs calls it, too
         if self.poll is not None and self.is_connected:
             self.poll.unregister(self.fileno())
         super().close(silent)
@@ -146,14 +146,14 @@ class _Connection(PacketConnection):  # type: ignore[misc]  # pyxs has no types
 
 
 class Transaction(Nodes):
-    """The nodes as one transaction sees them; `Store.transact` makes it."""
+    """The nodes as one transaction sees them, made by `Store.transact`."""
 
 
 class Store(Nodes):
     """One connection to xenstore, for one thread. The constructor connects.
 
-    Before sleeping on `fileno`, call `events` until `has_events` is False: they also arrive while a call waits for its
-    reply. What an event costs does not grow with the number of watches.
+    Before you sleep on `fileno`, call `events` until `has_events` is False: events also arrive while a call waits for
+    its reply. The cost of an event does not grow with the number of watches.
     """
 
     def __init__(
@@ -161,12 +161,12 @@ class Store(Nodes):
     ) -> None:
         super().__init__(partial(self._exchange, 0), partial(self._exchange_many, 0))
         self.address = address or find_address()
-        self.why_lost = ""  # the connection, the last time
+        self.why_lost = ""  # why the connection was lost the last time
         self._timeout_s = timeout_s
         self._pause = pause
         self._connection = _Connection(self.address)
         self._request = 0
-        self.counts: dict[str, int] = {}  # events that came, by token of a watch; whoever looks at it clears it
+        self.counts: dict[str, int] = {}  # events that came, by a watch's token; its reader clears it
         self._watches: dict[str, dict[str, None]] = {}  # paths by token
         self._muted: set[str] = set()  # tokens
         self._events: dict[str, dict[str, None]] = {}  # changed paths by token, in order of arrival
@@ -185,13 +185,13 @@ class Store(Nodes):
 
     @property
     def has_events(self) -> bool:
-        """True while `events` would return something without asking."""
+        """True while `events` would return something without reading from the connection."""
         return bool(self._events)
 
     def fileno(self) -> int:
         """Return a descriptor that is readable when events may have come or the connection is lost.
 
-        It is the same one after every `reconnect`, and says nothing while there is no connection.
+        It stays the same after `reconnect`, and is never readable while there is no connection.
         """
         if self._connection.poll is None:
             self._connection.poll = select.epoll()
@@ -210,9 +210,9 @@ class Store(Nodes):
         self._connection.close()
 
     def reconnect(self) -> None:
-        """Connect anew and set all watches again. Each of them fires at once, as xenstore does, so re-read everything.
+        """Connect anew and set all watches again. As always in xenstore, each fires at once, so re-read everything.
 
-        Raises: StoreError, and the watches are still remembered for the next try.
+        Raises: StoreError; the watches are remembered for the next try.
         """
         self.disconnect()
         self._events.clear()
@@ -227,7 +227,7 @@ class Store(Nodes):
         return int(text)
 
     def watch(self, path: str, token: str) -> None:
-        """Ask for an event (path, token) at once and whenever the node or one below it changes or goes away."""
+        """Ask for an event (path, token) at once, and whenever the node or one below it changes or is removed."""
         paths = self._watches.setdefault(token, {})
         if path in paths:
             return
@@ -241,23 +241,23 @@ class Store(Nodes):
             raise
 
     def unwatch(self, path: str, token: str) -> None:
-        """Take a watch back; no event of it is reported any more. A watch that was never set is fine."""
+        """Remove a watch; no event of it is reported any more. Removing a watch that was never set is no error."""
         if path not in self._watches.get(token, ()):
             return
         self._forget_watch(path, token)
         if token not in self._watches:
             self._events.pop(token, None)
-        with suppress(StoreError):  # lost connections have no watches either, nor has one that is muted
+        with suppress(StoreError):  # a lost connection or a muted token has no watches
             self._ask("UNWATCH", (path, token), b"")
 
     def mute(self, *tokens: str) -> None:
-        """Take back the watches with these tokens until `unmute`."""
+        """Remove the watches with these tokens until `unmute`."""
         loud = [each for each in tokens if each in self._watches and each not in self._muted]
         self._muted.update(loud)
         self._of_each("UNWATCH", loud)
 
     def unmute(self, *tokens: str) -> None:
-        """Set the watches with these tokens again; each fires at once. Where that fails, `reconnect` does it."""
+        """Set the watches with these tokens again; each fires at once. If this fails, `reconnect` sets them."""
         muted = [each for each in tokens if each in self._muted]
         self._muted.difference_update(muted)
         self._of_each("WATCH", muted)
@@ -265,8 +265,8 @@ class Store(Nodes):
     def events(self) -> list[tuple[str, str]]:
         """Return what changed since the last call as (path, token), each pair once, without blocking.
 
-        The memory for it is bounded by the number of watches: beyond a limit of paths per token, the watched paths
-        themselves stand for "anything below". Raises: StoreError when the connection is lost.
+        The memory that this takes is bounded by the number of watches: if too many paths of one token have changed, the
+        watched paths stand for anything below them. Raises: StoreError when the connection is lost.
         """
         transport = self._transport()
         for _ in range(_EVENTS_PER_CALL):
@@ -282,9 +282,9 @@ class Store(Nodes):
         return found
 
     def transact(self, body: Callable[[Transaction], T], attempts: int = ATTEMPTS) -> T:
-        """Call `body` in a transaction and commit it, again from the start while others interfere (EAGAIN).
+        """Call `body` in a transaction and commit it. Begin again while others interfere (EAGAIN).
 
-        What `body` raises aborts the transaction. Raises: StoreError, with EAGAIN after the last attempt.
+        An exception in `body` aborts the transaction. Raises: StoreError, with EAGAIN after the last attempt.
         """
         for attempt in range(attempts):
             try:
@@ -327,16 +327,16 @@ class Store(Nodes):
             self._muted.discard(token)
 
     def _exchange(self, transaction: int, operation: str, strings: Sequence[str], tail: bytes) -> bytes:
-        """Send one request and return the payload of its reply, noting the events that come in between."""
+        """Send one request and return the payload of its reply. Events that come in between are noted."""
         what = f"xenstore: {operation.lower().replace('_', ' ')} {strings[0]}"
         payload = _payload(what, strings, tail)
         return self._take_reply(operation, self._send(transaction, operation, payload), what)
 
     def _exchange_many(self, transaction: int, operation: str, requests: Sequence[Request]) -> list[bytes | StoreError]:
-        """Send requests of one operation, and return the payload of each one's reply or what was wrong with it.
+        """Send requests of one operation, and return the payload or the error of each.
 
-        Many are sent before the first answer is waited for, which takes most of the time. Raises: StoreError when the
-        connection is lost.
+        Many are sent before the first answer is awaited, since waiting takes most of the time. Raises: StoreError when
+        the connection is lost.
         """
         answers: list[bytes | StoreError] = []
         for first in range(0, len(requests), self._connection.at_once):
@@ -358,7 +358,7 @@ class Store(Nodes):
         self._transport().deadline = time.monotonic() + self._timeout_s
         self._request = (self._request + 1) & 0xFFFFFFFF
         try:
-            # Packet(...) would refuse operations that are younger than pyxs.
+            # Packet(...) would refuse operations that are newer than pyxs.
             packet = Packet._make((_NUMBERS[operation], self._request, transaction, len(payload), payload))
             self._connection.send(packet)
         except PacketError as error:
@@ -385,7 +385,7 @@ class Store(Nodes):
             raise self._lost(str(error.strerror)) from None
 
     def _note(self, payload: bytes) -> None:
-        """Remember an event, once; drop it when its watch is gone."""
+        """Remember an event once; ignore it if its watch is gone."""
         path, token, *_ = (*nodes.strings(payload), "", "")
         watched = self._watches.get(token)
         if watched and token not in self._muted:
@@ -408,7 +408,7 @@ class Store(Nodes):
 
 
 def _payload(what: str, strings: Sequence[str], tail: bytes) -> bytes:
-    """Return NUL-terminated strings and a raw tail as one payload. Raises: StoreError when the wire cannot carry it."""
+    """Return NUL-terminated strings and a raw tail as one payload. Raises: StoreError, if xenstore cannot carry it."""
     if any("\0" in each for each in strings):
         raise StoreError(f"{what!r}: a path, token or permission must not hold NUL", errno_module.EINVAL)
     payload = b"".join(nodes.encode(each) + b"\0" for each in strings) + tail

@@ -1,11 +1,11 @@
-"""Attaches and detaches a vbd without xl: writes what libxl writes, and waits for what the service answers.
+"""Attaches and detaches a vbd without xl: writes what libxl writes, and waits for the service's answer.
 
-Must not serve, and must not start anything: who waits here has the service running elsewhere.
+Must not serve, and must not start anything: the service runs elsewhere.
 
-The backend's directory is born in state InitWait, so that the kernel's own blkback, which only takes vbds in state
-Initialising, leaves it alone. Then the service is asked for it as a hotplug script does, and the frontend's directory
-follows once the chain is open: a guest never sees a disk that cannot be served. An entry below ``/libxl`` lets
-``xl block-list``, ``xl block-detach`` and ``xl destroy`` know the vbd; it is not in the domain's configuration, so it
+The backend's directory is made in state InitWait, so that the kernel's own blkback, which only takes vbds in state
+Initialising, leaves it alone. Then the service is asked to serve it, as a hotplug script asks. The frontend's directory
+is made once the chain is open, so a guest never sees a disk that cannot be served. By an entry below ``/libxl``,
+``xl block-list``, ``xl block-detach`` and ``xl destroy`` know the vbd. It is not in the domain's configuration, so it
 is lost when the domain is saved, migrated or rebooted.
 
 Source of the keys: libxl `device_disk_add`, `libxl__device_generic_add`, `libxl__initiate_device_generic_remove`.
@@ -32,7 +32,7 @@ from xenbackend.supervisor.xenstore.store import Store
 
 CONNECT_TIMEOUT_S = 40.0  # libxl's for a hotplug script
 DETACH_TIMEOUT_S = 10.0  # libxl's
-_NOTE_S = 2.0  # for the service to take note
+_NOTE_S = 2.0  # for the service to enter the order into its ledger
 _LOOK_S = 0.01  # between two looks for a device
 _SCRIPT = "/etc/xen/scripts/block-xenbackend"
 _TOKEN = "toolstack"  # noqa: S105 - a watch's token
@@ -54,12 +54,12 @@ class Attachment:
 
 
 def vbd_path(store: Store, domid: int, vdev: str, kind: str = "vbd") -> VbdPath:
-    """Return the path of a vbd that dom0 is the backend of, where we run there. Raises: ConfigError, StoreError."""
+    """Return the path of a vbd with dom0 as its backend. Raises: ConfigError, if we are not in dom0; StoreError."""
     return VbdPath(kind, _dom0(store), domid, vdev_to_devid(vdev))
 
 
 def find_vbd(store: Store, disk: DiskName) -> VbdPath:
-    """Return the path of a disk, whose domain may be called by its guest's name. Raises: ConfigError, StoreError."""
+    """Return the path of a disk, whose domain may be given by its guest's name. Raises: ConfigError, StoreError."""
     backend_domid, domid = _dom0(store), disk.domid
     if domid is None:
         domids = [int(each) for each in store.directory("/local/domain") if each.isdigit()]
@@ -71,7 +71,7 @@ def find_vbd(store: Store, disk: DiskName) -> VbdPath:
 
 
 def _dom0(store: Store) -> int:
-    """Return the number of our own domain. Raises: ConfigError where that is not dom0, which makes guests' nodes."""
+    """Return the number of our own domain. Raises: ConfigError, if it is not dom0, which alone makes guests' nodes."""
     domid = store.own_domid()
     if domid:
         raise ConfigError(
@@ -82,7 +82,7 @@ def _dom0(store: Store) -> int:
 
 
 def find_attached(store: Store, disk: DiskName) -> VbdPath:
-    """Return the path of a disk that some toolstack has attached, of the kind that it has. Raises: as `find_vbd`."""
+    """Return the path of a disk that a toolstack has attached, with its actual kind. Raises: as `find_vbd`."""
     path = find_vbd(store, disk)
     if disk.kind:
         return path
@@ -106,12 +106,12 @@ def attach(
         service: the control socket of the service.
         timeout_s: how long to wait for the chain to be open, None for as long as it takes. When the time is up, the
             service goes on: the guest gets the disk once it is open.
-        patience_s: how long to wait for the service to let go of a vbd that could not be opened.
+        patience_s: how long to wait for the service to close a vbd that could not be opened.
         waiting: called now and then while the chain is opened.
 
-    Raises: ChainError, and ServiceError where no service answers, before anything is touched; ConfigError where the
-    domain or the place is not free; ServiceError with the service's sentence; then everything is removed again unless
-    its code is UNDER_WAY.
+    Raises: before anything is touched, ChainError, ServiceError if no service answers, and ConfigError if there is no
+    such domain or the disk is there already. Afterwards ServiceError with the service's sentence; everything is then
+    removed again unless its code is UNDER_WAY.
     """
     parse_chain(wanted.chain)
     store.transact(lambda nodes: _check_place(nodes, wanted))
@@ -144,7 +144,7 @@ def wait_until_connected(store: Store, path: VbdPath, timeout_s: float) -> None:
 
 
 def wait_until_there(device: Path, timeout_s: float, pause: Callable[[float], object] | None = None) -> None:
-    """Return when our own kernel has made a block device of a connected disk, which it does a moment later.
+    """Return when our own kernel has made the block device of a connected disk, which takes a moment.
 
     Raises: XenbackendError.
     """
@@ -164,15 +164,15 @@ def detach(
     waiting: Waiting | None = None,
     service: str = "",
 ) -> None:
-    """Ask both ends to let go of a vbd, wait, and remove its directories.
+    """Ask both ends to close a vbd, wait until they have, and remove its directories.
 
     Args:
         store: the connection.
         path: the vbd.
         timeout_s: how long to wait for the backend to say Closed.
-        force: take the frontend's directory away first, whatever the guest still does with the disk.
+        force: remove the frontend's directory first, even if the guest still uses the disk.
         waiting: called now and then.
-        service: the control socket of the service, which takes note of the order where it can; empty: of none.
+        service: the control socket of the service, which enters the order into its ledger if it can; empty: none.
 
     Raises: ConfigError when there is no such vbd; ServiceError with code UNDER_WAY when it is still in use and `force`
     is not given.
@@ -192,10 +192,10 @@ def detach(
 
 
 def _note_detach(service: str, path: VbdPath) -> int | None:
-    """Let the service know who detaches a disk, and return the order's number; None where it does not take it."""
+    """Enter the order into the service's ledger, and return its number; None if the service does not take it."""
     try:
         answer = call(service, {"verb": "detach", "vbd": path.disk, "wait": 0}, _NOTE_S)
-    except ServiceError as problem:  # it is still under way, of course
+    except ServiceError as problem:  # the order is still under way, of course
         answer = problem.answer
     return answer.order
 
@@ -251,7 +251,7 @@ def _write_frontend(nodes: Nodes, wanted: Attachment) -> None:
 
 
 def _withdraw(store: Store, path: VbdPath, patience_s: float) -> None:
-    """Take back an attachment that did not succeed."""
+    """Undo an attachment that failed."""
     store.transact(lambda nodes: _request_removal(nodes, path, force=True))
     _wait_for(store, f"{path.backend}/state", lambda state: parse_state(state) is _S.CLOSED, patience_s)
     store.transact(lambda nodes: _remove(nodes, path))
@@ -269,7 +269,7 @@ def _request_removal(nodes: Nodes, path: VbdPath, *, force: bool) -> None:
 
 
 def _remove(nodes: Nodes, path: VbdPath) -> None:
-    """Remove the three directories, and what is left empty above them."""
+    """Remove the vbd's three directories, and those above them that are left empty."""
     nodes.prune(path.frontend, domain_path(path.frontend_domid))
     nodes.prune(path.backend, domain_path(path.backend_domid))
     nodes.prune(libxl_path(path), f"/libxl/{path.frontend_domid}")
@@ -286,7 +286,7 @@ def _wait_for(
     timeout_s: float,
     waiting: Waiting | None = None,
 ) -> str | None:
-    """Wait until the node's value is enough, and return the last value seen."""
+    """Wait until `is_enough` accepts the node's value, or the time is up, and return the last value seen."""
     begun = time.monotonic()
     deadline = begun + timeout_s
     store.watch(node, _TOKEN)
