@@ -1,11 +1,11 @@
-"""How a worker begins: it gets what it cannot get behind walls, and then raises them, before it hears a message.
+"""How a worker starts: it acquires what it cannot get behind walls, then raises them, before it reads a message.
 
-Must not know what walls are made of (`walls.raising`), nor open or import anything once they are up.
+Must not know how walls work (`walls.raising` does), nor open or import anything once they are up.
 
-    have imported   all that we import late, all of our drivers, and those of third parties that the chain names
+    import          what is imported late elsewhere, all built-in drivers, the third-party drivers that the chain names
     close           every descriptor but the supervisor's socket
-    open            what we use by descriptors only: the loop, the host's load, a restricted io_uring
-    raise           the other walls
+    open            what needs only its descriptor later: the loop, files that tell CPU times, a restricted io_uring
+    raise           the remaining walls
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from xenbackend.worker.preload import preload
 
 @dataclass(frozen=True, slots=True)
 class Birth:
-    """What one worker is told of itself.
+    """What a new worker is told about itself.
 
-    pid             its number, as the host knows it
-    drivers         words of its chain that are third parties'
-    why_not_alone   why it sees other processes: empty where it does not, None where nobody tried
+    pid             its process id, as the host knows it
+    drivers         words of its chain that name third-party drivers
+    why_not_alone   why it can see other processes: empty if it cannot, None if nobody tried to prevent it
     """
 
     pid: int
@@ -37,7 +37,7 @@ class Birth:
 
 
 def parse(arguments: list[str]) -> dict[str, str] | None:
-    """Return a command line of pairs by name, without the dashes; None where it is none of ours."""
+    """Return the values of a command line such as ``--socket 3``, by name without dashes; None if it is not valid."""
     names, values = arguments[::2], arguments[1::2]
     found = {name.removeprefix("--"): value for name, value in zip(names, values, strict=False)}
     is_ours = len(names) == len(values) == len(found) and all(name.startswith("--") for name in names)
@@ -46,7 +46,7 @@ def parse(arguments: list[str]) -> dict[str, str] | None:
 
 
 def close_everything_but(near: socket.socket, walls: Walls, birth: Birth) -> Raised:
-    """Import the drivers of third parties, and then have nothing open but the supervisor's socket."""
+    """Import the third-party drivers, then close all descriptors but the supervisor's socket."""
     needs: set[str] = set()
     if walls.mode != "off":
         needs.update(*(driver.needs for driver in load_ahead(birth.drivers)))
@@ -54,20 +54,20 @@ def close_everything_but(near: socket.socket, walls: Walls, birth: Birth) -> Rai
 
 
 def raise_walls(walls: Walls, birth: Birth, raised: Raised) -> None:
-    """Open what is used by its descriptor only, then raise all walls."""
+    """Open what needs only its descriptor later, then raise all walls."""
     if walls.mode != "off":
-        with suppress(KernelError):  # the host has none for us, and threads take its place
+        with suppress(KernelError):  # the host offers us no io_uring: threads do its work
             io_queue.set_aside()
     walls.raise_all(birth.pid, raised, why_not_alone=birth.why_not_alone)
 
 
 def words(text: str) -> tuple[str, ...]:
-    """Return the names in a text such as ``xor,canary``."""
+    """Split a text such as ``xor,canary`` into names."""
     return tuple(each for each in text.split(",") if each)
 
 
 def by_exec(arguments: dict[str, str]) -> tuple[Walls, Birth]:
-    """Return what a worker is told that was started by its command line. Imports everything, where there are walls."""
+    """Return walls and `Birth` of a worker that was started by exec; import everything if there are walls."""
     walls = Walls(arguments.get("walls", "off"))
     if walls.mode != "off":
         preload(arguments["host"])

@@ -14,18 +14,20 @@ from itertools import pairwise
 from xenbackend.block.request import Op, Request
 from xenbackend.worker.image import MAX_IOVECS, Image
 
-_LARGEST_JOINED = 32 * 1024  # bytes; from here on the call saved is less than what joining costs
+_LARGEST_JOINED = 32 * 1024  # bytes; to join larger requests costs more than the call that it saves
 
 
 class CachedImage(Image):
-    """Reads and writes inside `submit`, one call each or one for several neighbours; never sleeps for the disk to read.
+    """Reads and writes within `submit`, by one call for each request or run of neighbours.
+
+    A read does not wait for the disk there, if the file system supports RWF_NOWAIT.
 
     Invariants: R10: a read is answered 0 only when every byte of its iov was written.
     """
 
     how = "preadv and pwritev"
 
-    _read_flags = os.RWF_NOWAIT  # until a file system turns out not to know it
+    _read_flags = os.RWF_NOWAIT  # 0 once the file system has refused it
 
     def submit(self, batch: list[Request]) -> None:
         """Take requests; those that the page cache can serve are given back before this returns."""
@@ -68,7 +70,7 @@ class CachedImage(Image):
         return done, late, rest
 
     def _do_each(self, batch: list[Request]) -> list[Request]:
-        """Do what one call does, and return the rest. This loop runs for nearly every request."""
+        """Do each request that a single call completes, and return the others. Nearly every request is done here."""
         preadv, pwritev, fd, size, flags = os.preadv, os.pwritev, self.fd, self.size, self._read_flags
         odd: list[Request] = []
         for request in batch:
@@ -89,7 +91,7 @@ class CachedImage(Image):
         return odd
 
     def _do_odd(self, request: Request, done: list[Request]) -> None:
-        """Do what the fast way could not: cold, short, refused, flush, discard, past the end."""
+        """Do a request that the fast path could not: uncached, short, refused, a flush, a discard, past the end."""
         if request.op == Op.WRITE or (request.op == Op.DISCARD and not self.is_inside(request)):
             self.do(request)
             done.append(request)
@@ -97,7 +99,7 @@ class CachedImage(Image):
             self.start(request)
 
     def _do_joined(self, batch: list[Request], done: list[Request]) -> list[Request]:
-        """Do runs of neighbours by one call each; return those that are in no run, or whose run was cut short."""
+        """Do each run of neighbours by one call; return requests that are in no run, or whose run was not completed."""
         rest: list[Request] = []
         for run in _runs(batch):
             if len(run) > 1 and self._do_run(run):
@@ -117,7 +119,7 @@ class CachedImage(Image):
                 moved = os.pwritev(self.fd, iov, first.offset)
             else:
                 return False
-        except OSError:  # each by itself then, so that each gets its own status
+        except OSError:  # then each is done by itself, and gets its own status
             return False
         if first.offset + moved != end:
             return False
@@ -136,7 +138,7 @@ def _are_neighbours(one: Request, other: Request) -> bool:
 
 
 def _runs(batch: list[Request]) -> list[list[Request]]:
-    """Cut a batch where one request does not continue the one before it, or a run gets too long for one call."""
+    """Cut a batch into runs of neighbours, none with more pieces than one call takes."""
     runs = [[batch[0]]]
     pieces = len(batch[0].iov)
     for before, request in pairwise(batch):

@@ -1,10 +1,10 @@
-"""The callbacks of one layer: descriptors that it watches, timers, ends of threads; stopped where they fail for ever.
+"""The callbacks of one layer: watched descriptors, timers, finished threads; stopped if they keep failing.
 
 Must not know what a callback is for.
 
-A callback that fails is a bug of its layer (D8). One that is called for a descriptor that stays readable would fail
-again at once, and keep a processor busy: after BURST failures, of which one more is allowed every REFILL_S, nothing of
-the layer is called any more until `resume`. What was due meanwhile is called then.
+A callback that fails is a bug of its layer (D8). If it is called for a descriptor that stays readable, it would fail
+again at once, and keep a processor busy. So after BURST failures (one more is allowed every REFILL_S) no callback of
+the layer is called until `resume`, which then calls those that were due meanwhile.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Call = Callable[[], None]
 
 
 class Callbacks:
-    """Those of one layer, called `layer` where it is stopped: `on_stopped` gets a sentence then."""
+    """The callbacks of the layer that people know as `layer`; `on_stopped` gets a sentence when they are stopped."""
 
     def __init__(self, reactor: Reactor, layer: str, on_stopped: Callable[[str], None]) -> None:
         self._reactor = reactor
@@ -67,7 +67,7 @@ class Callbacks:
         self._reactor.call_soon_threadsafe(partial(self._call_or_hold, function))
 
     def resume(self) -> None:
-        """Go on where they were stopped."""
+        """Watch again after a stop, and call what was due meanwhile."""
         if not self.is_stopped:
             return
         self.is_stopped = False

@@ -1,10 +1,10 @@
 """What a worker says to its supervisor: where it stands, replies, memories to keep, log lines within a budget.
 
-Must not wait for a supervisor that does not listen, nor let a guest fill the log: lines come out of buckets that refill
-slowly, complaints about a guest out of one, alarms out of another, because a guest may find out how to raise them.
+Must not wait for a supervisor that does not read, nor let a guest fill the log: each line is taken from a budget that
+refills slowly. Complaints about a guest and alarms have separate budgets, since a guest may find out how to cause them.
 
-What the socket does not take at once is sent later, in its order; of standings only the newest one is, and log lines
-are left out. A supervisor that is gone hears nothing, and a later one asks where we stand.
+What the socket does not take at once is sent later, in order; of standings only the newest one is kept, and log lines
+are left out. If the supervisor is gone, nothing is sent: the next one asks where the worker stands.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from xenbackend.loop.reactor import Reactor
 from xenbackend.protocol import codec, messages
 from xenbackend.protocol.codes import Code
 
-BURST = 10  # lines before a bucket is empty
+BURST = 10  # lines until a budget is used up
 REFILL_S = 60.0  # seconds for one more; with lines of some 100 bytes a guest makes at most 8 KiB of log an hour
 LINE = 400  # characters of a complaint
 RETRY_S = 0.1  # between two tries while the supervisor reads nothing
-DATAGRAM_MAX = 128 * 1024  # bytes: below any socket's buffer, and `messages.MAX_MESSAGE`
+DATAGRAM_MAX = 128 * 1024  # bytes: less than any socket's buffer, and than `messages.MAX_MESSAGE`
 
 
 class Reports(Protocol):
-    """What hears of a connection: the supervisor, in the end."""
+    """Takes what a connection has to report to the supervisor."""
 
     def stand(self) -> None:
         """Say where the worker stands, if that has changed."""
@@ -51,14 +51,14 @@ class Channel:
         self._socket = near
         self._now = reactor.now
         self._standing = standing
-        self._stood: messages.Standing | None = None  # as last said
-        self._unsent: list[tuple[messages.Message, list[int]]] = []  # with descriptors of our own
+        self._stood: messages.Standing | None = None  # the last one that was sent
+        self._unsent: list[tuple[messages.Message, list[int]]] = []  # with duplicates of the descriptors
         self._retry = reactor.timer(self._send_again)
         self._complaints = Bucket(BURST, REFILL_S, reactor.now)
         self._alarms = Bucket(BURST, REFILL_S, reactor.now)
 
     def stand(self) -> None:
-        """Say where the worker stands, if that has changed: each order changes the number."""
+        """Say where the worker stands, if that has changed; each order changes its number."""
         if self._standing is None:
             return
         standing = self._standing()
@@ -72,19 +72,19 @@ class Channel:
         self._send(messages.Reply(number, code, plain(sentence), data))
 
     def keep(self, name: str, size: int, fd: int) -> None:
-        """Hand over a memory that a successor is to get."""
+        """Hand over a memory that is to be kept for a successor."""
         self._send(messages.Keep(name, size), fd)
 
     def drop(self, name: str) -> None:
-        """Say that a memory is wanted no more."""
+        """Say that no layer wants a memory any longer."""
         self._send(messages.Drop(name))
 
     def disconnected(self, server: str, place: int, inode: int) -> None:
-        """Say that a connection was closed in order."""
+        """Say that a connection to a server was closed with nothing under way, and need not be kept."""
         self._send(messages.Disconnected(server, place, inode))
 
     def complain(self, sentence: str) -> None:
-        """Log something that a guest provoked, while the budget lasts; what was left unsaid is counted."""
+        """Log something that a guest provoked, while the budget lasts; lines left out are counted."""
         self._log(self._complaints, "warning", ascii(sentence)[1:-1][:LINE])
 
     def alarm(self, sentence: str) -> None:
@@ -110,7 +110,7 @@ class Channel:
             self._retry.set(self._now() + RETRY_S)
 
     def _try(self, message: messages.Message, fds: list[int] | tuple[int, ...]) -> bool:
-        """Send a message; False where the socket is full. Nothing is left to do where nobody listens."""
+        """Send a message; False if the socket is full. True also if the supervisor is gone."""
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
         try:
             # Not `socket.send_fds`, which drops the flags that it is given, and so would wait.
@@ -123,12 +123,12 @@ class Channel:
 
 
 def plain(sentence: str) -> str:
-    """Return a sentence as a message takes it: whatever an exception says, it is short enough and can be stored."""
+    """Return any text as a sentence that fits into a message: not longer than SENTENCE_MAX, and valid as UTF-8."""
     return sentence[: messages.SENTENCE_MAX].encode(errors="backslashreplace").decode()[: messages.SENTENCE_MAX]
 
 
 def _fitting(standing: messages.Standing) -> messages.Standing:
-    """Return a standing that fits into a datagram: without the lowest layers where there are too many."""
+    """Return the standing without its lowest layers, if it would not fit into a datagram with them."""
     while len(standing.layers) > 1 and len(codec.encode(standing)) > DATAGRAM_MAX:
         standing = replace(standing, layers=standing.layers[: len(standing.layers) // 2])
     return standing

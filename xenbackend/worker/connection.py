@@ -37,30 +37,30 @@ from xenbackend.worker.polling import Poller
 from xenbackend.worker.queue import Queue
 from xenbackend.worker.retries import Retries
 
-SAFETY_POLL_S = 1.0  # a second line against a lost wake-up; what it finds is counted, and expected to be nothing
-_PATIENCE = 8  # events without work before the next one is made to wait
+SAFETY_POLL_S = 1.0  # a second defence against lost wake-ups; those that it finds are counted, and none is expected
+_PATIENCE = 8  # events without work, after which the next one is delayed
 _MAX_DELAY_S = 0.01
 
 
 class EventChannel:
-    """One ring's event channel. A frontend that kicks without giving work waits longer and longer to be heard."""
+    """One ring's event channel. If a frontend notifies us without giving work, its events are delayed more and more."""
 
     def __init__(self, events: EventChannels, port: int, reactor: Reactor, on_halt: Callable[[str], None]) -> None:
         self.port = port
         self.ring: BackRing
         self.halted = on_halt
-        self.has_fired = True  # and is masked until it is armed again; it is when it is bound
+        self.has_fired = True  # masked until it is rearmed, as it is when it has just been bound
         self._events = events
         self._reactor = reactor
         self._seen = 0
         self._in_vain = 0
 
     def notify(self) -> None:
-        """Kick the frontend."""
+        """Notify the frontend."""
         self._events.notify(self.port)
 
     def rearm(self) -> None:
-        """Let the frontend kick us again."""
+        """Let the frontend notify us again."""
         if not self.has_fired:
             return
         self.has_fired = False
@@ -84,17 +84,17 @@ class EventChannel:
         try:
             self._events.unmask(self.port)
         except Exception:
-            self.has_fired = True  # and still masked: whoever serves the ring next tries again
+            self.has_fired = True  # still masked: the next `serve` of the ring tries again
             raise
 
     def close(self) -> None:
-        """Forget the device: a late timer finds nothing to do."""
-        self._events = None  # type: ignore[assignment]  # nothing asks for them any more
+        """Forget the device, so that a late timer does nothing."""
+        self._events = None  # type: ignore[assignment]  # only a late timer looks at it
 
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """The frontend, and what was agreed with it. `is_inherited`: go on where a predecessor stopped; else it is new."""
+    """The frontend, and what was agreed with it. `is_inherited`: continue where a predecessor stopped."""
 
     host: Host
     domid: int
@@ -104,7 +104,7 @@ class Peer:
 
 @dataclass(frozen=True, slots=True)
 class Below:
-    """What requests go to: the chain's top, and what starts those that were queued below it."""
+    """Where requests go: the chain's top, and `kick`, which starts I/O that was queued below it."""
 
     geometry: Geometry
     submit: Callable[[list[Request]], None]
@@ -126,7 +126,7 @@ class Connection:
     ) -> None:
         """Map the rings and bind the channels; serving begins with the next pass of the loop.
 
-        Raises: KernelError, where the frontend's pages or port cannot be had; then nothing is left behind.
+        Raises: KernelError, if the frontend's pages cannot be mapped or its port not be bound; nothing is left then.
         """
         agreed = self.agreed = peer.agreed
         self.halted = self.trouble = ""  # sentences of what is wrong now
@@ -153,52 +153,52 @@ class Connection:
             self._open_rings(undo, peer, table)
             self._undo = undo.pop_all()
         if not (peer.is_inherited or agreed.goes_on):
-            poison(journal, 0)  # whoever begins anew goes by what he finds
+            poison(journal, 0)  # a guest that starts afresh goes by what the disk holds
         elif poisoned(journal):
             self.engine.flush_failed(poisoned(journal))
         self._poll()
 
     def resume(self) -> None:
-        """Serve on after an administrator's pause, or a flush that failed; what failed is tried again now."""
+        """Continue after an administrator's pause or a failed flush; requests that failed are tried again now."""
         self.engine.let_go(Hold.PAUSE)
         self.engine.let_go(Hold.FLUSH)
 
     def go_on_through(self, chain: Chain) -> None:
-        """Serve on through another chain, which the caller has wired to the engine."""
+        """Continue through another chain, which the caller has wired to the engine."""
         for _, queue in self._by_port.values():
             queue.decoder.sectors = chain.geometry.size // SECTOR
         self.engine.let_go(Hold.SWAP, chain.submit)
 
     def quiet(self, why: Hold) -> Step:
-        """Return a step (`loop.steps`) that takes nothing more, and is done when nothing is in flight."""
+        """Return a step (`loop.steps`) that stops taking requests, and is done when nothing is in flight."""
         return lambda done: self.engine.hold(why, lambda: self._reactor.call_soon(partial(done, 0)))
 
     def close(self, *, hands_over: bool = False) -> None:
-        """Release everything; nothing is in flight. With `hands_over` what is held stays unanswered, for a successor.
+        """Release everything; nothing is in flight. `hands_over`: requests held back stay unanswered, for a successor.
 
-        Raises: what went wrong meanwhile; everything is released all the same.
+        Raises: any error met meanwhile; everything is released all the same.
         """
         self._closed = True
         self._undo.callback(self._counters.publish)
         if not hands_over:
-            self._undo.callback(self.engine.fail_held)  # is called first
+            self._undo.callback(self.engine.fail_held)  # this runs first
         try:
             self._undo.close()
         finally:
-            self.engine.queues.clear()  # they know us: without this, only the garbage collector would find us
+            self.engine.queues.clear()  # a cycle of references ends here, else only the garbage collector would
             self._by_port.clear()
 
     def count_layers(self, figures: Callable[[], list[int]]) -> None:
-        """Publish what the layers of a chain count with the counters, from now on."""
+        """Publish the figures of a chain's layers together with the counters, from now on."""
         self._counters.figures = figures
         self._counters.publish()
 
     def publish_counters(self) -> None:
-        """Bring the counters' page up to date, which is done once a second anyhow."""
+        """Bring the counters' page up to date now; this happens once a second anyhow."""
         self._counters.publish()
 
     def _flush_failed(self, code: int) -> None:
-        poison(self._journal, code)  # first of all: what was lost is reported only once, and we may die any moment
+        poison(self._journal, code)  # first: the kernel reports lost data only once, and we may die at any moment
         self._channel.alarm(describe_failed_flush(code))
         self._channel.stand()
 
@@ -261,7 +261,7 @@ class Connection:
             return
         if records:
             self.engine.go_on_with(records)
-        channel.notify()  # the last kick may have died with the predecessor
+        channel.notify()  # the predecessor may have died before its last notification
 
     def _take_events(self) -> None:
         for port in self._events.pending():
@@ -270,11 +270,11 @@ class Connection:
             self.engine.serve(queue)
 
     def _poll(self) -> None:
-        """Look at idle rings once a second; work that waits there twice in a row was never announced to us."""
+        """Look at idle rings once a second. Requests that wait there at two looks in a row were never announced."""
         if self._closed:
             return
-        poll = WeakMethod(self._poll)  # so that a timer does not keep a frontend that has gone
-        # First: whatever a ring lets out below, the next look is the second line against what it has cost.
+        poll = WeakMethod(self._poll)  # so that the timer does not keep this object after its frontend has gone
+        # First, so that an exception over a ring below does not end these looks.
         self._reactor.call_later(SAFETY_POLL_S, lambda: (again := poll()) and again())
         for queue in self.engine.queues:
             if queue.is_idle and not queue.halted and self._waits(queue):

@@ -1,11 +1,11 @@
-"""Connections that layers of a disk in service have lost, made anew by an opener that the supervisor gives us for that.
+"""Replaces connections that layers of a disk in service have lost, by an opener that the supervisor gives us for that.
 
-Must not wait for one: the disk's other requests, and orders, are served meanwhile.
+Must not wait for a connection: the disk's other requests, and orders, are served meanwhile.
 
     layer         want        the supervisor reads in `Standing` that connections are wanted
-    supervisor    Reconnect   with an opener, which is asked for one after the other
-    opener                    sees the former connection to its end, connects, has the new one kept
-    layer         then        gets the socket, or why there is none
+    supervisor    Reconnect   comes with an opener, which is asked for one connection after another
+    opener                    drains the former connection, connects, has the new one kept
+    layer         then        gets the socket, or the reason why there is none
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class _Want:
 
 
 class Connector:
-    """One worker's; `tell` says to the supervisor where we stand, `part` that a connection need not be kept."""
+    """The connector of one worker. `tell` sends its standing, `part` says that a connection need not be kept."""
 
     def __init__(self, reactor: Reactor, tell: Call, part: Callable[[str, int, int], None]) -> None:
         self._reactor = reactor
@@ -49,11 +49,11 @@ class Connector:
 
     @property
     def wants(self) -> bool:
-        """Whether a connection is wanted, and no opener is there to make it."""
+        """Whether a connection is wanted and there is no opener to make it."""
         return bool(self._wants) and self._opener is None
 
     def want(self, endpoint: Endpoint, place: int, after: After, then: Connected) -> None:
-        """Have a connection made, and `then` called with its socket or with why there is none."""
+        """Have a connection made; `then` gets its socket, or the reason why there is none."""
         self._wants.append(_Want(endpoint, place, after, then))
         self._tell()
 
@@ -62,7 +62,7 @@ class Connector:
         self._part(server, place, inode)
 
     def serve(self, opener: RemoteOpener, done: Call) -> None:
-        """Have all made that are wanted; `done` is called when the opener is asked for nothing more, which is ours."""
+        """Make all wanted connections by `opener`, which is ours from now on; call `done` when that is finished."""
         if self._opener is not None:
             opener.close()
             done()

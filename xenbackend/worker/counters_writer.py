@@ -1,6 +1,6 @@
 """The worker's counters, added up and written where the supervisor and people read them.
 
-Must not be called per request: the engine and its queues count in plain integers, this sums them up once a second.
+Must not be called per request: engine and queues count in plain integers, which are summed up here once a second.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ _SUMS = (
 
 
 class CountersWriter:
-    """Adds what one connection counts to what the page says already: counters outlive both connection and worker."""
+    """Adds the counts of one connection to those that the page has already: counters outlive connection and worker."""
 
     def __init__(self, page: memoryview, engine: Engine) -> None:
-        """Write to `page`, counters.SIZE bytes. A predecessor may have left anything there: a full word wraps."""
+        """Write to `page`, counters.SIZE bytes. A predecessor may have left anything there: sums wrap at 64 bits."""
         self.missed_wakeups = 0
         self.figures: Callable[[], list[int]] = list  # what the layers count; set with the chain
         self._engine = engine
         self._words = page.cast("Q")
         self._before = counters.snapshot(page)
-        self._samples = 0  # that the page has, of this connection
+        self._samples = 0  # of this connection, that the page has already
         self._buckets_before = self._words[counters.HISTOGRAM : counters.HISTOGRAM + counters.BUCKETS].tolist()
         self._by_operation_before = self._words[counters.BY_OPERATION :].tolist()
 
@@ -45,7 +45,7 @@ class CountersWriter:
             words[counters.INDEX[name]] = (self._before[name] + now[name]) & counters.WORD_MAX
         for name in ("in_flight", "latency_max_ns", "look_ns"):
             words[counters.INDEX[name]] = now[name]
-        if now["latency_samples"] != self._samples:  # else nothing has changed in their hundreds of words
+        if now["latency_samples"] != self._samples:  # else the hundreds of words about latency are unchanged
             self._samples = now["latency_samples"]
             self._publish_latency()
         for place, figure in enumerate(self.figures()[: counters.MOST_FIGURES], counters.FIGURES):

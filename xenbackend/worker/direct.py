@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 class DirectImage(Image):
-    """Starts every request at once, but for those that cover a block of the medium only in part.
+    """Starts every request at once, except those that cover a block of the medium only in part.
 
-    Those run alone, in a thread: they wait until nothing else is in flight, and what comes meanwhile is held back,
-    because a write of half a block reads the whole, changes it and writes it back. Only a frontend that ignores our
-    sector size, or an image with smaller sectors than its medium, has such requests.
+    Such a request runs alone, in a thread: it waits until nothing else is in flight, and later requests are held back,
+    because a write of part of a block reads, changes and writes the whole block. Only a frontend that ignores our
+    sector size, or an image with smaller sectors than its medium, causes such requests.
     """
 
     def __init__(self, fd: int, medium: Medium, alignment: Alignment, reactor: Reactor, queue: IoQueue | None) -> None:
@@ -34,7 +34,7 @@ class DirectImage(Image):
         self._held: list[Request] = []  # what came after it
 
     def submit(self, batch: list[Request]) -> None:
-        """Take requests; each is given back later, but for those that are refused."""
+        """Take requests; those that are refused are given back at once, all others later."""
         if self._part is not None:
             self._held += batch
             return
@@ -57,7 +57,7 @@ class DirectImage(Image):
         self._start_part()
 
     def finished(self, batch: list[Request]) -> None:
-        """Give back what has ended, and go on with what was held back."""
+        """Give back requests that have ended, and continue with those that were held back."""
         self._in_flight -= len(batch)
         if batch[0] is self._part:
             self._part = None
@@ -70,7 +70,7 @@ class DirectImage(Image):
             self._start_part()
 
     def settle(self, request: Request, result: int) -> bool:
-        """Set the status for an odd result; memory that direct I/O cannot use is replaced by memory that it can."""
+        """As `Image.settle`; after EINVAL the request is done again, through memory that direct I/O can use."""
         return super().settle(request, -errno.EAGAIN if result == -errno.EINVAL else result)
 
     def _start_part(self) -> None:

@@ -1,6 +1,6 @@
-"""The disk of one worker: its chain, opened, looked at, exchanged for another one, flushed, closed.
+"""The disk of one worker: opens its chain, probes, exchanges, flushes and closes it.
 
-Must not know a ring, nor speak to the supervisor: whoever asks gets an exception or a value.
+Must not know a ring, nor speak to the supervisor: callers get a value or an exception.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class ChainOpener(Opener, Protocol):
 
 
 class Disk:
-    """What the supervisor asked to be opened; `chain` once it is, `text` is its chain."""
+    """The disk that the supervisor wants open. `text` is the text of its chain; `chain` is None until it is open."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Disk:
         """Open nothing yet. `memories` are descriptors by name, ours from now on; the rest is as for `EnvFactory`."""
         self.text = message.chain
         self.chain: Chain | None = None
-        waits = message.may_wait  # for a lock, by asking again and again, and nobody is told meanwhile
+        waits = message.may_wait  # for a lock: the caller tries again and again, and tells nobody meanwhile
         self.files = HostFiles(
             reactor,
             NoOpener(),
@@ -71,19 +71,19 @@ class Disk:
         self._env = EnvFactory(
             reactor, self.files, memories, keep, drop, connections=connections,
             on_report=on_report, on_stopped=on_stopped, give_up=give_up, alarm=alarm, resumes=message.resumes,
-            continues=message.resumes and not message.may_wait,  # else an earlier worker may have only looked
+            continues=message.resumes and not message.may_wait,  # else an earlier worker may have only probed
             serves=True,
         )  # fmt: skip
         self._on_bug = on_bug
 
     @property
     def layers(self) -> list[messages.LayerFacts]:
-        """What each layer said of itself, top first."""
+        """The facts of each layer of the open chain, top first."""
         return [facts_of(layer) for layer in self.chain.layers] if self.chain else []
 
     @contextmanager
     def opening_by(self, opener: ChainOpener) -> Iterator[None]:
-        """Have files opened by `opener` meanwhile, and by nobody afterwards. Its job's second chain is a successor."""
+        """Open files by `opener` in this context, and none afterwards. The second chain of its job is a successor."""
         self._opener = opener
         self.files.opener = opener
         try:
@@ -102,10 +102,10 @@ class Disk:
         return probe(self.text, self._reactor, self.files.opener, read_only=self._read_only)
 
     def check_successor(self, text: str, *, replaces: bool) -> list[str]:
-        """Look at another chain while ours serves on, and return its layers' texts.
+        """Probe another chain while ours stays in service, and return its layers' texts.
 
-        Raises: ConfigError, where it cannot be opened, a guest that uses ours could not use it, or it is not over the
-        same image, unless it `replaces` that.
+        Raises: ConfigError, if it cannot be opened, a guest that uses ours could not use it, or, unless it `replaces`
+        ours, it is over another image or shows that otherwise.
         """
         assert self.chain is not None  # noqa: S101 - the order of messages
         try:
@@ -132,13 +132,13 @@ class Disk:
             raise ConfigError(str(problem)) from problem
 
     def exchange(self, text: str) -> Chain:
-        """Close the chain and open another one; where that fails, open the former one again.
+        """Close the chain and open another one; if that fails, open the former one again.
 
-        Nothing is in flight, and the chain is flushed.
+        Call it with nothing in flight and the chain flushed.
 
-        Raises: XenbackendError where the former one is open again; anything else means that no chain is.
+        Raises: XenbackendError, if the former chain is open again; any other exception means that none is open.
         """
-        with self.files.kept():  # not longer than the opener is asked
+        with self.files.kept():  # only while the opener can be asked
             return self._exchange(text)
 
     def _exchange(self, text: str) -> Chain:
@@ -161,17 +161,17 @@ class Disk:
                 raise RuntimeError(f"{problem}; and then the former chain could not be opened: {second}") from second
             raise
         self.chain, self.text = chain, text
-        self._env.drop_unwanted()  # not before: the former chain would have missed them
+        self._env.drop_unwanted()  # not before: the former chain might have been opened again with them
         return chain
 
     def resume(self) -> None:
-        """Let layers go on whose callbacks were stopped, as they had failed again and again."""
+        """Resume the callbacks of layers that were stopped because they kept failing."""
         self._env.resume()
 
     def flush(self, done: Callable[..., None]) -> None:
-        """Make everything durable that was acknowledged, as a step (`loop.steps`).
+        """Make every answered write durable, as a step (`loop.steps`) that ends with 0 or an errno.
 
-        The chain's completions are ours from now on.
+        `complete` and `contain` of the chain are ours from now on.
         """
         assert self.chain is not None  # noqa: S101 - the order of messages
         chain = self.chain
@@ -186,10 +186,10 @@ class Disk:
                 self._reactor.call_soon(lambda: call(code))
 
         def flushed(batch: list[Request]) -> None:
-            if request in batch:  # what a bug had ended may come back late (D8)
+            if request in batch:  # requests that a bug had ended may come back late (D8)
                 finish(0 if request.status == errno.EOPNOTSUPP else request.status)
 
-        def contain(bug: Exception, _given: object = ()) -> None:  # D8; a bug of one layer must not keep the disk
+        def contain(bug: Exception, _given: object = ()) -> None:  # D8: a layer's bug must not keep the disk open
             self._on_bug(bug)
             finish(0)
 
@@ -204,7 +204,7 @@ class Disk:
             contain(bug)
 
     def close(self) -> None:
-        """Close the chain and release everything. Raises: what the first layer that failed raised."""
+        """Close the chain and release everything. Raises: the exception of the first layer that failed."""
         try:
             if self.chain is not None:
                 self.chain.close()
@@ -215,7 +215,7 @@ class Disk:
 
     @contextmanager
     def _through(self, number: int) -> Iterator[None]:
-        """Have files opened for a chain of the opener's job meanwhile."""
+        """Open files for chain `number` of the opener's job within this context."""
         former, self.files.opener = self.files.opener, self._for_chain(number)
         try:
             yield
@@ -223,7 +223,7 @@ class Disk:
             self.files.opener = former
 
     def _for_chain(self, number: int) -> Opener:
-        assert self._opener is not None  # noqa: S101 - whoever calls is within `opening_by`
+        assert self._opener is not None  # noqa: S101 - callers are within `opening_by`
         return self._opener.for_chain(number)
 
     def _open(self, text: str) -> Chain:
@@ -231,7 +231,7 @@ class Disk:
         return open_chain(parse_chain(text), self._env, read_only=self._read_only, shareable=self._shareable)
 
     def _check_free(self, layer: OpenLayer, *, read_only: bool) -> None:
-        """Refuse a layer whose files somebody else has: to find that out in an exchange would pause the guest."""
+        """Refuse a layer whose files somebody else uses: to find that out during an exchange would pause the guest."""
         if layer.driver.is_filter:
             return
         options = layer.driver.options
@@ -243,7 +243,7 @@ class Disk:
                 self.files.check_free(path, read_only=read_only, shareable=shareable)
 
     def _check(self, text: str, size: int, sector_size: int, former: Geometry | None = None) -> None:
-        """Raise DriverError where a guest that knows the former geometry could not go on with another one."""
+        """Raise DriverError if a guest that uses the former geometry could not continue with another one."""
         former = former or (self.chain.geometry if self.chain else None)
         assert former is not None  # noqa: S101 - there is a chain, or there was one
         if size < former.size:
@@ -258,7 +258,7 @@ class Disk:
 
 
 def number_of(domid: int, vbd: str) -> int:
-    """Return a number that no other disk of this host has; -1 where the vbd is called like none."""
+    """Return a number that no other disk of this host has; -1 if `vbd` does not end in a device number."""
     devid = vbd.rpartition("/")[2]
     return domid << 32 | int(devid) if devid.isdecimal() and len(devid) < 10 else -1
 

@@ -1,16 +1,16 @@
 """One vbd being served: from the rings through the grants into the chain, and back.
 
-Must not read xenstore, log per request, or map anything itself. The data's way, top to bottom:
+Must not read xenstore, log per request, or map anything itself. The path of the data, top to bottom:
 
     Queue.take       slots -> journal entries -> decoded records
     grants.lend      records -> requests whose `iov` is the guest's memory
     submit           the layers; the bottom one does the I/O
-    finish           what the chain gives back
-    grants.settle    what was read, copied to guests without persistent grants
+    finish           takes requests back from the chain
+    grants.settle    copies what was read to guests without persistent grants
     Queue.answer     responses -> ring -> notification
 
-What a request may cost here: no dataclass, no closure, no log line, no exception, no attribute chain deeper than one
-in a loop. Whatever is not a read or write of one whole page leaves the straight way in `_lend_others`.
+To keep requests cheap, this code has no dataclass, no closure, no log line, no exception, and in loops no attribute
+chain deeper than one. Requests that are not reads or writes of one whole page go through `_lend_others`.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from xenbackend.worker.queue import Block, Queue
 from xenbackend.worker.retries import Retries
 
 Call = Callable[[], object]
-_ANSWERS = frozenset((0, errno.EOPNOTSUPP))  # what is no failure
-_NO_FAILED_FLUSH = _ANSWERS | {AWAY}  # one that nobody has tried is tried again
+_ANSWERS = frozenset((0, errno.EOPNOTSUPP))  # statuses that are no failure
+_NO_FAILED_FLUSH = _ANSWERS | {AWAY}  # AWAY: nobody has tried the flush, so it is tried again
 _ROUNDS = 8  # of taking everything and looking for more
 
 
@@ -62,13 +62,13 @@ class Engine:
 
         Args:
             submit: the chain's top.
-            kick: starts what was queued below it.
+            kick: starts I/O that was queued below it.
             grants: the guest's pages.
-            poller: looks for more before the loop sleeps.
+            poller: looks for more requests before the loop sleeps.
             call_soon: calls a function from the loop.
-            channel: hears about the guest, and what an administrator must read.
-            on_flush_failed: is told the errno of a flush that failed, once, before anything else is done about it.
-            retries: requests that failed and are tried again.
+            channel: gets complaints about the guest, and what an administrator must read.
+            on_flush_failed: called once, with the errno of a flush that failed, before anything else happens.
+            retries: keeps requests that failed until they are tried again.
         """
         self.queues: list[Queue] = []
         self.in_flight = 0  # requests lent to the chain
@@ -84,18 +84,18 @@ class Engine:
         self._call_soon = call_soon
         self._channel = channel
         self._on_flush_failed = on_flush_failed
-        self._flushes = 0  # in flight: what comes back with one is looked at one by one
-        self._expects_strays = False  # so is all, for good: what a layer's bug had ended may come back
+        self._flushes = 0  # in flight: while there is one, requests that come back are checked one by one
+        self._expects_strays = False  # as above, for good: requests that a layer's bug had ended may come back
         self._barrier: Barrier | None = None
-        self._waiting: list[Queue] = []  # had to stop taking, for memory or for a barrier
+        self._waiting: list[Queue] = []  # had to stop taking: no memory, a barrier or a hold
         self._failed_flushes: list[Request] = []
         self._replays: deque[list[RingRequest]] = deque()
-        self._disarmed: Queue | None = None  # asks for no event until `look_again`
+        self._disarmed: Queue | None = None  # its frontend need not notify us until `look_again`
 
     def serve(self, queue: Queue) -> None:
-        """Take and submit what waits in one ring; re-arm its event channel once it is empty.
+        """Take and submit the requests that wait in one ring; re-arm its event channel once it is empty.
 
-        Bounded: after a ring full of requests, or a few looks for more, everybody else gets a turn, however fast the
+        Bounded: after a ring full of requests, or a few looks for more, the loop gets its turn, however fast the
         frontend is.
         """
         if queue.halted:
@@ -119,7 +119,7 @@ class Engine:
             self._call_soon(partial(self.serve, queue))
 
     def look_again(self) -> bool:
-        """Before the loop sleeps: see whether the answers just given have brought new requests; True if so."""
+        """Check before the loop sleeps whether the last answers have brought new requests; True if so."""
         queue, self._disarmed = self._disarmed, None
         if queue is None:
             return False
@@ -135,7 +135,7 @@ class Engine:
         return True
 
     def finish(self, batch: list[Request]) -> None:
-        """Answer what the chain gives back."""
+        """Take requests back from the chain, and answer them."""
         if self._flushes or self._expects_strays or self._barrier or len(self.queues) != 1:
             for queue, part in self._sort(batch).items():
                 self._answer(queue, part)
@@ -143,7 +143,7 @@ class Engine:
             self.in_flight -= len(batch)
             queue = self.queues[0]
             if not self.in_flight and queue.is_idle and self.poller.may_look():
-                # The next request will be there within microseconds: the frontend need not kick us for it.
+                # The next request will be there within microseconds: the frontend need not notify us.
                 queue.ring.disarm()
                 queue.is_idle = False
                 self._disarmed = queue
@@ -159,7 +159,7 @@ class Engine:
         self._call_soon(self._go_on)
 
     def let_go(self, why: Hold, submit: Callable[[list[Request]], None] | None = None) -> None:
-        """Serve on, through another chain if `submit` is given; what had failed is tried again."""
+        """End a hold, and enter another chain if `submit` is given; try failed requests again if no hold bars it."""
         self._submit_to_chain = submit or self._submit_to_chain
         self.holds.remove(why)
         if not self.holds.bar_retries():
@@ -168,23 +168,23 @@ class Engine:
         self._call_soon(self._go_on)
 
     def go_through(self, submit: Callable[[list[Request]], None]) -> None:
-        """Enter the chain there from now on; what is in flight comes back as before."""
+        """Enter the chain by `submit` from now on; requests in flight come back as before."""
         self._submit_to_chain = submit
 
     def flush_failed(self, code: int) -> None:
-        """Answer no flush from now on, as one failed with `code`: a frontend takes an error for success, for ever."""
+        """Answer no flush from now on, as one failed with errno `code`: blkfront would take an error for success."""
         if Hold.FLUSH not in self.holds:
             self._on_flush_failed(code)
             self.holds.add(Hold.FLUSH)
 
     def go_on_with(self, records: list[RingRequest]) -> None:
-        """Do what a predecessor had taken from one ring and not answered, in the ring's order, before anything new."""
+        """Do what a predecessor took from one ring and did not answer, in the ring's order, before new requests."""
         self.holds.add(Hold.REPLAY)
         self._replays.append(records)
         self._call_soon(self._go_on)
 
     def fail_held(self) -> None:
-        """Answer what was held back with an error after all: the frontend is going away."""
+        """Answer all requests that were held back, with an error: the frontend is going away."""
         for request in [*self._failed_flushes, *self.retries.give_up()]:
             request.status, tag = request.status or errno.EIO, request.tag
             answer = request
@@ -195,11 +195,11 @@ class Engine:
         self._failed_flushes.clear()
 
     def expect_strays(self) -> None:
-        """Look at each request that comes back: one of an earlier connection's may be among them, after a bug."""
+        """Check each request that comes back: after a bug, requests of an earlier connection may be among them."""
         self._expects_strays = True
 
     def contain(self, bug: Exception, lent: Sequence[Request]) -> None:
-        """End with EIO what a layer still held when it let an exception out (D8)."""
+        """End with EIO the requests that a layer still held when it raised an exception (D8)."""
         self.bugs += 1
         self.expect_strays()
         self._channel.alarm(f"a layer failed, its requests end with an I/O error: {type(bug).__name__}: {bug}")
@@ -219,7 +219,7 @@ class Engine:
         return tag.step is not request if isinstance(tag, Barrier) else tag.owner.has_answered(tag)
 
     def _take_all(self, queue: Queue) -> bool:
-        """Take what waits; False if the ring is not empty yet and somebody will call `serve` again."""
+        """Take what waits; False if the ring is not empty yet, and `serve` will be called again."""
         grants = self._grants
         left = queue.ring.size
         while left > 0:
@@ -238,7 +238,7 @@ class Engine:
                     block.lent = batch
                     self._submit(batch)
                     continue
-                block.plain = False  # some were refused, which must be forgotten when their records are free
+                block.plain = False  # some were refused: their records must be reset when they are freed
                 if batch:
                     self._submit(batch)
                 self._answer_refused(block.taken)
@@ -253,14 +253,14 @@ class Engine:
     def _submit(self, batch: list[Request]) -> None:
         self.in_flight += len(batch)
         try:
-            self._submit_to_chain(batch[:])  # a list of its own: it belongs to the layers from now on
-        except Exception as bug:  # D8: a layer's bug is contained to what it held
+            self._submit_to_chain(batch[:])  # a copy: the list belongs to the layers from now on
+        except Exception as bug:  # D8: a layer's bug costs only the requests that it held
             self.contain(bug, batch)
         if self.holds.reasons:
             self._release()
 
     def _release(self) -> None:
-        """Keep nobody who waits until nothing is in flight waiting for what a layer holds back on purpose."""
+        """If somebody waits until nothing is in flight, have layers pass on what they hold back on purpose."""
         if self.holds.awaits_quiet():
             self.release()
             self._kick()
@@ -270,7 +270,7 @@ class Engine:
             self._submit_again(self.retries.due())
 
     def _submit_again(self, batch: list[Request]) -> None:
-        """Submit what comes from no ring right now."""
+        """Submit requests that do not come from a ring right now."""
         for request in batch:
             request.status = PENDING
             self._flushes += request.op == Op.FLUSH
@@ -279,7 +279,7 @@ class Engine:
             self._kick()
 
     def _lend_others(self, records: Sequence[RingRequest], block: Block | None) -> None:
-        """Lend requests of every kind; those that break a rule are answered at once. `block` is all theirs, if any."""
+        """Lend requests of every kind; answer at once those that break a rule. `block`, if any, holds only these."""
         found = sort_out(records, self._grants)
         self._lend_and_submit(found.data, found.ready, block if found.barrier is None else None)
         self._answer_refused(found.before)
@@ -297,7 +297,7 @@ class Engine:
             self._submit(batch)
 
     def _answer_refused(self, records: Sequence[RingRequest]) -> None:
-        """Answer those that broke a rule; the sentence about the last one is enough."""
+        """Answer records that broke a rule, and complain about the last one of them."""
         refused = [record for record in records if record.refused is not None]
         if not refused:
             return
@@ -313,7 +313,7 @@ class Engine:
         refused[0].owner.answer(batch)
 
     def _sort(self, batch: list[Request]) -> dict[Queue, list[Request]]:
-        """Return what is to be answered by ring; flushes that failed and steps of a barrier are not."""
+        """Return the requests to answer, by ring: without failed flushes and a barrier's steps."""
         batch_of: dict[Queue, list[Request]] = {}
         for request in batch:
             if request.op == Op.FLUSH and request.status not in _NO_FAILED_FLUSH:
@@ -325,7 +325,7 @@ class Engine:
                 continue
             self.in_flight -= 1
             self._flushes -= request.op == Op.FLUSH
-            # A failed flush takes all others with it: the kernel reports what was lost to one of them only.
+            # A failed flush fails all others in flight: the kernel reports lost data to only one of them.
             if request.op == Op.FLUSH and Hold.FLUSH in self.holds:
                 self._failed_flushes.append(request)
             elif isinstance(tag, Barrier):
@@ -380,18 +380,18 @@ class Engine:
         self._call_soon(self._go_on)
 
     def _go_on(self) -> None:
-        """Take the next step of whatever waits for requests in flight."""
+        """Continue what waits for requests in flight: a barrier, a replay, holds, rings."""
         barrier = self._barrier
         if barrier is not None and Hold.FLUSH not in self.holds:
             if self.in_flight:
                 return
-            if barrier.step is None and not len(self.retries):  # else a step, or something before it, is kept
+            if barrier.step is None and not len(self.retries):  # else a step, or a request before it, is kept
                 step = barrier.next_step()
                 if step is not None:
                     self._submit_again([step])
                     return
                 self._end_barrier(barrier)
-        may_replay = Hold.PAUSE not in self.holds or Hold.END in self.holds  # nobody comes after us who could do it
+        may_replay = Hold.PAUSE not in self.holds or Hold.END in self.holds  # at the end nobody after us could do it
         if Hold.REPLAY in self.holds and may_replay and not self._barrier:
             self._replay_next()
         if self.holds:
@@ -404,7 +404,7 @@ class Engine:
             self.serve(queue)
 
     def _replay_next(self) -> None:
-        """Do the next ring's part of what a predecessor left; a barrier among it is waited for."""
+        """Do what a predecessor left, ring by ring; a barrier must end before the next ring's turn."""
         while self._replays and not self._barrier:
             self._lend_others(self._replays.popleft(), None)
         self._kick()

@@ -62,7 +62,7 @@ class WorkerEnv:
     def memory(self, name: str, size: int) -> memoryview:
         """Return `size` bytes, zero at first, that outlive this process: a successor gets the same bytes back.
 
-        Raises: OSError, where the host has no memory for it.
+        Raises: OSError, if the host has no memory for it.
         """
         return self._factory.memory(f"{self._layer}:{name}", size)
 
@@ -97,20 +97,20 @@ class WorkerEnv:
         self._factory.alarm(f"the layer {self._layer}: {sentence}")
 
     def report(self, key: str, value: str) -> None:
-        """Publish a fact about this layer, as it is opened or later."""
+        """Publish a fact about this layer, while it is opened or later."""
         if self.facts.get(key) != value:
             self.facts[key] = value
             self._factory.on_report()
 
 
 class Connections(Protocol):
-    """What keeps connections for a successor, and makes those anew that were lost."""
+    """Keeps connections for a successor, and replaces those that were lost."""
 
     def want(self, endpoint: Endpoint, place: int, after: After, then: Connected) -> None:
         """As `block.driver.Env.reconnect`."""
 
     def parted(self, server: str, place: int, inode: int) -> None:
-        """Keep a connection no more that is closed with nothing under way: the one whose socket had this inode."""
+        """Stop keeping the connection whose socket had this inode: it was closed with nothing under way."""
 
 
 class EnvFactory:
@@ -121,14 +121,14 @@ class EnvFactory:
         files: opens the layers' images.
         memories: descriptors of a predecessor's memories by name; the factory owns and closes them.
         keep: tells the supervisor of a memory, so that a successor can get it. By default a memory is private.
-        drop: tells the supervisor that a memory is wanted no more.
-        connections: keeps those to servers for a successor; None: there will be none.
-        on_report: hears that a layer has published something.
-        on_stopped: gets a sentence when a layer's callbacks are called no more (`worker.callbacks`).
-        give_up: ends this process, as a layer asks for in a sentence; by default it goes on.
+        drop: tells the supervisor that no layer wants a memory any longer.
+        connections: keeps connections to servers for a successor; None: there will be no successor.
+        on_report: called when a layer has published a fact.
+        on_stopped: gets a sentence when a layer's callbacks are stopped (`worker.callbacks`).
+        give_up: ends this process at a layer's request, which is a sentence; by default the process continues.
         alarm: logs a sentence of a layer.
         resumes: a guest may have written through an earlier worker.
-        continues: it was served through the chain that is opened first.
+        continues: an earlier worker served a guest through the chain that is opened first.
         serves: a guest is served.
         is_draft: the image is being made, as `Env` says.
     """
@@ -160,19 +160,19 @@ class EnvFactory:
         self._keep = keep
         self._drop = drop
         self.connections = connections
-        self.is_first = True  # chain of this process, so that a predecessor's connections may have to be ended
+        self.is_first = True  # chain of this process: connections of a predecessor may have to be drained
         self.on_report, self.on_stopped, self.give_up, self.alarm = on_report, on_stopped, give_up, alarm
         self._wanted: set[str] = set()  # by the layers that are being opened
         self._envs: list[WorkerEnv] = []  # of the layers that were opened last
 
     def __call__(self, layer: str, *, read_only: bool = False, shareable: bool = False) -> WorkerEnv:
-        """Return the `Env` of the layer that `layer` names; the same in a successor, different from every other one."""
+        """Return the `Env` of a layer. `layer` names it: uniquely in this chain, and as in a successor."""
         env = WorkerEnv(self, layer, read_only=read_only, shareable=shareable)
         self._envs.append(env)
         return env
 
     def memory(self, name: str, size: int) -> memoryview:
-        """Return the memory called `name`: the predecessor's where it has `size` bytes for good, else fresh and zero.
+        """Return the memory called `name`: the predecessor's if it is sealed at `size` bytes, else a new one of zeros.
 
         Raises: OSError.
         """
@@ -191,12 +191,12 @@ class EnvFactory:
 
     def connect(self, endpoint: Endpoint, place: int) -> socket.socket:
         """Return a connected socket, as `block.driver.Env.connect`. Raises: DriverError."""
-        serves = self.connections is not None  # who only looks must not end the connection of who serves
+        serves = self.connections is not None  # a process that only looks must not end a serving one's connection
         after = After.DEATH if serves and self.is_first and place == 0 else After.NOTHING
         return self.files.connect(endpoint, place, after, keeps=serves)
 
     def reconnect(self, endpoint: Endpoint, place: int, after: After, then: Connected) -> None:
-        """Have a connection made anew; in a thread where this process makes its own."""
+        """Replace a connection; in a thread, if this process makes its connections itself."""
         if self.connections is not None:
             self.connections.want(endpoint, place, after, then)
             return
@@ -215,17 +215,17 @@ class EnvFactory:
         self.reactor.run_in_thread(connect, tell)
 
     def begin(self) -> None:
-        """Take note that layers are opened anew."""
+        """Prepare for a chain that is about to be opened."""
         self._wanted.clear()
         self._envs.clear()
 
     def resume(self) -> None:
-        """Let layers that were stopped go on."""
+        """Resume the callbacks of layers that were stopped."""
         for env in self._envs:
             env.callbacks.resume()
 
     def drop_unwanted(self) -> None:
-        """Forget the memories that no layer asked for since `begin`: what is written now, they do not see."""
+        """Drop the memories that no layer has asked for since `begin`: they miss what is written from now on."""
         self.is_first = False
         for name in [name for name in self._memories if name not in self._wanted]:
             os.close(self._memories.pop(name))

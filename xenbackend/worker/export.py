@@ -1,13 +1,13 @@
 """A disk exported by NBD on a Unix socket, for a device model to boot from while no ring is connected.
 
-Must not be there together with a connection: a chain has one layer above it (D10). The export has the chain's top from
-its making until `close` calls back; then nothing of it is in flight any more.
+Must not exist together with a connection: a chain has one user (D10). The export uses the chain from its creation until
+`close` calls back; then none of its requests is in flight.
 
     device model ── socket ── Client ── Job ── Requests ── chain
                               bytes     memory  of `LARGEST` bytes at most
 
-A client may be hostile: it can use up the slots and the memory of this disk's export for as long as it takes to be
-thrown out, and nothing else.
+A client may be hostile: it can use up the slots and the memory of this disk's export until it is thrown out, and
+nothing else.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     from xenbackend.loop.reactor import Reactor
 
 MAX_CLIENTS = 8
-SLOTS = 64  # requests of clients in flight, of all of them
-MEMORY = MAX_BLOCK  # bytes of data in flight, of all clients: one request of the greatest size
-LARGEST = 1 << 20  # bytes of one read or write in the chain: what a ring's largest has, so layers meet no other
+SLOTS = 64  # requests in flight, of all clients together
+MEMORY = MAX_BLOCK  # bytes of data in flight, of all clients together: one request of the greatest size
+LARGEST = 1 << 20  # bytes of one read or write in the chain: as a ring's largest, so that layers get no larger one
 _TICK_S = 1.0  # between two looks for clients that keep us waiting
-_LAST_ANSWERS_S = 1.0  # for clients to take them when the export ends
+_LAST_ANSWERS_S = 1.0  # for clients to take their last answers when the export ends
 _OPS = {CMD_READ: Op.READ, CMD_WRITE: Op.WRITE, CMD_FLUSH: Op.FLUSH, CMD_TRIM: Op.DISCARD}
 
 
@@ -57,12 +57,12 @@ class Export:
 
         Args:
             listener: the socket, ours from now on.
-            path: of the socket, for people: whoever made it removes it.
-            chain: open, and nobody is above it.
+            path: of the socket, for people; its creator removes it.
+            chain: open, and used by nobody else.
             reactor: the worker's loop.
-            kick: starts what the file engine has queued.
-            channel: hears about clients, and what an administrator must read.
-            on_bug: takes an exception that a layer let out (D8).
+            kick: starts I/O that was queued below the chain.
+            channel: gets complaints about clients, and what an administrator must read.
+            on_bug: gets an exception that a layer raised (D8).
         """
         self.path = path
         self.had_bugs = False
@@ -101,7 +101,7 @@ class Export:
     # What clients ask for -------------------------------------------------------------------------------------------
 
     def reserve(self, client: Client, length: int) -> bool:
-        """Lend a slot and memory to whoever has waited longest, as `Lender.reserve` says."""
+        """See `Lender.reserve`. The client that has waited longest comes first."""
         is_first = not self._waiting or self._waiting[0] is client
         if not is_first or not self._slots or self._memory < length:
             if client not in self._waiting:
@@ -130,7 +130,7 @@ class Export:
         self._lend(batch)
 
     def forget(self, client: Client, why: str) -> None:
-        """Take note that a client has gone."""
+        """Forget a client that has gone; `why`: a sentence if it was thrown out, else empty."""
         if why:
             self._channel.complain(f"a client of the NBD export was thrown out: {why}")
         self._clients.discard(client)
@@ -161,7 +161,7 @@ class Export:
         for request in batch:
             request.status = PENDING
         try:
-            self._chain.submit(batch[:])  # a list of its own: it belongs to the layers from now on
+            self._chain.submit(batch[:])  # a copy: the list belongs to the layers from now on
             self._kick()
         except Exception as bug:  # D8
             self._contain(bug, batch)
@@ -205,7 +205,7 @@ class Export:
         self._lend(batch)
 
     def _note_flush(self, request: Request) -> None:
-        """Let no flush succeed after one that failed: the kernel tells of what was lost only once."""
+        """Let no flush succeed after one that failed: the kernel reports lost data only once."""
         if request.status not in (0, errno.EOPNOTSUPP) and not self._has_lost_writes:
             self._has_lost_writes = True
             why = os.strerror(request.status)
@@ -214,7 +214,7 @@ class Export:
             request.status = errno.EIO
 
     def _contain(self, bug: Exception, given: list[Request]) -> None:
-        """End with EIO what a layer still held when it let an exception out (D8); it may keep the requests."""
+        """End with EIO the jobs whose requests a layer held when it raised an exception (D8); it may keep those."""
         self.had_bugs = True
         self._on_bug(bug)
         for request in given:

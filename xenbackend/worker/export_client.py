@@ -1,7 +1,7 @@
 """One client of an NBD export: its socket, what it asked for, and the answers on their way to it.
 
-Must not call the chain, nor believe a client: what it can make us hold is bounded by what its `Lender` gives out, and
-it is read from again only when it has taken its answers.
+Must not call the chain, nor trust a client: it can make us hold no more than its `Lender` lends, and we read from it
+again only once it has taken its answers.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from xenbackend.nbd.transmission import Command, error_in, parse_command, reply
 if TYPE_CHECKING:
     from xenbackend.loop.reactor import Reactor
 
-HANDSHAKE_S = 10.0  # for a client to say what it wants
-STALL_S = 30.0  # for one that has begun a write, or has answers to take, to go on
+HANDSHAKE_S = 10.0  # for a client to complete its handshake
+STALL_S = 30.0  # for a client to go on with a write that it has begun, or with taking its answers
 _CHUNK = 64 * 1024  # bytes received by one call
 _PIECES = 64  # sent by one call
 
 
 class Job:
-    """One request of a client, from its head on the wire to its answer; it holds a slot of the lender's."""
+    """One request of a client, from its head on the wire to its answer; it holds one of the lender's slots."""
 
     __slots__ = ("client", "command", "data", "left", "status")
 
     def __init__(self, client: Client, command: Command) -> None:
         self.client = client
         self.command = command
-        self.left = 0  # requests that the lender cut it into and that are not back
-        self.status = 0  # the first error of them
+        self.left = 0  # requests into which the lender cut it and which have not come back
+        self.status = 0  # the first of their errors
         has_data = command.kind in (CMD_READ, CMD_WRITE)
         self.data = allocate(command.length).view if has_data else memoryview(b"")
 
@@ -44,16 +44,16 @@ class Lender(Protocol):
     """What a client needs of its export."""
 
     def reserve(self, client: Client, length: int) -> bool:
-        """Lend a slot and `length` bytes of memory; False: `client.resume` is called when there may be some."""
+        """Lend a slot and `length` bytes of memory; if False, `client.resume` is called when they may be free."""
 
     def release(self, length: int) -> None:
         """Take a slot and `length` bytes back."""
 
     def submit(self, jobs: list[Job]) -> None:
-        """Do what jobs ask for; each comes back by `client.answer`."""
+        """Carry out jobs; each of them ends with a call of `client.answer`."""
 
     def forget(self, client: Client, why: str) -> None:
-        """Take note that a client has gone; `why` is a sentence where it was thrown out, else empty."""
+        """Take note that a client has gone; `why`: a sentence if it was thrown out, else empty."""
 
 
 class Client:
@@ -66,12 +66,12 @@ class Client:
         self._lender = lender
         self._reactor = reactor
         self._handshake = Handshake(export)
-        self._received = bytearray()  # and not taken yet
-        self._filling: Job | None = None  # a write whose bytes are not all here
+        self._received = bytearray()  # bytes that are not parsed yet
+        self._filling: Job | None = None  # a write whose data has not all arrived
         self._filled = 0
-        self._refused: bytes | None = None  # the answer to a request whose bytes have to be passed over first
+        self._refused: bytes | None = None  # the answer to a request whose data has to be skipped first
         self._to_skip = 0
-        self._out: deque[tuple[memoryview, Job | None]] = deque()  # a job's memory is released once that was sent
+        self._out: deque[tuple[memoryview, Job | None]] = deque()  # to send; a job's memory is released after its piece
         self._in_flight = 0
         self._is_sending = self._is_reading = self._is_closed = False
         self._takes_more = True
@@ -81,7 +81,7 @@ class Client:
         self._put(memoryview(GREETING))
 
     def answer(self, job: Job, error: int) -> None:
-        """Answer a job with the protocol's error number, and with its data where that was a read."""
+        """Answer a job with the protocol's error number, 0 for success, and with the data of a successful read."""
         self._in_flight -= 1
         has_data = job.command.kind == CMD_READ and not error and not self._is_closed
         if not has_data:
@@ -91,20 +91,20 @@ class Client:
             self._put(job.data, job)
 
     def resume(self) -> None:
-        """Go on where memory or slots were missing, or answers had not been taken."""
+        """Read on after memory or a slot was missing, or after the answers have been taken."""
         if not self._is_closed and self._takes_more and not self._out:
             self._read_on()
             self._take()
 
     def finish(self) -> None:
-        """Take nothing more; go when what is in flight has been answered. A write that is not all here is left."""
+        """Take nothing more, and hang up when all in flight is answered; drop a write that has not all arrived."""
         self._takes_more = False
         self._stop_reading()
         self._drop_partial()
         self._go_if_done()
 
     def check(self, now: float) -> None:
-        """Throw a client out that keeps us waiting."""
+        """Throw the client out if it keeps us waiting."""
         if self._handshake.phase is not Phase.TRANSMISSION:
             if now - self._born > HANDSHAKE_S:
                 self.close(f"it did not come to an end of its handshake in {HANDSHAKE_S:.0f} s")
@@ -112,7 +112,7 @@ class Client:
             self.close(f"it did not go on for {STALL_S:.0f} s")
 
     def close(self, why: str = "") -> None:
-        """Hang up at once; what is in flight comes back to nobody."""
+        """Hang up at once, and drop the answers in flight; `why`: a sentence if the client is thrown out."""
         if self._is_closed:
             return
         self._is_closed = True
@@ -148,7 +148,7 @@ class Client:
         self._take()
 
     def _take(self) -> None:
-        """Take all that is whole."""
+        """Take everything that has arrived completely."""
         jobs: list[Job] = []
         try:
             if self._handshake.phase is not Phase.TRANSMISSION:
@@ -166,7 +166,7 @@ class Client:
             self.finish()
 
     def _take_one(self, jobs: list[Job]) -> bool:
-        """Take the next thing; False where more bytes, or more room, are needed. Raises: NbdError."""
+        """Take the next request, or data of one; False if more bytes, a slot or memory are needed. Raises: NbdError."""
         if self._filling is not None:
             return self._fill(self._filling, jobs)
         if self._refused is not None:
@@ -236,7 +236,7 @@ class Client:
     # Sending --------------------------------------------------------------------------------------------------------
 
     def _put(self, piece: memoryview, job: Job | None = None) -> None:
-        """Send a piece with the next pass of the loop, together with what else there is by then."""
+        """Send a piece in the next pass of the loop, together with others that there are by then."""
         if self._is_closed or not len(piece):
             return
         self._out.append((piece, job))
@@ -274,7 +274,7 @@ class Client:
                 self._lender.release(len(job.data))
 
     def _wait_until_writable(self) -> None:
-        """Have `_send` called when there is room. The loop looks for what can be read: an epoll of our own can be."""
+        """Have `_send` called when the socket has room: our own epoll becomes readable then, which the loop sees."""
         self._stop_reading()
         if self._writable is None:
             self._writable = select.epoll()

@@ -1,6 +1,6 @@
-"""What is known of an open layer, as the supervisor is told.
+"""What the supervisor is told about an open layer.
 
-Must not ask a layer: what it reported when it was opened is all there is.
+Must not have a layer do anything: its geometry, the facts that it reported and the names of its figures are all.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Opens image files and block devices: what may be an image, the lock, and the fastest way to do I/O on it.
+"""Opens image files and block devices: checks that they can be images, locks them, chooses the fastest way of I/O.
 
 Must not do I/O for a guest: `image`, `cached` and `direct` do.
 
 The locks (`kernel.locks`) hang on the image's own open file description, and there is never a second description: a
-write that a killed worker left in flight keeps the description, and with it the locks, until it has landed. Whoever
-gets them therefore knows that no old write can come after his.
+write that a killed worker left in flight keeps the description, and with it the locks, until it has landed. A
+process that gets the locks therefore knows that no earlier write can come after its own.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from xenbackend.worker.io_queue import IoQueue
 
 _LOCK_PAUSE_S = 0.005  # between two tries for a lock
-_LOOKS = 20  # at least: a look for a claim is one for a moment, and of two who look at once one tries again
+_LOOKS = 20  # tries at least: to look for a claim takes one for a moment, which another look may meet
 
 _T = TypeVar("_T")
 
@@ -46,24 +46,24 @@ class Opener(Protocol):
     """What opens files for `HostFiles`: `LocalOpener` in this process, `worker.opener.RemoteOpener` in another one."""
 
     def hold(self, path: str) -> None:
-        """Have a name mean one file until it is `release`d as often. Raises: DriverError, OSError."""
+        """Make a name mean one file until it is `release`d as often as held. Raises: DriverError, OSError."""
 
     def release(self, path: str) -> None:
-        """Take note that what a name was held for is over."""
+        """End one `hold` of a name."""
 
     def open(self, path: str, *, write: bool, claims: bool = False) -> tuple[int, Facts]:
-        """Return a descriptor of an open file description of its own; the name is held.
+        """Return a descriptor of a new open file description, and the facts of the file; the name is held.
 
-        `claims`: have a block device to oneself, as `kernel.claims.open_medium`.
+        `claims`: claim a block device, as `kernel.claims.open_medium`.
 
-        Raises: DriverError; OSError, EBUSY where somebody else uses the device.
+        Raises: DriverError; OSError, with EBUSY if somebody else uses the device.
         """
 
     def is_used_beside(self, path: str, fd: int, access: locks.Access) -> bool:
-        """As `kernel.inuse.is_used_by_another_face`; `fd` is the file's, which is locked by now."""
+        """As `kernel.inuse.is_used_by_another_face`; `fd` is of the file, which is locked by now."""
 
     def why_in_use(self, path: str, access: locks.Access, *, is_claimed: bool, with_names: bool) -> DriverError:
-        """Return why an image cannot be had, which somebody claims, or has locked. Raises: DriverError, OSError."""
+        """Return the error for an image that somebody else claims or has locked. Raises: DriverError, OSError."""
 
     def open_record(self, path: str) -> int:
         """As `block.driver.Files.open_record`."""
@@ -95,16 +95,16 @@ class HostFiles:
 
     Args:
         reactor: the worker's loop.
-        opener: gives it the files, and is closed by whoever made it. Whoever opens a chain by several `HostFiles` gives
-            them the same one. Without one this process opens them itself.
+        opener: opens the files; its creator closes it. Several `HostFiles` for one chain must share one opener. If it
+            is None, this process opens the files itself.
         use_queues: use the kernel's asynchronous I/O where the host has it; else threads do what blocks.
         lock_timeout_s: how long `open` waits for a lock. A successor has to wait for the last writes of its
-            predecessor; for everybody else a lock that is taken is an answer.
-        direct: without it, everything goes through the page cache, whatever a layer asks for.
-        locks: without locks nothing may be written, and what is read may be half of somebody's change.
-        whole: refuse what only a reader could open, because it ends inside a sector.
-        names_users: say who uses an image that is in use. That takes a look at every process: not for who asks often.
-        disk: a number that no other disk has, as `kernel.locks.take` wants it.
+            predecessor; for all others a lock that is taken means that the image is in use.
+        direct: if False, everything goes through the page cache, whatever a layer asks for.
+        locks: if False, take no locks: nothing may be written then, and what is read may be half of a change.
+        whole: refuse an image that ends inside a sector, which only a reader can open.
+        names_users: say who uses an image that is in use. That looks at every process: not for callers that ask often.
+        disk: a number that no other disk has, for `kernel.locks.take`.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class HostFiles:
         self._disk = disk
         self._queues: list[IoQueue] = []
         self._spares = Spares()
-        self._changed: dict[str, int] = {}  # when open files were changed before: to open one to write changes it
+        self._changed: dict[str, int] = {}  # mtime_ns of open files from before: opening one for writing changes it
 
     def open(
         self,
@@ -149,7 +149,7 @@ class HostFiles:
     ) -> Image:
         """Open an image, as `block.driver.Files.open` says."""
         access = locks.access(read_only=read_only, shareable=shareable)
-        opener = self.opener  # by the time the image is closed it may be another one
+        opener = self.opener  # kept, as `self.opener` may be another one when the image is closed
         with ExitStack() as held:
             opener.hold(path)
             held.callback(opener.release, path)
@@ -162,7 +162,7 @@ class HostFiles:
                 )  # fmt: skip
                 if self._whole:
                     blockdev.refuse_part_of_a_sector(medium, path)
-                os.set_blocking(fd, True)  # asynchronous I/O would answer EAGAIN where it has to wait
+                os.set_blocking(fd, True)  # else asynchronous I/O would end with EAGAIN instead of waiting
                 if self._lock(fd, path, access):
                     if step and not (read_only or medium.is_device):
                         size = round_up(medium.size, step)
@@ -178,7 +178,7 @@ class HostFiles:
             raise self._in_use(path, access)  # the file is closed by now, else we would be among its users
 
     def check_free(self, path: str, *, read_only: bool, shareable: bool) -> None:
-        """Refuse an image that somebody else has at the moment; nobody is waited for.
+        """Refuse an image that somebody else uses at the moment, without waiting.
 
         Raises: DriverError, OSError.
         """
@@ -198,7 +198,7 @@ class HostFiles:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Have nobody get the images that are open now while they are closed, and opened again in another chain."""
+        """Keep the images that are open now from others while they are closed, and opened again in another chain."""
         with self._spares.kept():
             yield
 
@@ -236,13 +236,13 @@ class HostFiles:
         return self.opener.read_certificates(directory)
 
     def kick(self) -> bool:
-        """Submit what was queued, at the end of a turn, before the loop sleeps. Returns False: it may."""
+        """Submit queued requests, at the end of a turn, before the loop sleeps. Returns False: it may sleep."""
         for queue in self._queues:
             queue.kick()
         return False
 
     def close(self) -> None:
-        """Release what the images share; all of them are closed."""
+        """Release what the images share; all of them must be closed."""
         while self._queues:
             self._queues.pop().close()
         if self._own is not None:
@@ -257,7 +257,7 @@ class HostFiles:
         return CachedImage(fd, medium, None, self._reactor, self._queue(direct=False))
 
     def _spare(self, path: str, access: locks.Access) -> tuple[int, Facts] | None:
-        """Return a file that is kept while a chain is exchanged, and what it is; None where there is none."""
+        """Return descriptor and facts of a file that is kept during an exchange; None if it is not kept."""
         if not self._spares.are_kept:
             return None
         facts = self.opener.look(path)
@@ -282,9 +282,10 @@ class HostFiles:
         return found
 
     def _lock(self, fd: int, path: str, access: locks.Access) -> bool:
-        """Lock an image, and see that it is not in use by another face; return whether it is ours. Raises: OSError.
+        """Lock an image, and check that it is not in use by another face; return whether we have it. Raises: OSError.
 
-        Of two who come by different faces at once, at least one sees the other, since each has locked its own before.
+        Of two processes that come by different faces at once, at least one sees the other, since each locks its own
+        face before it looks at others.
         """
 
         def attempt() -> bool | None:
@@ -300,21 +301,21 @@ class HostFiles:
         return self.opener.why_in_use(path, access, is_claimed=is_claimed, with_names=self._names_users)
 
     def _patiently(self, attempt: Callable[[], _T | None], timeout_s: float, tries: int = 1) -> _T | None:
-        """Try until there is something, or the time is over and it was tried as often; return it."""
+        """Repeat `attempt` until it returns a value, but not beyond both `timeout_s` and `tries` calls; return that."""
         give_up = time.monotonic() + timeout_s
         while (found := attempt()) is None:
             tries -= 1
             if tries > 0 or time.monotonic() < give_up:
                 time.sleep(_LOCK_PAUSE_S)
-            elif not self._spares.drop():  # else it may have been we, by another face
+            elif not self._spares.drop():  # else what we keep may be in our own way, by another face
                 break
         return found
 
     def _queue(self, *, direct: bool) -> IoQueue | None:
-        """Return the worker's one queue of a kind, or None where the host has none for us."""
+        """Return the worker's one queue of this kind, or None if the host offers us none."""
         if not self._use_queues:
             return None
-        from xenbackend.worker.io_queue import CachedQueue, DirectQueue  # late: who opens files only to look has none
+        from xenbackend.worker.io_queue import CachedQueue, DirectQueue  # late: few that only look need it
 
         kind = DirectQueue if direct else CachedQueue
         for queue in self._queues:

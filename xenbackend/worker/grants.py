@@ -1,18 +1,19 @@
 """The guest's pages as `iov`: mapped once and kept, or copied through our own memory.
 
-Must not parse a request, and must not decide what is answered: a page that cannot be had marks its record refused.
+Must not parse a request, nor decide what is answered: if a page cannot be mapped or copied, its record is marked
+refused.
 
-Two ways, the same four methods, so that the engine does not know which one it has:
+Two classes with the same methods, so that the engine need not know which one it has:
 
     CopiedGrants      one copy call per batch into a private arena: writes before they are submitted, reads before
                       they are answered. Nothing stays mapped, and no guest can change what a driver looks at.
     PersistentGrants  for frontends that offer `feature-persistent`: each page is mapped when it is first seen and stays
-                      mapped, so that I/O goes straight to and from it. A page that cannot be mapped, or is one too
-                      many, goes the other way.
+                      mapped, so that I/O goes straight to and from it. A page that cannot be mapped, or exceeds the
+                      limit, is copied.
 
     lend_plain(records)     requests for records that are one whole page each
     lend(records)           requests for any others; those whose pages fail are marked and left out
-    fetch_indirect(...)     the private copy of the pages that list an indirect request's segments
+    fetch_indirect(...)     copies the pages that list an indirect request's segments to private memory
     settle(records)         after the I/O, before the answer
     abandon, reclaim        for a request that is answered while a layer may still use its memory
 """
@@ -34,8 +35,8 @@ from xenbackend.units import PAGE, SECTOR
 CHUNK = 16 * PAGE  # bytes; most requests fit into one, and then are one buffer for the disk
 CHUNKS_PER_REQUEST = MAX_SEGMENTS * PAGE // CHUNK
 ARENA_CHUNKS = 512  # 32 MiB of addresses; only what is in flight is ever touched
-FREE_SEGMENTS = 32  # of a request whose pages are mapped; one with more of them counts as if it were copied
-MAX_PERSISTENT = 8 * 1056  # pages per vbd, eight rings' worth of what Linux blkback keeps for one
+FREE_SEGMENTS = 32  # of a request whose pages are mapped; with more of them it counts as if it were copied
+MAX_PERSISTENT = 8 * 1056  # pages per vbd: as many as Linux blkback keeps for eight rings
 
 
 class CopiedGrants:
@@ -73,16 +74,16 @@ class CopiedGrants:
         return [record.request for record in lent if record.refused is None]
 
     def reserve(self, record: RingRequest) -> None:
-        """Count a request that needs no memory of the arena as if it did, as far as there is any, until `give_back`."""
+        """Reserve memory of the arena for a request that is not copied, as far as there is any, until `give_back`."""
         chunks = min(-(-record.length // CHUNK), len(self._free))  # a predecessor may have taken any number
         self.held[record] = [self._free.pop() for _ in range(chunks)]
 
     def give_back(self, record: RingRequest) -> None:
-        """Take back what was reserved."""
+        """Release what `reserve` took."""
         self._free.extend(self.held.pop(record))
 
     def settle(self, records: Iterable[RingRequest]) -> None:
-        """Copy what was read to the guest, and take the memory back. For finished requests with `status` 0 or not."""
+        """Copy the data of successful reads to the guest, and take back the memory of all these finished requests."""
         copies: list[CopySegment] = []
         reads: list[tuple[RingRequest, int]] = []
         mine = [record for record in records if record in self.held]
@@ -95,7 +96,7 @@ class CopiedGrants:
             self._free.extend(self.held.pop(record))
 
     def abandon(self, record: RingRequest, request: Request) -> None:
-        """Keep the record's memory from being used again until `request`, which a layer lost, is back."""
+        """Keep the record's memory from being used again until `request`, which a layer lost, comes back."""
         if record in self.held:
             self.held[request] = self.held.pop(record)
 
@@ -104,7 +105,7 @@ class CopiedGrants:
         self._free.extend(self.held.pop(request, ()))
 
     def fetch_indirect(self, record: RingRequest, copy: memoryview) -> None:
-        """Copy the segments of an indirect request into `copy`; marks the record refused where that fails."""
+        """Copy the segments of an indirect request into `copy`; mark the record refused if that fails."""
         left = record.segment_count * SEGMENT_SIZE
         copies = []
         for place, gref in enumerate(record.indirect):
@@ -113,7 +114,7 @@ class CopiedGrants:
         copy[:left] = self._arena.view[:left]
 
     def close(self) -> None:
-        """Release the arena now: a guest may connect faster than old objects go. Nothing of the guest's is mapped."""
+        """Release the arena now: a guest may reconnect faster than old objects are freed. No page of it is mapped."""
         self.held.clear()
         self._arena.view.release()
 
@@ -140,7 +141,7 @@ class CopiedGrants:
                 at += step
 
     def _copy(self, copies: list[CopySegment], owners: list[tuple[RingRequest, int]]) -> None:
-        """Copy in one call; every status is looked at, and one that is not okay refuses the request it belongs to."""
+        """Make all copies by one call; refuse each request for which a copy has a status other than okay."""
         if not copies:
             return
         try:
@@ -163,8 +164,8 @@ class CopiedGrants:
 class PersistentGrants:
     """Pages of the guest that stay mapped: at most `MAX_PERSISTENT`, until `close`.
 
-    What Python needs for the segments of a long request is bounded by the arena, too, as such requests take their place
-    in it: 4096 requests of 256 ragged segments, as a guest may have in flight, took hundreds of MiB.
+    The arena also bounds the memory that Python needs for the segments of long requests, since each of them reserves
+    room in it: 4096 requests of 256 ragged segments, as a guest may have in flight, took hundreds of MiB.
     """
 
     def __init__(self, table: GrantTable, copied: CopiedGrants) -> None:
@@ -175,7 +176,7 @@ class PersistentGrants:
         self._iovs: dict[int, tuple[memoryview]] = {}  # by gref: the whole page as an iov
         self._neighbours: dict[
             int, tuple[list[int], int, memoryview]
-        ] = {}  # by gref: who was mapped with it, and where
+        ] = {}  # by gref: all grefs mapped with it, its index among them, their view
         self._mappings: list[Mapping] = []
         self._reserved: set[RingRequest] = set()
         self.room = copied.room
@@ -202,7 +203,7 @@ class PersistentGrants:
         return lent
 
     def lend(self, records: Iterable[RingRequest]) -> list[Request]:
-        """Return requests for records with data, mapping what has not been seen yet."""
+        """Return requests for records with data, mapping pages that are not mapped yet."""
         lent = []
         elsewhere = []
         for record in records:
@@ -220,10 +221,11 @@ class PersistentGrants:
         return lent + self._copied.lend(elsewhere) if elsewhere else lent
 
     def _iov(self, record: RingRequest) -> Sequence[memoryview]:
-        """Return the record's pages, as one view where they lie side by side. Raises: KeyError for an unknown page.
+        """Return views of the record's pages, one only if they lie side by side. Raises: KeyError if one is not mapped.
 
         They often do: pages are mapped together when a request first brings them, and frontends use them together
-        again. One view instead of sixteen saves 1.5 us of the 64 KiB request's 5 in Python, and the disk's pieces.
+        again. One view instead of sixteen saves 1.5 of the 5 us that a request of 64 KiB takes in Python, and is a
+        single piece for the disk.
         """
         grefs = record.grefs
         if record.spans is None:
@@ -234,7 +236,7 @@ class PersistentGrants:
         return [self._pages[gref][at : at + length] for gref, (at, length) in zip(grefs, record.spans, strict=True)]
 
     def settle(self, records: Iterable[RingRequest]) -> None:
-        """Settle those that went through the arena, or had a place in it."""
+        """Settle those that went through the arena, or had reserved memory in it."""
         records = list(records)
         for record in self._reserved.intersection(records) if self._reserved else ():
             self._reserved.remove(record)
@@ -242,7 +244,7 @@ class PersistentGrants:
         self._copied.settle(records)
 
     def abandon(self, record: RingRequest, request: Request) -> None:
-        """Keep the record's place as `CopiedGrants.abandon` does."""
+        """Keep the record's memory, as `CopiedGrants.abandon` does."""
         self._reserved.discard(record)
         self._copied.abandon(record, request)
 
@@ -258,19 +260,19 @@ class PersistentGrants:
             copy[start:end] = pages[gref][: end - start]
 
     def close(self) -> None:
-        """Unmap everything; no request is in flight. Raises: KernelError, after all has been tried."""
+        """Unmap everything; no request is in flight. Raises: KernelError, after trying all mappings."""
         memory.forget(self._pages.values())
         self._pages.clear()
         self._iovs.clear()
         self._neighbours.clear()
-        with ExitStack() as undo:  # one that cannot be unmapped keeps no other
+        with ExitStack() as undo:  # one that cannot be unmapped must not keep the others
             undo.callback(self._copied.close)
             for mapping in self._mappings:
                 undo.callback(mapping.release)
             self._mappings.clear()
 
     def _map_missing(self, grefs: Sequence[int]) -> bool:
-        """Map the pages that are not mapped yet, side by side; False where they cannot be, or are too many."""
+        """Map the pages that are not mapped yet, side by side; False if they cannot be mapped, or are too many."""
         pages = self._pages
         missing = [gref for gref in dict.fromkeys(grefs) if gref not in pages]
         if not missing:
@@ -291,7 +293,7 @@ class PersistentGrants:
 
 
 def _fill(record: RingRequest, iov: Sequence[memoryview]) -> None:
-    """Make the record's request say what the record says."""
+    """Fill in the request of a record with data."""
     request: Request = record.request
     request.op = 0 if record.operation == BLKIF_OP_READ else 1
     request.offset = record.first_sector * SECTOR

@@ -1,4 +1,4 @@
-"""Why nothing is taken from the rings, and who waits until nothing is in flight.
+"""Why nothing is taken from the rings, and what is to be called once nothing is in flight.
 
 Must not know a request.
 """
@@ -23,7 +23,7 @@ class Hold(Enum):
 
 
 class Holds:
-    """The reasons that stand: nothing is taken while there is any."""
+    """The reasons in force: while there is one, nothing is taken from the rings."""
 
     def __init__(self) -> None:
         self.reasons: set[Hold] = set()
@@ -36,26 +36,26 @@ class Holds:
         return why in self.reasons
 
     def add(self, why: Hold, then: Call | None = None) -> None:
-        """Hold for a reason; `then` is called once, by `quiet`."""
+        """Hold for a reason; `quiet` calls `then`, once."""
         self.reasons.add(why)
         if then is not None:
             self._thens[why] = then
 
     def remove(self, why: Hold) -> None:
-        """Hold no more for this reason."""
+        """Stop holding for a reason, and forget its `then`."""
         self.reasons.discard(why)
         self._thens.pop(why, None)
 
     def bar_retries(self) -> bool:
-        """Return whether even what was taken and has failed must not be done again now."""
+        """Return whether requests that were taken and have failed must not be tried again now."""
         return bool(self.reasons - {Hold.REPLAY})
 
     def awaits_quiet(self) -> bool:
-        """Return whether anybody waits until nothing is in flight."""
+        """Return whether anything is to be called once nothing is in flight."""
         return bool(self._thens)
 
     def quiet(self) -> None:
-        """Nothing is in flight: call who waits for that."""
+        """Call what waits for this: nothing is in flight."""
         thens, self._thens = self._thens, {}
         for then in thens.values():
             then()

@@ -1,4 +1,4 @@
-"""An open image, done by blocking calls: the base of the faster ways, and the way of `sync:`.
+"""An open image with blocking I/O: the base class of the faster ways, and what `sync:` uses.
 
 Must not choose how an image is opened, and must never let a write make a file grow: only `grow` does.
 """
@@ -34,11 +34,11 @@ class Image:
     Args:
         fd: owned from now on, with the lock that hangs on it.
         medium: what it is.
-        alignment: what its direct I/O demands; None when it goes through the page cache.
+        alignment: what its direct I/O demands; None if it goes through the page cache.
         reactor: the worker's loop.
         queue: of asynchronous I/O, if there is one; used by subclasses.
 
-    path    its name, for sentences; empty where that is not known
+    path    its name, for sentences; empty if that is not known
     """
 
     how = "blocking calls"
@@ -57,7 +57,7 @@ class Image:
         self.complete: Complete = _nobody
         self.on_close: Callable[[], None] | None = None
         self.mode = f"{'O_DIRECT' if alignment else 'page cache'}, {self.how}"
-        self._end = medium.end  # what is not there from here on reads as zeros
+        self._end = medium.end  # bytes from here up to `size` are not there, and read as zeros
         self._alignment = alignment or _ANYTHING
         self._reactor = reactor
         self._queue = queue
@@ -69,7 +69,7 @@ class Image:
         self.complete(batch)
 
     def do(self, request: Request) -> None:
-        """Do one request by blocking calls and set its status; every retry and odd case ends here. Any thread may."""
+        """Do one request by blocking calls and set its status; every retry and odd case ends here. For any thread."""
         try:
             self._check_range(request)
             _STEPS[request.op](self, request)
@@ -105,16 +105,16 @@ class Image:
         self._reactor.run_in_thread(partial(self.do, request), partial(self.finished, [request]))
 
     def finished(self, batch: list[Request]) -> None:
-        """Take back what was started."""
+        """Take back requests that were started."""
         self.complete(batch)
 
     def settle(self, request: Request, result: int) -> bool:
-        """Set the status for a result of the queue that is not the full length; False where it was started again."""
+        """Set the status for a result of the queue that is not the full length; False if it was started again."""
         if request.op == Op.FLUSH and result == 0:
             request.status = 0
         elif result < 0 and -result not in {errno.EAGAIN, errno.EINTR}:
             request.status = -result
-        else:  # short, or not now: all of it again, until it is whole
+        else:  # short, or EAGAIN: do all of it again, in a thread
             self.start_in_thread(request)
             return False
         return True
@@ -140,7 +140,7 @@ class Image:
 
     @contextmanager
     def _named(self, what: str) -> Iterator[None]:
-        """Let an error say what failed, and of which file."""
+        """Make an OSError say what failed, and for which file."""
         try:
             yield
         except OSError as error:
@@ -152,7 +152,7 @@ class Image:
         return os.fstat(self.fd).st_blocks * 512
 
     def next_data(self, offset: int) -> tuple[int, int]:
-        """See `block.driver.File`. All requests name their place, so that the descriptor's own may be moved."""
+        """See `block.driver.File`. This moves the descriptor's own offset, which no request uses."""
         start = self._seek(offset, os.SEEK_DATA)
         return start, self._seek(start, os.SEEK_HOLE) if start < self.size else start
 
@@ -160,16 +160,16 @@ class Image:
         try:
             return min(self.size, os.lseek(self.fd, offset, whence))
         except OSError as error:
-            if error.errno == errno.ENXIO:  # nothing but a hole from here on, or nothing at all any more
+            if error.errno == errno.ENXIO:  # there is only a hole from here on, or the file became shorter
                 if not self.medium.is_device and os.fstat(self.fd).st_size < self._end:
                     raise OSError(errno.EIO, "the image has become shorter") from error
                 return self.size
-            if error.errno == errno.EINVAL:  # a block device, or a file system that does not know: all of it is data
+            if error.errno == errno.EINVAL:  # a block device or file system that cannot tell: all of it is data
                 return offset if whence == os.SEEK_DATA else self.size
             raise
 
     def grow(self, size: int, tail: bytes = b"") -> None:
-        """Make the file longer, as `block.driver.File.grow` says. Any thread may, one at a time. Raises: OSError."""
+        """Make the file longer, as `block.driver.File.grow` says. For any thread, one at a time. Raises: OSError."""
         if size <= self.size:
             return
         if self.medium.is_device:
@@ -219,10 +219,10 @@ class Image:
             return
         if rest and request.offset + request.length - sum(map(len, rest)) < self._end:
             raise OSError(errno.EIO, "the image has become shorter")
-        clear(rest)  # past the end: a frontend must not get to see what was in its buffer before
+        clear(rest)  # past the end: a frontend must not see what the buffer held before
 
     def _read_copied(self, request: Request) -> None:
-        """Read what direct I/O cannot: an odd place or length, or memory that the medium cannot use."""
+        """Read through aligned memory what direct I/O cannot: an unaligned range, or into memory that is unsuitable."""
         start, block = self._read_blocks(request.offset, request.length)
         block = block[request.offset - start :]
         for view in request.iov:
@@ -263,8 +263,8 @@ class Image:
     def _write_blocks(self, offset: int, pieces: Sequence[memoryview], length: int) -> None:
         """Write through aligned memory.
 
-        Around a range that is not aligned, what is there is read and written back: nobody else may write to those
-        blocks meanwhile.
+        If the range is not aligned, the rest of the blocks at its ends is read and written back: nobody else may write
+        to those blocks meanwhile.
         """
         if self._covers_part(offset, length):
             start, block = self._read_blocks(offset, length)

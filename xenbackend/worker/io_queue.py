@@ -1,9 +1,9 @@
-"""Requests on their way through the kernel's asynchronous I/O: one queue of each kind for the images of a worker.
+"""Requests on their way through the kernel's asynchronous I/O: one queue of each kind for all images of a worker.
 
 Must not decide which requests come here, nor what becomes of an odd result: the image does.
 
     DirectQueue   Linux AIO, for what goes past the page cache, to and from the guest's own pages
-    CachedQueue   io_uring, for what waits for the page cache: with Linux AIO the loop would wait, too
+    CachedQueue   io_uring, for what the page cache has to wait for: with Linux AIO the loop would wait for it, too
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from xenbackend.kernel.uring import Uring
 if TYPE_CHECKING:
     from xenbackend.loop.reactor import Reactor
 
-_EAGER = 8  # queued: more would leave the disk idle while we queue; measured, a fifth more I/O than without
+_EAGER = 8  # queued: with more the disk would be idle meanwhile; measured, a fifth more I/O than without
 _POLL = 1 << 63  # the user_data of no request
-_set_aside: list[Uring] = []  # behind walls none can be made
+_set_aside: list[Uring] = []  # made before the walls, behind which none can be made
 
 
 def set_aside() -> None:
@@ -30,19 +30,19 @@ def set_aside() -> None:
 
 
 class Owner(Protocol):
-    """Whoever queues requests for a file: an open image."""
+    """What queues requests for a file: an open image."""
 
     fd: int
 
     def settle(self, request: Request, result: int) -> bool:
-        """Set the status for a result that is not the full length; False where the request was started again."""
+        """Set the status for a result that is not the full length; False if the request was started again."""
 
     def finished(self, batch: list[Request]) -> None:
-        """Take back what was started."""
+        """Take back requests that were started."""
 
 
 class IoQueue:
-    """Collects requests until `kick`, and gives back together what has completed together."""
+    """Collects requests until `kick`, and gives back in one batch those that completed together."""
 
     name = ""  # for people
 
@@ -89,19 +89,19 @@ class IoQueue:
         self._ring.close()
 
     def deliver(self) -> None:
-        """Give back what has completed."""
+        """Give back the requests that have completed."""
         done, self._done = self._done, {}
         try:
             while done:
                 image, batch = done.popitem()
                 image.finished(batch)
         finally:
-            if done:  # what a bug of one image lets out must not cost the others theirs
+            if done:  # an exception of one image must not keep the others' requests
                 self._done = done
                 self._reactor.call_soon(self.deliver)
 
     def _start_vector(self, image: Owner, request: Request, number: int) -> None:
-        """Join what lies side by side in memory: a disk's price is per piece."""
+        """Queue a request of several pieces, joined where they lie side by side: a disk's cost is per piece."""
         pieces: list[int] = []
         end = -1
         for view in request.iov:
@@ -111,7 +111,7 @@ class IoQueue:
             else:
                 pieces += (address, len(view))
             end = address + len(view)
-        # More pieces than one call takes come back short, and `settle` does the rest.
+        # A request with more pieces than one call takes comes back short, and `settle` does the rest.
         pieces = pieces[: 2 * MAX_IOVECS]
         ring, op = self._ring, request.op
         if len(pieces) == 2:
@@ -139,9 +139,9 @@ class IoQueue:
 
 
 class DirectQueue(IoQueue):
-    """Linux AIO. While anything is in flight the worker's loop sleeps in `wait`, one call for everything.
+    """Linux AIO. While anything is in flight the worker's loop sleeps in `wait`, a single call for both.
 
-    Raises: KernelError, where the host has none for us.
+    Raises: KernelError, if the host offers us none.
     """
 
     name = "Linux AIO"
@@ -155,7 +155,7 @@ class DirectQueue(IoQueue):
     def wait(self, timeout_s: float | None) -> bool:
         """Submit what is queued and sleep until something has completed or a descriptor of the loop is ready.
 
-        True if one may be ready. What has completed is given back by `deliver`.
+        True if a descriptor may be ready. `deliver` gives back the requests that have completed.
         """
         aio = self._aio
         if not self._is_polling:
@@ -176,9 +176,9 @@ class DirectQueue(IoQueue):
 
 
 class CachedQueue(IoQueue):
-    """io_uring, of which the worker's loop hears as of any descriptor.
+    """io_uring. The worker's loop watches its descriptor, like any other.
 
-    Raises: KernelError, where the host has none for us.
+    Raises: KernelError, if the host offers us none.
     """
 
     name = "io_uring"

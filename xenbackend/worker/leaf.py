@@ -1,12 +1,12 @@
 """A new leaf for a chain in service: an empty image whose parent is the image that the guest writes to.
 
-Must not touch the chain: who calls this lets the guest rest, closes the chain, and opens the new one in its place.
+Must not touch the chain: the caller waits until nothing is in flight, closes it, and opens the new one in its place.
 
 The new image is durable and has its name when `make_leaf` returns. Nothing in it depends on what is written to its
-parent, so it can be made while the guest goes on, in a thread, and the guest rests only for closing and opening:
+parent, so it is made with the guest's requests in flight, and they wait only while chains are closed and opened:
 
     text = make_leaf(chain, ...)         the guest writes to `chain`
-    drain, flush, chain.close()          it rests
+    hold, flush, chain.close()           its requests wait
     open text                            the old image is opened as a parent: read-only, its lock shared
 """
 
@@ -27,11 +27,11 @@ def make_leaf(chain: Chain, opener: RemoteOpener, path: str, image_format: str =
 
     Args:
         chain: open, and perhaps written to at the moment.
-        opener: makes the file, and says where the others are.
-        path: where the new image is to be; never over another file. Only its owner may read it.
+        opener: makes the file.
+        path: name of the new image; it never replaces another file. Only its owner may read it.
         image_format: vhd, qcow2 or qcow; by default the source's own, and over a raw one qcow2.
 
-    Raises: ConfigError, where there cannot be such a child; OSError. Nothing is left at `path` then.
+    Raises: ConfigError, if there cannot be such a child; OSError. Nothing is left at `path` then.
     """
     if any(isinstance(layer.driver, Filter) and layer.driver.keeps_writes for layer in chain.layers):
         raise ConfigError(

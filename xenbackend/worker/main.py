@@ -1,8 +1,8 @@
 """The process that serves one vbd: its start, the messages from the supervisor, its end.
 
-Must not open xenstore, log anywhere but through the supervisor, or outlive it: when the socket closes, the chain is
-closed in order and the process ends. A supervisor that is only started again leaves the socket open meanwhile
-(`supervisor.service.keeper`), and asks the worker where it stands.
+Must not open xenstore, log anywhere but through the supervisor, or outlive it: when the socket closes, the worker
+closes its chain and ends. While a supervisor is only restarted, the socket stays open (`supervisor.service.keeper`),
+and the next supervisor asks the worker where it stands.
 
 Orders and questions wait for their turn on one line, where each is a generator of steps; `Report` and `Command`, which
 change nothing, are answered at once.
@@ -38,8 +38,8 @@ from xenbackend.worker.polling import find_permit
 from xenbackend.worker.stages import NoChainLeft, Stages
 
 MAX_DESCRIPTORS = 2 + messages.MAX_MEMORIES  # beside one message: the journal, an opener, and memories
-LOCK_PAUSE_S = 0.02  # between two tries for the lock of a domain that migrates
-# A verb's errors that are mistakes of whoever asks: no such layer, no such verb, no such argument.
+LOCK_PAUSE_S = 0.02  # between two tries for a lock that a migrating domain still has
+# A verb's errors that are the caller's mistakes: no such layer, no such verb, no such argument.
 _MISTAKES = (errno.ENOENT, errno.EOPNOTSUPP, errno.EINVAL)
 
 
@@ -53,33 +53,33 @@ class Worker:
         self._reactor = Reactor(on_bug=self._on_bug)
         self._channel = Channel(near, self._reactor, self._standing)
         self._line = Line()
-        self._stages: Stages | None = None  # until it is told what to open
-        self._permit = find_permit()  # while this process can still open a file
+        self._stages: Stages | None = None  # until `Open` comes
+        self._permit = find_permit()  # made now, as later this process can open no file
         self._number = -1  # of the last order
         self._under_way: messages.Order | None = None  # the last order that changes something, until it is carried out
         self._failure, self._errno, self._is_mistake = "", 0, False  # of that order
         self._exchange = ""  # the chain that is being put in
         self._measuring = Measuring(self._reactor)
-        self._pausing: list[int] = []  # questions to pause, until nothing is in flight
+        self._pausing: list[int] = []  # ids of `Pause`, until nothing is in flight
         self._has_ended = False
-        self.walls = Raised()  # what became of them; set before it runs
+        self.walls = Raised()  # which ones are up; set before `run`
 
     def run(self) -> None:
         """Serve until `Close`, or until the supervisor is gone."""
         self._reactor.add(self._socket.fileno(), self._take_message)
-        # The data path makes no reference cycles; what start-up made need not be looked at again and again.
+        # The data path makes no reference cycles; objects from the start need not be scanned again and again.
         gc.collect()
         gc.freeze()
         try:
             self._reactor.run()
-        except Exception as bug:  # whoever has an end of ours to explain finds it in the log: there is no stderr
+        except Exception as bug:  # the log is where to look for why a worker ended: there is no stderr
             self._on_bug(bug)
             raise
-        while self._take_message():  # what was asked meanwhile has its reply, too
+        while self._take_message():  # questions that came meanwhile get their replies, too
             pass
 
     def _take_message(self) -> bool:
-        """Take one message; False where there is none."""
+        """Take one message; False if there is none."""
         try:
             datagram, fds, _ = datagrams.receive(self._socket, messages.MAX_MESSAGE, MAX_DESCRIPTORS)
         except BlockingIOError:
@@ -94,7 +94,7 @@ class Worker:
         message = codec.from_supervisor(datagram)
         if isinstance(message, messages.Ask):
             self._take_question(message, _opener_of(message, fds))
-        elif not isinstance(message, messages.Reply):  # nothing was asked yet that could be replied to
+        elif not isinstance(message, messages.Reply):  # a worker asks nothing, so there are no replies
             self._take_order(message, fds)
         return True
 
@@ -149,12 +149,12 @@ class Worker:
 
     def _take_order(self, order: messages.Order, fds: list[int]) -> None:
         if isinstance(order, messages.Report) and self._exchange:
-            self._line.add(self._report(order))  # another service has to know which chain it came to
+            self._line.add(self._report(order))  # not before its end: a new service must know the chain
             return
         self._number = order.number
         if isinstance(order, messages.Report):
             if self._stages is not None:
-                self._stages.publish_counters()  # whoever asks may look at them next
+                self._stages.publish_counters()  # the supervisor may look at them next
         else:
             self._under_way, self._failure, self._errno, self._is_mistake = order, "", 0, False
             self._line.add(self._carry_out(order, _opener_of(order, fds), fds))
@@ -166,27 +166,27 @@ class Worker:
         yield from ()
 
     def _carry_out(self, order: messages.Order, opener: RemoteOpener | None, fds: list[int]) -> Steps[None]:
-        """Do what an order says, and say how it went; `fds` are the descriptors beside it but for the opener's."""
+        """Carry out an order, and say how it went; `fds` are the descriptors beside it, without the opener's."""
         failure, code, is_mistake = "", 0, False
         try:
             if (yield from self._steps_of(order, opener, fds)):
-                return  # it comes again, with its opener
-        except OpenerGone:  # the service has gone, too, or says why: another worker tries again
+                return  # it is tried again, with its opener
+        except OpenerGone:  # the service has gone, too, or logs why: another worker tries again
             os._exit(1)
         except XenbackendError as problem:
             failure, code = plain(str(problem)), getattr(problem, "errno", errno.EINVAL)
             is_mistake = isinstance(problem, ConfigError | DriverError)
-        except Exception as bug:  # whoever ordered it has to know
+        except Exception as bug:  # the supervisor has to know
             self._on_bug(bug)
             failure, code = _of_bug(bug), errno.EIO
-        if self._under_way is order:  # else nobody waits for it any more
+        if self._under_way is order:  # else a later order has taken its place
             self._under_way, self._failure, self._errno, self._is_mistake = None, failure, code, is_mistake
         if opener is not None:
             opener.close()
         self._channel.stand()
 
     def _steps_of(self, order: messages.Order, opener: RemoteOpener | None, fds: list[int]) -> Steps[bool]:
-        """Do what an order says; True where it is tried again later."""
+        """Carry out an order; True if it is tried again later."""
         match order:
             case messages.Open() if self._stages is not None:
                 raise DriverError("a worker opens one chain in its life", errno=errno.EINVAL)
@@ -196,7 +196,7 @@ class Worker:
                 _take_name_of(order.vbd)
                 self._stages = Stages(order, fds, self._reactor, self._channel, self._on_bug, self._permit)
                 self._stages.open(_needed(opener))
-            case messages.Serve() if order is self._under_way:  # else a later order has taken it back
+            case messages.Serve() if order is self._under_way:  # else a later order has taken its place
                 stages = self._opened()
                 if self._awaits_lock(stages, order, opener):
                     return True
@@ -208,13 +208,13 @@ class Worker:
         return False
 
     def _opened(self) -> Stages:
-        """Return what was opened. Raises: DriverError where nothing was, or it is closed again."""
+        """Return the open disk. Raises: DriverError, if nothing was opened or it is closed again."""
         if self._stages is None or self._has_ended:
             raise DriverError("the chain is not open", errno=errno.ENODEV)
         return self._stages
 
     def _awaits_lock(self, stages: Stages, order: messages.Serve, opener: RemoteOpener | None) -> bool:
-        """Open what was only looked at; while somebody else has its lock, let the order come again in a moment."""
+        """Open a chain that was only probed; True if somebody else has its lock, and the order comes again soon."""
         try:
             if not stages.is_open:
                 stages.open_chain(_needed(opener))
@@ -233,7 +233,7 @@ class Worker:
             if self._stages is not None:
                 yield from self._stages.leave(hands_over=hands_over, ends=True)
                 self._stages.close()
-        finally:  # whatever a layer does, the process ends
+        finally:  # whatever a layer raises, the process ends
             self._has_ended = True
             self._reactor.stop()
 
@@ -255,7 +255,7 @@ class Worker:
             self._line.add(steps)
 
     def _what_excludes(self) -> str:
-        """Return a sentence about what is under way, while the chain must not be exchanged."""
+        """Return a sentence about why the chain must not be exchanged now; empty if it may be."""
         if self._exchange:
             return f"the chain is being exchanged already, for {self._exchange}"
         if isinstance(self._under_way, messages.Serve):
@@ -267,7 +267,7 @@ class Worker:
         return ""
 
     def _answer(self, ask: messages.Ask, opener: RemoteOpener | None) -> Steps[None]:
-        """Do what was asked, and reply; it came too early or too late where nothing is open."""
+        """Do what was asked, and reply; if nothing is open, the question came too early or too late."""
         if self._stages is None or self._has_ended:
             self._channel.reply(ask.id, Code.GONE, "the chain is not open")
             if opener is not None:
@@ -281,18 +281,18 @@ class Worker:
             reply = Code.FAILED, str(problem), ""
         except NoChainLeft as problem:
             self._give_up(ask, str(problem))
-        except Exception as bug:  # D8; whoever asked is still waiting
+        except Exception as bug:  # D8; the supervisor is still waiting
             self._on_bug(bug)
             reply = Code.BUG, _of_bug(bug), ""
         if opener is not None:
             opener.close()
-        self._channel.stand()  # first: who hears the reply knows already what has changed
+        self._channel.stand()  # first: the supervisor must know what has changed when it gets the reply
         code, sentence, data = reply
         if data is not None:
             self._channel.reply(ask.id, code, sentence, data)
 
     def _do(self, stages: Stages, ask: messages.Ask, opener: RemoteOpener | None) -> Steps[str | None]:
-        """Do what a question says, and return the reply's data; None where the reply comes later."""
+        """Do what a question says, and return the reply's data; None if the reply comes later."""
         match ask.question:
             case messages.Swap() as question:
                 return (yield from self._swap(stages, question, _needed(opener)))
@@ -330,7 +330,7 @@ class Worker:
         return ""
 
     def _has_paused(self, code: Code = Code.OK, sentence: str = "") -> None:
-        """Reply to whoever asked to pause: nothing is in flight, unless the sentence says otherwise."""
+        """Reply to each `Pause`: nothing is in flight, unless the sentence says otherwise."""
         pausing, self._pausing = self._pausing, []
         for number in pausing:
             self._channel.stand()
@@ -365,21 +365,21 @@ class Worker:
 
 
 def _opener_of(message: messages.Order | messages.Ask, fds: list[int]) -> RemoteOpener | None:
-    """Return the opener that came with a message, if it is one that may open something."""
+    """Return the opener whose socket came with a message; None if none came."""
     place = 1 if isinstance(message, messages.Open) else 0
     patience_s = QUESTION_S if isinstance(message, messages.Ask) else None
     return RemoteOpener(socket.socket(fileno=fds.pop(place)), 0, patience_s) if len(fds) > place else None
 
 
 def _needed(opener: RemoteOpener | None) -> RemoteOpener:
-    """Return the opener. Raises: DriverError where none came."""
+    """Return the opener. Raises: DriverError, if none came."""
     if opener is None:
         raise DriverError("no opener came with it", errno=errno.EINVAL)
     return opener
 
 
 def _take_name_of(vbd: str) -> None:
-    """Be called by one's disk where others say who uses an image."""
+    """Name this process after its disk, for others that say who uses an image."""
     with suppress(KernelError, ConfigError):  # nothing depends on it
         process.rename(f"{users.WORKER}{parse_disk(vbd)}")
 
@@ -406,7 +406,7 @@ def serve(near: socket.socket, walls: Walls, told: birth.Birth) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    """Serve over the socket given by number."""
+    """Serve over the socket whose number is given; return the exit status."""
     given = birth.parse(arguments)
     if given is None:
         print("a worker is started by the service, with --socket and the number of a descriptor", file=sys.stderr)

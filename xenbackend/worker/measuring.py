@@ -1,7 +1,7 @@
-"""Measures the layers of a chain in service for an interval, by order, until that time is over or it is told to end.
+"""Times the layers of a chain in service for an interval, which an order may end early.
 
-Must not be kept waiting by a layer, nor keep an order waiting: timers are put between the layers while requests are in
-flight, and taken away again. Before and afterwards the chain is as if there were none.
+Must not wait for a layer, nor keep an order waiting: timers are put between the layers, and taken away again, while
+requests are in flight. Before and afterwards they cost nothing.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ class Measuring:
         self._under_way: Callable[[], None] | None = None  # ends it
 
     def begin(self, stages: Stages, seconds: float, then: Then) -> None:
-        """Measure, and call `then` after so many seconds, also where the chain was exchanged or closed meanwhile.
+        """Measure for so many seconds, then call `then`, even if the chain was exchanged or closed meanwhile.
 
-        One that is under way ends now, with the times until then: the service begins no second one, and what an earlier
-        one has begun nobody waits for. 0 seconds do nothing but that. Raises: DriverError, where no chain is open.
+        A measurement that is under way ends first, with its times so far: this service begins no second one, and no
+        client waits any more for one that an earlier service began. 0 seconds do nothing else. Raises: DriverError, if
+        no chain is open.
         """
         chain = stages.opened()
         self._end()

@@ -1,4 +1,4 @@
-"""Sorts requests of every kind that were taken together: what has data, what has none, what breaks a rule, a barrier.
+"""Sorts requests of every kind that were taken together: with data, without, against the rules, a barrier.
 
 Must not lend, submit or answer anything.
 """
@@ -16,9 +16,9 @@ from xenbackend.worker.grants import CopiedGrants, PersistentGrants
 
 
 class Sorted(NamedTuple):
-    """What was found before the first barrier, and that barrier with what is behind it."""
+    """The requests before the first barrier, that barrier, and the records behind it."""
 
-    before: Sequence[RingRequest]  # all of it; those that break a rule are marked
+    before: Sequence[RingRequest]  # all of them; those that break a rule are marked refused
     data: list[RingRequest]  # reads and writes
     ready: list[Request]  # flushes and discards
     barrier: RingRequest | None
@@ -35,7 +35,7 @@ def sort_out(records: Sequence[RingRequest], grants: PersistentGrants | CopiedGr
             if record.refused is None:  # and only reads and writes are ever indirect
                 data.append(record)
             continue
-        if record.spans is None and record.length <= PAGE:  # one whole page; what `grefs` says is from an earlier use
+        if record.spans is None and record.length <= PAGE:  # one whole page; `grefs` is from an earlier use
             record.grefs = (record.gref,)
         if record.refused is not None:
             continue
@@ -58,7 +58,7 @@ def _fetch_segments(record: RingRequest, grants: PersistentGrants | CopiedGrants
 
 
 def _prepare(record: RingRequest) -> Request:
-    """Make the request of a record without data."""
+    """Fill in the request of a record without data."""
     request: Request = record.request
     request.op = Op.DISCARD if record.operation == BLKIF_OP_DISCARD else Op.FLUSH
     request.offset = record.first_sector * SECTOR if request.op == Op.DISCARD else 0

@@ -1,7 +1,7 @@
-"""What opens files, devices and sockets for this process, which opens none itself: an opener, asked over a socket.
+"""The opener as its worker sees it: asked over a socket, it opens the files, devices and sockets for this process.
 
-Must not look at a path. A call waits for its answer, as a system call would: it is used while a chain is opened, and
-while what it is on hangs, nobody could be served.
+Must not look at a path. A call waits for its answer, as a system call would: it is made while a chain is opened, and
+if the chain's storage hangs, no guest could be served anyhow.
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ from xenbackend.kernel.locks import Access
 from xenbackend.protocol import codec, datagrams, opening
 from xenbackend.protocol.opening import Facts, Given, Question
 
-QUESTION_S = 5.0  # for a question, meanwhile the guest waits; less than a client waits for the order
+QUESTION_S = 5.0  # for a question of the supervisor, as the guest waits; less than clients wait for the order
 _MOST_CARRIED = 2  # descriptors beside one answer: both devices
 
 
 class OpenerLate(DriverError):
-    """Storage does not answer, and whoever asked for it is not worth that a guest waits any longer."""
+    """Storage does not answer, and the guest must not wait any longer for what was asked."""
 
     def __init__(self) -> None:
         super().__init__(f"its storage has not answered for {QUESTION_S:.0f} s", errno=errno.ETIMEDOUT)
 
 
 class OpenerGone(DriverError):
-    """The opener has ended, or its supervisor; a successor of this process gets another one."""
+    """The opener or its supervisor has ended; a successor of this process gets another opener."""
 
     def __init__(self) -> None:
         super().__init__("the process that opens its files has ended", errno=errno.EPIPE)
 
 
 class NoOpener:
-    """Refuses everything: between two orders nothing is to be opened."""
+    """Refuses everything: between two orders nothing may be opened."""
 
     def hold(self, path: str) -> None:
         """Refuse it."""
         raise _refusal(path)
 
     def release(self, path: str) -> None:
-        """Do nothing: whoever opened the file was another one."""
+        """Do nothing: another opener has opened the file."""
 
     def open(self, path: str, *, write: bool, claims: bool = False) -> tuple[int, Facts]:  # noqa: ARG002
         """Refuse it."""
@@ -99,9 +99,9 @@ class RemoteOpener:
     """The opener of one order or question, for one chain of its job."""
 
     def __init__(self, near: socket.socket, chain: int = 0, patience_s: float | None = None) -> None:
-        """Use a socket that the supervisor gave; `chain` is a place in `Job.chains`.
+        """Use a socket that the supervisor gave; `chain` is an index of `Job.chains`.
 
-        `patience_s` is given where a guest is served meanwhile that can do without the answer.
+        `patience_s` limits the wait for an answer, for a guest in service that can do without it; None: no limit.
         """
         self.chain = chain
         self._socket = near
@@ -113,15 +113,15 @@ class RemoteOpener:
         return type(self)(self._socket, chain, self._patience_s)
 
     def hold(self, path: str) -> None:
-        """Do nothing: what a name means to the opener it means as long as that lives."""
+        """Do nothing: to the opener a name means the same file as long as the opener lives."""
 
     def release(self, path: str) -> None:
         """Do nothing, as `hold`."""
 
     def open(self, path: str, *, write: bool, claims: bool = False) -> tuple[int, Facts]:
-        """Return a descriptor of an open file description of its own.
+        """Return a descriptor of a new open file description, and the facts of the file.
 
-        Raises: DriverError; OSError, EBUSY where it `claims` a device that somebody else uses.
+        Raises: DriverError; OSError, with EBUSY if it `claims` a device that somebody else uses.
         """
         given, fds = self._ask(opening.OpenFile(path, write=write, claims=claims, chain=self.chain), 1)
         try:
@@ -131,7 +131,7 @@ class RemoteOpener:
             raise
 
     def is_used_beside(self, path: str, fd: int, access: Access) -> bool:  # noqa: ARG002 - the opener has its own
-        """Return whether an image, locked by us, is used by another face. Raises: DriverError, OSError."""
+        """Return whether an image that we have locked is used by another face. Raises: DriverError, OSError."""
         question = opening.LookBeside(path, write=access.writes, shareable=access.is_shared, chain=self.chain)
         try:
             self._ask(question, 0)
@@ -142,7 +142,7 @@ class RemoteOpener:
         return False
 
     def why_in_use(self, path: str, access: Access, *, is_claimed: bool, with_names: bool) -> InUse:
-        """Return why an image cannot be had, which somebody claims or has locked. Raises: DriverError, OSError."""
+        """Return the error for an image that somebody else claims or has locked. Raises: DriverError, OSError."""
         question = opening.SayWhoUses(
             path, access.writes, access.is_shared, is_claimed=is_claimed, with_names=with_names, chain=self.chain
         )
@@ -153,7 +153,7 @@ class RemoteOpener:
         raise OpenerGone
 
     def open_record(self, path: str) -> int:
-        """Return a descriptor of a record file, which is made where it is not there. Raises: DriverError, OSError."""
+        """Return a descriptor of a record file, which is made if it is not there. Raises: DriverError, OSError."""
         return self._ask(opening.OpenFile(path, write=True, create=True, chain=self.chain), 1)[1][0]
 
     def look(self, path: str) -> Facts:
@@ -163,7 +163,7 @@ class RemoteOpener:
     def find(self, what: str, image: str, names: Sequence[str], within: str = "") -> Found:  # noqa: ARG002 - see below
         """Return the file that an image names, if it may be followed there. Raises: DriverError.
 
-        `within` the opener takes from the chain's text itself.
+        The opener takes `within` from the chain's text itself.
         """
         given = self._ask(opening.FindFile(what, image, list(names)[: opening.MAX_NAMES], self.chain), 0)[0]
         return Found(given.path, given.by)
@@ -208,8 +208,8 @@ class RemoteOpener:
         return self._socket.fileno()
 
     def begin_connect(self, endpoint: Endpoint, place: int, after: After) -> None:
-        """Ask for a connection that the disk is served by; `end_connect` returns it, and waits where it must."""
-        with suppress(OSError):  # where it has ended, it does not answer either
+        """Ask for a connection for a disk in service; `end_connect` returns it, and waits if it must."""
+        with suppress(OSError):  # if the opener has ended, `end_connect` finds that out
             self._socket.send(opening.encode(opening.ConnectTo(str(endpoint), place, after.value, True, self.chain)))
 
     def end_connect(self) -> socket.socket:
@@ -246,11 +246,11 @@ class RemoteOpener:
         self._socket.close()
 
     def _ask(self, question: Question, carried: int | None) -> tuple[Given, list[int]]:
-        """Ask, and return the answer with as many descriptors as `carried` says, where it says so."""
+        """Ask, and return the answer with exactly `carried` descriptors, or with any number if that is None."""
         return self._checked(*self._transact(question), carried)
 
     def _transact(self, question: Question) -> tuple[opening.FromOpener | None, list[int]]:
-        """Send a question, and return what comes back with its descriptors; None where nothing does."""
+        """Send a question, and return the answer with its descriptors; None if none comes."""
         try:
             self._socket.send(opening.encode(question))
         except OSError:
@@ -275,13 +275,13 @@ class RemoteOpener:
         return given, fds
 
     def _receive(self) -> tuple[opening.FromOpener | None, list[int]]:
-        """Return what comes back with its descriptors; None where nothing does."""
+        """Return an answer with its descriptors; None if none comes."""
         fds: list[int] = []
         try:
             datagram, fds, _ = datagrams.receive(self._socket, opening.MAX_MESSAGE, _MOST_CARRIED)
             return opening.from_opener(datagram), fds
         except TimeoutError:
-            self._socket.shutdown(socket.SHUT_RDWR)  # its answer may still come, and would be taken for another one
+            self._socket.shutdown(socket.SHUT_RDWR)  # a late answer would be taken for that to another question
             raise OpenerLate from None
         except (OSError, codec.NotAMessage):
             return None, fds

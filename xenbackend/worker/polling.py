@@ -1,15 +1,15 @@
-"""Looking for the next request for a moment before going to sleep.
+"""Looks for the next request for a moment before the worker sleeps.
 
-Must not burn a CPU that finds nothing, nor one that somebody else wants as much as we do: it gives up for a while when
-it was in vain, and when looking costs more than it should.
+Must not burn CPU time in vain, nor time that somebody else wants as much as we do: looking is given up for a while if
+it finds nothing, and if it costs more than it should.
 
-Why: to sleep and be woken costs 25 to 30 us on both sides, as much as serving ten requests. A guest that waits for one
-answer before it sends the next request is back within that time.
+Why: sleeping and being woken costs 25 to 30 us on both sides, as much as serving ten requests. A guest that waits for
+one answer before it sends the next request is back within that time.
 
-What looking costs others shows in what it costs us: an equal that wants the same CPU gets half of it, and we wait for
-as long as we ran. Something that runs at nice 19 when nobody else wants to makes us wait for next to nothing; it counts
-as a runnable thread and as pressure on the CPU all the same, so that neither of these can tell them apart. Beside an
-equal a try takes some 100 ms, and the tries become rare: one in half a minute.
+What looking costs others shows in how long we wait for the CPU. A process of our priority that wants the same CPU gets
+half of it, and we wait for as long as we run. A process at nice 19 makes us wait for next to nothing, but it counts as
+a runnable thread and as pressure on the CPU all the same; so neither of these figures can tell the two apart. Beside a
+process of our priority a try takes some 100 ms, and tries become rare: one in half a minute.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from time import perf_counter_ns
 from xenbackend.blkif.ring import BackRing
 from xenbackend.kernel.cpu import Cpu, CpuTimes
 
-_PATIENCE = 8  # looks in vain, one after the other, before it gives up for a while
-_PAUSE = 256  # sleeps without a look after that
-_JUDGED_NS = 100_000_000  # of our time, running or waiting: one slice of something at nice 19 is 4 ms, and no reason
-_FORGOTTEN_NS = 1_000_000_000  # who wants less than that in a second is not judged: it harms nobody
-_MOST_WAITED = 0.2  # of that time
-_MOST_STOLEN = 0.1  # of all CPUs' time by the hypervisor, which other guests want
+_PATIENCE = 8  # looks in vain in a row, after which there is a pause
+_PAUSE = 256  # that many looks are left out then
+_JUDGED_NS = 100_000_000  # that we run or wait before we judge: a single slice of 4 ms at nice 19 is no reason
+_FORGOTTEN_NS = 1_000_000_000  # a worker that takes longer to reach _JUDGED_NS is not judged: it harms nobody
+_MOST_WAITED = 0.2  # of that time, spent waiting
+_MOST_STOLEN = 0.1  # of all CPUs' time, which the hypervisor gave to other guests
 _LONGEST_REST_S = 32
 
 
 class Permit:
-    """Whether to look at all: no, for a while, where the CPUs are wanted; each time in vain for twice as long.
+    """Decides whether to look at all: not for a while if others want the CPUs, and for twice as long each time.
 
     Args:
-        times: what this process got of the CPUs.
+        times: returns the CPU times of this process.
         clock: in nanoseconds.
 
-    `rests` is how often looking was given up.
+    `rests` counts how often looking was given up.
     """
 
     def __init__(self, times: Callable[[], CpuTimes], clock: Callable[[], int] = perf_counter_ns) -> None:
@@ -51,15 +51,15 @@ class Permit:
         self._since_at = 0
 
     def rested_ns(self) -> int:
-        """Return for how long looking has been given up so far, whether or not anybody wanted to look."""
+        """Return how long looking has been given up so far, whether or not anybody wanted to look."""
         return self._rested_ns - self.rest_left_ns()
 
     def rest_left_ns(self) -> int:
-        """Return for how long it will still be."""
+        """Return how long looking will still be given up; 0 if it is not."""
         return max(0, self._rests_until - self._clock()) if self._rests_until is not None else 0
 
     def allows(self, now: int) -> bool:
-        """Return whether one may look now, by the clock that was given."""
+        """Return whether looking is allowed at `now`, a time of the clock that was given."""
         if self._rests_until is not None:
             if now < self._rests_until:
                 return False
@@ -72,7 +72,7 @@ class Permit:
         self._judge_at = now + _JUDGED_NS // 4
         try:
             times, since = self._times(), self._since
-        except (OSError, ValueError):  # the kernel does not tell now; requests go on without looking
+        except (OSError, ValueError):  # the kernel does not tell now: go on without looking
             self._rest(now, _LONGEST_REST_S)
             return
         if since is None or now - self._since_at > _FORGOTTEN_NS:
@@ -96,7 +96,7 @@ class Permit:
 
 
 def find_permit() -> Permit | None:
-    """Return what says whether to look for requests, None where the kernel does not tell what that costs."""
+    """Return a `Permit`, or None if the kernel does not tell what looking costs."""
     try:
         return Permit(Cpu().times)
     except OSError:
@@ -107,8 +107,8 @@ class Poller:
     """Decides whether to look, and does it.
 
     Args:
-        duration_ns: for how long it looks at most; 0 is never.
-        permit: whether it may look at all; None where nobody can tell, and then it may not.
+        duration_ns: the longest look; 0: it never looks.
+        permit: decides whether it may look at all; None: it may not.
         clock: in nanoseconds.
     """
 
@@ -122,35 +122,35 @@ class Poller:
 
     @property
     def rests(self) -> int:
-        """Return how often looking was given up, for what it cost, since there is this poller."""
+        """Return how often looking was given up for its cost since this poller was made."""
         return self._permit.rests - self._rests_before if self._permit else 0
 
     @property
     def rested_ns(self) -> int:
-        """Return for how long it was."""
+        """Return how long looking was given up for its cost since this poller was made."""
         return self._permit.rested_ns() - self._rested_ns_before if self._permit else 0
 
     @property
     def look_ns(self) -> int:
-        """Return how long a look may take now: 0 during such a rest, and where nobody may look."""
+        """Return how long a look may take now: 0 while it is given up for its cost, and without a permit."""
         return 0 if self._permit is None or self._permit.rest_left_ns() else self._duration_ns
 
     def may_look(self) -> bool:
-        """True unless a look would be one too many now; each question counts towards the end of a pause."""
+        """Return whether to look now; each call counts towards the end of a pause."""
         if self._pause:
             self._pause -= 1
             return False
         return self._permit is not None and self._duration_ns > 0 and self._permit.allows(self._clock())
 
     def finds_work(self, ring: BackRing, others: Sequence[BackRing]) -> bool:
-        """True as soon as `ring` has a request; False when time is up or one of the `others` has one."""
+        """Look for a request: True once `ring` has one; False when time is up, or once one of the `others` has one."""
         if not self.may_look():
             return False
         clock = self._clock
         end = clock() + self._duration_ns
         while clock() < end:
             for other in others:
-                if other.has_moved():  # first: its guest waits for us, not for us to be done with this one
+                if other.has_moved():  # first: no ring has to wait until we are done looking here
                     return False
             if ring.has_moved():
                 self._in_vain = 0

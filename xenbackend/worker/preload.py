@@ -1,6 +1,6 @@
-"""Imports all that a worker may need later, as it can open no file then.
+"""Imports every module that a worker may need later, when it can open no file.
 
-Must not open anything else, nor import what a third party's driver is made of: every worker would have it.
+Must not open anything else, nor import third-party drivers: every worker would contain them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ENCODINGS = ("ascii", "idna", "latin-1", "utf-8", "utf-16-be", "utf-16-le")  # o
 
 
 def preload(host: str) -> None:
-    """Import what is imported late elsewhere, because few workers need it; `host` as `kernel.ports` knows it."""
+    """Import modules that are imported late elsewhere, as few workers need them. `host`: its name in `kernel.ports`."""
     import difflib  # noqa: F401
     import encodings.idna  # noqa: F401
     import inspect  # noqa: F401
@@ -39,7 +39,7 @@ def preload(host: str) -> None:
     for name in BUILT_IN:
         find_driver(name)
     for find in (find_unzstd, find_libcrypto):
-        with suppress(DriverError):  # whoever has such an image is told
+        with suppress(DriverError):  # reported when such an image is opened
             find()
     with suppress(KernelError):
         find_fence()

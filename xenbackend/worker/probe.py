@@ -1,10 +1,10 @@
-"""Looks at a chain whose image another worker still writes: what it will be, without a lock and without altering it.
+"""Looks at a chain whose image another worker still writes to, without locking or changing it.
 
-Must not be what a guest's requests go to: it is open for as long as it takes to look.
+Must not serve a guest's requests: the chain is open only for as long as the look takes.
 
-While a guest migrates to the same host, its new domain's disks are made while the old domain still holds them. The new
-one's frontend has to find its keys before the old one ends, so its chain is looked at first, and opened with the lock
-when a ring is to be connected.
+While a guest migrates within a host, the disks of its new domain are made while the old domain still has them. The new
+domain's frontend must find its keys before the old domain ends, so its chain is only looked at first, and opened with
+its locks when a ring is to be connected.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from xenbackend.worker.files import HostFiles, Opener
 def probe(chain: str, reactor: Reactor, opener: Opener, *, read_only: bool) -> list[messages.LayerFacts]:
     """Return a chain's layers, top first, as they are likely to be once it is open.
 
-    Raises: ChainError, DriverError; also for what could not be written to, unless it is to be read only.
+    Raises: ChainError, DriverError; also if it could not be written to, unless `read_only`.
     """
     with probing(chain, reactor, opener, read_only=read_only) as found:
         top, *others = [facts_of(layer) for layer in found.layers]
@@ -33,11 +33,11 @@ def probe(chain: str, reactor: Reactor, opener: Opener, *, read_only: bool) -> l
 
 @contextmanager
 def probing(chain: str, reactor: Reactor, opener: Opener, *, read_only: bool) -> Iterator[Chain]:
-    """Have a chain open to look at it. Raises: as `probe`."""
+    """Open a chain within this context, to look at it. Raises: as `probe`."""
     source = HostFiles(reactor, opener, use_queues=False, locks=False, whole=not read_only)
     files = HostFiles(reactor, opener, use_queues=False, locks=False)
     env = EnvFactory(reactor, files)
-    factories = [EnvFactory(reactor, source)]  # the source is opened first; nobody writes to what comes after it
+    factories = [EnvFactory(reactor, source)]  # of the source, opened first; what comes after it is not written to
 
     def make_env(layer: str, *, read_only: bool, shareable: bool) -> WorkerEnv:
         factory = factories.pop() if factories else env

@@ -1,6 +1,6 @@
-"""One shared ring being served: its slots taken into the journal, its answers written through it.
+"""One shared ring in service: takes its slots into the journal, and writes its answers by way of the journal.
 
-Must not know a driver or a grant, nor decide what an answer is worth. The order of writes is `xenbackend.journal`'s.
+Must not know a driver or a grant, nor decide what is answered. `xenbackend.journal` says in which order to write.
 """
 
 from __future__ import annotations
@@ -37,26 +37,26 @@ from xenbackend.journal import (
 from xenbackend.units import PAGE
 from xenbackend.worker.recovery import recover
 
-RECORDS_PER_SLOT = 4  # of a ring: requests in flight that are answered out of order leave gaps in their batches
-_UNTIMED = 7 * BATCH  # bits of a request number: batches that begin with any of them set are not timed, 7 in 8
-_KINDS = len(OPERATIONS) + 1  # of which the last one is for what a guest has made up
+RECORDS_PER_SLOT = 4  # of a ring: requests answered out of order leave gaps in their batches
+_UNTIMED = 7 * BATCH  # bits of a batch's first request number: if any is set, it is not timed: 7 in 8 batches
+_KINDS = len(OPERATIONS) + 1  # the last one is for operations that do not exist
 _KIND = [_KINDS - 1] * 256
 _KIND[BLKIF_OP_READ] = 0
 _KIND[BLKIF_OP_WRITE] = _KIND[BLKIF_OP_WRITE_BARRIER] = 1
 _KIND[BLKIF_OP_FLUSH_DISKCACHE] = 2
 _KIND[BLKIF_OP_DISCARD] = 3
-_OPERATIONS = 256  # operation is one byte of the guest's
+_OPERATIONS = 256  # an operation is one byte from the guest
 _WORDS = [Struct(f"@{count}Q") for count in range(BATCH + 1)]  # native: each word is one store
 _ZEROS = [memoryview(bytes(8 * count)).cast("Q") if count else memoryview(b"") for count in range(BATCH + 1)]
 
 
 class Block:
-    """A block of journal entries with what is pooled for them; holds one batch while any of it is unanswered.
+    """A block of journal entries, and the objects pooled for them; it holds one batch until all of that is answered.
 
     slots       the private copies of its slots
-    records     of its first entries, as many as a batch has needed
+    records     of its first entries, as many as a batch has needed so far
     taken       the records of the batch
-    lent        the requests that were handed to the chain together, if all of the batch was
+    lent        the requests of the batch, if all of them were handed to the chain together
     live        requests not answered yet
     """
 
@@ -74,7 +74,7 @@ class Block:
         self.started = 0
 
     def equip(self, count: int, queue: Queue) -> None:
-        """Have records for the first `count` entries."""
+        """Make records until the first `count` entries have them."""
         for entry in range(self.first_entry + len(self.records), self.first_entry + count):
             record = RingRequest(entry, queue, Request())
             record.request.tag = record
@@ -82,13 +82,13 @@ class Block:
 
 
 class EventChannel(Protocol):
-    """The ring's event channel, and whoever wants to know that the ring is broken."""
+    """The ring's event channel, which is also told that the ring is broken."""
 
     def notify(self) -> None:
-        """Kick the frontend."""
+        """Notify the frontend."""
 
     def rearm(self) -> None:
-        """Let the frontend kick us again: the ring is empty."""
+        """Let the frontend notify us again: the ring is empty."""
 
     def halted(self, why: str) -> None:
         """Take note that the ring was stopped."""
@@ -99,11 +99,11 @@ class Queue:
 
     requests, bytes   answered without an error, by BLKIF_OP_*
     in_flight         taken and not answered
-    latency           of each of counters.OPERATIONS, and of what is none of them, by buckets; `latency_ns` their sums
+    latency           of each of counters.OPERATIONS, and of all others, by buckets; `latency_ns`: their sums
     """
 
     def __init__(self, ring: BackRing, journal: RingJournal, decoder: Decoder, channel: EventChannel) -> None:
-        """Serve `ring`, whose index `journal` was begun at."""
+        """Serve `ring`; `journal` was begun at its index."""
         self.ring = ring
         self.halted = False  # the frontend broke the ring: nothing is taken any more
         self.is_idle = True  # waiting for an event, its channel armed
@@ -115,7 +115,7 @@ class Queue:
         self.samples = self.latency_max_ns = 0
         self.latency = [[0] * BUCKETS for _ in range(_KINDS)]
         self.latency_ns = [0] * _KINDS
-        self._places = ring.places * 2  # of the slots: a batch of answers may lie across the ring's end
+        self._places = ring.places * 2  # of the slots, twice: a batch of answers may wrap at the ring's end
         self._journal = journal
         self._answers = journal.answers
         self.decoder = decoder
@@ -129,7 +129,7 @@ class Queue:
         self._free: list[Block] = []
 
     def go_on(self) -> list[RingRequest]:
-        """Go on where a predecessor stopped, and return what it had not answered, decoded, in the ring's order.
+        """Continue where a predecessor stopped; return the requests that it had not answered, decoded, in ring order.
 
         Raises: RingOverflow, as `recover` does.
         """
@@ -147,7 +147,7 @@ class Queue:
         return [self._blocks[entry // BATCH].records[entry % BATCH] for entry in entries]
 
     def _take_again(self, block: Block, places: list[int]) -> None:
-        """Let a block hold what is unanswered at some places of it."""
+        """Make a block hold the unanswered requests at these places of it."""
         count = places[-1] + 1
         block.live = len(places)
         self._equip(block, count, is_bound=False)
@@ -156,7 +156,7 @@ class Queue:
         block.plain = False  # so that its records are reset when it is free
 
     def take(self, limit: int) -> Block | None:
-        """Take up to `limit` waiting requests into a block, decoded; None where none waits. Raises: RingOverflow."""
+        """Take up to `limit` waiting requests into a block, decoded; None if none waits. Raises: RingOverflow."""
         ring = self.ring
         count = ring.available()
         if not count:
@@ -187,13 +187,13 @@ class Queue:
         self._channel.halted(why)
 
     def has_answered(self, record: RingRequest) -> bool:
-        """True if the record, which was taken, has its response."""
+        """Return whether a record that was taken has its response."""
         return bool(self._answers[record.entry])
 
     def answer_whole(self, batch: list[Request]) -> bool:
         """Answer a batch that came back as it was lent and without an error; False, with nothing done, for any other.
 
-        This is the way of nearly every request.
+        Nearly every request is answered here.
         """
         block = self._blocks[batch[0].tag.entry // BATCH]
         first = self.ring.answered
@@ -222,7 +222,7 @@ class Queue:
         self._blocks[record.entry // BATCH].lent = None
 
     def release(self) -> None:
-        """Let go of the ring and the journal."""
+        """Release the ring and the journal."""
         for block in self._blocks:
             block.slots.release()
             for record in block.records:
@@ -320,10 +320,11 @@ class Queue:
         return block
 
     def _equip(self, block: Block, count: int, *, is_bound: bool = True) -> int:
-        """Give a free block records for a batch of `count`, and return for how many it has some, one or more.
+        """Give a free block records for a batch of `count`, and return how many it has, one or more.
 
-        A ring has a bounded number of them: else one request that is not answered would keep all of its batch's, and a
-        frontend could have 16 records for each slot. Those of free blocks go first; then batches get smaller.
+        Their number is bounded for each ring: otherwise a single unanswered request would keep all records of its
+        batch, and a frontend could make us keep 16 records for each slot. At the limit free blocks lose their records
+        first; then batches get smaller.
         """
         wanted = count - len(block.records)
         if wanted > self._records_left and is_bound:

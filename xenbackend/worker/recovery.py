@@ -1,18 +1,18 @@
-"""One ring taken over from a worker that died at any instruction: what it had done is finished, what not is found.
+"""Takes a ring over from a worker that died at any instruction: finishes its answers, finds its unanswered requests.
 
-Must not do a request again, nor look at anything but the ring's response producer and the journal.
+Must not execute a request again, nor look at anything but the ring's response producer and the journal.
 
-What the journal's head calls the order of writes leaves four cases per request:
+The order of writes, as the head of the journal's module has it, leaves four cases for each request:
 
     FREE          answered; nothing is left to do
-    COMPLETING    the response producer covers it: it was published, and its slot may hold a new request by now: only
-                  the journal is put right. Else its response is written again and published: it had been executed.
+    COMPLETING    executed. If the response producer covers it, it was published, and its slot may hold a new request
+                  by now: only the journal is corrected. Otherwise its response is written again and published.
     INFLIGHT      executed in part, wholly or not at all: `recover` returns it, to be executed again. Reads, writes,
-                  flushes and discards may be; the guest keeps the pages until it is answered.
+                  flushes and discards may be repeated; the guest keeps the pages until it gets the answer.
     not taken     it lies in the ring from `consumed` on
 
-The frontend is kicked once afterwards: the last kick may have died with the worker. A recovery may itself be killed
-anywhere and done again. What is trusted is the journal; of the ring only what fits to it.
+The frontend is notified once afterwards, as the worker may have died before its last notification. A recovery may
+itself be killed anywhere, and repeated. The journal is trusted; the ring only where it agrees with the journal.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ _STATUS = {ANSWER_OKAY: BLKIF_RSP_OKAY, ANSWER_ERROR: BLKIF_RSP_ERROR, ANSWER_EO
 
 
 def recover(ring: BackRing, journal: RingJournal) -> list[int]:
-    """Finish what a predecessor had begun to answer, and return the entries of what it had not, in the ring's order.
+    """Finish the answers that a predecessor had begun; return the entries of unanswered requests, in ring order.
 
     Afterwards `ring` stands where the predecessor stood, and new requests may be taken.
 
-    Raises: RingOverflow where the frontend has changed the response producer, which is ours; nothing was written then.
+    Raises: RingOverflow, if the frontend has changed the response producer, which is ours; nothing was written then.
     """
     taken = journal.taken()
     answering = journal.answering()
@@ -58,7 +58,7 @@ def recover(ring: BackRing, journal: RingJournal) -> list[int]:
 
 
 def _who_asked(ring: BackRing, journal: RingJournal, entry: int) -> tuple[int, int]:
-    """Return the id and the operation that a response carries: of an indirect request, the inner one."""
+    """Return the id and the operation that a response carries; for an indirect request, the inner operation."""
     block, place = divmod(entry, BATCH)
     start = place * journal.slot_size
     slot = journal.block_slots(block)[start : start + journal.slot_size]

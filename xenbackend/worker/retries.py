@@ -1,4 +1,4 @@
-"""Requests that the disk could not do, kept until they are tried again: what a policy holds back from the guest.
+"""Requests that the disk could not do: a policy keeps their errors from the guest, and has them tried again.
 
 Must not answer a request or submit one: the engine does, when it is told.
 
@@ -15,15 +15,15 @@ from collections.abc import Callable, Iterable
 from xenbackend.block.policy import Policy
 from xenbackend.block.request import AWAY, CACHE_LOST, IMAGE_DAMAGED, Op, Request
 
-_TOGETHER_S = 0.01  # what is due so soon after the first goes along with it
+_TOGETHER_S = 0.01  # requests that are due so soon after the first go with it
 
 Call = Callable[[], object]
 
 
 class Retries:
-    """The requests, and when they are due.
+    """The requests that are kept, and when they are due.
 
-    `tell` gets a sentence once the disk is paused, and nothing ("") once all that was paused has gone through.
+    `tell` gets a sentence when a request pauses the disk, and an empty text once no such request is left.
     """
 
     def __init__(
@@ -38,8 +38,8 @@ class Retries:
         self._now = now
         self._call_later = call_later
         self._tell = tell
-        self._tries: dict[Request, int] = {}  # of each that was ever kept and has not been answered
-        self._waiting: dict[Request, float] = {}  # with when it is due
+        self._tries: dict[Request, int] = {}  # of each request that was ever kept and is not answered
+        self._waiting: dict[Request, float] = {}  # by request: when it is due
         self._paused: set[Request] = set()
         self._final: set[Request] = set()
         self._rings_at = math.inf
@@ -51,7 +51,7 @@ class Retries:
         return request in self._waiting
 
     def take(self, request: Request) -> bool:
-        """Keep a request that has failed, if its policy says so; else it is the caller's to answer."""
+        """Keep a request that has failed, if the policy says so; if not, return False: the caller answers it."""
         code = request.status
         action = self.policy.action(request.op, code)
         tries = self._tries.get(request, 0)
@@ -69,11 +69,11 @@ class Retries:
         return True
 
     def refuse(self, requests: Iterable[Request]) -> None:
-        """Keep none of these: they ended by a bug, which would only come again."""
+        """Never keep these requests: a bug ended them, which would only come again."""
         self._final.update(requests)
 
     def forget(self, request: Request) -> None:
-        """Take note that a request has its answer, or another one has taken its place."""
+        """Forget a request that has its answer, or whose place another one has taken."""
         self._final.discard(request)
         self._tries.pop(request, None)
         if request in self._paused:
@@ -82,13 +82,13 @@ class Retries:
                 self._tell("")
 
     def give_back(self) -> list[Request]:
-        """Return all that waits, as it was when it came, to be tried again."""
+        """Return all requests that wait, unchanged, to be tried again."""
         batch = [*self._waiting]
         self._waiting.clear()
         return batch
 
     def due(self) -> list[Request]:
-        """Return what has waited long enough, as it was when it came, to be tried again."""
+        """Return the requests that have waited long enough, unchanged, to be tried again."""
         now = self._now() + _TOGETHER_S
         batch = [request for request, due in self._waiting.items() if due <= now]
         for request in batch:
@@ -96,7 +96,7 @@ class Retries:
         return batch
 
     def give_up(self) -> list[Request]:
-        """Return all that waits with the error that it ended with, to be answered: the frontend is going away."""
+        """Return all requests that wait, with their errors, to be answered: the frontend is going away."""
         batch = self.give_back()
         self._tries.clear()
         self._paused.clear()
@@ -110,7 +110,7 @@ class Retries:
     def _ring(self) -> None:
         self._rings_at = math.inf
         self.again()
-        now = self._now()  # what is overdue still waits for its owner, who may not do it now
+        now = self._now()  # overdue requests still wait, as the engine may not try them now
         self._ring_at(min((due for due in self._waiting.values() if due > now), default=math.inf))
 
 

@@ -1,4 +1,4 @@
-"""The open files of a chain that is closed, kept until the next one has taken them over.
+"""Keeps the open files of a chain that is being closed until the next chain has taken them over.
 
 Must not open a file, nor keep one longer than an exchange lasts.
 
@@ -19,7 +19,7 @@ from xenbackend.worker.image import Image
 
 
 class Spares:
-    """The files of one worker, open ones and kept ones."""
+    """The files of one worker: those that are open, and those that are kept during an exchange."""
 
     def __init__(self) -> None:
         self._open: list[tuple[Image, str, Access]] = []  # with the file's identity, as `Facts` has it
@@ -37,12 +37,12 @@ class Spares:
         return bool(self._kept)
 
     def has(self, identity: str) -> bool:
-        """Return whether a file is open here."""
+        """Return whether the file with this identity is open."""
         return any(image.fd >= 0 and _is_same(other, identity) for image, other, _ in self._open)
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Keep what is open now, while it is closed and the next chain is opened. Raises: OSError."""
+        """Keep all files that are open now, while one chain is closed and the next one opened. Raises: OSError."""
         try:
             for image, identity, access in self._open:
                 if image.fd >= 0 and identity not in self._kept:
@@ -52,10 +52,10 @@ class Spares:
             self.drop()
 
     def take(self, identity: str, access: Access) -> int:
-        """Return a descriptor of a file that is kept, for the same access; -1 where there is none. Raises: OSError.
+        """Return a descriptor of a file that is kept for the same access; -1 if there is none. Raises: OSError.
 
-        A file that is kept for another access is kept no more: it would stand in the way. One that is open again by
-        now is opened anew, and refused, as it would be in a first chain.
+        A file that is kept for another access is closed: its locks would be in the way. For a file that is open again
+        by now the answer is -1, too: to open it once more is refused, as it would be in a first chain.
         """
         former = next((each for each in self._kept if _is_same(each, identity)), None)
         if former is None or self.has(identity):
@@ -69,7 +69,7 @@ class Spares:
         return fd
 
     def drop(self) -> bool:
-        """Keep nothing any more; return whether something was kept."""
+        """Close all files that are kept; return whether there were any."""
         were_kept = bool(self._kept)
         while self._kept:
             os.close(self._kept.popitem()[1][0])
@@ -77,5 +77,5 @@ class Spares:
 
 
 def _is_same(former: str, identity: str) -> bool:
-    """Return whether both are of one file; a partition that has got larger meanwhile is the same one."""
+    """Return whether two identities are of one file; a partition that has grown meanwhile is the same."""
     return former == identity or bool(former and identity and has_grown(from_text(former), from_text(identity)))

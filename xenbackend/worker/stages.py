@@ -1,13 +1,13 @@
-"""One disk on its way from stage to stage, as steps (`loop.steps`): opened, served, its chain exchanged, left, closed.
+"""Takes one disk from stage to stage, in steps (`loop.steps`): open, serve, exchange the chain, leave, close.
 
-Must not know a message's number: `main` says in which order the steps come, one after the other, and who hears of it.
+Must not know a message's number: `main` decides in which order the steps come, and tells the supervisor of them.
 
     serve      end the export -> map the rings -> note in the journal what was agreed
     exchange   check -> nothing in flight -> flush -> close -> open -> note in the journal -> go on
     leave      end the export -> nothing in flight -> flush -> unmap -> take the note back
 
-A chain that cannot be opened, or that the guest could not go on with, leaves the former one in service. A flush that
-fails ends the exchange before anything is closed: the disk is paused as after any failed flush.
+If the new chain cannot be opened, or the guest could not continue with it, the former one stays in service. A failed
+flush ends the exchange before anything is closed: the disk is paused as after any failed flush.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class NoChainLeft(Exception):
 
 
 class Stages:
-    """The disk of one worker; `layers` as they were last seen, `connection` while a frontend is served."""
+    """The disk of one worker. `layers`: as they were last seen. `connection`: not None while a frontend is served."""
 
     def __init__(
         self,
@@ -57,14 +57,14 @@ class Stages:
     ) -> None:
         """Open nothing yet. `fds` are the order's journal and memories, ours from now on.
 
-        `on_bug` gets what layers let out; `permit` says whether to look for requests.
+        `on_bug` gets exceptions that layers raise; `permit` says whether to look for requests.
         """
         self.order = order
         self.layers: list[messages.LayerFacts] = []
         self.connection: Connection | None = None
         self.is_paused = order.is_paused
         self._policy = order.policy
-        self._order = 0  # by which the chain was put in
+        self._order = 0  # the operator's, by which the chain was put in
         self._export: Export | None = None
         self._had_bugs = False  # of layers, in an earlier connection or an export
         self._permit = permit
@@ -76,7 +76,7 @@ class Stages:
         self._journal = memfd.map_sealed(fds[0], journal.SIZE)
         os.close(fds[0])
         memories = dict(zip(order.memories, fds[1:], strict=True))
-        self._stopped = ""  # why a layer was stopped
+        self._stopped = ""  # why a layer's callbacks were stopped
         self.connector = Connector(reactor, channel.stand, channel.disconnected)
         self._disk = Disk(
             order, memories, reactor, channel.keep, channel.drop, on_bug,
@@ -91,27 +91,27 @@ class Stages:
 
     @property
     def is_open(self) -> bool:
-        """Return whether the chain is open, and not only looked at."""
+        """Return whether the chain is open, and was not only probed."""
         return self._disk.chain is not None
 
     @property
     def export(self) -> str:
-        """Return the path of the export's socket, nothing where there is no export."""
+        """Return the path of the export's socket; empty if there is no export."""
         return self._export.path if self._export else ""
 
     @property
     def trouble(self) -> str:
-        """Return a sentence where the disk cannot do what it was asked, and tries again or waits."""
+        """Return a sentence if the disk could not do a request, and tries again or waits; else an empty text."""
         return self._stopped or (self.connection.trouble if self.connection else "")
 
     @property
     def flush_failed(self) -> str:
-        """Return a sentence where a flush failed, of whichever worker."""
+        """Return a sentence if a flush failed, of this worker or an earlier one; else an empty text."""
         code = journal.poisoned(self._journal)
         return describe_failed_flush(code) if code else ""
 
     def open(self, opener: RemoteOpener) -> None:
-        """Open the chain; while somebody else has its lock only look at it, if it may wait. Raises: XenbackendError."""
+        """Open the chain; if somebody else has its lock, and it may wait, only probe it. Raises: XenbackendError."""
         try:
             self._devices = opener.open_devices()
         except OpenerGone:
@@ -167,15 +167,15 @@ class Stages:
         self.connection = connection
 
     def check(self, question: messages.Swap, opener: RemoteOpener) -> list[str]:
-        """Return the layers of another chain. Raises: XenbackendError where it cannot take the place of this one."""
+        """Return the layers of another chain. Raises: XenbackendError, if it cannot take the place of this one."""
         self.opened()
         with self._disk.opening_by(opener):
             return self._disk.check_successor(question.chain, replaces=question.replaces)
 
     def exchange(self, text: str, opener: RemoteOpener, order: int) -> Steps[None]:
-        """Serve through another chain, which was checked, by an operator's order.
+        """Serve through another chain, which was checked; `order` is the number of the operator's order.
 
-        Raises: XenbackendError, where the former chain goes on; NoChainLeft.
+        Raises: XenbackendError, if the former chain stays in service; NoChainLeft.
         """
         connection = self.connection
         if connection is not None:
@@ -203,7 +203,7 @@ class Stages:
             return make_leaf(self.opened(), opener, file, image_format)
 
     def keep(self, name: str) -> Steps[None]:
-        """Have the source keep what it holds now, by its own means, while the guest goes on. Raises: DriverError."""
+        """Have the source make a snapshot `name` by its own means, while the guest goes on. Raises: DriverError."""
         layers = self.opened().layers
         if any(isinstance(layer.driver, Filter) and layer.driver.keeps_writes for layer in layers):
             problem = "what the guest writes goes to a layer above the image, which would keep nothing of it"
@@ -225,7 +225,7 @@ class Stages:
             raise problems[0]
 
     def pause(self, then: Callable[[], None]) -> None:
-        """Take nothing from the rings, and call `then` when nothing is in flight, also because the frontend leaves."""
+        """Take nothing from the rings; call `then` when nothing is in flight, also if the frontend leaves meanwhile."""
         self.is_paused = True
         if self.connection is None:
             then()
@@ -233,7 +233,7 @@ class Stages:
             self.connection.engine.hold(Hold.PAUSE, then)
 
     def resume(self) -> None:
-        """Serve on after a pause, or a flush that failed; what failed is tried again now."""
+        """Continue after a pause or a failed flush; requests that failed are tried again now."""
         self.is_paused = False
         self._stopped = ""
         self._disk.resume()
@@ -242,25 +242,26 @@ class Stages:
             self.connection.resume()
 
     def rewired(self, chain: Chain) -> None:
-        """Enter a chain where it begins now, if it still is the one that is served."""
+        """Submit requests to the top that a chain has now, if it still is the chain in service."""
         if self.connection is not None and chain is self._disk.chain:
             self.connection.engine.go_through(chain.submit)
 
     def set_policy(self, policy: str) -> None:
-        """Go by another policy. Raises: ConfigError."""
+        """Use another policy for requests that fail. Raises: ConfigError."""
         parsed = Policy(policy)
         self._policy = policy
         if self.connection is not None:
             self.connection.engine.retries.policy = parsed
 
     def control(self, command: messages.Command) -> bytes:
-        """Do an operator's verb at a layer. Raises: DriverError; whatever a layer's bug raises."""
+        """Do a layer's verb for an operator; return its answer. Raises: DriverError; whatever a layer's bug raises."""
         return self.opened().control(command.layer, command.verb, command.arguments)
 
     def leave(self, *, hands_over: bool = False, ends: bool = False) -> Steps[None]:
-        """Drain, make everything durable, unmap. With `hands_over` a successor finds what is held, and what was agreed.
+        """Wait until nothing is in flight, flush, unmap the rings.
 
-        `ends`: the worker ends; where its last flush fails, a guest that goes on with a successor has lost something.
+        hands_over: requests held back, and the note of what was agreed, are left to a successor.
+        ends: the worker ends; if its last flush fails, a guest that continues with a successor has lost data.
         """
         yield from self._end_export()
         connection = self.connection
@@ -269,7 +270,7 @@ class Stages:
         yield connection.quiet(Hold.HAND_OVER if hands_over else Hold.END)
         code = yield from self._flush()
         if code == AWAY and hands_over:
-            pass  # the server has what was answered, and the guest's next flush is a successor's to do
+            pass  # the server has all answered writes, and a successor does the guest's next flush
         elif code and ends:
             connection.engine.flush_failed(code)
         elif code:
@@ -278,7 +279,7 @@ class Stages:
         self.connection = None
         try:
             connection.close(hands_over=hands_over)
-        except Exception as bug:  # whatever goes wrong now, the chain has to be closed and the image let go
+        except Exception as bug:  # whatever goes wrong now, chain and image must still be closed
             self._on_bug(bug)
         if not hands_over:
             self._note(None)
@@ -293,12 +294,12 @@ class Stages:
                 os.close(self._devices.pop())
 
     def publish_counters(self) -> None:
-        """Bring the counters' page up to date, which is done once a second anyhow."""
+        """Bring the counters' page up to date now; this happens once a second anyhow."""
         if self.connection is not None:
             self.connection.publish_counters()
 
     def count_bug(self, bug: Exception) -> str:
-        """Count a bug, and return the text of the layer that it came out of, if it was one."""
+        """Count a bug, and return the text of the layer that raised it; empty if none did."""
         if self.connection is not None:
             self.connection.engine.bugs += 1  # which is published
         else:
@@ -307,13 +308,13 @@ class Stages:
         return self._disk.chain.blame(bug) if self._disk.chain else ""
 
     def _layer_reported(self) -> None:
-        """Tell what a layer in service has published; while it is opened that is told anyhow."""
+        """Report a fact that a layer in service has published; those of an opening are reported anyhow."""
         if self._disk.chain is not None and self.layers:
             self.layers = self._disk.layers
             self._channel.stand()
 
     def _layer_stopped(self, sentence: str) -> None:
-        """Pause the disk of a layer that is called no more."""
+        """Pause the disk, as the callbacks of a layer were stopped."""
         self._stopped = sentence
         if self.connection is not None:
             self.connection.engine.hold(Hold.PAUSE)
@@ -321,12 +322,12 @@ class Stages:
         self._channel.stand()
 
     def _layer_gave_up(self, sentence: str) -> None:
-        """End this process for a layer that needs another one."""
+        """End this process, as a layer needs a new one."""
         self._channel.alarm(sentence)
         os._exit(1)
 
     def opened(self) -> Chain:
-        """Return the chain. Raises: DriverError, where none is open."""
+        """Return the chain. Raises: DriverError, if none is open."""
         if self._disk.chain is None:
             raise DriverError("the chain is not open", errno=errno.ENODEV)
         return self._disk.chain
@@ -337,13 +338,13 @@ class Stages:
             return
         self.layers = self._disk.layers
         if connection is not None:
-            self._wire(self._disk.chain, connection)  # first, so that a successor knows before a request goes there
+            self._wire(self._disk.chain, connection)  # first: the journal must name it before a request goes there
             connection.go_on_through(self._disk.chain)
         else:
-            self._note(self._left())  # a frontend that a predecessor served may still be to come
+            self._note(self._left())  # a frontend that a predecessor served may still have to be served
 
     def _wire(self, chain: Chain, connection: Connection) -> None:
-        """Let the chain answer to a connection, and leave to a successor what is served, and how."""
+        """Connect a chain with a connection, and note for a successor what is served, and how."""
         chain.contain = connection.engine.contain
         connection.engine.release = chain.release
         connection.count_layers(chain.figures)
@@ -351,26 +352,26 @@ class Stages:
         self._note(connection.agreed)
 
     def _note(self, connect: messages.Connect | None) -> None:
-        """Leave to whoever comes next which chain it is, and what is agreed with the frontend."""
+        """Note in the journal, for a successor, the chain and what was agreed with the frontend."""
         journal.AGREED.write(self._journal, codec.as_fields(messages.Agreed(self._disk.text, connect, self._order)))
 
     def _recall(self) -> messages.Connect:
-        """Return what a predecessor had agreed with the frontend. Raises: DriverError where nobody did."""
+        """Return what a predecessor had agreed with the frontend. Raises: DriverError, if there is no such note."""
         connect = self._left()
         if connect is None:
             raise DriverError("the journal does not know what was agreed with the frontend", errno=errno.ENODATA)
         return connect
 
     def _left(self) -> messages.Connect | None:
-        """Return what a predecessor had agreed with a frontend that nobody has taken leave of, None where none did."""
+        """Return what a predecessor had agreed with a frontend that has not left since; None if there is none."""
         try:
             found: messages.Agreed = codec.restore(messages.Agreed, journal.AGREED.read(self._journal))
-        except codec.NotAMessage:  # what a predecessor left there
+        except codec.NotAMessage:  # a predecessor may have left anything there
             return None
         return found.connect
 
     def _begin_export(self, opener: RemoteOpener, path: str, chain: Chain) -> None:
-        """Offer the disk to a device model; without that the guest can still use it by its own driver."""
+        """Export the disk to a device model; if that fails, the guest can still use it by its own driver."""
         try:
             listener = opener.listen()
         except (DriverError, OSError) as error:
@@ -381,11 +382,11 @@ class Stages:
             self._export = Export(listener, path, chain, self._reactor, kick, self._channel, self._on_bug)
 
     def _end_export(self) -> Steps[None]:
-        """Let nobody but the worker be above the chain (D10)."""
+        """End the export, so that the chain is free for a connection (D10)."""
         export = self._export
         if export is not None:
             yield lambda done: export.close(partial(done, 0))
-            # The device model's own last flush finds nobody any more, so it is ours to do.
+            # The device model's own last flush would find no server any more, so we do it.
             code = yield from self._flush()
             if code:
                 self._channel.alarm(_describe(code))
@@ -393,7 +394,7 @@ class Stages:
             self._export = None
 
     def _flush(self) -> Steps[int]:
-        """Make everything durable that was acknowledged; return the errno, 0 for done."""
+        """Make every answered write durable; return 0 or an errno."""
         try:
             yield self._disk.flush
         except OSError as error:
@@ -402,5 +403,5 @@ class Stages:
 
 
 def _describe(code: int) -> str:
-    """Return a sentence about a last flush that failed, which can be answered to nobody."""
+    """Return a sentence about a last flush that failed: nobody waits for its answer."""
     return f"the last flush failed: {os.strerror(code)}"

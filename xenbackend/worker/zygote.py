@@ -3,11 +3,12 @@
 Must not start a thread, open a device or a file, or import what a third party wrote: every worker would have it. All
 that it holds for its workers are the empty namespaces of their walls.
 
-Over the socket given by number it says ``ready``; then come datagrams, each of which asks for processes by a letter for
-each, ``w`` or ``o``, and the words of third parties' drivers, as in ``wo xor``, with the end of a socket for each, its
-cord. Its answer is ``pidfd``, with theirs, and ``born``, once they are children of whoever adopts orphans; or
-``failed``. It ends when the other end is closed. A new process gets the socket that it serves over its cord, beside a
-datagram. It ends where the cord is cut before: nobody waits for it any more.
+Over the socket whose number is given the zygote says ``ready``. Then each datagram asks for processes: a letter for
+each, ``w`` or ``o``, and the words of third-party drivers, as in ``wo xor``; beside it comes, for each process, one end
+of a socket, its cord. The zygote sends ``pidfd`` with a pidfd of each, and ``born`` once init, or whatever adopts
+orphans, is their parent; or ``failed``. It ends when the other end of its socket is closed. A new process gets the
+socket that it serves over its cord, beside a datagram. If the cord is closed before, nobody waits for the process any
+more, and it ends.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _MOST_ASKED = 4096  # bytes of a request: words of a chain
 
 
 def _open(far: socket.socket, walls: Walls, _told: birth.Birth) -> int:
-    """Be an opener, which stays as it is."""
+    """Be an opener, which has no walls."""
     walls.close()
     return opener_main.serve(far)
 
@@ -42,7 +43,7 @@ SERVE = {WORKER: worker_main.serve, OPENER: _open}
 
 @dataclass(frozen=True, slots=True)
 class Born:
-    """What a new process is: of which kind, whom it serves, and what it is told if it is a worker."""
+    """A new process: its kind, the socket that it serves, and what it is told if it is a worker."""
 
     kind: str
     far: socket.socket
@@ -50,7 +51,7 @@ class Born:
 
 
 def wait_for_birth(channel: socket.socket, walls: Walls) -> Born | None:
-    """Fork processes at each request, and return what one is there; None here, in the end."""
+    """Fork processes at each request; return what it is in each new process, and None in the zygote, at its end."""
     channel.send(b"ready")
     while True:
         datagram, fds, _ = datagrams.receive(channel, _MOST_ASKED, _MOST)
@@ -76,7 +77,7 @@ def wait_for_birth(channel: socket.socket, walls: Walls) -> Born | None:
 
 
 def _take_socket(number: int) -> socket.socket:
-    """Return the socket that comes over a new process's cord, and end it where none comes."""
+    """Return the socket that comes over a new process's cord; end the process if none comes."""
     with socket.socket(fileno=number) as cord, suppress(OSError):
         _, fds, _ = datagrams.receive(cord, _MOST_ASKED, 1)
         if fds:
@@ -85,12 +86,12 @@ def _take_socket(number: int) -> socket.socket:
 
 
 def _bear(channel: socket.socket, kinds: str, walls: Walls) -> tuple[int, int, str]:
-    """Return in children of this process, each of which leads a session, and end this one.
+    """Return in children of this process, each of which leads a session, and end this process.
 
-    So they get another parent. A worker comes last, as it numbers processes anew.
+    So init, or whatever adopts orphans, becomes their parent. A worker comes last, as it begins a PID namespace.
 
-    Returns: the child's place in `kinds`, its number as the host knows it, and why it sees other processes, empty where
-    it does not.
+    Returns: the child's place in `kinds`, its process id as the host knows it, and why it can see other processes,
+    empty if it cannot.
     """
     born: dict[int, tuple[int, socket.socket]] = {}  # by place: a pidfd, and a socket that the child closes
     why_not_alone = ""
@@ -131,7 +132,7 @@ def main(arguments: list[str]) -> int:
     codec.prepare(messages.FromSupervisor, messages.FromWorker)
     codec.prepare(opening.FromSupervisor, opening.FromOpener, opening.Question)
     channel = datagrams.inherited(int(given["socket"]))
-    # What was made until here is looked at by no collection: it would write to memory that workers share.
+    # Keep the garbage collector from all objects made so far: it would write to memory that workers share.
     gc.collect()
     gc.freeze()
     try:
@@ -140,8 +141,8 @@ def main(arguments: list[str]) -> int:
         return 1
     if born is None:
         return 0
-    # At once: the interpreter's own end would write to each page that it shares with the zygote, 2,200 of them, to free
-    # what goes with the process anyhow.
+    # At once: at its own end the interpreter would write to each page that it shares with the zygote, 2,200 of them, to
+    # free memory that goes with the process anyhow.
     os._exit(SERVE[born.kind](born.far, walls, born.told))
 
 
