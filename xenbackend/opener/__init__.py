@@ -1,1 +1,1 @@
-"""Who may open files, devices and sockets for a worker, which opens none itself; and the process that does."""
+"""The opener: the process that opens files, devices and sockets for a worker, and the rules by which it does."""

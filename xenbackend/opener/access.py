@@ -1,6 +1,6 @@
-"""What is opened for one job: by its chains' rules, each name looked up once, and what was kept before anything else.
+"""Opens the files of one job, by the rules of its chains: looks each name up once, and prefers files that were kept.
 
-Must not know a process or a socket: `main` speaks to both sides.
+Must not know a process or a socket: `main` talks to supervisor and worker.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from xenbackend.opener.rules import Rule, Rules, Server
 from xenbackend.protocol.opening import Facts, HeldFile, Job, KeptFile
 
 # Hands over a file that was opened for the first time: name, identity, place of the chain, descriptor, lent for the
-# call. Returns a sentence where the worker may not have it.
+# call. Returns a sentence if the worker may not have it.
 Tell = Callable[[str, str, int, int], str]
 
 
@@ -35,7 +35,7 @@ class _Held:
 
 
 class Access:
-    """The files of one job. Every name that a chain leads to means one file for as long as this lives."""
+    """The files of one job. Each name that a chain leads to means the same file for as long as this object lives."""
 
     def __init__(self, job: Job, kept: Mapping[str, int], tell: Tell) -> None:
         """`kept` are O_PATH descriptors by name, ours from now on. Raises: ChainError."""
@@ -47,16 +47,16 @@ class Access:
         self._held: list[dict[str, _Held]] = [
             dict(self._kept) if job.keeps or not number else {} for number in range(len(job.chains))
         ]
-        self._led: dict[tuple[int, str, str], str] = {}  # chain, image and path where that led to: by which act
+        self._led: dict[tuple[int, str, str], str] = {}  # by which act, by chain, image and the path it led to
 
     def look(self, name: str, chain: int) -> Facts:
         """Return what a file is. Raises: DriverError, OSError."""
         return self._facts(name, self._hold(name, chain, create=False))
 
     def find(self, what: str, named_by: str, names: list[str], chain: int) -> Found:
-        """Return the file that an image means, if it may be followed there, as `parents.find`. Raises: DriverError.
+        """Return the file that an image names, if it may be followed there, as `parents.find`. Raises: DriverError.
 
-        Where the disk is served from a file of that name already it is that one, whatever is called so by now.
+        If the disk is served from a file of that name already, it is that file, whatever the name means by now.
         """
         rules = self._chain(chain)
         rule = rules.of(named_by)
@@ -79,9 +79,9 @@ class Access:
         return found
 
     def open(self, name: str, chain: int, *, write: bool, create: bool, claims: bool) -> tuple[int, Facts]:
-        """Return a descriptor of an open file description of its own, and what it is of, as `steps.reopen`.
+        """Return a descriptor of a new open file description, as `steps.reopen`, and the facts of its file.
 
-        Who called closes it. Raises: DriverError, OSError.
+        The caller closes it. Raises: DriverError, OSError.
         """
         rule = self._chain(chain).of(name)
         if (write and not rule.may_write) or (create and not rule.is_record):
@@ -104,14 +104,14 @@ class Access:
         return steps.is_used_beside(self._hold(name, chain, create=False).fd, name, access)
 
     def why_in_use(self, name: str, chain: int, access: locks.Access, *, is_claimed: bool, with_names: bool) -> InUse:
-        """Return why a file cannot be had, as `steps.why_in_use`. Raises: DriverError, OSError."""
+        """Return the error for a file that somebody else uses, as `steps.why_in_use`. Raises: DriverError, OSError."""
         held = self._hold(name, chain, create=False)
         return steps.why_in_use(held.fd, name, access, is_claimed=is_claimed, with_names=with_names)
 
     def check_names(self) -> None:
-        """Refuse to go on where a name in the text of the chain in service means another file than that in service.
+        """Refuse to go on if a name in the text of the chain in service no longer means the file in service.
 
-        Whoever follows that name later, as an image's parent, would find the other one. Raises: DriverError.
+        Following that name later, to an image's parent, would lead to the other file. Raises: DriverError.
         """
         for name in self._chain(0).images:
             held = self._held[0].get(name)
@@ -132,9 +132,9 @@ class Access:
                 raise DriverError(f"{problem}; {advice}", path=name, errno=errno.ESTALE)
 
     def mark_child(self, child: int) -> bool:
-        """Mark a new image with that of the chain in service as its parent, and that one with the file of its data.
+        """Mark a new image with its parent, the image in service, and that parent with the file that has its data.
 
-        Returns False where that cannot be. Raises: DriverError, OSError, KernelError.
+        Returns False if they cannot be marked. Raises: DriverError, OSError, KernelError.
         """
         files = self._chain(0).source
         if not files or not marks.mark_parents(child, [self._describe(files[0])]):
@@ -148,15 +148,15 @@ class Access:
         return self._chain(chain).server(name)
 
     def check_key(self, source: str, chain: int) -> None:
-        """See that keys may be made of the passphrase that is there. Raises: DriverError."""
+        """Check that keys may be made of the passphrase at `source`. Raises: DriverError."""
         self._chain(chain).check_key(source)
 
     def credentials(self, directory: str, chain: int) -> str:
-        """Return a directory, whose certificates may be read. Raises: DriverError."""
+        """Return a directory if its certificates may be read. Raises: DriverError, if not."""
         return self._chain(chain).credentials(directory)
 
     def account(self, conf: str, user: str, chain: int) -> Account:
-        """Return the account of a cluster, whose settings may be read. Raises: DriverError."""
+        """Return the account of a cluster if its settings may be read. Raises: DriverError, if not."""
         return self._chain(chain).account(Account(conf, user))
 
     def resolve(self, name: str, chain: int) -> str:
@@ -167,14 +167,14 @@ class Access:
         return steps.resolve(name)
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Close all descriptors."""
         for fd in {each.fd for names in [self._kept, *self._held] for each in names.values()}:
             os.close(fd)
         self._kept.clear()
         self._held.clear()
 
     def _led_before(self, named: parents.Named, chain: int) -> str:
-        """Return where an image has led to, of all that it names, also if nothing is there any more; empty: nowhere."""
+        """Return which of the paths that an image names it has led to, even if no file is there now; else empty."""
         kept = self._kept if self._job.keeps or not chain else {}
         for path in (path for both in parents.paths_of(named) for path in reversed(both)):
             if (chain, named.image, path) in self._led or (path in kept and not self._chain(chain).is_said(path)):
@@ -182,7 +182,7 @@ class Access:
         return ""
 
     def _take(self, child: _Held, what: str, allowed: parents.Allowed, former: str, chain: int) -> Found:
-        """Return what is opened where an image is followed, which is held from now on. Raises: DriverError."""
+        """Return the file that an image is followed to, which is held from now on. Raises: DriverError."""
         held, identity = self._held[chain], steps.identify(allowed.fd)
         path = former or allowed.path
         if path not in held:
@@ -190,7 +190,7 @@ class Access:
         elif _differ(held[path].identity, identity):
             if former:
                 return Found(former, parents.IN_SERVICE)
-            if stat.S_ISBLK(os.fstat(held[path].fd).st_mode):  # held by its node: it is compared when it is open
+            if stat.S_ISBLK(os.fstat(held[path].fd).st_mode):  # held by its node: compared once it is open
                 return Found(path, allowed.by)
             raise DriverError(f"{printable(path)} has become another file meanwhile", path=path, errno=errno.ESTALE)
         if allowed.by == parents.IN_SERVICE and self._is_of_last_release(allowed.fd):
@@ -201,7 +201,7 @@ class Access:
         """Return whether the disk is served from a file already. Raises: OSError, KernelError."""
         if self._is_of_last_release(fd):
             return True
-        if not stat.S_ISREG(os.fstat(fd).st_mode):  # to look at a device is to open it
+        if not stat.S_ISREG(os.fstat(fd).st_mode):  # looking at a device would open it
             return False
         identity = steps.identify(fd)
         return any(not _differ(each.identity, identity) for each in self._kept.values())
@@ -213,7 +213,7 @@ class Access:
         return marks.describe(self._hold(name, 0, create=False).fd, name)
 
     def _check_medium(self, name: str, chain: int, held: _Held, fd: int) -> None:
-        """Ask about a device that has become another one since it was held, by the same node. Raises: DriverError."""
+        """Ask the supervisor about a device that is not the one that was held by its node. Raises: DriverError."""
         identity = steps.identify(fd)
         if not _differ(held.identity, identity):
             return
@@ -238,7 +238,7 @@ class Access:
         return held
 
     def _look_up(self, name: str, chain: int, rule: Rule, *, create: bool) -> _Held:
-        """Return what a name means now, after whoever keeps it has it."""
+        """Return the file that a name means now, once the supervisor keeps it."""
         if rule.is_unnamed:
             fd = self._hold_unnamed(chain)
         elif rule.is_record:
@@ -250,7 +250,7 @@ class Access:
         return self._take_over(name, chain, fd, "")
 
     def _hold_unnamed(self, chain: int) -> int:
-        """Return a descriptor of the disk's unnamed file, which is made where there is none. Raises: DriverError."""
+        """Return a descriptor of the disk's unnamed file, which is made if there is none. Raises: DriverError."""
         kept = self._kept.get(UNNAMED)
         if kept is None or (chain and self._job.renews_unnamed):
             return steps.hold_unnamed(self._job.scratch)
@@ -267,7 +267,7 @@ class Access:
         return steps.look(held.fd, self._job.scratch if name == UNNAMED else name)
 
     def _take_over(self, name: str, chain: int, fd: int, identity: str) -> _Held:
-        """Return a file that a name means, ours from now on, after whoever keeps it has it. Raises: DriverError."""
+        """Return the file behind `fd`, ours from now on, once the supervisor keeps it. Raises: DriverError."""
         try:
             identity = identity or steps.identify(fd)
             refusal = self._tell(name, identity, chain, fd)
@@ -284,20 +284,20 @@ class Access:
 
 
 def kept_of(job: Job, fds: list[int]) -> dict[str, int]:
-    """Return the descriptors of a job's kept files by name. Raises: ValueError, where there are not as many."""
+    """Return the descriptors of a job's kept files by name. Raises: ValueError, if their numbers differ."""
     names: list[KeptFile] = job.kept
     return {each.name: fd for each, fd in zip(names, fds, strict=True)}
 
 
 def _differ(one: str, other: str) -> str:
-    """Return how two identities differ, empty: they do not."""
+    """Return how two identities differ; empty if they do not."""
     return difference(from_text(one), from_text(other))
 
 
 def _is_known(known: HeldFile, fd: int) -> bool:
-    """Return whether a file is one that a process had open. Raises: OSError.
+    """Return whether a descriptor is of a file that a worker of the last release had open. Raises: OSError.
 
-    The device of a file may be another one than that of the mount (btrfs): then the path decides.
+    The device of a file may differ from that of its mount (btrfs): then the path decides.
     """
     status = os.fstat(fd)
     if known.inode != status.st_ino:

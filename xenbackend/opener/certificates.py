@@ -1,8 +1,8 @@
-"""The certificates by which a worker speaks TLS, read from a directory for a worker that can open no file.
+"""Reads the certificates that a worker needs for TLS from a directory, as a worker can open no file.
 
-Must not judge what is in them: OpenSSL does, where they are used.
+Must not judge their content: OpenSSL does that where they are used.
 
-The files are called as QEMU and libnbd call them, so that one directory serves all.
+The files have the names that QEMU and libnbd give them, so that one directory serves all.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import stat
 from xenbackend.block.servers import AUTHORITIES, CERTIFICATE, KEY
 from xenbackend.errors import DriverError, printable
 
-MAX_FILE = 64 << 10  # bytes of all of them together, so that they fit into a message
+MAX_FILE = 64 << 10  # bytes of all files together, so that they fit into a message
 
 
 def read_certificates(directory: str) -> dict[str, str]:
-    """Return what is in the files by their names: the authorities, and our own certificate with its key, if any.
+    """Return the contents of the files by name: the authorities, and our own certificate with its key, if any.
 
     Raises: DriverError, naming the file; OSError.
     """
@@ -50,4 +50,4 @@ def _text(directory: str, name: str) -> str:
 
 
 def _open_at_once(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)  # it would wait for whoever writes to a pipe
+    return os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)  # else opening a pipe would wait for a writer

@@ -1,12 +1,12 @@
-"""The settings of a Ceph client, read for a worker that can open no file: ceph.conf, the key, monitors' addresses.
+"""Reads the settings of a Ceph client for a worker, which can open no file: ceph.conf, the key, monitors' addresses.
 
 Must not load Ceph's library, nor connect to anything.
 
-What concerns files, logs and programs of this host stays here (`_HANDED_OVER` says what does not). A name of a monitor
-is resolved here, too, since a worker could ask nobody.
+Settings about files, logs and programs of this host are not handed over (`_HANDED_OVER` says which are). Names of
+monitors are resolved here, too, since a worker could ask no name server.
 
-Source: src/common/ConfUtils.cc of Ceph 16.2 for the grammar, in which a comment ends a value even within quotes; what
-`ceph-conf` makes of a file, for which the tests compare both.
+Source: src/common/ConfUtils.cc of Ceph 16.2 for the grammar, in which a comment ends a value even within quotes;
+the tests compare the result with what `ceph-conf` makes of a file.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ Sections = Mapping[str, Mapping[str, str]]
 
 
 def read_settings(account: Account) -> dict[str, str]:
-    """Return what librados is to be told for a user, by the names of its options, ``key`` and ``mon_host`` among them.
+    """Return the settings for librados for a user, by the names of its options, ``key`` and ``mon_host`` among them.
 
-    Raises: DriverError, naming the file, where one cannot be used; OSError, about a file.
+    Raises: DriverError, naming the file that cannot be used; OSError, about a file.
     """
     sections = _read(account.conf)
     name = f"client.{account.user}"
@@ -62,12 +62,12 @@ def read_settings(account: Account) -> dict[str, str]:
 
 
 def boot_id() -> str:
-    """Return what tells this start of this host from any other start, of any host. Source: random(4)."""
+    """Return an id that only this boot of this host has. Source: random(4)."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def resolve_monitors(text: str) -> str:
-    """Return `mon host` with addresses in the place of names. Raises: DriverError, where a name is not known."""
+    """Return `mon host` with addresses in the place of names. Raises: DriverError, if a name is not known."""
     return _MONITOR.sub(_resolved, text)
 
 
@@ -92,7 +92,7 @@ def parse(text: str) -> dict[str, dict[str, str]]:
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
-    """Yield lines with their numbers; one that ends with a backslash goes on with the next one, a comment does not."""
+    """Yield lines with their numbers, joining a line that ends with a backslash to the next one, but not a comment."""
     whole, first = "", 0
     for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1):
         first = first if whole else number
@@ -108,7 +108,7 @@ def _lines(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _value(text: str) -> str | None:
-    """Return the value that a text begins with, up to a comment; None where it is quoted and wrong."""
+    """Return the value at the beginning of a text, up to a comment; None if it is quoted wrongly."""
     quote = text[:1] if text[:1] in ("'", '"') else ""
     found, place = [], len(quote)
     while place < len(text) and text[place] not in "#;" and not (quote and text[place] == quote):
@@ -122,7 +122,7 @@ def _value(text: str) -> str | None:
 
 
 def _key(name: str, found: Mapping[str, str], known: Mapping[str, str], account: Account) -> str:
-    """Return the user's key, from wherever the configuration says that it is; empty where none is needed."""
+    """Return the user's key, from the place that the configuration names; empty if none is needed."""
     if found.get("key"):
         return found["key"]
     if file := found.get("keyfile"):
@@ -135,7 +135,7 @@ def _key(name: str, found: Mapping[str, str], known: Mapping[str, str], account:
             continue
         if key:
             return key
-        break  # as librados: the first one that is there
+        break  # as in librados: only the first keyring that exists counts
     if "none" in re.split(r"[;,=\s]+", found.get("auth_client_required", "")):
         return ""
     raise DriverError(

@@ -1,16 +1,17 @@
-"""Connections to servers: names resolved, sockets connected, and former connections seen to their end before.
+"""Connects to servers: resolves names, connects sockets, and drains former connections before.
 
-Must not say a word of any protocol, nor believe that what was not answered was not done.
+Must not speak any protocol, nor assume that a request without an answer was not done.
 
-A server may still write what it was given by a connection that nobody reads any more: that of a worker that has died,
-or one that was lost. So what is to take its place waits for its end. Our direction is shut down, and what comes is read
-up to the end that the server makes: a server that ends a connection only when it has done all that came by it has
-nothing under way then. Of others the chain says how long they may still be at work (`drain=`): that is waited for, too.
+A server may still write what it received by a connection that nobody reads any more: that of a worker that has died, or
+one that was lost. So the connection that takes its place must wait for its end. Our direction is shut down, and the
+other one is read until the server ends it: a server that ends a connection only when it has done everything that came
+by it has nothing under way then. For other servers the chain says how long they may still be at work (`drain=`): that
+time is waited for, too.
 
-What has no end within DRAIN_S is `Undrained`: the server may be stopped, or the network between both, and may go on at
-any time. It is read on when it is next asked for. Where the network itself has given the connection up (ETIMEDOUT), its
-end will never be seen, and an administrator has to say that it is over. A connection that is reset counts as ended,
-since only a host that knows nothing of it any more does that.
+A connection that does not end within DRAIN_S is `Undrained`: the server, or the network in between, may be stopped, and
+may continue at any time. Draining goes on when the connection is next asked for. If the network itself has given the
+connection up (ETIMEDOUT), its end will never be seen, and an administrator has to say that it is over. A connection
+that is reset counts as ended, since only a host that has no such connection any more resets it.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ from xenbackend.protocol import opening
 
 CONNECT_S = 5.0  # for each address of a server
 DRAIN_S = 10.0  # for all former connections
-_ROOM = 256 * 1024  # bytes read at once of what nobody wants any more
-_BUFFER = 1 << 20  # bytes that a socket takes ahead, where the host allows as much
+_ROOM = 256 * 1024  # bytes read and discarded at once
+_BUFFER = 1 << 20  # bytes that a socket buffers, if the host allows as many
 _RESETS = (errno.ECONNRESET, errno.EPIPE, errno.ENOTCONN)
 
-# Says what was found, with its descriptors, lent for the call; returns a sentence where the worker may not have it.
+# Sends what was found, with its descriptors, lent for the call; returns a sentence if the worker may not have it.
 Say = Callable[[opening.Found, Sequence[int]], str]
 
 
@@ -53,10 +54,10 @@ class _Former:
 
 
 class Connections:
-    """Those that a job came with, and those that are made for it."""
+    """The connections that came with a job, and those that are made for it."""
 
     def __init__(self, job: opening.Job, fds: Sequence[int]) -> None:
-        """The descriptors of `job.connections` are ours from now on."""
+        """Take the descriptors of `job.connections`, ours from now on."""
         self._vbd = job.vbd
         self._former = {
             (each.server, each.place): _Former(socket.socket(fileno=fd), each.is_broken)
@@ -64,9 +65,9 @@ class Connections:
         }
 
     def connect(self, question: opening.ConnectTo, server: Server, say: Say) -> int:
-        """Return a connected socket, the caller's, once what it takes the place of has ended.
+        """Return a connected socket, the caller's, once the connections that it replaces have ended.
 
-        Raises: DriverError, with ETIMEDOUT where that has no end; OSError.
+        Raises: DriverError, with ETIMEDOUT if one of those does not end; OSError.
         """
         after, key = After(question.after), (question.server, question.place)
         if after is After.BREACH and key in self._former:
@@ -92,14 +93,14 @@ class Connections:
             raise
 
     def close(self) -> None:
-        """Let go of our copies of the sockets."""
+        """Close our copies of the sockets."""
         while self._former:
             self._former.popitem()[1].socket.close()
 
     def _drain(self, keys: list[tuple[str, int]], drain_s: float, say: Say) -> None:
-        """See connections to their end. Raises: DriverError where one has none."""
+        """Drain connections, and close them. Raises: DriverError, if one does not end."""
         until = time.monotonic() + DRAIN_S
-        for key in keys:  # all of them, before any is waited for
+        for key in keys:  # all of them, before waiting for any
             _shut_down(self._former[key].socket)
         for key in keys:
             former = self._former[key]
@@ -115,7 +116,7 @@ class Connections:
 
 
 def connect(endpoint: Endpoint) -> socket.socket:
-    """Return a connected socket. Raises: DriverError where the name is not known, or nobody listens."""
+    """Return a connected socket. Raises: DriverError, if the name is not known or nobody listens."""
     try:
         return _connect_unix(endpoint.path) if endpoint.path else _connect_tcp(endpoint)
     except socket.gaierror as error:
@@ -128,14 +129,14 @@ def connect(endpoint: Endpoint) -> socket.socket:
 
 
 def drain(former: socket.socket, until: float) -> End:
-    """Read a connection whose direction to the server is shut down up to its end, or `until` (time.monotonic)."""
+    """Read a connection, whose sending side is shut down, to its end or `until` (time.monotonic)."""
     room = bytearray(_ROOM)
     while True:
         former.settimeout(max(0.001, until - time.monotonic()))
         try:
             if not former.recv_into(room):
                 return End.ENDED
-        except TimeoutError as error:  # ours has no number; the network's has
+        except TimeoutError as error:  # our own timeout has no errno; the network's has
             return End.BROKEN if error.errno else End.SILENT
         except OSError as error:
             return End.ENDED if error.errno in _RESETS else End.BROKEN

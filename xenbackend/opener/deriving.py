@@ -1,14 +1,14 @@
-"""Keys made of passphrases, for layers that encrypt: by PBKDF2 and Argon2, in a process that is no worker's.
+"""Makes keys of passphrases for layers that encrypt: by PBKDF2 and Argon2, in a process that is not a worker.
 
-Must not give a passphrase to anybody, write one down, or make a key in a way that would let a worker try passphrases
-out faster than by the header that it has.
+Must not give a passphrase to anybody, write one down, or make a key in a way that would let a worker try out
+passphrases faster than by the header that it has.
 
-Argon2 takes as much memory as a header says, up to 4 GiB: of a service's openers one at a time has it, and none before
-another one that waits (`kernel.in_turn`); a command has it at once, where the host and the control group have as much
-left; and should the kernel lack memory all the same, it ends this process first.
+Argon2 takes as much memory as a header says, up to 4 GiB. The openers of a service take it one at a time, and none
+twice while another one waits (`kernel.in_turn`); a command takes it at once. Host and control group must have as much
+left. If the kernel runs out of memory all the same, it ends this process first.
 
 Sources: RFC 8018 and 9106; systemd.exec(5) for credentials, cgroups(7) and proc(5) for memory; do_coredump() in
-fs/coredump.c of Linux for what a limit of 1 means.
+fs/coredump.c of Linux for the meaning of a core limit of 1.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from xenbackend.block.keys import CREDENTIAL, MAX_ITERATIONS, MAX_WORK_KIB, PBKD
 from xenbackend.errors import DriverError, printable
 from xenbackend.kernel.in_turn import in_turn
 
-_MAX_PASSPHRASE = 8 << 20  # bytes, as cryptsetup has it
+_MAX_PASSPHRASE = 8 << 20  # bytes, the same as in cryptsetup
 _SPARE = 64 << 20  # bytes of memory that are left to others
-_CREDENTIALS = "/run/credentials/xenbackend.service"  # for commands, which systemd hands nothing to
+_CREDENTIALS = "/run/credentials/xenbackend.service"  # for commands, to which systemd hands nothing
 _GROUPS = Path("/sys/fs/cgroup")
 _UNLIMITED = 1 << 63
 
 
 class Work:
-    """What is done for one worker, which may have been taken over: the slots of a header, a few times, and no more."""
+    """Limits the work for one worker, which a guest may have taken over, to twice the most that one key may take."""
 
     def __init__(self) -> None:
         self._iterations, self._kib = 2 * MAX_ITERATIONS, 2 * MAX_WORK_KIB
 
     def take(self, how: Derivation) -> None:
-        """See that a key may still be made. Raises: DriverError."""
+        """Count the work of one key, and refuse what exceeds the limit. Raises: DriverError."""
         how.check()
         if how.function == PBKDF2:
             self._iterations -= how.iterations
@@ -59,7 +59,7 @@ def derive(source: str, how: Derivation, turns: str = "", *, without_newline: bo
         source: as `block.keys.KeySource`.
         how: is checked here.
         turns: the file by which processes take turns (`kernel.in_turn`).
-        without_newline: leave out the newline at its end; ENODATA where it has none.
+        without_newline: leave out the newline at its end; ENODATA if it has none.
 
     Raises: DriverError, OSError.
     """
@@ -110,7 +110,7 @@ def read_passphrase(source: str) -> bytearray:
 
 
 def _leave_no_core() -> None:
-    """Have the kernel dump this process nowhere: with a limit of 0 a program may still get it, core(5), with 1 not."""
+    """Forbid core dumps of this process: with a limit of 0 a program may still get one, core(5), with 1 none does."""
     limit = resource.getrlimit(resource.RLIMIT_CORE)[1]
     with suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_CORE, (0, limit))
@@ -118,7 +118,7 @@ def _leave_no_core() -> None:
 
 
 def check_memory(wanted: int, free: int) -> None:
-    """See that there are as many bytes of memory. Raises: DriverError."""
+    """Check that there are so many bytes of memory. Raises: DriverError."""
     if wanted + _SPARE > free:
         raise DriverError(
             f"the key takes {wanted >> 20} MiB of memory to make, and {max(0, free) >> 20} MiB are left here; give the "
@@ -128,7 +128,7 @@ def check_memory(wanted: int, free: int) -> None:
 
 
 def free_memory(meminfo: Path = Path("/proc/meminfo"), groups: Path = _GROUPS, own: str = "") -> int:
-    """Return the bytes that this process may still take: of the host, and of each control group that it is in.
+    """Return the bytes that this process may still take: the least of host and all control groups that it is in.
 
     `own` is the group's path, by default this process's. Raises: OSError.
     """
@@ -152,7 +152,7 @@ def _own_group() -> str:
 
 
 def _of_groups(groups: Path, own: str) -> Iterator[int]:
-    """Yield what is left in each group; what it keeps of files it would give up."""
+    """Yield the bytes that are left in each group; its page cache counts as left."""
     group = groups / own.lstrip("/")
     while groups in group.parents:
         with suppress(OSError, ValueError):
@@ -174,7 +174,7 @@ def _argon2(passphrase: bytearray, how: Derivation) -> bytearray:
     key, ffi = bytearray(how.length), low_level.ffi
     lib: Any = low_level.lib  # type: ignore[attr-defined]  # every version has it, and none says so
     given, salt, into = ffi.from_buffer(passphrase), ffi.from_buffer(how.salt), ffi.from_buffer(key)
-    with _first_to_go():  # argon2_hash of argon2.h, in memory of ours: hash_secret_raw leaves copies that nobody wipes
+    with _first_to_go():  # argon2_hash of argon2.h, in our own memory: hash_secret_raw leaves copies that nobody wipes
         status = lib.argon2_hash(
             how.iterations, how.memory_kib, how.lanes, given, len(passphrase), salt, len(how.salt), into, how.length,
             ffi.NULL, 0, kind.value, low_level.ARGON2_VERSION,
@@ -187,7 +187,7 @@ def _argon2(passphrase: bytearray, how: Derivation) -> bytearray:
 
 @contextmanager
 def _first_to_go() -> Iterator[None]:
-    """Have the kernel end this process before any other meanwhile, where it has no memory left."""
+    """Within this context, have the kernel end this process before any other if memory runs out."""
     score, before = Path("/proc/self/oom_score_adj"), ""
     with suppress(OSError):
         before = score.read_text(encoding="ascii")

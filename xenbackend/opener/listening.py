@@ -1,6 +1,6 @@
-"""The socket on which a worker serves a device model; whoever starts the worker removes it.
+"""Makes the socket on which a worker serves a device model; the supervisor removes it.
 
-Must not accept anybody.
+Must not accept a connection.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ BACKLOG = 8
 
 
 def listen(path: str) -> int:
-    """Return a socket that listens at `path` for our own user, in the place of what was there.
+    """Return a socket that listens at `path` for our own user only, in the place of what was there.
 
-    Its directory is made. Raises: OSError, about `path`.
+    Its directory is made if it is missing. Raises: OSError, about `path`.
     """
     place = Path(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
@@ -30,7 +30,7 @@ def listen(path: str) -> int:
         listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
-        if error.errno:  # Python's own have none
+        if error.errno:  # errors of Python itself have none
             error.filename = error.filename or path
         raise
     return listener.detach()

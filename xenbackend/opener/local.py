@@ -1,8 +1,8 @@
-"""Opens files in this process, for whoever may open them himself: image commands, `check`, tests.
+"""Opens files in this process, for programs that may open them themselves: image commands, `check`, tests.
 
-Each name is looked up once while it is open, and what an image names is had by the rule for that (`parents`).
+Each name is looked up once while it is open, and files that images name are opened by the rule in `parents`.
 
-Must not be used by a worker, lock a file, nor decide what is done with it.
+Must not be used by a worker, lock a file, or decide what is done with it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def scratch_of_settings() -> str:
 
 @dataclass(frozen=True, slots=True)
 class Followed:
-    """That an image was followed: `image` and `path` are the paths of both, `what` and `by` as `Found` has them."""
+    """An image that was followed: from `image` to `path`; `what` and `by` are as in `Found`."""
 
     image: str
     what: str
@@ -53,16 +53,16 @@ class Followed:
 
 
 class LocalOpener:
-    """Opens any file that an administrator names, and what images name by the rule; it holds what is open.
+    """Opens any file that an administrator names, and those that images name, by the rule; holds those that are open.
 
     It has the methods of `worker.opener.RemoteOpener`.
 
     Args:
-        settings: returns the places of the settings; asked when an image names another file.
+        settings: returns the places in which the settings allow parents; called when an image names another file.
         trusts: follow images wherever they lead to, as an administrator has said.
-        scratch: returns the directory of unnamed files. One is there for as long as it is open: it is not kept.
+        scratch: returns the directory of unnamed files. Such a file exists only while it is open.
 
-    `followed` are the images that led to other files, in their order, of one that trusts them.
+    `followed`: if it trusts images, those that led to other files, in order.
     """
 
     def __init__(
@@ -77,13 +77,13 @@ class LocalOpener:
         self._trusts = trusts
         self.followed: list[Followed] = []
         self._fds: dict[str, int] = {}  # O_PATH, by name
-        self._uses: Counter[str] = Counter()  # how many are open by that name
+        self._uses: Counter[str] = Counter()  # how often it is held, by name
         self._found: set[str] = set()  # names that images led to: they stay what they were
 
     def hold(self, path: str) -> None:
-        """Have a name mean one file, that which an administrator means now, or that which was found.
+        """Make a name mean one file: the one that it leads to now, or the one that `find` has found.
 
-        `release` it as often. Raises: DriverError; OSError, about the path.
+        `release` it as often as it is held. Raises: DriverError; OSError, about the path.
         """
         if path == UNNAMED:
             self._have_unnamed()
@@ -92,7 +92,7 @@ class LocalOpener:
         self._uses[path] += 1
 
     def open(self, path: str, *, write: bool, claims: bool = False) -> tuple[int, Facts]:
-        """Open a file that is held. Raises: OSError, about the path; EBUSY, where it `claims` what is in use."""
+        """Open a file that is held. Raises: OSError, about the path; EBUSY, if it `claims` a device that is in use."""
         held = self.descriptor(path)
         facts = self._facts(held, path)
         return steps.reopen(held, path, write=write, claims=claims), facts
@@ -102,11 +102,11 @@ class LocalOpener:
         return is_used_by_another_face(fd, access)
 
     def why_in_use(self, path: str, access: Access, *, is_claimed: bool, with_names: bool) -> InUse:
-        """Return why an image that is held cannot be had, which somebody claims or has locked. Raises: OSError."""
+        """Return the error for an image that is held, which somebody else claims or has locked. Raises: OSError."""
         return steps.why_in_use(self.descriptor(path), path, access, is_claimed=is_claimed, with_names=with_names)
 
     def open_record(self, path: str) -> int:
-        """Return a descriptor of a record file, which is made where it is not there. Raises: DriverError, OSError."""
+        """Return a descriptor of a record file, which is made if it is not there. Raises: DriverError, OSError."""
         if path == UNNAMED:
             self._have_unnamed()
             return steps.reopen(self._fds[path], path, write=True)
@@ -117,7 +117,7 @@ class LocalOpener:
             os.close(held)
 
     def connect(self, endpoint: Endpoint, place: int, after: After, *, keeps: bool) -> socket.socket:  # noqa: ARG002
-        """Return a socket connected to a server. Nobody was before us here, and nobody comes after us.
+        """Return a socket connected to a server. Here there is no former connection, and no successor.
 
         Raises: DriverError.
         """
@@ -130,7 +130,7 @@ class LocalOpener:
         return memoryview(derive(source, how, without_newline=without_newline))
 
     def read_cluster(self, account: Account) -> Mapping[str, str]:
-        """Return what a client of a cluster has to know. Raises: DriverError, OSError."""
+        """Return the settings of a cluster's client. Raises: DriverError, OSError."""
         from xenbackend.opener.cluster import read_settings  # late: few disks are in a cluster
 
         return read_settings(account)
@@ -142,7 +142,7 @@ class LocalOpener:
         return read_certificates(directory)
 
     def look(self, path: str) -> Facts:
-        """Return what a file is: the one that is open by this name, if one is. Raises: DriverError, OSError."""
+        """Return the facts of a file: of the one that is held by this name, if any. Raises: DriverError, OSError."""
         if path == UNNAMED:
             self._have_unnamed()
         if path in self._fds:
@@ -158,7 +158,7 @@ class LocalOpener:
         return steps.resolve(path)
 
     def release(self, path: str) -> None:
-        """Take note that what was opened by a name is closed: it may mean another file from now on."""
+        """End one `hold` of a name; after the last one it may mean another file."""
         self._uses[path] -= 1
         if self._uses[path] <= 0 and path in self._fds:
             os.close(self._fds.pop(path))
@@ -179,14 +179,14 @@ class LocalOpener:
         return Found(allowed.path, allowed.by)
 
     def mark_child(self, child: int, files: Mapping[str, str], former: Sequence[marks.Marked] = ()) -> bool:
-        """Mark an image with an open one as its parent, and that one with the file that has its data.
+        """Mark an image with its parent, which is open, and that parent with the file that has its data.
 
         Args:
             child: a descriptor of the image.
             files: the parent's files by option (`block.options.files_of`), the image itself first.
-            former: what stays in the mark beside it.
+            former: parents that stay in the image's mark.
 
-        Returns False where that cannot be. Raises: KernelError, OSError.
+        Returns False if they cannot be marked. Raises: KernelError, OSError.
         """
         parent, *data = files.values()
         if not marks.mark_parents(child, [*former, self.describe(parent)]):
@@ -194,7 +194,7 @@ class LocalOpener:
         return not data or marks.mark_files(self.descriptor(parent), [self.describe(each) for each in data])
 
     def describe(self, path: str) -> marks.Marked:
-        """Return what a mark says of an open file. Raises: KernelError, OSError."""
+        """Return an open file as a mark describes it. Raises: KernelError, OSError."""
         return marks.describe(self.descriptor(path), path)
 
     def descriptor(self, path: str) -> int:
@@ -202,7 +202,7 @@ class LocalOpener:
         return self._fds[path]
 
     def close(self) -> None:
-        """Let go of all files."""
+        """Close all files."""
         for fd in self._fds.values():
             os.close(fd)
         self._fds.clear()
@@ -228,7 +228,7 @@ def is_device(path: str) -> bool:
 
 
 def identity_of(path: str) -> str | None:
-    """Return what tells a file from any other, None where none is there. Raises: DriverError, OSError."""
+    """Return the identity of a file, or None if there is none. Raises: DriverError, OSError."""
     try:
         return LocalOpener().look(path).identity
     except FileNotFoundError:

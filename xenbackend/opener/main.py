@@ -1,10 +1,11 @@
 """The process that opens files, devices and sockets for one worker: one job, then one question after the other.
 
-Must not wait for a lock, but for its turn to make a key, keep a copy of what it has handed over, or be of use to a
-worker once its supervisor has gone: a file that nobody keeps could be another one for the next worker.
+Must not wait for a lock (it waits only for its turn to make a key), keep a copy of what it has handed over, or open
+anything for a worker once its supervisor has gone: a name whose file nobody keeps could mean another file to the next
+worker.
 
-It may hang in a call to storage that does not answer; then this process does, and its worker, and nobody else. The
-supervisor is told so by a thread that looks on.
+A call to storage that does not answer may hang: then this process and its worker hang, and nothing else. A thread that
+watches the calls tells the supervisor.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ from xenbackend.protocol import codec, datagrams, opening
 from xenbackend.protocol.messages import SENTENCE_MAX
 from xenbackend.protocol.opening import Given
 
-BREACH = 3  # exit status: the worker asked what no worker of ours asks
+BREACH = 3  # exit status: the worker sent what no worker of ours sends
 
 
 class SupervisorGone(Exception):
-    """Nobody is left to keep what is opened."""
+    """The supervisor has gone, so that nobody keeps what is opened."""
 
 
 class Attendant:
@@ -58,7 +59,7 @@ class Attendant:
         self._worker = worker
         self._kept = kept
         self._connections = Connections(job, connections)
-        self._access: Access | None = None  # until it is needed: what is wrong with a chain is an answer
+        self._access: Access | None = None  # made at the first question, whose answer tells what is wrong with a chain
         self._new: NewFile | None = None
         self._work = Work()
 
@@ -86,7 +87,7 @@ class Attendant:
         return 0
 
     def close(self) -> None:
-        """Let go of everything, and remove a file that was not published."""
+        """Close everything, and remove a new file that was not published."""
         self._connections.close()
         if self._access is not None:
             self._access.close()
@@ -105,11 +106,11 @@ class Attendant:
         except OSError as problem:
             sentence = "" if problem.errno else _plain(str(problem))
             answer = Given(problem.errno or errno.EINVAL, sentence, str(problem.filename or ""))
-        except SupervisorGone:  # the worker is served on, and what is kept is open to it
+        except SupervisorGone:  # the worker may go on: what is kept it can still get
             answer = Given(errno.ECONNABORTED, "the service has gone meanwhile, and nobody keeps what is opened now")
         except AssertionError:
             raise
-        except Exception as bug:  # of ours, or of what a driver's options are read by: whoever asked has to know
+        except Exception as bug:  # of ours, or of a driver's options: the worker has to know
             answer = Given(errno.EIO, _plain(f"the opener could not do it: {type(bug).__name__}: {bug}"))
         return answer, fds
 
@@ -173,15 +174,15 @@ class Attendant:
         return question.name
 
     def _say_waits(self, name: str, *, makes_key: bool) -> None:
-        with suppress(OSError):  # the supervisor has gone, or does not hear us now
+        with suppress(OSError):  # the supervisor has gone, or does not read now
             self._supervisor.send(opening.encode(opening.Waits(name, makes_key)), socket.MSG_DONTWAIT)
 
     def _tell(self, name: str, identity: str, chain: int, fd: int) -> str:
-        """Hand over a file, and return why the worker may not have it, once the supervisor has said so."""
+        """Hand a file to the supervisor, wait for its answer, and return why the worker may not have it, if so."""
         return self._say(opening.Opened(name, identity, chain), [fd])
 
     def _say(self, found: opening.Found, fds: Sequence[int]) -> str:
-        """Say what was found, with its descriptors; return why the worker may not have it, once that is answered."""
+        """Send what was found, with its descriptors; after the answer return why the worker may not have it, if so."""
         try:
             datagrams.send(self._supervisor, opening.encode(found), fds)
             datagram = self._supervisor.recv(opening.MAX_MESSAGE)
@@ -196,7 +197,7 @@ class Attendant:
 
 
 def look_up(supervisor: socket.socket, look: opening.FromSupervisor) -> None:
-    """Say what names mean now, one after the other, until nobody asks for more."""
+    """Tell the supervisor what names mean now, one after the other, until it asks for no more."""
     try:
         while isinstance(look, opening.Look):
             for name in look.names:
@@ -229,7 +230,7 @@ def serve(supervisor: socket.socket) -> int:
     if isinstance(job, opening.Look):
         look_up(supervisor, job)
         return 0
-    assert isinstance(job, opening.Job)  # noqa: S101 - the supervisor says nothing else at first
+    assert isinstance(job, opening.Job)  # noqa: S101 - a supervisor sends nothing else at first
     while len(fds) < 1 + len(job.kept) + len(job.connections):
         datagram, more, _ = datagrams.receive(supervisor, opening.MAX_MESSAGE, opening.MAX_CARRIED)
         if not datagram:
@@ -241,7 +242,7 @@ def serve(supervisor: socket.socket) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    """Serve over the socket to the supervisor, given by number."""
+    """Serve over the socket to the supervisor whose number is given; return the exit status."""
     if len(arguments) != 2 or arguments[0] != "--socket" or not arguments[1].isdecimal():
         print("an opener is started by the service, with --socket and the number of a descriptor", file=sys.stderr)
         return 2
@@ -307,7 +308,7 @@ def _look_for_users(access: Access, question: opening.LookBeside | opening.SayWh
 
 
 def _plain(sentence: str) -> str:
-    """Return a sentence as a message takes it, short enough and without what cannot be stored."""
+    """Return any text as a sentence that fits into a message: not longer than SENTENCE_MAX, and valid as UTF-8."""
     return sentence[:SENTENCE_MAX].encode(errors="backslashreplace").decode()[:SENTENCE_MAX]
 
 

@@ -1,14 +1,13 @@
-"""Marks: what an administrator's command has written at an image about the files that this image names.
+"""Marks: notes by which an administrator's command records at an image which files that image names.
 
-A mark is an attribute of the image's own file, beside its content. It says which file the image's parent is, so that
-the image is opened with that parent and no other one. Only root can write an attribute of this kind (xattr(7), "Trusted
-extended attributes"), and only root sees it: the owner of an image cannot make a mark. Whoever copies the image makes a
-file without one.
+A mark is an extended attribute of the image's file, beside its content. It says which file the image's parent is, so
+that the image is opened with that parent and no other one. Only root can write or see an attribute of this kind
+(xattr(7), "Trusted extended attributes"): the owner of an image cannot make a mark. A copy of the image has none.
 
-A regular file is known by its identity (`kernel.identity`), but for the number of its file system's device: that may be
-another one after the host was started again. In its place stands the time of birth. Of a file system that has neither
-handle nor time of birth, the device's number counts. A block device is known by the name that the administrator wrote,
-since its numbers are given out anew whenever the host starts.
+A regular file is recognized by its identity (`kernel.identity`) without the number of its file system's device, which
+may be another one after a reboot; the time of birth is compared instead. If a file system lacks handles or times of
+birth, the device number counts. A block device is recognized by the name that the administrator wrote, since device
+numbers are assigned anew at each boot.
 
 Must not look at what is in an image, nor decide whether it may be followed.
 """
@@ -44,12 +43,12 @@ class Marked:
     device: str = ""
 
     def is_of(self, fd: int) -> bool:
-        """Return whether this is the file or device behind a descriptor, which stays open meanwhile.
+        """Return whether this is the file or device behind a descriptor, which must stay open meanwhile.
 
         Raises: KernelError, OSError.
         """
         is_device = stat.S_ISBLK(os.fstat(fd).st_mode)
-        if self.device or is_device:  # to look at a device is to open it
+        if self.device or is_device:  # looking at a device would open it
             return bool(self.device) and is_device and is_same_device(self.device, fd)
         noted, found = identity.from_text(self.identity), identity.identify(fd)
         if isinstance(noted, identity.FileIdentity) and isinstance(found, identity.FileIdentity):
@@ -62,10 +61,10 @@ class Marked:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """What an image is marked with; `problem` is why that cannot be read.
+    """The marks of an image; `problem` is why they cannot be read.
 
-    parents  its parent; two while it is being given another one: it names either of them
-    files    other files that it names: those with its data
+    parents  its parent; two while the image is being given another one: it may name either
+    files    other files that it names, which have its data
     """
 
     parents: list[Marked] = field(default_factory=list)
@@ -88,7 +87,7 @@ def is_same_device(path: str, fd: int) -> bool:
 
 
 def describe(fd: int, path: str) -> Marked:
-    """Return what a mark says of the file behind a descriptor; `path` is what an administrator calls it.
+    """Return the file behind a descriptor as a mark describes it; `path` is its name as the administrator wrote it.
 
     Raises: KernelError, OSError.
     """
@@ -98,7 +97,7 @@ def describe(fd: int, path: str) -> Marked:
 
 
 def read(fd: int) -> Mark:
-    """Return what an image is marked with; nothing where it is not marked, or its file system has no attributes."""
+    """Return the marks of an image; empty if it has none, or its file system has no such attributes."""
     try:
         return Mark(_read(fd, PARENT), _read(fd, FILES))
     except (OSError, ValueError, TypeError) as error:
@@ -106,9 +105,9 @@ def read(fd: int) -> Mark:
 
 
 def mark_parents(fd: int, parents: Sequence[Marked]) -> bool:
-    """Mark an image with its parent, in the place of any former one; with none, take that mark away.
+    """Mark an image with its parent, in the place of any former one; without parents, remove that mark.
 
-    Returns False where its file system has no such attributes, or the caller may not write them. Raises: OSError.
+    Returns False if its file system has no such attributes, or the caller may not write them. Raises: OSError.
     """
     return _write(fd, PARENT, list(parents))
 
@@ -119,7 +118,7 @@ def mark_files(fd: int, files: Sequence[Marked]) -> bool:
 
 
 def add(fd: int, name: str, file: Marked) -> bool:
-    """Add a file to a mark, `name` of which is PARENT or FILES; return whether that could be done."""
+    """Add a file to a mark, whose `name` is PARENT or FILES; return whether that could be done."""
     try:
         return _write(fd, name, [*_read(fd, name), file])
     except (OSError, ValueError, TypeError):
@@ -136,7 +135,7 @@ def sync(fd: int) -> None:
 
 
 def obstacle(fd: int) -> str:
-    """Return why an image cannot be marked, or its mark be seen, as the beginning of a sentence; nothing: it can."""
+    """Return why an image cannot be marked, or its mark not be seen, as the beginning of a sentence; else empty."""
     if stat.S_ISBLK(os.fstat(fd).st_mode):
         return "an image on a block device cannot be marked"
     if os.geteuid():

@@ -16,7 +16,7 @@ from xenbackend.errors import ConfigError, printable
 
 
 def refuse_existing(path: str) -> None:
-    """Refuse a name that is taken, or whose directory is not there. Raises: ConfigError."""
+    """Refuse a name that is taken, or whose directory does not exist. Raises: ConfigError."""
     if os.path.lexists(path):
         raise ConfigError(
             f"{printable(path)} exists already, and is not written over; choose another name or remove it"
@@ -32,18 +32,18 @@ class NewFile:
     """
 
     def __init__(self, path: str) -> None:
-        """Make the temporary file. Raises: ConfigError, where the name is taken; OSError."""
+        """Make the temporary file. Raises: ConfigError, if the name is taken; OSError."""
         refuse_existing(path)
         self._path = path
         self._temporary = f"{_directory(path)}/.xenbackend-{secrets.token_hex(8)}"
         self.fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
 
     def publish(self) -> None:
-        """Make it durable and give it its name. Raises: ConfigError, where that is taken meanwhile; OSError."""
+        """Make it durable and give it its name. Raises: ConfigError, if that is taken by now; OSError."""
         publish(self._temporary, self._path)
 
     def abandon(self) -> None:
-        """Close it, and remove what has no name of its own yet."""
+        """Close it, and remove the temporary file if it was not published."""
         os.close(self.fd)
         Path(self._temporary).unlink(missing_ok=True)
 
@@ -51,10 +51,10 @@ class NewFile:
 def write_new(path: str, blank: Blank, mark: Callable[[int], bool] | None = None) -> bool:
     """Make a file: under a temporary name beside it, made durable, then linked into its place.
 
-    Only its owner may read it: it becomes a guest's disk. `mark` is called with its descriptor, before it has its name;
-    what that returns is returned, else True.
+    Only its owner may read it: it becomes a guest's disk. `mark` is called with its descriptor before it gets its name.
+    Returns what `mark` returns, without it True.
 
-    Raises: ConfigError, where the name is taken; OSError.
+    Raises: ConfigError, if the name is taken; OSError.
     """
     new = NewFile(path)
     try:
@@ -68,16 +68,16 @@ def write_new(path: str, blank: Blank, mark: Callable[[int], bool] | None = None
 
 
 def fill(fd: int, blank: Blank) -> None:
-    """Write what a new image holds into an empty file. Raises: OSError."""
+    """Write the initial content of an image into an empty file. Raises: OSError."""
     os.ftruncate(fd, blank.size)
     for place, data in blank.pieces:
         os.pwrite(fd, data, place)
 
 
 def publish(temporary: str, path: str) -> None:
-    """Make a file durable and give it its name in the place of the one that it had.
+    """Make a file durable and rename it from `temporary` to `path`.
 
-    Raises: ConfigError, where the name is taken meanwhile; OSError.
+    Raises: ConfigError, if that name is taken by now; OSError.
     """
     fd = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -94,9 +94,9 @@ def publish(temporary: str, path: str) -> None:
 
 
 def replace_durably(path: str, data: bytes) -> None:
-    """Write a small file in the place of an older one, at once and durably.
+    """Write a small file in the place of an older one, atomically and durably.
 
-    Raises: OSError, and the older one is there, and nothing else.
+    Raises: OSError; then the older one is still there, and nothing else.
     """
     new = Path(f"{path}.new")
     try:
@@ -113,7 +113,7 @@ def replace_durably(path: str, data: bytes) -> None:
 
 @contextmanager
 def naming(path: str) -> Iterator[None]:
-    """Let errors of calls that have only a descriptor say which file they are about."""
+    """Add the file's name to errors of calls that have only a descriptor."""
     try:
         yield
     except OSError as error:

@@ -1,18 +1,18 @@
 """The rule by which an image is followed to its parent, or to another file that it names.
 
-An image is not to be trusted: whoever made it may have named any file of the host, to read it as a disk. So its word
-counts only where an administrator has said so, by one of these acts:
+An image is not to be trusted: its maker may have named any file of the host, to read it as a disk. So a file that it
+names may be used only if an administrator has allowed that, by one of these acts:
 
     a mark        at the image itself, which says which file is its parent (`marks`)
     parents=      in the chain: directories beneath which parents may be, or a file or device that may be one
     the settings  the same for all disks of the host
     in service    the disk has been served from it, by one of these acts or by the last release, which had no such rule
 
-What the image says is only looked for. Whether it may be had is decided of a descriptor: what it is, where it was found
+The name that the image gives serves only to look. The decision is about a descriptor: what it is, where it was found
 (from the directory down, step by step, following no link), or which file it is. The caller opens that descriptor, and
-not a name, so that it does not matter what anybody exchanges meanwhile.
+not a name, so that nobody can exchange the file meanwhile.
 
-Nothing beneath /dev is a parent but a device that the administrator's own text names. /dev/shm is a place for files.
+Beneath /dev, only a device that the administrator's own text names can be a parent. /dev/shm is a place for files.
 
 Must not open anything for reading or writing, nor look at what is in an image.
 """
@@ -31,9 +31,9 @@ from xenbackend.errors import DriverError, KernelError, printable
 from xenbackend.kernel import openat
 from xenbackend.opener import marks
 
-MARK, IN_SERVICE, TRUSTED = "its mark", "the disk in service", "image trust"  # by which act, beside places
+MARK, IN_SERVICE, TRUSTED = "its mark", "the disk in service", "image trust"  # acts, besides places
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
-_ELSE = {  # what else can be done where it is not there
+_ELSE = {  # what else can be done if it is not there
     PARENT: ", or name it anew by xenbackend image rebase --unsafe",
     DATA_FILE: ", or say data_file=FILE",
 }
@@ -41,7 +41,7 @@ _ELSE = {  # what else can be done where it is not there
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """What an image says about another file, as `block.driver.Lookup.find` takes it."""
+    """What an image says about another file: the arguments of `block.driver.Lookup.find`."""
 
     what: str
     image: str
@@ -54,7 +54,7 @@ class Allowed:
     """A file that an image may be followed to.
 
     fd      of O_PATH, the caller's from now on
-    path    what it is called: as the image says, or where that leads by a link, the path without links
+    path    its name: as the image says, or, if that leads through a link, the path without links
     by      the act by which it is allowed
     """
 
@@ -63,20 +63,20 @@ class Allowed:
     by: str
 
 
-Allows = Callable[[int], bool]  # whether a descriptor is of a file that a disk in service has open
+Allows = Callable[[int], bool]  # tells whether a descriptor is of a file that a disk in service has open
 
 
 def find(
     child: int, named: Named, settings: Sequence[str] = (), is_in_service: Allows | None = None, *, trusts: bool = False
 ) -> Allowed:
-    """Return the first file that an image may be followed to, of those that it names.
+    """Return the first of the files named by an image to which it may be followed.
 
     Args:
         child: a descriptor of the image.
-        named: what it says, and what its layer says of that.
+        named: what it says, and what its layer says about that.
         settings: the places that the settings name, as `parents=` does.
-        is_in_service: tells what may be had since a disk of the last release has it open.
-        trusts: an administrator wants this image to be followed, wherever it leads to.
+        is_in_service: tells which files are allowed because the disk is served from them already.
+        trusts: an administrator wants this image to be followed wherever it leads.
 
     Raises: DriverError, whose sentence names paths of the host: it is not for a guest.
     """
@@ -103,7 +103,7 @@ def find(
 
 
 class _Acts:
-    """What has been said about the files that one image names."""
+    """The acts that allow files that one image names."""
 
     def __init__(
         self, child: int, named: Named, settings: Sequence[str], is_in_service: Allows | None, *, trusts: bool
@@ -119,11 +119,11 @@ class _Acts:
         self._obstacle = mark.problem or marks.obstacle(child)
 
     def close(self) -> None:
-        """Close what was opened to look."""
+        """Close the descriptors that were opened to look."""
         self._stack.close()
 
     def follow(self, real: str, shown: str) -> Allowed:
-        """Return the file at a path, if it may be had.
+        """Return the file at a path, if it is allowed.
 
         Args:
             real: the path, which had no links when it was looked for.
@@ -151,7 +151,7 @@ class _Acts:
             raise
 
     def refusal(self, path: str, real: str, problem: str) -> DriverError:
-        """Return why a file that is there may not be had."""
+        """Return the error for a file that is there but not allowed."""
         what = f"its {self._named.what} {printable(path)}" + (f" is {printable(real)}, and" if real != path else "")
         return DriverError(f"{what} {problem}", path=path, errno=errno.EACCES)
 
@@ -169,7 +169,7 @@ class _Acts:
         raise self.refusal(path, real, "is a directory" if stat.S_ISDIR(mode) else f"is no {kind}{also}")
 
     def _is_at(self, place: str, fd: int, real: str) -> bool:
-        """Return whether a file is one that an administrator names, or lies beneath a directory that he names.
+        """Return whether a file is `place`, which an administrator names, or lies beneath that directory.
 
         Raises: OSError, KernelError.
         """
@@ -205,7 +205,7 @@ class _Acts:
 
 
 def is_in_dev(path: str) -> bool:
-    """Return whether a path, without links, is of what stands for devices; /dev/shm is a place for files."""
+    """Return whether a path without links lies in /dev, but not in /dev/shm, which is a place for files."""
     return path.startswith("/dev/") and not path.startswith("/dev/shm/")  # noqa: S108 - nothing is made there
 
 
@@ -215,10 +215,9 @@ def _advice_in_dev(real: str, mode: int) -> str:
 
 
 def paths_of(named: Named) -> Iterator[tuple[str, str]]:
-    """Yield the paths that an image may mean, the likeliest one first: without links, and as a person knows it.
+    """Yield the paths that an image may mean, the likeliest first, each without links and as a person knows it.
 
-    As the kernel does, ``..`` leads to the directory above the one where a link has led to; then, as older releases
-    did, to the one that the path says.
+    First ``..`` is taken as the kernel does, after following links; then as older releases did, as the path has it.
     """
     beside = os.path.dirname(os.path.abspath(named.image))  # noqa: PTH100, PTH120 - pathlib would alter names
     done = set()
@@ -235,9 +234,9 @@ def paths_of(named: Named) -> Iterator[tuple[str, str]]:
 
 
 def _without_links(path: str) -> str:
-    """Return where a path leads at this moment; itself, where somebody exchanges a link for something else meanwhile.
+    """Return where a path leads at this moment; the path itself, if a link is exchanged meanwhile.
 
-    It is a guess and no more: what is opened by it is opened without following a link.
+    This is only a guess: the result is opened without following a link.
     """
     try:
         return os.path.realpath(path)

@@ -1,7 +1,7 @@
-"""Which names may be opened for a worker: those that a chain's text has, and what its images may name.
+"""Which names may be opened for a worker: those in a chain's text, and those that its images may name.
 
-Must not open anything, nor believe what a worker says a layer is: the chain's text says that, and an administrator or a
-toolstack wrote it.
+Must not open anything, nor believe what a worker says about a layer: only the chain's text counts, which an
+administrator or a toolstack wrote.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class Rule:
 
     may_write     open it for writing
     is_shared     others may write to it as well, so that a block device need not be claimed for that
-    is_record     make it where it is not there
+    is_record     make it if it is not there
     is_unnamed    it is the disk's unnamed file (`block.files.UNNAMED`), a record that no name leads to
-    within        the places where its layer says that the files that it names may be
-    data_file     the file that its layer says has its data, empty: its layer says nothing of that
+    within        the places in which its layer allows the files that it names
+    data_file     the file that has its data, as its layer says; empty if the layer does not say
     """
 
     may_write: bool
@@ -39,7 +39,7 @@ class Rule:
     data_file: str = ""
 
     def places_for(self, what: str) -> str:
-        """Return where a file may be that it names, as `parents=` says it."""
+        """Return the places for a file that it names, in the form of `parents=`."""
         if what != DATA_FILE or not self.data_file:
             return self.within
         return f"{self.within}:{os.path.abspath(self.data_file)}"  # noqa: PTH100 - pathlib would alter the name
@@ -54,7 +54,7 @@ class Server:
 
 
 class Rules:
-    """Those of one chain."""
+    """The rules of one chain."""
 
     def __init__(self, chain: str, *, read_only: bool, shareable: bool = False) -> None:
         """Take the names from a chain's text. Raises: ChainError."""
@@ -91,20 +91,20 @@ class Rules:
 
     @property
     def images(self) -> list[str]:
-        """The names of images that stand in the chain's text."""
+        """The names of images in the chain's text."""
         return self._images
 
     @property
     def source(self) -> list[str]:
-        """The names that the text has of the files of the image that is written to, the image itself first."""
+        """The names, in the chain's text, of the files of the image that is written to, the image itself first."""
         return self._source
 
     def is_said(self, name: str) -> bool:
-        """Return whether a name stands in the chain's text; others are those that an image has led to."""
+        """Return whether a name is in the chain's text; an image has led to all other names."""
         return name in self._said
 
     def of(self, name: str) -> Rule:
-        """Return what may be done with a file of this name. Raises: DriverError where nothing may."""
+        """Return what may be done with a file of this name. Raises: DriverError, if nothing may."""
         try:
             return self._rules[name]
         except KeyError:
@@ -112,7 +112,7 @@ class Rules:
             raise DriverError(problem, path=name, errno=errno.EACCES) from None
 
     def server(self, name: str) -> Server:
-        """Return a server that may be connected to. Raises: DriverError where the chain names none of this name."""
+        """Return a server that may be connected to. Raises: DriverError, if the chain does not name it."""
         try:
             return self._servers[name]
         except KeyError:
@@ -120,29 +120,29 @@ class Rules:
             raise DriverError(problem, errno=errno.EACCES) from None
 
     def check_key(self, source: str) -> None:
-        """See that keys may be made of a passphrase: the chain names where it is. Raises: DriverError."""
+        """Check that keys may be made of a passphrase. Raises: DriverError, if the chain does not name it."""
         if source not in self._keys:
             problem = f"{printable(source)} is no passphrase of this disk"
             raise DriverError(problem, errno=errno.EACCES)
 
     def account(self, account: Account) -> Account:
-        """Return an account of a cluster that the chain names. Raises: DriverError where it names no such one."""
+        """Return an account of a cluster that the chain names. Raises: DriverError, if it does not name it."""
         if account not in self._accounts:
             problem = f"{printable(account.conf)} is a configuration that this disk has nothing to do with"
             raise DriverError(problem, path=account.conf, errno=errno.EACCES)
         return account
 
     def credentials(self, directory: str) -> str:
-        """Return a directory of certificates that the chain names. Raises: DriverError where it names no such one."""
+        """Return a directory of certificates that the chain names. Raises: DriverError, if it does not name it."""
         if directory not in self._credentials:
             problem = f"{printable(directory)} has no certificates that this disk has to do with"
             raise DriverError(problem, path=directory, errno=errno.EACCES)
         return directory
 
     def allow(self, name: str, named_by: str) -> None:
-        """Let a file be read that an image may name, which itself may be opened.
+        """Allow reading a file to which an image was followed; `named_by`, the image, may itself be opened.
 
-        Raises: DriverError, where there are too many.
+        Raises: DriverError, if there are too many files, or the image may not be opened.
         """
         rule = self.of(named_by)
         if len(self._rules) >= MAX_FILES:

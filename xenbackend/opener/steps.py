@@ -1,9 +1,9 @@
-"""The steps of opening a file: get hold of it, see what it is, and open it for real by what is held.
+"""The steps of opening a file: hold it, look at it, and open for real what is held.
 
 Must not decide who may open what, nor wait for a lock.
 
-A name is looked up once, by O_PATH: that opens nothing, so that no device notices and no pipe waits, and what is looked
-at is what is opened afterwards, by /proc/self/fd, whatever the name means by then (open(2), "O_PATH").
+A name is looked up once, by O_PATH. That does not open the file, so no device notices it and no pipe waits. Then the
+held file is opened by /proc/self/fd, whatever its name means by then (open(2), "O_PATH").
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from xenbackend.protocol.opening import Facts
 
 
 def hold(path: str) -> int:
-    """Return an O_PATH descriptor of a file that can be an image. Raises: DriverError where it cannot; OSError."""
+    """Return an O_PATH descriptor of a file that can be an image. Raises: DriverError, if it cannot be one; OSError."""
     fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
         blockdev.check_kind(os.fstat(fd), path)
@@ -32,11 +32,11 @@ def hold(path: str) -> int:
 
 
 def hold_record(path: str, *, create: bool) -> int:
-    """Return an O_PATH descriptor of a regular file, and make the file where it is not there, for its owner only.
+    """Return an O_PATH descriptor of a regular file; with `create`, make it if it is not there, for its owner only.
 
-    A link is not followed: whoever may write to the directory could have it lead to any file.
+    A link is not followed: a user who may write to the directory could have it lead to any file.
 
-    Raises: DriverError where it is another thing; OSError.
+    Raises: DriverError, if it is not a regular file; OSError.
     """
     if create and not os.path.lexists(path):
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -49,10 +49,10 @@ def hold_record(path: str, *, create: bool) -> int:
 
 
 def hold_unnamed(directory: str) -> int:
-    """Return an O_PATH descriptor of a new, empty file without a name, for its owner only: it goes with the last one.
+    """Return an O_PATH descriptor of a new, empty file without a name, for its owner only.
 
-    A file system that makes none (O_TMPFILE, open(2)) is given a name that is removed at once: such a file can never be
-    named again. Raises: DriverError, OSError.
+    It goes with its last descriptor. On a file system that cannot make one (O_TMPFILE, open(2)) it is made with a name
+    that is removed at once: such a file can never be named again. Raises: DriverError, OSError.
     """
     if not directory:
         raise DriverError("nothing says in which directory unnamed files may be", errno=errno.EACCES)
@@ -62,7 +62,7 @@ def hold_unnamed(directory: str) -> int:
         if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
             problem = f"no unnamed file can be made in {printable(directory)}, the directory of the setting scratch"
             raise DriverError(f"{problem}: {error.strerror}", path=directory, errno=error.errno or errno.EIO) from error
-        import tempfile  # late: most file systems make one, and who looks at an image imports little
+        import tempfile  # late: most file systems can make one, and a look at an image should import little
 
         fd, name = tempfile.mkstemp(prefix=".xenbackend-", dir=directory)
         os.unlink(name)  # noqa: PTH108 - as all here
@@ -73,9 +73,9 @@ def hold_unnamed(directory: str) -> int:
 
 
 def give_name(fd: int, path: str) -> None:
-    """Give an unnamed file that is held its name, durably; where it has that already it is only made durable.
+    """Give an unnamed file that is held its name, durably; if it has the name already, only make that durable.
 
-    Whoever was here before may have been killed between the two. Raises: DriverError, where that cannot be.
+    An earlier opener may have been killed between the two. Raises: DriverError, if it cannot have that name.
     """
     directory, name = os.path.split(path)
     try:
@@ -97,7 +97,7 @@ def give_name(fd: int, path: str) -> None:
 
 
 def _link(fd: int, parent: int, name: str, path: str) -> None:
-    """Link an unnamed file into a directory, unless it is there. Raises: DriverError, where another one is; OSError."""
+    """Link an unnamed file into a directory, unless it is there. Raises: DriverError, if another file is; OSError."""
     try:
         os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=parent)
     except FileExistsError:
@@ -108,12 +108,12 @@ def _link(fd: int, parent: int, name: str, path: str) -> None:
 
 
 def identify(fd: int) -> str:
-    """Return what tells a file that is held from any other, as `kernel.identity` writes it. Raises: KernelError."""
+    """Return the identity of a file that is held, as `kernel.identity` writes it. Raises: KernelError."""
     return identity.to_text(identity.identify(fd))
 
 
 def look(fd: int, path: str) -> Facts:
-    """Return what a file that is held is. Raises: OSError."""
+    """Return the facts of a file that is held. Raises: OSError, KernelError."""
     status = os.fstat(fd)
     is_device = stat.S_ISBLK(status.st_mode)
     return Facts(
@@ -127,9 +127,9 @@ def look(fd: int, path: str) -> Facts:
 
 
 def reopen(fd: int, path: str, *, write: bool, claims: bool = False) -> int:
-    """Return a descriptor of an open file description of its own.
+    """Return a descriptor of a new open file description.
 
-    Raises: OSError, about `path`; EBUSY where `claims` asks for a block device that somebody else uses.
+    Raises: OSError, about `path`; with EBUSY if it `claims` a block device that somebody else uses.
     """
     try:
         return open_medium(fd, read_only=not write, claims=claims)
@@ -143,7 +143,7 @@ def is_used_beside(fd: int, path: str, access: Access) -> bool:
 
     Raises: OSError.
     """
-    opened = reopen(fd, path, write=False)  # a loop device tells what it is over to nobody who has it by O_PATH
+    opened = reopen(fd, path, write=False)  # by O_PATH a loop device does not tell its file
     try:
         return inuse.is_used_by_another_face(opened, access)
     finally:
@@ -151,7 +151,7 @@ def is_used_beside(fd: int, path: str, access: Access) -> bool:
 
 
 def why_in_use(fd: int, path: str, access: Access, *, is_claimed: bool, with_names: bool) -> InUse:
-    """Return why a file that is held cannot be had, which somebody claims or has locked. Raises: OSError."""
+    """Return the error for a file that is held, which somebody else claims or has locked. Raises: OSError."""
     naming = inuse.Naming(with_names)
     if is_claimed:
         return naming.claimed(fd, path)
@@ -163,5 +163,5 @@ def why_in_use(fd: int, path: str, access: Access, *, is_claimed: bool, with_nam
 
 
 def resolve(path: str) -> str:
-    """Return the directory of a file with all links followed; of a name with a slash at its end, itself."""
+    """Return the directory of a file with all links followed; for a name that ends with a slash, the name's own."""
     return os.path.realpath(os.path.dirname(path) or ".")  # noqa: PTH120 - pathlib would alter it

@@ -1,6 +1,6 @@
-"""Tells what an opener waits for when a call of it does not come back: a thread beside the one that opens.
+"""Reports which file an opener waits for when a call does not return: a thread beside the one that opens.
 
-Must not open anything, nor decide what follows from it.
+Must not open anything, nor decide what follows from a report.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from xenbackend.protocol.opening import WAITS_S
 
 
 class Watch:
-    """Looks at one step after the other; `say` gets what a step waits for, and an empty text when that is over."""
+    """Watches one step after another; `say` gets what a step waits for, and an empty text when the step is over."""
 
     def __init__(self, say: Callable[[str], None], patience_s: float = WAITS_S) -> None:
         """Start the thread, which ends at `close`, or with the process."""
@@ -22,19 +22,19 @@ class Watch:
         self._patience_s = patience_s
         self._turn = threading.Condition()
         self._about = ""  # the step that is being done
-        self._steps = 0  # that were begun
+        self._steps = 0  # begun so far
         self._is_said = self._is_closed = False
         threading.Thread(target=self._look, daemon=True).start()
 
     def close(self) -> None:
-        """Look at nothing more."""
+        """End the thread."""
         with self._turn:
             self._is_closed = True
             self._turn.notify()
 
     @contextmanager
     def over(self, about: str) -> Iterator[None]:
-        """Look at a step meanwhile, which is about this file."""
+        """Watch the step in this context, which is about the file `about`."""
         with self._turn:
             self._about = about
             self._steps += 1
