@@ -1,1 +1,1 @@
-"""What processes of ours say to each other: service and worker, operator and service."""
+"""What our processes say to each other: service and worker, opener and both, operator and service."""

@@ -2,10 +2,10 @@
 
 Must not open a socket.
 
-    {"version": 1, "code": "ok", "data": …}                            and "order": N where the request was an order
-    {"version": 1, "code": "busy", "error": "sentence", "data": …}     `data` where something is known all the same
+    {"version": 1, "code": "ok", "data": …}                            and "order": N if the request was an order
+    {"version": 1, "code": "busy", "error": "sentence", "data": …}     `data` if something is known all the same
 
-Release 0.1.0 had neither versions nor codes, and is understood as long as a host may still run it:
+Release 0.1.0 had neither versions nor codes. Its answers are understood, as a host may still run it:
 
     {"data": …}    {"error": "sentence"}
 """
@@ -26,7 +26,7 @@ Reply = Callable[["Answer"], None]  # takes the one answer to a request, now or 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """How a request ended; `sentence` is for people where that is not `Code.OK`."""
+    """How a request ended; `sentence` is for people if the code is not `Code.OK`."""
 
     code: Code
     data: Any = None
@@ -44,7 +44,7 @@ class Answer:
 
     @classmethod
     def from_json(cls, values: Any) -> Answer:
-        """Return what `as_json` made plain, or release 0.1.0. Raises: ValueError where it is neither."""
+        """Return the answer of a line of `as_json`, or of release 0.1.0. Raises: ValueError, if it is neither."""
         if isinstance(values, dict) and values.keys() in ({"data"}, {"error"}):
             code = Code.FAILED if "error" in values else Code.OK
             return cls(code, values.get("data"), str(values.get("error", "")))
@@ -62,10 +62,10 @@ class Answer:
 
 
 def of_bug(bug: Exception) -> Answer:
-    """Return the answer to whoever has met a fault of the program."""
+    """Return the answer to a request that met a fault of the program."""
     return Answer(Code.BUG, None, f"the service could not do that, see its log: {type(bug).__name__}: {bug}")
 
 
 def code_of(problem: Exception) -> Code:
-    """Return the code of an error that nobody has given one: whose mistake it is decides."""
+    """Return the code of an error that has none: INVALID if it is the caller's mistake, else FAILED."""
     return Code.INVALID if isinstance(problem, ConfigError | DriverError) else Code.FAILED

@@ -2,8 +2,8 @@
 
 Must not print.
 
-A question (`call`) is answered at once, or the service does not work. An order (`give_order`) takes as long as it
-takes: only who has given a time waits no longer than that, and then the order goes on.
+A question (`call`) is answered at once, unless the service does not work. An order (`give_order`) takes as long as it
+needs: a caller that limits the time waits no longer than that, and the order goes on.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from xenbackend.protocol.answers import Answer
 from xenbackend.protocol.codes import Code
 
 DEFAULT_SOCKET = "/run/xenbackend/control.sock"
-SOCKET_VARIABLE = "XENBACKEND_SOCKET"  # of the environment: another default, as for a simulated host
-TIMEOUT_S = 10.0  # for the answer to a question; and to an order, beyond the time that it was given
-TICK_S = 0.25  # how often whoever waits is told that he does
+SOCKET_VARIABLE = "XENBACKEND_SOCKET"  # environment variable with another default, as for a simulated host
+TIMEOUT_S = 10.0  # for the answer to a question; for that to an order, beyond its own time limit
+TICK_S = 0.25  # between two calls of `waiting`
 _START = "start it with: systemctl start xenbackend (or: xenbackend run)"
 
-Waiting = Callable[[float], None]  # called now and then with the seconds that were waited
+Waiting = Callable[[float], None]  # called now and then with the seconds waited so far
 
 
 class ServiceError(XenbackendError):
-    """The service said no, or did not say anything; what is raised is the subclass that its code has.
+    """The service refused, failed, or did not answer; raised as the subclass that belongs to its code.
 
-    answer   all of it: the code, the sentence, and what is known beside them
+    answer   the whole answer: code, sentence, data
     """
 
     def __new__(cls, answer: Answer) -> ServiceError:
-        """Make one of the class that the code has, as `OSError` does by its number."""
+        """Make an error of the class that belongs to the code, as `OSError` does by its errno."""
         return super().__new__(_KINDS.get(answer.code, cls) if cls is ServiceError else cls, answer)
 
     def __init__(self, answer: Answer) -> None:
@@ -45,33 +45,33 @@ class ServiceError(XenbackendError):
         self.answer = answer
 
     def __reduce__(self) -> tuple[type[ServiceError], tuple[Answer]]:
-        """Let it pass between processes."""
+        """Support pickling, to pass errors between processes."""
         return type(self), (self.answer,)
 
     @property
     def code(self) -> Code:
-        """How it ended, for scripts."""
+        """How the request ended, for scripts."""
         return self.answer.code
 
     @property
     def sentence(self) -> str:
-        """Why, for people."""
+        """Why it ended so, for people."""
         return self.answer.sentence
 
     @property
     def order(self) -> int | None:
-        """The order's number, where it has become one."""
+        """The order's number; None if there is none."""
         return self.answer.order
 
     @property
     def chain(self) -> str:
-        """The chain that is in service all the same; empty where that is not known."""
+        """The chain that is in service all the same; empty if that is not known."""
         data = self.answer.data
         return str(data.get("chain") or "") if isinstance(data, dict) else ""
 
 
 class Invalid(ServiceError):
-    """It cannot be asked; nothing was changed."""
+    """The request is a mistake of the caller's; nothing was changed."""
 
 
 class Busy(ServiceError):
@@ -79,15 +79,15 @@ class Busy(ServiceError):
 
 
 class Failed(ServiceError):
-    """It was tried and could not be done; the sentence says what holds now."""
+    """The request was tried and failed; the sentence says what holds now."""
 
 
 class Gone(ServiceError):
-    """The disk, or the service, went away before it was done."""
+    """The disk, or the service, went away before the request was done."""
 
 
 class UnderWay(ServiceError):
-    """Nobody waits for it any more, and it may still be done; `order` is its number, None where that is not known."""
+    """The wait for an order is over, and it may still be done; `order` is its number, None if that is not known."""
 
 
 class Unreachable(ServiceError):
@@ -99,7 +99,7 @@ class Bug(ServiceError):
 
 
 class _NoAnswer(ServiceError):
-    """The request was sent, and nobody knows what became of it."""
+    """The request was sent, and it is not known what became of it."""
 
 
 _KINDS: dict[Code, type[ServiceError]] = {
@@ -114,12 +114,12 @@ _KINDS: dict[Code, type[ServiceError]] = {
 
 
 def default_socket() -> str:
-    """Return where a service is asked by whoever names none: as the environment says, or where the package has it."""
+    """Return the socket of a caller that names none: the one in the environment, or the package's."""
     return os.environ.get(SOCKET_VARIABLE) or DEFAULT_SOCKET
 
 
 def no_service(path: str) -> ServiceError:
-    """Return the error of an answer that none of ours has given."""
+    """Return the error for an answer that no service of ours gives."""
     problem = f"what answers at {path} is no service of this version; restart it with: systemctl restart xenbackend"
     return ServiceError(Answer(Code.FAILED, sentence=problem))
 
@@ -127,7 +127,7 @@ def no_service(path: str) -> ServiceError:
 def call(
     path: str, request: dict[str, Any], timeout_s: float | None = TIMEOUT_S, waiting: Waiting | None = None
 ) -> Answer:
-    """Send a request such as ``{"verb": "ping"}`` and return the answer, whose code is OK.
+    """Send a request such as ``{"verb": "ping"}``, and return the answer, if its code is OK.
 
     Raises: ServiceError, with the service's own sentence or one that says why it did not answer.
     """
@@ -145,10 +145,11 @@ def give_order(
     waiting: Waiting | None = None,
     answer_s: float | None = None,
 ) -> Answer:
-    """Send an order and return its answer, however long that takes; with `wait_s` no longer than so many seconds.
+    """Send an order and return its answer, however long that takes; with `wait_s` wait only so many seconds.
 
-    `what` names the order for people: ``5/xvda: set``. A service has `answer_s` more to say that it is under way, by
-    default TIMEOUT_S. Raises: ServiceError; its code is UNDER_WAY where the order may still be done.
+    `what` names the order for people: ``5/xvda: set``. After `wait_s` the service has `answer_s` more, by default
+    TIMEOUT_S, to answer that the order is under way. Raises: ServiceError; its code is UNDER_WAY if the order may still
+    be done.
     """
     answer_s = TIMEOUT_S if answer_s is None else answer_s
     try:
@@ -201,7 +202,7 @@ def _ask(path: str, request: dict[str, Any], timeout_s: float | None, waiting: W
 
 
 def _read_line(near: socket.socket, timeout_s: float | None, waiting: Waiting) -> bytes:
-    """Return what the service says, up to the end of a line or of the connection. Raises: TimeoutError, OSError."""
+    """Return what the service sends, up to the end of a line or of the connection. Raises: TimeoutError, OSError."""
     begun = time.monotonic()
     line = b""
     near.settimeout(TICK_S if timeout_s is None else min(TICK_S, timeout_s))
@@ -221,4 +222,4 @@ def _read_line(near: socket.socket, timeout_s: float | None, waiting: Waiting) -
 
 
 def _nothing(_waited_s: float) -> None:
-    """Nobody looks."""
+    """Do nothing: nobody wants to know."""

@@ -2,9 +2,9 @@
 
 Must not open a socket, nor trust a datagram: what a worker sends is as hostile as what a guest writes.
 
-A value has exactly the fields of its class, those with a default perhaps left out, each of its own type; integers fit
-into 64 bits; text can be stored as UTF-8 or is a file's name that Python holds with lone surrogates below U+DD00; no
-list, dictionary or text is longer than its bound. Where a field may hold one of several classes, ``kind`` says which.
+A value has exactly the fields of its class, each of its own type; only fields with a default may be left out. Integers
+fit into 64 bits. Text can be stored as UTF-8, or is a file name that Python holds with lone surrogates below U+DD00. No
+list, dictionary or text is longer than its bound. If a field may hold one of several classes, ``kind`` says which.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from xenbackend.protocol.messages import MAX_MESSAGE, VERSION, FromSupervisor, FromWorker
 
-MAX_ITEMS = 4096  # of a list or dictionary: the longest is a ring's grant refs, or a chain's layers
+MAX_ITEMS = 4096  # of a list or dictionary: the longest are a ring's grant refs and a chain's layers
 MAX_TEXT = MAX_MESSAGE  # characters
 _KIND = "kind"
 
 
 class NotAMessage(ValueError):
-    """A datagram that no side of ours makes."""
+    """A datagram that none of our processes sends."""
 
 
 def encode(message: Any) -> bytes:
@@ -33,23 +33,23 @@ def encode(message: Any) -> bytes:
 
 
 def from_worker(datagram: bytes) -> FromWorker:
-    """Return what a worker said. Raises: NotAMessage for anything that `encode` does not make of it."""
+    """Return a worker's message. Raises: NotAMessage, for anything that `encode` does not make of one."""
     return decode(FromWorker, datagram)  # type: ignore[no-any-return]  # it is of that union
 
 
 def from_supervisor(datagram: bytes) -> FromSupervisor:
-    """Return what a supervisor said. Raises: NotAMessage."""
+    """Return a supervisor's message. Raises: NotAMessage."""
     return decode(FromSupervisor, datagram)  # type: ignore[no-any-return]  # it is of that union
 
 
 def as_fields(value: Any) -> dict[str, Any]:
-    """Return a dataclass as plain values that JSON takes; `restore` makes it again."""
+    """Return a dataclass as plain values for JSON; `restore` reverses this."""
     kind: Any = type(value)
     return {each.name: _as_plain(wanted, getattr(value, each.name)) for each, wanted in _fields_of(kind)}
 
 
 def restore(kind: type[Any], values: Any) -> Any:
-    """Return the dataclass that `as_fields` made plain. Raises: NotAMessage where it is none of that kind."""
+    """Return the dataclass of plain values from `as_fields`. Raises: NotAMessage, if they are not of that kind."""
     return _restore(kind, values)
 
 
@@ -68,7 +68,7 @@ def decode(kinds: Any, datagram: bytes) -> Any:
 def prepare(*kinds: Any) -> None:
     """Look up the fields of all messages of these classes, joined by `|`, and of their parts.
 
-    It is done at the first message of a kind anyhow; whoever forks does it once for all.
+    This happens at the first message of a kind anyhow; a process that forks does it once for all its children.
     """
     for kind in kinds:
         if isinstance(kind, type) and is_dataclass(kind):
@@ -97,7 +97,7 @@ def _as_plain(wanted: Any, value: Any) -> Any:
 
 
 def _restore(wanted: Any, value: Any) -> Any:
-    """Return what JSON made as the type `wanted`. Raises: NotAMessage where it is of another one."""
+    """Return a value from JSON as the type `wanted`. Raises: NotAMessage, if it is of another one."""
     if isinstance(wanted, UnionType):
         return _restore_one_of(wanted, value)
     if is_dataclass(wanted):
@@ -141,7 +141,7 @@ def _restore_fields(kind: Any, value: Any) -> Any:
 
 
 def _shown(value: Any) -> str:
-    """Return a value for people; to write out what is nested takes the interpreter's stack."""
+    """Return a value for people; nested ones are not written out, which would take the interpreter's stack."""
     return f"a {type(value).__name__}" if isinstance(value, list | dict) else repr(value)[:80]
 
 
@@ -156,7 +156,7 @@ def is_storable(value: Any) -> bool:
     return True
 
 
-@cache  # 0.3 ms a kind, which a worker that starts would feel if it were done for all of them at once: see `prepare`
+@cache  # 0.3 ms for each kind: too much for a starting worker if done for all kinds at once; see `prepare`
 def _fields_of(kind: Any) -> tuple[tuple[Any, Any], ...]:
     types = get_type_hints(kind)
     return tuple((each, types[each.name]) for each in fields(kind))

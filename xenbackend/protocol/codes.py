@@ -1,9 +1,9 @@
-"""How a question ended: a code that scripts go by, and the exit status that each leads to. One table for both wires.
+"""How a request ended: codes for scripts, and the exit status for each of them.
 
-Must not import anything of ours: a worker, the service and the command line all go by it.
+Must not import anything of ours: a worker, the service and the command line all use it.
 
-What a worker replies to its supervisor, what the service answers over its control socket, and how the command line ends
-are the same codes. A sentence for people stands beside each that is not `OK`.
+A worker's replies to its supervisor, the service's answers over its control socket, and the end of the command line use
+the same codes. Each code but `OK` comes with a sentence for people.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from enum import StrEnum
 
 
 class Code(StrEnum):
-    """How a question ended."""
+    """How a request ended."""
 
     OK = "ok"  # it was done
-    INVALID = "invalid"  # it cannot be asked: a mistake of whoever asks; nothing was touched
-    BUSY = "busy"  # another order that excludes it is under way; nothing was touched
-    FAILED = "failed"  # it was tried and could not be done; the sentence says what holds now
+    INVALID = "invalid"  # the caller's mistake; nothing was touched
+    BUSY = "busy"  # another order, which excludes it, is under way; nothing was touched
+    FAILED = "failed"  # it was tried and failed; the sentence says what holds now
     GONE = "gone"  # the disk, or the service that was asked, went away before it was done
-    UNDER_WAY = "under-way"  # nobody waits for it any more, and it may still be done
+    UNDER_WAY = "under-way"  # the wait for it is over, and it may still be done
     UNREACHABLE = "unreachable"  # no service answers
     BUG = "bug"  # the program's own fault; its log has more
 
 
 def known(said: object) -> Code:
-    """Return a service's code: FAILED for one that a newer release has added. Raises: ValueError for what is none."""
+    """Return a service's code: FAILED for one that a newer release has added. Raises: ValueError, if it is no code."""
     if not isinstance(said, str) or not said:
         raise ValueError(f"not a code: {str(said)[:40]}")
     try:

@@ -1,6 +1,6 @@
-"""A datagram with the descriptors beside it, as each of our processes takes one from a socket.
+"""Sends and receives datagrams with descriptors beside them, for all our processes.
 
-Must not know what a datagram says, nor let a program that we start inherit a descriptor that came.
+Must not know what a datagram says, nor let a program that we start inherit a received descriptor.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from collections.abc import Sequence
 
 
 def inherited(number: int) -> socket.socket:
-    """Return the socket that whoever started this process gave it by number; what this one starts does not get it."""
+    """Return the socket that this process inherited by number; programs that this process starts do not inherit it."""
     near = socket.socket(fileno=number)
     near.set_inheritable(False)
     return near
 
 
 def receive(near: socket.socket, size: int, most: int) -> tuple[bytes, list[int], bool]:
-    """Return a datagram, the descriptors beside it, which no program of ours inherits, and whether that is all of it.
+    """Return a datagram, the descriptors beside it, which no program inherits, and whether both are complete.
 
-    It is not where the datagram was longer than `size`, or came with more than `most` descriptors: those are closed.
-    Python's own `recv_fds` passes over the flag that keeps them from being inherited. Raises: OSError.
+    They are not if the datagram was longer than `size`, or came with more than `most` descriptors; the surplus is
+    dropped. Python's own `recv_fds` lacks the flag that keeps descriptors from being inherited. Raises: OSError.
     """
     fds = array("i")
     room = socket.CMSG_LEN(most * fds.itemsize)
@@ -35,7 +35,7 @@ def receive(near: socket.socket, size: int, most: int) -> tuple[bytes, list[int]
 def send(far: socket.socket, datagram: bytes, fds: Sequence[int] = (), flags: int = 0) -> None:
     """Send a datagram with descriptors, which stay ours. Raises: OSError.
 
-    Python's own `send_fds` passes over its flags, and so would wait.
+    Python's own `send_fds` ignores its flags, and so would wait.
     """
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
     far.sendmsg([datagram], rights, flags)

@@ -1,23 +1,23 @@
-"""What a supervisor and a worker say to each other: plain values. `protocol.codec` makes datagrams of them.
+"""The messages between a supervisor and a worker, as plain values; `protocol.codec` makes datagrams of them.
 
 Must not open a socket. Descriptors travel beside a message (SCM_RIGHTS), in the order that its docstring gives.
 
     supervisor                                  worker
       Open, Serve, Leave, Close, Report   ->
-                                          <-      Standing    once it has taken that, and whenever it has changed
+                                          <-      Standing    once it has taken one, and after each change
       Ask                                 ->
                                           <-      Reply       exactly one for each id
                                           <-      Keep, Drop, Disconnected, Log   at any time
 
-An order (`Open` to `Report`) has a number that is larger than that of any order before, of any service. A `Standing`
-has the number of the last order that the worker has taken, so it tells what answers what: the supervisor goes by one
-only if it has the number of the supervisor's last order. It holds all of where the worker stands, and no message
-tells of a change otherwise. So a worker that an earlier service started is no special case: it is asked to `Report`.
+An order (`Open` to `Report`) has a larger number than all earlier orders, of any service. A `Standing` has the number
+of the last order that the worker has taken: the supervisor uses it only if that is the supervisor's last order. It says
+everything about where the worker stands, and no other message reports changes of that. So a worker that an earlier
+service started is no special case: it gets a `Report`.
 
 A question (`Ask`) has an id of its own and gets exactly one `Reply`. Either side may ask the other.
 
-A newer service replaces a worker of another VERSION by its journal, and never speaks to it. So a change of these
-classes needs a new VERSION, and nothing else.
+A newer service never speaks to a worker of another VERSION: it replaces the worker by means of its journal. So a change
+of these classes needs a new VERSION, and nothing else.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from xenbackend.protocol.codes import Code
 
 VERSION = 5
 MAX_MESSAGE = 256 * 1024  # bytes of one datagram
-MAX_MEMORIES = 64  # that one vbd may have kept
+MAX_MEMORIES = 64  # that are kept for one vbd at most
 SENTENCE_MAX = 4000  # characters of any sentence
 
 
 class Stage(StrEnum):
-    """How far a worker is."""
+    """How far a worker has come."""
 
     IDLE = "idle"  # the chain is not open
-    OPEN = "open"  # the chain is open, or was looked at while somebody else has its lock
-    CONNECTING = "connecting"  # it waits for the image's lock, or for a device model to let go
+    OPEN = "open"  # the chain is open, or was probed because somebody else has its lock
+    CONNECTING = "connecting"  # it waits for the image's lock, or for the end of the export
     SERVING = "serving"
-    LEAVING = "leaving"  # it drains, flushes and unmaps
+    LEAVING = "leaving"  # it waits for requests in flight, flushes and unmaps
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +60,8 @@ class Open:
     resumes: bool = False  # a guest may have written through an earlier worker
     memories: list[str] = field(default_factory=list)
     poll_us: int = 0  # how long to look for the next request before the loop sleeps
-    may_wait: bool = False  # while the image is locked only look at it, and open it when a ring is to be connected
-    export: str = ""  # path of the socket on which the disk is served by NBD until `Serve`; empty: none
+    may_wait: bool = False  # if the image is locked, only probe it, and open it when a ring is to be connected
+    export: str = ""  # path of the socket on which the disk is exported by NBD until `Serve`; empty: none
     policy: str = ""  # `block.policy`: what becomes of requests that fail
     is_paused: bool = False  # by an administrator
 
@@ -76,23 +76,23 @@ class RingParameters:
 
 @dataclass(frozen=True, slots=True)
 class Connect:
-    """What was agreed with a frontend; what was not offered to it is refused."""
+    """What was agreed with a frontend; whatever was not offered to it is refused."""
 
     protocol: str  # "x86_64-abi", "x86_32-abi"
     rings: list[RingParameters]
     persistent: bool
-    can_discard: bool = True  # as far as the disk can
+    can_discard: bool = True  # if the disk can
     max_segments: int = 256  # of an indirect request
-    goes_on: bool = False  # the frontend is in service already: its rings are joined where their answers end
+    goes_on: bool = False  # the frontend is in service already: continue its rings after their last answers
 
 
 @dataclass(frozen=True, slots=True)
 class Agreed:
     """What a worker leaves in its journal (AGREED), for its successor and the service; never sent.
 
-    chain    that it serves through, or served through last
-    connect  what was agreed with the frontend, None once that has let go
-    order    by which it put that chain in, 0 where none told it to
+    chain    the chain in service, or the last one
+    connect  what was agreed with the frontend, None once that is left
+    order    number of the operator's order that put the chain in, 0 if there was none
     """
 
     chain: str
@@ -102,9 +102,9 @@ class Agreed:
 
 @dataclass(frozen=True, slots=True)
 class Serve:
-    """Map the rings and serve. Without `connect`: where a predecessor stopped, as the journal tells.
+    """Map the rings and serve. Without `connect`: continue where a predecessor stopped, as the journal tells.
 
-    Descriptors: the socket of an opener, where `Open` said that the worker may wait for the image.
+    Descriptors: the socket of an opener, if `Open` said that the worker may wait for the image.
     """
 
     number: int
@@ -120,9 +120,9 @@ class Leave:
 
 @dataclass(frozen=True, slots=True)
 class Close:
-    """Leave if need be, close the chain, end.
+    """Leave the frontend if it is served, close the chain, end.
 
-    `hands_over`: what was agreed with the frontend stays in the journal, and what is held back stays unanswered.
+    `hands_over`: what was agreed with the frontend stays in the journal, and requests held back stay unanswered.
     """
 
     number: int
@@ -138,7 +138,7 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class LayerFacts:
-    """What one layer said of itself when it was opened; the top layer first in a list of them."""
+    """What one layer reports about itself; in lists the top layer comes first."""
 
     text: str
     size: int
@@ -151,26 +151,26 @@ class LayerFacts:
     physical_sector_size: int
     parent_of: str = ""  # the layer whose image named this one as its parent
     facts: dict[str, str] = field(default_factory=dict)
-    figures: list[str] = field(default_factory=list)  # names of what it counts, whose values the counters' page has
+    figures: list[str] = field(default_factory=list)  # their names; the values are in the counters' page
 
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """All of where a worker stands.
+    """Everything about where a worker stands.
 
     number        of the last order that it has taken
-    stage         how far it is
-    failure       why that order could not be done, with `errno`; empty: it could, or is on its way
-    is_mistake    that is a mistake of whoever named the chain, as `Code.INVALID` is of whoever asks
+    stage         how far it has come
+    failure       why that order could not be done, with `errno`; empty: it was done, or is under way
+    is_mistake    the failure is a mistake in the chain's text or files, as `Code.INVALID` is one of a request
     chain         the one that is open, or would be; `layers` top first, empty while it is not open
-    export        path of the socket on which a device model is served, empty where none is
-    halted        which ring the frontend has broken, and how
-    flush_failed  a flush failed: nothing is taken from the rings any more until `Resume`
-    trouble       which request the disk could not do, and that it is tried again
-    is_paused     an administrator has stopped it
-    walls         around the worker (`walls.raising.Wall`), `no_walls` why others are not up, by wall; `needs` what was
-                  left open because a driver declares that it needs it
-    wants_connections   a layer has lost a connection, and wants to be asked to `Reconnect`
+    export        path of the socket on which a device model is served; empty if none is
+    halted        a sentence: which ring the frontend has broken, and how
+    flush_failed  a sentence if a flush failed: nothing is taken from the rings until `Resume`
+    trouble       a sentence: which request the disk could not do, and that it is tried again
+    is_paused     an administrator has paused the disk
+    walls         those around the worker (`walls.raising.Wall`); `no_walls`: why others are not up, by wall; `needs`:
+                  what was left open because a driver declares that it needs it
+    wants_connections   a layer has lost a connection, and needs a `Reconnect`
     """
 
     number: int
@@ -195,13 +195,13 @@ class Standing:
 
 @dataclass(frozen=True, slots=True)
 class Swap:
-    """Serve the guest through another chain from now on; if it cannot be opened, through the one that is open.
+    """Serve the guest through another chain from now on; if that cannot be opened, go on with the present one.
 
-    It must have the image that the one in service writes to, by identity, unless `replaces`. With `is_dry_run` it is
-    only looked at: the reply's `data` is a JSON list of its layers' texts.
+    The other chain must have the image to which the present one writes, by identity, unless `replaces`. With
+    `is_dry_run` it is only probed: the reply's `data` is a JSON list of its layers' texts.
 
-    `order` is the operator's, which the worker leaves in AGREED once that is done. With `is_resize` it is the chain
-    that is open, with the same files, whatever their names mean now.
+    `order` is the number of the operator's order, which the worker writes to AGREED once the exchange is done. With
+    `is_resize` the other chain is the present one, with the same files, whatever their names mean now.
     """
 
     chain: str
@@ -213,10 +213,10 @@ class Swap:
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """Make a new image over the one that is written to; `format` may be empty for what fits to that.
+    """Make a new image over the one that is written to; `format` may be empty: a format that fits is chosen.
 
-    The reply's `data` is the chain that would serve the guest through it. Where `own_snapshot` finds a name in `file`
-    that is no file: the image keeps what it holds now itself, under that name, and the reply has no data.
+    The reply's `data` is the text of the chain with the new image. If `own_snapshot` finds a name in `file`, it is not
+    a file: the image itself keeps a snapshot under that name, and the reply has no data.
     """
 
     file: str
@@ -224,35 +224,35 @@ class Branch:
 
 
 def own_snapshot(file: str) -> str | None:
-    """Return the name under which an image itself is to keep what it holds now (``@NAME``); None: it is a file."""
+    """Return the name under which an image itself is to keep a snapshot (``@NAME``); None if `file` is a file."""
     return file[1:] if file.startswith("@") else None
 
 
 @dataclass(frozen=True, slots=True)
 class Reconnect:
-    """Have the connections made that layers have lost; replied to when the opener has been asked for all of them."""
+    """Replace the connections that layers have lost; the reply comes when the opener has been asked for all of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pause:
-    """Take nothing from the rings until `Resume`; replied to when nothing is in flight."""
+    """Take nothing from the rings until `Resume`; the reply comes when nothing is in flight."""
 
 
 @dataclass(frozen=True, slots=True)
 class Resume:
-    """Serve on after `Pause`, after a flush that failed, and try again now what failed."""
+    """Continue after `Pause` or a failed flush, and try failed requests again now."""
 
 
 @dataclass(frozen=True, slots=True)
 class SetPolicy:
-    """Go by another policy (`block.policy`)."""
+    """Use another policy for requests that fail (`block.policy`)."""
 
     policy: str
 
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """An operator's verb for one layer, named by its driver or its index in the chain; `data` is the layer's bytes."""
+    """An operator's verb for one layer, named by its driver or its index in the chain; `data` is the layer's answer."""
 
     layer: str
     verb: str
@@ -261,9 +261,9 @@ class Command:
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """Time the chain's layers for so long; replied to afterwards, with JSON for `block.timed.parse_times`.
+    """Time the chain's layers for so long; the reply comes afterwards, with JSON for `block.timed.parse_times`.
 
-    What another one has begun ends now, and is replied to with the times until then; 0 begins nothing else.
+    A measurement that is under way ends first, and its reply has the times so far; 0 does nothing else.
     """
 
     milliseconds: int
@@ -282,7 +282,7 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """The answer to the question with this id; `sentence` says why it is not `Code.OK`, `data` is latin-1."""
+    """The reply to the question with this id; `sentence` says why the code is not `Code.OK`, `data` is latin-1."""
 
     id: int
     code: Code
@@ -300,16 +300,16 @@ class Keep:
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """Forget a memory: no layer wants it any more."""
+    """Forget a memory: no layer wants it any longer."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class Disconnected:
-    """A connection was closed in order, with nothing under way: it need not be kept for a successor.
+    """A connection was closed with nothing under way: it need not be kept for a successor.
 
-    `inode` is its socket's (inode(7)): an opener may have had another one kept meanwhile, of the same server and place.
+    `inode` is that of its socket (inode(7)): another connection with the same server and place may be kept by now.
     """
 
     server: str
@@ -323,7 +323,7 @@ class Log:
 
     level: str
     event: str
-    unsaid: int = 0  # lines before it that were over the worker's budget
+    unsaid: int = 0  # lines before it that exceeded the worker's budget
 
 
 Order = Open | Serve | Leave | Close | Report

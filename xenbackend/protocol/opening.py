@@ -1,16 +1,16 @@
-"""What is said when something is opened for a worker, which opens nothing itself: plain values, strict both ways.
+"""The messages by which something is opened for a worker, which opens nothing itself: plain values, strict both ways.
 
-Must not open anything, nor know how files are told apart: `kernel.identity` writes an identity, and compares it.
+Must not open anything, nor know how files are told apart: `kernel.identity` writes and compares identities.
 
     supervisor                        opener                              worker
       Job                        ->
                                         <-  LookAt, FindFile, OpenFile ...   one at a time
-                                 <-     Opened, Connected, Undrained   what it has found shall be kept; it waits for ...
+                                 <-     Opened, Connected, Undrained   what it has found, to be kept; it waits for ...
       Ack                        ->
-                                 <-     Waits         a step has not come back for a second, or has come back
+                                 <-     Waits         a step has not returned for a second, or has now
                                         Given  ->                            exactly one for each question
 
-A `Look` in the place of the job asks what names mean now, and gets a `Meaning` for each; there is no worker then.
+A `Look` in the place of a job asks what names mean now, and gets a `Meaning` for each; there is no worker then.
 
 An opener is a process of its own, for one order or question to one worker (`messages`): it ends when the worker closes
 its end of the socket. Both sockets are SOCK_SEQPACKET; descriptors travel beside a message, as its docstring says.
@@ -27,15 +27,15 @@ from xenbackend.protocol import codec
 
 MAX_MESSAGE = 256 * 1024  # bytes of one datagram
 MAX_CARRIED = 250  # descriptors beside one datagram; SCM_MAX_FD of net/scm.h is 253
-MAX_FILES = 640  # that one job may have to do with: a VMDK disk has up to 512 extents, a chain 32 parents
-MAX_CONNECTIONS = 16  # to servers that one disk may have at a time
+MAX_FILES = 640  # of one job at most: a VMDK disk has up to 512 extents, a chain 32 parents
+MAX_CONNECTIONS = 16  # to servers, of one disk at a time
 MAX_NAMES = 16  # by which an image may name one parent
-WAITS_S = 1.0  # in which storage has answered, or `Waits` says that it does not
+WAITS_S = 1.0  # after which `Waits` says that storage does not answer
 
 
 @dataclass(frozen=True, slots=True)
 class KeptFile:
-    """A file that an earlier worker of the same disk had open; `name` is that by which it was opened."""
+    """A file that an earlier worker of the same disk had open; `name`: the one by which it was opened."""
 
     name: str
     identity: str  # as `kernel.identity` writes it
@@ -45,7 +45,7 @@ class KeptFile:
 class KeptConnection:
     """A connection that an earlier worker of the same disk had, or that this one has; see `ConnectTo`.
 
-    `is_broken`: the network has given it up, so that nobody will see its end.
+    `is_broken`: the network has given it up, so that its end will never be seen.
     """
 
     server: str
@@ -66,24 +66,24 @@ class HeldFile:
 class Job:
     """What may be opened. Descriptors: the worker's socket, an O_PATH one per item of `kept`, the `connections`.
 
-    Those that are more than MAX_CARRIED come beside an `Ack` each time, until all of them are there.
+    If there are more than MAX_CARRIED, the rest comes beside `Ack`s, up to MAX_CARRIED beside each.
 
     vbd              for people: "vbd/5/51712"
-    chains           texts; the first one is in service, or to be, and what `kept` has is opened through that. A second
-                     one is to take its place: its names are looked up anew, and one that means the file that is kept
-                     for it is opened through that
-    keeps            what `kept` has is opened through that for the second chain, too
-    read_only        nothing may be opened for writing, but for what a layer records
-    parents          places of the settings where images may lead to
-    in_service       files where they may lead to, since they did in the last release
-    makes            path of the one file that may be made, empty: none
-    export           path of the socket that may be listened at, empty: none
-    host             for `kernel.ports`: the devices may be opened there, empty: they may not
-    frontend_domid   of the domain that they are for
-    turns            path of the file by which those take turns that make keys (`kernel.in_turn`); empty: nobody else
+    chains           texts. The first one is in service, or will be: its names mean the files in `kept`. A second one is
+                     to take its place: its names are looked up anew, and a name that still means the file kept for it
+                     is opened by what is kept
+    keeps            the names of the second chain mean the files in `kept`, too
+    read_only        nothing may be opened for writing, except what a layer records
+    parents          places in which the settings allow files that images name
+    in_service       files that images may lead to because they did in the last release
+    makes            path of the one file that may be made; empty: none
+    export           path of the socket that may be made to listen; empty: none
+    host             for `kernel.ports`, whose devices may be opened; empty: none may
+    frontend_domid   the domain for which devices are opened
+    turns            path of the file by which processes take turns at making keys (`kernel.in_turn`); empty: no turns
     scratch          directory for the disk's unnamed file (`block.files.UNNAMED`)
     names_unnamed    path that the unnamed file of the chain in service gets, for the second chain; empty: none
-    renews_unnamed   the second chain has another unnamed file than the one in service
+    renews_unnamed   the second chain gets an unnamed file of its own
     """
 
     vbd: str
@@ -107,14 +107,14 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """Say of each of these names what it means now: nothing is opened, and there is no worker. It comes for a Job."""
+    """Say what each of these names means now. It comes instead of a `Job`: nothing is opened, there is no worker."""
 
     names: list[str]
 
 
 @dataclass(frozen=True, slots=True)
 class Meaning:
-    """What a name means now: an identity as `kernel.identity` writes it, or the errno of what was met instead."""
+    """What a name means now: an identity as `kernel.identity` writes it, or the errno of the failure to look."""
 
     name: str
     identity: str = ""
@@ -125,7 +125,7 @@ class Meaning:
 class Opened:
     """A name was looked up. Descriptors: an O_PATH one of its file, to be kept while the disk lives.
 
-    `chain` is the place in `Job.chains` of the one that has led to it.
+    `chain` is the index in `Job.chains` of the chain that has led to it.
     """
 
     name: str
@@ -135,9 +135,9 @@ class Opened:
 
 @dataclass(frozen=True, slots=True)
 class Waits:
-    """The storage of a file does not answer; empty: it has answered. Nobody acknowledges it.
+    """The storage of the file `name` does not answer; empty: it has answered. There is no `Ack`.
 
-    makes_key   instead, a key is being made of the passphrase that is there, or waits for its turn
+    makes_key   instead, a key is being made of the passphrase in `name`, or waits for its turn
     """
 
     name: str
@@ -146,9 +146,9 @@ class Waits:
 
 @dataclass(frozen=True, slots=True)
 class Connected:
-    """A server was connected to. Descriptors: the socket, to be kept in the place of a former one of the same name.
+    """A server was connected to. Descriptors: the socket, to be kept in place of a former one with server and place.
 
-    `is_alone`: all others have ended, and are kept no more.
+    `is_alone`: all other connections have ended, and need not be kept.
     """
 
     server: str
@@ -158,9 +158,9 @@ class Connected:
 
 @dataclass(frozen=True, slots=True)
 class Undrained:
-    """A former connection has no end, so that its server may still do what it was given: nothing takes its place.
+    """A former connection does not end, so its server may still do what it received: no other one takes its place.
 
-    `is_broken`: the network has given it up; else nothing has come of it for too long.
+    `is_broken`: the network has given it up; otherwise nothing has come from it for too long.
     """
 
     server: str
@@ -170,14 +170,14 @@ class Undrained:
 
 @dataclass(frozen=True, slots=True)
 class Ack:
-    """The file is kept, and the worker may have it; or it may not, for which `refusal` is a sentence."""
+    """What was found is kept, and the worker may have it; if it may not, `refusal` is a sentence about why."""
 
     refusal: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class LookAt:
-    """Say what a file is. It is not opened for anything."""
+    """Return the facts of a file, without opening it."""
 
     name: str
     chain: int = 0
@@ -200,11 +200,11 @@ class FindFile:
 
 @dataclass(frozen=True, slots=True)
 class OpenFile:
-    """Open a file. The answer has a descriptor of an open file description that nobody else has.
+    """Open a file. The answer has a descriptor of a new open file description.
 
     create   make it if it is not there, as a regular file for its owner only
-    claims   have a block device to oneself, as `kernel.claims.open_medium`; EBUSY is the answer where somebody else
-             uses it. Whoever writes has to, unless the disk or the layer is shared.
+    claims   claim a block device, as `kernel.claims.open_medium`; the answer is EBUSY if somebody else uses it. This is
+             required for writing, unless the disk or the layer is shared
     """
 
     name: str
@@ -216,7 +216,7 @@ class OpenFile:
 
 @dataclass(frozen=True, slots=True)
 class LookBeside:
-    """Look whether an image, which the worker has locked, is in use by another face: EBUSY is the answer if it is.
+    """Look whether an image, which the worker has locked, is in use by another face: the answer is EBUSY if it is.
 
     write, shareable   how it is open, as `kernel.locks.access`
     """
@@ -229,11 +229,11 @@ class LookBeside:
 
 @dataclass(frozen=True, slots=True)
 class SayWhoUses:
-    """Say why an image cannot be had; the worker has it open no more. The answer is EBUSY, with a sentence and a user.
+    """Say who uses an image, which the worker has closed by now. The answer is EBUSY, with a sentence and a user.
 
     write, shareable   how it was to be opened, as `kernel.locks.access`
-    is_claimed         it is a block device, and could not be opened; else it could not be locked
-    with_names         look who uses it, which takes a look at every process
+    is_claimed         it is a block device that could not be opened; otherwise it could not be locked
+    with_names         find out who uses it, which takes a look at every process
     """
 
     name: str
@@ -246,7 +246,7 @@ class SayWhoUses:
 
 @dataclass(frozen=True, slots=True)
 class Resolve:
-    """Say which path the directory of a file is with all links followed, if the file may be opened, or made."""
+    """Return the path of a file's directory with all links followed, if the file may be opened or made."""
 
     name: str
     chain: int = 0
@@ -254,12 +254,12 @@ class Resolve:
 
 @dataclass(frozen=True, slots=True)
 class MakeFile:
-    """Make `Job.makes`, under another name at first. The answer has its descriptor, open for reading and writing."""
+    """Make `Job.makes`, at first under a temporary name. The answer has its descriptor, for reading and writing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Publish:
-    """Mark what `MakeFile` made with its parent, make it durable, and give it its name, never over another file."""
+    """Mark the file of `MakeFile` with its parent, make it durable, and give it its name, never over another file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,16 +269,16 @@ class OpenDevices:
 
 @dataclass(frozen=True, slots=True)
 class Listen:
-    """Listen at `Job.export`, in the place of what is there. The answer has the socket."""
+    """Listen at `Job.export`, replacing what is there. The answer has the socket."""
 
 
 @dataclass(frozen=True, slots=True)
 class ConnectTo:
     """Connect to a server that the chain names. The answer has the socket.
 
-    place   tells one connection to a server from another one of the same layer
-    after   of `block.servers.After`: which former connections must have ended before
-    keeps   the disk is served by it: the supervisor keeps the socket beyond the worker's end
+    place   tells the connections of a layer to the same server apart
+    after   of `block.servers.After`: which former connections must end first
+    keeps   it is for a disk in service: the supervisor keeps the socket beyond the worker's end
     """
 
     server: str
@@ -290,11 +290,11 @@ class ConnectTo:
 
 @dataclass(frozen=True, slots=True)
 class Derive:
-    """Make a key of a passphrase that the chain names. The answer has a memory of `length` bytes with it.
+    """Make a key of a passphrase that the chain names. The answer has a memory of `length` bytes with the key.
 
     The other fields are those of `block.keys.Derivation`, `salt` in hexadecimal digits.
 
-    without_newline   of the passphrase without the newline at its end; ENODATA is the answer where it has none
+    without_newline   leave out the newline at the passphrase's end; the answer is ENODATA if it has none
     """
 
     source: str
@@ -311,7 +311,7 @@ class Derive:
 
 @dataclass(frozen=True, slots=True)
 class ReadCluster:
-    """Read what a client of a cluster that the chain names has to know: the answer's `settings`, a key among them.
+    """Read the settings of a client of a cluster that the chain names: the answer's `settings`, with a key.
 
     conf, user   as `block.servers.Account`
     """
@@ -323,7 +323,7 @@ class ReadCluster:
 
 @dataclass(frozen=True, slots=True)
 class ReadCertificates:
-    """Read the certificates of a directory that the chain names: they are the answer's `settings`, by files' names."""
+    """Read the certificates in a directory that the chain names: the answer's `settings`, by the names of the files."""
 
     directory: str
     chain: int = 0
@@ -334,7 +334,7 @@ class Facts:
     """What a file is.
 
     identity               as `kernel.identity` writes it
-    is_device              it is a block device; else it is a regular file
+    is_device              it is a block device; otherwise it is a regular file
     size                   bytes
     mtime_ns               time of its last change, since 1970
     discard_granularity    bytes, of a device; 0: it cannot discard
@@ -351,16 +351,16 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """The answer to a question. Descriptors: as the question says, none where it failed.
+    """The answer to a question. Descriptors: as the question says; none if it failed.
 
     errno      0: it was done
-    sentence   why it was not, for people; empty: as errno says
-    path       of a file that was found or resolved, or which the failure is about
+    sentence   why it failed, for people; empty: as errno says
+    path       of the file that was found or resolved, or that the failure is about
     facts      of the file
-    user       who uses an image that is in use, where that is known
-    by         the act of an administrator by which a file was found (`block.driver.Found`)
-    is_marked  what was published is marked with its parent
-    settings   of a client of a cluster, by their names, with `block.servers.DISK`; or certificates
+    user       who uses an image that is in use, if that is known
+    by         the act of an administrator that allows the file (`block.driver.Found`)
+    is_marked  the published file is marked with its parent
+    settings   of a client of a cluster, by name, with `block.servers.DISK`; or certificates
     """
 
     errno: int = 0
@@ -400,15 +400,15 @@ def encode(message: Question | FromOpener | FromSupervisor) -> bytes:
 
 
 def from_worker(datagram: bytes) -> Question:
-    """Return what a worker asks. Raises: `codec.NotAMessage` for anything that `encode` does not make of it."""
+    """Return a worker's question. Raises: `codec.NotAMessage`, for anything that `encode` does not make of one."""
     return codec.decode(Question, datagram)  # type: ignore[no-any-return]  # it is of that union
 
 
 def from_opener(datagram: bytes) -> FromOpener:
-    """Return what an opener says. Raises: `codec.NotAMessage`."""
+    """Return an opener's message. Raises: `codec.NotAMessage`."""
     return codec.decode(FromOpener, datagram)  # type: ignore[no-any-return]  # it is of that union
 
 
 def from_supervisor(datagram: bytes) -> FromSupervisor:
-    """Return what a supervisor says. Raises: `codec.NotAMessage`."""
+    """Return a supervisor's message. Raises: `codec.NotAMessage`."""
     return codec.decode(FromSupervisor, datagram)  # type: ignore[no-any-return]  # it is of that union

@@ -1,8 +1,8 @@
-"""What a service has said, under the names that docs/json.md has, whichever release of it answered.
+"""Answers of a service of any release, under the names of docs/json.md.
 
-Must not import anything that draws or asks. What this version does not know is passed on. Each key that was added to
-an answer since has the value here that means "not told": a program is upgraded before the service that it talks to is
-restarted, and no command has to think of that.
+Must not import anything that draws or asks. Keys that this version does not know are passed on. Keys that an older
+service leaves out get the values below, which mean "not told": a program is upgraded before the service is restarted,
+and no command has to think of that.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SERVICE: Values = {
     "pid": 0, "version": "", "since": None, "bugs": 0, "breaches": 0, "host": "", "store": "", "store_error": "",
     "waits": [],
 }  # fmt: skip
-DISK: Values = {  # but for what says which disk it is
+DISK: Values = {  # without the keys that say which disk it is
     "guest": "", "chain": "", "read_only": None, "state": "Unknown", "frontend_state": "Unknown", "phase": "",
     "since": 0.0, "braked_s": 0.0, "paused": False, "paused_by": "", "reason": "", "error": "", "under_way": [],
     "waits_s": None, "waits_for": "", "worker": None, "worker_since": None, "worker_version": "",
@@ -44,9 +44,9 @@ UNTOLD: Values = {"vbd": "", "chain": "", "next_chain": ""}
 
 
 def completed(verb: object, data: Any) -> Any:
-    """Return what a service has answered to `verb`, with every key.
+    """Return a service's answer to `verb`, with every key.
 
-    Raises: TypeError, AttributeError for what no service says.
+    Raises: TypeError, AttributeError, for what no service answers.
     """
     if verb == "ping" and isinstance(data, Mapping):
         return _with(SERVICE, data)
@@ -61,7 +61,7 @@ def completed(verb: object, data: Any) -> Any:
 
 
 def answered(data: Any) -> Values:
-    """Return what the answer to an order says of chains and more; nothing where that is no map."""
+    """Return the data of the answer to an order, with its layers as `layer` has them; empty if it is no map."""
     values = dict(data) if isinstance(data, Mapping) else {}
     for key in ("layers", "before", "after"):
         if isinstance(values.get(key), list):
@@ -70,15 +70,15 @@ def answered(data: Any) -> Values:
 
 
 def layer(said: Mapping[str, Any] | str) -> Values:
-    """Return what a layer said of itself, or only its text: that is `layer`."""
+    """Return what a layer reported, or only its text, which becomes `layer`."""
     values = {"text": said} if isinstance(said, str) else dict(said)
-    if isinstance(values.get("figures"), list):  # names only: of a chain that is not in service
+    if isinstance(values.get("figures"), list):  # names only, as the chain is not in service
         del values["figures"]
     return {"layer": values.pop("text"), **values} if "text" in values else values
 
 
 def _with(defaults: Values, said: Mapping[str, Any]) -> Values:
-    """Return what was said, and what was not: copies, as whoever has asked may alter what he gets."""
+    """Return what was said, completed by copies of the defaults, as the caller may change the result."""
     return {**{key: value if key in said else deepcopy(value) for key, value in defaults.items()}, **said}
 
 
@@ -94,7 +94,7 @@ def _disk(said: Mapping[str, Any]) -> Values:
 
 
 def _node(said: Mapping[str, Any]) -> str:
-    if str(said["vbd"]).count("/") == 2:  # release 0.1.0: its `vbd` was that
+    if str(said["vbd"]).count("/") == 2:  # release 0.1.0: its `vbd` was the node
         return str(said["vbd"])
     try:
         return f"{said['kind']}/{said['domid']}/{vdev_to_devid(said['device'])}"
