@@ -1,6 +1,6 @@
 """A client of the service, for programs: docs/client.md.
 
-Must not change what a name that is exported here means: that is what `VERSION` is for.
+Must not change the meaning of an exported name: that takes a new `VERSION`.
 """
 
 from xenbackend.client.asking import Client

@@ -1,6 +1,6 @@
-"""A service's client: each question and each order is a method, and blocks until it is answered.
+"""A client of a service: each question and each order is a method, which blocks until it is answered.
 
-Must not print, nor keep a connection: each request has its own, so that one client is for many threads.
+Must not print, nor keep a connection: each request has its own, so that several threads may use one client.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _T = TypeVar("_T")
 
 
 class Client:
-    """Asks the service at a control socket. What cannot be had is a `ServiceError`, of the class that its code has.
+    """Asks the service at a control socket. Failures raise the subclass of `ServiceError` that belongs to the code.
 
     socket     the control socket's path
-    timeout_s  how long an order is waited for; then `UnderWay` has its number, and it goes on. None: until it is done
-    waiting    called several times a second, with the seconds for which an answer has been waited for
-    answer_s   how long the answer to a question is waited for, and that to an order beyond `timeout_s`; 10 s
+    timeout_s  how long to wait for an order; then `UnderWay` has its number, and it goes on. None: until it is done
+    waiting    called several times a second during a wait, with the seconds waited so far
+    answer_s   how long to wait for the answer to a question, and for that to an order beyond `timeout_s`; default 10 s
     """
 
     def __init__(
@@ -50,21 +50,21 @@ class Client:
         waiting: Waiting | None = None,
         answer_s: float | None = None,
     ) -> None:
-        """Ask the service at `socket`; else where $XENBACKEND_SOCKET says, or where a package has it."""
+        """Use `socket`; by default the one that $XENBACKEND_SOCKET names, or the package's."""
         self.socket = socket or client.default_socket()
         self.timeout_s = timeout_s
         self.waiting = waiting
         self.answer_s = client.TIMEOUT_S if answer_s is None else answer_s
 
     def service(self) -> Service:
-        """Return what the service says of itself."""
+        """Return what the service reports about itself."""
         return self._typed(results.service, self._ask({"verb": "ping"}))
 
     def disks(self, *vbds: str, looks: bool = False) -> list[Disk]:
         """Return all disks in service, or those that are named, such as ``5/xvda`` or ``guest/xvda``.
 
-        With `looks` also what their files' names mean by now, which is looked up. Raises: Invalid, where one that is
-        named is not in service.
+        With `looks`, look up what the names of their files mean by now. Raises: Invalid, if a disk that is named is not
+        in service.
         """
         names = [_checked(each) for each in vbds]
         said = self._ask({"verb": "status", **_flag("looks", is_set=looks)})
@@ -79,14 +79,14 @@ class Client:
         return self._typed(lambda said: results.each_of(results.order, said), self._ask({"verb": "orders"}))
 
     def order(self, number: int) -> Order:
-        """Return one of them. Raises: Invalid, where it is not among them."""
+        """Return one of the last orders. Raises: Invalid, if it is not among them."""
         said = self._ask({"verb": "orders", "order": number})
         return self._typed(lambda said: results.each_of(results.order, said)[0], said)
 
     def wait(self, number: int) -> Order:
-        """Return an order once it has ended, well or not, over a restart of the service, too.
+        """Return an order once it has ended, with success or not; a restart of the service does not end the wait.
 
-        Raises: UnderWay after `timeout_s`; Invalid, where it is not among the last ones.
+        Raises: UnderWay, after `timeout_s`; Invalid, if it is not among the last orders.
         """
         return wait_for(lambda: self.order(number), self.timeout_s, self.waiting)
 
@@ -101,7 +101,7 @@ class Client:
     def set(self, vbd: str, chain: str, *, replace: bool = False) -> Changed:
         """Serve a running guest through another chain over the same content.
 
-        With `replace` it may have another file, device or image at its bottom, whose content must be the same.
+        With `replace` the chain may end in another file, device or image, whose content must be the same.
         """
         if not replace:
             self._check_that_it_refuses()
@@ -114,7 +114,7 @@ class Client:
         return self._done(Planned, self._order("set", vbd, chain=chain, **more))
 
     def snapshot(self, vbd: str, file: str, *, image_format: str = "") -> Changed:
-        """Put a new image over a running guest's, at a whole path; `@NAME` is one that an image of a cluster keeps."""
+        """Put a new image, at an absolute path, over a running guest's; with `@NAME` a cluster's image keeps it itself."""
         return self._done(Changed, self._order("snapshot", vbd, file=file, format=image_format))
 
     def resize(self, vbd: str) -> Changed:
@@ -122,33 +122,33 @@ class Client:
         return self._done(Changed, self._order("resize", vbd))
 
     def keep(self, vbd: str, file: str) -> Changed:
-        """Give the unnamed file of a `cow:` a name, which is a whole path."""
+        """Give the unnamed file of a `cow:` layer a name: an absolute path."""
         return self._done(Changed, self._order("keep", vbd, title="cow keep", file=file))
 
     def drop(self, vbd: str, *, force: bool = False) -> Changed:
-        """Forget what was written to such a file; with `force` also while a guest uses the disk."""
+        """Discard what was written to the file of a `cow:` layer; with `force` also while a guest uses the disk."""
         return self._done(Changed, self._order("drop", vbd, title="cow drop", force=force))
 
     def policy(self, vbd: str, policy: str = "") -> Policy:
-        """Return the policy for requests that fail, once it has been changed as `policy` says, if that says something.
+        """Return the policy for requests that fail, after changing it if `policy` is not empty.
 
-        It is a text such as ``enospc=report``.
+        A policy is a text such as ``enospc=report``.
         """
         return self._done(Policy, self._order("policy", vbd, policy=policy))
 
     def upgrade(self, vbd: str) -> Upgraded:
-        """Let a new process serve a disk, of the program that is installed now."""
+        """Serve a disk by a new process, from the program that is installed now."""
         return self._done(Upgraded, self._order("upgrade", vbd), worker=None)
 
     def measure(self, vbd: str, seconds: float) -> Measured:
-        """Time each layer of a disk's chain from now on, and return what was found after so many seconds.
+        """Time each layer of a disk's chain for so many seconds, and return the result.
 
-        It ends when nobody waits for it any more. Raises: Busy, where the disk is measured already.
+        The service ends the measurement early if this client disconnects. Raises: Busy, if one is under way.
         """
         return self._done(Measured, self._order("measure", vbd, seconds=seconds))
 
     def end_measure(self, vbd: str) -> Done:
-        """End a measurement that is under way, if there is one: whoever waits for it gets the times until now."""
+        """End the measurement that is under way, if there is one. Its client gets the times so far."""
         return self._done(Done, self._order("end_measure", vbd))
 
     def command(self, vbd: str, layer: str, command: str, *arguments: str) -> str:
@@ -160,9 +160,9 @@ class Client:
         return str(self._order("command", vbd, title=f"{layer} {command}", **more).data)
 
     def stop(self, *, force: bool = False) -> Stopped:
-        """End the service and its workers in order; guests hang until it is started again.
+        """Stop the service and its workers; guests hang until it is started again.
 
-        With `force` also where guests lose what they wrote to disks of `cow:` without a file.
+        With `force` also if guests lose what they wrote to `cow:` layers without a file.
         """
         answer = self._give({"verb": "stop", **_flag("force", is_set=force)}, "stop")
         return self._done(Stopped, answer, untold=[])
@@ -174,8 +174,8 @@ class Client:
         return self._give({"verb": verb, "vbd": vbd, **more}, f"{_checked(vbd)}: {title or verb}")
 
     def _give(self, request: dict[str, Any], what: str) -> Answer:
-        """Give an order; one that the service leaves to the next one is waited for there, unless time is limited."""
-        token = os.urandom(8).hex()  # by which it is known again
+        """Give an order; if the service leaves it to the next service, wait for it there, unless time is limited."""
+        token = os.urandom(8).hex()  # finds this order among others in the next service's ledger
         try:
             return client.give_order(
                 self.socket, {**request, "token": token}, what, self.timeout_s, self.waiting, self.answer_s
@@ -186,7 +186,7 @@ class Client:
             return follow(self.orders, self.disks, token, problem, self.waiting)
 
     def _check_that_it_refuses(self) -> None:
-        """Raise Failed for a service of release 0.1.0, which does any exchange at once, and has no look at it."""
+        """Raise Failed for a service of release 0.1.0, which would make an exchange without checking it."""
         if not self.service().version:
             problem = (
                 f"the service at {self.socket} is of release 0.1.0, which would look at nothing before it does that"
@@ -198,7 +198,7 @@ class Client:
         return self._typed(lambda said: results.done(cls, answer.order, said, **defaults), answer.data)
 
     def _typed(self, read: Callable[[Any], _T], said: Any) -> _T:
-        """Return what was said, typed. Raises: Failed, where no service of ours says that."""
+        """Return an answer's data, typed. Raises: Failed, if no service of ours answers so."""
         try:
             return read(said)
         except (ValueError, TypeError, LookupError):
@@ -206,12 +206,12 @@ class Client:
 
 
 def _flag(name: str, *, is_set: bool) -> dict[str, Any]:
-    """Return the part of a request that is left out where it is not wanted."""
+    """Return a part of a request, which is left out unless it is wanted."""
     return {name: True} if is_set else {}
 
 
 def _chosen(disks: list[Disk], names: list[DiskName]) -> list[Disk]:
-    """Return those that are named, all without a name. Raises: Invalid, for a name that none has."""
+    """Return the disks that are named, or all if there are no names. Raises: Invalid, for a name that no disk has."""
     for name in names:
         if not any(each.is_called(name) for each in disks):
             served = ", ".join(each.vbd for each in disks) or "none at all"

@@ -1,4 +1,4 @@
-"""Waits for orders that another service than the one that took them may end.
+"""Waits for orders that may be ended by a later service than the one that took them.
 
 Must not give an order.
 """
@@ -15,8 +15,8 @@ from xenbackend.protocol.client import Gone, ServiceError, UnderWay, Unreachable
 from xenbackend.protocol.codes import Code
 
 LOOK_S = 0.25  # between two looks for the end of an order
-RETURN_S = 30.0  # the longest that a service is away that somebody starts again
-# Their answers hold nothing that would be lost.
+RETURN_S = 30.0  # the longest absence of a service that is being restarted
+# Orders whose answers have nothing that the ledger and `status` do not have.
 FOLLOWED = ("set", "snapshot", "resize", "keep", "drop", "pause", "resume", "upgrade")
 
 
@@ -29,8 +29,8 @@ def follow(
 ) -> Answer:
     """Return the answer to the order with this token, which the service has left to the next one.
 
-    Raises: ServiceError, as that ended; Gone, where it was done and the disk has gone since; `problem` where nobody
-    knows of the order, or no service comes.
+    Raises: ServiceError, if the order failed; Gone, if it was done and the disk has gone since; `problem`, if the
+    service does not know the order, or no service comes.
     """
     begun = time.monotonic()
     while True:
@@ -50,7 +50,7 @@ def follow(
 
 
 def wait_for(order: Callable[[], Order], timeout_s: float | None, waiting: Waiting | None) -> Order:
-    """Return an order once it has ended. Raises: UnderWay after `timeout_s`; Unreachable, where no service comes."""
+    """Return an order once it has ended. Raises: UnderWay after `timeout_s`; Unreachable, Gone, if no service comes."""
     begun = seen = time.monotonic()
     found: Order | None = None
     while True:
@@ -82,7 +82,7 @@ def _pause(begun: float, waiting: Waiting | None) -> None:
 
 
 def _answer(order: Order, served: list[Disk]) -> Answer:
-    """Return what an order's entry says, with what is in service now. Raises: ServiceError where that is no success."""
+    """Return an answer made of an order's entry and what is in service now. Raises: ServiceError, if it failed."""
     data = _of_disk(order, served)
     if order.code is not Code.OK:
         raise ServiceError(Answer(order.code, data, order.error, order.number))

@@ -1,7 +1,7 @@
-"""What a service answers, typed: each field has the name of its key in docs/json.md, and `_` where that is a keyword.
+"""A service's answers, typed: each field has the name of its key in docs/json.md, with `_` if that is a keyword.
 
-Must not ask anybody. A service of an older release says less, and then the fields say what was so by then; one of a
-newer release says more, which `values` has.
+Must not ask anybody. If a service of an older release leaves keys out, the fields have the values that were true then;
+keys that a newer release adds are in `values`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wait:
-    """What a service that ends waits for."""
+    """What a service that is stopping waits for: `for_`, at the disk `vbd`."""
 
     vbd: str
     for_: str
@@ -46,7 +46,7 @@ class Service:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
-    """A layer of a chain; the sizes are 0 where only its text is known."""
+    """A layer of a chain; the sizes are 0 if only its text is known."""
 
     layer: str
     size: int = 0
@@ -81,7 +81,7 @@ class Pending:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Latency:
-    """How long requests of one operation took, of a sample; element n of `buckets` counts those below 2^n ns."""
+    """How long a sample of the requests of one operation took; element n of `buckets` counts those below 2^n ns."""
 
     sum_ns: int
     buckets: tuple[int, ...]
@@ -127,18 +127,18 @@ class Disk:
     values: Values = field(repr=False)
 
     def is_called(self, name: DiskName) -> bool:
-        """Return whether somebody who says this name means this disk."""
+        """Return whether this name means this disk."""
         return name.means(self.kind, self.domid, self.devid, self.guest)
 
     @property
     def devid(self) -> int:
-        """The number of its device. Raises: ValueError, where `node` is none of xenstore's."""
+        """The number of its device. Raises: ValueError, if `node` is not a node of xenstore."""
         return int(self.node.rpartition("/")[2])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Who:
-    """Who has given an order: a process, by then."""
+    """The process that has given an order, as it was then."""
 
     uid: int | None = None
     pid: int | None = None
@@ -147,9 +147,9 @@ class Who:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
-    """An order that the service remembers; while it is under way `ended` is None, and its code `Code.UNDER_WAY`.
+    """An order in the service's ledger; while it is under way, `ended` is None and `code` is `Code.UNDER_WAY`.
 
-    token   by which whoever gave it knows it, and empty where it has none
+    token   the client's own name for it, or empty
     """
 
     number: int
@@ -168,7 +168,7 @@ class Order:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Done:
-    """An order that was done. `order` is its number, None of what only reads, and of release 0.1.0."""
+    """An order that was done. `order` is its number: None if it only reads, and from release 0.1.0."""
 
     order: int | None
     values: Values = field(repr=False)
@@ -176,7 +176,7 @@ class Done:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Changed(Done):
-    """One after which the disk may have another chain: this one."""
+    """An order that may change the chain; `chain` is the one in service afterwards."""
 
     chain: str
     layers: tuple[Layer, ...]
@@ -184,7 +184,7 @@ class Changed(Done):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planned(Changed):
-    """What an exchange would do: the layers `before` and `after` it. `chain` is the one in service, as it stays."""
+    """What an exchange would do: the layers `before` and `after` it. `chain` is the one in service, unchanged."""
 
     before: tuple[Layer, ...]
     after: tuple[Layer, ...]
@@ -192,14 +192,14 @@ class Planned(Changed):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy(Done):
-    """The policy that holds for requests that fail."""
+    """The policy in force for requests that fail."""
 
     policy: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Upgraded(Done):
-    """The process that serves the disk from now on, None where none is needed, or of release 0.1.0."""
+    """The process that serves the disk from now on: None if no new one was needed, and from release 0.1.0."""
 
     worker: int | None
 
@@ -214,13 +214,13 @@ class Times:
 
     @property
     def histogram(self) -> tuple[int, ...]:
-        """The same as `Disk.latency_histogram` has them: element n counts those below 2^n ns."""
+        """The buckets in the form of `Disk.latency_histogram`: element n counts requests below 2^n ns."""
         return tuple(self.buckets.get(str(place), 0) for place in range(BUCKETS))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerTimes:
-    """What a layer has done meanwhile, by operation; the time of the layers below it is in its own."""
+    """What a layer did while it was timed, by operation; its times include those of the layers below it."""
 
     layer: str
     operations: dict[str, Times]
@@ -228,7 +228,7 @@ class LayerTimes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured(Done):
-    """How long each layer of a chain has taken, from the top."""
+    """How long each layer of a chain took, top first."""
 
     chain: str
     seconds: float
@@ -237,7 +237,7 @@ class Measured(Done):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Untold:
-    """A disk whose chain in service xenstore could not be told."""
+    """A disk whose chain in service could not be written to xenstore."""
 
     vbd: str
     chain: str
@@ -246,43 +246,43 @@ class Untold:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stopped(Done):
-    """The service that has ended, and what only a file tells the next one."""
+    """The service that has ended, and the chains that only a file tells the next service."""
 
     pid: int
     untold: tuple[Untold, ...]
 
 
 def service(said: Any) -> Service:
-    """Return what a service says of itself. Raises: ValueError, as all of these, for what no service says."""
+    """Return what a service reports about itself. Raises: ValueError, as all of these, if no service says that."""
     return _read(Service, _map(said))
 
 
 def disk(said: Any) -> Disk:
-    """Return what it says of a disk."""
+    """Return what a service reports about a disk."""
     return _read(Disk, _map(said))
 
 
 def order(said: Any) -> Order:
-    """Return an order as it remembers that."""
+    """Return an order as a service's ledger has it."""
     return _read(Order, _map(said))
 
 
 def each_of(read: Callable[[Any], _T], said: Any) -> list[_T]:
-    """Return such values of a list."""
+    """Read each value of a list."""
     return [read(each) for each in _list(said)]
 
 
 def done(cls: type[_T], number: int | None, data: Any, **defaults: object) -> _T:
-    """Return the answer to an order as `Done` or one of its subclasses; `defaults` is what an older service leaves out.
+    """Return the answer to an order as `Done` or a subclass; `defaults` are for keys that an older service leaves out.
 
-    Release 0.1.0 answered with a text where there is one thing to say.
+    Release 0.1.0 answered `policy` with a text.
     """
     said = {"policy": data} if cls is Policy and isinstance(data, str) else plain.answered(data)
     return _read(cls, {**defaults, **said, "order": number}, values=said)
 
 
 def _read(cls: type[_T], said: Values, values: Values | None = None) -> _T:
-    """Return a typed value, of which each field is what its type says. Raises: ValueError."""
+    """Return a typed value; each field is checked against its type. Raises: ValueError."""
     found: Values = {}
     for each in fields(cls):  # type: ignore[arg-type]  # all of them are dataclasses
         key = each.name.rstrip("_")
@@ -308,7 +308,7 @@ def _list(said: Any) -> list[Any]:
 
 
 def _one(*kinds: type) -> Callable[[Any], Any]:
-    """Return what takes a value of one of these types as it is; a boolean is no number."""
+    """Return a function that takes values of these types only, as they are; a boolean is no number."""
 
     def take(said: Any) -> Any:
         if not isinstance(said, kinds) or (isinstance(said, bool) and bool not in kinds):
@@ -319,12 +319,12 @@ def _one(*kinds: type) -> Callable[[Any], Any]:
 
 
 def _each(take: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Return what takes a list of such values."""
+    """Return a function that takes a list of such values."""
     return lambda said: tuple(map(take, _list(said)))
 
 
 def _named(take: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Return what takes a map of texts to such values."""
+    """Return a function that takes a map of texts to such values."""
     return lambda said: {str(key): take(value) for key, value in _map(said).items()}
 
 
