@@ -114,7 +114,7 @@ class Client:
         return self._done(Planned, self._order("set", vbd, chain=chain, **more))
 
     def snapshot(self, vbd: str, file: str, *, image_format: str = "") -> Changed:
-        """Put a new image, at an absolute path, over a running guest's; with `@NAME` a cluster's image keeps it itself."""
+        """Put a new image, at an absolute path, over a running guest's; for `@NAME` a cluster's image keeps it."""
         return self._done(Changed, self._order("snapshot", vbd, file=file, format=image_format))
 
     def resize(self, vbd: str) -> Changed:
