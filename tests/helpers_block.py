@@ -313,6 +313,32 @@ class Silent(Filter):
     is_transparent = True
 
 
+class Busy(Filter):
+    """A filter that has requests of its own from the moment when it is open."""
+
+    name = "busy"
+    is_transparent = True
+
+    def open(self, env: Env) -> Geometry:
+        """Look at the layer below, and answer for it."""
+        self.own: list[Request] = []
+        self.back: list[Request] = []
+        self.look(0, 512)
+        return super().open(env)
+
+    def ask(self) -> None:
+        """Send a request of its own to the layer below."""
+        assert self.next is not None
+        self.own.append(flush())
+        self.next.submit(self.own[-1:])
+
+    def on_complete(self, batch: list[Request]) -> None:
+        """Keep what is its own."""
+        self.back += [each for each in batch if each in self.own]
+        if others := [each for each in batch if each not in self.own]:
+            self.complete(others)
+
+
 class Coarse(Filter):
     """A filter that shows sectors of 4096 bytes."""
 
@@ -349,6 +375,7 @@ class Served(Driver):
 
 TEST_DRIVERS = {
     "child": "tests.helpers_block:Child",
+    "busy": "tests.helpers_block:Busy",
     "clumsy": "tests.helpers_block:Clumsy",
     "coarse": "tests.helpers_block:Coarse",
     "served": "tests.helpers_block:Served",

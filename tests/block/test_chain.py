@@ -57,6 +57,23 @@ def test_an_exception_on_the_way_up_is_handed_over_with_its_batch(machine: Machi
     assert [("broken", [request])] == caught
 
 
+@pytest.mark.parametrize("checked", [False, True])
+def test_a_layer_has_its_own_requests_back_before_anybody_is_served(
+    machine: Machine, events: list[str], *, checked: bool
+) -> None:
+    """A frontend may take long to connect, and a layer does not wait for it: a cache writes what it has below."""
+    chain = machine.open("busy:|silent:|ram:1M", checked=checked)
+    busy = chain.layers[0].driver
+    busy.ask()
+    before = len(busy.back)
+    statuses = machine.do(chain, flush())
+    busy.ask()
+    chain.close()
+
+    assert (1, [0]) == (before, statuses)
+    assert busy.back == busy.own
+
+
 def test_completions_can_be_taken_elsewhere_between_batches(machine: Machine) -> None:
     """Setting `complete` once more reaches every layer, the file included."""
     chain = machine.open("delay:|ram:1M", checked=False)

@@ -14,7 +14,7 @@ from tests.helpers_block import Coarse, Machine, image
 from tests.qemu import qemu_img
 from xenbackend.block.chain import open_chain, parse_chain
 from xenbackend.block.driver import Env
-from xenbackend.block.opening import EIO_RETRIES, MAX_PARENTS
+from xenbackend.block.opening import EIO_RETRIES, MAX_PARENTS, Opening
 from xenbackend.errors import DriverError
 
 
@@ -32,6 +32,21 @@ def refused(machine: Machine, text: str, *, read_only: bool = False) -> DriverEr
     with pytest.raises(DriverError) as caught:
         machine.open(text, read_only=read_only)
     return caught.value
+
+
+def test_a_layer_has_its_own_requests_back_while_others_are_opened(machine: Machine, events: list[str]) -> None:
+    """What a filter below asks for by itself comes back to it, before and after a filter above has looked at it."""
+    opening = Opening(machine.make_env, lambda _: None)
+    upper, lower, source = parse_chain("busy:|busy:|ram:1M").layers
+    layers = opening.source_and_parents(source, read_only=False, shareable=False)
+    for spec in (lower, upper):
+        layers.insert(0, opening.filter(spec, layers, read_only=False))
+        for each in layers[:-1]:
+            each.driver.ask()
+
+    assert [1, 2] == [len(each.driver.back) for each in layers[:-1]]
+    assert all(each.driver.back == each.driver.own for each in layers[:-1])
+    opening.close()
 
 
 def test_the_source_is_opened_first_then_its_parents_then_the_filters(

@@ -15,6 +15,7 @@ import errno
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 
 from xenbackend.block.checked import Checked
@@ -23,6 +24,7 @@ from xenbackend.block.opening import MakeEnv, Opening, OpenLayer
 from xenbackend.block.request import Request
 from xenbackend.block.spec import ChainSpec, LayerSpec, only_read_from, parse_chain
 from xenbackend.block.timed import Timed
+from xenbackend.block.wiring import wire_up
 from xenbackend.errors import DriverError
 
 __all__ = ["Chain", "ChainSpec", "LayerSpec", "MakeEnv", "OpenLayer", "open_chain", "parse_chain"]
@@ -44,6 +46,7 @@ class Chain:
         self._shortened: list[Driver] = []  # filters whose `submit` was replaced by that of the layer below
         self._wire_down()
         self.contain: Contain | None = None  # D8; must be set before `complete` is
+        self.complete = self._stack[0].complete  # a layer may have requests of its own before anybody is served
         self.submit: Callable[[list[Request]], None] = self._stack[0].submit
 
     @property
@@ -53,10 +56,7 @@ class Chain:
 
     @complete.setter
     def complete(self, complete: Complete) -> None:
-        for driver in self._stack:
-            driver.complete = complete
-            if driver.on_complete is not None:
-                complete = _guarded(driver.on_complete, self.contain) if self.contain else driver.on_complete
+        wire_up(self._stack, complete, partial(_guarded, self.contain) if self.contain else None)
 
     def time(self) -> list[Timed]:
         """Measure each layer until `untime`, and return the timers, the top layer's first.
@@ -139,7 +139,7 @@ class Chain:
         raise DriverError(f"the chain has {problem} {layer!r}; {hint}: {known}", errno=errno.ENOENT)
 
 
-def _guarded(on_complete: Complete, contain: Contain) -> Complete:
+def _guarded(contain: Contain, on_complete: Complete) -> Complete:
     """Return `on_complete`, wrapped so that `contain` gets its exceptions together with the batch it was given."""
 
     def guarded(batch: list[Request]) -> None:

@@ -9,9 +9,10 @@ import errno
 import os
 from collections.abc import Sequence
 
-from xenbackend.block.driver import Complete, Driver, Env
+from xenbackend.block.driver import Driver, Env
 from xenbackend.block.mapped.parts import allocate
 from xenbackend.block.request import PENDING, Op, Request
+from xenbackend.block.wiring import wire_up
 from xenbackend.units import SECTOR, round_up
 
 
@@ -21,7 +22,7 @@ def look(layers: Sequence[Driver], env: Env, offset: int, length: int) -> bytes:
     Both are in bytes, and need not be whole sectors. Raises: OSError with the status of the read.
     """
     back: list[Request] = []
-    _wire(layers, back.extend)
+    wire_up(layers, back.extend)
     start = offset // SECTOR * SECTOR
     request = Request()
     request.op, request.offset, request.status = Op.READ, start, PENDING
@@ -36,9 +37,3 @@ def look(layers: Sequence[Driver], env: Env, offset: int, length: int) -> bytes:
     if len(found) < length:
         raise OSError(errno.EIO, "the layer below gave back too little")
     return found
-
-
-def _wire(layers: Sequence[Driver], complete: Complete) -> None:
-    for driver in layers:
-        driver.complete = complete
-        complete = driver.on_complete or complete

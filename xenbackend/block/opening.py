@@ -18,6 +18,7 @@ from xenbackend.block.driver import Driver, Env, Filter, Geometry, Lookup
 from xenbackend.block.looking import look
 from xenbackend.block.options import files_of
 from xenbackend.block.spec import LayerSpec, parse_chain
+from xenbackend.block.wiring import wire_up
 from xenbackend.errors import ChainError, DriverError, printable
 
 MAX_PARENTS = 32
@@ -87,6 +88,8 @@ class Opening:
         layer = self._open(spec, below=layers[0], read_only=read_only, look_at=layers)
         if layer.driver.parent is not None:
             raise DriverError("a filter cannot have a parent: it has a layer below it", layer=spec.text)
+        # It may have requests of its own from now on, while those above it are opened.
+        wire_up([layer.driver, *(each.driver for each in layers)], layer.driver.complete)
         return layer
 
     def close(self) -> None:
