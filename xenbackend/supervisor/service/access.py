@@ -1,8 +1,9 @@
-"""Who may ask what on the control socket: root, and the service's own user, anything; a group what changes nothing.
+"""Who may ask what on the control socket: root and the service's own user anything, a group what changes nothing.
 
-Must not know a verb beyond whether it changes something, nor believe what a client says of itself: the kernel says it.
+Must not know more of a verb than whether it changes something, nor believe what a client says of itself: the kernel
+tells who it is.
 
-The group is a setting. Without one nobody else can even connect.
+The group is a setting. Without one, nobody else can even connect.
 
 Source: unix(7), SO_PEERCRED; asm-generic/socket.h, SO_PEERGROUPS (Linux 4.13).
 """
@@ -19,7 +20,7 @@ from pathlib import Path
 from xenbackend.errors import ConfigError
 
 CHANGES_NOTHING = frozenset({"ping", "status", "orders"})
-MAX_READERS = 16  # at once, in places of their own
+MAX_READERS = 16  # of the group, connected at once, in places of their own
 NOBODY = -1
 _SO_PEERGROUPS = 59
 _GROUPS_SIZE = 1024  # bytes, the most that Python reads: 256 groups
@@ -41,26 +42,26 @@ def is_ours(uid: int) -> bool:
 
 
 def is_member(near: socket.socket, gid: int) -> bool:
-    """Return whether whoever connected was in a group then, by the kernel's word; NOBODY has no members."""
+    """Return whether the client was in a group when it connected, as the kernel says; NOBODY has no members."""
     if gid == NOBODY:
         return False
     try:
         groups = array("I", near.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_SIZE))
         own = array("i", near.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[2]
-    except (OSError, ValueError):  # in more groups than that
+    except (OSError, ValueError):  # the client is in more groups than that
         return False
     return gid == own or gid in groups
 
 
 def open_to(path: Path, gid: int, *, directory: bool) -> None:
-    """Let a group connect to a socket of ours, and nobody else; with `directory` also find it there.
+    """Let a group, and no other users, connect to a socket of ours; with `directory`, also enter its directory.
 
     Raises: ConfigError.
     """
     former = os.getegid()
     try:
         if gid != NOBODY:
-            os.setegid(gid)  # who owns a file may give it to a group of his own, without a capability
+            os.setegid(gid)  # a file's owner may give it to his own group without a capability
         _give(path, gid, 0o660 if gid != NOBODY else 0o600)
         if directory:
             _give(path.parent, gid, 0o710 if gid != NOBODY else 0o700)
@@ -72,6 +73,6 @@ def open_to(path: Path, gid: int, *, directory: bool) -> None:
 
 
 def _give(path: Path, gid: int, mode: int) -> None:
-    path.chmod(mode & 0o700)  # first, so that the group before has nothing meanwhile
+    path.chmod(mode & 0o700)  # first, so that the former group has no access meanwhile
     os.chown(path, -1, gid)
     path.chmod(mode)

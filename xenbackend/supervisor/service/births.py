@@ -1,11 +1,11 @@
-"""Processes that are asked for, in a line until they are there: forked by the zygote, or started by exec without it.
+"""The line of processes that are to be started: the zygote forks them, or they are started by exec without it.
 
-Must not be waited for: who asks has a process that it can speak to at once, and is told when that is there.
+Must not make anybody wait: the caller has a process that it can talk to at once, and is told when that is there.
 
-A worker that is forked costs 8 ms of CPU time, one by exec 50 times as much. So however slow the host is, the line
-waits for a zygote that is still being started, and for one that is at work. By exec come those who find none that could
-bear them, because it has ended or has not answered for long: a few at a time, as more would only take CPU time from
-each other. It has the rest of the line as soon as it answers.
+A forked worker costs 8 ms of CPU time, one started by exec 50 times as much. So however slow the host is, the line
+waits for a zygote that is being started or at work. A process is started by exec only if there is no zygote that could
+fork it, because the zygote has ended or has not answered for long. A few at a time are started so, as more would only
+take CPU time from each other. As soon as the zygote answers, it gets the rest of the line.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from xenbackend.supervisor.service.process import Process
 from xenbackend.supervisor.service.zygote import Zygote
 
 WORKER, OPENER = "w", "o"  # kinds, as `worker.zygote` knows them
-REST_S = 5.0  # from the start of a zygote to that of the next one, where it fails
+REST_S = 5.0  # from the start of a zygote that fails to that of the next one
 STARTING_S = 60.0  # for a zygote to be ready: it imports everything, 0.4 s of CPU time
-ANSWER_S = 10.0  # for it to bear what it was asked for
-BY_EXEC = 2  # workers at once that were started so and have said nothing yet ...
-BEGINS_S = 10.0  # ... for so long; it may wait for its storage
+ANSWER_S = 10.0  # for it to fork what it was asked for
+BY_EXEC = 2  # most workers at once that were started by exec and have said nothing yet ...
+BEGINS_S = 10.0  # ... which counts for so long: they may wait for their storage
 _PACKAGE = Path(xenbackend.__file__).parent
 
 
 @dataclass(frozen=True, slots=True)
 class Child:
-    """A process that is asked for: of which kind, its command line, and what we hold of it."""
+    """A process that is to be started: its kind, its command line, and our hold on it."""
 
     kind: str
     command: Sequence[str]
@@ -44,13 +44,13 @@ class Child:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Processes that are born together, the first of which says something once it has begun."""
+    """Processes that are started together. The first one says something once it has begun."""
 
     children: Sequence[Child]
     drivers: Sequence[str]
 
     def wanted(self) -> list[Child]:
-        """Return those that somebody waits for."""
+        """Return the processes that somebody still waits for."""
         return [each for each in self.children if each.process.far is not None]
 
 
@@ -58,27 +58,27 @@ class Births:
     """The line, and the zygote of a service."""
 
     def __init__(self, loop: Reactor, command: Sequence[str] = ()) -> None:
-        """Start nothing yet; `command` is the zygote's. Without one every process is started by exec."""
+        """Start nothing yet; `command` is the zygote's. Without it every process is started by exec."""
         self._loop = loop
         self._log = get_logger("births")
         self._command = command
         self._line: deque[Request] = deque()
-        self._asked: Request | None = None  # that the zygote is at
+        self._asked: Request | None = None  # that the zygote works on
         self._zygote: Zygote | None = None
-        self._started = 0.0  # when that was
-        self._is_late = False  # it has not answered for long
+        self._started = 0.0  # when the last zygote was started
+        self._is_late = False  # the zygote has not answered for long
         self._patience = loop.timer(self._has_no_answer)
         self._preparation = loop.timer(self.prepare)
-        self._rests = True  # there is no zygote, and none will be there at once
-        self._complaint = ""  # why there is none
-        self._program = (0, 0)  # that it has imported, see `_program_now`
+        self._rests = True  # there is no zygote, and none is about to be there
+        self._complaint = ""  # why there is no zygote
+        self._program = (0, 0)  # that the zygote has imported, see `_program_now`
         self._beginning: list[Process] = []  # workers by exec that have said nothing yet
         self._begins = loop.timer(self._has_begun_late)
 
     def start(self, children: Sequence[Child], drivers: Sequence[str] = ()) -> None:
-        """Have processes born together, in their turn; of the words of third parties' drivers a worker is told first.
+        """Have processes started together, in their turn. A worker first imports these drivers of third parties.
 
-        Raises: KernelError, where one has to be started by exec now, and cannot be.
+        Raises: KernelError, if a process has to be started by exec now, and cannot be.
         """
         request = Request(children, drivers)
         self._line.append(request)
@@ -87,13 +87,13 @@ class Births:
             raise problem
 
     def has_begun(self, begun: Process) -> None:
-        """Take note that a worker has said something, or has ended."""
+        """Note that a worker has said something, or has ended."""
         if begun in self._beginning:
             self._beginning.remove(begun)
             self._go_on()
 
     def prepare(self) -> None:
-        """Have a zygote from now on."""
+        """Start a zygote, if there is none."""
         if self._zygote is not None or not self._command:
             return
         self._program, self._started = _program_now(), self._loop.now()
@@ -111,18 +111,18 @@ class Births:
             self._patience.set(self._started + STARTING_S)
 
     def renew(self) -> bool:
-        """Have another zygote where the program is not what this one has imported; return whether that is so.
+        """Replace the zygote if it has imported another program than the installed one; return whether it is replaced.
 
-        Who is in the line waits for it.
+        The line waits for the new one.
         """
         if self._zygote is None or self._program == _program_now():
             return False
         self._send_away()
-        self._preparation.set(self._loop.now())  # not before whoever wanted it has been served
+        self._preparation.set(self._loop.now())  # not before the caller is done
         return True
 
     def close(self) -> None:
-        """Send the zygote away; who is in the line is never born."""
+        """End the zygote. Processes that are still in the line are never started."""
         self._send_away()
         self._preparation.set(None)
         self._begins.set(None)
@@ -133,7 +133,7 @@ class Births:
     # the line
 
     def _go_on(self) -> KernelError | None:
-        """Have those born whose turn it is; return what kept the last one from being started."""
+        """Start the processes whose turn it is; return why the last one could not be started."""
         problem = None
         while self._line:
             wanted = self._line[0].wanted()
@@ -142,7 +142,7 @@ class Births:
                     break
                 self._ask(self._zygote, self._line.popleft(), wanted)
             elif wanted and not (self._rests or self._is_late):
-                break  # there is a zygote in a moment
+                break  # there will be a zygote in a moment
             elif wanted and len(self._beginning) >= BY_EXEC:
                 break
             else:
@@ -192,7 +192,7 @@ class Births:
         self._go_on()
 
     def _has_no_answer(self) -> None:
-        """Go on without a zygote that has been silent for long, until it says something."""
+        """Go on without a zygote that has been silent for long, until it answers."""
         self._is_late = True
         if self._zygote is not None:
             self._zygote.forget()
@@ -210,20 +210,20 @@ class Births:
         self._is_late = False
 
     def _take_back(self) -> None:
-        """Put those back at the head of the line whom the zygote has not borne."""
+        """Put back what the zygote has not forked, at the head of the line."""
         asked, self._asked = self._asked, None
         if asked is not None:
             self._line.appendleft(asked)
 
     def _rest(self) -> None:
-        """Have the next zygote once the last one's start is long ago: one that cannot live keeps no host busy."""
+        """Start the next zygote REST_S after the last one, so that one that cannot live does not keep the host busy."""
         due = max(self._loop.now(), self._started + REST_S)
         self._rests = due > self._loop.now()
         self._preparation.set(due)
 
 
 def _program_now() -> tuple[int, int]:
-    """Return what tells the installed program from another one: its files, and when the last of them was changed."""
+    """Return what identifies the installed program: the number of its files, and when the last of them was changed."""
     changed = [0]
     for file in _PACKAGE.rglob("*.py"):
         with suppress(OSError):  # it is being replaced

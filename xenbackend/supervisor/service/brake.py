@@ -2,11 +2,11 @@
 
 Must not know what a node means, nor lose the last of its changes.
 
-Whoever has a watch pays for each event of it, and they all come over one connection: a guest that writes without end
-costs the service a quarter of a CPU, and the events of all others wait behind its own. So a watch that brings more than
-`BURST` events, beyond one each `REFILL_S`, is taken back for a while (`Store.mute`). xenstored fires a watch when it is
-set again, so the node is looked at then, whatever happened meanwhile. A frontend's whole life, from the first state to
-the last, is some six events.
+Each event costs the service time, and all events come over one connection: a guest that writes without end costs a
+quarter of a CPU, and the events of all others wait behind its own. So a watch that brings more than `BURST` events,
+beyond one each `REFILL_S`, is removed for a while (`Store.mute`). xenstored fires a watch when it is set again, so the
+node is then looked at, whatever happened meanwhile. In its whole life, from the first state to the last, a frontend
+causes some six events.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from xenbackend.supervisor.xenstore.store import Store
 
 BURST = 128  # events of a watch
 REFILL_S = 0.25
-PAUSE_S = (1.0, 8.0)  # for which a watch is taken back: the first time, and at most
+PAUSE_S = (1.0, 8.0)  # for which a watch is removed: the first time, and at most
 
-_MOST = 1000  # watches remembered before those are forgotten that are calm
+_MOST = 1000  # watches remembered before the calm ones are forgotten
 
 
 class _Pace:
@@ -35,7 +35,7 @@ class _Pace:
         self._last_s = 0.0
 
     def count(self, events: int, now: float) -> float | None:
-        """Count events; return for how long there were too many, None where there were not."""
+        """Count events; return for how many seconds to remove the watch if there were too many, else None."""
         self._left = min(float(BURST), self._left + (now - self._at) / REFILL_S)
         self._at = now
         if self._left == BURST:
@@ -49,21 +49,21 @@ class _Pace:
         return pause_s
 
     def last_s(self, now: float) -> float:
-        """Return for how long it was taken back the last time; 0 for one that is calm, or was always."""
+        """Return for how many seconds the watch was removed the last time; 0 if it is calm, or always was."""
         return 0.0 if self.is_calm(now) else self._last_s
 
     def is_calm(self, now: float) -> bool:
-        """Return whether it is as one that never brought an event."""
+        """Return whether the watch counts as one that never brought an event."""
         return self._left + (now - self._at) / REFILL_S >= BURST
 
 
 class Brake:
-    """The brake for all watches of a store, but for some that no guest can make fire."""
+    """The brake for all watches of a store, except for those that no guest can make fire."""
 
     def __init__(
         self, loop: Reactor, store: Store, exempt: frozenset[str], on_begin: Callable[[str], None] = lambda _: None
     ) -> None:
-        """`exempt` are the tokens of those; `on_begin` hears of each other one that was calm and is so no more."""
+        """`exempt` are the tokens of those. `on_begin` gets the token of each other watch that stops being calm."""
         self._loop = loop
         self._store = store
         self._exempt = exempt
@@ -74,7 +74,7 @@ class Brake:
         self._timer = loop.timer(self._release)
 
     def look(self) -> None:
-        """Count the events that came, and take the watches back that bring too many. Raises: StoreError."""
+        """Count the events that came, and remove the watches that bring too many. Raises: StoreError."""
         now = self._loop.now()
         counts = {token: count for token, count in self._store.counts.items() if token not in self._exempt}
         self._store.counts.clear()
@@ -86,27 +86,27 @@ class Brake:
                     self._on_begin(token)
                 self._due[token] = now + pause_s
                 braked.append(token)
-        if braked:  # all at once: a store that is flooded takes its time for each answer
+        if braked:  # all at once: a flooded store is slow with each answer
             self._timer.set(min(self._due.values()))
             self._store.mute(*braked)
         if len(self._paces) > self._most:
             self._forget_calm(now)
 
     def pause_s(self, token: str) -> float:
-        """Return for how many seconds a watch that brings too many events is taken back each time; 0: it is calm."""
+        """Return for how many seconds a watch that brings too many events is removed each time; 0 if it is calm."""
         pace = self._paces.get(token)
         return pace.last_s(self._loop.now()) if pace else 0.0
 
     def forget(self, token: str) -> None:
-        """Begin anew with a watch: another vbd, whose guest has done nothing yet, has the same place."""
+        """Forget a watch's events: another vbd, whose guest has done nothing yet, has the same token."""
         self._paces.pop(token, None)
 
     def close(self) -> None:
-        """Release nothing more."""
+        """Set no watch again from now on."""
         self._timer.set(None)
 
     def _release(self) -> None:
-        """Set the watches again whose time has come; where xenstore is away, that is done when it is back."""
+        """Set the watches again whose time has come. If xenstore is away, this is done when it is back."""
         now = self._loop.now()
         released = [token for token, due in self._due.items() if due <= now]
         for token in released:

@@ -1,7 +1,7 @@
-"""Exceptions that no part of ours should have let out: counted, and each told once.
+"""Exceptions that none of our code should have let out: counted, and each logged once.
 
-Must not end anything. A guest or a worker that finds a way to a fault can go it a million times, so what is told is
-bounded by the places in our own text.
+Must not end anything. A guest or a worker that has found a bug can make it happen a million times, so at most one line
+is logged for each place in our code.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _MOST = 1000  # places
 
 
 class Bugs:
-    """Those of one process; `count` is how many there were."""
+    """The bugs of one process; `count` is how many there were."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -22,7 +22,7 @@ class Bugs:
         self._log = get_logger("service")
 
     def note(self, bug: Exception) -> None:
-        """Count a bug; the first one of its kind and place is logged, with how it came to that."""
+        """Count a bug; the first one of its kind and place is logged with its traceback."""
         self.count += 1
         frames = traceback.extract_tb(bug.__traceback__)
         place = (type(bug), frames[-1].filename, frames[-1].lineno) if frames else (type(bug), str(bug), None)

@@ -1,4 +1,4 @@
-"""The service as a daemon: checked while the operator still looks, then started again should it die.
+"""The service as a daemon: checked while the operator still looks, then restarted whenever it dies.
 
 Must not serve anything itself.
 """
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 def run_detached(
     settings: Settings, arguments: Sequence[str], environment: Mapping[str, str], pid_file: Path, log_file: Path
 ) -> int:
-    """Check, then become a daemon that runs the service with these arguments, and again should it die.
+    """Check, then become a daemon that runs the service with these arguments, and restarts it whenever it dies.
 
-    Raises: XenbackendError while the operator still looks.
+    Raises: XenbackendError, if a check fails, while the operator still looks.
     """
     settings = _with_whole_paths(settings)
     main.check(settings)
     _check_pid_file(pid_file)
-    from daemon import DaemonContext  # only here: who stays in the foreground does not need it
+    from daemon import DaemonContext  # only here: a service in the foreground does not need it
 
     try:
         stream = log_file.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
@@ -47,13 +47,13 @@ def run_detached(
 
 
 def _with_whole_paths(settings: Settings) -> Settings:
-    """Return settings that mean the same from a daemon's directory, which is the root."""
+    """Return settings with absolute paths, which mean the same in a daemon's directory, the root."""
     store = str(Path(settings.store).absolute()) if settings.store else ""
     return replace(settings, store=store, socket=str(Path(settings.socket).absolute()))
 
 
 def _check_pid_file(path: Path) -> None:
-    """Raise ConfigError when the file cannot be written, or names a service that runs."""
+    """Raise ConfigError if the file cannot be written, or names a running service."""
     try:
         with path.open("a+", encoding="ascii", errors="replace") as file:
             file.seek(0)

@@ -1,14 +1,14 @@
-"""Worker processes: start, talk, end, reap; and those that an earlier service started.
+"""Worker processes, our own and adopted ones: how they are started, talked to, ended and reaped.
 
 Must not know xenstore, nor what a message means to a vbd.
 
-A worker is never forked from here (`births`). It can be spoken to before its process is there, and so can an opener,
-the first one of which is born with its worker. A worker gets one end of a datagram socket pair; messages in
-`xenbackend.protocol.messages` travel over it, descriptors beside them.
+A worker is never forked from here (`births`). It can be talked to before its process is there, and so can an opener; a
+worker's first opener is started together with it. A worker gets one end of a datagram socket pair, over which the
+messages of `xenbackend.protocol.messages` travel, with descriptors beside them.
 
 What a worker sends is as hostile as what a guest writes. A datagram that is no message of a worker's, was cut off, or
-comes with descriptors that its kind does not carry, is a breach of the protocol: the worker is killed, nothing that it
-has sent besides is looked at, and its end is told as any other's.
+comes with descriptors that its kind does not carry, is a breach of the protocol: the worker is killed, nothing else
+that it has sent is looked at, and its end is reported like any other.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from xenbackend.walls.raising import describe
 
 COMMAND = (sys.executable, "-m", "xenbackend.worker.main")
 OPENER = (sys.executable, "-m", "xenbackend.opener.main")
-HANG_UP_S = 5.0  # in which a worker has ended that has closed its socket
+HANG_UP_S = 5.0  # for a worker that has closed its socket to end
 _SHORTAGES = 10, 600.0  # lines at once, and seconds for one more
 _MESSAGES_PER_TURN = 64  # so that one talkative worker does not hold up the others
-_LAST_MESSAGES = 1024  # of one that has ended: more than its socket holds
+_LAST_MESSAGES = 1024  # of a worker that has ended: more than its socket holds
 _CARRIED: dict[type[messages.Message], int] = {messages.Keep: 1}  # descriptors beside a message; none beside others
 _MOST_CARRIED = max(_CARRIED.values())
 
@@ -50,8 +50,8 @@ OnEnd = Callable[[str], None]
 class Worker:
     """One process that serves a vbd.
 
-    has_broken_protocol      that is or was it killed for
-    walls, no_walls, needs   what it is behind, by its word, as `messages.Standing` has it
+    has_broken_protocol      whether it is or was killed for that
+    walls, no_walls, needs   its walls, as it says itself: see `messages.Standing`
     """
 
     def __init__(self, fleet: Fleet, started: Process, on_message: OnMessage, on_end: OnEnd) -> None:
@@ -80,16 +80,16 @@ class Worker:
 
     @property
     def is_there(self) -> bool:
-        """Whether there is a process: until then it has done nothing, and what is said to it waits."""
+        """Whether there is a process. Until then it has done nothing, and messages to it wait in the socket."""
         return self._process.is_there
 
     @property
     def descriptors(self) -> tuple[int, int]:
-        """The socket and the pidfd, by which another service can talk to it, once it is there."""
+        """The socket and the pidfd, by which another service can adopt it, once it is there."""
         return self._process.socket.fileno(), self._process.pidfd
 
     def when_there(self, callback: Callable[[], object]) -> None:
-        """Call `callback` once the process is there, before it hears anything; at once where it is."""
+        """Call `callback` once the process is there, before it hears anything; at once if it is there already."""
         self._process.when_there(callback)
 
     def send(self, message: messages.FromSupervisor, fds: Sequence[int] = ()) -> None:
@@ -109,7 +109,7 @@ class Worker:
     def kill(self, sentence: str, *, is_breach: bool = False) -> None:
         """Kill the process; `on_end` gets the sentence once it is gone.
 
-        `is_breach`: it breaks the protocol. That is counted, and nothing more is heard of it.
+        `is_breach`: it broke the protocol. That is counted, and no more of its messages are handled.
         """
         if is_breach and self._is_heard:
             self._deafen()
@@ -118,23 +118,23 @@ class Worker:
         self._process.kill()
 
     def boost(self) -> None:
-        """Let it come before what else the host does, until `unboost`: a guest waits for it."""
+        """Give it priority over the rest of the host until `unboost`, because a guest waits for it."""
         self.is_boosted = True
         self._process.boost()
 
     def unboost(self) -> None:
-        """Let it have its turn as any process has."""
+        """Give it the priority of any other process again."""
         self.is_boosted = False
         self._process.unboost()
 
     def note_walls(self, standing: messages.Standing) -> None:
-        """Take note of what it says it is behind: it says so from its first message on."""
+        """Note which walls it says it is behind, as each standing tells, the first one included."""
         if (standing.walls, standing.needs) != (self.walls, self.needs):
             self.walls, self.no_walls, self.needs = standing.walls, standing.no_walls, standing.needs
             self._fleet.note_walls(self.no_walls)
 
     def leave(self) -> None:
-        """Let go of the worker, which goes on: the keeper has its socket for the next service."""
+        """Close our ends; the worker goes on, and the keeper has its socket for the next service."""
         if self._is_held:
             self._let_go()
             self._process.leave()
@@ -159,7 +159,7 @@ class Worker:
             self._loop.remove(self._process.socket.fileno())
 
     def _hear_no_more(self) -> None:
-        """Expect the end of a worker that has closed its socket: one that stays could not be told anything."""
+        """Expect the end of a worker that has closed its socket, since it cannot be told anything any more."""
         self._deafen()
         self._overdue.set(self._loop.now() + HANG_UP_S)
 
@@ -170,7 +170,7 @@ class Worker:
             self.kill(sentence)
 
     def _receive(self, most: int = _MESSAGES_PER_TURN) -> None:
-        """Hand on what the worker said."""
+        """Read what the worker has sent, at most so many messages, and pass it on."""
         self._fleet.has_begun(self._process)
         for _ in range(most):
             if not self._is_heard:
@@ -209,18 +209,18 @@ class Worker:
         else:
             try:
                 self._on_message(message, fds)
-            except Exception as bug:  # over this message; the next one is another matter
+            except Exception as bug:  # this message alone is lost; the next one is handled
                 self._loop.bug(bug)
 
     def _note_shortage(self) -> None:
-        """Do without what the kernel had no place for in our table of descriptors: that is no fault of the worker's."""
+        """Do without a descriptor for which our process has no room, which is not the worker's fault."""
         if not self._is_short_of_descriptors:
             self._is_short_of_descriptors = True
             if self._fleet.shortages.take() is not None:
                 self._fleet.log.warning("a memory cannot be kept: too many open files", worker=self.pid)
 
     def _reap(self) -> None:
-        """Take the last messages, collect the exit status, let go of everything, and tell."""
+        """Handle the last messages, collect the exit status, close everything, and call `on_end`."""
         self._receive(_LAST_MESSAGES)
         if self._is_held:
             self._let_go()
@@ -232,7 +232,7 @@ class Fleet:
     """All worker processes of this service.
 
     breaches    how many workers were killed because they broke the protocol
-    openers     what opens files for them
+    openers     the openers that work for them
     """
 
     def __init__(
@@ -244,11 +244,11 @@ class Fleet:
     ) -> None:
         """Start nothing yet; the command lines of a worker, a zygote and an opener are without ``--socket``.
 
-        Without a zygote's every process is started by exec.
+        Without the zygote's, every process is started by exec.
         """
         self.loop = loop
         self.log = get_logger("fleet")
-        self.shortages = Bucket(*_SHORTAGES, loop.now)  # of lines about them, which a worker can provoke
+        self.shortages = Bucket(*_SHORTAGES, loop.now)  # budget of lines about them, which a worker can provoke
         self.breaches = 0
         self._command = command
         self._opener_command = opener
@@ -258,7 +258,7 @@ class Fleet:
         self._missing_walls = ""  # as last said
 
     def start(self, on_message: OnMessage, on_end: OnEnd, drivers: Sequence[str] = ()) -> Worker:
-        """Start a worker, which imports these drivers of third parties first, and an opener for the next `open`.
+        """Start a worker, which first imports these drivers of third parties, and perhaps an opener for `open`.
 
         Raises: KernelError.
         """
@@ -279,16 +279,16 @@ class Fleet:
 
         Raises: KernelError.
 
-        `kept` are the descriptors of what the job has kept, lent.
+        `kept` are the descriptors of what the job has kept; they stay the caller's.
         """
         return self.openers.open(job, kept, on_found, on_end, on_waits)
 
     def start_opener(self) -> Process:
-        """Start an opener that nobody has told anything. Raises: KernelError."""
+        """Start an opener that has no job yet. Raises: KernelError."""
         return self._start([births.OPENER])[0]
 
     def _start(self, kinds: Sequence[str], drivers: Sequence[str] = ()) -> list[Process]:
-        """Have processes started, and nothing left of them where they cannot be. Raises: KernelError."""
+        """Have processes started together. Raises: KernelError; then none of them is left."""
         words = ["--drivers", ",".join(drivers)] if drivers else []
         commands = {births.WORKER: [*self._command, *words], births.OPENER: self._opener_command}
         children: list[Child] = []
@@ -304,32 +304,32 @@ class Fleet:
         return [each.process for each in children]
 
     def adopt(self, fds: tuple[int, int], on_message: OnMessage, on_end: OnEnd) -> Worker:
-        """Go on with a worker that an earlier service started, by its `Worker.descriptors`."""
+        """Adopt a worker that an earlier service started, by its `Worker.descriptors`."""
         return Worker(self, Process(socket.socket(fileno=fds[0]), fds[1]), on_message, on_end)
 
     def note_walls(self, no_walls: Mapping[str, str]) -> None:
-        """Say which walls this host cannot raise around workers, and why; the same is said once."""
+        """Log which walls this host cannot raise around workers, and why; the same only once."""
         missing = describe(no_walls) if no_walls else ""
         if missing and missing != self._missing_walls:
             self._missing_walls = missing
             self.log.warning("workers are not behind all of their walls", missing=missing)
 
     def renew(self) -> None:
-        """Have what is started from now on be of the program that is installed now."""
+        """Have processes that are started from now on run the program that is installed now."""
         if self._births.renew():
             self.openers.drop_spare()
 
     def close(self) -> None:
-        """Send the zygote away, and the openers that are left: no worker of ours is.
+        """End the zygote, and the openers that are left; no worker of ours is left.
 
-        However many hang, they are waited for together.
+        Openers that hang are waited for together, however many they are.
         """
         self._births.close()
         self.openers.close()
 
 
 def _has_hung_up(near: socket.socket) -> bool:
-    """Return whether the other end is closed: to read nothing may as well be an empty datagram."""
+    """Return whether the other end is closed; an empty datagram would read the same."""
     poll = select.poll()
     poll.register(near, select.POLLIN)
     return any(events & select.POLLHUP for _, events in poll.poll(0))

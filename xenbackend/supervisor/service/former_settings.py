@@ -1,6 +1,6 @@
-"""The settings of the service before, kept for one that cannot use its own: guests are served on all the same.
+"""The settings of the previous service, kept for one that cannot use its own, so that guests are still served.
 
-Must not be used where no disk is in service: then a mistake is said, and nothing is started.
+Must not be used if no disk is in service: then the mistake is reported, and nothing is started.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _MAX = 1 << 20  # bytes
 
 
 def choose(read: Callable[[], Settings], keeper: Keeper) -> tuple[Settings, str]:
-    """Return the settings to go by, and what is wrong with those that should be; empty where nothing is.
+    """Return the settings to use, and what is wrong with our own; empty if nothing is.
 
     Args:
-        read: returns our own. Raises: ConfigError.
-        keeper: what an earlier service left.
+        read: returns our own settings. Raises: ConfigError.
+        keeper: has what an earlier service left.
 
-    Raises: ConfigError where our own are not usable, and no disk is in service or nobody knows by which settings.
+    Raises: ConfigError, if our own are not usable, and no disk is in service or the former settings are not known.
     """
     former = _take(keeper)
     try:
@@ -68,6 +68,6 @@ def _take(keeper: Keeper) -> Settings | None:
 
 
 def _known(kind: type[Any], values: dict[str, Any]) -> dict[str, Any]:
-    """Return those of the values that this program knows: another one has others."""
+    """Return the values of settings that this version has; another version may have others."""
     names = {each.name for each in fields(kind)}
     return {name: value for name, value in values.items() if name in names}

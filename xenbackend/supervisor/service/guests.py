@@ -1,6 +1,6 @@
-"""What guests are called, asked for by a connection of its own: a xenstored that does not answer keeps nobody waiting.
+"""The names of guests, read over a connection of its own, so that a silent xenstored does not hold up the service.
 
-Must not be asked for anything that a disk depends on: no name is an answer, too.
+Must not be asked for anything that a disk depends on: it may return no name.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from xenbackend.errors import StoreError
 from xenbackend.supervisor.xenstore.store import Store
 
 ANSWER_S = 0.5
-FIND_S = 2.0  # for all names, where whose name it is has to be known
+FIND_S = 2.0  # for all names, when a guest is looked for by its name
 REST_S = 10.0  # after xenstored has not answered
-_AT_ONCE = 16  # names, which the store asks for before it waits for the first: so many wait for ANSWER_S once
+_AT_ONCE = 16  # names that the store asks for before it waits for the first, so that they wait for ANSWER_S only once
 _DOMAINS = "/local/domain"
 T = TypeVar("T")
 
@@ -25,14 +25,14 @@ class Guests:
     """The names of domains."""
 
     def __init__(self, address: str, clock: Callable[[], float]) -> None:
-        """Ask xenstored at this address, once somebody wants to know a name."""
+        """Ask xenstored at this address, once a name is wanted."""
         self._address = address
         self._clock = clock
         self._store: Store | None = None
         self._rests_until = float("-inf")
 
     def names_of(self, domids: Iterable[int]) -> dict[int, str]:
-        """Return what the guests of these domains are called, as far as xenstored says so at once."""
+        """Return the names of these domains' guests, as far as xenstored answers at once."""
         until = self._clock() + ANSWER_S
         names: dict[int, str] = {}
         wanted = list(domids)
@@ -49,9 +49,9 @@ class Guests:
         return names
 
     def one_by_one(self) -> Callable[[int], str | None]:
-        """Return what tells of domains what each is called, None where our domain may not know, for FIND_S in all.
+        """Return a function that returns a domain's name, None if our domain may not know it; it works for FIND_S.
 
-        That raises StoreError, where nobody says so, or too late. Whoever has asked says so by `close`.
+        It raises StoreError if xenstored does not answer, or after that time. Call `close` when done.
         """
         until = self._clock() + FIND_S
 
@@ -63,7 +63,7 @@ class Guests:
         return name_of
 
     def close(self) -> None:
-        """Ask no more for now: no connection is kept."""
+        """Close the connection, until the next name is wanted."""
         if self._store is not None:
             self._store.close()
             self._store = None
@@ -74,7 +74,7 @@ class Guests:
         try:
             return ask(self._connected())
         except StoreError:
-            if self._store is None or not self._store.is_connected:  # else it has answered, and said no
+            if self._store is None or not self._store.is_connected:  # else it has answered with an error
                 self._rests_until = self._clock() + REST_S
                 self.close()
             raise

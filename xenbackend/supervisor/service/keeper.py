@@ -1,7 +1,7 @@
-"""Descriptors that outlive the service: whoever started it keeps them, and hands them to the next one.
+"""Descriptors that outlive the service: what started the service keeps them, and hands them to the next one.
 
-Must not know what a descriptor is. systemd is such a keeper (`FileDescriptorStoreMax=` in the unit); where there is
-none, `supervisor.parent` is.
+Must not know what a descriptor is. systemd is such a keeper (`FileDescriptorStoreMax=` in the unit); without systemd
+it is `service.parent`.
 
 Source: sd_notify(3), FDSTORE, FDSTOREREMOVE, FDNAME and FDPOLL; sd_listen_fds(3).
 """
@@ -24,8 +24,8 @@ _TIMEOUT_S = 5.0
 class Keeper:
     """The keeper's address, and what it had kept.
 
-    is_there    somebody keeps descriptors for us
-    inherited   descriptors by name, ours from now on
+    is_there    whether there is a keeper
+    inherited   the kept descriptors by name, ours from now on
     """
 
     def __init__(self, environment: Mapping[str, str]) -> None:
@@ -40,7 +40,7 @@ class Keeper:
     def keep(self, name: str, fd: int) -> None:
         """Have a descriptor kept under a name that nothing else has.
 
-        Raises: KernelError, also where there is no room: nobody would say so.
+        Raises: KernelError, also if there is no room, which the keeper would not report.
         """
         if self.is_there and name not in self._names and len(self._names) >= self._room:
             operation = f"have more than {self._room} descriptors kept by whoever started the service (FDSTORE)"
@@ -49,15 +49,15 @@ class Keeper:
         self._names.add(name)
 
     def replace(self, name: str, fd: int) -> None:
-        """Have a descriptor kept in the place of a former one of that name. Raises: KernelError.
+        """Have a descriptor kept in place of a former one of that name. Raises: KernelError.
 
-        Of two with one name systemd would keep both.
+        Otherwise systemd would keep both under that name.
         """
         self.forget(name)
         self.keep(name, fd)
 
     def forget(self, name: str) -> None:
-        """Have it let go. Raises: KernelError."""
+        """Have the keeper close a descriptor. Raises: KernelError."""
         self._send(f"FDSTOREREMOVE=1\nFDNAME={name}")
         self._names.discard(name)
 
@@ -75,7 +75,7 @@ class Keeper:
 
 
 def forget_inheritance(environment: MutableMapping[str, str]) -> None:
-    """Take the variables out, so that no process of ours takes its own descriptors for kept ones."""
+    """Remove the variables, so that no process of ours takes its own descriptors for kept ones."""
     for name in ("LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PID"):
         environment.pop(name, None)
 
@@ -89,7 +89,7 @@ def _inherited(environment: Mapping[str, str]) -> dict[str, int]:
     for place in range(int(count) if count.isdigit() else 0):
         os.set_inheritable(FIRST + place, False)
         name = names[place] if place < len(names) else str(place)
-        if name in found:  # systemd keeps both where a name is given twice, and hands over the newest first
+        if name in found:  # systemd keeps both if a name is given twice, and hands over the newest first
             os.close(FIRST + place)
         else:
             found[name] = FIRST + place

@@ -1,10 +1,10 @@
-"""The last thousand orders: who ordered what, and how it ended. In memory that no worker is ever given.
+"""The last thousand orders: who ordered what, and how it ended; in memory that no worker is given.
 
 Must not carry out an order, nor decide who may give one.
 
-The memory is kept by whoever started the service, under a name with the version of this layout, and gone when the
-service is stopped. So an order that a service took, and did not live to end, is found by the next one, and is under way
-until that one closes it. Numbers go on.
+The keeper keeps the memory, under a name with the version of this layout, until the service is stopped. So if a service
+dies before an order has ended, the next one finds the order, which is under way until that service closes it. Numbers
+continue.
 
     page 0, 1          words of 64 bits: 0 MAGIC, then one per slot, 0 = empty, else the order's number << 1 | which of
                        its two copies is valid
@@ -32,14 +32,14 @@ from xenbackend.supervisor.service.keeper import Keeper
 from xenbackend.units import PAGE, format_duration
 
 KEPT = "orders-1"  # the memory's name at the keeper: of this version of the layout
-ORDERS = 1000  # that are remembered
+ORDERS = 1000  # remembered
 RECORD = 1024  # bytes
 TEXT_MAX = 2048  # characters of any text, as xenstore has it; what does not fit into a record is cut
 MAGIC = 0x4A4B4C42_53524F  # "ORSBLKJ"
 
 _RECORDS_AT = 2 * PAGE
 _SIZE = _RECORDS_AT + ORDERS * 2 * RECORD
-_LONG = ("to", "from", "error")  # what is cut first where a record is too long
+_LONG = ("to", "from", "error")  # what is cut first if a record is too long
 _SHORTEST = 100  # characters that stay of each
 
 
@@ -47,14 +47,14 @@ class Ledger:
     """The orders, and a line in the log for each that has ended."""
 
     def __init__(self, keeper: Keeper, wall_clock: Callable[[], float] = time.time) -> None:
-        """Go on with what an earlier service left at the keeper, or begin. Raises: KernelError."""
+        """Go on with the memory that an earlier service left at the keeper, or make one. Raises: KernelError."""
         self._keeper = keeper
         self._wall_clock = wall_clock
         self._log = get_logger("orders")
         fd = keeper.inherited.pop(KEPT, -1)
         is_new = fd < 0 or not memfd.is_sealed(fd, _SIZE)
         if is_new:
-            if fd >= 0:  # nobody of ours made that
+            if fd >= 0:  # not made by a service of ours
                 os.close(fd)
             fd = memfd.make(KEPT, _SIZE)
         try:
@@ -96,9 +96,9 @@ class Ledger:
         return self._last
 
     def close(self, number: int, answer: Answer) -> None:
-        """Note how an order ended, and log it. Where the answer's data have a ``chain``, that is what it led to.
+        """Note how an order ended, and log it. If the answer's data have a ``chain``, it becomes the order's ``to``.
 
-        An order that is not known any more, or has ended, stays as it is.
+        An order that is not known any more, or has ended already, stays as it is.
         """
         entry = self.entry(number)
         if entry is None or entry["ended"] is not None:
@@ -116,7 +116,7 @@ class Ledger:
         return [each for each in found if each is not None]
 
     def entry(self, number: int) -> dict[str, Any] | None:
-        """Return one order, None where it is not known (any more)."""
+        """Return one order, None if it is not known (any more)."""
         word = self._words[1 + number % ORDERS]
         if number < 1 or word >> 1 != number:
             return None
@@ -128,11 +128,11 @@ class Ledger:
         return entry if isinstance(entry, dict) else None
 
     def leave(self) -> None:
-        """Let the next service go on with it."""
+        """Leave the memory to the next service."""
         self._release()
 
     def forget(self) -> None:
-        """Let it be gone: the service was stopped."""
+        """Drop the memory, because the service was stopped."""
         with suppress(KernelError):
             self._keeper.forget(KEPT)
         self._release()
@@ -140,7 +140,7 @@ class Ledger:
     def _keep(self, fd: int) -> None:
         try:
             self._keeper.replace(KEPT, fd)
-        except KernelError as error:  # they are remembered, but not for the next service
+        except KernelError as error:  # orders are remembered, but not beyond this service
             self._log.warning(str(error))
 
     def _release(self) -> None:
@@ -169,7 +169,7 @@ class Ledger:
 
 
 def _packed(entry: dict[str, Any]) -> bytes:
-    """Return a record; texts are cut where it would be too long."""
+    """Return an order as a record; texts are cut if it would be too long."""
     text = json.dumps(entry).encode()
     for key in _LONG:
         if len(text) > RECORD:
@@ -182,5 +182,5 @@ def _packed(entry: dict[str, Any]) -> bytes:
 
 
 def _cut(text: str, length: int) -> str:
-    """Return a text of at most about `length` characters: its begin, and that there was more."""
+    """Return a text of at most about `length` characters: its beginning, and a mark that there was more."""
     return text if len(text) <= length else f"{text[: max(_SHORTEST, length - 12)]} [...]"

@@ -1,7 +1,7 @@
-"""What names mean now, looked up for `status`: by a process of its own, so that no storage can hold up the service.
+"""Looks up for `status` what names mean now, in a process of its own, so that no storage can hold up the service.
 
-Must not wait for it. Whoever asks gets what is known after LOOK_S. A name that hangs until then is left out
-of every look until the process that it hangs has ended, so that it hides no other.
+Must not wait for that process: the answer has what is known after LOOK_S. A name that has hung until then is left out
+of every look until the process that hangs on it has ended, so that it hides no other name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Then = Callable[[Mapping[str, opening.Meaning]], None]
 
 
 class Looks:
-    """All that are under way."""
+    """All looks that are under way."""
 
     def __init__(self, fleet: Fleet, loop: Reactor) -> None:
         self._fleet = fleet
@@ -29,7 +29,7 @@ class Looks:
         self._looks: set[_Look] = set()
 
     def look(self, names: Iterable[str], then: Then) -> None:
-        """Look up names, and call `then` once with what is known of them by then."""
+        """Look up names, and call `then` once, after LOOK_S at the latest, with what is known of them."""
         hanging = {each.name for each in self._looks if each.is_over}
         wanted = [name for name in dict.fromkeys(names) if name not in hanging]
         if not wanted:
@@ -37,13 +37,13 @@ class Looks:
             return
         try:
             process = self._fleet.start_opener()
-        except KernelError:  # `status` is no reason to fail
+        except KernelError:  # `status` must not fail because of this
             then({})
             return
         self._looks.add(_Look(self._loop, process, wanted, then, self._looks.discard))
 
     def close(self) -> None:
-        """End all of them."""
+        """End all looks."""
         for each in list(self._looks):
             each.close()
 
@@ -51,7 +51,7 @@ class Looks:
 class _Look:
     """One process, and the names that it looks up.
 
-    is_over   whoever asked has the answer, and it hangs on `name`
+    is_over   the answer has been given; the process, if it has not ended, hangs on `name`
     """
 
     def __init__(
@@ -73,11 +73,11 @@ class _Look:
 
     @property
     def name(self) -> str:
-        """The one that is being looked up."""
+        """The name that is being looked up; empty if none is."""
         return self._left[-1] if self._left else ""
 
     def close(self) -> None:
-        """Let go of the process, which ends as soon as it can."""
+        """Answer, and leave the process, which ends as soon as it can."""
         self._answer()
         self._process.leave()
         self._on_end(self)
@@ -112,7 +112,7 @@ class _Look:
             self._ask()
 
     def _answer(self) -> None:
-        """Tell what is known, once, and hear nothing more."""
+        """Call `then` with what is known, once, and kill the process."""
         if self.is_over:
             return
         self.is_over = True

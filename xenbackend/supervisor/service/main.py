@@ -2,10 +2,10 @@
 
 Must not contain a rule about a vbd.
 
-SIGTERM ends the service and leaves the workers serving, where a keeper has their sockets for the next service
-(`keeper`): guests do not notice. It waits for exchanges of chains first, as systemd sends the same signal before it
-lets go of all that is kept. SIGINT, and SIGTERM without a keeper, drain every worker, close its chain and leave the
-vbds' states as they are: to a guest it is a pause, until the next service serves the same rings.
+SIGTERM ends the service and leaves the workers serving, if a keeper has their sockets for the next service (`keeper`);
+guests do not notice. The service first waits for exchanges of chains, because systemd sends the same signal before it
+drops all that it keeps. After SIGINT, or SIGTERM without a keeper, every worker finishes what is in flight and closes
+its chain, and the vbds' states stay as they are: a guest sees a pause, until the next service serves the same rings.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ from xenbackend.supervisor.xenstore.store import Store
 
 _CONTROL = "control"  # the control socket's name at the keeper
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_ORDERED = {"set": "chain", "snapshot": "file", "keep": "file", "policy": "policy", "command": "command"}  # lead to
+# The key of a request that says what an order changes something to, by verb.
+_ORDERED = {"set": "chain", "snapshot": "file", "keep": "file", "policy": "policy", "command": "command"}
 
 
 class Service:
@@ -72,7 +73,7 @@ class Service:
         wall_clock: Callable[[], float] = time.time,
         state_directory: Path | None = None,
     ) -> None:
-        """Connect to xenstore and listen; `complaint` is why these are not the settings that should be.
+        """Connect to xenstore and listen; `complaint` says why these are the settings of an earlier service, if so.
 
         `state_directory` is where files are left for the next service, by default the control socket's directory.
         Raises: StoreError, ConfigError, KernelError.
@@ -94,21 +95,21 @@ class Service:
         self._registry = Registry(context, Vbd, xentop=xentop, on_change=self._count)
         self._questions = Questions(self._registry, Looks(self._fleet, self._loop), self._ledger, self._loop)
         group = access.group_number(settings.group)
-        gates = dict.fromkeys(("status", *ORDERS), self._registry.when_found)  # no disk must seem to be gone till then
+        gates = dict.fromkeys(("status", *ORDERS), self._registry.when_found)  # no disk may seem to be gone till then
         self._server = Server(settings.socket, self._loop, self._answer, inherited, group, gates)
         self._complaint, self._host = complaint, settings.host
         self._keep(settings, is_new=self._server.fileno() != inherited)
         self._is_stopping = self._leaves = self._has_let_go = False
         self._last_chains.on_change = self._leave_soon
         self._leave_at = self._loop.timer(self._let_go)
-        self._stops: list[Reply] = []  # of those who have ordered the stop
-        self._reads = 0  # orders that only read, and have no number of their own
+        self._stops: list[Reply] = []  # to the clients that ordered the stop
+        self._reads = 0  # orders that only read, which have no number in the ledger
         self._status_timer = self._loop.timer(self._tell_status)
         self._alive_timer = self._loop.timer(self._tell_alive)
         self._verbs = self._handlers()
 
     def _handlers(self) -> dict[str, Handler]:
-        """Return who answers which verb."""
+        """Return the handler of each verb."""
         return {
             "ping": self._ping,
             "status": self._questions.status,
@@ -119,7 +120,7 @@ class Service:
         }
 
     def _keep(self, settings: Settings, *, is_new: bool) -> None:
-        """Have kept what the next service needs if this one ends or dies: the settings, and where clients wait."""
+        """Have kept what the next service needs if this one ends or dies: the settings, and the control socket."""
         try:
             if is_new:
                 self._keeper.replace(_CONTROL, self._server.fileno())
@@ -128,7 +129,7 @@ class Service:
             self._log.warning(str(error))
 
     def run(self) -> int:
-        """Serve until a signal comes, then drain, and return the exit status."""
+        """Serve until a signal comes, then end as it asks, and return the exit status."""
         with taking_signals(self._loop, _SIGNALS, self._stop):
             self._fleet.prepare()
             self._registry.start()
@@ -138,7 +139,7 @@ class Service:
             self._log.info("serving", domid=self._registry.domid)
             if self._complaint:
                 self._log.error("the settings cannot be used, those of the service before hold", reason=self._complaint)
-            # What was found is looked at in the next pass, before what comes then.
+            # The vbds that were found are looked at in the next pass, before this is called.
             self._registry.when_found(partial(self._loop.call_soon, partial(process.unboost, os.getpid())))
             self._tell_status()
             self._tell_alive()
@@ -147,7 +148,7 @@ class Service:
         return 0
 
     def _count(self) -> None:
-        """Take note that there is a vbd more or less."""
+        """Note that there is one vbd more or less."""
         self._status_timer.set(self._loop.now())
         if self._is_stopping and not self._registry.vbds:
             self._loop.stop()
@@ -164,10 +165,10 @@ class Service:
             self._alive_timer.set(self._loop.now() + self._notifier.interval_s)
 
     def _go_on_with_orders(self, entries: list[dict[str, Any]]) -> None:
-        """Let none of these orders be under way that nobody carries out: an earlier service did not live to end it.
+        """Go on with these orders, which an earlier service did not live to end, or close them.
 
-        An exchange of chains is told by its vbd, which finds out how far it came. One that is still being taken over is
-        awaited, and no other: what is ordered by then must not be undone.
+        A vbd itself finds out how far an exchange of its chain came. Vbds that are still being taken over are looked at
+        again later, with these orders and no newer ones, which must not be undone.
         """
         awaited = []
         vbds = {vbd.path.disk: vbd for vbd in self._registry.vbds.values()}
@@ -191,7 +192,7 @@ class Service:
             self._loop.call_later(1.0, partial(self._go_on_with_orders, awaited))
 
     def _stop(self, number: int) -> None:
-        """End, by a signal's number."""
+        """End the service, as the signal of this number asks."""
         if self._is_stopping:
             return
         self._leaves = leaves = self._keeper.is_there and number != signal.SIGINT
@@ -207,11 +208,11 @@ class Service:
             self._let_go()
 
     def _exchanging(self) -> list[VbdPath]:
-        """Return the vbds whose chain is being exchanged. A worker may finish that alone, and nobody would know."""
+        """Return the vbds whose chain is being exchanged, which a worker might finish alone and unnoticed."""
         return [path for path, vbd in self._registry.vbds.items() if vbd.orders.is_exchanging()]
 
     def _leave_soon(self) -> None:
-        """Let go of all disks once no chain is being exchanged any more; they are served until then."""
+        """Leave all disks once no chain is being exchanged any more; they are served until then."""
         if self._leave_at.due is not None and not self._exchanging():
             self._leave_at.set(self._loop.now())
 
@@ -239,7 +240,7 @@ class Service:
         self._log.info("stopped")
 
     def _answer(self, request: dict[str, Any], peer: Peer, reply: Reply) -> None:
-        """Do what a client of the control socket asks."""
+        """Handle a request of a client of the control socket."""
         verb = request.get("verb")
         handle = self._verbs.get(verb) if isinstance(verb, str) else None
         try:
@@ -259,7 +260,7 @@ class Service:
         reply(Answer(Code.OK, {**describe_service(self._store, self._host), **counts, "waits": self._waits()}))
 
     def _waits(self) -> list[dict[str, str]]:
-        """Return for which disks the service waits before it ends, and for what; none while it does not end."""
+        """Return for which disks the service waits before it ends, and what for; none while it is not ending."""
         vbds = [each for _, each in sorted(self._registry.vbds.items())] if self._is_stopping else []
         return [{"vbd": each.path.disk, "for": each.ending.waits_for} for each in vbds]
 
@@ -285,7 +286,7 @@ class Service:
             answer(Answer(code_of(error), None, str(error)))
 
     def _stop_by_order(self, request: Mapping[str, Any], peer: Peer, reply: Reply) -> None:
-        """End, and answer at the very end."""
+        """End the service, and answer at the very end."""
         if self._leaves:
             reply(Answer(Code.GONE, None, "the service is being replaced; ask again"))
             return
@@ -297,7 +298,7 @@ class Service:
         self._stop(signal.SIGINT)
 
     def _answer_stops(self) -> None:
-        """Tell those who have ordered the stop that it is done, and what xenstore does not know."""
+        """Tell the clients that ordered the stop that it is done, and which chains xenstore does not know of."""
         left = sorted(self._last_chains.left.items())
         untold = [{"vbd": path.disk, "chain": last.chain, "next_chain": last.next_chain} for path, last in left]
         for reply in self._stops:
@@ -306,7 +307,7 @@ class Service:
             reply(answer)
 
     def _order(self, request: Mapping[str, Any], peer: Peer, reply: Reply) -> None:
-        """Give an order to a vbd: it has a number from now on, and is in the ledger, unless it only reads."""
+        """Give an order to a vbd. Unless it only reads, it gets a number, and is entered into the ledger."""
         if self._is_stopping:  # what it would note of the disk is about to be forgotten
             reply(Answer(Code.GONE, None, "the service is stopping"))
             return
@@ -331,12 +332,12 @@ class Service:
             self._leave_soon()
 
         if verb == "upgrade":
-            self._fleet.renew()  # the zygote has imported the program as it was
+            self._fleet.renew()  # the zygote may have imported an older program
         self._give(vbd, partial(vbd.orders.give, verb, {**request, "by": str(peer)}, number), answer)
 
     @staticmethod
     def _give(vbd: Vbd, give: Callable[[Callable[[Answer], None]], None], answer: Callable[[Answer], None]) -> None:
-        """Give an order to a vbd, and answer for it where it cannot be given."""
+        """Give an order to a vbd; if that fails, answer with the error."""
         try:
             give(answer)
         except XenbackendError as error:
@@ -347,7 +348,7 @@ class Service:
 
 
 def check(settings: Settings) -> None:
-    """Check all that can be checked while the operator still looks. Raises: ConfigError, StoreError."""
+    """Check what can be checked while the operator still looks. Raises: ConfigError, StoreError."""
     check_place(settings.socket)
     access.group_number(settings.group)
     with Store(settings.store or None) as store:
@@ -355,7 +356,7 @@ def check(settings: Settings) -> None:
 
 
 def run(read: Callable[[], Settings], environment: Mapping[str, str]) -> int:
-    """Serve in the foreground, by the settings that `read` returns. Raises: XenbackendError when that cannot be."""
+    """Serve in the foreground, by the settings that `read` returns. Raises: XenbackendError, if that cannot begin."""
     keeper = Keeper(environment)
     try:
         check_versions(keeper.inherited)
@@ -377,10 +378,10 @@ def run(read: Callable[[], Settings], environment: Mapping[str, str]) -> int:
 
 
 def _rest(sentence: str, environment: Mapping[str, str]) -> None:
-    """Say what is wrong, and wait for as long as the unit says by ``REFUSED_REST_S``.
+    """Say what is wrong, and wait for as many seconds as the unit says by ``REFUSED_REST_S``.
 
-    systemd starts us again at once when we end, as guests need; and it must, since it lets go of all that it keeps for
-    us once it does not any more: the workers would end.
+    systemd restarts us at once when we end, as guests need. It must not give up doing so: it would then drop all that
+    it keeps for us, and the workers would end.
     """
     rest_s = environment.get("REFUSED_REST_S", "")
     if not rest_s.isdecimal():

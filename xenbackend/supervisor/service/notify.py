@@ -1,6 +1,6 @@
 """Tells systemd how the service is: sd_notify(3), without a library.
 
-Must not block, and must not fail: a service does not depend on who watches it.
+Must not block, and must not fail: the service does not depend on being watched.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from contextlib import suppress
 
 
 def address_of(environment: Mapping[str, str]) -> str:
-    """Return the address that ``NOTIFY_SOCKET`` names, empty where there is none."""
+    """Return the address that ``NOTIFY_SOCKET`` names, empty if there is none."""
     address = environment.get("NOTIFY_SOCKET", "")
     return "\0" + address[1:] if address.startswith("@") else address
 
 
 class Notifier:
-    """Sends states to the socket that systemd named; does nothing where there is none.
+    """Sends states to the socket that systemd named; does nothing if there is none.
 
     Args:
         environment: holds ``NOTIFY_SOCKET`` and ``WATCHDOG_USEC``, as systemd sets them.

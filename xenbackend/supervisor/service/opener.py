@@ -1,8 +1,8 @@
-"""An opener as the service holds it, from its job to its end; see `opener.main` for what it does.
+"""The service's side of an opener, from its job to its end; see `opener.main` for what an opener does.
 
-Must not wait for it: storage that does not answer hangs an opener, and no service.
+Must not wait for it: storage that does not answer may hang an opener, but not the service.
 
-What it says is believed: it is ours, and runs no code that a guest or an image has a hand in.
+An opener is trusted: it is our own program, and runs no code that a guest or an image could influence.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ from xenbackend.loop.reactor import Reactor
 from xenbackend.protocol import codec, datagrams, opening
 from xenbackend.supervisor.service.process import Process
 
-PATIENCE_S = 1.0  # for those that were killed
-_ENDING_S = 10.0  # in which any ends that does not hang, however busy the host is
+PATIENCE_S = 1.0  # for killed openers to end
+_ENDING_S = 10.0  # enough for any opener to end that does not hang, however busy the host is
 _UNINTERRUPTIBLE = "D"  # proc_pid_stat(5)
 BREACH = 3  # exit status, `opener.main.BREACH`
 
 # What was found, with its descriptors, which are the callee's; returns why the worker may not have it, or nothing.
 OnFound = Callable[[opening.Found, list[int]], str]
-OnEnd = Callable[["Opener", str], None]  # how it ended, where that is the worker's fault or its own
+OnEnd = Callable[["Opener", str], None]  # gets the opener, and its worker's breach; empty: there was none
 OnWaits = Callable[[opening.Waits], None]
 
 
 class Assignment:
-    """A job, the socket of the worker that it is for, and what the job has kept: lent until the opener has it."""
+    """A job, the socket of the worker that it is for, and descriptors of what the job has kept."""
 
     def __init__(self, job: opening.Job, worker: socket.socket, kept: Sequence[int]) -> None:
-        """Have a socket of its own from now on, and the caller's descriptors of what is kept."""
+        """Own the worker's socket from now on; the descriptors `kept` stay the caller's."""
         self.job = job
         self.worker = worker
         self.kept = kept
         self._own: list[int] = []
 
     def keep(self) -> None:
-        """Do without the caller's descriptors, who may close them meanwhile. Raises: OSError."""
+        """Replace the caller's descriptors by copies, since the caller may close its own. Raises: OSError."""
         try:
             for fd in self.kept:
                 self._own.append(os.dup(fd))
@@ -50,7 +50,7 @@ class Assignment:
         self.kept = self._own
 
     def close(self) -> None:
-        """Let go of all that is its own."""
+        """Close all that is its own."""
         self.worker.close()
         own, self._own = self._own, []
         for fd in own:
@@ -58,10 +58,10 @@ class Assignment:
 
 
 class Opener:
-    """One process, or who waits for its turn to be one.
+    """An opener: a process, or one that waits for its turn to become a process.
 
-    over_since   when nobody needed it any more; it has not ended yet, or is in a call from which it does not come back.
-                 What it opens from then on nobody keeps
+    over_since   since when it is no longer needed, though it has not ended yet, or hangs in a call; None: it is needed.
+                 What it opens after that is not kept
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Opener:
         self._is_held, self._is_heard = True, False
 
     def begin(self, started: Process) -> None:
-        """Be this process, and give it its job. Raises: OSError, where that has ended: another may do."""
+        """Become this process, and give it its job. Raises: OSError, if it has ended; another one may be tried."""
         near, assignment = started.socket, self._assignment
         fds = [assignment.worker.fileno(), *assignment.kept]
         most = opening.MAX_CARRIED
@@ -101,17 +101,17 @@ class Opener:
 
     @property
     def waits(self) -> bool:
-        """Return whether it has not begun, and may."""
+        """Return whether it has not begun, but may."""
         return self._process is None and self._is_held
 
     def boost(self) -> None:
-        """Let it come before what else the host does: a guest waits for its worker."""
+        """Give it priority over the rest of the host, because a guest waits for its worker."""
         self._is_boosted = True
         if self._process is not None:
             self._process.boost()
 
     def kill(self) -> None:
-        """Kill it, and hear nothing more of it: the worker that it is for has ended."""
+        """Kill it and stop listening to it, because the worker that it is for has ended."""
         if self.waits:
             self.give_up()
         elif self._process is not None and self._is_held:
@@ -120,29 +120,29 @@ class Opener:
             self.note_over()
 
     def give_up(self) -> None:
-        """End before it has begun: its worker finds its socket closed."""
+        """End before it has begun; its worker finds the socket closed."""
         self._is_held = False
         self._assignment.close()
         self._on_end(self, "")
 
     def note_over(self) -> None:
-        """Take note that it should end: its worker has what it wanted, or has gone."""
+        """Note that it should end: its worker has what it wanted, or has gone."""
         if self.waits:
             self.give_up()
         elif self.over_since is None:
             self.over_since = self._loop.now()
 
     def hangs(self) -> bool:
-        """Return whether it should have ended, and is in a call that no signal ends, or should have long ago.
+        """Return whether it should have ended, but is in an uninterruptible call, or should have ended long ago.
 
-        One that only has had no turn on the CPU since it was killed does not hang.
+        One that was killed and has merely had no CPU time since does not hang.
         """
         if self.over_since is None or self._process is None:
             return False
         return state_of(self._process.pid) == _UNINTERRUPTIBLE or self._loop.now() - self.over_since >= _ENDING_S
 
     def end(self, patience_s: float = PATIENCE_S) -> None:
-        """Kill it and let go of it, without a word to anybody; one that hangs in a call is left to itself."""
+        """Kill it and close everything, without calling anybody. One that hangs in a call is left behind."""
         started = self._process
         if started is None:
             self.kill()
@@ -155,9 +155,9 @@ class Opener:
                 started.leave()
 
     def leave(self) -> None:
-        """Let go of it: it finds that we have gone, and ends when it is next asked for something new.
+        """Close our ends. It finds that we have gone, and ends when it is next asked for something new.
 
-        One that has not begun never does: another worker comes, which the next service starts.
+        One that has not begun never does: the next service starts another worker.
         """
         if self._process is None:
             self.kill()
@@ -183,7 +183,7 @@ class Opener:
             self._on_waits(message)
             return
         is_found = isinstance(message, opening.Found) and len(fds) == (not isinstance(message, opening.Undrained))
-        is_late = bool(fds) and self.over_since is not None  # its storage has answered after its worker had
+        is_late = bool(fds) and self.over_since is not None  # its storage has answered too late
         if not isinstance(message, opening.Found) or not is_found or is_late:
             for fd in fds:  # we have no room for the descriptor, it is of another version, or nobody wants it
                 os.close(fd)
@@ -194,7 +194,7 @@ class Opener:
             _send(started.socket, opening.Ack(refusal))
         except OSError:
             pass  # it is ending
-        except Exception as bug:  # over this file; the next one is another matter
+        except Exception as bug:  # this opener alone fails
             self._loop.bug(bug)
             self.kill()
 

@@ -1,7 +1,7 @@
-"""All openers of a service: one that was made in advance, those that work, and those that wait for their turn.
+"""All openers of a service: one that was started in advance, those at work, and those that wait for their turn.
 
-Must not let many work at once, however many workers die together: they would only take the processor from each other,
-and from what else the host does. One that waits for storage does not count, so that it holds up nobody else.
+Must not let many work at once, even if many workers die together: they would only take CPU time from each other, and
+from the rest of the host. One that waits for storage does not count, so that it holds up no other one.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from xenbackend.supervisor.service.opener import PATIENCE_S, Assignment, OnEnd, 
 from xenbackend.supervisor.service.process import Process
 from xenbackend.supervisor.service.turns import Turn, Turns
 
-# That work at once: an opener and its worker wait for each other in turn, so that two keep a processor busy.
+# Openers at work at once. An opener and its worker wait for each other in turn, so two openers keep one CPU busy.
 MOST = min(16, max(4, 2 * len(os.sched_getaffinity(0))))
-TURN_S = 0.25  # for which one counts as working: longer only where it waits for storage, or its worker for the guest
+TURN_S = 0.25  # for which one counts as working; only one that waits, for storage or the guest, takes longer
 
 
 class Openers:
-    """One service's.
+    """The openers of one service.
 
-    spare    one that was started in advance, together with a worker
+    spare    one that was started in advance, together with a worker; None if there is none
     """
 
     def __init__(self, loop: Reactor, start: Callable[[], Process], log: Logger) -> None:
-        """`start` starts one that nobody has told anything. Raises: KernelError."""
+        """`start` starts an opener that has no job yet. Raises: KernelError."""
         self.spare: Process | None = None
         self._loop = loop
         self._start = start
@@ -47,7 +47,7 @@ class Openers:
 
     @property
     def want_spare(self) -> bool:
-        """Return whether the next one had better be started with its worker: that is done in one step."""
+        """Return whether the next opener is better started together with its worker, in one step."""
         return self.spare is None and self._turns.is_free
 
     def open(
@@ -72,14 +72,14 @@ class Openers:
         return opener, near
 
     def drop_spare(self) -> None:
-        """End the one that was made in advance."""
+        """End the opener that was started in advance."""
         spare, self.spare = self.spare, None
         if spare is not None:
             spare.kill()
             spare.wait()
 
     def close(self) -> None:
-        """End all that are left: no worker of ours is. However many hang, they are waited for together."""
+        """End all openers that are left; no worker of ours is. Those that hang are waited for together."""
         self.drop_spare()
         for opener in list(self._all):
             opener.kill()
@@ -89,12 +89,12 @@ class Openers:
         self._all.clear()
 
     def _begin(self, opener: Opener) -> None:
-        """Have one begin as a process. Raises: KernelError."""
+        """Have an opener become a process. Raises: KernelError."""
         problem = KernelError("give an opener its job", errno.EIO)
         for started in self._candidates():
             try:
                 opener.begin(started)
-            except OSError as error:  # one that was made in advance may have ended
+            except OSError as error:  # the one that was started in advance may have ended
                 started.kill()
                 started.wait()
                 problem = KernelError("give an opener its job", error.errno or errno.EIO)
@@ -103,7 +103,7 @@ class Openers:
         raise problem
 
     def _begin_late(self, opener: Opener) -> None:
-        """Likewise, of one that has waited: whoever wanted it hears of a failure by its end."""
+        """Have an opener that has waited become a process. A failure is reported as its end."""
         try:
             self._begin(opener)
         except KernelError as error:
@@ -113,7 +113,7 @@ class Openers:
             opener.kill()
 
     def _candidates(self) -> Iterator[Process]:
-        """Return the one that was made in advance, if there is one, then another one."""
+        """Yield the opener that was started in advance, if there is one, then a new one."""
         spare, self.spare = self.spare, None
         if spare is not None:
             yield spare
@@ -127,9 +127,9 @@ class Openers:
 
 
 def _hurry(crowd: int) -> None:
-    """Let this service come before what else the host does while it has to hand out turns.
+    """Give this service priority over the rest of the host while openers wait for their turn.
 
-    Else it would come after those that have had theirs, which are boosted where a guest waits for them.
+    Else it would come after those that have begun, which are boosted if a guest waits for them.
     """
     if crowd:
         boost(os.getpid())

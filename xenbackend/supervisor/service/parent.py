@@ -1,10 +1,10 @@
-"""What starts the service where systemd does not: starts it again when it dies, and keeps its descriptors meanwhile.
+"""Runs the service in place of systemd: restarts it when it dies, and keeps its descriptors meanwhile.
 
-Must not do anything that could fail: it is what is left when everything else has died.
+Must not do anything that could fail: it is all that is left when everything else has died.
 
 To the service it looks like systemd: ``NOTIFY_SOCKET``, ``FDSTORE``, ``LISTEN_FDS``. Signals:
 
-    SIGTERM, SIGINT   the service drains and closes every disk, and both end
+    SIGTERM, SIGINT   the service finishes what is in flight and closes every disk, and both end
     SIGHUP            the service is replaced by a new one, which takes over every disk in service
 """
 
@@ -28,9 +28,9 @@ from xenbackend.supervisor.service.keeper import FIRST
 from xenbackend.supervisor.service.notify import address_of
 
 MAX_KEPT = 4096
-RESTART_S = 1.0  # before a service that died is started again, if it had not run for longer; twice that the next time
+RESTART_S = 1.0  # before a service is restarted that died sooner than this; doubled each time
 MAX_RESTART_S = 60.0
-_MISTAKE = 2  # exit status for a mistake of the operator, which does not mend itself
+_MISTAKE = 2  # exit status for a mistake of the operator, which no restart mends
 _MESSAGE = 4096  # bytes
 
 
@@ -51,7 +51,7 @@ class Store:
             raise
 
     def take(self) -> str:
-        """Take one message: do what it asks for, and return it for whoever else wants to know.
+        """Take one message, do what it asks for, and return it, so that it can be passed on.
 
         Raises: BlockingIOError while there is none.
         """
@@ -68,7 +68,7 @@ class Store:
         return message
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Close everything."""
         for name in list(self.fds):
             self._forget(name)
         self.socket.close()
@@ -84,11 +84,11 @@ class Parent:
     """Runs one service after the other."""
 
     def __init__(self, command: Sequence[str], store: Store, environment: Mapping[str, str], loop: Reactor) -> None:
-        """Run `command`; `environment` is ours, whose ``NOTIFY_SOCKET`` hears what the service says."""
+        """Run `command`; `environment` is our own, and its ``NOTIFY_SOCKET`` is told what the service says."""
         self._command = command
         self._store = store
         self._environment = {**environment, "NOTIFY_SOCKET": str(store.path), "FDSTORE": str(MAX_KEPT)}
-        self._environment.pop("LISTEN_PID", None)  # ours, where systemd gave us descriptors; the service has another
+        self._environment.pop("LISTEN_PID", None)  # our number, if systemd gave us descriptors; the service has another
         self._above = address_of(environment)
         self._loop = loop
         self._start_soon = loop.timer(self._start)
@@ -100,7 +100,7 @@ class Parent:
         self._is_ending = self._is_replacing = False
 
     def run(self) -> int:
-        """Run until the service ends of its own will, or ours, and return its exit status."""
+        """Run until the service ends by itself, or as we told it, and return its exit status."""
         _raise_limit()
         self._loop.add(self._store.socket.fileno(), self._listen)
         with taking_signals(self._loop, _SIGNALS, self._on_signal):
@@ -113,20 +113,20 @@ class Parent:
         self._began = self._loop.now()
         try:
             self._pid, self._pidfd = _spawn(self._command, self._store.fds, self._environment)
-        except OSError:  # no process or descriptor is to be had now: later
+        except OSError:  # no process or descriptor is available now: try later
             self._follow(1)
         else:
             self._loop.add(self._pidfd, self._reap)
 
     def _reap(self) -> None:
-        self._listen()  # what it said last counts, before it is started again
+        self._listen()  # its last messages count, before it is started again
         self._loop.remove(self._pidfd)
         os.close(self._pidfd)
         self._pidfd = -1
         self._follow(os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1]))
 
     def _follow(self, status: int) -> None:
-        """Start another service after one that has ended so, now or later, or come to the end."""
+        """Start another service, now or later, after one that ended with this status, or stop."""
         self._status = status
         is_over = self._is_ending or status in (0, _MISTAKE) or not self._store.path.exists()
         if is_over and not self._is_replacing:
@@ -142,7 +142,7 @@ class Parent:
             self._rest_s = min(2 * self._rest_s, MAX_RESTART_S)
 
     def _listen(self) -> None:
-        """Take what the service has said."""
+        """Handle the service's messages."""
         with suppress(BlockingIOError):
             while True:
                 message = self._store.take()
@@ -169,7 +169,7 @@ def _tell(address: str, message: str) -> None:
 
 
 def _raise_limit() -> None:
-    """Let as many descriptors be open as we may: a disk takes three or more."""
+    """Raise our limit of open descriptors as far as we may: a disk takes three or more."""
     with suppress(OSError, ValueError):
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -192,14 +192,14 @@ def _spawn(command: Sequence[str], kept: Mapping[str, int], environment: Mapping
     """
     high: list[int] = []
     try:
-        for fd in kept.values():  # moved out of the way first: each has a place to go to, where another one may lie
+        for fd in kept.values():  # copied out of the way first: another one may be at the number that one gets
             high.append(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, FIRST + len(kept)))  # noqa: PERF401 - each may fail
         pid = os.posix_spawn(
             command[0],
             list(command),
             {**environment, "LISTEN_FDS": str(len(kept)), "LISTEN_FDNAMES": ":".join(kept)},
             file_actions=[(os.POSIX_SPAWN_DUP2, fd, FIRST + place) for place, fd in enumerate(high)],
-            setsid=True,  # what a terminal sends, and what its session gets of the CPU, is ours
+            setsid=True,  # a terminal's signals, and its session's share of the CPU, are for us
             setsigmask=[],
             setsigdef=_SIGNALS,
         )
@@ -208,7 +208,7 @@ def _spawn(command: Sequence[str], kept: Mapping[str, int], environment: Mapping
             os.close(fd)
     try:
         return pid, os.pidfd_open(pid)
-    except OSError:  # nobody would hear of its end, and another service would be started beside it
+    except OSError:  # we would not hear of its end, and would start another service beside it
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         raise

@@ -1,10 +1,10 @@
-"""A process of ours with a socket to it, and a pidfd that tells of its end; how one is started by exec.
+"""A process of ours, with a socket to it and a pidfd that reports its end; how one is started by exec.
 
-Must not know what is said over the socket, nor wait until a process is there: it can be spoken to and let go of before.
-What is said until then waits in the socket, whose other end is nobody's but ours. So a process that nobody wants any
+Must not know what is said over the socket, nor wait until a process is there: it can be talked to, and given up, before
+that. Messages wait in the socket until then, and nobody else has its other end. So a process that is not wanted any
 more when it comes has heard nothing.
 
-No signal handler is needed, and no process number can be mistaken for its successor's.
+A pidfd needs no signal handler, and cannot mean a later process with the same number.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from xenbackend.errors import KernelError
 from xenbackend.kernel.process import boost, kill, unboost
 from xenbackend.loop.reactor import Reactor
 
-# CREDENTIALS_DIRECTORY says where an opener finds passphrases, systemd.exec(5).
+# CREDENTIALS_DIRECTORY tells an opener where passphrases are, systemd.exec(5).
 _TOLD = {"CREDENTIALS_DIRECTORY", "PATH", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "VIRTUAL_ENV"}
 
 
 class Process:
-    """A process as somebody holds it who may not be its parent, and who may hold it before it is there.
+    """Our hold on a process, which need not be our child, and need not be there yet.
 
-    socket      our end; what is said meanwhile waits in it
-    is_there    whether it was started, whatever became of it since
-    pidfd       readable once it has ended; -1 before it is there, and once we have let go of it
+    socket      our end; messages wait in it until the process is there
+    is_there    whether it was started, even if it has ended since
+    pidfd       readable once it has ended; -1 before it is there, and after `leave`
     pid         its number, for people; 0 before it is there
-    far         its end, while it is not there yet and somebody wants it; else None
+    far         its end of the socket, while it is not there yet and still wanted; else None
     """
 
     def __init__(self, near: socket.socket, pidfd: int = -1, far: socket.socket | None = None) -> None:
@@ -52,19 +52,19 @@ class Process:
 
     @classmethod
     def to_come(cls) -> Process:
-        """Return one that is not there yet. Raises: KernelError."""
+        """Return a process that is not there yet. Raises: KernelError."""
         near, far = pair()
         return cls(near, far=far)
 
     def when_there(self, callback: Callable[[], object]) -> None:
-        """Call `callback` once it is there, before it hears anything; at once, where it is there already."""
+        """Call `callback` once it is there, before it hears anything; at once if it is there already."""
         if self.is_there:
             callback()
         else:
             self._when_there.append(callback)
 
     def arrive(self, pidfd: int, give: Callable[[socket.socket], object] = lambda _: None) -> None:
-        """Take note that it is there, and `give` it its end of the socket. It must be wanted still."""
+        """Note that it is there, and `give` it its end of the socket. It must still be wanted."""
         far, self.far = self.far, None
         assert far is not None  # noqa: S101 - it is wanted
         with far:
@@ -78,7 +78,7 @@ class Process:
             give(far)
 
     def give_up(self, sentence: str) -> None:
-        """Let it never be there, for which `sentence` is the reason; nothing where it is."""
+        """Give up a process that is not there yet; `sentence` says why. Does nothing if it is there."""
         if self.far is None:
             return
         self.far.close()
@@ -88,7 +88,7 @@ class Process:
             self._loop.call_soon(self._tell_end)
 
     def watch(self, loop: Reactor, on_end: Callable[[], object]) -> None:
-        """Have `on_end` called by the loop once it has ended, or will never be there."""
+        """Have the loop call `on_end` once it has ended, or has been given up."""
         self._loop, self._on_end = loop, on_end
         if self.is_there:
             loop.add(self.pidfd, on_end)
@@ -96,23 +96,23 @@ class Process:
             loop.call_soon(self._tell_end)
 
     def unwatch(self) -> None:
-        """Take that back."""
+        """Undo `watch`."""
         loop, self._loop = self._loop, None
         if loop is not None and self.is_there:
             loop.remove(self.pidfd)
 
     def boost(self) -> None:
-        """Let it come before what else the host does, from when it is there."""
+        """Give it priority over the rest of the host, from when it is there."""
         self._is_boosted = True
         boost(self.pid)
 
     def unboost(self) -> None:
-        """Let it have its turn as any process has."""
+        """Give it the priority of any other process again."""
         self._is_boosted = False
         unboost(self.pid)
 
     def kill(self) -> None:
-        """Kill it; whoever waits for its end hears of it."""
+        """Kill it, or give it up; what `watch` set is called."""
         if self.pidfd >= 0:
             kill(self.pidfd)
         self.give_up("the worker was not needed any more")
@@ -122,14 +122,14 @@ class Process:
             self._on_end()
 
     def wait(self) -> int:
-        """Wait for the end, close both descriptors, and return the exit status; less than 0: a signal, or unknown."""
+        """Wait for the end, close both descriptors, and return the exit status; negative: a signal, or unknown."""
         end = self._collect()
         if end is None:
             return -1
         return end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
 
     def describe_end(self) -> str:
-        """Wait for the end, collect the exit status where we may, close both descriptors, and return how it ended."""
+        """Wait for the end, collect the exit status if it is our child, close both descriptors; return how it ended."""
         end = self._collect()
         if end is None:
             return self._why_not or "the worker has ended"
@@ -143,13 +143,13 @@ class Process:
             return None
         try:
             return os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
-        except ChildProcessError:  # it is an earlier service's
+        except ChildProcessError:  # it is an earlier service's child
             return None
         finally:
             self.leave()
 
     def leave(self) -> None:
-        """Close both descriptors; somebody else may have them too. One that is not there yet never is."""
+        """Close both descriptors, of which others may have copies. One that is not there yet is given up."""
         self.unwatch()
         self.give_up("nobody waits for it")
         self.socket.close()
@@ -170,14 +170,14 @@ def start(command: Sequence[str]) -> Process:
 
 
 def start_as(process: Process, command: Sequence[str]) -> None:
-    """Start a program as a process that is not there yet and is wanted; see `start`.
+    """Start a program as a process that is not there yet and is still wanted; see `start`.
 
-    Raises: KernelError, and then it never is.
+    Raises: KernelError; then the process is given up.
     """
     far = process.far
     assert far is not None  # noqa: S101 - it is wanted
     try:
-        # A session of its own: a Ctrl-C meant for the service must not end the workers before they are drained.
+        # A session of its own: a Ctrl-C for the service must not end workers that have not finished what is in flight.
         child = subprocess.Popen(  # noqa: S603 - the command is ours
             [*command, "--socket", str(far.fileno())],
             pass_fds=[far.fileno()],
@@ -195,7 +195,7 @@ def start_as(process: Process, command: Sequence[str]) -> None:
 
 
 def _watched(child: subprocess.Popen[bytes]) -> int:
-    """Return a child's pidfd; one of which there is none to be had is ended, as nobody could. Raises: OSError."""
+    """Return a child's pidfd. A child without one is killed, since nobody could do so later. Raises: OSError."""
     try:
         return os.pidfd_open(child.pid)
     except OSError:
@@ -213,12 +213,12 @@ def pair() -> tuple[socket.socket, socket.socket]:
 
 
 def _environment() -> dict[str, str]:
-    """Return what a process of ours is told of ours: where Python and its parts are, and nothing of the service's."""
+    """Return what our processes get of our environment: where Python and its parts are, nothing about the service."""
     return {name: value for name, value in os.environ.items() if name in _TOLD or name.startswith("PYTHON")}
 
 
 def _pid_of(pidfd: int) -> int:
-    """Return the number of the process behind a pidfd; 0 once it is gone, or where we have no descriptor to look."""
+    """Return the number of the process behind a pidfd; 0 if it is gone, or if we have no descriptor left to look."""
     with suppress(OSError):
         for line in Path(f"/proc/self/fdinfo/{pidfd}").read_text(encoding="ascii").splitlines():
             key, _, value = line.partition(":")

@@ -1,4 +1,4 @@
-"""What the service says of disks and orders when somebody asks.
+"""Answers questions about disks and orders.
 
 Must not change anything.
 """
@@ -25,7 +25,7 @@ from xenbackend.supervisor.vbd.vbd import Vbd
 
 
 class Questions:
-    """Answers them; a handler gets a request, who has sent it, and where its one answer goes."""
+    """The handlers of these questions. Each gets a request, the peer that sent it, and the reply for its one answer."""
 
     def __init__(self, registry: Registry, looks: Looks, ledger: Ledger, loop: Reactor) -> None:
         """`looks` are ours from now on."""
@@ -35,7 +35,7 @@ class Questions:
         self._loop = loop
 
     def status(self, request: Mapping[str, Any], _peer: Peer, reply: Reply) -> None:
-        """Tell of all disks, or of one; with `looks`, also what their files' names mean now."""
+        """Describe all disks, or one; with `looks`, also what their files' names mean now."""
         if "vbd" in request:
             vbds = [self._registry.find(text_of(request, "vbd"))]
         else:
@@ -53,7 +53,7 @@ class Questions:
         reply(Answer(Code.OK, [each for each in described if each]))
 
     def _describe(self, vbd: Vbd, guest: str, meanings: Mapping[str, Meaning]) -> dict[str, Any] | None:
-        """Return what is known of one vbd; one that meets a fault of ours does not hide the others."""
+        """Return what is known of one vbd; None if that meets a bug of ours, which must not hide the others."""
         try:
             return describe(vbd, guest, meanings, braked_s=self._registry.braked_s(vbd))
         except Exception as bug:
@@ -62,7 +62,7 @@ class Questions:
             return None
 
     def orders(self, request: Mapping[str, Any], _peer: Peer, reply: Reply) -> None:
-        """Tell of the last orders, or of one."""
+        """Answer with the last orders, or with one."""
         number = request.get("order")
         if number is None:
             reply(Answer(Code.OK, self._ledger.entries()))
@@ -73,5 +73,5 @@ class Questions:
         reply(Answer(Code.OK, [entry]))
 
     def close(self) -> None:
-        """Look at nothing any more."""
+        """End all looks."""
         self._looks.close()

@@ -2,16 +2,16 @@
 
 Must not know what a state means.
 
-A place in xenstore has one vbd or none. One that is over says so, and nothing reaches it from then on. Only then the
-place is looked at again, and whoever waits there is brought to the vbd that is found. A watch event is only ever a hint
-to look, so no flood of events makes anything grow, and a guest's is braked; and what happens to one vbd costs the same
-however many there are.
+A place in xenstore, which is a backend's directory, has one vbd or none. A vbd that is over says so, and gets nothing
+from then on. Only then is the place looked at again, and waiting hotplug scripts are brought to the vbd that is found.
+A watch event is only a hint to look, so no flood of events makes anything grow, and a guest's flood is braked. The cost
+of handling one vbd does not depend on how many there are.
 
-However many places have to be looked at together, as at the start, the loop hears others meanwhile: whatever is asked
-about disks waits for its answer until all that was there at the start has been found (`when_found`).
+If many places have to be looked at together, as at the start, the loop handles other events in between. Requests about
+disks wait until all disks that were there at the start have been found (`when_found`).
 
-A fault of ours while one vbd is handled is told (`Reactor.bug`) and stays with that one; see `Takeover` for one that
-is met over what an earlier service has left.
+A bug of ours while one vbd is handled is reported (`Reactor.bug`) and affects only that vbd. `Takeover` says what is
+done about a bug over what an earlier service has left.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ Make = Callable[[VbdPath, Context, Mapping[What, int] | None, Callable[[Vbd], No
 
 _BRAKED = "its guest writes to xenstore without end; what it writes is looked at now and then"
 RETRY_S = 1.0  # after a vbd could not be taken into service
-TURN_S = 0.02  # of a pass of the loop, for places to look at
-_AGAIN_S = 0.05  # until it is looked once more whether all is found
+TURN_S = 0.02  # of each pass of the loop, for looking at places
+_AGAIN_S = 0.05  # until the next check whether all is found
 _TOKEN = "vbds"  # noqa: S105 - a watch's token
 
 
@@ -80,19 +80,19 @@ class Registry:
         self._candidates: dict[VbdPath, None] = {}
         self._changed_domains: dict[tuple[str, int], None] = {}
         self._must_scan = True
-        self._scripts: dict[VbdPath, list[Reply]] = {}  # that are to be brought to whoever is in this place
-        self._failed: dict[VbdPath, str] = {}  # why it could not be taken into service; tried again by the timer
+        self._scripts: dict[VbdPath, list[Reply]] = {}  # to be brought to the vbd in this place
+        self._failed: dict[VbdPath, str] = {}  # why a vbd could not be taken into service; the timer tries again
         self._retry = self._loop.timer(self._try_again)
         self._xentop = XentopUpdates(self._loop, xentop, self._counters)
         self._link: StoreLink | None = None
         self._brake = Brake(self._loop, self._store, frozenset({_TOKEN}), self._begin_to_brake)
         self._is_stopping = False
         self._is_finding = True  # not all that was there at the start has been looked at
-        self._asking: deque[Callable[[], object]] = deque()  # what is to be called once it has
+        self._asking: deque[Callable[[], object]] = deque()  # functions to call once it has
         self._found_at = self._loop.timer(self._tell_found)
 
     def start(self) -> None:
-        """Watch, go on with what an earlier service left, and look at what is there soon. Raises: StoreError."""
+        """Set watches, go on with what an earlier service left, and look soon at what is there. Raises: StoreError."""
         self._store.remove(status_root(self.domid))  # of a service that had no time to tidy up
         forget_notes(self._store, self.domid)
         self._make_status_root()
@@ -116,7 +116,7 @@ class Registry:
         self._bring_scripts()
 
     def close(self) -> None:
-        """Remove what we published about ourselves, and look at nothing any more."""
+        """Remove what we published about ourselves, and stop looking."""
         if self._link is not None:
             self._link.close()
         self._retry.set(None)
@@ -131,13 +131,13 @@ class Registry:
 
     @property
     def has_taken_over(self) -> bool:
-        """True once there is a vbd, or none any more, for all that an earlier service left."""
+        """True once everything that an earlier service left has been taken over by vbds, or dropped."""
         return self._takeover.is_over
 
     def when_found(self, function: Callable[[], object]) -> None:
-        """Call `function` once there is a vbd for all that was there at the start, in the order of asking.
+        """Call `function` once all disks that were there at the start have been found, in the order of these calls.
 
-        It is called at once where there is, and where nothing will be found: xenstore is away, or the service stops.
+        It is called at once if they have been found, or if none will be: xenstore is away, or the service stops.
         """
         self._asking.append(function)
         self._tell_found()
@@ -150,7 +150,7 @@ class Registry:
             function = self._asking.popleft()
             try:
                 function()
-            except Exception as bug:  # the others have asked, too
+            except Exception as bug:  # the others must still be called
                 self._loop.bug(bug)
 
     def find(self, text: str) -> Vbd:
@@ -159,17 +159,17 @@ class Registry:
             return self.vbds.find(text, self._guests.one_by_one())
 
     def names_of(self, domids: Iterable[int]) -> dict[int, str]:
-        """Return what the guests of these domains are called; none while xenstore does not answer."""
+        """Return the names of these domains' guests; none while xenstore does not answer."""
         return self._guests.names_of(domids)
 
     def braked_s(self, vbd: Vbd) -> float:
-        """Return after how many seconds the next look follows at what a vbd's guest writes too often; 0: at once."""
+        """Return how many seconds pass between looks at a vbd whose guest writes too often; 0: it does not."""
         return self._brake.pause_s(vbd.token)
 
     def hotplug(self, path: str, reply: Reply) -> None:
         """Serve the vbd whose backend directory a hotplug script names; `reply` gets the answer, maybe later.
 
-        Raises: ConfigError where the path is no vbd's, or the service is stopping; StoreError.
+        Raises: ConfigError, if the path is no vbd's, or the service is stopping; StoreError.
         """
         found = parse_backend_path(path, self.domid)
         if self._is_stopping:
@@ -197,7 +197,7 @@ class Registry:
         self._is_finding &= self._has_work()
 
     def _consider_some(self) -> None:
-        """Look at places for a short while; the others have their turn in the next pass. Raises: StoreError."""
+        """Look at places for TURN_S; the others have their turn in the next pass. Raises: StoreError."""
         end = self._loop.now() + TURN_S
         for path in list(self._candidates):
             self._consider(path)
@@ -206,7 +206,7 @@ class Registry:
                 break
 
     def _begin_to_brake(self, token: str) -> None:
-        """Tell the administrator of a guest that writes too often, once until it is calm again."""
+        """Log that a guest writes too often, once until it is calm again."""
         vbd = self.vbds.of_token(token)
         if vbd is not None:
             vbd.log.say("warning", _BRAKED, seconds=f"{PAUSE_S[1]:.0f}")
@@ -227,13 +227,13 @@ class Registry:
                 domain = parse_domain_directory(path)
                 if found is not None:
                     self._mark(found[0])
-                elif domain is not None:  # others' vbds are left alone: with many of them, to look at all takes long
+                elif domain is not None:  # other domains' vbds are not looked at, which could take long
                     self._changed_domains[domain] = None
                 else:
                     self._must_scan = True
 
     def _mark(self, path: VbdPath) -> None:
-        """Have a place looked at soon, by its vbd or for one."""
+        """Have a place looked at soon: by its vbd, or, if it has none, for a new one."""
         vbd = self.vbds.get(path)
         if vbd is not None:
             self._contained(vbd, partial(vbd.look_soon, node=True, theirs=False))
@@ -273,7 +273,7 @@ class Registry:
             self._add(path)
 
     def _add(self, path: VbdPath, found: Mapping[What, int] | None = None) -> Taken:
-        """Take a vbd into service; where that cannot be done it is tried again."""
+        """Take a vbd into service; if that fails, it is tried again."""
         try:
             vbd = self._make(path, self._context, found, self._forget)
         except Exception as problem:
@@ -305,20 +305,20 @@ class Registry:
             self._mark(path)
 
     def _forget(self, vbd: Vbd) -> None:
-        """Take out a vbd that is over."""
+        """Remove a vbd that is over."""
         if self.vbds.remove(vbd):
             self._brake.forget(vbd.token)
             self._free(vbd.path, self._contained(vbd, vbd.give_up_scripts, default=[]))
             self._on_change()
 
     def _free(self, path: VbdPath, scripts: list[Reply]) -> None:
-        """Look at a place again where nobody is any more: a node of that name may have been made anew."""
+        """Look again at a place that has become free: a node of that name may have been made anew."""
         if scripts:
             self._scripts.setdefault(path, []).extend(scripts)
         self._mark(path)
 
     def _contained(self, vbd: Vbd, function: Callable[[], Any], default: Any = None) -> Any:
-        """Return what a function of one vbd returns; a bug in it is told, and is nothing to the others."""
+        """Return what a function of one vbd returns. A bug in it is reported, and `default` returned."""
         try:
             return function()
         except Exception as bug:
@@ -327,13 +327,13 @@ class Registry:
             return default
 
     def _bring_scripts(self) -> None:
-        """Let scripts wait for their vbds, once their places have been looked at."""
+        """Bring scripts to their vbds, once their places have been looked at."""
         for path in [each for each in self._scripts if each not in self._candidates]:
             for reply in self._scripts.pop(path):
                 self._bring(path, reply)
 
     def _bring(self, path: VbdPath, reply: Reply) -> None:
-        """Let a script wait for its vbd."""
+        """Bring a script to its vbd, which answers it, or answer why there is none."""
         vbd = self.vbds.get(path)
         if self._is_stopping:
             reply(Answer(Code.GONE, None, f"{path}: the service is stopping"))
@@ -350,18 +350,18 @@ class Registry:
             reply(Answer(Code.GONE, None, sentence))
 
     def _counters(self) -> dict[VbdPath, memoryview | None]:
-        """Return the counters of the disks that `xentop` looks for."""
+        """Return the counters of the disks that `xentop` shows."""
         shown = [vbd for path, vbd in self.vbds.items() if path.kind == KIND]
         return {vbd.path: self._contained(vbd, vbd.counters_page) for vbd in shown}
 
     def _kinds(self) -> list[str]:
-        """Return the kinds to look at: those that we serve, and those of disks that an earlier service had begun to."""
+        """Return the kinds to look at: those that we serve, and those of disks that an earlier service served."""
         return list(dict.fromkeys([*self._context.settings.kinds, *(path.kind for path in self._takeover.paths)]))
 
     def _kind_path(self, kind: str) -> str:
         return f"{domain_path(self.domid)}/backend/{kind}"
 
     def _make_status_root(self) -> None:
-        """Have the place for what we show of each vbd; it is ours alone, as is all below."""
+        """Make the directory for what we show of each vbd. Only we may use it and what is below it."""
         self._store.mkdir(status_root(self.domid))
         self._store.set_permissions(status_root(self.domid), private(self.domid))

@@ -2,14 +2,14 @@
 
 Must not know what a verb does.
 
-One request, one line: ``{"verb": "status"}``; one answer, one line, as `protocol.answers` has it. An order may take as
-long as it takes: a client that names the seconds for which it waits, ``{"verb": …, "wait": 10}``, is told after that
-time that its order is still under way, and which one it is. A client that goes away ends nothing.
+A request is one line, ``{"verb": "status"}``, and so is its answer, as `protocol.answers` has it. An order may take as
+long as it needs: a client that says how many seconds it waits, ``{"verb": …, "wait": 10}``, is told after that time
+that its order is still under way, and its number. A client that goes away ends nothing.
 
-Everything that a client can make this hold is bounded: clients, the length of a line, how deep its values lie in each
-other, the time that it may idle. Clients keep nobody out: where all places are taken, a new one gets the place of
-whoever has idled for longest; where everybody waits for an answer, one of a few places in which nobody waits for long.
-Readers have a few places of their own, and take nobody else's.
+What clients can take up is bounded: their number, the length of a line, the depth of nested values, the time that a
+client may idle. They cannot keep others out: if all places are taken, a new client gets the place of the one that has
+idled for longest; if all wait for answers, it gets one of a few spare places, in which no client waits for long.
+Readers have a few places of their own, and take no others.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from xenbackend.protocol.codec import is_storable
 from xenbackend.protocol.codes import Code
 from xenbackend.supervisor.service import access
 
-MAX_CLIENTS = 256  # a hotplug script of each disk that is just being attached
-SPARE = 16  # places beside those, for whoever looks what is the matter when all of them wait
+MAX_CLIENTS = 256  # enough for the hotplug script of each disk that is being attached
+SPARE = 16  # places beside those, for people who look for the cause when all clients wait
 SPARE_WAIT_S = 5.0  # for which a client there waits at most
 MAX_LINE = 64 * 1024  # bytes of a request
-MAX_DEPTH = 4  # of the values in it: the deepest that a verb takes is a list of texts
+MAX_DEPTH = 4  # of nested values in it: the deepest that a verb takes is a list of texts
 MAX_WAIT_S = 1e9
 IDLE_S = 30.0
 RETRY_S = 1.0  # after there was no descriptor for a client
@@ -49,7 +49,7 @@ _UCRED = Struct("iii")  # pid, uid, gid: unix(7), SO_PEERCRED
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """Who asks: the process that made the connection, and its program's name, empty once it has gone."""
+    """A client: the process that made the connection, and its program's name, empty once it has gone."""
 
     pid: int
     uid: int
@@ -62,9 +62,9 @@ class Peer:
 class Reply:
     """Takes the one answer to a request, at once or later.
 
-    order   the number of the order that it began
-    known   returns what is known until that has its answer
-    left    called where nobody waits for the answer any more
+    order   the number of the order that the request began
+    known   returns what is known before the order has its answer
+    left    called when the client waits for the answer no longer
     """
 
     def __init__(self, loop: Reactor, send: Callable[[Answer], None]) -> None:
@@ -96,11 +96,11 @@ class Reply:
 
 
 Handler = Callable[[dict[str, Any], Peer, Reply], None]
-Gate = Callable[[Callable[[], object]], object]  # calls what it gets, now or later
+Gate = Callable[[Callable[[], object]], object]  # calls a function, now or later
 
 
 class Server:
-    """Listens, reads requests, writes answers. `handler` gets each request, who asks, and what takes its answer."""
+    """Listens, reads requests, writes answers. `handler` gets each request with its peer and its reply."""
 
     def __init__(
         self,
@@ -111,12 +111,12 @@ class Server:
         group: int = access.NOBODY,
         gates: Mapping[str, Gate] | None = None,
     ) -> None:
-        """Listen at `path`; `inherited` is a descriptor that a former service listened on there.
+        """Listen at `path`; `inherited` is a descriptor on which a former service listened there, or -1.
 
-        Members of `group` may connect, too; `handler` sees to what they may ask. `gates` are of the verbs whose
+        Members of `group` may connect, too; `handler` decides what they may ask. `gates` has a gate for each verb whose
         requests may have to wait before they are handled.
 
-        Raises: ConfigError, where another service listens already or the socket cannot be made.
+        Raises: ConfigError, if another service listens already or the socket cannot be made.
         """
         self._path = Path(path)
         self._loop = loop
@@ -139,9 +139,9 @@ class Server:
         return self._socket.fileno()
 
     def close(self, *, leaves: bool = False) -> None:
-        """Send everybody away and stop listening; with `leaves` the next service listens on, and clients wait."""
+        """Drop all clients and stop listening; with `leaves` the next service listens on, and new clients wait."""
         for client in list(self._clients):
-            with suppress(OSError):  # the last answer is that of who ended us
+            with suppress(OSError):  # the last answer is for the client that ended us
                 client.write()
             self._drop(client)
         if self._listening.due is None:
@@ -156,7 +156,7 @@ class Server:
             near, _ = self._socket.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return
-        except OSError:  # no descriptor is to be had: whoever is there waits
+        except OSError:  # no descriptor is available: clients have to wait
             self._loop.remove(self._socket.fileno())
             self._listening.set(self._loop.now() + RETRY_S)
             return
@@ -173,9 +173,9 @@ class Server:
         return access.is_ours(peer.uid) or access.is_member(near, self._group)
 
     def _make_room(self, peer: Peer) -> bool:
-        """Send the client away that has idled for longest, if one has to go; False where there is no place.
+        """Drop the client that has idled for longest, if one has to go; return False if there is no place.
 
-        A reader takes the places of readers only: root always finds one.
+        A reader takes only readers' places, so root always finds one.
         """
         alike = self._alike(peer)
         most, spare = (MAX_CLIENTS, SPARE) if access.is_ours(peer.uid) else (access.MAX_READERS, 0)
@@ -188,14 +188,14 @@ class Server:
         return len(alike) < most + spare
 
     def _alike(self, peer: Peer) -> list[_Client]:
-        """Return the clients that may do what this one may."""
+        """Return the clients with the same rights as this one."""
         return [each for each in self._clients if access.is_ours(each.peer.uid) == access.is_ours(peer.uid)]
 
     def _listen_again(self) -> None:
         self._loop.add(self._socket.fileno(), self._accept)
 
     def _guarded(self, client: _Client, move: Callable[[], bool]) -> None:
-        """Read or write what is possible now, and do what follows."""
+        """Read or write what is possible now, then go on with the client, or drop it if it has gone."""
         if client not in self._clients:
             return  # it has gone meanwhile
         try:
@@ -240,7 +240,7 @@ class Server:
             self._set_deadline(client, wait_s)
 
     def _hand_over(self, request: dict[str, Any], client: _Client, reply: Reply) -> None:
-        """Have a request handled, unless its client has gone before its time had come, and was told nothing."""
+        """Have a request handled, unless its client went away, unanswered, while the request waited at its gate."""
         if client not in self._clients and client.reply is reply:
             return
         try:
@@ -251,7 +251,7 @@ class Server:
             self._loop.bug(bug)
 
     def _send(self, client: _Client, answer: Answer) -> None:
-        """Send an answer, as much as can be now, and go on with the client in the next pass: it may ask for more."""
+        """Have an answer sent in the loop's next pass; after that the client may send another request."""
         if client not in self._clients:
             return
         client.reply = None
@@ -260,13 +260,13 @@ class Server:
         self._loop.call_soon(partial(self._guarded, client, client.write))
 
     def _set_deadline(self, client: _Client, seconds: float | None) -> None:
-        """Give a client so many seconds: to say or to read something, or until it waits no longer; None: for ever."""
+        """Give a client so many seconds to send or read something, or to wait for its answer; None: no limit."""
         client.deadline = None if seconds is None else self._loop.now() + seconds
         if client.deadline is not None and (self._timer.due is None or client.deadline < self._timer.due):
             self._timer.set(client.deadline)
 
     def _look_at_the_clock(self) -> None:
-        """Send those away that have idled for too long, and tell those that have waited for long enough."""
+        """Drop the clients that have idled for too long, and tell those that have waited for long enough."""
         now = self._loop.now()
         for client in [each for each in self._clients if each.deadline is not None and now >= each.deadline]:
             if client.reply is not None:
@@ -293,12 +293,12 @@ class _Client:
         self.is_spare = is_spare  # in a place in which it may not wait for long
         self.deadline: float | None = None
         self.outgoing = b""
-        self.is_writing = False  # what the loop waits for
+        self.is_writing = False  # whether the loop waits until it can be written to
         self.reply: Reply | None = None  # to the request that is being handled
         self._incoming = bytearray()
 
     def read(self) -> bool:
-        """Take in what came; False when the client has gone or sends more than a line may hold."""
+        """Take in what came; return False if the client has gone or sends more than a line may hold."""
         data = self.socket.recv(MAX_LINE)
         self._incoming += data
         return bool(data) and len(self._incoming) <= MAX_LINE
@@ -323,7 +323,7 @@ def _now(function: Callable[[], object]) -> None:
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """Return a request, None for what is none."""
+    """Return the request in a line, None if there is no valid one."""
     try:
         request = json.loads(line, parse_constant=_refuse)
     except (ValueError, RecursionError):
@@ -336,7 +336,7 @@ def _refuse(name: str) -> None:
 
 
 def _is_plain(value: Any, depth: int) -> bool:
-    """Return whether a value is not too deep, and all that is in it can be stored wherever it may go."""
+    """Return whether a value is not nested too deeply, and everything in it can be stored wherever it may go."""
     if isinstance(value, dict | list):
         inner = [*value, *value.values()] if isinstance(value, dict) else value
         return depth > 0 and all(_is_plain(each, depth - 1) for each in inner)
@@ -348,7 +348,7 @@ def _is_wait(value: Any) -> bool:
 
 
 def check_place(path: str, inherited: int = -1) -> None:
-    """See that a service can listen at `path`, where a former one may have left a socket that does.
+    """Check that a service can listen at `path`; `inherited` is a former one's socket that may listen there.
 
     Raises: ConfigError.
     """
@@ -361,8 +361,8 @@ def check_place(path: str, inherited: int = -1) -> None:
 
 
 def check_free(path: str) -> None:
-    """Make our own directory where it is missing, and raise ConfigError when there is anything but an unused socket."""
-    if Path(path).parent == OWN_DIRECTORY:  # systemd makes it for the unit; whoever starts us by hand need not
+    """Make our own directory if it is missing. Raise ConfigError if `path` is anything but free or an unused socket."""
+    if Path(path).parent == OWN_DIRECTORY:  # systemd makes it for the unit; people who start us by hand need not
         with suppress(OSError):
             OWN_DIRECTORY.mkdir(mode=0o700, exist_ok=True)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
@@ -378,7 +378,7 @@ def check_free(path: str) -> None:
 
 
 def _take_over(path: Path, inherited: int) -> socket.socket | None:
-    """Return the inherited socket if it can still be reached at `path`: whoever has connected meanwhile is served."""
+    """Return the inherited socket if it can still be reached at `path`; clients that have connected are then served."""
     if inherited < 0:
         return None
     near = socket.socket(fileno=inherited)

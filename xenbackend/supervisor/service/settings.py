@@ -22,7 +22,7 @@ from xenbackend.settings_file import PATH, SCRATCH
 from xenbackend.walls.raising import MODES
 
 _SERVE = ("ours", "all")
-_POLL_US_MAX = 1000  # from there on to look is dearer than to sleep and be woken
+_POLL_US_MAX = 1000  # beyond this, looking costs more than sleeping and being woken
 _TYPES = {"str": (str, "text in quotes"), "int": (int, "a whole number"), "list[str]": (list, "a list of texts")}
 _LIMIT_RANGES = {"max_queues": (1, MAX_QUEUES), "max_ring_order": (0, 4), "max_segments": (11, MAX_SEGMENTS)}
 
@@ -34,16 +34,16 @@ class Settings:
     store: str = ""  # xenstore's socket or device; empty: found as xenstore's own tools do
     host: str = "xenbackend.kernel.xen"  # for `kernel.ports.open_host`
     socket: str = DEFAULT_SOCKET
-    group: str = ""  # of users who may ask what changes nothing, such as `xenbackend status`; empty: root alone may
+    group: str = ""  # its members may ask what changes nothing, such as `xenbackend status`; empty: root alone may
     serve: str = "ours"  # "ours": vbds whose script is named in `scripts`; "all": every vbd
     scripts: list[str] = field(default_factory=lambda: ["block-xenbackend", "tap2"])  # base names
     kinds: list[str] = field(default_factory=lambda: ["vbd", "vbd3"])
-    poll_us: int = 60  # how long a worker looks for the next request before it sleeps; 0 is never
+    poll_us: int = 60  # how long a worker looks for the next request before it sleeps; 0: not at all
     on_error: str = DEFAULT  # what becomes of requests that the disk cannot do, see `xenbackend policy`
-    walls: str = "on"  # what a worker gives up before it serves; "off", "require": without all of it nothing is served
+    walls: str = "on"  # whether workers raise walls: "on", "off"; "require": no disk is served if one is missing
     log: str = "console"
     log_level: str = "info"
-    parents: list[str] = field(default_factory=list)  # directories below which parents may be, whatever names them
+    parents: list[str] = field(default_factory=list)  # directories below which any image's parents may be
     scratch: str = SCRATCH  # directory for the unnamed files of cow:
     limits: Limits = field(default_factory=Limits)  # a table of its own: [limits]
 
@@ -84,9 +84,9 @@ def make(values: dict[str, Any], where: str, lines: Mapping[str, int] | None = N
     """Return settings from plain values by name. Raises: SettingsError.
 
     Args:
-        values: which lose the table of limits.
-        where: they stand, for people.
-        lines: of the settings in a file.
+        values: by setting; the table of limits is taken out of it.
+        where: where the values come from, for people.
+        lines: the line of each setting that is in a file.
     """
     limits = values.pop("limits", {})
     if not isinstance(limits, dict):
@@ -105,7 +105,7 @@ def make(values: dict[str, Any], where: str, lines: Mapping[str, int] | None = N
 
 
 def _told(mistakes: Sequence[_Mistake], where: str, lines: Mapping[str, int]) -> list[str]:
-    """Return the sentences in the order of the file; what the command line has given comes last."""
+    """Return the sentences in the order of the file; those about the command line come last."""
     placed = sorted(mistakes, key=lambda each: lines.get(each.name, sys.maxsize))
     return [f"{where}{f':{lines[each.name]}' if each.name in lines else ''}: {each.sentence}" for each in placed]
 

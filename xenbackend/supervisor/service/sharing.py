@@ -1,7 +1,7 @@
-"""Limits that several disks share: looks at what each uses, and tells each its share, once a second.
+"""Divides limits that several disks share: looks once a second at what each uses, and tells each its share.
 
-Must not believe a worker: what it counts is in its own page, and gets it no more than its fair part (`block.shares`).
-One that does not reply is asked no more until it does, and the others get what they are to have all the same.
+Must not trust a worker: it counts in a page of its own, which gets it no more than its fair part (`block.shares`). One
+that does not reply is told nothing more until it does, and the others get their shares all the same.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from xenbackend.supervisor.vbd.vbd import Vbd
 from xenbackend.supervisor.xenstore.paths import VbdPath
 
 TICK_S = 1.0
-_SAME = 0.01  # shares that differ by less of themselves are the same
+_SAME = 0.01  # relative difference below which two shares are the same
 
 Key = tuple[VbdPath, int]  # a disk, and the place of a layer in its chain
 
 
 @dataclass
 class _Member:
-    """A layer of a disk: its share, what it had counted when it was looked at last, and whether it owes a reply."""
+    """A layer of a disk: its share, what it had counted at the last look, and whether it owes a reply."""
 
     vbd: Vbd
     share: float = shares.FIRST
@@ -37,15 +37,15 @@ class _Member:
     is_asked: bool = False
 
     def wish(self, counted: Mapping[str, int], members: int) -> float:
-        """Return what it could use of the limit, by what it says that it counted since the last look."""
+        """Return how much of the limit it could use, judging by what it has counted since the last look."""
         held, spent_ms = counted.get("held", 0), counted.get("spent_ms", 0)
         is_held = held > self.held or counted.get("waiting", 0) > 0
-        used = max(0, spent_ms - self.spent_ms) / (1000 * TICK_S)  # a successor counts from 0 on
+        used = max(0, spent_ms - self.spent_ms) / (1000 * TICK_S)  # a successor may count from 0
         self.held, self.spent_ms = held, spent_ms
         return shares.wanted(used, is_held=is_held, members=members)
 
     def tell(self, layer: int, counted: Mapping[str, int]) -> None:
-        """Tell it its share, unless it goes by that already."""
+        """Tell it its share, unless it has that already."""
         if self.is_asked or abs(counted.get("share_ppm", 0) / 1e6 - self.share) < _SAME * self.share:
             return
         self.is_asked = True
@@ -56,7 +56,7 @@ class _Member:
 
 
 class Sharing:
-    """All groups of one service."""
+    """All groups of disks of one service that share a limit."""
 
     def __init__(self, loop: Reactor, vbds: Mapping[VbdPath, Vbd]) -> None:
         self._loop = loop
@@ -65,7 +65,7 @@ class Sharing:
         self._timer = loop.timer(self.look)
 
     def look(self) -> None:
-        """Hand out the shares of all groups, and do so again and again."""
+        """Hand out the shares of all groups, now and every TICK_S."""
         self._timer.set(self._loop.now() + TICK_S)
         found: dict[str, dict[Key, dict[str, int]]] = {}
         for path, vbd in self._vbds.items():
@@ -94,7 +94,7 @@ def _hand_out(members: Mapping[Key, _Member], counted: Mapping[Key, Mapping[str,
 
 @lru_cache(maxsize=1024)
 def _groups_of(chain: str) -> tuple[tuple[int, str], ...]:
-    """Return places and groups of the layers of a chain that share their limits."""
+    """Return place and group of each layer of a chain that shares its limits."""
     try:
         layers = parse_chain(chain).layers
     except ConfigError:

@@ -33,8 +33,8 @@ def describe(
 ) -> dict[str, Any]:
     """Return what is known of one disk.
 
-    `guest` is the name of its frontend's domain, `meanings` what names mean now, as far as it was looked up, `braked_s`
-    the pause between two looks at a guest that writes to xenstore without end.
+    `guest` is the name of its frontend's domain. `meanings` are what names mean now, as far as they were looked up.
+    `braked_s` is the pause between two looks at a guest that writes to xenstore without end.
     """
     path, device, notes = vbd.path, vbd.device, vbd.handover.notes
     page = memoryview(bytes(vbd.handover.page[: counters.SIZE]))  # also of a worker that has ended
@@ -80,14 +80,14 @@ def describe(
 
 
 def describe_layers(layers: Sequence[messages.LayerFacts], page: memoryview) -> list[dict[str, Any]]:
-    """Return what is known of each layer of a chain; what they count is in the page of counters."""
+    """Return what is known of each layer of a chain, with its figures from the page of counters."""
     counted = counters.figures(page, [each.figures for each in layers])
     described = zip(map(asdict, layers), counted, strict=True)
     return [{"layer": values.pop("text"), **values, "figures": figures} for values, figures in described]
 
 
 def describe_file(name: str, identity: str, meaning: Meaning | None) -> dict[str, Any]:
-    """Return what is known of one file of a disk: whether its name still means it."""
+    """Return what is known of one file of a disk: whether its name still leads to it."""
     now, sentence = "", ""
     if meaning is not None and meaning.identity:
         differs = difference(from_text(identity), from_text(meaning.identity))
@@ -99,7 +99,7 @@ def describe_file(name: str, identity: str, meaning: Meaning | None) -> dict[str
 
 
 def describe_briefly(vbd: Vbd) -> dict[str, str]:
-    """Return what stands in xenstore about one disk, for people and scripts in dom0."""
+    """Return what is shown in xenstore about one disk, for people and scripts in dom0."""
     return {
         "chain": vbd.chain_in_service(),
         "worker": str(vbd.worker.pid) if vbd.worker and vbd.worker.is_there else "",
@@ -111,13 +111,13 @@ def describe_briefly(vbd: Vbd) -> dict[str, str]:
 
 
 def describe_service(store: Store, host: str) -> dict[str, Any]:
-    """Return what is known of this process, for the answer to `ping`; `host` is where grants come from."""
+    """Return what is known of this process, for the answer to `ping`; `host` is the module that grants come from."""
     own = {"pid": os.getpid(), "version": __version__, "since": started_at(os.getpid()), "host": host}
     return own | {"store": store.address, "store_error": "" if store.is_connected else store.why_lost}
 
 
 def started_at(pid: int) -> float | None:
-    """Return when a process was started, None where it has gone. Source: proc_pid_stat(5), field 22."""
+    """Return when a process was started, None if it has gone. Source: proc_pid_stat(5), field 22."""
     try:
         ticks = int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19])
     except (OSError, ValueError, IndexError):

@@ -1,9 +1,9 @@
 """The connection to xenstore in the loop: says when to look, and connects anew when it is lost.
 
-Must not read a node. Disks are served on while there is no xenstore.
+Must not read a node. Disks are served even while there is no xenstore.
 
-Events also arrive while somebody asks xenstore for something else, and whoever asks may be the first to find out that
-it is gone: so both are looked at before the loop sleeps, which costs a glance.
+Events also arrive while another part of the service reads from xenstore, and that part may be the first to find out
+that the connection is lost. So both are checked before the loop sleeps, which costs very little.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class StoreLink:
 
     Args:
         store: the connection.
-        loop: whose time it is.
+        loop: the loop that calls it.
         follow: looks at what has changed; called only while there is a connection. Raises: StoreError.
-        has_work: whether there is something to follow beside events.
+        has_work: returns whether there is anything to follow besides events.
         on_back: called when the connection is there again; nothing that was read before can be relied on.
     """
 
@@ -50,7 +50,7 @@ class StoreLink:
         loop.before_sleep(self._catch_up)
 
     def close(self) -> None:
-        """Look no more; the connection stays."""
+        """Stop looking; the connection stays."""
         self._timer.set(None)
         self._loop.remove_hook(self._catch_up)
         self._loop.remove(self._store.fileno())
@@ -80,7 +80,7 @@ class StoreLink:
         if self._store.is_connected:
             self._store.disconnect()  # nothing that was read before can be relied on: begin anew
         elif self._store.why_lost:
-            reason = self._store.why_lost  # whoever asked first was told; that may have been a vbd
+            reason = self._store.why_lost  # its first user was told why, which may have been a vbd
         if self._back_off_s == _BACK_OFF_S[0]:
             self._log.error("xenstore is gone; disks are served on", reason=reason)
         self._timer.set(self._loop.now() + self._back_off_s)

@@ -2,9 +2,10 @@
 
 Must not look into what was left.
 
-A worker of a former version is ended first, and its place stays occupied for as long as that takes. Where the host is
-short of something it is tried again, and everything stays as it is meanwhile: a worker that runs serves on. Where what
-was left leads to a fault of ours the worker is killed, nothing of it is used, and the place is looked at as a new one.
+A worker of a former version is ended first, and its place stays occupied for as long as that takes. If the host is
+short of something, the takeover is tried again, and everything stays as it is meanwhile: a running worker goes on
+serving. If what was left leads to a bug of ours, the worker is killed, nothing of it is used, and the place is looked
+at as a new one.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Taken(Enum):
 
     DONE = auto()
     LATER = auto()  # the host is short of something
-    NEVER = auto()  # it leads to a fault of ours
+    NEVER = auto()  # it leads to a bug of ours
 
 
 Take = Callable[[VbdPath, Mapping[What, int]], Taken]
@@ -43,8 +44,8 @@ Take = Callable[[VbdPath, Mapping[What, int]], Taken]
 class _Occupant:
     """What occupies a place: a worker that is about to end, by its pidfd; or what was left, until the next try.
 
-    then      what comes then
-    scripts   that wait for it
+    then      called once the worker has ended, or for the next try
+    scripts   that wait for the place
     """
 
     then: Callable[[], None]
@@ -54,19 +55,19 @@ class _Occupant:
 
 
 class Takeover:
-    """All of it; `paths` are those of vbds that there were."""
+    """All that an earlier service has left; `paths` are those of its vbds."""
 
     def __init__(self, context: Context, domid: int, take: Take, free: Callable[[VbdPath, list[Reply]], None]) -> None:
-        """`take` makes a vbd that goes on with these descriptors, if it can; else they are closed.
+        """`take` makes a vbd that goes on with these descriptors, if it can; else it closes them.
 
-        `free` hears of a place that may be looked at, with the scripts that have waited for it.
+        `free` gets a place that may be looked at again, with the scripts that have waited for it.
         """
         self._keeper = context.keeper
         self._loop = context.loop
         self._take = take
         self._free = free
         self._found = sort_inherited(context.keeper, domid)
-        for path in context.last_chains.paths():  # of which nobody has kept anything
+        for path in context.last_chains.paths():  # vbds of which the keeper has nothing
             if path.backend_domid == domid:
                 self._found.setdefault(path, {})
         self._occupants: dict[VbdPath, _Occupant] = {}
@@ -74,7 +75,7 @@ class Takeover:
         self.paths = list(self._found)
 
     def start(self) -> None:
-        """Go on with all of it, also with what is of vbds whose node has gone meanwhile: they are closed."""
+        """Take over everything, also from vbds whose node has gone meanwhile, which are then closed."""
         if self.paths:
             self._log.info("taking over from an earlier service", vbds=len(self.paths))
         for path in self.paths:
@@ -86,11 +87,11 @@ class Takeover:
 
     @property
     def is_over(self) -> bool:
-        """True once nothing is left that nobody goes on with."""
+        """True once everything has been taken over or dropped."""
         return not self._found
 
     def occupies(self, path: VbdPath) -> bool:
-        """Return whether a former worker is still in a place."""
+        """Return whether a place is still occupied by what was left."""
         return path in self._occupants
 
     def wait(self, path: VbdPath, script: Reply) -> None:
@@ -98,7 +99,7 @@ class Takeover:
         self._occupants[path].scripts.append(script)
 
     def close(self) -> list[Reply]:
-        """Leave what is left to the next service, and return the scripts that wait."""
+        """Leave what has not been taken over to the next service, and return the scripts that wait."""
         waiting = [script for each in self._occupants.values() for script in each.scripts]
         for path in list(self._occupants):
             self._vacate(path)
@@ -109,7 +110,7 @@ class Takeover:
         return waiting
 
     def _take_over(self, path: VbdPath) -> None:
-        """Have a vbd go on with copies of the descriptors: if it cannot now, all of them are still there."""
+        """Have a vbd go on with copies of the descriptors, so that all of them are still there if it cannot now."""
         found = self._found[path]
         try:
             copies = _copies(found)
@@ -128,7 +129,7 @@ class Takeover:
             self._let_go(path)
 
     def _end_worker(self, path: VbdPath) -> None:
-        """Have forgotten what cannot be used, kill the worker, and let go of all of it once that has ended."""
+        """Have the keeper forget what cannot be used, kill the worker, and close everything once it has ended."""
         found = self._found[path]
         for what in found:
             with suppress(KernelError):

@@ -1,6 +1,6 @@
-"""How many work at once: the others wait for their turn, first come, first served.
+"""Limits how many turns are under way at once: the others wait, first come, first served.
 
-Must not know what is done in a turn, nor wait for its end: whoever takes longer keeps nobody from beginning.
+Must not know what is done in a turn, nor wait for its end: one that takes longer keeps no other one from beginning.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from xenbackend.loop.reactor import Reactor
 
 @dataclass(eq=False, slots=True)
 class Turn:
-    """One turn, from when it was wanted; `due` is when it counts no longer, by the loop's clock."""
+    """One turn, from when it was wanted; `due` is when it no longer counts, by the loop's clock."""
 
     begin: Callable[[], None]
     due: float = 0.0
 
 
 class Turns:
-    """All that are under way or wanted; `begin` of each is called once, from the loop or within `want`.
+    """All turns that are under way or wanted; `begin` of each is called once, from the loop or within `want`.
 
-    most        that count at once
-    turn_s      for how long one counts
-    on_crowd    gets 1 when somebody has to wait, and 0 when nobody has to any more
+    most        how many count at once
+    turn_s      for how long a turn counts
+    on_crowd    gets 1 when a turn has to wait, and 0 when none has to any more
     """
 
     def __init__(self, loop: Reactor, most: int, turn_s: float, on_crowd: Callable[[int], None]) -> None:
@@ -40,11 +40,11 @@ class Turns:
 
     @property
     def is_free(self) -> bool:
-        """Return whether whoever wants a turn has it at once."""
+        """Return whether a turn that is wanted now begins at once."""
         return not self._waiting and len(self._begun) < self.most
 
     def want(self, begin: Callable[[], None]) -> Turn:
-        """Call `begin` now, where it is free, else when others have ended. Raises: what `begin` raises now."""
+        """Call `begin` now, if a turn is free, else when others have ended. Raises: what `begin` raises now."""
         turn = Turn(begin)
         if not self.is_free:
             self._waiting.append(turn)
@@ -66,7 +66,7 @@ class Turns:
             self._timer.set(turn.due)
 
     def end(self, turn: Turn) -> None:
-        """Let the next one have its turn; nothing where it has ended, and one that has not begun never does."""
+        """End a turn, so that the next one begins. One that has not begun never does."""
         with suppress(ValueError):
             self._begun.remove(turn)
         with suppress(ValueError):
@@ -81,7 +81,7 @@ class Turns:
         self._go_on()
 
     def _go_on(self) -> None:
-        """Have the next ones begin: from the loop, as whoever has ended is not done yet."""
+        """Have the next ones begin, from the loop: the caller, whose turn has ended, may not be done yet."""
         if self._waiting and len(self._begun) < self.most and not self._is_called:
             self._is_called = True
             self._loop.call_soon(self._begin_next)
@@ -94,7 +94,7 @@ class Turns:
             self._count(turn)
             try:
                 turn.begin()
-            except Exception as bug:  # over this one; the next one is another matter
+            except Exception as bug:  # this turn alone fails; the next one begins
                 self._loop.bug(bug)
                 self.end(turn)
 

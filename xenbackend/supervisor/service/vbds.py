@@ -1,6 +1,6 @@
-"""The vbds in service, by all that they are asked for by.
+"""The vbds in service, found by path, token, domain or name.
 
-Must not call a vbd. What is looked up costs the same however many there are.
+Must not call a vbd. A lookup costs the same however many there are.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ class Vbds(Mapping[VbdPath, Vbd]):
         return len(self._by_path)
 
     def add(self, vbd: Vbd) -> None:
-        """Add one. Raises: ValueError where there is one of that path."""
+        """Add a vbd. Raises: ValueError, if there is one with that path."""
         if vbd.path in self._by_path:
             raise ValueError(f"{vbd.path} is served already")
         self._by_path[vbd.path] = self._by_token[vbd.token] = vbd
         self._by_domain.setdefault(vbd.path.frontend_domid, {})[vbd.path] = vbd
 
     def remove(self, vbd: Vbd) -> bool:
-        """Take one out, and return whether it was there."""
+        """Remove a vbd, and return whether it was there."""
         path = vbd.path
         if self._by_path.get(path) is not vbd:
             return False
@@ -52,17 +52,17 @@ class Vbds(Mapping[VbdPath, Vbd]):
         return True
 
     def of_token(self, token: str) -> Vbd | None:
-        """Return the one that has this token at its watch."""
+        """Return the vbd whose watch has this token."""
         return self._by_token.get(token)
 
     def of_domain(self, domid: int) -> list[Vbd]:
-        """Return those that a domain has."""
+        """Return the vbds whose frontend is in a domain."""
         return list(self._by_domain.get(domid, {}).values())
 
     def find(self, text: str, name_of: Callable[[int], str | None]) -> Vbd:
         """Return the vbd that a text such as ``5/xvda`` or ``guest/xvda`` names.
 
-        `name_of` returns the name of a domain's guest, and is asked only for a text that has one. Raises: ConfigError.
+        `name_of` returns the name of a domain's guest; it is called only if the text has a name. Raises: ConfigError.
         """
         wanted = parse_disk(text)
         if wanted.domid is not None:
@@ -78,7 +78,7 @@ class Vbds(Mapping[VbdPath, Vbd]):
         raise ConfigError(f"there is no disk {text[:80]!r} in service; {self._what_there_is()}")
 
     def refuse_to_lose(self) -> None:
-        """Refuse to let go of all of them where that loses what guests have written. Raises: ConfigError."""
+        """Raise ConfigError if the end of the service would lose what guests have written."""
         losing = [path.disk for path, vbd in sorted(self.items()) if vbd.handover.files.has_unnamed()]
         if losing:
             raise ConfigError(
@@ -93,5 +93,5 @@ class Vbds(Mapping[VbdPath, Vbd]):
 
 
 def _listed(names: list[str]) -> str:
-    """Return the first ones for a sentence, and how many more there are."""
+    """Return the first names for a sentence, and how many more there are."""
     return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} others" if len(names) > _NAMED else "")

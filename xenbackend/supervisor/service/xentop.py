@@ -1,13 +1,13 @@
 """What `xentop` shows of our disks: a record per vbd in shared memory, as tapdisk3 has it.
 
-Must not ask a worker, nor be needed by anything: where a record cannot be kept, disks are served all the same.
+Must not ask a worker, nor be needed by anything: if a record cannot be kept, disks are served all the same.
 
 libxenstat of Xen 4.19 and later goes through the devices of the kernel's xen-backend bus. For each ``vbd3-D-N`` it
 takes a number from ``kthread-pid`` in the backend's directory and reads the record ``/dev/shm/td3-<number>/vbd-D-N``.
-Earlier ones know only what xen-blkback has in sysfs and what QEMU says: there nothing shows a disk of ours.
+Earlier versions know only what xen-blkback has in sysfs and what QEMU says, and do not show our disks.
 
-The records lie in a directory of our own, to which ``td3-<pid>`` is a link: whose it is shows where it leads, so that
-what a killed service left is found and removed, and nothing of tapdisk's ever is.
+The records are in a directory of our own, to which ``td3-<pid>`` is a link. Where a link leads shows whose it is, so
+what a killed service left can be found and removed, and nothing of tapdisk's ever is.
 
 Source: Xen tools/libs/stat/xenstat_linux.c, `xenstat_collect_vbds`, and struct vbd3_stats in xenstat_priv.h.
 """
@@ -28,7 +28,7 @@ from xenbackend.loop.reactor import Reactor
 from xenbackend.supervisor.xenstore.paths import VbdPath
 from xenbackend.units import SECTOR
 
-KIND = "vbd3"  # of the vbds that are looked for
+KIND = "vbd3"  # of the vbds that libxenstat looks for
 PERIOD_S = 1.0  # between two looks at the counters; workers write theirs as often
 DIRECTORY = Path("/run/xenbackend/xentop")
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where libxenstat looks
@@ -39,7 +39,7 @@ _VERSION = 1
 def pack_record(page: memoryview) -> bytes:
     """Return the record for a vbd with these counters, `counters.SIZE` bytes.
 
-    Version, padding, out of requests; submitted, completed, sectors of 512 bytes and ticks, of reads and of writes;
+    Fields: version, padding, out of requests; submitted, completed, 512-byte sectors, ticks, of reads and of writes;
     errors, flags. What we do not measure is 0; requests in flight show once they are answered.
     """
     now = counters.snapshot(page)
@@ -55,14 +55,14 @@ class Xentop:
     def __init__(
         self, directory: Path = DIRECTORY, shared_memory: Path = SHARED_MEMORY, pid: int | None = None
     ) -> None:
-        """Keep the records in `directory`, which is nobody else's; it is made with the first record."""
+        """Keep the records in `directory`, which only we use; it is made with the first record."""
         self._directory = directory
         self._shared_memory = shared_memory
         self._link = shared_memory / f"td3-{os.getpid() if pid is None else pid}"
-        self._records: dict[VbdPath, tuple[int, bytes]] = {}  # descriptor, and what stands there
+        self._records: dict[VbdPath, tuple[int, bytes]] = {}  # descriptor, and the record as last written
 
     def clear(self) -> None:
-        """Remove everything, also what an earlier service left."""
+        """Remove everything, including what an earlier service left."""
         self.keep_only(())
         for link in self._shared_memory.glob("td3-*"):
             if _leads_to(link, self._directory):
@@ -75,7 +75,7 @@ class Xentop:
             self._directory.rmdir()
 
     def show(self, path: VbdPath, page: memoryview) -> None:
-        """Let the record of a vbd say what its counters say. Raises: KernelError."""
+        """Bring the record of a vbd up to date with its counters. Raises: KernelError."""
         if path.kind != KIND:
             return
         record = pack_record(page)
@@ -111,12 +111,12 @@ class Xentop:
 
 
 class XentopUpdates:
-    """Lets `xentop` see the counters now and then, from `begin` on until there is none to be seen."""
+    """Updates the records every PERIOD_S, from `begin` on until there is no disk to show."""
 
     def __init__(
         self, loop: Reactor, xentop: Xentop | None, pages: Callable[[], Mapping[VbdPath, memoryview | None]]
     ) -> None:
-        """`pages` returns the counters of all disks of that kind, None of one that has none yet."""
+        """`pages` returns the counters of all disks of that kind, None for one that has none now."""
         self._loop = loop
         self._xentop = xentop
         self._pages = pages
@@ -127,12 +127,12 @@ class XentopUpdates:
             xentop.clear()
 
     def begin(self) -> None:
-        """There is a disk more to be seen."""
+        """Update the records from now on, because there is one more disk to show."""
         if self._xentop is not None and self._timer.due is None:
             self._timer.set(self._loop.now())
 
     def close(self) -> None:
-        """Show nothing any more."""
+        """Stop updating, and remove all records."""
         self._timer.set(None)
         if self._xentop is not None:
             self._xentop.clear()

@@ -1,12 +1,12 @@
-"""The process that workers are forked from, as the service holds it: asked for processes, it tells when they are there.
+"""The service's side of the zygote, from which workers are forked: asks for processes, and says when they are there.
 
-Must not be waited for, nor be needed: `births` has whoever is asked for started by exec where it fails or is late.
+Must not be waited for, nor be needed: if it fails or is late, `births` has the processes started by exec.
 
-A worker that the zygote forked becomes our child, because orphans come to us meanwhile: how it ended is ours to hear,
-as with one that we started. Other orphans, a driver's helpers, do not. See `worker.zygote` for what is said.
+A worker that the zygote forks becomes our child, because we adopt orphans meanwhile; so we learn how it ended, as of
+one that we started. Other orphans, such as a driver's helpers, are not adopted. See `worker.zygote` for the messages.
 
-A process that was forked waits for its socket, and is given it when we hold its pidfd. One that nobody wants any more
-when it comes gets none, and ends: it has heard nothing.
+A forked process waits for its socket, and gets it once we hold its pidfd. One that is not wanted any more when it comes
+gets none, and ends: it has heard nothing.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from xenbackend.supervisor.service import process
 from xenbackend.supervisor.service.process import Process
 
 COMMAND = (sys.executable, "-m", "xenbackend.worker.zygote")
-_MOST = 16  # descriptors beside what it says; it is ours, and sends as many as it was asked for
-_CLOSING_S = 1.0  # for what nobody wanted to end
+_MOST = 16  # descriptors beside a message; it is our program, and sends as many as it was asked for
+_CLOSING_S = 1.0  # for each process that nobody wanted to end
 
 
 class Zygote:
-    """One such process, from its start on.
+    """One zygote, from its start on.
 
     is_ready   whether it waits to be asked
-    is_over    whether it is good for nothing any more; then it is killed
-    asked      the processes that it is asked for now, in their order; empty where it is asked for none
+    is_over    whether it has failed or was closed; then it is killed
+    asked      the processes that it is asked for now, in their order; empty if there are none
     """
 
     def __init__(self, loop: Reactor, command: Sequence[str], on_change: Callable[[], object]) -> None:
         """Start it; `on_change` is called when one of its attributes has changed by itself. Raises: KernelError.
 
-        It comes first for good: all it ever does is what a disk waits for.
+        It is boosted for good, because a disk waits for all that it ever does.
         """
         self._process = process.start(command)
         boost(self.pid)
@@ -50,9 +50,9 @@ class Zygote:
         self._on_change = on_change
         self.is_ready = self.is_over = False
         self.asked: Sequence[Process] = ()
-        self._cords: list[socket.socket] = []  # to those that it is asked for
-        self._born: list[int] = []  # their pidfds, once it has named them
-        self._late: set[int] = set()  # pidfds of those that nobody wanted any more, until they have ended
+        self._cords: list[socket.socket] = []  # to the processes that it is asked for
+        self._born: list[int] = []  # their pidfds, once it has sent them
+        self._late: set[int] = set()  # pidfds of processes that nobody wanted any more, until they have ended
         loop.add(self._process.socket.fileno(), self._receive)
 
     @property
@@ -61,9 +61,9 @@ class Zygote:
         return self._process.pid
 
     def ask(self, kinds: str, drivers: Sequence[str], processes: Sequence[Process]) -> None:
-        """Ask for processes, for each letter of `kinds` one, as `worker.zygote` knows them; it must be ready.
+        """Ask for one process for each letter of `kinds`, as `worker.zygote` knows them; it must be ready.
 
-        A worker imports these drivers of third parties first. What nobody waits for any more when it comes is let go.
+        A worker first imports these drivers of third parties. A process that is not wanted any more when it comes ends.
         """
         far: list[socket.socket] = []
         try:
@@ -83,14 +83,14 @@ class Zygote:
                 each.close()
 
     def forget(self) -> None:
-        """Let nobody wait for what it is asked for now: others will be there instead.
+        """Stop waiting for the processes that it is asked for now: others are started instead.
 
         It is not ready before it has answered.
         """
         self.asked = ()
 
     def close(self) -> None:
-        """Send it away. What it has forked goes on."""
+        """End it. What it has forked goes on."""
         self._process.kill()
         if not self.is_over:
             self._loop.remove(self._process.socket.fileno())
@@ -123,7 +123,7 @@ class Zygote:
         self._on_change()
 
     def _deliver(self) -> None:
-        """Give each process that is wanted still its socket, and let go of the others."""
+        """Give each process that is still wanted its socket. The others end without one."""
         pidfds, self._born = self._born, []
         cords, self._cords = self._cords, []
         asked: Sequence[Process | None] = self.asked or [None] * len(pidfds)
@@ -139,7 +139,7 @@ class Zygote:
                     self._loop.add(pidfd, partial(self._reap, pidfd))
 
     def _has_answered(self) -> None:
-        """Let go of what was to come: it finds that its cord is cut, and ends."""
+        """Stop waiting for what it was asked for. Each process finds its cord cut, and ends."""
         for cord in self._cords:
             cord.close()
         self._cords = []
@@ -151,7 +151,7 @@ class Zygote:
             adopt_orphans(does=False)
 
     def _fail(self) -> None:
-        """Let nobody ask it once more; who is asked for stays in `asked`, and has nothing to hope for."""
+        """Kill it, and accept no more requests. It will not start the processes that are still in `asked`."""
         self.is_ready, self.is_over = False, True
         self._loop.remove(self._process.socket.fileno())
         self._has_answered()
@@ -159,7 +159,7 @@ class Zygote:
 
     def _reap(self, pidfd: int) -> None:
         """Collect a process that nobody wanted."""
-        with suppress(ChildProcessError):  # it is not ours
+        with suppress(ChildProcessError):  # it is not our child
             os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
         self._let_go(pidfd)
 
@@ -170,5 +170,5 @@ class Zygote:
 
 
 def _give(cord: socket.socket, far: socket.socket) -> None:
-    with suppress(OSError):  # it has died already, of which its pidfd tells
+    with suppress(OSError):  # it has died already, as its pidfd shows
         datagrams.send(cord, b"socket", [far.fileno()], socket.MSG_DONTWAIT)
