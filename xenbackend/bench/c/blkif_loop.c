@@ -1,8 +1,8 @@
 /*
  * The inner part of the load generator: xenbackend/bench/blkif.py's `reap`, `renew` and `run`, in C.
  *
- * A client in Python takes as long for a request as a good backend, and would be what is measured. Everything that is
- * done once for each workload stays in Python (bench/blkif_native.py), which owns all memory that is named here.
+ * A client in Python takes as long for a request as a good backend does, so the client would be what is measured. What
+ * is done once for each workload stays in Python (bench/blkif_native.py), which owns all memory that is named here.
  */
 #define _GNU_SOURCE
 #include "blkif.h"
@@ -19,7 +19,7 @@ enum status {
     INTERRUPTED = 1, /* by a signal, which Python has to see; call again */
     STALLED = 2,
     TOO_MANY = 3,     /* more responses than requests: `found` of them */
-    FAILED = 4,       /* a response with an error, another operation or an id that nobody has */
+    FAILED = 4,       /* a response with an error, another operation or an unknown id */
     WRONG_DATA = 5,   /* a read of `wanted` brought the stamp `found` */
     CANNOT_NOTIFY = 6,
 };
@@ -40,7 +40,7 @@ struct loop {
     uint64_t latency_count;
     uint64_t requests; /* answered so far */
     uint64_t waited_ns;
-    uint64_t poll_ns; /* how long to look before sleeping */
+    uint64_t poll_ns; /* how long to look for responses before sleeping */
     uint64_t now;     /* when the last batch of answers was seen */
     uint64_t issued_at;
     uint64_t wanted; /* of the sentence about what went wrong */
@@ -137,7 +137,7 @@ static enum status wait_for_answers(struct loop *loop)
     return status;
 }
 
-/* Take every response there is, and wait first when there is none. `numbers` has room for RING_SIZE. */
+/* Take all responses, and wait first if there are none. `numbers` has room for RING_SIZE. */
 int loop_reap(struct loop *loop, uint32_t *numbers, uint32_t *count)
 {
     *count = 0;

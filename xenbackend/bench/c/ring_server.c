@@ -1,15 +1,15 @@
 /*
  * A backend in C for one ring of the rig: the limit that `xenbackend bench --compare` shows beside our workers.
  *
- * It makes every check that a backend owes its host: the ring's overflow, operations, segments and their number, the
- * range on the disk, each grant, short I/O; a slot is copied once and only the copy is looked at. It maps granted pages
- * one by one and keeps them, or copies for a frontend without persistent grants, as a worker does. It looks for the
- * next request as long as a worker, gives up after as many looks in vain, then sleeps on the event channel. What it
- * has not is all that makes a worker safe to kill and easy to extend: no journal, no chain, no counters.
+ * It makes every check that protects a backend's host: the ring's overflow, operations, segments and their number, the
+ * range on the disk, each grant, short I/O. A slot is copied once, and only the copy is looked at. It maps granted
+ * pages one by one and keeps them, or copies for a frontend without persistent grants, as a worker does. It looks for
+ * the next request as long as a worker, gives up after as many looks in vain, then sleeps on the event channel. It
+ * lacks what makes a worker safe to kill and easy to extend: journal, chain, counters.
  *
- * It serves the bench's own guest and ends with it. Nobody has tried it against a guest that means ill.
+ * It serves the bench's own guest and ends with it. It was never tried against a hostile guest.
  *
- * Arguments, all of them numbers but FILE; descriptors are inherited:
+ * Arguments, all of them numbers except FILE; descriptors are inherited:
  *
  *     ring_server MEMORY PAGES GRANTS RING_GREF INCOMING OUTGOING ALIVE PERSISTENT DIRECT POLL_US FILE
  *
@@ -81,7 +81,7 @@ struct server {
     struct shared_ring *ring;
     uint32_t consumed;
     uint32_t published;
-    uint32_t answered; /* published ones, and those that will be by the next `publish` */
+    uint32_t answered; /* responses that are published, or will be by the next `publish` */
     int incoming;
     int outgoing;
     int alive;
@@ -112,7 +112,7 @@ static void die(const char *what)
 
 /* The guest's pages */
 
-/* Return the frame that a grant ref gives us, or -1 where it does not. */
+/* Return the frame that a grant ref lets us use, or -1 if it does not. */
 static int64_t granted_frame(const struct guest *guest, uint32_t gref, bool writable)
 {
     if (gref >= GRANTS || __atomic_load_n(&guest->faults[gref], __ATOMIC_RELAXED))
@@ -126,7 +126,7 @@ static int64_t granted_frame(const struct guest *guest, uint32_t gref, bool writ
     return (int64_t)frame;
 }
 
-/* Return a granted page, mapped for good when it is first seen, or NULL. */
+/* Return a granted page, mapped for good when it is first used, or NULL. */
 static uint8_t *map_page(struct guest *guest, uint32_t gref, bool writable)
 {
     if (gref < GRANTS && guest->mapped[gref] && (guest->is_writable[gref] || !writable))
@@ -148,7 +148,7 @@ static uint8_t *map_page(struct guest *guest, uint32_t gref, bool writable)
     return place;
 }
 
-/* Return the bytes of a granted page, or NULL where we may not have them. */
+/* Return the bytes of a granted page, or NULL if we may not use them. */
 static uint8_t *page_of(struct guest *guest, uint32_t gref, bool writable)
 {
     if (guest->is_persistent)
@@ -237,7 +237,7 @@ static void copy_pieces(struct request *request, bool to_guest)
     }
 }
 
-/* Return the buffers that the disk works on, and how many they are; what a guest writes is copied to ours first. */
+/* Return the buffers for the disk's I/O, and how many they are; what a guest writes is copied to ours first. */
 static struct iovec *buffers_of(const struct server *server, struct request *request, unsigned *count)
 {
     if (server->guest.is_persistent) {
@@ -315,7 +315,7 @@ static void publish(struct server *server)
     }
 }
 
-/* O_DIRECT: Linux AIO, as a worker has it. What the kernel completes and the event channel are waited for together. */
+/* O_DIRECT: Linux AIO, as a worker has it. One wait covers completions and the event channel. */
 
 static void queue_control(struct server *server, struct iocb *control)
 {
@@ -334,7 +334,7 @@ static void arm(struct server *server, struct iocb *control, int fd, bool *is_ar
     queue_control(server, control);
 }
 
-/* Let the next wait hear of the event channel and of the guest's end, at no call of their own where one is due anyway. */
+/* Have the next wait end on an event or at the guest's end, too. Both are submitted together with queued requests. */
 static void queue_watches(struct server *server)
 {
     arm(server, &server->door, server->incoming, &server->is_door_armed);
@@ -401,7 +401,7 @@ static void clear_event(const struct server *server)
         die("event channel");
 }
 
-/* Wait for a completion, an event or the guest's end, and see to all that have come. */
+/* Wait for a completion, an event or the guest's end, and handle all that have come. */
 static void wait_for_completions(struct server *server)
 {
     struct io_event events[RING_SIZE + 2];
