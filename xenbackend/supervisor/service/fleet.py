@@ -95,7 +95,7 @@ class Worker:
     def send(self, message: messages.FromSupervisor, fds: Sequence[int] = ()) -> None:
         """Send a message. A worker that does not read is killed: it would never do what was asked.
 
-        Raises: KernelError, where the host could not take the message; the worker has heard nothing of it.
+        Raises: KernelError, if the host could not take the message; then the worker has not received it.
         """
         try:
             socket.send_fds(self._process.socket, [codec.encode(message)], list(fds))

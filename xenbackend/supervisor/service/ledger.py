@@ -75,8 +75,8 @@ class Ledger:
             verb: such as ``set``.
             vbd: the disk as people call it, ``5/xvda``; empty for an order to the service.
             who: the peer's ``uid``, ``pid`` and ``command``.
-            given: ``from`` and ``to``, as far as the order changes something, and the client's ``token``, where there
-                is one; each a text.
+            given: ``from`` and ``to``, if the order changes something, and the client's ``token``, if it gave one; each
+                a text.
         """
         self._last += 1
         entry = {

@@ -4,7 +4,7 @@ Must not know what a verb does.
 
 A request is one line, ``{"verb": "status"}``, and so is its answer, as `protocol.answers` has it. An order may take as
 long as it needs: a client that says how many seconds it waits, ``{"verb": …, "wait": 10}``, is told after that time
-that its order is still under way, and its number. A client that goes away ends nothing.
+that its order is still under way, and its number. A client that goes away ends nothing but a measurement.
 
 What clients can take up is bounded: their number, the length of a line, the depth of nested values, the time that a
 client may idle. They cannot keep others out: if all places are taken, a new client gets the place of the one that has
