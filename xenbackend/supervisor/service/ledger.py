@@ -40,7 +40,7 @@ MAGIC = 0x4A4B4C42_53524F  # "ORSBLKJ"
 _RECORDS_AT = 2 * PAGE
 _SIZE = _RECORDS_AT + ORDERS * 2 * RECORD
 _LONG = ("to", "from", "error")  # what is cut first if a record is too long
-_SHORTEST = 100  # characters that stay of each
+_SHORTEST = 100  # characters of each that are kept
 
 
 class Ledger:

@@ -173,7 +173,7 @@ class Opener:
         except OSError:
             data, fds = b"", []
         if not data:
-            self._deafen(started)  # its pidfd tells of its end
+            self._deafen(started)  # its pidfd reports its end
             return
         try:
             message = opening.from_opener(data)
@@ -185,7 +185,7 @@ class Opener:
         is_found = isinstance(message, opening.Found) and len(fds) == (not isinstance(message, opening.Undrained))
         is_late = bool(fds) and self.over_since is not None  # its storage has answered too late
         if not isinstance(message, opening.Found) or not is_found or is_late:
-            for fd in fds:  # we have no room for the descriptor, it is of another version, or nobody wants it
+            for fd in fds:  # we have no room for the descriptor, it is of another version, or it is not wanted any more
                 os.close(fd)
             self.kill()
             return

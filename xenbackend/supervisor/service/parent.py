@@ -188,7 +188,7 @@ def run(arguments: Sequence[str], socket_path: str, environment: Mapping[str, st
 def _spawn(command: Sequence[str], kept: Mapping[str, int], environment: Mapping[str, str]) -> tuple[int, int]:
     """Start a process that inherits the kept descriptors, from `FIRST` on; return its number and its pidfd.
 
-    Raises: OSError, and then there is none.
+    Raises: OSError; then no process is left.
     """
     high: list[int] = []
     try:

@@ -28,7 +28,7 @@ class Questions:
     """The handlers of these questions. Each gets a request, the peer that sent it, and the reply for its one answer."""
 
     def __init__(self, registry: Registry, looks: Looks, ledger: Ledger, loop: Reactor) -> None:
-        """`looks` are ours from now on."""
+        """`looks` are ours from now on: `close` ends them."""
         self._registry = registry
         self._looks = looks
         self._ledger = ledger

@@ -37,7 +37,7 @@ from xenbackend.supervisor.service import access
 
 MAX_CLIENTS = 256  # enough for the hotplug script of each disk that is being attached
 SPARE = 16  # places beside those, for people who look for the cause when all clients wait
-SPARE_WAIT_S = 5.0  # for which a client there waits at most
+SPARE_WAIT_S = 5.0  # longest wait of a client in one of these
 MAX_LINE = 64 * 1024  # bytes of a request
 MAX_DEPTH = 4  # of nested values in it: the deepest that a verb takes is a list of texts
 MAX_WAIT_S = 1e9
@@ -396,7 +396,7 @@ def _is_reached(near: socket.socket, path: Path) -> bool:
 def _listen(path: Path) -> socket.socket:
     check_free(str(path))
     near = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    former = os.umask(0o177)  # the socket is born with mode 0600
+    former = os.umask(0o177)  # the socket is made with mode 0600
     try:
         path.unlink(missing_ok=True)
         near.bind(str(path))

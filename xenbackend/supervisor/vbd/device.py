@@ -175,7 +175,7 @@ class Device:
             self.phase = Phase.NONE
         return [*killed, *self._write(), *self._move(), *self._set_limit(), *self._forget()]
 
-    # what came
+    # events
 
     def _hear(self, event: events.Event) -> list[events.Action]:
         """Handle what an event says about the worker."""
@@ -353,7 +353,7 @@ class Device:
         self._aims.worker.lingers = False
         return []
 
-    # what follows
+    # actions
 
     def _write(self) -> list[events.Action]:
         """Return the action that writes what xenstore lacks, if anything."""

@@ -38,7 +38,7 @@ class Exchanges:
     def conclude(self, standing: Standing) -> None:
         """Note how an exchange that an earlier service asked for has ended: the adopted worker has answered our order.
 
-        If another chain was put in, `believes` has seen that. So it is undone, or it was the same chain once more.
+        `believes` has already ended one that put another chain in. So this one was not done, or was for the same chain.
         """
         exchange = self._handover.notes.exchange
         self.end(is_done=exchange is not None and exchange.chain == standing.chain and self._handover.has_exchanged())

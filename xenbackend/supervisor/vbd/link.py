@@ -177,7 +177,7 @@ class Link:
     def _take(self, message: messages.FromWorker, fds: list[int]) -> None:
         """Handle a message with the descriptors beside it; the caller closes those that are left in `fds`."""
         if self.worker is None:
-            return  # it was let go
+            return  # `let_go` was called
         try:
             self._hear(message, fds)
         except Exception as bug:  # even if its message hits a bug of ours, the other disks must be served
@@ -226,7 +226,7 @@ class Link:
     def _end(self, sentence: str) -> None:
         worker, self.worker = self.worker, None
         if worker is None:
-            return  # it was let go
+            return  # `let_go` was called
         self._dismiss_openers()
         self._answer_all(sentence)
         self._vbd.ends(worker, sentence)

@@ -12,7 +12,7 @@ class Cause(Enum):
     """What clears reasons."""
 
     KEYS = auto()  # the toolstack has written other keys
-    RESUME = auto()  # an administrator wants the disk served on
+    RESUME = auto()  # an administrator wants the disk to be served again
     ANEW = auto()  # the frontend begins anew
     LET_GO = auto()  # the frontend has no rings, or none any more
     JOIN = auto()  # a worker is told to serve

@@ -363,7 +363,7 @@ class Vbd:
         self.link.let_go(sentence, leaves=leaves)
         self._guarded(self.ending.end)
         if leaves:
-            self._guarded(self.handover.leave)  # what is shown goes all at once, with the service
+            self._guarded(self.handover.leave)  # the registry removes what is shown of all vbds at once
         else:
             goes_on = self.device.is_promised() and not self.device.sight.is_over
             self._guarded(self.handover.close)

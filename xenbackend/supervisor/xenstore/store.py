@@ -292,7 +292,7 @@ class Store(Nodes):
             except StoreError as error:
                 if error.errno != errno_module.EAGAIN or attempt == attempts - 1:
                     raise
-            # Jitter, so that two who collided do not collide again.
+            # Jitter, so that two clients that collided do not collide again.
             self._pause(random.uniform(0, min(_PAUSE_MAX_S, _PAUSE_S * 2**attempt)))
         raise ValueError("transact needs at least one attempt")
 
