@@ -327,7 +327,7 @@ class Service:
 
         def answer(how: Answer) -> None:
             if how.code is not Code.UNDER_WAY:  # the next service goes on with it
-                self._ledger.close(number, replace(how, data=None) if is_dry_run else how)  # a dry run leads to no chain
+                self._ledger.close(number, replace(how, data=None) if is_dry_run else how)  # it put no chain in
             reply(replace(how, order=number))
             self._leave_soon()
 
