@@ -1,1 +1,1 @@
-"""Arguments to calls."""
+"""The commands: each turns arguments into calls."""

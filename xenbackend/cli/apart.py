@@ -1,8 +1,8 @@
-"""A command in a process of its own, so that Ctrl-C ends it also where its storage does not answer.
+"""Runs a command in a process of its own, so that Ctrl-C ends it even if its storage does not answer.
 
-Must not be used once a second thread runs or a file is open. A process that is in a call to dead storage cannot be
-ended by anything, not even by SIGKILL, until the storage answers; nor can a program of which a thread is. So whoever
-waits for the command, a shell as a rule, waits for its parent, which touches no storage.
+Must not be used once a second thread runs or a file is open. Nothing, not even SIGKILL, ends a process that is in a
+call to dead storage, or one of whose threads is, until the storage answers. So a shell that waits for the command waits
+for its parent, which touches no storage.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from xenbackend.errors import printable
 from xenbackend.kernel.process import end_with, files_of, kill
 
-PATIENCE_S = 3.0  # in which a command that is told to end does so: what it is doing may be a step that is flushed
+PATIENCE_S = 3.0  # for a command to end when told: it may be in a step that ends with a flush
 _LAST_S = 0.5  # for its end by force
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _FROM_TERMINAL = 0x80  # si_code SI_KERNEL, asm-generic/siginfo.h: the terminal tells all processes in its foreground
@@ -24,13 +24,13 @@ _STANDARD = 3  # descriptors that are not the command's own
 
 
 def split() -> int | None:
-    """Return None in a new process, which is to do it, and in this one its exit status once it has ended.
+    """Fork. Return None in the new process, which does the command; in this one its exit status once it has ended.
 
-    That is 128 and the signal's number where one ended it, or where it does not end at once although one told it to.
+    The status is 128 plus a signal's number if a signal ended it, or told it to end and it does not end soon.
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    heeded = [each for each in _ENDING if signal.getsignal(each) is not signal.SIG_IGN]  # not of nohup(1), for example
+    heeded = [each for each in _ENDING if signal.getsignal(each) is not signal.SIG_IGN]  # nohup(1) ignores one
     usual = signal.pthread_sigmask(signal.SIG_BLOCK, [*heeded, signal.SIGCHLD])
     parent = os.getpid()
     child = os.fork()
@@ -46,7 +46,7 @@ def split() -> int | None:
 
 
 def _wait(child: int, pidfd: int, heeded: Iterable[signal.Signals]) -> int:
-    """Wait until the child has ended, or was told to and does not; return the exit status."""
+    """Wait until the child has ended, or does not end although it was told to; return the exit status."""
     told = 0  # the signal that came first
     give_up = 0.0
     while (status := _ended(child)) is None:
@@ -56,7 +56,7 @@ def _wait(child: int, pidfd: int, heeded: Iterable[signal.Signals]) -> int:
             return _give_up(child, pidfd, told)
         if came is None or came.si_signo == signal.SIGCHLD:
             continue
-        if told and came.si_signo == signal.SIGINT:  # once more: whoever asks does not want to wait
+        if told and came.si_signo == signal.SIGINT:  # a second Ctrl-C: the operator does not want to wait
             return _give_up(child, pidfd, told)
         if came.si_code != _FROM_TERMINAL:
             signal.pidfd_send_signal(pidfd, came.si_signo)
@@ -74,7 +74,7 @@ def _ended(child: int, options: int = os.WNOHANG) -> int | None:
 
 
 def _give_up(child: int, pidfd: int, told: int) -> int:
-    """Kill the child, and say what it waits for."""
+    """Kill the child, and print what it waits for; return the exit status."""
     names = [each.path for each in files_of(pidfd) if each.path.startswith("/") and not _is_common(each.path)]
     kill(pidfd)
     give_up = time.monotonic() + _LAST_S
@@ -89,7 +89,7 @@ def _give_up(child: int, pidfd: int, told: int) -> int:
 
 
 def _is_common(path: str) -> bool:
-    """Return whether that is no image: a terminal, a memory, what our output goes to."""
+    """Return whether a path is not an image: a terminal, a memory, a file that our output goes to."""
     return path.startswith(("/memfd:", "/dev/pts/", "/dev/null", "/dev/tty", "/proc/")) or path in _outputs()
 
 

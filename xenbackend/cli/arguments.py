@@ -1,4 +1,4 @@
-"""The parser of every command, what several commands take, and kinds of arguments for argparse's `type`.
+"""The parser of every command, options that several commands take, and functions for argparse's `type`.
 
 Must not know a command.
 """
@@ -17,7 +17,7 @@ from xenbackend.errors import ConfigError
 from xenbackend.units import parse_duration, parse_size
 
 _T = TypeVar("_T")
-_COLUMNS = 80  # where nobody says how wide it is
+_COLUMNS = 80  # if the width is not known
 
 
 class UsageError(SystemExit):
@@ -29,10 +29,10 @@ class UsageError(SystemExit):
 
 
 class Help(argparse.HelpFormatter):
-    """Finds out by itself how wide a terminal is: argparse makes one for every option, and imports shutil for that."""
+    """Finds the terminal's width itself: argparse makes a formatter for every option, and imports shutil for that."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, width=_columns() - 2)  # as argparse leaves them free
+        super().__init__(prog, width=_columns() - 2)  # argparse leaves two free, too
 
 
 class LinesHelp(Help, argparse.RawDescriptionHelpFormatter):
@@ -40,7 +40,7 @@ class LinesHelp(Help, argparse.RawDescriptionHelpFormatter):
 
 
 def _columns() -> int:
-    """Return what shutil.get_terminal_size would."""
+    """Return the columns that shutil.get_terminal_size would."""
     with suppress(KeyError, ValueError):
         if (columns := int(os.environ["COLUMNS"])) > 0:
             return columns
@@ -50,28 +50,28 @@ def _columns() -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """Knows no abbreviations, which would break when options are added, and shows a command's own usage."""
+    """Accepts no abbreviations, which would break when options are added; shows a command's own usage."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**{"allow_abbrev": False, "formatter_class": Help, **arguments})
-        self.rewrite: Callable[[list[str]], list[str]] = list  # another spelling of the words
+        self.rewrite: Callable[[list[str]], list[str]] = list  # turns another spelling of the words into this one
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse; whatever is left over is a mistake of this command, not of the program."""
+        """Parse; report words that are left over as a mistake for this command, not for the program."""
         found, left = super().parse_known_args(None if args is None else self.rewrite(list(args)), namespace)
         if left:
             self.error(f"unknown arguments: {' '.join(left)}")
         return found, left
 
     def error(self, message: str) -> NoReturn:
-        """Tell the operator, and end."""
+        """Print usage and message, and end with status 2."""
         self.print_usage(_stderr())
         self._print_message(f"{self.prog}: {message}; see: {self.prog} --help\n", _stderr())
         raise UsageError(message)
 
 
 def check_command(words: Sequence[str], commands: Sequence[str], parser: Parser) -> None:
-    """Say which command was meant, where the first word is none and no option."""
+    """Report a first word that is neither a command nor an option, with the command that was probably meant."""
     if words and not words[0].startswith("-") and words[0] not in commands:
         import difflib  # late: few words are misspelt
 
@@ -86,7 +86,7 @@ def add_json(parser: argparse.ArgumentParser, text: str = "print JSON, errors to
 
 def add_socket(parser: argparse.ArgumentParser) -> None:
     """Add --socket; the environment may name another default, as for a simulated host."""
-    from xenbackend.protocol.client import DEFAULT_SOCKET, SOCKET_VARIABLE, default_socket  # late: most speak to none
+    from xenbackend.protocol.client import DEFAULT_SOCKET, SOCKET_VARIABLE, default_socket  # late: most need no service
 
     parser.add_argument(
         "--socket",
@@ -97,7 +97,7 @@ def add_socket(parser: argparse.ArgumentParser) -> None:
 
 
 def add_order_options(parser: argparse.ArgumentParser) -> None:
-    """Add what every order to the service takes."""
+    """Add the options that every order to the service takes."""
     parser.add_argument(
         "--timeout",
         type=duration,

@@ -1,6 +1,6 @@
 """`xenbackend attach` and `xenbackend detach`: a disk for a running guest without xl.
 
-Must not know a key of xenstore, nor import what knows one before the command line is known to be right.
+Must not know a key of xenstore, nor import a module that does before the command line has been checked.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def register(subparsers: Any) -> None:
 
 
 def run_attach(args: argparse.Namespace) -> int:
-    """Attach, and print which disk it became, or which device of our own domain."""
+    """Attach, and print the disk's name, or, in our own domain, the device's."""
     from xenbackend.supervisor.xenstore import toolstack
     from xenbackend.supervisor.xenstore.store import Store
 

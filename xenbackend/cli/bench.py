@@ -1,6 +1,6 @@
 """`xenbackend bench`: measure chains, and the peers that are installed, on one file in turn.
 
-Must not measure or compute: arguments to calls. Exit status 3: it was measured, and disturbed by others, so that
+Must not measure or compute: it turns arguments into calls. Exit status 3: others disturbed the measurement, so that
 nothing can be concluded.
 """
 
@@ -28,7 +28,7 @@ _CACHED_DIRECTORY = Path("/dev/shm")  # noqa: S108 - tmpfs: the page cache and n
 _DISK_DIRECTORY = Path("/var/tmp")  # noqa: S108 - on a disk, where /tmp may not be
 
 _DISTURBED = 3  # exit status
-_WIDTH = 132  # characters; of a table that is not shown on a terminal
+_WIDTH = 132  # characters, of a table that is not shown on a terminal
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -73,7 +73,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _add_how(parser: argparse.ArgumentParser) -> None:
-    """Add what says how it is measured."""
+    """Add the options that say how to measure."""
     parser.add_argument("--seconds", type=float, default=1.0, help="length of one measurement; default 1")
     parser.add_argument("--rounds", type=int, default=5, help="how often each is repeated; default 5")
     parser.add_argument(
@@ -116,7 +116,7 @@ def _session(args: argparse.Namespace) -> Session:
     directory = _DISK_DIRECTORY if args.direct else _CACHED_DIRECTORY
     file = args.file or directory / f"xenbackend-bench-{os.getpid()}"
     for chain in chains:
-        parse_chain(chain.replace(FILE, str(file)))  # a mistake is told before anything is measured
+        parse_chain(chain.replace(FILE, str(file)))  # report mistakes before measuring
     read_only = is_read_only(args.image or "raw") or (not args.overwrite and any(FILE not in chain for chain in chains))
     return Session(
         chains=chains,
@@ -155,7 +155,7 @@ def _measure(session: Session) -> Outcome:
 
 @contextmanager
 def _ends_in_order() -> Iterator[None]:
-    """Let SIGTERM end the command as Ctrl-C does: backends stopped, files removed."""
+    """Make SIGTERM end the command as Ctrl-C does, so that backends are stopped and files removed."""
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         yield
@@ -166,7 +166,7 @@ def _ends_in_order() -> Iterator[None]:
 def _print(rows: list[report.Row], outcome: Outcome) -> None:
     from rich.console import Console
 
-    # Where nobody's terminal sets the width, a table is as wide as it needs.
+    # Without a terminal to set the width, a table is as wide as it needs.
     console = Console(width=None if sys.stdout.isatty() else _WIDTH)
     for _, group in groupby(rows, key=lambda row: row.work.name):
         console.print(report.table(list(group), is_disturbed=bool(outcome.usage.disturbances)))

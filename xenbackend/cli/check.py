@@ -1,6 +1,6 @@
 """`xenbackend check CHAIN`: open a chain as a worker would, explain it layer by layer, close it.
 
-Must not do what the chain itself cannot: whatever this command knows, a driver has said.
+Must not know anything about a chain but what its drivers say.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def check(arguments: argparse.Namespace) -> int:
 
 
 def _parse(text: str) -> ChainSpec:
-    """Return a chain; what belongs to a disk line is no mistake of a driver's. Raises: ChainError, ConfigError."""
+    """Parse a chain; say which part belongs to a disk line, if one does. Raises: ChainError, ConfigError."""
     try:
         return parse_chain(text)
     except ChainError:
@@ -77,7 +77,7 @@ def _parse(text: str) -> ChainSpec:
 
 
 def open_once(spec: ChainSpec, *, read_only: bool) -> list[LayerFacts]:
-    """Open a chain as a worker would, close it, and return what each layer said of itself. Raises: DriverError."""
+    """Open a chain as a worker would, close it, and return what each layer reported. Raises: DriverError."""
     from xenbackend.loop.reactor import Reactor
     from xenbackend.worker.env import EnvFactory
     from xenbackend.worker.files import HostFiles
@@ -96,7 +96,7 @@ def open_once(spec: ChainSpec, *, read_only: bool) -> list[LayerFacts]:
 
 
 def layer_facts(chain: Chain) -> list[LayerFacts]:
-    """Return what each layer said of itself, the top one first."""
+    """Return what each layer reported, top first."""
     return [
         LayerFacts(text=each.text, parent_of=each.parent_of, facts=dict(each.driver.env.facts), **asdict(each.geometry))
         for each in chain.layers
@@ -120,7 +120,7 @@ def _print_table(text: str, layers: list[LayerFacts]) -> None:
 
 
 def _sectors(layer: LayerFacts) -> str:
-    """Return logical and physical size, as fdisk shows them."""
+    """Return logical and physical sector size, as fdisk shows them."""
     is_larger = layer.physical_sector_size > layer.sector_size
     return f"{layer.sector_size} / {layer.physical_sector_size}" if is_larger else str(layer.sector_size)
 

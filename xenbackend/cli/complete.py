@@ -1,6 +1,6 @@
-"""What may follow on a command line that is being typed: commands, options, disks, chains, files.
+"""Candidates for a command line that is being typed: commands, options, disks, chains, files.
 
-Must not print, raise, or wait for a service for longer than a glance: somebody has pressed a key.
+Must not print, raise, or wait for a service for more than a moment: somebody has pressed a key.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _FILES = ("FILE", "PATH", "NEW", "FILE.png", "KEY")
 
 
 def candidates(words: Sequence[str], modules: dict[str, str]) -> list[str]:
-    """Return what the last of these words may become; they are those after the program's name, up to the cursor.
+    """Return the candidates for the last of these words: those after the program's name, up to the cursor.
 
-    `modules` are the commands, and the modules of `cli` that know them.
+    `modules` has, by command, the module of `cli` that knows it.
     """
     *before, current = words or ("",)
     if before[:1] == ["help"]:
@@ -45,9 +45,9 @@ def candidates(words: Sequence[str], modules: dict[str, str]) -> list[str]:
 class Typed:
     """A shell's line up to the cursor.
 
-    words   the last one is being typed
-    quote   the one in which it is, or empty
-    kept    characters of the last word before the place at which a shell that splits words there takes it to begin
+    words   its words; the last one is being typed
+    quote   the quote within which the last one is; empty if it is not within one
+    kept    characters of the last word that the shell, which splits words at more characters, takes for earlier words
     """
 
     words: list[str]
@@ -56,7 +56,7 @@ class Typed:
 
 
 def read_line(line: str, breaks: str = "") -> Typed:
-    """Return the words of a shell's line; `breaks` are characters at which the shell splits words, too."""
+    """Return the words of a shell's line; `breaks` are further characters at which the shell splits words."""
     words, word, quote, kept = [], "", "", 0
     has_word = False
     chars = iter(line)
@@ -81,7 +81,7 @@ def read_line(line: str, breaks: str = "") -> Typed:
 
 
 def _of_command(before: Sequence[str], current: str, module: str) -> Iterator[str]:
-    """Yield what may follow a command."""
+    """Yield the candidates after a command."""
     root = Parser(prog="xenbackend")
     commands = root.add_subparsers()
     importlib.import_module(f"xenbackend.cli.{module}").register(commands)
@@ -104,7 +104,7 @@ def _of_command(before: Sequence[str], current: str, module: str) -> Iterator[st
 def _follow(
     parser: argparse.ArgumentParser, words: Sequence[str]
 ) -> tuple[argparse.ArgumentParser, argparse.Action | None, int]:
-    """Return where words lead to: whose arguments follow, the option that wants a value, how many positional ones."""
+    """Return where words lead: the parser that applies, an option that wants a value, the count of positional words."""
     pending: argparse.Action | None = None
     count = 0
     for word in words:
@@ -129,13 +129,13 @@ def _inner(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser
 
 
 def _wants_value(parser: argparse.ArgumentParser, word: str) -> argparse.Action | None:
-    """Return the option that a word is, if a value follows it."""
+    """Return the option that a word names, if it takes a value."""
     action = next((each for each in _actions(parser) if word in each.option_strings), None)
     return action if action is not None and action.nargs != 0 else None
 
 
 def _positional(parser: argparse.ArgumentParser, place: int) -> argparse.Action | None:
-    """Return the positional argument at a place; one that takes many has all places from its own on."""
+    """Return the positional argument at a place; one that takes several words has all further places."""
     found = [each for each in _actions(parser) if not each.option_strings]
     many = next((number for number, each in enumerate(found) if each.nargs in ("*", "+")), len(found))
     place = min(place, many)
@@ -143,7 +143,7 @@ def _positional(parser: argparse.ArgumentParser, place: int) -> argparse.Action 
 
 
 def _of_action(action: argparse.Action, begin: str, control: str) -> Iterator[str]:
-    """Yield what an argument may be."""
+    """Yield the candidates for an argument."""
     metavar = action.metavar if isinstance(action.metavar, str) else ""
     if action.choices is not None:
         yield from map(str, action.choices)
@@ -162,7 +162,7 @@ def _of_action(action: argparse.Action, begin: str, control: str) -> Iterator[st
 
 
 def _socket_of(before: Sequence[str], parser: argparse.ArgumentParser) -> str:
-    """Return which service is asked: as the line says, or as the command would without that."""
+    """Return the socket of the service to ask: the one on the line, or the command's default."""
     for word, following in zip(before, [*before[1:], ""], strict=True):
         if word == "--socket":
             return following
@@ -179,7 +179,7 @@ def _walk(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
 
 
 def _disks(control: str) -> Iterator[str]:
-    """Yield what the disks in service are called, by number and by name, if the service says so at once."""
+    """Yield the names of the disks in service, by domain number and guest name, if the service answers at once."""
     with suppress(ServiceError, UsageError, OSError):
         disks = Client(control, answer_s=ANSWER_S).disks()
         yield from (each.vbd for each in disks)

@@ -1,4 +1,4 @@
-"""What may follow in a chain that is being typed: drivers, their options, files.
+"""Candidates for a chain that is being typed: drivers, their options, files.
 
 Must not open anything, nor say why a chain is wrong: `check` does.
 """
@@ -19,7 +19,7 @@ _CHOICES = re.compile(r"[\w.-]+(?:(?:,| or) [\w.-]+)+")
 
 
 def candidates(text: str, take: Callable[[str], bool] = lambda _: True) -> Iterator[str]:
-    """Yield whole texts that the beginning of a chain may go on to; `take` says which drivers are meant."""
+    """Yield texts that continue the beginning of a chain; `take` chooses the drivers."""
     before, layer = _cut(_BAR, text)
     name, colon, rest = layer.partition(":")
     if not colon:
@@ -39,7 +39,7 @@ def candidates(text: str, take: Callable[[str], bool] = lambda _: True) -> Itera
 
 
 def files(text: str, *, only_directories: bool = False) -> Iterator[str]:
-    """Yield the paths that a text may go on to, directories with a slash; hidden ones only once their dot is there."""
+    """Yield paths that continue a text, directories with a slash; hidden ones only after their dot was typed."""
     directory, slash, begin = text.rpartition("/")
     try:
         with os.scandir(f"{directory}{slash}" or ".") as entries:
@@ -53,7 +53,7 @@ def files(text: str, *, only_directories: bool = False) -> Iterator[str]:
 
 
 def _items(options: Iterable[OptionHelp], item: str, given: set[str], *, is_first: bool) -> Iterator[str]:
-    """Yield what an item may become."""
+    """Yield the candidates for an item of a layer's options."""
     named = {each.name: each for each in options if not each.is_target}
     target = next((each for each in options if each.is_target), None)
     name, sign, value = item.partition("=")
@@ -82,6 +82,6 @@ def _values(option: OptionHelp, begin: str) -> Iterator[str]:
 
 
 def _cut(mark: re.Pattern[str], text: str) -> tuple[str, str]:
-    """Return what stands before the last piece, with its mark, and that piece."""
+    """Return the text up to the last mark, with it, and the rest."""
     places = [found.end() for found in mark.finditer(text)]
     return (text[: places[-1]], text[places[-1] :]) if places else ("", text)

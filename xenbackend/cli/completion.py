@@ -1,6 +1,6 @@
 """`xenbackend completion SHELL`: what a shell needs to complete command lines, and the answer when Tab is pressed.
 
-Must not know what may follow: `complete` does. The shells' own parts only hand over the line and take words.
+Must not know the candidates: `complete` does. The shells' scripts only hand over the line and take words.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from xenbackend.cli.arguments import add_json
 from xenbackend.cli.output import print_json
 
 _SPECIAL_IN_DOUBLE = re.compile(r"([$`\"\\])")
-ASK = "__complete"  # the word in front of a shell and its line
-_SPECIAL = re.compile(r"([^\w@%+=:,./^-])")  # what a shell takes for something else, outside of quotes
+ASK = "__complete"  # first word of the command by which a shell's script asks
+_SPECIAL = re.compile(r"([^\w@%+=:,./^-])")  # what has a meaning for the shell outside of quotes
 SCRIPTS = {
     "bash": """\
 # bash completion for xenbackend; made by: xenbackend completion bash
@@ -79,10 +79,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def answer(words: Sequence[str], modules: dict[str, str]) -> int:
-    """Print what may follow, a line each, and nothing where anything goes wrong; return 0.
+    """Print the candidates, one a line, or nothing if anything goes wrong; return 0.
 
-    `words` are the shell, its line up to the cursor, and for bash where it splits words; `modules` are as
-    `complete.candidates` takes them.
+    `words` are the shell, its line up to the cursor, and for bash the characters at which it splits words; `modules`
+    are as for `complete.candidates`.
     """
     try:
         shell, line, *breaks = words
@@ -92,21 +92,21 @@ def answer(words: Sequence[str], modules: dict[str, str]) -> int:
             found = [_in_bash(each[typed.kept :], typed.quote) for each in found]
         if found:
             print("\n".join(found), flush=True)
-    except Exception:  # noqa: S110 - somebody has pressed a key, and does not want to read of a bug
+    except Exception:  # noqa: S110 - somebody has pressed a key, and must not see a bug's traceback
         pass
     return 0
 
 
 def _in_bash(text: str, quote: str) -> str:
-    """Return what bash is to put behind a quote that is open, or where none is, so that it means this text and no more.
+    """Return a text as bash must insert it, within the open `quote` or outside of one, so that it means just that text.
 
-    Bash puts it there as it is, and a file may have any name: nothing of it must be run, expanded, or end the quote.
+    Bash inserts it as it is, and a file may have any name: no part of it may be run, be expanded, or end the quote.
     """
     if not quote:
         return _SPECIAL.sub(r"\\\1", text)
     escape = _in_single if quote == "'" else _in_double
     text = escape(text)
-    return text + quote if text.endswith(quote) else text  # behind one readline takes the quote for closed
+    return text + quote if text.endswith(quote) else text  # after one, readline would take the quote for closed
 
 
 def _in_single(text: str) -> str:
@@ -114,5 +114,5 @@ def _in_single(text: str) -> str:
 
 
 def _in_double(text: str) -> str:
-    """Escape; history is expanded there, too, and a backslash that keeps a ``!`` from that would be seen itself."""
+    """Escape a text within double quotes. History is expanded there, too, and a backslash before ``!`` would remain."""
     return _SPECIAL_IN_DOUBLE.sub(r"\\\1", text).replace("!", r'"\!"')

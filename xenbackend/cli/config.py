@@ -1,6 +1,6 @@
-"""`xenbackend config show`: the settings that a service would go by.
+"""`xenbackend config show`: the settings that a service would use.
 
-Must not ask the service: it read them when it was started.
+Must not ask the service: it read its settings when it was started.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def register(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print them. Raises: ConfigError."""
+    """Print all settings. Raises: ConfigError."""
     known = Settings() if args.defaults else load(args.config, {})
     if args.json:
         print_json({"settings": asdict(known)})
@@ -52,6 +52,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _line(table: Settings | Limits, name: str, is_given: bool) -> str:  # noqa: FBT001 - what a row says
+def _line(table: Settings | Limits, name: str, is_given: bool) -> str:  # noqa: FBT001 - a column of a row
     value = json.dumps(getattr(table, name))  # texts, numbers and lists are TOML's too
     return f"{name} = {value}" if is_given else f"{name} = {value}  # default"

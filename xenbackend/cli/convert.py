@@ -1,6 +1,6 @@
 """`xenbackend convert FILE`: a guest's configuration with its disk lines in the form that xl understands.
 
-Must not change a byte but those of the lines themselves.
+Must not change any byte outside of those lines.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _values(arguments: argparse.Namespace, file: Path, text: str, count: int) ->
 
 
 def _replace(file: Path, content: bytes) -> None:
-    """Write a file at once, whoever reads it meanwhile; a link to it stays a link."""
+    """Replace a file atomically, for others that read it meanwhile; a link to it stays a link."""
     file = file.resolve()
     before = file.stat()
     with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.", delete=False) as new:

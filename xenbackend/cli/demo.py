@@ -1,4 +1,4 @@
-"""`xenbackend demo`: an embedded Xen, the real service and a guest that tries its disk, shown as it happens.
+"""`xenbackend demo`: an embedded Xen, the real service, and a guest that tries its disk, shown as it happens.
 
 Must not do a guest's I/O itself.
 """
@@ -70,7 +70,7 @@ def register(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Show it; 0 when every byte was what it had to be."""
+    """Run the demo; return 0 if every byte was what it had to be."""
     from rich.console import Console
 
     from xenbackend.block.chain import parse_chain
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
         demo_image.make_missing(chain, args.area)
         if args.save:
             _check_new(args.save)
-        open_once(parse_chain(chain), read_only=False)  # what cannot be opened is told before a Xen is started for it
+        open_once(parse_chain(chain), read_only=False)  # fails before a Xen is started for it
         watcher = Watcher(console, quiet=args.quiet, traces=args.trace)
         console.print(f"[bold]chain[/bold]  {_escape(chain)}", markup=True)
         machine = stack.enter_context(Machine(observer=watcher.changed))
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _keep(args: argparse.Namespace, stack: ExitStack) -> int:
-    """Have a host that stays."""
+    """Run a host until somebody ends it."""
     from rich.console import Console
 
     from xenbackend.block.chain import parse_chain
@@ -127,7 +127,7 @@ class Watcher:
         self._quiet = quiet
         self._traces = traces
         self._start = time.monotonic()
-        self._lock = threading.Lock()  # the store tells from its own thread
+        self._lock = threading.Lock()  # the store calls from its own thread
         self._shown: dict[str, bytes | None] = {}
 
     def say(self, sentence: str) -> None:
@@ -139,7 +139,7 @@ class Watcher:
         """Print one change of a vbd's nodes."""
         if not self._traces or not path.startswith("/local/") or not _OF_VBDS.search(path):
             return
-        if self._shown.get(path, b"") == value:  # written again, or just made
+        if self._shown.get(path, b"") == value:  # written again unchanged, or just made
             return
         self._shown[path] = value
         if value is None:
@@ -164,7 +164,7 @@ def _own_chain(stack: ExitStack, area: int) -> str:
 
 
 def _check_new(path: Path) -> None:
-    """Raise ConfigError for a file that is there already: it could be the disk that is tried."""
+    """Raise ConfigError for a file that exists: it could be the disk that is tried."""
     if path.exists():
         raise ConfigError(f"--save {path}: it exists; name a new file")
     if not path.parent.is_dir():
@@ -172,7 +172,7 @@ def _check_new(path: Path) -> None:
 
 
 class HeldInterrupt:
-    """Holds Ctrl-C back until `check`: in the middle of a ring's bookkeeping it would leave the ring unusable."""
+    """Defers Ctrl-C until `check`: in the middle of a ring's bookkeeping it would leave the ring unusable."""
 
     def __init__(self) -> None:
         self.is_ignored = False
@@ -186,7 +186,7 @@ class HeldInterrupt:
         signal.signal(signal.SIGINT, self._former)
 
     def check(self) -> None:
-        """Raise the KeyboardInterrupt that has come, unless it is ignored."""
+        """Raise KeyboardInterrupt if Ctrl-C was pressed, unless it is ignored."""
         if self._has_come and not self.is_ignored:
             raise KeyboardInterrupt
 
@@ -219,7 +219,7 @@ def _show(args: argparse.Namespace, console: Console, machine: Machine, watcher:
                 exercise.verify()
                 seen = _ask_log(machine, chain)
             finally:
-                interrupt.is_ignored = True  # what was there before must get back to the disk
+                interrupt.is_ignored = True  # the disk must get its former content back
                 _put_back(exercise)
             if args.save:
                 with args.save.open("xb") as file:
@@ -241,7 +241,7 @@ def _show(args: argparse.Namespace, console: Console, machine: Machine, watcher:
 
 
 def _put_back(exercise: Exercise) -> None:
-    """Write what the disk held before. Raises: XenbackendError, which says that it does not hold it."""
+    """Restore the disk's former content. Raises: XenbackendError, which says that this failed."""
     try:
         exercise.restore()
     except (XenbackendError, TimeoutError) as problem:
@@ -286,7 +286,7 @@ class ProgressBar:
 
 
 def _ask_log(machine: Machine, chain: str) -> list[tuple[int, int]] | None:
-    """Return the ranges that `log:` saw written; None for a chain without it."""
+    """Return the ranges that `log:` saw written; None if the chain has no such layer, or several."""
     from xenbackend.block.chain import parse_chain
 
     names = [layer.driver.name for layer in parse_chain(chain).layers]

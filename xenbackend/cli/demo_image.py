@@ -1,6 +1,6 @@
-"""The raw images of `xenbackend demo`, which are made where they are missing.
+"""Makes the raw images of `xenbackend demo` that are missing.
 
-Must not alter one that is there.
+Must not alter an image that exists.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from pathlib import Path
 from xenbackend.errors import ConfigError, printable
 from xenbackend.units import format_size
 
-_LEAST = 1 << 20  # bytes, whatever part of it is used
+_LEAST = 1 << 20  # bytes, even if less of it is used
 
 
 def make(path: Path, size: int) -> int:
-    """Make an image for that much, sparse, and return how large it is. Raises: OSError, FileExistsError too."""
+    """Make a sparse image for `size` bytes, and return its size. Raises: OSError; FileExistsError."""
     size = max(size, _LEAST)
     with path.open("xb") as file:
         file.truncate(size)
@@ -23,7 +23,7 @@ def make(path: Path, size: int) -> int:
 
 
 def make_missing(chain: str, size: int) -> None:
-    """Make the raw image that a chain ends in, where there is none yet. Raises: ChainError, ConfigError."""
+    """Make the raw image that a chain ends in, if it is missing. Raises: ChainError, ConfigError."""
     from xenbackend.block.drivers.aio import Aio
     from xenbackend.block.options import files_of
     from xenbackend.block.spec import parse_chain
@@ -33,7 +33,7 @@ def make_missing(chain: str, size: int) -> None:
         return
     for name in files_of(bottom.options).values():
         if Path(name).absolute().is_relative_to("/dev"):
-            continue  # a device that is missing is no file
+            continue  # a missing device cannot be made
         try:
             made = make(Path(name), size)
         except FileExistsError:

@@ -1,8 +1,8 @@
 """`xenbackend demo --keep [N]`: a simulated host with guests that stays, to play with.
 
-Must not do what a command does: whoever plays uses the commands, by the two variables that are printed.
+Must not do what commands do: people play with the commands themselves, by the two variables that are printed.
 
-One thread serves all guests, and never waits for one of them: a disk that is paused keeps no other guest waiting.
+One thread runs all guests, and never waits for one of them: a paused disk does not keep other guests waiting.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 FIRST_DOMID = 5  # as in the manual's examples
 MOST = 64
 NUMBER = "{n}"  # in a chain: the guest's number
-STORE_VARIABLE = "XENSTORED_PATH"  # as libxenstore has it
+STORE_VARIABLE = "XENSTORED_PATH"  # the same as libxenstore's
 _PAGES = 4096  # of a guest's memory
 _TICK_S = 0.05
-_LOOK_S = 0.5  # between two looks for disks that came or are to go
+_LOOK_S = 0.5  # between two looks for disks to take or to give back
 _DEPTH = 4  # requests of a guest at a time
 _SECTORS = 8
 _CLOSE_S = 2.0
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace, machine: Machine, stack: ExitStack) -> int:
 
 
 def chain_of(chain: str | None, number: int, directory: Path, size: int) -> str:
-    """Return the chain of a guest; without one it is an image of its own, which is made."""
+    """Return the chain of a guest: `chain` with its number, or over an image of its own, which is made."""
     if chain is not None:
         return chain.replace(NUMBER, str(number))
     image = directory / f"guest{number}.raw"
@@ -80,7 +80,7 @@ def chain_of(chain: str | None, number: int, directory: Path, size: int) -> str:
 
 
 def check(args: argparse.Namespace) -> None:
-    """See that so many guests can be had. Raises: ConfigError."""
+    """Check that there can be so many guests. Raises: ConfigError."""
     if not 1 <= args.keep <= MOST:
         raise ConfigError(f"--keep {args.keep}: from 1 to {MOST} guests")
     if args.chain and args.keep > 1 and NUMBER not in args.chain:
@@ -108,7 +108,7 @@ def _has_service(machine: Machine) -> bool:
 
 
 class _End:
-    """Whether somebody wants this to end."""
+    """Notes by `has_come` that a signal told us to end."""
 
     def __init__(self) -> None:
         self.has_come = False
@@ -120,7 +120,7 @@ class _End:
 
 
 class _Guest:
-    """A guest that uses whatever disks it has, a little."""
+    """A guest that uses all disks it has, a little."""
 
     def __init__(self, machine: Machine, domid: int, name: str, seed: int) -> None:
         self.domid = domid
@@ -132,7 +132,7 @@ class _Guest:
         self._random = Random(seed)
 
     def look(self) -> None:
-        """Take disks that have come, and give back those that are to go."""
+        """Connect disks that have come, and give back those that are to go."""
         from xenbackend.rig.frontend import Frontend, Wishes
         from xenbackend.rig.guest_ring import BackendMisbehaved
 
@@ -170,7 +170,7 @@ class _Guest:
                 frontend.crash()
 
     def close(self, *, in_order: bool) -> None:
-        """End it; `in_order`: its disks are given back first, and taken away, as long as that does not take long."""
+        """End the guest; `in_order`: first give back and detach its disks, if that does not take long."""
         for device, frontend in self._disks.items():
             if in_order and _give_back(frontend):
                 with suppress(XenbackendError):
@@ -182,12 +182,12 @@ class _Guest:
 
 
 def _give_back(frontend: Frontend) -> bool:
-    """Close a disk, by force where that does not end; return whether it was in order."""
+    """Close a disk, by force if that takes too long; return whether it took no force."""
     from xenbackend.rig.guest_ring import BackendMisbehaved
 
     try:
         frontend.close(_CLOSE_S)
-    except (TimeoutError, BackendMisbehaved, XenbackendError):  # paused, or no service: as where a guest is destroyed
+    except (TimeoutError, BackendMisbehaved, XenbackendError):  # paused, or no service: end as a destroyed guest does
         frontend.crash()
         return False
     return True

@@ -69,7 +69,7 @@ def register(subparsers: Any) -> None:
 
 
 def _register_chains(subparsers: Any) -> None:
-    """Add the commands that exchange what is below a guest."""
+    """Add the commands that change what a guest's disk is made of."""
     parser = _add(
         subparsers,
         "set",
@@ -174,7 +174,7 @@ def _resize(args: argparse.Namespace) -> int:
 
 def _policy(args: argparse.Namespace) -> int:
     if args.policy:
-        Policy(args.policy)  # a mistake is one with and without a service
+        Policy(args.policy)  # report a mistake even without a service
     done = _ask(args, lambda client: client.policy(args.vbd, args.policy))
     return _print(args, done, done.policy, policy=done.policy)
 
@@ -185,7 +185,7 @@ def _ask(args: argparse.Namespace, give: Callable[[Client], _Done]) -> _Done:
 
 
 def _ask_for_chain(args: argparse.Namespace, give: Callable[[Client], Changed]) -> Changed:
-    """Ask; where that fails, say all the same which chain is in service, if the service does."""
+    """Ask; if that fails, print which chain is in service all the same, if the service says so."""
     try:
         return _ask(args, give)
     except ServiceError as problem:

@@ -1,7 +1,7 @@
 """`xenbackend doctor [DISK]`: why a disk does not connect, and what to do about it.
 
-Must not look at anything itself, nor change anything. Exit status: 0 all is well; 1 something is wrong; 3 nothing is
-known to be wrong, and not everything could be looked at.
+Must not look at anything itself, nor change anything. Exit status: 0 all is well; 1 something is wrong; 3 nothing was
+found wrong, but not everything could be looked at.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def register(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def drivers(arguments: argparse.Namespace) -> int:
-    """Print the list or a manual. Raises: ConfigError for a driver that cannot be had."""
+    """Print the list or a manual. Raises: ConfigError, for a driver that does not exist or cannot be loaded."""
     if arguments.name:
         try:
             driver = find_driver(arguments.name)
@@ -51,7 +51,7 @@ def drivers(arguments: argparse.Namespace) -> int:
 
 
 def _describe(name: str) -> dict[str, Any]:
-    """Return one row of the list; a driver that cannot be loaded says why instead."""
+    """Return one row of the list; for a driver that cannot be loaded, the reason."""
     try:
         driver = find_driver(name)
     except LookupError as error:

@@ -1,6 +1,6 @@
-"""`xenbackend image`: what may be said to make, look at, check, change, copy and compare image files.
+"""`xenbackend image`: the verbs that make, look at, check, change, copy and compare image files, and their options.
 
-Must not do a verb, nor import what one needs.
+Must not carry out a verb, nor import what one needs.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ def _add_wishes(verb: argparse.ArgumentParser) -> None:
 
 
 def _late(module: str, verb: str) -> Callable[[argparse.Namespace], int]:
-    """Return what imports the module of a verb when that is called: to import them all takes longer than most verbs."""
+    """Return a function that imports a verb's module when called: importing all takes longer than most verbs."""
 
     def run(arguments: argparse.Namespace) -> int:
         function: Callable[[argparse.Namespace], int] = getattr(import_module(f"xenbackend.cli.{module}"), verb)

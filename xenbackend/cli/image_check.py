@@ -1,6 +1,6 @@
 """`xenbackend image check`: whether an image is sound.
 
-Must not import what a look at an image does not need: it is run for each image of a directory.
+Must not import what a check does not need: it is run for each image of a directory.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from xenbackend.image.names import Image, find_image
 
 
 def check(arguments: argparse.Namespace) -> int:
-    """Check an image; the status is qemu-img's. Raises: ConfigError, DriverError."""
+    """Check an image; return a status as `qemu-img check` does. Raises: ConfigError, DriverError."""
     look: Callable[[Image], Verdict] = checks.repair if arguments.repair else checks.check
     verdict = look(find_image(arguments.image, tuple(each.name for each in WRITTEN.values() if each.cluster_size)))
     if arguments.json:
-        from xenbackend.cli import output  # late: people do not read it
+        from xenbackend.cli import output  # late: needed only for --json
 
         output.print_json({**asdict(verdict), "status": verdict.status}, indent=2)
         return verdict.status

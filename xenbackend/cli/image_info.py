@@ -1,4 +1,4 @@
-"""`xenbackend image info`: what an image is, its parents, and what stands in the way of serving it.
+"""`xenbackend image info`: what an image is, its parents, and why it cannot be served, if so.
 
 Must not find out anything itself, nor import what looking at an image does not need: it is run for each image of a
 directory.
@@ -19,7 +19,7 @@ from xenbackend.units import format_size
 
 
 def info(arguments: argparse.Namespace) -> int:
-    """Say what an image is: first what is known, then what is in the way. Raises: ChainError, DriverError."""
+    """Print what is known of an image, then why it cannot be served, if so. Raises: ChainError, DriverError."""
     look = None if has_driver(arguments.image) else looks.look_at(arguments.image)
     if look is None:
         facts = chain_facts(parse_chain(arguments.image))
@@ -28,12 +28,12 @@ def info(arguments: argparse.Namespace) -> int:
     else:
         facts = file_facts(arguments.image, look)
     if arguments.json:
-        from xenbackend.cli import output  # late: people do not read it
+        from xenbackend.cli import output  # late: needed only for --json
         from xenbackend.protocol.codes import Code
 
         error = output.error_object(Code.INVALID, facts.problem) if facts.problem else {}
         output.print_json({**asdict(facts), "probed": look.name if look else None, **error}, indent=2)
-        arguments.json = False  # the error is told already
+        arguments.json = False  # the error is printed already
     else:
         if look and look.driver:
             _print_look(look, arguments.image, facts.chain)

@@ -1,6 +1,6 @@
-"""A bar for what takes long, and Ctrl-C that stops it only where it can be gone on with.
+"""A progress bar for long work, and Ctrl-C that stops the work only between two steps.
 
-Must not do what it shows.
+Must not do the work that it shows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _PAUSE_S = 0.1  # between two pictures
 
 @contextmanager
 def watched(title: str, *, quiet: bool = False) -> Iterator[Progress]:
-    """Give what to call between two steps; it raises KeyboardInterrupt where the operator asked to stop.
+    """Give a function to call between two steps, which raises KeyboardInterrupt if the operator wants to stop.
 
     The bar is shown on a terminal only, and on standard error. A second Ctrl-C does not wait for the step.
     """
@@ -77,6 +77,6 @@ def _bar(title: str) -> Iterator[Progress]:
         yield show
 
 
-def _stop_if(is_wanted: bool) -> None:  # noqa: FBT001 - it is the whole sentence
+def _stop_if(is_wanted: bool) -> None:  # noqa: FBT001 - the name says it
     if is_wanted:
         raise KeyboardInterrupt

@@ -29,7 +29,7 @@ def show_map(arguments: argparse.Namespace) -> int:
 
 
 def _print_map_json(extents: Iterator[Extent]) -> None:
-    """Print one extent a line, so that a large map needs no memory."""
+    """Print one extent a line as it comes, so that a large map needs no memory."""
     before = "["
     for extent in extents:
         print(f"{before}{json.dumps(in_qemus_words(extent))}", end="")

@@ -1,6 +1,6 @@
 """`xenbackend image`: the verbs that make, copy and change images, or compare what they hold.
 
-Must not do what `xenbackend.image` should: each is one call, and a sentence or JSON.
+Must not do the work, which `xenbackend.image` does: each verb is one call, and prints a sentence or JSON.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def convert(arguments: argparse.Namespace) -> int:
 
 
 def _find_target(text: str) -> tuple[ChainSpec, Image | None]:
-    """Return the chain of what is to be made or written over, and its image; None: a server or cluster has it.
+    """Return the chain of a conversion's target, and its image; None if a server or cluster has it.
 
     Raises: ChainError, ConfigError.
     """
@@ -141,7 +141,7 @@ def unlock(arguments: argparse.Namespace) -> int:
 
 
 def compare(arguments: argparse.Namespace) -> int:
-    """Compare two chains; the status is 0 or 1. Raises: ChainError, ConfigError, DriverError: not known, status 2."""
+    """Compare two chains; return status 0 or 1. Raises: ChainError, ConfigError, DriverError, for status 2."""
     first, second = find_chain(arguments.first), find_chain(arguments.second)
     try:
         with watched("compare", quiet=arguments.quiet or arguments.json) as progress:
@@ -167,7 +167,7 @@ def _print_compared(found: Compared, *, is_same: bool) -> None:
 
 
 def measure(arguments: argparse.Namespace) -> int:
-    """Say how large an image would be. Raises: ChainError, ConfigError, DriverError."""
+    """Print how large an image would be. Raises: ChainError, ConfigError, DriverError."""
     source = arguments.size if arguments.source is None else find_chain(arguments.source)
     found = measures.measure(arguments.format, source, _wishes(arguments))
     if arguments.json:

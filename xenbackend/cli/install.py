@@ -1,6 +1,6 @@
 """`xenbackend install` and `xenbackend uninstall`: what a Xen host needs beside the program.
 
-Must not know what is in a file, nor which steps make a host take it in.
+Must not know what is in a file, nor which steps make a host use it.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def register(subparsers: Any) -> None:
 
 
 class Told:
-    """What is done, told line by line, or at the end as JSON."""
+    """Reports what is done, line by line, or at the end as JSON."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self._is_dry: bool = args.dry_run
@@ -72,11 +72,11 @@ class Told:
         self._notes: list[str] = []
 
     def file(self, done: str, path: str) -> None:
-        """Tell what was done with a file."""
+        """Report what was done with a file."""
         self._step(_IF_DRY[done] if self._is_dry else done, "file", path)
 
     def take(self, steps: list[activate.Command]) -> None:
-        """Run commands, and tell of each. Raises: XenbackendError."""
+        """Run commands, and report each. Raises: XenbackendError."""
         if self._is_dry:
             for step in steps:
                 self._step("would run", "command", " ".join(step))
@@ -84,12 +84,12 @@ class Told:
             activate.run(steps, lambda step: self._step("ran", "command", " ".join(step)))
 
     def note(self, sentence: str) -> None:
-        """Tell what has to be known."""
+        """Report what the operator must know."""
         self._notes.append(sentence)
         self._print(sentence)
 
     def end(self) -> int:
-        """Print the JSON, where it is wanted, and return the exit status."""
+        """Print the JSON, if it is wanted, and return the exit status."""
         if self._as_json:
             with suppress(BrokenPipeError):
                 output.print_json({"steps": self._steps, "notes": self._notes}, indent=2)
@@ -100,14 +100,14 @@ class Told:
         self._print(f"{done} {what}")
 
     def _print(self, line: str) -> None:
-        """Print a line. A reader who has seen enough must not end an installation in the middle."""
+        """Print a line. If the reader of a pipe has gone, the installation must still be finished."""
         if not self._as_json:
             with suppress(BrokenPipeError):
                 print(line, flush=True)
 
 
 def run_install(args: argparse.Namespace) -> int:
-    """Install, and start what was installed where that is possible."""
+    """Install, and start what was installed if that is possible."""
     tree, told = Tree(args.root), Told(args)
     if args.packaged:
         _stage(args, tree, told.file)
@@ -139,7 +139,7 @@ def run_uninstall(args: argparse.Namespace) -> int:
     """Stop the service and remove everything."""
     tree, told = Tree(args.root), Told(args)
     _check_host(tree)
-    uninstall(tree, lambda _done, _path: None, is_dry=True, is_purge=args.purge)  # refuses while all is untouched
+    uninstall(tree, lambda _done, _path: None, is_dry=True, is_purge=args.purge)  # refuses before anything is touched
     if tree.is_host and not args.force:
         for each in control_sockets():
             refuse_while_serving(each)
@@ -171,7 +171,7 @@ def _real_xl(tree: Tree) -> str:
 
 
 def _check_host(tree: Tree) -> None:
-    """Raise ConfigError when this cannot be the Xen host that is to be changed."""
+    """Raise ConfigError if this host is to be changed, and is no Xen host or we are not root."""
     if not tree.is_host:
         return
     if not tree.at("/etc/xen").is_dir():

@@ -1,6 +1,6 @@
 """`xenbackend latency DISK`: how long a disk's requests take, as a histogram of an interval.
 
-Must not order anything, nor draw: `latency_text` and `latency_plot` do.
+Must not give an order (`latency_layers` does), nor draw: `latency_text` and `latency_plot` do.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Histogram:
     """Latencies of a sample of requests.
 
     buckets   element n counts those that took from 2^(n-1) to 2^n ns
-    sum_ns    of all of them
+    sum_ns    sum of all of them
     seconds   of the interval; None: since the disk was attached
     """
 
@@ -63,26 +63,26 @@ class Histogram:
 
     @property
     def samples(self) -> int:
-        """How many there are."""
+        """The number of requests."""
         return sum(self.buckets)
 
     @property
     def mean_ns(self) -> float | None:
-        """Their mean, None without any."""
+        """The mean; None if there are no requests."""
         return self.sum_ns / self.samples if self.samples else None
 
     def bound_ns(self, fraction: float) -> int | None:
-        """Return the bound that this fraction of them stayed below, None without any."""
+        """Return the bound below which this fraction of the requests stayed; None if there are none."""
         return counters.percentile_ns(self.buckets, fraction) if self.samples else None
 
     def filled(self) -> range:
-        """Return the buckets from the first to the last that has any."""
+        """Return the buckets from the first to the last one that is not empty."""
         places = [place for place, count in enumerate(self.buckets) if count]
         return range(places[0], places[-1] + 1) if places else range(0)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Look, print and draw. Raises: ServiceError; ConfigError, for a picture that fails."""
+    """Look, print and draw. Raises: ServiceError; ConfigError, if the picture fails."""
     if args.end and not args.layers:
         raise ConfigError("--end ends what --layers has begun: give both")
     if args.layers:
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError("--layers measures from now on, and draws nothing: leave out --total and --plot")
         return latency_layers.run(args)
     if args.plot is not None:
-        from xenbackend.bench.plot import check  # late: it is for pictures
+        from xenbackend.bench.plot import check  # late: only for pictures
 
         check()
     known, histogram = look(args)
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def look(args: argparse.Namespace) -> tuple[Disk, Histogram]:
-    """Return what is known of the disk at the end of the interval, and its latencies."""
+    """Return the disk as it is at the end of the interval, and its latencies."""
     client = Client(args.socket)
     before = client.disk(args.vbd)
     if args.total:
@@ -122,7 +122,7 @@ def look(args: argparse.Namespace) -> tuple[Disk, Histogram]:
 
 
 def difference(before: Disk, after: Disk, seconds: float) -> Histogram:
-    """Return the latencies between two looks. Raises: XenbackendError, where counting has begun anew between them."""
+    """Return the latencies between two looks. Raises: XenbackendError, if the counters were reset between them."""
     pairs = zip(after.latency_histogram, before.latency_histogram, strict=True)
     buckets = tuple(new - old for new, old in pairs)
     sum_ns = after.counters["latency_ns"] - before.counters["latency_ns"]
@@ -132,7 +132,7 @@ def difference(before: Disk, after: Disk, seconds: float) -> Histogram:
 
 
 def values(known: Disk, histogram: Histogram) -> dict[str, Any]:
-    """Return what scripts get."""
+    """Return the values for --json."""
     return {
         "vbd": known.vbd,
         "chain": known.chain,

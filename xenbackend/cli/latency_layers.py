@@ -1,6 +1,6 @@
 """`xenbackend latency DISK --layers`: how long each layer of a chain takes within an interval, by operation.
 
-Must not be asked for all the time: it is an order, since the worker has more to do meanwhile.
+Must not run all the time: it is an order, since it makes work for the worker.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _end(args: argparse.Namespace) -> int:
 
 
 def values(layers: Sequence[LayerTimes]) -> list[dict[str, Any]]:
-    """Return what scripts get."""
+    """Return the values for --json."""
     return [
         {"layer": each.layer, "operations": {name: _values(times) for name, times in each.operations.items()}}
         for each in layers
@@ -67,7 +67,7 @@ def _values(times: Times) -> dict[str, Any]:
 
 
 def lines(vbd: str, measured: Measured) -> Iterator[str]:
-    """Yield what the disk is, and a line for each operation of each layer, in columns."""
+    """Yield a line about the disk, and a line for each operation of each layer, in columns."""
     yield f"{vbd}  {printable(measured.chain)}"
     rows = [_HEAD, *(row for each in measured.layers for row in _rows(each))]
     widths = [max(len(row[place]) for row in rows) for place in range(len(_HEAD))]

@@ -1,6 +1,6 @@
 """A histogram of latencies as a picture.
 
-Must not be imported without a wish for a picture: it needs matplotlib, the extra ``xenbackend[plot]``.
+Must not be imported unless a picture is wanted: it needs matplotlib, the extra ``xenbackend[plot]``.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ _WIDTH = 40  # of the longest bar
 
 
 def lines(known: Disk, histogram: Histogram) -> Iterator[str]:
-    """Yield what the disk is, a line for each bucket, and what they amount to."""
+    """Yield a line about the disk, a line for each bucket, and a summary."""
     when = "since it was attached" if histogram.seconds is None else f"in {histogram.seconds:.1f} s"
     yield f"{known.vbd}  {printable(known.chain)}"
     if not histogram.samples:

@@ -1,6 +1,6 @@
-"""`xenbackend log`: read a record file, and ask the `log:` layer of a vbd for what was written.
+"""`xenbackend log`: read a record file, or ask the `log:` layer of a vbd which ranges were written.
 
-Must not decide what a record means nor what is dirty; `block.record` and the layer do.
+Must not decide what a record means, nor what is dirty: `block.record` and the layer do.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def show_records(arguments: argparse.Namespace) -> int:
     """Print the requests of record files, or their sums."""
     choice = choice_of(arguments, time.time_ns())
     entries = iter(_limited(_chosen(arguments.files, choice), arguments.head, arguments.tail))
-    entries = chain(list(islice(entries, 1)), entries)  # a file that cannot be read is told before anything is printed
+    entries = chain(list(islice(entries, 1)), entries)  # report an unreadable file before printing anything
     if arguments.summary:
         summary = record.Summary()
         summary.add(entries)
@@ -223,7 +223,7 @@ def _print_summary(result: dict[str, Any], *, as_json: bool) -> None:
 def ranges(arguments: argparse.Namespace) -> int:
     """Print the dirty ranges page by page.
 
-    `get` asks for the next page, and so has this one forgotten, only when this one has been written out.
+    With `get`, asking for the next page makes the layer forget this one: so it is written out first.
     """
     out = sys.stdout.buffer
     if arguments.binary and arguments.json:
@@ -263,7 +263,7 @@ def _text(first: int, count: int) -> bytes:
 
 
 def status(arguments: argparse.Namespace) -> int:
-    """Do a verb that answers with the layer's status, and print that."""
+    """Do a verb whose answer is the layer's status, and print that."""
     text = _ask(arguments, [])
     if not arguments.json:
         print(text, end="")

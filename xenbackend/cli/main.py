@@ -1,7 +1,8 @@
-"""The command line: finds the command, calls it, and turns what went wrong into one sentence and an exit status.
+"""The command line: finds the command, calls it, and turns an error into one sentence and an exit status.
 
 Must not contain logic that a test would want to call. Exit statuses are those of `protocol.codes`, with and without a
-service; 3 of `bench`: nothing can be concluded (`image check` and `compare` have their own); 130 interrupted.
+service; 3 for a `bench` from which nothing can be concluded (`image check` and `compare` have their own); 130 if
+interrupted.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from xenbackend import __version__
 from xenbackend.cli.arguments import Parser, UsageError, check_command
 from xenbackend.errors import ChainError, ConfigError, XenbackendError, printable
 
-MODULES = {  # of the commands, in the order of the help
+MODULES = {  # by command, in the order of the help
     "run": "run", "config": "config", "status": "status", "top": "top", "latency": "latency", "metrics": "metrics",
     "doctor": "doctor", "report": "report",
     "attach": "attach", "detach": "attach", "check": "check",
@@ -29,21 +30,21 @@ MODULES = {  # of the commands, in the order of the help
 }  # fmt: skip
 
 
-APART = ("image", "convert")  # they wait for storage, and whoever waits for them must not have to
+APART = ("image", "convert")  # they wait for storage, which a shell must not have to
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status; without `arguments` as the program that was started."""
+    """Run one command and return its exit status; by default with the arguments of this program."""
     if arguments is None and (ended := _wait_apart(sys.argv[1:2])) is not None:
         return ended
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a file's name may be anything, a terminal's alphabet small
+            stream.reconfigure(errors="backslashreplace")  # a file's name may not be printable there
     return _run(list(sys.argv[1:] if arguments is None else arguments))
 
 
 def _run(words: list[str]) -> int:
-    if words[:1] == ["__complete"]:  # a shell asks, `completion`
+    if words[:1] == ["__complete"]:  # a shell asks: see `completion`
         from xenbackend.cli import completion
 
         return completion.answer(words[1:], MODULES)
@@ -54,7 +55,7 @@ def _run(words: list[str]) -> int:
         given = _parse(words)
     except UsageError as mistake:
         if as_json:
-            from xenbackend.cli import output  # late, as in `_fail`: it speaks JSON, and of services
+            from xenbackend.cli import output  # late, as in `_fail`: only errors need it
 
             output.print_error(ConfigError(mistake.sentence))
         raise
@@ -66,10 +67,10 @@ def _run(words: list[str]) -> int:
         return _fail(problem, as_json=as_json and given.json)
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # whoever read our output has seen enough
+    except BrokenPipeError:  # the reader of our output has gone
         _flush_or_forget()
         return 0
-    except OSError as problem:  # whatever else the host refuses: a full disk below our output, a file to write
+    except OSError as problem:  # other refusals of the host: a full disk, a file that cannot be written
         _flush_or_forget()
         where = f"{problem.filename}: " if problem.filename else ""
         return _fail(XenbackendError(f"{where}{problem.strerror or problem}"), as_json=as_json and given.json)
@@ -77,13 +78,13 @@ def _run(words: list[str]) -> int:
 
 
 def _check_python() -> None:
-    """Raise ConfigError where threads do not take turns (PEP 703): drivers' callbacks were not tried without that."""
+    """Raise ConfigError for a Python without its global lock (PEP 703): drivers' callbacks were not tried there."""
     if not getattr(sys, "_is_gil_enabled", lambda: True)():
         raise ConfigError("this Python runs without its global lock, which was not tried; take another one")
 
 
 def _wait_apart(command: Sequence[str]) -> int | None:
-    """Wait for a command that another process does; None in that process, and for all other commands."""
+    """Run some commands in another process, and return the status; None in that process, and for other commands."""
     if not command or command[0] not in APART:
         return None
     from xenbackend.cli import apart
@@ -101,7 +102,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("-V", "--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     check_command(words, list(MODULES), parser)
-    # A command that is named needs no other one: importing them all takes half a second.
+    # Import only the command that is named: importing all takes half a second.
     wanted = {MODULES[words[0]]} if words and words[0] in MODULES else dict.fromkeys(MODULES.values())
     for module in wanted:
         importlib.import_module(f"xenbackend.cli.{module}").register(commands)
@@ -109,7 +110,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
 
 
 def _flush_or_forget() -> None:
-    """Write what is left of our output; what cannot be written now must not be tried again at the very end."""
+    """Write the rest of our output; if that fails, drop it, so that Python does not try again when it ends."""
     try:
         sys.stdout.flush()
     except OSError:

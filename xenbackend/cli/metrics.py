@@ -1,6 +1,6 @@
-"""`xenbackend metrics`: figures for a monitor, printed, left in a directory, or served to those who ask.
+"""`xenbackend metrics`: figures for a monitor, printed, written to a directory, or served by HTTP.
 
-Must not import a server of HTTP where nobody wants one: a timer runs it every few seconds.
+Must not import an HTTP server unless it is wanted: a timer runs this every few seconds.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def register(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print, leave or serve them. Raises: ServiceError; ConfigError for a place that cannot be written or bound."""
+    """Print, write or serve figures. Raises: ServiceError; ConfigError, if a place cannot be written or bound."""
     if args.listen is not None:
         from xenbackend.cli.metrics_http import serve  # late: it needs http.server
 
@@ -67,14 +67,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def look(control: str) -> list[Family]:
-    """Ask the service. Raises: ServiceError."""
+    """Ask the service for its figures. Raises: ServiceError."""
     client = Client(control)
     return metrics_text.of_service(client.service(), client.disks())
 
 
 def leave(directory: Path, text: str) -> None:
-    """Put the file in the place of the one before, so that nobody reads half of it. Raises: ConfigError."""
-    import tempfile  # late: it is dear, and most write no file
+    """Replace the file in a directory atomically, so that nobody reads half of it. Raises: ConfigError."""
+    import tempfile  # late: slow to import, and most calls write no file
 
     try:
         with tempfile.NamedTemporaryFile("w", dir=directory, prefix=f".{FILE}-", delete=False) as file:
@@ -92,7 +92,7 @@ def leave(directory: Path, text: str) -> None:
 
 def _values(family: Family) -> dict[str, Any]:
     samples = [
-        {"name": f"{family.name}{suffix}", "labels": labels, "value": value + 0}  # which makes a number of a boolean
+        {"name": f"{family.name}{suffix}", "labels": labels, "value": value + 0}  # `+ 0` makes a number of a boolean
         for suffix, labels, value in family.samples
     ]
     return {"name": family.name, "type": family.kind, "help": family.help, "samples": samples}

@@ -1,6 +1,6 @@
-"""`xenbackend metrics --listen`: answers those who ask for figures by HTTP.
+"""`xenbackend metrics --listen`: serves figures by HTTP.
 
-Must not be part of the service: whoever speaks HTTP is another process, which has to be allowed to ask for `status`.
+Must not be part of the service: the HTTP server is another process, which must be allowed to ask for `status`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from xenbackend.cli import metrics_text
 from xenbackend.cli.metrics import look
 from xenbackend.errors import ConfigError, XenbackendError
 
-PATIENCE_S = 10.0  # for a client that says nothing
+PATIENCE_S = 10.0  # for a client that sends nothing
 
 
 def serve(address: tuple[str, int], control: str) -> None:
-    """Answer whoever asks for /metrics, without an end. Raises: ConfigError."""
+    """Answer requests for /metrics until the process ends. Raises: ConfigError."""
 
     class Handler(_Handler):
         socket_of_service = control
@@ -36,14 +36,14 @@ def _server(address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> 
         address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
 
         def handle_error(self, _request: object, client_address: object) -> None:
-            """Say in a line that a client went away, or what else became of it."""
+            """Print one line about a client that went away, or another error over it."""
             print(f"xenbackend: {client_address}: {sys.exception()}", file=sys.stderr)
 
     return Server(address, handler)
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """One client, who gets the figures of now; where the service does not answer, the one that says so."""
+    """One client, which gets the present figures, or, if the service does not answer, the one that says so."""
 
     timeout = PATIENCE_S
     server_version = "xenbackend"
@@ -51,7 +51,7 @@ class _Handler(BaseHTTPRequestHandler):
     socket_of_service = ""
 
     def do_GET(self) -> None:
-        """Answer."""
+        """Answer a request."""
         if self.path.partition("?")[0] != "/metrics":
             self.send_error(404, explain="figures are at /metrics")
             return
@@ -69,4 +69,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def log_request(self, code: object = "-", size: object = "-") -> None:
-        """Say nothing of what went well, several times a minute."""
+        """Do not log successes, which there are several times a minute."""

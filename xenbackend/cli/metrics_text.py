@@ -1,6 +1,6 @@
 """The figures of all disks as text, in the format of Prometheus or of OpenMetrics.
 
-Must not ask anybody: it is made of what the service says to `ping` and `status`. Sources: Prometheus, "Exposition
+Must not ask anybody: it uses the service's answers to `ping` and `status`. Sources: Prometheus, "Exposition
 formats", 0.0.4; OpenMetrics 1.0.0. The two differ in how a counter is declared, and in the last line.
 """
 
@@ -13,7 +13,7 @@ from xenbackend.client import Disk, Service
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 OPENMETRICS_TYPE = "application/openmetrics-text; version=1.0.0; charset=utf-8"
-_BUCKETS = range(12, 36)  # of the latency's, 2^n ns: 4 us to 34 s; what is longer is in the last one
+_BUCKETS = range(12, 36)  # of latency, 2^n ns: 4 us to 34 s; longer times are in the last one
 _ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 
 Labels = dict[str, str]
@@ -30,7 +30,7 @@ class Family:
     samples: Sequence[Sample]
 
     def lines(self, *, is_openmetrics: bool) -> Iterator[str]:
-        """Yield what stands in the text."""
+        """Yield the lines of the text."""
         declared = self.name if is_openmetrics or self.kind != "counter" else f"{self.name}_total"
         yield f"# HELP {declared} {self.help.translate(_ESCAPES)}"
         yield f"# TYPE {declared} {self.kind}"
@@ -42,18 +42,18 @@ class Family:
 
 
 def text(families: Iterable[Family], *, is_openmetrics: bool) -> str:
-    """Return the text of one look."""
+    """Return the whole text."""
     lines = [line for each in families for line in each.lines(is_openmetrics=is_openmetrics)]
     return "\n".join([*lines, *(["# EOF"] if is_openmetrics else [])]) + "\n"
 
 
 def of_nobody() -> list[Family]:
-    """Return what is known where no service answers."""
+    """Return the metrics if no service answers."""
     return [Family("xenbackend_up", "gauge", "1 while the service answers.", [("", {}, 0)])]
 
 
 def of_service(service: Service, disks: Sequence[Disk]) -> list[Family]:
-    """Return what is known of the service and of its disks, as `ping` and `status` describe them."""
+    """Return the metrics of the service and of its disks, as `ping` and `status` describe them."""
     return [*_of_service(service), *_of_disks([_Labelled(each) for each in disks])]
 
 
@@ -75,20 +75,20 @@ class _Labelled:
         self.known = known
 
     def facts(self) -> Labels:
-        """Return what is told as words."""
+        """Return the labels that describe the disk in words."""
         known = self.known
         words = {"node": known.node, "chain": known.chain, "state": known.state}
         return self.labels | words | {"version": known.worker_version}
 
     def figures(self) -> Iterator[tuple[Labels, float]]:
-        """Yield what layers count."""
+        """Yield the figures of the layers."""
         for place, layer in enumerate(self.known.layers):
             labels = self.labels | {"layer": str(place), "driver": layer.layer.partition(":")[0]}
             for name, value in layer.figures.items():
                 yield labels | {"figure": name}, value
 
     def latency(self) -> Iterator[Sample]:
-        """Yield each operation's histogram, as it is cumulated in the text."""
+        """Yield each operation's histogram, cumulated as the format wants it."""
         for operation, timed in self.known.latency_by_operation.items():
             labels, buckets = self.labels | {"operation": operation}, timed.buckets
             bounds = [(_number(2**place / 1e9), sum(buckets[: place + 1])) for place in _BUCKETS]

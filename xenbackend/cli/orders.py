@@ -1,6 +1,6 @@
 """`xenbackend orders [N]`: what became of the last orders.
 
-Must not decide anything: the service remembers.
+Must not decide anything: the service keeps the ledger.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def words(entry: Entry) -> tuple[str, ...]:
 
 
 def details(entry: Entry) -> list[tuple[str, str]]:
-    """Return all that is known of an order, by names for people."""
+    """Return everything known of an order, with headings for people."""
     texts = {key: printable(str(entry[key])) for key in ("vbd", "verb", "from", "to", "error")}
     return [
         ("order", str(entry["number"])), ("what", texts["verb"]), ("disk", texts["vbd"]), ("by", _who(entry["who"])),
@@ -94,7 +94,7 @@ def _took(entry: Entry) -> str:
 
 
 def _who(who: dict[str, Any]) -> str:
-    """Return a peer as one word: its command, user and process."""
+    """Return who gave an order as one word: command, process and user."""
     if not who:
         return "-"
     command = printable(str(who.get("command", ""))) or "?"

@@ -1,4 +1,4 @@
-"""What scripts get: JSON with a version, errors too.
+"""Prints what scripts read: JSON with a version, errors too.
 
 Must not know a command. docs/json.md is the schema; a test compares it with what commands print.
 """
@@ -26,7 +26,7 @@ def print_json(values: Mapping[str, Any], indent: int | None = None) -> None:
 
 
 def print_error(problem: Exception) -> None:
-    """Print an error as JSON: what a success would say, as far as it is known, and why there is none."""
+    """Print an error as JSON: the keys of a success, as far as they are known, and the reason for the failure."""
     answer = answer_of(problem)
     print_json({**values_of(answer), **error_object(answer.code, answer.sentence)})
 
@@ -42,6 +42,6 @@ def answer_of(problem: Exception) -> Answer:
 
 
 def values_of(answer: Answer | Done) -> dict[str, Any]:
-    """Return what an answer to an order says, with one name for each idea."""
+    """Return the data of an answer to an order, under the names of docs/json.md."""
     data = plain.answered(answer.data) if isinstance(answer, Answer) else answer.values
     return ({"order": answer.order} if answer.order is not None else {}) | data

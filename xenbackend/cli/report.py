@@ -1,6 +1,6 @@
-"""`xenbackend report`: one archive for who reports a fault.
+"""`xenbackend report`: one archive for a report of a fault.
 
-Must not send anything, nor gather itself.
+Must not send anything, nor gather anything itself.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def register(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Gather, write, and say what is in it. Raises: ConfigError, where the file cannot be written."""
+    """Gather, write, and print what is in the archive. Raises: ConfigError, if the file cannot be written."""
     from xenbackend.doctor import archive  # late: it speaks to xenstore
     from xenbackend.doctor.examine import Wanted
     from xenbackend.doctor.pieces import gather

@@ -1,6 +1,6 @@
 """`xenbackend run`: the service.
 
-Must not do anything but turn arguments into settings.
+Must only turn arguments into settings, and start the service.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from xenbackend.log import FORMATS, LEVELS
 from xenbackend.protocol.codes import EXIT_STATUS, Code
 from xenbackend.supervisor.service import settings
 
-OVERRIDES = ("store", "host", "socket", "serve", "log", "log_level")  # settings that have options
+OVERRIDES = ("store", "host", "socket", "serve", "log", "log_level")  # settings that options override
 
 
 def register(subparsers: Any) -> None:
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     if args.check:
         return _check(args)
     if not (args.detach or args.keep):
-        process.boost(os.getpid())  # guests may wait for us, also while we import; `main` calms us once we serve
+        process.boost(os.getpid())  # guests may wait, even while we import; `main` takes this back once it serves
     from xenbackend.supervisor.service import detached, main, parent
     from xenbackend.supervisor.service.keeper import forget_inheritance
 
@@ -84,7 +84,7 @@ def _read(args: argparse.Namespace) -> settings.Settings:
 
 
 def _check(args: argparse.Namespace) -> int:
-    """Say all that is wrong with the settings. Raises: ConfigError, where there are none to look at."""
+    """Print all mistakes in the settings; return the exit status. Raises: ConfigError, if they cannot be read."""
     try:
         _read(args)
     except settings.SettingsError as error:
@@ -101,7 +101,7 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _arguments(args: argparse.Namespace) -> list[str]:
-    """Return what the service itself is started with, for any directory."""
+    """Return the arguments for the service itself, which hold in any working directory."""
     given = {name: getattr(args, name) for name in OVERRIDES if getattr(args, name) is not None}
     for name in {"store", "socket"} & set(given):
         given[name] = str(Path(given[name]).absolute())

@@ -1,6 +1,6 @@
 """`xenbackend status`: what the service serves, and how fast.
 
-Must not import rich where nobody looks at a terminal. Rates and latencies are those of the time between two looks.
+Must not import rich without a terminal. Rates and latencies are those of the time between two looks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from xenbackend.cli.output import print_json
 from xenbackend.client import Client, Disk, File, Layer, Service
 from xenbackend.errors import printable
 
-SAMPLE_S = 1.0  # between the two looks that rates are made of
+SAMPLE_S = 1.0  # between the two looks from which rates are computed
 SHORTEST_S = 1.0  # between two looks of --watch: workers add up their counters once a second
 RATES = ("reads", "writes", "read_bytes", "written_bytes")
 COLUMNS = (
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Of one disk between two looks; None is what cannot be known: a first look, or nothing that was timed."""
+    """The speed of one disk between two looks. None: not known, at a first look or if no request was timed."""
 
     rates: dict[str, float] | None = None  # by RATES, per second
     mean_ns: float | None = None
@@ -76,7 +76,7 @@ class Speed:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """What the service said at one moment."""
+    """The answers of the service at one moment."""
 
     service: Service
     disks: list[Disk]
@@ -98,7 +98,7 @@ def speeds(before: Picture, after: Picture) -> dict[str, Speed]:
 
 
 def speed(before: Disk | None, after: Disk, seconds: float) -> Speed:
-    """Return what happened between two descriptions of a disk; nothing is known where its counters began anew."""
+    """Return a disk's speed between two descriptions of it; unknown if its counters were reset between them."""
     if before is None or seconds <= 0:
         return Speed()
     moved = {each: after.counters[each] - before.counters[each] for each in after.counters}
@@ -114,12 +114,12 @@ def speed(before: Disk | None, after: Disk, seconds: float) -> Speed:
 
 
 def condition(known: Disk) -> str:
-    """Return how a disk is in one word: ``paused``, why it is not served as it should be, or our state."""
+    """Return a disk's condition in one word: ``paused``, why it is not served as it should be, or our state."""
     return "paused" if known.paused else known.reason or known.state
 
 
 def remarks(known: Disk) -> list[str]:
-    """Return the sentences that belong to it."""
+    """Return the sentences about a disk that a person should read."""
     paused = [f"paused by {known.paused_by or 'an administrator'}"] if known.paused else []
     under_way = [f"{each.verb} is under way, order {each.order}" for each in known.under_way]
     old = [f"its worker runs {known.worker_version or 'another version'}"] if known.needs_upgrade else []
@@ -135,7 +135,7 @@ def remarks(known: Disk) -> list[str]:
 
 
 def _describe_figures(layer: Layer) -> str:
-    """Return what a layer counts, such as ``throttle: waiting 12, held 300``."""
+    """Return a layer's figures, such as ``throttle: waiting 12, held 300``."""
     driver = layer.layer.partition(":")[0]
     return f"{driver}: {', '.join(f'{name} {value}' for name, value in layer.figures.items())}"
 
@@ -147,12 +147,12 @@ def _describe_file(file: File) -> str:
 
 
 def errors(known: Disk) -> int:
-    """Return how many requests failed or were wrong, of its whole life."""
+    """Return how many requests of a disk failed or broke a rule since it was attached."""
     return known.counters["errors"] + known.counters["guest_errors"]
 
 
 def age(since: float | None, now: float) -> str:
-    """Return how long ago that was: ``45s``, ``3h``; a dash where it is not known."""
+    """Return how long ago a time was: ``45s``, ``3h``; a dash if it is not known."""
     if since is None:
         return "-"
     seconds = max(0.0, now - since)
@@ -161,7 +161,7 @@ def age(since: float | None, now: float) -> str:
 
 
 def service_line(picture: Picture) -> str:
-    """Return what is to be said of the service."""
+    """Return a line about the service."""
     service, count = picture.service, len(picture.disks)
     old = sum(each.needs_upgrade for each in picture.disks)
     stale = f"; {old} of {count} need upgrade: xenbackend upgrade" if old else ""
@@ -191,14 +191,14 @@ SORTS: dict[str, Callable[[Disk, Speed], Any]] = {
 
 
 def arranged(args: argparse.Namespace, before: Picture, after: Picture) -> list[tuple[Disk, Speed]]:
-    """Return the disks with their speeds, as --sort says."""
+    """Return the disks with their speeds, in the order of --sort."""
     moved = speeds(before, after)
     rows = [(each, moved[each.node]) for each in after.disks]
     return sorted(rows, key=lambda row: (SORTS[args.sort](*row), SORTS["disk"](*row)))
 
 
 def line(known: Disk, moved: Speed, now: float) -> list[str]:
-    """Return one disk as the words of COLUMNS; a dash where nothing is known. What follows the chain are remarks."""
+    """Return one disk as the words of COLUMNS, with a dash for what is not known; remarks follow the chain."""
     rates = [f"{moved.rates[each]:.0f}" if moved.rates else "-" for each in RATES]
     latencies = ["-" if each is None else f"{each / 1e3:.0f}" for each in (moved.mean_ns, moved.p99_ns)]
     worker = [str(known.worker or "-"), age(known.worker_since, now), known.worker_version or "-"]
@@ -238,7 +238,7 @@ def _print_lines(args: argparse.Namespace) -> None:
 
 
 def interval(text: str) -> float:
-    """Return the seconds between two looks. Raises: argparse.ArgumentTypeError, for fewer than counters change in."""
+    """Return the seconds between two looks. Raises: argparse.ArgumentTypeError, if shorter than counters' updates."""
     seconds = duration(text)
     if seconds < SHORTEST_S:
         raise argparse.ArgumentTypeError(f"{text} is too short: workers add up their counters once a second")

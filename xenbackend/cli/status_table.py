@@ -1,6 +1,6 @@
-"""`xenbackend status` on a terminal: a table, what is to be said of its disks below it, and the service.
+"""`xenbackend status` on a terminal: a table, remarks about its disks below it, and a line about the service.
 
-Must not work anything out: `status` does.
+Must not compute anything: `status` does.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 _STYLES = {"Connected": "green", "paused": "yellow"}  # of a disk's state
-_LINES = 2  # that a disk takes at least
+_LINES = 2  # that each disk takes at least
 
 
 def show(args: argparse.Namespace) -> None:
-    """Print once, or go on."""
+    """Print once, or, with --watch, until interrupted."""
     from rich.console import Console
     from rich.live import Live
 
@@ -46,7 +46,7 @@ def show(args: argparse.Namespace) -> None:
 
 
 def fitting(console: Console, args: argparse.Namespace, before: Picture, after: Picture) -> Group:
-    """Return as much of a picture as a terminal has lines for: what does not fit would stand there for ever."""
+    """Return as much of a picture as the terminal has lines for: lines beyond that could not be erased."""
     room = min(len(after.disks), console.height // _LINES)
     while True:
         found = frame(args, before, after, room)
@@ -57,7 +57,7 @@ def fitting(console: Console, args: argparse.Namespace, before: Picture, after: 
 
 
 def frame(args: argparse.Namespace, before: Picture, after: Picture, room: int | None = None) -> Group:
-    """Return a picture with at most `room` disks; two that are the same one are the first of --watch."""
+    """Return a picture with at most `room` disks; at the first picture of --watch, `before` is `after`."""
     from rich.console import Group
     from rich.text import Text
 
@@ -72,7 +72,7 @@ def frame(args: argparse.Namespace, before: Picture, after: Picture, room: int |
 
 
 def table(rows: list[tuple[Disk, Speed]]) -> Table:
-    """Return the table, which fits into 80 columns: what belongs together stands one above the other."""
+    """Return the table, which fits into 80 columns: related values are stacked in one cell."""
     from rich.table import Table
 
     made = Table(box=None, padding=(0, 2, 0, 0))

@@ -1,6 +1,6 @@
 """`xenbackend top`: a live view of all disks, or the same in lines for scripts.
 
-Must not order anything, nor wait for a service that does not answer: keys are heard meanwhile.
+Must not give an order, nor ignore keys while a service does not answer.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from xenbackend.cli.top_terminal import Terminal
 
 ANSWER_S = 5.0
-_HOLD_S = 3600.0  # for which a picture that is held waits for a key
+_HOLD_S = 3600.0  # longest wait for a key while a picture is held
 COLUMNS = ("disk", "guest", "state", "r/s", "w/s", "rB/s", "wB/s", "queue", "mean-us", "p99-us", "errors", "chain")
 _INTERVALS = (1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 
@@ -60,7 +60,7 @@ def register(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Watch until somebody has seen enough."""
+    """Watch until the operator ends it."""
     view = View(args.sort, args.reverse, args.filter, args.layers)
     if args.once or args.count or args.json or not sys.stdout.isatty():
         _print(args, view)
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     from xenbackend.cli import top_terminal  # late: scripts have no terminal
 
     top_terminal.check()
-    look(args)  # what is wrong from the beginning is told in a sentence
+    look(args)  # report what is wrong from the start as a sentence
     console = Console(highlight=False)
     with top_terminal.Terminal(console) as terminal:
         bars = top_rows.BARS if console.encoding.lower().startswith("utf") else top_rows.PLAIN_BARS
@@ -90,7 +90,7 @@ def look(args: argparse.Namespace, waiting: Waiting | None = None) -> Picture:
 
 @dataclass(slots=True)
 class _State:
-    """What keys change."""
+    """The state that keys change."""
 
     view: View
     interval_s: float
@@ -131,14 +131,14 @@ class Live:
             picture = look(self._args, self._meanwhile)
         except _Ended:
             return
-        except ServiceError as problem:  # it is tried again, and what was seen stays
+        except ServiceError as problem:  # it is tried again; the last picture stays
             self._note = str(problem)
             return
         self._rows, self._note = self._history.take(picture), ""
         self._service = status.service_line(picture)
 
     def _meanwhile(self, waited_s: float) -> None:
-        """Hear keys while the service says nothing."""
+        """React to keys while the service does not answer."""
         if waited_s > 1.0:
             self._note = f"the service has not answered for {waited_s:.0f} s"
         self._heed(self._terminal.wait(0))
@@ -170,7 +170,7 @@ class Live:
                 self._press(key)
 
     def _type(self, key: str) -> None:
-        """Change the filter by a key; what it has until then is seen at once."""
+        """Change the filter by a key; its effect is seen at once."""
         state = self._state
         text = state.typing or ""
         if key in ("enter", "escape"):
@@ -215,7 +215,7 @@ class Live:
 
 
 class _Ended(Exception):
-    """A key has ended the view while the service was asked."""
+    """A key has ended the view while we waited for the service."""
 
 
 def _other_interval(now_s: float, step: int) -> float:
@@ -224,7 +224,7 @@ def _other_interval(now_s: float, step: int) -> float:
 
 
 def _print(args: argparse.Namespace, view: View) -> None:
-    """Print what moved in each interval, until there were enough or the reader has seen enough."""
+    """Print each interval, until there were as many as wanted, or until interrupted."""
     history = History()
     history.take(look(args))
     left = 1 if args.once else args.count

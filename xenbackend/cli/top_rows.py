@@ -1,4 +1,4 @@
-"""What `xenbackend top` shows of each disk: what moved since the last look, and how that went on before.
+"""What `xenbackend top` shows of each disk: its speed since the last look, and the history of its latency.
 
 Must not ask anybody, nor print.
 """
@@ -15,14 +15,14 @@ from xenbackend.cli.status import Picture, Speed
 from xenbackend.client import Disk
 from xenbackend.errors import printable
 
-REMEMBERED = 60  # intervals, of which the sparkline shows as many as there is room for
+REMEMBERED = 60  # intervals; the sparkline shows as many as there is room for
 BARS = "▁▂▃▄▅▆▇█"
-PLAIN_BARS = "_.-=+*#%"  # where a terminal has no others
+PLAIN_BARS = "_.-=+*#%"  # for terminals that have no others
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One disk between two looks; `history` are mean latencies in ns, the latest last, None where nothing was timed."""
+    """One disk between two looks. `history`: mean latencies in ns, the latest last; None if nothing was timed."""
 
     known: Disk
     moved: Speed
@@ -35,19 +35,19 @@ class Row:
 
     @property
     def condition(self) -> str:
-        """How the disk is, in a word."""
+        """The disk's condition in one word."""
         return status.condition(self.known)
 
     @property
     def text(self) -> str:
-        """What a filter looks into."""
+        """The text that a filter searches."""
         words = (self.known.vbd, self.known.guest, self.condition, self.known.chain)
         return printable(" ".join(words)).lower()
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What somebody wants to see, and in which order."""
+    """What the operator wants to see, and in which order."""
 
     sort: str = "disk"
     is_reversed: bool = False
@@ -55,7 +55,7 @@ class View:
     with_layers: bool = False
 
     def next_sort(self, step: int = 1) -> View:
-        """Return it sorted by what comes next."""
+        """Return the view with the next sort order."""
         names = list(SORTS)
         return replace(self, sort=names[(names.index(self.sort) + step) % len(names)])
 
@@ -70,14 +70,14 @@ SORTS: dict[str, Callable[[Row], Any]] = {name: _by_status(name) for name in sta
 
 
 class History:
-    """What was seen of disks, from look to look."""
+    """Remembers the latencies of disks from look to look."""
 
     def __init__(self) -> None:
         self._last: Picture | None = None
         self._means: dict[str, deque[float | None]] = {}
 
     def take(self, picture: Picture) -> list[Row]:
-        """Return a row for each disk of a look; of the first one no speed is known."""
+        """Return a row for each disk of a picture; at the first picture no speed is known."""
         moved = status.speeds(self._last or picture, picture)
         is_first, self._last = self._last is None, picture
         self._means = {each.node: self._means.get(each.node, deque(maxlen=REMEMBERED)) for each in picture.disks}
@@ -88,14 +88,14 @@ class History:
 
 
 def arranged(rows: Iterable[Row], view: View) -> list[Row]:
-    """Return the rows that are wanted, in the order that is wanted."""
+    """Return the rows that a view shows, in its order."""
     found = [row for row in rows if view.filter.lower() in row.text]
     found.sort(key=lambda row: (SORTS[view.sort](row), SORTS["disk"](row)), reverse=view.is_reversed)
     return found
 
 
 def sparkline(values: Sequence[float | None], width: int, bars: str = BARS) -> str:
-    """Return the latest values as bars, the greatest of them the tallest; a space where there was nothing."""
+    """Return the latest values as bars, the greatest as the tallest; a space for None."""
     shown = values[-width:] if width > 0 else ()
     most = max((each for each in shown if each is not None), default=0.0)
     last = len(bars) - 1
@@ -105,7 +105,7 @@ def sparkline(values: Sequence[float | None], width: int, bars: str = BARS) -> s
 
 
 def layers(row: Row) -> list[str]:
-    """Return a line for each layer: its text, and what it counts."""
+    """Return a line for each layer: its text and its figures."""
     lines = []
     for each in row.known.layers:
         figures = ", ".join(f"{name} {value}" for name, value in each.figures.items())
@@ -114,7 +114,7 @@ def layers(row: Row) -> list[str]:
 
 
 def values(row: Row) -> dict[str, Any]:
-    """Return a row for scripts."""
+    """Return the values of a row for --json."""
     known, moved = row.known, row.moved
     rates = {f"{name}_per_s": None if moved.rates is None else round(moved.rates[name], 3) for name in status.RATES}
     figures = [{"layer": each.layer, "figures": each.figures} for each in known.layers]

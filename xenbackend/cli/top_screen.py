@@ -1,4 +1,4 @@
-"""The picture of `xenbackend top`: as many lines as the terminal has, each as wide as it is, whatever its size.
+"""The picture of `xenbackend top`: exactly as many lines as the terminal has, and none wider, whatever its size.
 
 Must not ask anybody, nor know a terminal: it is given the size.
 """
@@ -25,10 +25,10 @@ _LEAST_CHAIN = 12
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """What is to be shown: rows in their order, from which one on, and what stands above and below them.
+    """What is to be shown: the rows in order, the first one that is visible, and the lines above and below.
 
-    typing   the filter as it is being typed, None while it is not
-    note     of what went wrong, or of a key
+    typing   the filter while it is being typed, else None
+    note     about an error, or the effect of a key
     """
 
     rows: Sequence[Row]
@@ -43,7 +43,7 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class _Column:
-    """One column; the greater its rank, the sooner it is left out where there is no room."""
+    """One column; the greater its rank, the sooner it is left out if there is no room."""
 
     heading: str
     width: int
@@ -102,7 +102,7 @@ def lines(frame: Frame, width: int, height: int) -> list[Text]:
 
 
 def _fitting(columns: list[_Column], width: int) -> list[_Column]:
-    """Return those that there is room for, with some for the chain where that is possible at all."""
+    """Return the columns that there is room for, leaving some for the chain if that is possible at all."""
     while len(columns) > 1 and _width(columns) > max(0, width - _LEAST_CHAIN):
         columns.remove(max(columns, key=lambda each: each.rank))
         if len(columns) <= 2 and _width(columns) <= width:
@@ -125,7 +125,7 @@ def _head(frame: Frame, columns: Sequence[_Column], width: int) -> list[Text]:
 
 
 def _of_row(row: Row, columns: Sequence[_Column], view: View) -> list[Text]:
-    """Return the line of a disk, what is to be said of it, and its layers if they are wanted."""
+    """Return the line of a disk, a remark about it, and its layers if they are wanted."""
     from rich.cells import set_cell_size
     from rich.text import Text
 

@@ -1,4 +1,4 @@
-"""The terminal below `xenbackend top`: keys without echo, a screen of its own, and everything as it was at the end.
+"""The terminal of `xenbackend top`: keys without echo, the alternate screen, and everything restored at the end.
 
 Must not know what is shown, nor what a key means.
 """
@@ -30,20 +30,20 @@ _LONGEST = max(map(len, _ESCAPES))
 
 
 def check() -> None:
-    """See that there is a terminal that can be drawn on. Raises: ConfigError."""
+    """Check that the terminal can be drawn on. Raises: ConfigError."""
     kind = os.environ.get("TERM", "")
     if kind in ("", "dumb", "unknown"):
         raise ConfigError(f"TERM is {kind or 'not set'}: nothing can be drawn there; use --once, or --count N")
 
 
 class Terminal:
-    """A terminal that is ours as long as this is entered. Raises, from `draw` and `keys`: KeyboardInterrupt."""
+    """A terminal that is ours within this context. Raises, at Ctrl-C or a signal: KeyboardInterrupt, SystemExit."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._fd = sys.stdin.fileno() if sys.stdin.isatty() else -1  # without one there are no keys, but a picture
         self._usual: Any = None
-        self._signals, self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)  # a byte for each signal: select(2) goes on
+        self._signals, self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)  # a byte for each signal wakes select(2)
 
     def __enter__(self) -> Self:
         self._former = {
@@ -67,17 +67,17 @@ class Terminal:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Columns and lines, as they are now."""
+        """Columns and lines at present."""
         return self._console.size.width, self._console.size.height
 
     def draw(self, lines: Sequence[Text]) -> None:
-        """Show these lines, from the top; they are as many as the terminal has."""
+        """Show these lines from the top; there are as many as the terminal has."""
         from rich.console import Group
 
         self._console.update_screen(Group(*lines))
 
     def wait(self, seconds: float) -> list[str]:
-        """Wait for keys, a new size, or the end of that time; return the keys, by their names or characters."""
+        """Wait for keys, a signal, or the end of this time; return the keys, by name or character."""
         fds = [self._signals, *([self._fd] if self._fd >= 0 else [])]
         ready, _, _ = select.select(fds, [], [], max(0.0, seconds))
         if self._signals in ready:
@@ -85,7 +85,7 @@ class Terminal:
         if self._fd not in ready:
             return []
         text = os.read(self._fd, 1024).decode(errors="replace")
-        if not text:  # it has gone
+        if not text:  # the terminal has gone
             raise SystemExit(128 + signal.SIGHUP)
         return split(text)
 
@@ -103,14 +103,14 @@ class Terminal:
             termios.tcsetattr(self._fd, termios.TCSADRAIN, self._usual)
 
     def _suspend(self, _number: int, _frame: FrameType | None) -> None:
-        """Let the shell have its terminal as it was, until we are continued."""
+        """Give the terminal back to the shell as it was, until we are continued."""
         self._give_back()
         os.kill(os.getpid(), signal.SIGSTOP)
         self._take()
 
 
 def split(text: str) -> list[str]:
-    """Return what was typed key by key; what no key of ours sends is dropped with its escape sequence."""
+    """Return what was typed as single keys; escape sequences of keys that we do not know are dropped."""
     keys = []
     place = 0
     while place < len(text):
@@ -130,7 +130,7 @@ def split(text: str) -> list[str]:
 
 
 def _nothing(_number: int, _frame: FrameType | None) -> None:
-    """That it came is all."""
+    """Do nothing: the signal has woken `wait`."""
 
 
 def _end(number: int, _frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""`xenbackend upgrade` and `xenbackend stop`: other processes for the disks in service, or none.
+"""`xenbackend upgrade` and `xenbackend stop`: replace or end the processes that serve disks.
 
 Must not decide anything: the service does, or refuses.
 """
@@ -16,7 +16,7 @@ from xenbackend.disks import parse_disk
 from xenbackend.errors import printable
 from xenbackend.protocol.codes import EXIT_STATUS
 
-LOOK_TIMEOUT_S = 1.0  # for what the service waits for, which is only shown
+LOOK_TIMEOUT_S = 1.0  # for the question what the service waits for, which is only shown
 NAMED = 3  # disks that a line has room for
 
 
@@ -63,7 +63,7 @@ def _replace(args: argparse.Namespace, vbd: str) -> Upgraded:
 
 
 def _upgrade_all(args: argparse.Namespace) -> int:
-    """Replace one worker after the other; the status is that of the first order that failed."""
+    """Replace one worker after another; return 0, or the status of the first order that failed."""
     status, done = 0, []
     for disk in Client(args.socket).disks():
         args.vbd = name = disk.vbd
@@ -84,7 +84,7 @@ def _upgrade_all(args: argparse.Namespace) -> int:
 
 
 def _waits_for(socket: str) -> str:
-    """Return for which disks a service that stops waits, and for what: the first ones; empty where it does not say."""
+    """Return what a stopping service waits for, at the first few disks; empty if it does not say."""
     try:
         waits = Client(socket, answer_s=LOOK_TIMEOUT_S).service().waits
     except ServiceError:

@@ -1,6 +1,6 @@
-"""Gives an order to the service, and lets the operator see on a terminal that it takes its time.
+"""Gives an order to the service, and shows on a terminal how long it takes.
 
-Must not import rich where nobody looks, nor for an order that is done at once.
+Must not import rich without a terminal, nor for an order that is done at once.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _T = TypeVar("_T")
 
 
 def order(args: argparse.Namespace, give: Callable[[Client], _T], look: Look | None = None) -> _T:
-    """Give an order, as --socket and --timeout say; on a terminal `look` says every second what it waits for.
+    """Give an order, as --socket and --timeout say; on a terminal `look` tells every second what it waits for.
 
-    Raises: ConfigError for a disk that cannot be; ServiceError.
+    Raises: ConfigError, if the disk's name is not valid; ServiceError.
     """
     name = str(getattr(args, "vbd", ""))
     what = f"{parse_disk(name)}: {args.verb}" if name else str(args.verb)
@@ -35,7 +35,7 @@ def order(args: argparse.Namespace, give: Callable[[Client], _T], look: Look | N
 
 @contextmanager
 def shown(title: str, look: Look | None = None) -> Iterator[Waiting]:
-    """Give what to call with the seconds that were waited; they are shown on a terminal, on standard error."""
+    """Give a function to call with the seconds waited so far, which it shows on a terminal, on standard error."""
     picture: Any = None
     seen, look_at = "", 0.0
 

@@ -1,6 +1,6 @@
 """`xenbackend xl ...`: xl itself, with disk lines that it understands.
 
-Must not stay: what runs in the end is xl, with our process, terminal and exit status.
+Must not stay in between: in the end xl runs, with our process, terminal and exit status.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def register(subparsers: Any) -> None:
 
 
 def run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
-    """Become xl. Raises: ChainError, ConfigError before xl is started; XenbackendError where there is none."""
+    """Become xl. Raises: ChainError, ConfigError, before xl is started; XenbackendError, if there is no xl."""
     words: list[str] = arguments.words
     if words[:1] in (["-h"], ["--help"]):  # xl has neither
         parser.print_help()
@@ -47,7 +47,7 @@ def run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
 
 
 def _become(words: list[str]) -> NoReturn:
-    """Check and translate the words, then be xl."""
+    """Check and translate the words, then become xl."""
     xen = running_xen()
     if words[:1] == ["--xen-version"] and len(words) > 1:
         xen, words = parse_version(words[1]), words[2:]
@@ -56,11 +56,11 @@ def _become(words: list[str]) -> NoReturn:
     for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and xl would inherit that
         signal.signal(number, signal.SIG_DFL)
     sys.stderr.flush()
-    os.execv(file, ["xl", *words])  # noqa: S606 - no shell: these are the operator's words as they stand
+    os.execv(file, ["xl", *words])  # noqa: S606 - no shell: these are the operator's words as given
 
 
 def _as_file(text: str) -> str:
-    """Return the path of a file with a text that ends with xl: nobody has to clean it up."""
+    """Return the path of a file with a text, which goes when xl ends: nobody has to remove it."""
     memory = os.memfd_create("config", 0)  # 0: the descriptor stays open in xl
     with os.fdopen(memory, "wb", closefd=False) as file:
         file.write(os.fsencode(text))
