@@ -1,6 +1,6 @@
 """`xenbackend run`: the service.
 
-Must only turn arguments into settings, and start the service.
+Must not do more than turn arguments into settings and start the service.
 """
 
 from __future__ import annotations
