@@ -1,4 +1,4 @@
-"""A control socket that answers as a test says: the client's other end, without a service."""
+"""A control socket that answers as a test wants: the peer of a client, without a service."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Control:
         self._thread.start()
 
     def close(self) -> None:
-        """Answer nobody any more."""
+        """Stop answering, and wait for all threads."""
         self._socket.shutdown(socket.SHUT_RDWR)
         self._thread.join()
         for each in self._clients:
@@ -142,7 +142,7 @@ _DONE: dict[str, Any] = {
 
 
 def working(request: Request) -> Answer:
-    """Answer as a service does where all is well; each order has the number 17."""
+    """Answer as a healthy service does; each order has the number 17."""
     verb = str(request["verb"])
     data = _DONE[verb]
     if request.get("dry_run"):
@@ -159,5 +159,5 @@ def typed_disk(said: Mapping[str, Any] = DISK, **changes: Any) -> Disk:
 
 
 def typed_service(**changes: Any) -> Service:
-    """Return what that service says of itself, as a client returns it."""
+    """Return that service's description of itself, as a client returns it."""
     return results.service({**_DONE["ping"], **changes})

@@ -1,4 +1,4 @@
-"""Processes behind walls, all or all but some, and what the canary gets there: a program, because it has one thread.
+"""Runs a canary behind all walls, or all but some, and reports what it got: a program, as that has a single thread.
 
 Must not run a canary outside of a mount namespace of its own.
 
@@ -25,7 +25,7 @@ _NULL = os.makedev(1, 3)  # /dev/null
 
 
 class Partial(Walls):
-    """Walls but some."""
+    """All walls but those in `out`."""
 
     def __init__(self, out: Iterable[Wall]) -> None:
         super().__init__("on")
@@ -83,7 +83,7 @@ def _run_canary(at: canary.Surroundings, far: socket.socket, walls: Walls) -> No
 
 
 def _have_something_to_leave() -> None:
-    """Have a capability that programs would inherit: CAP_KILL."""
+    """Take a capability that programs would inherit: CAP_KILL."""
     libc = ctypes.CDLL(None, use_errno=True)
     header, sets = struct.pack("=Ii", 0x20080522, 0), bytearray(24)
     libc.capget(header, (ctypes.c_char * 24).from_buffer(sets))
@@ -93,7 +93,7 @@ def _have_something_to_leave() -> None:
 
 
 def inspect(pid: int) -> list[str]:
-    """Return what is amiss with a process, as root sees it in /proc."""
+    """Return what is wrong with a process behind walls, as root sees it in /proc."""
     process = Path(f"/proc/{pid}")
     status = dict(line.split(":\t", 1) for line in (process / "status").read_text().splitlines() if ":\t" in line)
     amiss = []
@@ -122,7 +122,7 @@ def inspect(pid: int) -> list[str]:
 
 
 def main(place: Path) -> None:
-    """Leave each wall out in turn, once beside the filter of system calls, which alone would hide most of them."""
+    """Leave out each wall in turn, together with the filter of system calls, which alone would hide most of them."""
     canary.confine_yourself()
     found = {}
     combinations: list[tuple[Wall, ...]] = [(), (Wall.CALLS,), tuple(Wall)]

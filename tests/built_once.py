@@ -12,13 +12,13 @@ from xenbackend.bench.native import COMPILERS, Native
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Native:
-    """Return what the compiler that is there makes."""
+    """Return the parts as the compiler of this host makes them."""
     return native.build(tmp_path_factory.mktemp("native"))
 
 
 @pytest.fixture(autouse=True)
 def _built_once(built: Native, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a bench find it built, but where a test says that there are other compilers."""
+    """Let benches use these parts, unless a test replaces the list of compilers."""
     build = native.build
 
     def find(directory: Path) -> Native:

@@ -1,4 +1,4 @@
-"""A process that tries everything to break out of a worker, and tells what it got: by no walls all of it.
+"""A process that tries everything to break out of a worker, and reports what succeeded: without walls, everything.
 
 Must not run outside of a mount namespace of its own (`confine_yourself`): without walls it is root, and mounts.
 """
@@ -36,7 +36,7 @@ _SYSLOG, _OPEN_BY_HANDLE, _CLONE3, _LANDLOCK = 103, 304, 435, 444
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What there is to get at: a directory with a secret, a socket of the control's kind; a neighbour, a page in it."""
+    """What a canary tries to reach: a directory with a secret and a control socket; a neighbour, a page of it."""
 
     place: str
     neighbour: int
@@ -56,14 +56,14 @@ class Surroundings:
 
 
 def confine_yourself() -> None:
-    """Keep mounts to this process; whoever cannot is not root, and mounts nothing."""
+    """Keep mounts to this process. One that is not root cannot, and needs not: it can mount nothing."""
     if os.geteuid() == 0 and (_libc.unshare(_NEWNS) or _libc.mount(None, b"/", None, _REC_PRIVATE, None)):
         raise OSError(ctypes.get_errno(), "no mount namespace of our own")
 
 
 @contextmanager
 def surroundings(place: Path) -> Iterator[Surroundings]:
-    """Make what a canary tries to get at."""
+    """Make what a canary tries to reach."""
     (place / "secret").write_text("secret")
     (place / "secret").chmod(0o600)
     (place / "empty").mkdir()
@@ -88,7 +88,7 @@ def surroundings(place: Path) -> Iterator[Surroundings]:
 
 
 def attempts(at: Surroundings) -> dict[str, Callable[[], object]]:
-    """Return what to try, by name; each raises OSError where it is refused."""
+    """Return what to try, by name; each raises OSError if it is refused."""
     was_dumpable = _libc.prctl(3, 0, 0, 0, 0) == 1
     return {
         # files
@@ -166,9 +166,9 @@ def try_all(at: Surroundings) -> list[str]:
 
 
 def _call(*arguments: object, but: set[int] | None = None) -> int:
-    """Make a system call; an errno of `but` means that it was let in, and what we gave it was no good.
+    """Make a system call; an errno in `but` means that it was allowed, and only its arguments were wrong.
 
-    An int becomes a whole word: as C's int the last of six, which goes by the stack, has anything in its upper half.
+    An int becomes a whole word: the last of six is passed on the stack, where the upper half of a C int is undefined.
     """
     words = (ctypes.c_long(each) if isinstance(each, int) else each for each in arguments)
     result = int(_libc.syscall(*words))
@@ -235,7 +235,7 @@ def _take_descriptor(pid: int) -> None:
 
 
 def _in_child(attempt: Callable[[], object]) -> None:
-    """Try what would change this process for good in a child; where there can be none it is refused here, too."""
+    """Try in a child what would change this process for good; if there can be no child, it is refused here, too."""
     try:
         child = os.fork()
     except OSError:
@@ -316,7 +316,7 @@ def _name_the_host() -> None:
 
 
 def _others() -> list[int]:
-    """Return what is open beside what the process was given (tests give one socket, by number 3 or above)."""
+    """Return the descriptors that are open besides the one that tests give (a socket, number 3 or above)."""
     found = []
     for fd in range(3, 256):
         with suppress(OSError):
@@ -326,7 +326,7 @@ def _others() -> list[int]:
 
 
 class Canary(SimpleDriver):
-    """A driver that a worker opens as any other, and that tries to break out of it when it is told to.
+    """A driver that a worker opens like any other, and that tries to break out of it when told.
 
     Its verb ``escape PLACE NEIGHBOUR PAGE`` answers with the names of all that succeeded, as JSON.
     """
@@ -343,21 +343,21 @@ class Canary(SimpleDriver):
             view[:] = bytes(len(view))
 
     def control(self, verb: str, arguments: Sequence[str]) -> bytes:
-        """Try everything; a worker has descriptors by right, which are looked at from outside."""
+        """Try everything. A worker may have other descriptors, which tests look at from outside."""
         place, neighbour, page = arguments
         tried = try_all(Surroundings(place, int(neighbour), int(page)))
         return json.dumps([each for each in tried if each != "have other descriptors"]).encode()
 
 
 class OfNetwork(Canary):
-    """One that declares that it needs the network."""
+    """A canary that declares that it needs the network."""
 
     name = "canary-of-network"
     needs = frozenset({"network"})
 
 
 class OfFiles(Canary):
-    """One that declares that it needs to read files."""
+    """A canary that declares that it needs to read files."""
 
     name = "canary-of-files"
     needs = frozenset({"files"})

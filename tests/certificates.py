@@ -1,6 +1,6 @@
-"""Certificates of the tests, made by openssl: of an authority, of servers that are right or wrong, of a client.
+"""Certificates for tests, made by openssl: of an authority, of valid and invalid servers, of a client.
 
-Must not be used for anything else: their keys lie about.
+Must not be used for anything else: their keys are not protected.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ KINDS = ("EC", "RSA", "ED25519")  # of keys, besides the one that certificates h
 
 
 class Authority:
-    """One that signs certificates, in a directory of its own."""
+    """An authority that signs certificates, in a directory of its own."""
 
     def __init__(self, directory: Path, name: str = "ours") -> None:
-        """Make its own certificate. Skips the test where this host has no openssl."""
+        """Make its own certificate. Skips the test if this host has no openssl."""
         if shutil.which("openssl") is None:
             pytest.skip("there is no openssl here")
         directory.mkdir()
@@ -31,7 +31,7 @@ class Authority:
         )
 
     def sign(self, stem: Path, host: str = "localhost", days: int = 30, key: Sequence[str] = _KEY) -> None:
-        """Make ``STEM-key.pem``, and ``STEM-cert.pem`` of a host, which is also 127.0.0.1 where it is localhost."""
+        """Make ``STEM-key.pem``, and ``STEM-cert.pem`` for a host; that of localhost is also for 127.0.0.1."""
         request, names = stem.with_suffix(".csr"), stem.with_suffix(".ext")
         addresses = ",IP:127.0.0.1" if host == "localhost" else ""
         names.write_text(f"subjectAltName=DNS:{host}{addresses}\n")
@@ -42,7 +42,7 @@ class Authority:
         )  # fmt: skip
 
     def server(self, name: str, host: str = "localhost", days: int = 30) -> Path:
-        """Return a directory as nbdkit and QEMU take it for a server; QEMU would make parameters in seconds."""
+        """Return a directory as a server of nbdkit or QEMU takes it; without DH parameters QEMU would take seconds."""
         directory = self.directory / name
         directory.mkdir()
         parameters = ("-algorithm", "DH", "-pkeyopt", "group:ffdhe2048")
@@ -68,7 +68,7 @@ def make_key(kind: str) -> str:
 
 
 def _until(days: int) -> tuple[str, ...]:
-    """Return the options for so many days from now; for what is past, OpenSSL 3.4 and later want dates."""
+    """Return the options for so many days from now; for the past, OpenSSL 3.4 and later want dates."""
     shown = subprocess.run(["openssl", "x509", "-help"], capture_output=True, text=True, check=True).stderr
     if days < 0 and "-not_after" in shown:
         return ("-not_before", "20200101000000Z", "-not_after", "20200102000000Z")

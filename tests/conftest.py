@@ -1,4 +1,4 @@
-"""Options of all tests, and what each of them may use."""
+"""Options of all tests, and fixtures that each of them may use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LONGEST_VALUE = 200  # characters or bytes of a parameter that become a part of
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Let random tests run longer, or again."""
+    """Add options that let random tests run longer, or repeat them."""
     parser.addoption("--requests", type=int, default=10_000, help="requests of tests against a model of the disk")
     parser.addoption("--long", action="store_true", help="run what takes minutes, too")
     parser.addoption("--part", type=Part.parse, metavar="K/N", help="only the K-th of N parts of what would be run")
@@ -24,7 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:
-    """Name a test by what an image or a flood of text is, and not by all of it: names are kept and sent many times."""
+    """Name a test by length and checksum of a long parameter: names are stored and sent many times."""
     if isinstance(val, str | bytes) and len(val) > _LONGEST_VALUE:
         content = val if isinstance(val, bytes) else val.encode(errors="surrogatepass")
         return f"{len(val)} {'bytes' if isinstance(val, bytes) else 'characters'} {crc32(content):08x}"
@@ -32,7 +32,7 @@ def pytest_make_parametrize_id(val: object) -> str | None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep a part: every N-th test, so that what is alike is spread over the parts."""
+    """Keep a part: every N-th test, so that similar tests are spread over the parts."""
     part: Part | None = config.getoption("--part")
     if part:
         chosen = items[part.number - 1 :: part.count]
@@ -41,19 +41,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Spare every collection of garbage a look at thousands of collected tests, which stay anyway."""
+    """Spare each garbage collection the scan of thousands of collected tests, which stay anyway."""
     gc.collect()
     gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Take back the figures that a test has left before."""
+    """Remove the figures that a test has left before."""
     figures.begin(item.nodeid)
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Tell of failures at once where pytest itself tells of them in the end."""
+    """Report failures at once if pytest itself would only report them at the end."""
     if config.pluginmanager.hasplugin("terminalreporter") and config.get_verbosity() <= 0:
         config.pluginmanager.register(TellsAtOnce(config))
 
@@ -65,7 +65,7 @@ class TellsAtOnce:
         self._config = config
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Write it on lines of its own; the whole story follows in the end."""
+        """Write a failure on lines of its own; the whole report follows at the end."""
         if report.failed:
             crash = getattr(report.longrepr, "reprcrash", None)
             reason = (crash.message if crash else report.longreprtext.strip()).partition("\n")[0]
@@ -83,5 +83,5 @@ def parents_anywhere(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.T
 
 @pytest.fixture
 def no_wait_for_locks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a test knows who has an image, nobody waits for that one to let go."""
+    """Nobody waits for locks: for tests that know who has an image."""
     monkeypatch.setattr(session, "LOCK_TIMEOUT_S", 0.0)

@@ -7,6 +7,6 @@ import os
 
 
 def open_descriptors() -> list[str]:
-    """Return this process's descriptors; what is only waiting to be collected, of earlier tests too, is gone first."""
+    """Return this process's descriptors, after a garbage collection, which also closes those of earlier tests."""
     gc.collect()
     return os.listdir("/proc/self/fd")

@@ -73,7 +73,7 @@ class WorkerProcess:
     """A worker, its socket and its journal.
 
     number   of the last order
-    said     what it said that no `expect` was for, but for memories
+    said     messages that no `expect` has returned, except about memories
     kept     descriptors of memories by name
     """
 
@@ -109,7 +109,7 @@ class WorkerProcess:
 
     @property
     def lines(self) -> list[messages.Log]:
-        """Return the log lines that were said until now."""
+        """Return the log lines that the worker has sent so far."""
         return [message for message in self.said if isinstance(message, messages.Log)]
 
     def send(self, message: messages.FromSupervisor, *fds: int) -> None:
@@ -117,7 +117,7 @@ class WorkerProcess:
         socket.send_fds(self.socket, [codec.encode(message)], fds)
 
     def tell(self, kind: Callable[..., messages.Order], *fields: Any, fds: Sequence[int] = ()) -> int:
-        """Give an order of this kind, with an opener where it may open something, and return its number."""
+        """Give an order of this kind, with an opener if it may open something, and return its number."""
         self.number += 1
         order = kind(self.number, *fields)
         if isinstance(order, messages.Open):
@@ -132,7 +132,7 @@ class WorkerProcess:
         return self.number
 
     def put(self, question: messages.Question) -> int:
-        """Ask, with an opener where something may be opened for it, and return the question's id."""
+        """Ask, with an opener if something may be opened for it, and return the question's id."""
         self._last_id += 1
         ask = messages.Ask(self._last_id, question)
         match question:
@@ -153,12 +153,12 @@ class WorkerProcess:
             self.send(message, *fds[:1], opener.fileno(), *fds[1:])
 
     def hear(self, timeout_s: float = 20) -> messages.FromWorker | None:
-        """Return the next message, None where the worker has closed the socket. Raises: TimeoutError."""
+        """Return the next message, None if the worker has closed the socket. Raises: TimeoutError."""
         if not select.select([self.socket], [], [], timeout_s)[0]:
             raise TimeoutError(f"the worker said nothing but {self.said}")
         try:
             datagram, fds, _, _ = socket.recv_fds(self.socket, messages.MAX_MESSAGE, 8)
-        except ConnectionResetError:  # it ended before it had read all that it was told
+        except ConnectionResetError:  # it ended before it had read all messages
             return None
         if not datagram:
             return None
@@ -172,7 +172,7 @@ class WorkerProcess:
         return message
 
     def expect(self, is_wanted: Callable[[Any], bool]) -> Any:
-        """Return the next message that is wanted; what comes before goes to `said`."""
+        """Return the next message that is wanted; those before it go to `said`."""
         while True:
             message = self.hear()
             assert message is not None, f"the worker ended; it had said {self.said}"
@@ -202,12 +202,12 @@ class WorkerProcess:
         return self.expect_reply(self.put(question))
 
     def stand(self) -> messages.Standing:
-        """Return where the worker stands by its own word."""
+        """Return where the worker stands, as it reports."""
         self.tell(messages.Report)
         return self.expect_standing()
 
     def open(self, chain: str, **wishes: Any) -> messages.Standing:
-        """Let it open a chain, and return where it stands then."""
+        """Have it open a chain, and return where it stands then."""
         names = list(self.kept)
         how: dict[str, Any] = {"host": self.host, "read_only": False, "memories": names, "poll_us": POLL_US, **wishes}
         order = partial(messages.Open, vbd="vbd/5/51712", frontend_domid=DOMID, chain=chain, **how)
@@ -228,7 +228,7 @@ class WorkerProcess:
         return self.counters()[name]
 
     def end(self) -> None:
-        """Close in order, and see the process end by itself."""
+        """Close in order, and check that the process ends by itself."""
         self.close()
         assert self.process.wait(10) == 0
         self.openers.close()
@@ -287,7 +287,7 @@ class Driven:
         return opened
 
     def attach(self, wishes: Wishes) -> Frontend:
-        """Connect a new frontend to the open chain; nobody is connected."""
+        """Connect a new frontend to the open chain; none is connected."""
         self.announce(wishes)
         self.offer_rings()
         return self.joined()
@@ -321,7 +321,7 @@ class Driven:
         self.worker.tell(messages.Serve, connect)
 
     def reconnect(self, wishes: Wishes | None = None) -> Frontend:
-        """Disconnect, see that nothing of the guest's is still mapped, and connect again, perhaps otherwise."""
+        """Disconnect, check that no page of the guest is still mapped, and connect again, perhaps with other wishes."""
         self.disconnect()
         for ring in self.frontend.rings:
             ring.close()
@@ -336,7 +336,7 @@ class Driven:
         old.drop()
 
     def kill(self) -> None:
-        """Kill the worker as the kernel does it: between any two instructions."""
+        """Kill the worker as the kernel does: between any two instructions."""
         self.worker.process.kill()
         self.worker.process.wait()
 
@@ -349,7 +349,7 @@ class Driven:
         assert not standing.failure, standing
 
     def begin_write(self, data: bytes) -> Submitted:
-        """Return a write to the disk's beginning, which the worker has taken."""
+        """Write to the disk's beginning, and return the request once the worker has taken it."""
         request = self.frontend.submit(BLKIF_OP_WRITE, 0, data=data)
         words = journal.RingJournal(self.worker.journal, 0, journal.SLOT).words
         while not words[journal.REQ_CONS]:
@@ -357,7 +357,7 @@ class Driven:
         return request
 
     def disconnect(self) -> None:
-        """Let the worker go away from the rings."""
+        """Have the worker leave the rings."""
         self.worker.tell(messages.Leave)
         assert self.worker.expect_standing(Stage.OPEN)
 

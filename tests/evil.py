@@ -1,6 +1,6 @@
-"""A frontend that means ill: raw slots, changing memory, and what the worker uses meanwhile.
+"""A hostile frontend: raw slots, memory that changes, and what the worker uses meanwhile.
 
-Must not check anything that an honest frontend would not: the tests do.
+Must not check more than an honest frontend would: the tests do.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ OK, ERROR, UNSUPPORTED = BLKIF_RSP_OKAY, BLKIF_RSP_ERROR, BLKIF_RSP_EOPNOTSUPP
 
 
 class Evil:
-    """A ring whose guest writes what it likes."""
+    """A ring into which the guest writes anything."""
 
     def __init__(self, driven: Driven, ring: int = 0) -> None:
         self.guest = driven.guest
@@ -101,7 +101,7 @@ while True:
 
 @contextmanager
 def flipping(driven: Driven, at: int, one: bytes, other: bytes) -> Iterator[None]:
-    """Let another process write two contents in turn, as fast as it can, at an address of the guest's memory."""
+    """Have another process write two contents in turn, as fast as it can, at an address of the guest's memory."""
     fd = driven.guest._memory_fd
     program = _FLIP.format(fd=fd, at=at, end=at + len(one), one=one.hex(), other=other.hex())
     with subprocess.Popen([sys.executable, "-c", program], pass_fds=[fd], stdout=subprocess.PIPE) as process:

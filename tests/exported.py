@@ -1,6 +1,6 @@
-"""A disk exported by NBD in the test's own thread, and a client that says exactly the bytes that a test wants.
+"""A disk exported by NBD in the test's own thread, and a client that sends exactly the bytes that a test wants.
 
-Must not sleep: time passes for the export only where a test moves its clock.
+Must not sleep: time passes for the export only when a test moves its clock.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ HANDSHAKE = 18 + (20 + 12) + (20 + 14) + 20  # bytes of the greeting and of the 
 
 
 class HeldChain(HeldDisk):
-    """A disk that answers when told, as an open chain; `bug` is raised by the next `submit`."""
+    """A disk that answers when told, in the form of an open chain; the next `submit` raises `bug`."""
 
     def __init__(self, geometry: Geometry) -> None:
         super().__init__(geometry.size)
@@ -143,18 +143,18 @@ class Exported:
         )
 
     def stand(self) -> None:
-        """Hear that where the worker stands has changed."""
+        """Take note that the standing has changed."""
 
     def complain(self, sentence: str) -> None:
-        """Hear a complaint about a client."""
+        """Take a complaint about a client."""
         self.complaints.append(sentence)
 
     def alarm(self, sentence: str) -> None:
-        """Hear what an administrator must read."""
+        """Take what an administrator must read."""
         self.alarms.append(sentence)
 
     def client(self) -> Client:
-        """Return a client behind its greeting's sending."""
+        """Return a client to which the greeting has been sent."""
         self.clients.append(Client(self))
         self.step(2)
         return self.clients[-1]
@@ -172,13 +172,13 @@ class Exported:
             self.step(2)
 
     def end(self) -> bool:
-        """Close the export; False where something is still in flight after a few passes."""
+        """Close the export; False if something is still in flight after a few passes of the loop."""
         self.export.close(lambda: setattr(self, "is_over", True))
         self.step(4)
         return self.is_over
 
     def close(self) -> None:
-        """Release everything, and see that nothing was kept."""
+        """Release everything, and check that nothing was kept."""
         self.chain.holding = False
         if self.chain.held:
             self.chain.give_back()

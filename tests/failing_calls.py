@@ -1,13 +1,13 @@
-"""A worker whose n-th call of the kernel fails: the table of calls, and the program that has them fail.
+"""A worker whose n-th call of the kernel fails: the table of calls, and the program that makes them fail.
 
-Must not fail anything of the rig: it stands for Xen, whose own refusals are rows of the table.
+Must not make calls of the rig fail: it stands for Xen, whose own refusals are rows of the table.
 
     CALLS      a call by name, how it is made to fail, and with which error
     EXEMPT     calls of a worker's code that are left alone, each with the reason
     Control    what the test and the worker share: which call fails, and whether it has
 
-A call counts if it comes from our own code. Which call is the n-th is counted over all of them together, so that a test
-goes through n = 1, 2, 3, … until nothing has failed any more.
+A call counts if it comes from our own code. All calls are counted together, so a test goes through n = 1, 2, 3, … until
+nothing fails any more.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ CALLS = {
     "xen.unmap": errno.ENOMEM, "xen.bind": errno.ENOSPC, "xen.unbind": errno.EIO, "xen.pending": errno.EIO,
     "xen.unmask": errno.EIO,
 }  # fmt: skip
-SLOW = {"xen.unmask"}  # what costs seconds: the ring is only found by the look once a second
+SLOW = {"xen.unmask"}  # costs seconds: the ring is only found by the look once a second
 EXEMPT = {
     "_libc.name_to_handle_at": "the opener's: kernel/test_identity.py",
     "os._exit": "ends the process",
@@ -100,7 +100,7 @@ class Control:
     """A page that the test and the worker share."""
 
     def __init__(self, path: Path) -> None:
-        """Open the page in the file `path`, which is made where there is none."""
+        """Open the page in the file `path`, which is made if there is none."""
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         os.ftruncate(fd, mmap.PAGESIZE)
         self._page = memoryview(mmap.mmap(fd, mmap.PAGESIZE))
@@ -108,7 +108,7 @@ class Control:
         os.close(fd)
 
     def arm(self, number: int) -> None:
-        """Let the call with this number from now on fail, counted from 1."""
+        """Make the call with this number fail, counted from 1 from now on."""
         self._words[_TRIPPED] = self._words[_COUNTED] = 0
         self._words[_ARMED] = number
         self._words[_IS_ON] = 1
@@ -118,11 +118,11 @@ class Control:
         self._words[_HAS_SLOW] = 1
 
     def pause(self) -> None:
-        """Let nothing fail for now; `disarm` still says what has."""
+        """Make no call fail for now; `disarm` still returns what has failed."""
         self._words[_IS_ON] = 0
 
     def disarm(self) -> str:
-        """Let nothing fail any more; return which call has failed, nothing where none has."""
+        """Make no call fail any more; return which one has failed, empty if none has."""
         self._words[_IS_ON] = 0
         if not self._words[_TRIPPED]:
             return ""
@@ -142,7 +142,7 @@ class Control:
 
 
 def _caller() -> str:
-    """Return where in our own code a call comes from, nothing where it comes from elsewhere."""
+    """Return where in our own code a call comes from; empty if it comes from elsewhere."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None and frame.f_globals.get("__name__") == "contextlib":  # an ExitStack calls it for us
         frame = frame.f_back
@@ -155,7 +155,7 @@ def _caller() -> str:
 
 
 class Failing:
-    """Puts calls that fail in the place of the real ones, in this process."""
+    """Replaces calls by failing ones in this process."""
 
     def __init__(self, control: Control) -> None:
         self._control = control
@@ -172,7 +172,7 @@ class Failing:
         self._replace_xen()
 
     def _python(self, name: str, real: Callable[..., Any], number: int, *, is_done: bool = False) -> Any:
-        """Return a call that raises; `is_done`: after it was done, as close(2) has it."""
+        """Return a call that raises; `is_done`: after doing it, as close(2) does."""
         control = self._control
 
         def call(*arguments: Any, **more: Any) -> Any:
@@ -208,7 +208,7 @@ class Failing:
         memory._libc = _Library(memory._libc, mmap=self._counted, munmap=self._counted)  # type: ignore[assignment]
 
     def _counted(self, real: Callable[..., int], name_of: Callable[[int], str]) -> Callable[..., int]:
-        """Return a call as the C library has it, which fails by -1 and errno."""
+        """Return a call in the style of the C library, which fails by -1 and errno."""
 
         def call(*arguments: Any) -> int:
             name, site = name_of(arguments[0]), _caller()

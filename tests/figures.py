@@ -1,7 +1,7 @@
 """Figures that tests leave for the scoreboard: a file for each test, below the directory that FIGURES names.
 
-Must not leave anything where FIGURES is not set. A test that begins takes back what it has left before: one that fails,
-or is not run any more, is no figure of today's.
+Must not leave anything if FIGURES is not set. When a test begins, its former figures are removed: a test that fails has
+none.
 
     build/figures/SUITE/MEASURE/TEST.json     {"value": …, "date": …, "commit": …}
 """
@@ -20,7 +20,7 @@ _left: dict[Path, float] = {}  # by this process
 
 
 def begin(test: str) -> None:
-    """Take back what a test has left."""
+    """Remove the figures that a test has left."""
     if root := _root():
         for path in root.glob(f"*/{_name(test)}"):
             path.unlink()
@@ -28,7 +28,7 @@ def begin(test: str) -> None:
 
 
 def add(measure: str, value: float) -> None:
-    """Leave a figure of the test that runs, or add to what it has left since it began."""
+    """Leave a figure of the running test, or add to the one that it has left since it began."""
     root = _root()
     if not root:
         return

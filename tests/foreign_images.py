@@ -1,4 +1,4 @@
-"""VDI, VMDK and VHDX images for tests, byte by byte: as their own hypervisors lay them out, or as the test says."""
+"""VDI, VMDK and VHDX images for tests, byte by byte: as their own hypervisors lay them out, or as a test wants."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ def vmdk(
         size: bytes of the disk.
         grains: by number, in their order in the file.
         compressed: in the way of stream-optimized images.
-        at_end: the place of the directory stands in a second header, at the end of the file.
+        at_end: the place of the directory is in a second header, at the end of the file.
         cid: the image's content ID.
         parent_cid: the parent's.
         parent: the name of its file.
-        extents: what the descriptor says of the files of the disk.
+        extents: the descriptor's lines about the files of the disk.
     """
     text = (
         f'# Disk DescriptorFile\nCID={cid:08x}\nparentCID={parent_cid:08x}\nparentFileNameHint="{parent}"\n{extents}\n'
@@ -151,12 +151,12 @@ def vhdx(
         blocks: by number.
         block_size: bytes.
         sector_size: bytes.
-        log: the identity of its log; zeros where that is empty.
+        log: the identity of its log; zeros if that is empty.
         ring: what is in the log, a multiple of a MiB, which comes last in the file.
         flags: of its parameters.
         version: of the format.
         log_version: of the log.
-        log_length: bytes of the log, where the header is to say something else than `ring` has.
+        log_length: bytes of the log, if the header is to say something else than the length of `ring`.
         physical: bytes of a sector of the medium, as the image says.
     """
     ratio = (sector_size << 23) // block_size
@@ -224,7 +224,7 @@ def vhdx_entry(
 
 
 def vhdx_ring(entries: Mapping[int, bytes], length: int = MIB) -> bytes:
-    """Return a log with entries at these places; one may go on at its beginning, and later ones lie over others."""
+    """Return a log with entries at these places; an entry may wrap to the beginning, later ones overwrite others."""
     ring = bytearray(length)
     for place, entry in entries.items():
         inside = entry[: length - place]

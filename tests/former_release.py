@@ -1,6 +1,6 @@
-"""The last release, out of the repository: its program, as a host has it on which this one is installed over it.
+"""The last release, from the repository: its program, as a host has it before this one is installed over it.
 
-Must not import it: it runs as processes of its own.
+Must not import the program: it runs as processes of its own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 COMMIT = "af78c78"
-VERSION = "0.1.0"  # of that
+VERSION = "0.1.0"  # of that commit
 ROOT = Path(__file__).parents[1]
 PATIENCE_S = 20.0
 
@@ -31,7 +31,7 @@ def unpack(directory: Path) -> Path:
 
 
 class Site:
-    """Where programs are imported from; one version takes the place of another one at once, as a package does.
+    """A directory to import the program from; one version atomically replaces another one, as a package does.
 
     environment   of processes that are to import the program from there
     """
@@ -44,19 +44,19 @@ class Site:
         self.install(program)
 
     def install(self, program: Path) -> None:
-        """Put another version in the place of the one that is there."""
+        """Replace the version that is there by another one."""
         fresh = self._place.with_name("fresh")
         fresh.symlink_to(program / "xenbackend")
         fresh.replace(self._place)
 
     def run(self, *arguments: str) -> None:
-        """Run a command of it."""
+        """Run a command of the installed program."""
         command = [sys.executable, "-m", "xenbackend", *arguments]
         subprocess.run(command, check=True, env={**os.environ, **self.environment}, capture_output=True)
 
 
 def ask(control: str, request: dict[str, Any]) -> Any:
-    """Ask a service of any version, and return the data of its answer; None where it has none, or nobody answers."""
+    """Ask a service of any version, and return the data of its answer; None if it has none, or nobody answers."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as near:
         near.settimeout(PATIENCE_S)
         try:

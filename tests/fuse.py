@@ -1,10 +1,11 @@
-"""A file system whose server stops answering, or answers what it is told: FUSE's own protocol, on /dev/fuse.
+"""A file system whose server stops answering, or answers as told: FUSE's own protocol, on /dev/fuse.
 
-Must not be used where `IS_POSSIBLE` is not true. It is mounted in a mount namespace of the calling thread, which the
-processes that it starts have as well, so that nothing is left when they have ended.
+Must not be used unless `IS_POSSIBLE`. It is mounted in a mount namespace of the calling thread, which the processes
+that it starts share, so that nothing is left when they have ended.
 
-A request that the server has not read yet can be killed; one that it has read, and does not answer, cannot, as on an
-NFS server that has gone: whoever waits for it does not even end by SIGKILL. `hold` is the latter, `stop` the former.
+A process that waits for a request which the server has not read yet can be killed (`stop`). One that waits for a
+request which the server has read and does not answer cannot be ended even by SIGKILL, as with an NFS server that has
+gone (`hold`).
 
 Sources: linux/fuse.h, version 7.31; fs/fuse/dev.c, request_wait_answer, for what can be killed.
 """
@@ -40,10 +41,10 @@ IS_POSSIBLE = os.geteuid() == 0 and Path(DEVICE).exists()
 
 
 class Served:
-    """The server's process as the test holds it; its files are `names`, in the directory `top`."""
+    """The server's process as the test sees it; its files are in the directory `top`."""
 
     def __init__(self, top: Path, files: dict[str, int]) -> None:
-        """Mount it. `files` are the sizes of files by name, which hold zeros at first."""
+        """Mount the file system. `files` are the sizes of files by name, which hold zeros at first."""
         self.top = top
         near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         device = os.open(DEVICE, os.O_RDWR)
@@ -63,7 +64,7 @@ class Served:
             os.close(device)
 
     def stop(self) -> None:
-        """Let the server read nothing more: who waits for it can be killed."""
+        """Keep the server from reading: processes that wait for it can be killed."""
         self._process.send_signal(signal.SIGSTOP)
 
     def go_on(self) -> None:
@@ -71,24 +72,24 @@ class Served:
         self._process.send_signal(signal.SIGCONT)
 
     def hold(self, *opcodes: int) -> None:
-        """Answer these no more, which are read; until others are told."""
+        """Read requests with these opcodes, but do not answer them, until the next call."""
         self._tell("hold", *opcodes)
 
     def fail(self, error: int, *opcodes: int) -> None:
-        """Answer these with an error; 0: as they were."""
+        """Answer requests with these opcodes with an error; 0: as before."""
         self._tell("fail", error, *opcodes)
 
     def release(self) -> None:
-        """Go on, answer all that was held, and hold nothing."""
+        """Continue, answer all requests that were held, and hold none."""
         self.go_on()
         self._tell("hold")
 
     def held(self) -> list[int]:
-        """Return the opcodes of what waits for an answer."""
+        """Return the opcodes of the requests that are held."""
         return [int(each) for each in self._tell("held").split()]
 
     def close(self) -> None:
-        """End the server: whoever waits gets an error. Unmount."""
+        """End the server, so that processes that wait get an error, and unmount."""
         self._process.kill()
         self._process.send_signal(signal.SIGCONT)
         self._process.wait()
@@ -103,7 +104,7 @@ class Served:
 
 @contextmanager
 def served(top: Path, files: dict[str, int]) -> Iterator[Served]:
-    """Have such a file system at `top`, for this thread and what it starts meanwhile."""
+    """Mount such a file system at `top` within this context, for this thread and processes that it starts."""
     top.mkdir()
     here, cwd = os.open("/proc/thread-self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC), Path.cwd()
     try:
@@ -140,7 +141,7 @@ class _Server:
         self._errors: dict[int, int] = {}
 
     def order(self, words: list[str]) -> str:
-        """Do what the test says."""
+        """Carry out an order of the test, and return the reply."""
         match words:
             case ["hold", *opcodes]:
                 self._holds = {int(each) for each in opcodes}
@@ -193,7 +194,7 @@ class _Server:
                 return struct.pack("=II", size, 0)
             case 17:
                 return struct.pack("=5Q4I24x", 1 << 20, 1 << 19, 1 << 19, 100, 50, 4096, 255, 4096, 0)
-            case 18 | 20 | 28 | 29 | 34:  # and no FLUSH: who is killed would wait for it, whatever he did
+            case 18 | 20 | 28 | 29 | 34:  # no FLUSH, for which even a killed process would wait
                 return b""
         raise OSError(errno.ENOSYS, "not here")
 

@@ -1,6 +1,6 @@
-"""Damaged images by the hundred thousand: what may come of each, and how long and how large it may get.
+"""Runs hundreds of thousands of damaged images through a parser, and limits its errors, its time and its memory.
 
-Must not know a format: a test gives what makes a case and what looks at it.
+Must not know a format: a test gives the functions that make a case and look at it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MAX_GROWTH = 512 << 10  # KiB that the process may grow by
 
 
 def endure(count: int, make: Callable[[], bytes], look: Callable[[bytes], object]) -> int:
-    """Look at so many damaged images, and return how many were refused: by a DriverError, nothing else comes out."""
+    """Look at so many damaged images, and return how many were refused. Only DriverError may be raised."""
     before, refused, slowest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0, 0.0
     for _ in range(count):
         data = make()

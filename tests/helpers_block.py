@@ -26,8 +26,8 @@ SIZE = 1 << 20
 class Machine:
     """A worker without a guest: opens chains on real files, and runs its loop until requests are back.
 
-    `parents` is what the settings of its host say: by default images may lead to any file, since most tests are not
-    about that. `scratch` is the directory of unnamed files.
+    `parents` are the places that the settings of its host allow: by default images may lead to any file, since most
+    tests are not about that. `scratch` is the directory of unnamed files.
     """
 
     def __init__(self, parents: Sequence[str] = ("/",), scratch: str = "/dev/shm") -> None:
@@ -70,7 +70,7 @@ class Machine:
         return content(request)
 
     def contents(self, text: str) -> bytes:
-        """Return what the disk of a chain holds that is only opened for it."""
+        """Return what the disk of a chain holds; the chain is opened only for this."""
         chain = self.open(text, read_only=True)
         found = self.everything(chain)
         chain.close()
@@ -162,7 +162,7 @@ class StepEnv:
         then()
 
     def wait_for(self, is_done: Callable[[], bool]) -> None:
-        """Let time pass until it is done."""
+        """Let timers go off until it is done."""
         while not is_done():
             assert self.timers, "nothing will ever happen"
             self.ring()
@@ -182,7 +182,7 @@ class StepEnv:
         self.alarms.append(sentence)
 
     def ring(self) -> None:
-        """Let every timer that waits go off, the soonest first."""
+        """Make every waiting timer go off, the soonest first."""
         due, self.timers = sorted(self.timers, key=lambda timer: timer[0]), []
         for _, function in due:
             function()
@@ -226,7 +226,7 @@ class Child(Driver):
         return Geometry(size=SIZE, read_only=env.read_only or self.always_read_only)
 
     def check_parent(self, parent: Geometry) -> None:
-        """Look at the parent, and refuse it where told to."""
+        """Look at the parent, and refuse it if the options say so."""
         EVENTS.append(f"check {parent.size} {self.below == parent}")
         if self.options.refuse:
             raise DriverError("does not like it")
@@ -242,7 +242,7 @@ class Child(Driver):
 
 
 class Clumsy(Filter):
-    """A filter that fails where its options say."""
+    """A filter that fails at the point that its options name."""
 
     name = "clumsy"
     is_transparent = True
@@ -352,7 +352,7 @@ class Coarse(Filter):
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """What the text of an option names that is a server."""
+    """The server that the text of an option names."""
 
     endpoint: Endpoint
 

@@ -1,4 +1,4 @@
-"""What the tests of images ask of a disk: what it holds, here and for QEMU."""
+"""What a disk holds, as our drivers read it and as QEMU does: for the tests of images."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def disk_write(text: str, pieces: dict[int, bytes]) -> None:
 
 
 def assert_same_for_qemu(first: Path, image_format: str, raw: Path) -> None:
-    """Let QEMU compare an image with a raw one."""
+    """Have QEMU compare an image with a raw one."""
     qemu_img("compare", "-f", FORMATS[image_format].qemu_name, "-F", "raw", first, raw)
 
 
@@ -45,4 +45,4 @@ def leak(path: Path, clusters: int = 1) -> None:
 
 
 def ignore(_done: int, _total: int) -> None:
-    """Take a progress and do nothing with it."""
+    """Ignore progress."""

@@ -1,6 +1,6 @@
-"""Where an image has its tables and its disk's data, read by a second reader: what no guest's data may lie on.
+"""Where an image has its tables, which no guest's data may overwrite, and its data: read by an independent reader.
 
-Must not use anything of ours, so that a mistake of ours is none of this. Sources: QEMU's ``docs/interop/qcow2.txt`` and
+Must not use our own code, so that it does not share its mistakes. Sources: QEMU's ``docs/interop/qcow2.txt`` and
 ``block/qcow.c``; "Virtual Hard Disk Image Format Specification"; blktap's ``include/vhd.h``. It believes what it reads:
 a range may be anywhere. Numbers of things are bounded by what the images of tests have.
 """
@@ -20,10 +20,10 @@ Range = tuple[int, int]  # offset and end in the file, in bytes
 
 @dataclass
 class Places:
-    """What there is of an image.
+    """The layout of an image.
 
     Attributes:
-        tables: everything that is no data: headers, tables, refcounts, bitmaps, footers, names.
+        tables: everything that is not data: headers, tables, refcounts, bitmaps, footers, names.
         data: where the disk's clusters are in the file, by number; those that are there.
         cluster: bytes of one.
         frozen: tables that only a snapshot has: nobody may change a byte of them.
@@ -86,7 +86,7 @@ def qcow2(file: bytes) -> Places:
 
 
 def _level2(file: bytes, l1: int, count: int, cluster: int, data: dict[int, int]) -> set[Range]:
-    """Note where data are, and return the tables that say so."""
+    """Add the places of data to `data`, and return the tables that name them."""
     tables, per_table = set(), cluster // 8
     for number, word in enumerate(_words(file, l1, count)):
         if not word & OFFSET:
@@ -121,7 +121,7 @@ def qcow(file: bytes) -> Places:
             if entry and not entry >> 63:
                 found.data[(number << l2_bits) + index] = entry
                 if entry + found.cluster > len(file):
-                    found.uncounted.add(entry)  # what comes next goes there
+                    found.uncounted.add(entry)  # the next cluster goes there
     return found
 
 
@@ -153,5 +153,5 @@ def vhd(file: bytes) -> Places:
         offset, sectors = struct.unpack(">QI", file[map_at + 8 : map_at + 20])
         end = offset + sectors * SECTOR
         if not any(offset < place + block and place - bitmap < end for place in found.data.values()):
-            found.tables |= {(map_at, map_at + SECTOR), (offset, end)}  # a map where a block is can be nothing
+            found.tables |= {(map_at, map_at + SECTOR), (offset, end)}  # a map over a block is none
     return found

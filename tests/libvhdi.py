@@ -1,4 +1,4 @@
-"""libvhdi, the other implementation of differencing VHD images, where it is installed; else a test is skipped.
+"""libvhdi, an independent implementation of differencing VHD images; without it a test is skipped.
 
 Its release of 2021 does not look at each bit of a block's bitmap by itself where a byte has ones before zeros, so what
 it is compared on is written in whole pages of 4 KiB. It is Debian's python3-libvhdi, for Debian's own Python, which is
@@ -36,13 +36,13 @@ for piece in sys.argv[1].split():
 
 @cache
 def is_installed() -> bool:
-    """Return whether it can be used here."""
+    """Return whether libvhdi can be used here."""
     found = subprocess.run([_PYTHON, "-c", "import pyvhdi"], capture_output=True, check=False)
     return found.returncode == 0
 
 
 def pieces(paths: Sequence[Path], places: Sequence[tuple[int, int]]) -> bytes:
-    """Return what a disk holds at places, offset and length; its leaf comes first and its oldest parent last."""
+    """Return what a disk holds at places (offset, length); `paths`: the leaf first, the oldest parent last."""
     if not is_installed():
         pytest.skip("libvhdi is not installed (Debian: python3-libvhdi)")
     words = " ".join(f"{offset}+{length}" for offset, length in places)

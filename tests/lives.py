@@ -1,6 +1,7 @@
 """Disks on recorded files whose workers are killed again and again: files and memories stay.
 
-Of what was in flight at a death some lands, in any order, torn too; then it is done again, as recovery does (D11).
+Some of the writes in flight at a death are done, in any order, perhaps torn; then all are repeated, as recovery does
+(D11).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Life:
         self.disk = Kept(self.text, RecordedFiles(**self.files))
 
     def kill(self) -> None:
-        """Kill it, and start another one."""
+        """Kill the worker, and start another one."""
         for file in self.files.values():
             self.chance.shuffle(file.waiting)
             for request in file.waiting:
@@ -49,7 +50,7 @@ class Life:
         self.start()
 
     def rest(self) -> None:
-        """Let every timer of a layer go off."""
+        """Make every timer of the layers go off."""
         for env in self.envs:
             env.ring()
 
@@ -59,15 +60,15 @@ class Life:
         return self.disk.chain.layers[0].driver
 
     def figures(self) -> dict[str, int]:
-        """Return what the top layer counts."""
+        """Return the figures of the top layer."""
         return self.top.figures()
 
     def die(
         self, times: int, model: bytearray, *, ops: Sequence[int], longest: int, rests: float = 0
     ) -> Iterator[None]:
-        """Be killed so many times, with requests of these kinds in flight; yield when they have been done again.
+        """Kill the worker so many times, with requests of these kinds in flight; yield when they have been repeated.
 
-        `model` gets what the disk has then. A part `rests` of the steps let timers go off.
+        `model` gets what the disk holds then. After a share `rests` of the steps, timers go off.
         """
         for _ in range(times):
             out = self._requests(model, ops, longest)
@@ -85,7 +86,7 @@ class Life:
             yield
 
     def _requests(self, model: bytearray, ops: Sequence[int], longest: int) -> list[Request]:
-        """Return requests that do not overlap, some with a flush behind them."""
+        """Return requests that do not overlap, some followed by a flush."""
         chance, out = self.chance, list[Request]()
         for _ in range(chance.randint(1, 12)):
             length = chance.choice([512, 1024, 4096, 8192, SECTOR * chance.randint(1, longest)])
@@ -106,16 +107,16 @@ class Life:
 
 
 class Beside(Life):
-    """Those of a disk `image` whose layer keeps a file beside it, at `path`."""
+    """The life of a disk `image` whose layer keeps a file beside it, at `path`."""
 
     path: str
 
     @property
     def image(self) -> RecordedFile:
-        """Return what is below."""
+        """Return the file of the image."""
         return self.files["image"]
 
     @property
     def file(self) -> RecordedFile:
-        """Return what the layer keeps."""
+        """Return the file that the layer keeps."""
         return self.files[self.path]

@@ -1,6 +1,6 @@
-"""Loop devices, with sectors as large as a test wants them; where there are none, the test is skipped.
+"""Loop devices, with sectors as large as a test wants; without such devices the test is skipped.
 
-Must not leave a device behind, whatever becomes of the test.
+Must not leave a device behind, however the test ends.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ _BLKPG, _ADD, _DELETE, _RESIZE = 0x1269, 1, 2, 3
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Let no other test take a device: one that is free for a moment stays so."""
+    """Keep other tests from taking a device that is free for a moment."""
     with Path("/dev/loop-control").open("rb") as control:
         fcntl.flock(control, fcntl.LOCK_EX)
         yield
 
 
 def give(device: str, path: Path, *options: str) -> None:
-    """Let a device that is set up be over another file from now on; options are those of losetup."""
+    """Set up a device that is in use over another file; options are those of losetup."""
     with alone():
         subprocess.run(["losetup", "--detach", device], check=True)
         subprocess.run(["losetup", *options, device, path], check=True)
@@ -36,7 +36,7 @@ def give(device: str, path: Path, *options: str) -> None:
 
 @contextmanager
 def loop(path: Path, size: int, *, sector_size: int) -> Iterator[tuple[str, Path]]:
-    """Have a device on a new file, and get the paths of both. Sizes in bytes."""
+    """Set up a device over a new file, and yield the paths of both. Sizes in bytes."""
     with path.open("wb") as file:
         file.truncate(size)
     arguments = ["losetup", "--find", "--show", f"--sector-size={sector_size}", path]
@@ -52,7 +52,7 @@ def loop(path: Path, size: int, *, sector_size: int) -> Iterator[tuple[str, Path
 
 @contextmanager
 def over(path: Path | str, *options: str) -> Iterator[str]:
-    """Have a device over what is there, and get its path; options are those of losetup."""
+    """Set up a device over an existing file, and yield its path; options are those of losetup."""
     done = _find(["losetup", "--find", "--show", *options, path])
     if done.returncode:
         pytest.skip(f"no loop device for us: {done.stderr.strip()}")
@@ -65,7 +65,7 @@ def over(path: Path | str, *options: str) -> Iterator[str]:
 
 @contextmanager
 def mounted(device: str, place: Path, *options: str) -> Iterator[None]:
-    """Have a new ext4 on a device mounted."""
+    """Make an ext4 on a device, and mount it within this context."""
     subprocess.run(["mkfs.ext4", "-q", "-F", device], check=True)
     with remounted(device, place, *options):
         yield
@@ -73,7 +73,7 @@ def mounted(device: str, place: Path, *options: str) -> Iterator[None]:
 
 @contextmanager
 def remounted(device: str, place: Path, *options: str) -> Iterator[None]:
-    """Have a device mounted as it is."""
+    """Mount a device as it is within this context."""
     place.mkdir(exist_ok=True)
     subprocess.run(["mount", *options, device, place], check=True)
     try:
@@ -84,7 +84,7 @@ def remounted(device: str, place: Path, *options: str) -> Iterator[None]:
 
 @contextmanager
 def partition(device: str) -> Iterator[str]:
-    """Have a partition of 4 MiB on a device, at 1 MiB, without a table: linux/blkpg.h."""
+    """Add a partition of 4 MiB to a device, at 1 MiB, without a table: linux/blkpg.h."""
     _ask(device, _ADD, 4 << 20)
     try:
         yield f"{device}p1"
@@ -93,7 +93,7 @@ def partition(device: str) -> Iterator[str]:
 
 
 def grow_partition(device: str, size: int) -> None:
-    """Make the partition larger, also while it is open."""
+    """Enlarge the partition, even while it is open."""
     _ask(device, _RESIZE, size)
 
 

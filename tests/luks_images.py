@@ -1,6 +1,6 @@
-"""Encrypted images and sectors, made without any code of ours: by the specification, hashlib and the program openssl.
+"""Encrypted images and sectors, made without our code: by the specification, hashlib and the program openssl.
 
-Must not import xenbackend: what it makes is what the drivers are held to. `tests/block/drivers/test_luks.py` has
+Must not import xenbackend: the drivers are compared with what it makes. `tests/block/drivers/test_luks.py` has
 cryptsetup look at it.
 """
 
@@ -24,24 +24,24 @@ SECTOR = 512
 
 
 def aes_ecb(key: bytes, data: bytes, *, decrypt: bool = False) -> bytes:
-    """Return blocks as AES makes them."""
+    """Return blocks encrypted (or decrypted) by AES."""
     command = ["openssl", "enc", f"-aes-{len(key) * 8}-ecb", "-nopad", "-K", key.hex(), *(["-d"] if decrypt else [])]
     return subprocess.run(command, input=data, check=True, capture_output=True).stdout
 
 
 def aes_cbc(key: bytes, iv: bytes, data: bytes) -> bytes:
-    """Return blocks as AES in CBC makes them."""
+    """Return blocks encrypted by AES in CBC mode."""
     command = ["openssl", "enc", f"-aes-{len(key) * 8}-cbc", "-nopad", "-K", key.hex(), "-iv", iv.hex()]
     return subprocess.run(command, input=data, check=True, capture_output=True).stdout
 
 
 def numbers(length: int, sector: int, first: int) -> list[int]:
-    """Return the numbers of the sectors of so many bytes, which count in 512 bytes."""
+    """Return the numbers of the sectors in `length` bytes, counted in units of 512 bytes."""
     return [first + place // SECTOR for place in range(0, length, sector)]
 
 
 def xts(key: bytes, data: bytes, sector: int = SECTOR, first: int = 0, *, decrypt: bool = False) -> bytes:
-    """Return sectors as AES-XTS with plain64 makes them (IEEE 1619); `first` is the number of the first one."""
+    """Return sectors encrypted by AES-XTS with plain64 (IEEE 1619); `first` is the number of the first one."""
     half = len(key) // 2
     begins = b"".join(number.to_bytes(16, "little") for number in numbers(len(data), sector, first))
     begins = aes_ecb(key[half:], begins)
@@ -56,7 +56,7 @@ def xts(key: bytes, data: bytes, sector: int = SECTOR, first: int = 0, *, decryp
 
 
 def essiv(key: bytes, data: bytes, first: int = 0) -> bytes:
-    """Return sectors of 512 bytes as aes-cbc-essiv:sha256 makes them."""
+    """Return sectors of 512 bytes encrypted by aes-cbc-essiv:sha256."""
     begins = b"".join(number.to_bytes(16, "little") for number in numbers(len(data), SECTOR, first))
     chained, columns = aes_ecb(hashlib.sha256(key).digest(), begins), []
     for at in range(0, SECTOR, 16):  # of all sectors at once
@@ -67,12 +67,12 @@ def essiv(key: bytes, data: bytes, first: int = 0) -> bytes:
 
 
 def xor(one: bytes, other: bytes) -> bytes:
-    """Return the bytes of both, added."""
+    """Return the exclusive or of both."""
     return (int.from_bytes(one, "big") ^ int.from_bytes(other, "big")).to_bytes(len(one), "big")
 
 
 def split(key: bytes, stripes: int, name: str) -> bytes:
-    """Return a key cut into stripes, all of which are needed to have it again."""
+    """Return a key split into stripes, all of which are needed to restore it."""
     last, found = bytes(len(key)), []
     for _ in range(stripes - 1):
         stripe = os.urandom(len(key))
@@ -101,7 +101,7 @@ class Made:
 
     @property
     def area(self) -> int:
-        """Bytes of a key slot's room; as cryptsetup has it where the stripes are as many as there."""
+        """Bytes of a key slot's area; with as many stripes as cryptsetup uses, the same as there."""
         return -(-len(self.key) * self.stripes // 4096) * 4096
 
     def sectors(self, key: bytes, data: bytes, sector: int = SECTOR) -> bytes:
@@ -174,7 +174,7 @@ def metadata(made: Made, salts: Sequence[bytes], data_at: int) -> dict[str, Any]
 
 
 def text(data: bytes) -> str:
-    """Return bytes as JSON has them."""
+    """Return bytes in base64, as in LUKS2's JSON."""
     return base64.b64encode(data).decode()
 
 
@@ -190,7 +190,7 @@ def header2(values: Any, *, sequence: int = 3, is_second: bool = False, size: in
 
 
 def luks2(made: Made, change: dict[str, Any] | None = None) -> bytes:
-    """Return an image of LUKS2; `change` takes the place of parts of its JSON, by dotted name."""
+    """Return an image of LUKS2; `change` replaces parts of its JSON, by dotted name."""
     data_at = -(-(SLOTS_2 + max(1, len(made.passphrases)) * made.area) // 4096) * 4096
     salts = [os.urandom(32) for _ in made.passphrases]
     values = metadata(made, salts, data_at)
@@ -210,7 +210,7 @@ def luks2(made: Made, change: dict[str, Any] | None = None) -> bytes:
 
 
 def key_file(path: Path, passphrase: bytes = PASSPHRASE) -> Path:
-    """Write a passphrase as it has to be: readable for its owner only."""
+    """Write a passphrase to a file that only its owner may read, as is required."""
     path.write_bytes(passphrase)
     path.chmod(0o600)
     return path

@@ -1,6 +1,6 @@
 """A mapped disk whose tables are in the test, for the tests of `xenbackend.block.mapped`.
 
-Must not be a format: it chooses no places.
+Must not be a format: it does not allocate clusters.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TABLE = 4  # entries
 
 
 class Plain(MappedDisk):
-    """A format whose tables take their time to be loaded; special clusters read as `s`, and refused writes are kept."""
+    """A disk whose tables take steps to load; special clusters read as `s`, and writes that need clusters are kept."""
 
     def __init__(self, entries: list[int], *, limit: int = 8, data: RecordedFile | None = None) -> None:
         super().__init__(None)
@@ -35,7 +35,7 @@ class Plain(MappedDisk):
         self.start(self.image, size, cluster_bits=12, table_bits=2, tables=tables, data=data)
 
     def load_table(self, number: int, then: Then) -> None:
-        """Remember who waits, and read something, so that it takes a step."""
+        """Remember `then`, and read something, so that loading takes a step."""
         self.loading.append((number, then))
         self.io.read_meta(0, 512, lambda status, _: self.loaded(status))
 
@@ -59,7 +59,7 @@ class Plain(MappedDisk):
         self.elsewhere.append(request)
 
     def step(self) -> bool:
-        """Let the files do something; False where nothing waits."""
+        """Let the files do a step; False if nothing waits."""
         return self.image.step() or (self.io.is_apart and self.io.data.step())  # type: ignore[attr-defined]
 
     def do(self, *batch: Request) -> list[int]:

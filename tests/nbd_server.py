@@ -1,6 +1,6 @@
-"""An NBD server of the tests, in threads of the test's process: as good, as slow or as wrong as a test wants it.
+"""An NBD server for tests, in threads of the test's process: as good, as slow or as wrong as a test wants.
 
-Must not use our own server's code, so that both sides cannot be wrong together; the numbers are those of `nbd.abi`.
+Must not use our own server's code, so that both sides do not share mistakes; the numbers are those of `nbd.abi`.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ class Export:
 
 @dataclass
 class Server:
-    """One that listens at a path, with a thread for each connection, and for each write.
+    """A server that listens at a path, with a thread for each connection and for each write.
 
     Attributes:
         export: what is served.
-        drains: a connection is closed when all that came by it is done, as nbdkit does; else at once, as qemu-nbd.
-        slow: writes that begin with this byte wait for `go`.
-        odd: called for each request with the socket and its fields; True where it has dealt with it.
-        greet: called for each connection before the greeting; True where it has dealt with it.
-        accepted: connections until now.
+        drains: a connection is closed once all its requests are done, as nbdkit does; else at once, as qemu-nbd.
+        slow: writes whose data begins with these bytes wait for `go`.
+        odd: called for each request with the socket and its fields; True if it has dealt with the request.
+        greet: called for each connection before the greeting; True if it has dealt with the connection.
+        accepted: connections so far.
         flags_of: the flags of each write, in order.
         asked: the exports that were asked for.
-        tls: who the server is; None: it has no TLS.
-        needs_tls: it says nothing without.
-        injects: what it sends in plain text behind its consent to TLS.
+        tls: context with the server's certificate; None: it has no TLS.
+        needs_tls: it refuses options without TLS.
+        injects: bytes that it sends in plain text after agreeing to TLS.
     """
 
     path: Path
@@ -92,7 +92,7 @@ class Server:
         self._start(self._accept, self._listener)
 
     def stop(self) -> None:
-        """End as a server that is killed: everything is closed, and nothing of what is slow is done any more."""
+        """End like a server that is killed: all connections are closed."""
         listener, self._listener = self._listener, None
         if listener is not None:
             with contextlib.suppress(OSError):
@@ -102,7 +102,7 @@ class Server:
         self.cut()
 
     def cut(self) -> None:
-        """Close all connections that there are now."""
+        """Close all present connections."""
         for near in list(self._open):
             with contextlib.suppress(OSError):
                 near.shutdown(socket.SHUT_RDWR)
@@ -142,7 +142,7 @@ class Server:
                 each.close()
 
     def _handshake(self, near: socket.socket, inside: list[socket.socket]) -> socket.socket:
-        """Return what the requests come by. Raises: Closed."""
+        """Do the handshake, and return the socket by which requests come. Raises: Closed."""
         near.sendall(b"NBDMAGICIHAVEOPT" + pack(">H", 3))
         take(near, 4)
         structured = False

@@ -21,7 +21,7 @@ from xenbackend.worker.opener import RemoteOpener
 
 
 class EachRemote:
-    """Has an opener of its own for each image, as if that were a disk's chain; implements `worker.files.Opener`."""
+    """Uses a separate opener for each image, as if that were a disk's chain; implements `worker.files.Opener`."""
 
     def __init__(self, openers: Openers) -> None:
         self._openers = openers
@@ -38,11 +38,11 @@ class EachRemote:
         return self._begin(path, shareable=not claims).open(path, write=write, claims=claims)
 
     def is_used_beside(self, path: str, fd: int, access: Access) -> bool:
-        """Look at what was opened last by this name."""
+        """Look at the file that was opened last by this name."""
         return self._remotes[path, threading.get_ident()].is_used_beside(path, fd, access)
 
     def why_in_use(self, path: str, access: Access, *, is_claimed: bool, with_names: bool) -> InUse:
-        """Say why that cannot be had."""
+        """Return who uses the file that was opened last by this name."""
         return self._remotes[path, threading.get_ident()].why_in_use(
             path, access, is_claimed=is_claimed, with_names=with_names
         )
@@ -52,7 +52,7 @@ class EachRemote:
         return self._begin(path).look(path)
 
     def open_record(self, path: str) -> int:
-        """Refuse it: there are none here."""
+        """Refuse: there are no record files here."""
         raise NotImplementedError(path)
 
     def find(self, what: str, image: str, names: Sequence[str], within: str = "") -> Found:
@@ -82,7 +82,7 @@ class Openers:
 
     kept     O_PATH descriptors by name
     opened   what was opened for the first time, in order
-    connections   sockets by server and place; `undrained` those that could not be seen to their end
+    connections   sockets by server and place; `undrained`: those that could not be drained
     ends     exit statuses
     """
 
@@ -97,7 +97,7 @@ class Openers:
         self._threads: list[threading.Thread] = []
 
     def begin(self, job: opening.Job, kept: Mapping[str, int] = {}) -> socket.socket:
-        """Begin one on a job, and return the end of the socket that its worker is to have."""
+        """Start an opener on a job, and return its worker's end of the socket."""
         near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         connections = [opening.KeptConnection(*key) for key in self.connections]
@@ -109,11 +109,11 @@ class Openers:
         return near
 
     def remote(self, job: opening.Job) -> RemoteOpener:
-        """Begin one for this process itself."""
+        """Start an opener for this process itself."""
         return RemoteOpener(self.begin(job))
 
     def remote_of(self, job: opening.Job) -> RemoteOpener:
-        """Begin one that is given what the openers before have left."""
+        """Start an opener that gets the files which earlier openers have left."""
         kept = [opening.KeptFile(name, self._identities[name]) for name in self.kept]
         return RemoteOpener(self.begin(replace(job, kept=kept), self.kept))
 
@@ -122,7 +122,7 @@ class Openers:
         return time.monotonic()
 
     def disconnected(self, server: str, place: int, inode: int) -> None:
-        """Let go of a connection that its worker has closed in order, as the supervisor does."""
+        """Drop a connection that its worker has closed in order, as the supervisor does."""
         fd = self.connections.get((server, place), -1)
         if fd >= 0 and os.fstat(fd).st_ino == inode:
             self._drop((server, place))
@@ -133,7 +133,7 @@ class Openers:
             os.close(fd)
 
     def close(self) -> None:
-        """Wait for their ends; nobody is served by them any more."""
+        """Wait until all openers have ended; no worker uses them any more."""
         while self._threads:
             self._threads.pop().join(20)
         while self.connections:

@@ -28,7 +28,7 @@ _SYSTEMD = "needs systemd and a Xen host; tests/xen/test_settings.py, tests/xen/
 _PACKAGE = "changes the host's packages; tests/xen/test_debian_package.py"
 _DRIVER_DOMAIN = "is for a driver domain; tests/xen/test_driver_domain.py"
 _INSTALLS = "changes the host; tests/cli/test_install.py, and each machine of tests/xen"
-NOT_RUN = {  # what lines begin with, and why they are not run with the others
+NOT_RUN = {  # by the beginning of a line: why it is not run with the others
     "apt ": _PACKAGE,
     "apt-get ": _PACKAGE,
     "dpkg-divert ": _INSTALLS,
@@ -63,7 +63,7 @@ class Block:
 
     @property
     def commands(self) -> list[str]:
-        """Lines of a shell, without their comments; none of a script, which is one thing."""
+        """Lines for a shell, without their comments; none if the block is a script, which is tested as a whole."""
         if self.text.startswith("#!"):
             return []
         lines = (_COMMENT.sub("", line).strip() for line in self.text.splitlines())
@@ -86,12 +86,12 @@ def has_indented(page: Path) -> bool:
 
 
 def why_not_run(line: str) -> str:
-    """Return why a command is not run; empty: it is."""
+    """Return why a command is not run; empty if it is."""
     return next((reason for begin, reason in NOT_RUN.items() if line.startswith(begin)), "")
 
 
 def rows(page: Path, heading: str, *, below: str = "") -> list[list[str]]:
-    """Return the cells of the table whose head begins with a word; below a heading of the page."""
+    """Return the cells of the table whose first heading is `heading`; `below` names a section of the page."""
     text = page.read_text(encoding="utf-8")
     text = text[text.index(f"\n## {below}\n") :] if below else text
     _, _, table = text[text.index(f"\n| {heading} |") :].lstrip("\n").partition("\n")

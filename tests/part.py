@@ -14,7 +14,7 @@ class Part:
 
     @classmethod
     def parse(cls, text: str) -> Part:
-        """Read it from a command line. Raises: ValueError."""
+        """Read a part such as ``2/5``. Raises: ValueError."""
         part = cls(*map(int, text.split("/")))
         if not 1 <= part.number <= part.count:
             raise ValueError(text)

@@ -1,4 +1,4 @@
-"""Partition tables as a test wants them, damaged ones too: what sfdisk would not write."""
+"""Partition tables as a test wants them, damaged ones too, which sfdisk would not write."""
 
 from __future__ import annotations
 

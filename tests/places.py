@@ -1,6 +1,6 @@
-"""Where tests put what must not lie in their temporary directory: into memory, or on a disk.
+"""Directories for what must not be in a test's temporary directory: in memory, or on a disk.
 
-Must not be used for anything else: whoever can do with `tmp_path` takes that.
+Must not be used if `tmp_path` will do.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ OUTSIDE = (MEMORY, DISK, Path("/tmp"), Path("/run"))
 
 
 def prefix() -> str:
-    """Return what names outside begin with: the temporary directory's, by which they are found when a suite is over."""
+    """Return the prefix of names outside: the temporary directory's, by which they are found after a suite."""
     return f"{Path(tempfile.gettempdir()).name}-"
 
 
 @contextmanager
 def directory(place: Path) -> Iterator[Path]:
-    """Have a directory there."""
+    """Make a directory in `place` within this context."""
     with tempfile.TemporaryDirectory(dir=place, prefix=prefix()) as name:
         yield Path(name)

@@ -1,4 +1,4 @@
-"""What this process may do: tests of what needs a privilege are left out where there is none."""
+"""What this process may do: tests that need a privilege are left out without it."""
 
 from __future__ import annotations
 

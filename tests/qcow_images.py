@@ -16,7 +16,7 @@ _APART, _BY_ZSTD, _EXTENDED = 1 << 2, 1 << 3, 1 << 4  # incompatible features
 
 
 class _Image:
-    """A file that gets longer by whole clusters."""
+    """A file that grows by whole clusters."""
 
     def __init__(self, cluster_size: int) -> None:
         self.size = cluster_size
@@ -89,8 +89,8 @@ def qcow2(
         extensions: bytes of header extensions before that of the format.
         table_clusters: of the refcount table.
         compression: how compressed clusters are: "zlib" or "zstd".
-        data_name: that of the external data file, where there is one: the content of clusters is not here then.
-        bitmaps: the second words of entries with subclusters, by the number of the cluster; without any there are none.
+        data_name: of the external data file, if there is one: then the content of clusters is not in this file.
+        bitmaps: the second words of entries with subclusters, by cluster; None: the image has no subclusters.
     """
     step = 1 if bitmaps is None else 2  # words of an entry
     by_zstd = compression == "zstd"
@@ -144,7 +144,7 @@ def qcow2(
 
 
 def with_word(image: bytes, level: int, word: Callable[[int], int], index: int = 0) -> bytes:
-    """Return an image with another word in its L1 table, or in its first L2 table; `word` makes it of what was."""
+    """Return an image with another word in its L1 table, or in its first L2 table; `word` maps the old word to it."""
     place = int.from_bytes(image[40:48], "big")
     if level == 2:
         place = int.from_bytes(image[place : place + 8], "big") & OFFSET
@@ -154,7 +154,7 @@ def with_word(image: bytes, level: int, word: Callable[[int], int], index: int =
 
 
 def _add_refcounts(image: _Image, counts: dict[int, int], order: int) -> array[int]:
-    """Add refcount blocks that count everything, themselves too; return the refcount table."""
+    """Add refcount blocks that count everything, including themselves; return the refcount table."""
     per_block = image.size * 8 >> order
     used = len(image.clusters)
     blocks = 1

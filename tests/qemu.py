@@ -1,4 +1,4 @@
-"""QEMU's tools, where they are installed; a test that needs them is skipped elsewhere."""
+"""QEMU's tools; a test that needs them is skipped if they are not installed."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def qemu_io(path: Path, image_format: str, *commands: str) -> None:
 
 
 def refusal(tool: str, *arguments: str | Path) -> str:
-    """Run one of the tools; return what it says where it fails, and nothing where it succeeds."""
+    """Run one of the tools; return what it prints if it fails, and an empty text if it succeeds."""
     _need(tool)
     done = subprocess.run([tool, *arguments], capture_output=True, text=True, check=False, input="")
     said = done.stderr + done.stdout
-    return said if done.returncode or "can't open" in said else ""  # qemu-io does not always say it by its status
+    return said if done.returncode or "can't open" in said else ""  # qemu-io's status does not always tell
 
 
 @contextmanager
 def held_open(image_format: str, path: Path, *options: str) -> Iterator[int]:
-    """Have an image open in a qemu-io with these options, for writing by default; give its process number."""
+    """Keep an image open in a qemu-io with these options, by default for writing; yield its process id."""
     _need("qemu-io")
     command = ["qemu-io", *options, "-f", image_format, path]
     with subprocess.Popen(command, stdin=-1, stdout=-1, stderr=subprocess.STDOUT, text=True, bufsize=1) as process:
@@ -53,7 +53,7 @@ def held_open(image_format: str, path: Path, *options: str) -> Iterator[int]:
 
 @contextmanager
 def daemon(tool: str, pid_file: Path, *arguments: str | Path) -> Iterator[int]:
-    """Have qemu-nbd or qemu-storage-daemon run, which has opened everything; give its process number."""
+    """Run qemu-nbd or qemu-storage-daemon; yield its process id once it has opened everything."""
     _need(tool)
     words = {"qemu-nbd": ["--fork", "--pid-file"], "qemu-storage-daemon": ["--daemonize", "--pidfile"]}[tool]
     subprocess.run([tool, *words, pid_file, *arguments], check=True, stdout=-3, stderr=-3)

@@ -1,7 +1,7 @@
 """Files that remember every write, and disks on them that are killed at each of them.
 
-`RecordedFile` is a `File` in memory: requests wait until `step` does one of them, in any order. What it did stands in
-`log`, so that `state` gives the file as it was after the first so many writes, the next one torn. `Session` drives a
+`RecordedFile` is a `File` in memory: requests wait until `step` does some of them, in any order. `log` records what it
+did, so that `state` gives the file as it was after any number of changes, with the next write torn. `Session` drives a
 disk with requests in flight that do not overlap, and says what the disk may hold when it is killed at any moment.
 """
 
@@ -60,7 +60,7 @@ class RecordedFile:
         self.waiting += batch
 
     def step(self) -> bool:
-        """Do some of the requests that wait; False where none does."""
+        """Do some of the requests that wait; False if none does."""
         if not self.waiting:
             return False
         self.chance.shuffle(self.waiting)
@@ -165,12 +165,12 @@ def tears(log: list[Change]) -> Iterator[tuple[int, int]]:
 
 
 def after_power_loss(start: bytes, log: list[Change], chance: Random) -> tuple[bytearray, int]:
-    """Return what a host may find that lost its power, any part of what was not flushed; and the last flush."""
+    """Return a file as a power loss may leave it, with any part of the changes since the last flush, and that flush."""
     return lost_power(start, log, chance.randint(0, len(log)), chance)
 
 
 def lost_power(start: bytes, log: list[Change], count: int, chance: Random) -> tuple[bytearray, int]:
-    """Return likewise what is left where the power was lost after `count` changes."""
+    """Return the same for a power loss after `count` changes."""
     flushed = max((place for place in range(count) if log[place].kind == "flush"), default=0)
     file = state(start, log, flushed)
     for change in log[flushed:count]:
@@ -228,7 +228,7 @@ class RecordedFiles:
 
 @dataclass
 class Written:
-    """A write of the guest's: when it was sent and answered, counted in changes of the file."""
+    """A write of the guest, and when it was sent and answered, counted in changes of the file."""
 
     offset: int
     data: bytes
@@ -267,7 +267,7 @@ class Disk:
         self.calls.append(call)
 
     def step(self) -> bool:
-        """Let something happen; False where nothing is left."""
+        """Let something happen; False if nothing is left to do."""
         happened = False
         if self.calls and self.chance.random() < 0.5:
             self.calls.pop(0)()
@@ -346,7 +346,7 @@ class Session:
         self.disk.back.clear()
 
     def faults_of_a_kill(self, found: bytes, count: int) -> list[int]:
-        """Return the sectors that a killed writer may not have left so: `count` changes of the file had been done."""
+        """Return the sectors that a writer killed after `count` changes of the file may not have left so."""
         expected = bytearray(self.first)
         open_now: list[Written] = []
         for each in self.writes:
