@@ -1,6 +1,6 @@
-"""`python3 -m tests.ci small|full`: runs the steps of CI, or every suite in full, and says what each took.
+"""`python3 -m tests.ci small|full`: runs the steps of CI, or every suite in full, and prints what each took.
 
-Must not need anything that is not in Python: `.ci/run` starts it on a machine where nothing is installed yet.
+Must not need more than Python's standard library: `.ci/run` starts it on a machine where nothing is installed yet.
 """
 
 from __future__ import annotations

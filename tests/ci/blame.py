@@ -1,6 +1,6 @@
-"""Whose failure it is that a share of a long suite shows: the commit's, or its parent's as well.
+"""Finds out whether a failure in a share of a long suite is the commit's own, or its parent has it as well.
 
-Must not excuse anything: what the parent has too is to be mended all the same, before or with the change.
+Must not excuse anything: a failure that the parent has, too, must be mended all the same, before or with the change.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ PLACE = Path("build/parent")
 
 
 def on_parent(runner: Runner, step: Step, command: str) -> str:
-    """Run on the parent commit what failed, once, and return a sentence that says how that ended."""
+    """Run on the parent commit what failed, once, and return a sentence about how that ended."""
     parent = _git("rev-parse", "--verify", "--quiet", "HEAD^")
     if not parent:
         return "whether the parent commit has it too cannot be told: this clone does not have it"
@@ -38,13 +38,13 @@ def on_parent(runner: Runner, step: Step, command: str) -> str:
 
 
 def _has(test: str) -> bool:
-    """Return whether the parent has a test: one that is new fails there for another reason."""
+    """Return whether the parent has a test: a new one would fail there for another reason."""
     file, _, name = test.partition("::")
     return (PLACE / file).is_file() and f"def {name.partition('[')[0]}(" in (PLACE / file).read_text()
 
 
 def _again(step: Step, command: str, failed: dict[str, object]) -> str:
-    """Return the command for what failed alone."""
+    """Return the command that runs only what failed."""
     if not failed:
         return command
     target = PLACE / step.failed

@@ -1,14 +1,14 @@
-"""`python -m tests.ci.contained COMMAND...`: runs a suite, and sees that nothing of it is there when it has ended.
+"""`python -m tests.ci.contained COMMAND...`: runs a suite, and checks that it has left nothing when it has ended.
 
-Must not decide whether the suite was right: its exit status is the suite's, and 1 where that was 0 and something was
-left. What is left is named, and taken away: processes, mounts, loop devices, files.
+Must not decide whether the suite was right: the exit status is the suite's, or 1 if that was 0 and something was left.
+Processes, mounts, loop devices and files that are left are named, and removed.
 
-The suite gets a temporary directory of its own (`TMPDIR`; `{tmp}` in the command stands for it). What it makes outside
-bears that directory's name (`tests/places.py`), so that two suites on one machine do not take each other's. Its
-processes are known by descent: what loses its parent becomes a child of this process (prctl(2), SUBREAPER).
+The suite gets a temporary directory of its own (`TMPDIR`; `{tmp}` in the command stands for it). Files that it makes
+elsewhere have names that begin with that directory's (`tests/places.py`), so that two suites on one machine do not
+remove each other's. Its processes are known by descent: orphans become children of this process (prctl(2), SUBREAPER).
 
-Interrupted by SIGINT, SIGTERM or SIGHUP, or when whoever started it has ended, it interrupts the suite, as Ctrl-C does,
-and gives it PATIENCE_S to tidy up.
+At SIGINT, SIGTERM or SIGHUP, or when its parent has ended, it interrupts the suite, as Ctrl-C does, and gives it
+PATIENCE_S to tidy up.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from pathlib import Path
 
 from tests.places import OUTSIDE
 
-PATIENCE_S = 20.0  # after an interruption, for what a suite does in the end
-DEAD_S = 30.0  # for what was killed to be gone; the kernel may wait with that for a disk
+PATIENCE_S = 20.0  # after an interruption, for the suite to tidy up
+DEAD_S = 30.0  # for killed processes to be gone; the kernel may have to wait for a disk first
 LOOK_S = 0.02
 INTERRUPTED = 130  # exit status, as shells have it
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
@@ -45,13 +45,13 @@ class Suite:
         words = [word.replace("{tmp}", str(tmp)) for word in command]
         for number in _SIGNALS:
             signal.signal(number, self._interrupt)
-        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # until we know whom to hand them on to
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # until we know to which process to pass them on
         environment = {**os.environ, "TMPDIR": str(tmp)}
         self._pid = os.posix_spawnp(words[0], words, environment, setsigdef=_SIGNALS, setsigmask=[])
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
     def _interrupt(self, _number: int, _frame: object) -> None:
-        """Ask it to end; asked a second time, make it."""
+        """Ask the suite to end; the second time, force it."""
         if self._is_interrupted:
             self._give_up = time.monotonic()
             return
@@ -60,7 +60,7 @@ class Suite:
             os.kill(self._pid, signal.SIGINT)
 
     def wait(self) -> int:
-        """Return its exit status once it has ended, INTERRUPTED where it was interrupted."""
+        """Return the suite's exit status once it has ended, INTERRUPTED if it was interrupted."""
         while True:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid == self._pid:
@@ -72,7 +72,7 @@ class Suite:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command, take away what it left, and return the exit status."""
+    """Run the command, remove what it left, and return the exit status."""
     parser = argparse.ArgumentParser(prog="tests.ci.contained", description="Run a suite, and let nothing of it stay.")
     parser.add_argument(
         "--settle",
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str]) -> int:
     tmp = Path(tempfile.mkdtemp(prefix="xb-"))
     status = Suite(args.command, tmp).wait()
     for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)  # from here on it takes a moment, and has to be done
+        signal.signal(number, signal.SIG_IGN)  # the rest takes only a moment, and must be done
     left = take_away(tmp, args.settle)
     print("\n".join(f"left behind: {each}" for each in left or ["nothing"]), file=sys.stderr, flush=True)
     return status or int(bool(left))
@@ -100,9 +100,9 @@ def _prctl(option: int, value: int) -> None:
 
 
 def take_away(tmp: Path, settle_s: float) -> list[str]:
-    """End, unmount and remove all that a suite with this temporary directory left, and return what it was.
+    """End, unmount and remove everything that a suite with this temporary directory left, and return what it was.
 
-    What lies in the directory itself was to be expected; that it goes is no reproach.
+    Files in the directory itself are expected, and not reported.
     """
     left = _end_processes(settle_s)
     places = [tmp, *_outside(tmp.name)]
@@ -121,7 +121,7 @@ def take_away(tmp: Path, settle_s: float) -> list[str]:
 
 
 def _end_processes(settle_s: float) -> list[str]:
-    """Kill what descends from this process and does not end by itself in time; return what that was."""
+    """Kill descendants of this process that do not end by themselves in time; return which they were."""
     killed: dict[int, str] = {}
     give_up = time.monotonic() + settle_s
     while True:
@@ -191,7 +191,7 @@ def _remove(path: Path) -> None:
 
 
 def _pause() -> None:
-    """Let others go on for a moment; a signal ends it."""
+    """Let others run for a moment; a signal ends the pause."""
     signal.sigtimedwait([], LOOK_S)
 
 

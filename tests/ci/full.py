@@ -1,6 +1,6 @@
 """Every suite at length, step by step: what has passed with this code is not run again, and a report says what was run.
 
-Must not take a result for another program's: it is known by the content of all files but the documentation.
+Must not use a result of other code: code is identified by the content of all files except the documentation.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ REPORT = PLACE / "report.txt"
 def run(runner: Runner, commit: str, *, anew: bool = False, place: Path = PLACE, steps: Sequence[Step] = STEPS) -> int:
     """Run what has not passed yet, write the report, and return the exit status.
 
-    A step that fails does not keep the others from being run: they take hours, and each says something else.
+    The other steps are run even if one fails: they take hours, and each tells something else.
     """
     place.mkdir(parents=True, exist_ok=True)
     code, rows = code_now(), []
@@ -35,7 +35,7 @@ def run(runner: Runner, commit: str, *, anew: bool = False, place: Path = PLACE,
         row = None if anew else _former(result, code)
         if row is None:
             row = _run(runner, step, commit)
-            if code_now() != code:  # whoever edits meanwhile has tested neither the one nor the other
+            if code_now() != code:  # edited meanwhile: neither version was tested
                 row = replace(row, outcome="changed")
             result.write_text(json.dumps({"code": code, **asdict(row)}))
         rows.append(row)
@@ -45,7 +45,7 @@ def run(runner: Runner, commit: str, *, anew: bool = False, place: Path = PLACE,
 
 
 def code_now() -> str:
-    """Return what the program and its tests are known by: a hash of the files in the work tree, without *.md."""
+    """Return what identifies the program and its tests: a hash of the files in the work tree, without *.md."""
     files = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"], check=True, capture_output=True
     ).stdout.split(b"\0")
@@ -57,7 +57,7 @@ def code_now() -> str:
 
 
 def _former(result: Path, code: str) -> Row | None:
-    """Return how a step ended that passed with the same code."""
+    """Return the row of a step that has passed with the same code; None if it has not."""
     try:
         known = json.loads(result.read_text())
     except (OSError, ValueError):

@@ -1,6 +1,6 @@
-"""Runs one shell command after the other, and ends with whoever ends it.
+"""Runs one shell command after another, and ends a command when it is itself told to end.
 
-Must not know what a command is good for.
+Must not know what a command is for.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Runner:
-    """Runs commands; what they print goes where ours goes."""
+    """Runs commands; their output goes where ours goes."""
 
     def __init__(self) -> None:
         self._child: subprocess.Popen[bytes] | None = None
@@ -37,7 +37,7 @@ class Runner:
             signal.signal(number, self._interrupt)
 
     def _interrupt(self, _number: int, _frame: object) -> None:
-        """Hand it on as SIGTERM, which make hands on to what it runs; that tidies up, and is waited for."""
+        """Pass a signal on as SIGTERM, which make passes on to its commands; they tidy up, and are waited for."""
         self._is_interrupted = True
         if self._child is not None:
             self._child.send_signal(signal.SIGTERM)

@@ -1,6 +1,6 @@
-"""Which share of the long suites a commit has: a number that comes from its hash, so that all have their turn.
+"""Which share of the long suites a commit runs: a number derived from its hash, so that all shares have their turn.
 
-Must not depend on anything else: the same commit has the same share everywhere, also in a clone without history.
+Must not depend on anything else: the same commit has the same share everywhere, even in a clone without history.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ _SEEDS = 1_000_000
 
 
 def number(commit: str, what: str, count: int) -> int:
-    """Return a number from 0 to `count` - 1; for each `what` another one."""
+    """Return a number from 0 to `count` - 1, independent for each `what`."""
     return int.from_bytes(hashlib.sha256(f"{commit} {what}".encode()).digest()[:8]) % count
 
 
 def command_of(step: Step, commit: str) -> str:
-    """Return what CI runs for a commit."""
+    """Return the command that CI runs for a commit."""
     return fill(step.ci, step, commit)
 
 

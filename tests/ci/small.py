@@ -1,7 +1,7 @@
 """What decides whether a change lands: each step in small, up to the first that fails.
 
-One test of thousands that fails, and passes when it is run once more, does not keep a change from landing: it is told
-of, and belongs into `tests/flaky.toml`. Must not forgive two in a run, nor know how a failure is looked into.
+If one test of thousands fails, and passes when it is run once more, the change may still land: the test is reported,
+and belongs into `tests/flaky.toml`. Must not forgive two in a run, nor know how a failure is investigated.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tests.ci.share import command_of
 from tests.ci.steps import STEPS, Step
 from tests.ci.table import Row
 
-Blame = Callable[[Runner, Step, str], str]  # says whether the parent commit has a step's failure too
+Blame = Callable[[Runner, Step, str], str]  # returns a sentence: whether the parent commit has a step's failure, too
 
 
 def run(runner: Runner, commit: str, blame: Blame, steps: Sequence[Step] = STEPS) -> int:

@@ -1,9 +1,9 @@
-"""The steps of CI and of `make test-all`, in their order, with what of 28 minutes each may take.
+"""The steps of CI and of `make test-all`, in order, and how many of the 28 minutes each may take.
 
-Must not run anything. A suite that is added stands here: in full for `make test-all`, in CI by a share of itself that
-fits, and the sum stays what it is (`test_steps.py`).
+Must not run anything. Each suite has a row here: in full for `make test-all`, and for CI a share that fits, without
+changing the sum (`test_steps.py`).
 
-In a command `{seed}` is a number that changes with the commit, and `{part}` such a part of a suite, as `2/5`.
+In a command, `{seed}` is a number that changes with the commit, and `{part}` a part that does, such as `2/5`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-CI_MINUTES = 28.0  # of a quiet machine with two cores, from an empty cache
+CI_MINUTES = 28.0  # on a quiet machine with two cores, from an empty cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,13 +20,13 @@ class Step:
     """One step.
 
     Attributes:
-        name: as it is called in tables and on the command line.
-        ci: what CI runs, for a shell in the project's directory; empty where only `make test-all` runs anything.
-        ci_minutes: what that may take.
-        full: what `make test-all` runs; empty where that does nothing that CI does not.
+        name: its name in tables and on the command line.
+        ci: the command that CI runs, for a shell in the project's directory; empty if only `make test-all` runs it.
+        ci_minutes: how long that may take.
+        full: the command that `make test-all` runs; empty if CI does all of it.
         parts: how many parts `{part}` is chosen from.
-        failed: the file with the tests that failed; `FAILED=1` after the command runs these alone.
-        repeats: whether the command itself runs once more what has failed.
+        failed: the file with the tests that failed; `FAILED=1` after the command runs only these.
+        repeats: whether the command itself repeats tests that failed.
     """
 
     name: str
@@ -39,16 +39,16 @@ class Step:
 
     @property
     def changes_with_the_commit(self) -> bool:
-        """Whether a failure may be older than the commit that it shows up with."""
+        """Whether a failure may be older than the commit on which it appears."""
         return "{seed}" in self.ci or "{part}" in self.ci
 
     def failures(self) -> dict[str, object]:
-        """Return the tests that failed, where the suite has told which."""
+        """Return the tests that failed, if the suite has recorded them."""
         file = Path(self.failed)
         return dict(json.loads(file.read_text())) if self.failed and file.exists() else {}
 
 
-STEPS = (  # what is cheap comes first: most mistakes end a run early
+STEPS = (  # cheap ones first, so that most mistakes end a run early
     Step("packages", ".ci/packages", 1.5),
     Step("run", "make run", 0.5, full="make run"),
     Step(

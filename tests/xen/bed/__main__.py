@@ -1,7 +1,7 @@
 """`python -m tests.xen.bed`: boots a real Xen, runs the suite of tests/xen in its dom0, and brings the results back.
 
-Must not do without a word what it was not able to do: where something is missing it says so, and is an error where
-success was promised (`--must`, or CI in the environment).
+Must not skip anything silently: if something is missing, it says so, and that is an error if success was promised
+(`--must`, or CI in the environment).
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from tests.xen.bed.report import Failure
 from tests.xen.bed.session import NO_TESTS, Bed
 
 LAST = "failed.json"  # among the results: what failed, and why
-SKIPPED, BROKEN, INTERRUPTED = 0, 1, 130  # the last one as shells have it
+SKIPPED, BROKEN, INTERRUPTED = 0, 1, 130  # the last one as in shells
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run, and return the exit status: the suite's, or 1 where it did not come to an end."""
+    """Run, and return the exit status: the suite's, or 1 if it did not finish."""
     args = _parser().parse_args(argv)
     console = Console()
     place = cache_directory() / recipe.name_of(RELEASES[args.xen])
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _interrupt(_number: int, _frame: object) -> None:
-    """Begin to end, once: a terminal and `tests.ci.contained` both tell us, while machines are switched off."""
+    """Begin to end, once: the terminal and `tests.ci.contained` both send a signal, while machines are switched off."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise KeyboardInterrupt
 
@@ -111,7 +111,7 @@ def _run(args: argparse.Namespace, console: Console, place: Path) -> int:
 
 @contextmanager
 def _emptied(results: Path) -> Iterator[bool]:
-    """Have a directory without content to oneself; False where another run has it."""
+    """Empty a directory, and keep it for this run alone; False if another run has it."""
     results.mkdir(parents=True, exist_ok=True)
     fd = os.open(results, os.O_RDONLY | os.O_DIRECTORY)
     is_ours = False

@@ -1,6 +1,6 @@
-"""Running once more what failed: to tell what a test found from what a busy host does to an emulated machine.
+"""Repeats tests that failed, to tell real faults from what a busy host does to an emulated machine.
 
-Must not hide anything: a test that passes the second time is told of, with what it said the first time.
+Must not hide anything: a test that passes the second time is reported, with its first failure.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from tests.ci import flaky
 from tests.xen.bed.report import Failure
 
 PASSED, FAILED = 0, 1  # pytest's exit statuses
-TRIES = 3  # of a test that had not what it needs of the host; any other has two
+TRIES = 3  # of a test that did not get what it needs from the host; others have two
 Boot = Callable[[Sequence[str], int], tuple[int, list[Failure]]]  # runs tests on a fresh machine, for the n-th time
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How it ended: the exit status, what failed to the last, and sentences about what did not."""
+    """How it ended: the exit status, the tests that failed every time, and sentences about those that did not."""
 
     status: int
     failures: Sequence[Failure]
@@ -26,9 +26,9 @@ class Outcome:
 
 
 def repeat(failures: Sequence[Failure], boot: Boot, known: Mapping[str, str]) -> Outcome:
-    """Run what failed again, and return what came of it.
+    """Run what failed again, and return the outcome.
 
-    `known` is what was found about tests that do so now and then.
+    `known` says what was found out about tests that fail now and then.
     """
     status, lines = FAILED, []
     by_chance: dict[str, str] = {}

@@ -1,6 +1,6 @@
-"""Boots Xen and dom0 under QEMU's emulation, and hands on each line of the second serial port.
+"""Boots Xen and dom0 under QEMU's emulation, and passes on each line of the second serial port.
 
-Must not know what the lines mean. KVM is of no use here even where it is: the machine below Xen is emulated throughout.
+Must not know what the lines mean. KVM would be of no use here: the machine below Xen is emulated throughout.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ XEN_ARGUMENTS = (
 )
 LINUX_ARGUMENTS = "console=hvc0 quiet mitigations=off systemd.show_status=0"
 
-_LOOK_S = 1.0  # between two looks at what the host gives
+_LOOK_S = 1.0  # between two looks at the CPU time that the host gives
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +71,10 @@ def _emulator(root: Path) -> list[str]:
 
 
 def run(machine: Machine, take: Callable[[str, Given], None], silence_s: float, stop: threading.Event) -> bool:
-    """Boot, hand on each line with what the host gave until then; return True where the machine ended by itself.
+    """Boot, pass on each line with what the host gave until then; return True if the machine ended by itself.
 
-    It is given up when it has said nothing for `silence_s` seconds of its own (see `share.Given`), or `stop` is set.
+    The machine is ended when it has printed nothing for `silence_s` seconds of its own (see `share.Given`), or when
+    `stop` is set.
     """
     with subprocess.Popen(command(machine), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as qemu:
         try:

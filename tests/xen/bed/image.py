@@ -1,4 +1,4 @@
-"""The cache of built images: one directory per recipe, there as a whole or not at all.
+"""The cache of built images: one directory for each recipe, complete or not there at all.
 
 Must not know what an image is made of.
 """
@@ -23,7 +23,7 @@ def cache_directory() -> Path:
 
 
 def key_of(files: Iterable[Path], words: Iterable[str] = ()) -> str:
-    """Return what a recipe is known by: a hash of the names and contents of its files, and of `words`."""
+    """Return a recipe's key: a hash of the names and contents of its files, and of `words`."""
     digest = hashlib.sha256("\n".join(words).encode())
     for file in sorted(files):
         content = file.read_bytes()
@@ -32,9 +32,9 @@ def key_of(files: Iterable[Path], words: Iterable[str] = ()) -> str:
 
 
 def cached(cache: Path, name: str, build: Callable[[Path], None]) -> Path:
-    """Return the directory `name` of the cache; where it is missing, `build` fills one first.
+    """Return the directory `name` of the cache; if it is missing, `build` fills one first.
 
-    Whoever comes second waits for the builder. What an interrupted build left is removed by the next one.
+    Other processes wait for the one that builds. The next build removes what an interrupted one has left.
     """
     place = cache / name
     if not place.is_dir():

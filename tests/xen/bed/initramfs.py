@@ -1,6 +1,6 @@
-"""Makes an initramfs of what a Debian root has: busybox, kernel modules in the order they load, programs, an init.
+"""Makes an initramfs from a Debian root: busybox, kernel modules in the order in which they load, programs, an init.
 
-Must not contain anything that runs in it.
+Must not contain the scripts that run in it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Source:
     Attributes:
         root: where busybox, modules and tools are taken from.
         version: the kernel's.
-        decompress: makes of a module's file what insmod takes.
+        decompress: turns a module's file into one that insmod takes.
     """
 
     root: Path
@@ -46,10 +46,10 @@ def make(
 
     Args:
         archive: the file to write.
-        source: what it is made of.
-        init: what runs first.
-        modules: their names; what they need comes along, and /modules/order lists all in order.
-        scripts: further ones, which go to /bin.
+        source: the Debian root.
+        init: the script that runs first.
+        modules: their names; those that they depend on are added, and /modules/order lists all in order.
+        scripts: further scripts, which go to /bin.
         tools: paths of programs below `root`; they go to /bin, with the libraries they need.
     """
     with tempfile.TemporaryDirectory() as place:
@@ -75,7 +75,7 @@ def module_files(source: Source, modules: Iterable[str]) -> list[Path]:
 
 
 def libraries(root: Path, tool: str) -> Iterator[tuple[str, Path]]:
-    """Yield the libraries that a program needs, the loader too: the path it looks at, and the file below `root`."""
+    """Yield the libraries that a program needs, and the loader: the path that it uses, and the file below `root`."""
     paths = re.findall(r"(/\S+) \(0x", _output("chroot", str(root), "ldd", f"/{tool}"))
     # Resolved inside: a symbolic link with an absolute target would lead to the host's own library.
     files = _output("chroot", str(root), "realpath", *paths).splitlines()
@@ -89,7 +89,7 @@ def _add_modules(tree: Path, files: Sequence[Path], decompress: Callable[[bytes]
 
 
 def _module(file: Path) -> str:
-    """Return the name of a module's file when it is not compressed."""
+    """Return the name of a module's file without compression."""
     return f"{file.name.partition('.')[0]}.ko"
 
 

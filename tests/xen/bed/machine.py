@@ -1,4 +1,4 @@
-"""What the host must have for the bed, and how its absence is told.
+"""What the host must have for the bed, and sentences about what is missing.
 
 Must not install anything.
 """
@@ -15,12 +15,12 @@ PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])  # a 
 
 
 def missing(*, builds: bool, which: Callable[[str], str | None] | None = None, uid: int | None = None) -> str:
-    """Return a sentence about what is missing, or nothing.
+    """Return a sentence about what is missing, empty if nothing is.
 
     Args:
-        builds: the image is not there yet.
+        builds: the image has to be built first.
         which: finds a tool.
-        uid: who asks.
+        uid: the user who runs the bed.
     """
     which = which or (lambda tool: shutil.which(tool, path=PATH))
     tools = {**FOR_BOOT, **(FOR_BUILD if builds else {})}

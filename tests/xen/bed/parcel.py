@@ -1,7 +1,7 @@
-"""What goes into dom0 on its second disk, and what comes back on it: the project's wheel, the Debian package where one
-was built, tests, how to start; results.
+"""The second disk of dom0: takes in the project's wheel, the Debian package if one was built, tests and the start
+script, and brings results back.
 
-Must not reach for the network from inside: wheels are made here.
+Must not need the network from inside: wheels are made here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tests.xen.bed.machine import PATH
 PROJECT = Path(__file__).parents[3]
 START = Path(__file__).parent / "files/start"
 ROOM_FOR_RESULTS = 256 << 20
-_PARTS = ("tests", "pyproject.toml")  # not the package: dom0 has what pip installed
+_PARTS = ("tests", "pyproject.toml")  # not the package: in dom0 pip installs it
 
 
 def pack(directory: Path, arguments: Sequence[str]) -> Path:
@@ -49,7 +49,7 @@ def pack(directory: Path, arguments: Sequence[str]) -> Path:
 
 
 def unpack(image: Path, results: Path) -> None:
-    """Copy what dom0 left to a directory, also from a machine that was switched off."""
+    """Copy what dom0 left to a directory, even if the machine was switched off."""
     _run("e2fsck", "-p", str(image), check=False)  # replays the journal
     _run("debugfs", "-R", f"rdump /out {results}", str(image))
     for file in (results / "out").iterdir():

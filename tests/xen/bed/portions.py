@@ -1,8 +1,8 @@
-"""Which tests a part of the suite is made of: a core that is always run, and a share of the rest.
+"""Which tests a part of the suite has: a core that is always run, and a share of the rest.
 
-Must not name a test that is not there, nor miss a file: `tests/test_xen_bed.py` holds it to that.
+Must not name a test that does not exist, nor omit a file: `tests/test_xen_bed.py` checks that.
 
-A file is the unit, as its tests share a guest. The core is what has found faults: xl's whole way with a disk, twelve
+A file is the unit, as its tests share a guest. The core has what has found faults: xl's whole way with a disk, twelve
 disks at once, kills under load, a guest that is saved, and what must hold with each kernel and Python: the contracts
 that the simulated Xen is held to as well, and the walls around a worker that has been taken over.
 """
@@ -22,7 +22,7 @@ CORE = (
     "tests/xen/test_migration.py::test_save_and_restore",
     "tests/xen/test_xl_life.py::test_twelve_disks",
 )
-SECONDS = {  # what the rest takes; only how they compare with each other counts
+SECONDS = {  # of the rest; only their proportions count
     "tests/xen/test_blkback.py": 50,
     "tests/xen/test_canary.py": 110,
     "tests/xen/test_cdrom.py": 45,
@@ -46,7 +46,7 @@ SECONDS = {  # what the rest takes; only how they compare with each other counts
     "tests/xen/test_xl_dom0.py": 50,
     "tests/xen/test_xl_life.py": 100,
 }
-_OTHERWISE = 30  # seconds of a test of the core, which stands for itself
+_OTHERWISE = 30  # seconds of a single test, as in the core
 WHOLE = (*(each for each in CORE if "::" not in each), *SECONDS)
 
 
@@ -56,13 +56,13 @@ def halves(tests: Sequence[str]) -> list[list[str]]:
 
 
 def part(number: int, count: int) -> list[str]:
-    """Return what pytest is given for the `number`-th of `count` parts: the core, and the part's own files."""
+    """Return pytest's arguments for the `number`-th of `count` parts: the core, and the part's own files."""
     files = shares(count)[number - 1]
     return [*files, *(each for each in CORE if each.partition("::")[0] not in files)]
 
 
 def shares(count: int) -> list[list[str]]:
-    """Return the files of each part without the core: the longest first, each to the part that has least."""
+    """Return the files of each part without the core: the longest first, each added to the shortest part."""
     return _spread(SECONDS, count)
 
 

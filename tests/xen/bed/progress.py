@@ -1,4 +1,4 @@
-"""A pytest plugin for dom0: tells each test's beginning and end as a line of JSON on the serial port.
+"""A pytest plugin for dom0: reports each test's beginning and end as a line of JSON on the serial port.
 
 Must not judge, nor keep anything: the host's `report.py` reads it.
 """
@@ -14,7 +14,7 @@ import pytest
 
 CHANNEL = Path("/dev/ttyS1")
 NEEDS = "needs_host"
-NEEDED = 0.5  # of the CPU time that the machine wants: libxl's 10 s are twice what it takes here at most
+NEEDED = 0.5  # share of the CPU time that the machine wants: libxl's 10 s are at least twice what it takes here
 _MAX_TEXT = 20_000  # characters of a failure; the rest is in the results
 
 
@@ -23,20 +23,20 @@ class Progress:
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
-        self._worst: dict[str, pytest.TestReport] = {}  # per test that is running: its phase that counts
+        self._worst: dict[str, pytest.TestReport] = {}  # by running test: the report of its worst phase
         self._seconds = 0.0
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        """Tell how many there are."""
+        """Report how many tests there are."""
         self._tell(event="collected", count=len(session.items))
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        """Tell of a file that cannot be collected."""
+        """Report a file that cannot be collected."""
         if report.failed:
             self._tell_end(report.nodeid, report, 0.0)
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
-        """Tell which test begins."""
+        """Report which test begins."""
         self._seconds = 0.0
         self._tell(event="start", test=nodeid)
 
@@ -48,7 +48,7 @@ class Progress:
             self._worst[report.nodeid] = report
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
-        """Tell how a test ended."""
+        """Report how a test ended."""
         report = self._worst.pop(nodeid)
         self._tell_end(nodeid, report, self._seconds)
 
@@ -70,7 +70,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _text(report: pytest.TestReport | pytest.CollectReport) -> str:
-    """Return what there is to say about a test that did not pass, the logs that were added to it too."""
+    """Return the report of a test that did not pass, with the logs that were added to it."""
     if report.skipped:
         return report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
     if not report.failed:

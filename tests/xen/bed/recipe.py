@@ -1,7 +1,7 @@
 """What the image is made of: a Debian release as dom0 with its Xen, a small Linux guest inside of it, and the emulator.
 
-Must not know what is tested, nor in what releases differ (`release.py`). An image's key is a hash of its release, of
-`FILES`, and of what the project depends on: a change in any of them builds anew.
+Must not know what is tested, nor how releases differ (`release.py`). An image's key is a hash of its release, of
+`FILES`, and of what the project depends on: a change in any of them causes a new build.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PACKAGES = [  # besides the release's own
     *("python3-daemon", "python3-pyxs", "python3-rich", "python3-structlog"),  # that our own package depends on
 ]
 ROOT_SIZE = "4G"  # sparse
-# Debian 13's, on whatever host: it is a quarter faster than Debian 12's, and everybody's machine is the same.
+# Debian 13's, on any host: it is a quarter faster than Debian 12's, and all machines are the same.
 EMULATOR_SUITE, EMULATOR_PACKAGES = "trixie", ["qemu-system-x86", "seabios"]
 VENV = "/opt/xenbackend"  # where the project is installed; bed/files/start
 GUEST_TOOLS = [
@@ -48,7 +48,7 @@ MASKED = [  # a getty on hvc0 would take the console away; timers would wake up 
 
 
 def name_of(release: Release) -> str:
-    """Return what the image of a release is called in the cache."""
+    """Return the name of a release's image in the cache."""
     return f"image-{release.xen}-{key_of(FILES, [repr(release), *wheels.requirements()])}"
 
 
@@ -81,7 +81,7 @@ def build(release: Release, directory: Path) -> None:
 
 
 def payload(kernel: bytes) -> bytes:
-    """Return the compressed ELF file in a Linux kernel; to boot that file spares the emulated CPU the unpacking.
+    """Return the compressed ELF file in a Linux kernel; booting that file spares the emulated CPU the unpacking.
 
     Source: Linux Documentation/arch/x86/boot.rst (setup_sects, payload_offset, payload_length).
     """
@@ -120,7 +120,7 @@ def _configure(root: Path) -> None:
 
 
 def _add_wheels(root: Path) -> None:
-    """Make the environment that the project is installed into, with all that it needs: emulated it takes a minute."""
+    """Make the environment that the project is installed into, with its dependencies: in dom0 this takes a minute."""
     place = root / "tmp/wheels"
     wheels.fetch(place)
     _run("chroot", str(root), "python3", "-m", "venv", VENV)

@@ -1,6 +1,6 @@
-"""The hosts that there is a bed for: Debian releases with their Xen, newest first, and all that is different there.
+"""The hosts that there is a bed for: Debian releases with their Xen, newest first, and everything that differs.
 
-Must not build anything, and must not be asked for one by its number anywhere else.
+Must not build anything. No other file may distinguish releases by their numbers.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ class Release:
     """One host.
 
     Attributes:
-        xen: the version, as packages and files bear it.
+        xen: the version, as in the names of packages and files.
         suite: Debian's name for the release.
-        packages: what only this one has, or has by another name.
+        packages: those that only this release has, or has by another name.
         hypervisor: the file below the root.
         kernel: how the payload of Linux' bzImage is compressed; a key of `DECOMPRESS`.
-        modules: how its modules are; busybox' insmod takes them as they are built only.
+        modules: how its modules are compressed; busybox' insmod takes only uncompressed ones.
     """
 
     xen: str

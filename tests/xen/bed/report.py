@@ -1,6 +1,6 @@
-"""Shows on the host what happens in dom0: a line per test when it ends, and which one is running meanwhile.
+"""Shows on the host what happens in dom0: a line for each test that ends, and which test is running.
 
-Must not decide what counts as success: `status` is what dom0 said, None where it said nothing.
+Must not decide what counts as success: `status` is dom0's own, None if it sent none.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class Failure:
 
     Attributes:
         test: its name, as pytest takes it.
-        reason: the first line of what it said.
-        share: which part of the CPU time that the machine wanted meanwhile the host gave it.
-        needs: which part of it the test needs, as time-outs that are not ours pass in real time.
+        reason: the first line of its error.
+        share: the part of the CPU time that the machine wanted during the test which the host gave.
+        needs: the part that the test needs, as time-outs that are not ours pass in real time.
     """
 
     test: str
@@ -37,7 +37,7 @@ class Failure:
 
     @property
     def is_the_hosts(self) -> bool:
-        """Whether it says nothing: the test had not what it needs."""
+        """Whether the failure means nothing: the test did not get what it needs from the host."""
         return self.share < self.needs
 
 
@@ -45,7 +45,7 @@ class Report:
     """Takes the lines of the serial port, one after the other."""
 
     def __init__(self, console: Console, spinner: Status, label: str = "") -> None:
-        """Begin; `spinner` shows what is running, and `label` tells one machine's lines from another's."""
+        """Begin; `spinner` shows what is running, and `label` distinguishes the lines of machines."""
         self.status: int | None = None
         self.running = ""  # the test that has begun and not ended
         self.failures: list[Failure] = []
@@ -63,7 +63,7 @@ class Report:
         self._spinner.update(escape(text))
 
     def take(self, line: str, given: Given) -> None:
-        """Show an event; what is none is shown as it is. `given` is what the machine had of the host until then."""
+        """Show an event; other lines are shown as they are. `given`: what the host has given the machine so far."""
         try:
             event = json.loads(line)
         except ValueError:

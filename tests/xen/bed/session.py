@@ -1,9 +1,9 @@
-"""One run of tests: a machine for each share of them, side by side, and what became of all.
+"""One run of tests: a machine for each share of them, side by side, and the outcome of all.
 
 Must not choose the shares, nor what is run again.
 
-A machine has one CPU as a rule. With two, whoever waits for a lock that the other one holds spins while the host lets
-the other one wait: beside a busy neighbour a test took up to fourteen times as long.
+A machine has one CPU as a rule. With two, a CPU that waits for a lock of the other one spins while the host lets that
+one wait: beside a busy neighbour a test took up to fourteen times as long.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class Bed:
     """What the machines have in common.
 
     Attributes:
-        console: where it is shown what happens.
-        release: what they boot.
-        place: of the image, which is built where it is not there.
+        console: shows what happens.
+        release: what the machines boot.
+        place: of the image, which is built if it is missing.
         words: for pytest, besides the tests.
         cpus: of each machine.
-        silence_s: how long a machine may say nothing, in seconds of its own time.
+        silence_s: how long a machine may print nothing, in seconds of its own time.
     """
 
     console: Console
@@ -53,7 +53,7 @@ class Bed:
     def run(self, shares: Sequence[Sequence[str]], results: Path) -> tuple[int, list[Failure]]:
         """Run each share of tests on a machine of its own; return the exit status of all, and which tests failed.
 
-        Raises: CalledProcessError, where the image or a parcel cannot be made.
+        Raises: CalledProcessError, if the image or a parcel cannot be made.
         """
         stop = threading.Event()
         with (
@@ -106,6 +106,6 @@ class Bed:
 
 
 def together(statuses: Sequence[int]) -> int:
-    """Return what the statuses of machines come to: the worst of them; one without tests does not count."""
+    """Return one status for all machines: the worst; machines without tests do not count."""
     counted = [status for status in statuses if status != NO_TESTS] or [NO_TESTS]
     return max(counted)

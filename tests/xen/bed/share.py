@@ -1,4 +1,4 @@
-"""What the host gives an emulated machine: how long its CPUs ran, and how long they had to wait for one of the host's.
+"""The CPU time that the host gives an emulated machine: how long its threads ran, and how long they waited for a CPU.
 
 Must not judge. Source: Linux Documentation/scheduler/sched-stats.rst, /proc/<pid>/schedstat: ns on a CPU, ns waiting.
 """
@@ -14,13 +14,13 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """What a machine was given since it was started.
+    """The CPU time that a machine has got since it was started.
 
     Attributes:
-        own_s: the time that passed for it: it had something to do and was let, or had nothing to do. While it waits for
-            the host's CPUs none passes, however busy the neighbours are.
-        ran_s: its threads' time on a CPU.
-        waited_s: their time waiting for one.
+        own_s: the machine's own time, which passes while it runs or has nothing to do, and stops while it waits for the
+            host's CPUs, however busy its neighbours are.
+        ran_s: time of its threads on a CPU.
+        waited_s: time of its threads waiting for one.
     """
 
     own_s: float = 0.0
@@ -28,13 +28,13 @@ class Given:
     waited_s: float = 0.0
 
     def share_since(self, before: Given) -> float:
-        """Return which part of the time that it wanted a CPU it had one; 1.0 where it wanted none."""
+        """Return in which part of the time that it wanted a CPU it had one; 1.0 if it wanted none."""
         ran, waited = self.ran_s - before.ran_s, self.waited_s - before.waited_s
         return ran / (ran + waited) if ran + waited > 0 else 1.0
 
 
 class Watch:
-    """Looks at a process again and again, at least every few seconds."""
+    """Adds up the times of a process; look at it at least every few seconds."""
 
     def __init__(self, pid: int) -> None:
         self._threads = Path(f"/proc/{pid}/task")
@@ -43,13 +43,13 @@ class Watch:
         self._given = Given()
 
     def look(self) -> Given:
-        """Return what it was given until now."""
+        """Return what the process has got so far."""
         now, threads, given = time.monotonic(), dict(self._look()), self._given
         steps = [
             (ran - self._before.get(thread, (0.0, 0.0))[0], waited - self._before.get(thread, (0.0, 0.0))[1])
             for thread, (ran, waited) in threads.items()
         ]
-        # Of all its threads the one that had to wait longest tells how much of this time was none for it.
+        # The thread that waited longest tells how much of this time did not pass for the machine.
         longest = max((waited for _, waited in steps), default=0.0)
         self._given = Given(
             given.own_s + max(0.0, now - self._at - longest),
