@@ -1,7 +1,7 @@
-"""`python -m tests.chaos`: kills what serves guests under load, while administrators give orders, and says what guests
-noticed of it, and what administrators were told that is not so.
+"""`python -m tests.chaos`: kills what serves guests under load, while administrators give orders; reports what guests
+noticed, and what administrators were told that is not true.
 
-Must not be gentle. The same seed plans the same steps; when exactly they strike is the machine's.
+Must not be gentle. The same seed plans the same steps; the exact times depend on the machine.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from tests.stamp import stamp
 ERRORS, UNTRUE = "errors that guests saw", "untrue replies"
 _LIES = "lies"
 _COUNTED = "counted"  # numbers for the scoreboard
-_TELL = 200  # kills between two lines where there is no progress bar
-_IN_A_ROW = 3  # steps, before what is in flight is let come to its end: nobody follows a seventh that died in vain
+_TELL = 200  # kills between two lines of output without a progress bar
+_IN_A_ROW = 3  # steps until requests in flight may finish: no worker follows the seventh that died in vain
 # how long guests waited for their next answer, by what was done
 _ONE, _ALL, _OTHERS = "kill to first answer", "the same, all killed at once", "meanwhile, of guests left alone"
 _KILLS, _KILL_ALL = ("kill a worker", "kill a worker twice"), "kill every worker"
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run, print a table, and return 0 where no guest noticed more than a pause."""
+    """Run, print a table, and return 0 if no guest noticed more than a pause."""
     parser = argparse.ArgumentParser(prog="tests.chaos", description="Kill what serves guests under verified load.")
     parser.add_argument("--kills", type=int, default=1000, help="of workers (%(default)s)")
     parser.add_argument("--hours", type=float, help="go on for so long instead")
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Do it, and return the figures. Raises: ChaosError."""
+    """Carry out the steps, and return the figures. Raises: ChaosError."""
     random = Random(args.seed)
     done: Counter[str] = Counter()
     slowest: Counter[str] = Counter()  # seconds until every guest had an answer again
@@ -162,7 +162,7 @@ def _figures(
 
 
 def _orders(tally: Tally) -> dict[str, Any]:
-    """Return what was ordered, how it ended, and what administrators were told that is not so."""
+    """Return which orders were given, how they ended, and what administrators were told that is not true."""
     by_verb = {
         verb: {code: n for (each, code), n in tally.ended.items() if each == verb} for verb in (*VERBS, "resume")
     }

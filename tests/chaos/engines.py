@@ -29,7 +29,7 @@ Ask = Callable[[dict[str, Any]], Any]
 
 
 class Engines(Protocol):
-    """One kind of them. `actions` are called with a guest's number, and what asks the service."""
+    """One kind of engine. `actions` are called with a guest's number, and a function that asks the service."""
 
     disks: list[Disk]
     kills: int
@@ -54,7 +54,7 @@ class NbdServers:
         self.actions: dict[str, Callable[[int, Ask], None]] = {KILL_SERVER: self._kill, STOP_SERVER: self._stop}
         self._directory = directory
         self._engines: list[Engine] = []
-        self._lock = threading.Lock()  # of whoever starts one
+        self._lock = threading.Lock()  # held while one is started
         self._is_over = threading.Event()
         self._undo = ExitStack()
 
@@ -96,7 +96,7 @@ class NbdServers:
         self._undo.close()
 
     def _watch(self) -> None:
-        """Start again what has ended, as a unit does: nbdkit 1.32 aborts when a client dies with requests in flight."""
+        """Restart servers that have ended, as a unit does: nbdkit 1.32 aborts if a client dies with requests open."""
         while not self._is_over.wait(_LOOK_S):
             for engine in self._engines:
                 with self._lock:

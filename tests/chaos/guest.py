@@ -1,7 +1,7 @@
 """A guest as a process of its own: connects to its disk, and compares every sector that it reads until told to end.
 
-Must not know what happens to the backend. It says one line of JSON when it is connected and one when it has ended; the
-times of its answers stand in a file that others map.
+Must not know what happens to the backend. It prints one line of JSON when it is connected and one when it has ended;
+the times of its answers are in a file that others map.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Clock:
 
 
 def main(arguments: list[str]) -> int:
-    """Run until SIGTERM, then verify the whole disk, leave a copy of it, and say how it went."""
+    """Run until SIGTERM, then verify the whole disk, leave a copy of it, and print how it went."""
     parser = argparse.ArgumentParser()
     for name in ("directory", "store", "frontend", "disk", "clock", "content"):
         parser.add_argument(f"--{name}", required=True)
@@ -80,14 +80,14 @@ def _serve(args: argparse.Namespace, disk: Disk, clock: Clock, is_over: list[int
     )
     frontend = Frontend(Guest(Path(args.directory), args.domid, PAGES), Store(args.store), args.frontend, wishes)
     frontend.connect()
-    frontend._idle = lambda timeout_s: _sleep(frontend, timeout_s)  # its xenstore may be away from now on
+    frontend._idle = lambda timeout_s: _sleep(frontend, timeout_s)  # xenstore may be away from now on
     _say(event="connected", disk=asdict(disk))
     model = make_model(args.seed, disk.sectors, can_discard=frontend.facts.can_discard)
     load = Load(frontend, model, PATIENCE_S, clock.tick)
     while not is_over:
         load.run(ROUND)
     load.finish()
-    # like every read before, that raises over the first sector that is not what it must be
+    # like every read before, this raises at the first sector that is not what it must be
     with Path(args.content).open("wb") as file:
         read_all(frontend, model, file.write)
     return {"requests": load.finished, "sectors": model.verified, "errors": model.failures, "is_timed": disk.is_timed}

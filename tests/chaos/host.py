@@ -34,18 +34,18 @@ from xenbackend.image.compare import compare
 from xenbackend.image.create import create
 from xenbackend.supervisor.xenstore.paths import VbdPath
 
-PATIENCE_S = 60.0  # for anything that must come in the end
+PATIENCE_S = 60.0  # for anything that must happen eventually
 FIRST_DOMID = 11
 PAUSE_S = 0.001  # between two looks
 
 
 def pause(seconds: float) -> None:
-    """Let the others go on for a while: when something strikes is what a chaos run is about."""
+    """Let other processes run for a while: the moment of a step is what a chaos run varies."""
     select.select([], [], [], seconds)
 
 
 class ChaosError(AssertionError):
-    """Something happened that must not."""
+    """Something happened that must not happen."""
 
 
 class GuestProcess:
@@ -57,7 +57,7 @@ class GuestProcess:
         self.vbd = f"{self.domid}/xvda"
         self.images = directory  # where its snapshots go
         self.workers: set[int] = set()  # that were seen to serve it
-        self.rests = False  # an administrator has paused its disk, or is about to
+        self.rests = False  # an administrator has paused its disk, or is about to do so
         self.rested_ns = 0  # when that was over
         store = machine.xenstored.add_domain_socket(self.domid)
         machine.store.write(f"/local/domain/{self.domid}/name", f"chaos-{number}")
@@ -80,7 +80,7 @@ class GuestProcess:
 
     @property
     def last_answer_ns(self) -> int:
-        """When it last had an answer, by the host's monotonic clock."""
+        """The time of its last answer, in ns of the host's monotonic clock."""
         return self._words[LAST]
 
     @property
@@ -99,7 +99,7 @@ class GuestProcess:
         return self._words[SETTLED]
 
     def hear(self) -> dict[str, Any]:
-        """Return the next thing that it says. Raises: ChaosError where that is no good news."""
+        """Return the next event that it prints. Raises: ChaosError, if it is neither connected nor ended."""
         assert self.process.stdout is not None
         ready, _, _ = select.select([self.process.stdout], [], [], 2 * PATIENCE_S)
         line = self.process.stdout.readline() if ready else ""
@@ -109,7 +109,7 @@ class GuestProcess:
         return said
 
     def check(self) -> None:
-        """See that it still runs. Raises: ChaosError."""
+        """Check that it still runs. Raises: ChaosError."""
         if self.process.poll() is not None:
             self.hear()
             raise ChaosError(f"guest {self.vbd} has ended")
@@ -119,7 +119,7 @@ class Host:
     """A machine with guests under load. Use it as a context manager."""
 
     def __init__(self, guests: int, seed: int, slow: Path, engine: str = "") -> None:
-        """Prepare; images that are to be on a real disk lie below `slow`. With an engine the disks are that's."""
+        """Prepare; images that are to be on a real disk are below `slow`. With an engine, the disks are its own."""
         self._engine = engine
         self.guests: list[GuestProcess] = []
         self._count, self._seed, self._slow = guests, seed, slow
@@ -166,7 +166,7 @@ class Host:
         self._undo.close()
 
     def _add(self, engines: NbdServers | Cluster) -> None:
-        """Let what can be done to servers be done."""
+        """Add the actions on servers."""
 
         def act(name: str, guest: GuestProcess) -> None:
             engines.actions[name](self.guests.index(guest), self._ask)
@@ -175,11 +175,11 @@ class Host:
         self.actions |= {name: partial(act, name) for name in engines.actions}
 
     def missed_wakeups(self) -> int:
-        """Return how often a request was found by nothing but the safety poll; the counters outlive the workers."""
+        """Return how many requests only the safety poll has found; the counters outlive the workers."""
         return sum(int(each["counters"].get("missed_wakeups", 0)) for each in self._ask({"verb": "status"}))
 
     def finish(self) -> list[dict[str, Any]]:
-        """Let the guests verify their disks and end; return what each says. Raises: ChaosError."""
+        """Have the guests verify their disks and end; return the last event of each. Raises: ChaosError."""
         self.desk.finish()
         for guest in self.guests:
             guest.process.terminate()
@@ -191,7 +191,7 @@ class Host:
         return ends
 
     def _compare(self, guest: GuestProcess, chain: str) -> None:
-        """See that a chain has what the guest has read from its disk in the end."""
+        """Check that a chain has the content that the guest read from its disk at the end."""
         *filters, last = chain.split("|")  # without the filters that may break requests
         source = "|".join([*(each for each in filters if each.startswith("luks:")), last])
         differs_at = compare(parse_chain(source), parse_chain(f"aio:{guest.content}"), lambda *_: None).differs_at
@@ -201,16 +201,16 @@ class Host:
             )
 
     def do(self, step: Step) -> int:
-        """Do something and return when it was done, in ns. Raises: ChaosError."""
+        """Carry out a step, and return when it was done, in ns. Raises: ChaosError."""
         guest = self.guests[step.guest]
         pause(step.after_s)  # at any moment
         self.actions[step.action](guest)
         return time.monotonic_ns()
 
     def wait_for_answers(self, since_ns: int) -> dict[int, float]:
-        """Wait until every guest has had an answer since then; return how long each took, by its number.
+        """Wait until every guest has had an answer since then; return the seconds that each took, by its number.
 
-        Those whose disk an administrator had paused meanwhile are not among them. Raises: ChaosError.
+        Guests whose disk an administrator paused meanwhile are left out. Raises: ChaosError.
         """
         waiting = dict(enumerate(self.guests))
         took: dict[int, float] = {}
@@ -230,10 +230,10 @@ class Host:
         return took
 
     def wait_until_settled(self) -> None:
-        """Wait until every guest has had an answer to all that it has begun until now. Raises: ChaosError.
+        """Wait until every guest has had an answer to each request that it has begun so far. Raises: ChaosError.
 
-        Else a request that takes longer than others may see worker after worker die: to us each death follows answers,
-        to the service the request is one that kills whoever touches it.
+        Otherwise worker after worker may die while one slow request is in flight: for us each death follows answers,
+        but the service takes that request for one that kills its workers.
         """
         begun = [(guest, guest.begun) for guest in self.guests]
         give_up = time.monotonic() + PATIENCE_S
@@ -287,7 +287,7 @@ class Host:
                     self.kills["workers"] += 1
 
     def _kill_worker_twice(self, guest: GuestProcess) -> None:
-        """Kill a worker, and its successor wherever it is on its way."""
+        """Kill a worker, and its successor at whatever point it has reached."""
         first = self._worker(guest)
         self._kill_worker(guest)
         give_up = time.monotonic() + PATIENCE_S
@@ -323,7 +323,7 @@ class Host:
             pause(PAUSE_S)
 
     def _order(self, guest: GuestProcess) -> None:
-        """Let administrators order something of this disk and of others, and do not wait for them."""
+        """Have administrators give orders about this disk and others, without waiting for them."""
         for each in self.guests:
             if each is guest or is_ordered_of(self._random):
                 self.desk.order(each, self._random)

@@ -1,7 +1,7 @@
-"""What administrators were told, compared with what is true: each sentence of this is one lie.
+"""Compares what administrators were told with what is true; each sentence that it returns is about one lie.
 
-Must not ask anybody. A *round* is what was ordered of one disk between two moments at which nothing was under way:
-what was true before, each answer that somebody heard, what the service remembers of each order, what is true after.
+Must not ask anybody. A *round* has the orders about one disk between two moments at which nothing was under way: the
+truth before, each answer that a client got, the ledger's entry of each order, the truth after.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from xenbackend.protocol.answers import Answer
 from xenbackend.protocol.codes import Code
 
 EXCHANGES = ("set", "snapshot", "resize")  # orders that may change the chain
-REMEMBERED = 100  # characters of a sentence that the ledger keeps for sure
-_TICK_S = 0.05  # the start of a process is known to a hundredth
+REMEMBERED = 100  # characters of a sentence that the ledger keeps in any case
+_TICK_S = 0.05  # the start of a process is known to a hundredth of a second
 
 
 @dataclass(frozen=True, slots=True)
 class Truth:
-    """What is so while nothing is under way.
+    """What is true while nothing is under way.
 
-    chain         that the service says is in service
-    params        what the toolstack would start the guest with
+    chain         the one in service, as the service says
+    params        the one that the toolstack would start the guest with
     layers        the chain that the worker has open
     worker        its process, which has run `since` then (seconds since 1970)
     """
@@ -40,7 +40,7 @@ class Truth:
 
 @dataclass(slots=True)
 class Told:
-    """An order that was given, and what its client heard: None where it did not listen any more."""
+    """An order that was given, and the answer that its client got: None if the client went away."""
 
     verb: str
     request: dict[str, Any]
@@ -56,7 +56,7 @@ Entry = dict[str, Any]  # of the ledger
 
 
 def untrue(before: Truth, told: Sequence[Told], entries: Sequence[Entry], after: Truth) -> list[str]:
-    """Return what was said of the orders of a round, and is not so; `entries` have all ended."""
+    """Return sentences about what was said of a round's orders and is not true; all `entries` have ended."""
     ended = sorted(entries, key=lambda entry: (entry["ended"], entry["number"]))
     lies = [
         f"order {each['number']}, {each['verb']}: {each['code']}: {each['error']}" for each in ended if _is_odd(each)
@@ -82,7 +82,7 @@ def untrue(before: Truth, told: Sequence[Told], entries: Sequence[Entry], after:
 
 
 def _of_answer(told: Told, answer: Answer, ended: Sequence[Entry], chains: Sequence[str], after: Truth) -> list[str]:
-    """Return what is wrong about one answer."""
+    """Return what is wrong with one answer."""
     if answer.order is None:  # a service that went away before it could say so much, or a command that only reads
         has_none = answer.code in (Code.UNDER_WAY, Code.UNREACHABLE, Code.GONE) or told.verb == "command"
         return [] if has_none else ["the answer has no number"]
@@ -110,7 +110,7 @@ def _of_answer(told: Told, answer: Answer, ended: Sequence[Entry], chains: Seque
 
 
 def _of_success(told: Told, data: dict[str, Any], entry: Entry, after: Truth) -> list[str]:
-    """Return what is wrong about an order that is said to be done."""
+    """Return what is wrong with the answer to an order that succeeded."""
     request = told.request
     match told.verb:
         case "set" if not request.get("dry_run"):
@@ -138,5 +138,5 @@ def _is_done(entry: Entry, *verbs: str) -> bool:
 
 
 def _is_odd(entry: Entry) -> bool:
-    """Return whether an order ended as none may: by a fault of ours, or without a reason."""
+    """Return whether an order ended as none may: by a bug, not at all, or failed without a reason."""
     return entry["code"] in (Code.BUG, Code.UNDER_WAY) or (entry["code"] != Code.OK) != bool(entry["error"])

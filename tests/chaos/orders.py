@@ -1,10 +1,10 @@
-"""Administrators: one or two at once order something of a disk, and what each was told is compared with what is true.
+"""Administrators: one or two at once give orders about a disk, and the answers are compared with what is true.
 
-Must not kill anything, nor wait for whoever does: a disk's orders are a thread of their own. What they are is in
-`plan`, what is a lie in `judge`.
+Must not kill anything, nor wait for kills: each disk's orders have a thread of their own. `plan` chooses the orders,
+`judge` finds the lies.
 
-A client waits as long as it takes, or for a moment, after which it looks at the service's `orders`, or it goes away
-without a word. However it was, the round is over when none of its orders is under way any more.
+A client waits as long as the order takes, or waits a moment and then looks at the service's `orders`, or hangs up. In
+each case the round is over when none of its orders is under way any more.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ if TYPE_CHECKING:
     from tests.chaos.host import GuestProcess
 
 PATIENCE_S = 60.0
-FOLLOWING_S = 20.0  # in which params and the worker must have followed what was answered
+FOLLOWING_S = 20.0  # in which params and the worker must follow an answer
 PAUSE_S = 0.002
 PAUSED_S = 0.05
-IN_FLIGHT = 512  # answers that may still be looked at after a pause was answered
-Ask = Callable[[dict[str, Any]], Any]  # the service, which may just be starting again
+IN_FLIGHT = 512  # answers that a guest may still take after a pause was answered
+Ask = Callable[[dict[str, Any]], Any]  # asks the service, which may just be restarting
 
 
 @dataclass(slots=True)
 class Tally:
-    """What all of them were told."""
+    """Counts of orders and answers, and the lies that were found."""
 
-    ended: Counter[tuple[str, str]] = field(default_factory=Counter)  # by verb, and how
+    ended: Counter[tuple[str, str]] = field(default_factory=Counter)  # by verb and code
     heard: Counter[str] = field(default_factory=Counter)  # answers, by code
     rounds: Counter[int] = field(default_factory=Counter)  # by how many ordered at once
     lies: list[str] = field(default_factory=list)
 
 
 class Desk:
-    """Where administrators give orders about all disks."""
+    """Gives administrators' orders about all disks."""
 
     def __init__(self, control: str, store: str, ask: Ask) -> None:
         """Give orders at the control socket; `store` is xenstored's address."""
@@ -65,7 +65,7 @@ class Desk:
         self._lock = threading.Lock()
 
     def order(self, guest: GuestProcess, random: Random) -> bool:
-        """Begin a round about a disk; False where one is going on."""
+        """Begin a round about a disk; False if one is under way."""
         self._reap(guest.vbd)
         if guest.vbd in self._rounds:
             return False
@@ -73,17 +73,17 @@ class Desk:
         return True
 
     def chain(self, vbd: str) -> str:
-        """Return the chain that a disk has now, as the last round left it; empty where none was."""
+        """Return the chain that a disk has since its last round; empty if there was none."""
         return self._truths[vbd].chain if vbd in self._truths else ""
 
     def finish(self) -> None:
-        """Wait until nothing is under way. Raises: what a round raised."""
+        """Wait until nothing is under way. Raises: the exception of a round."""
         for each in self._rounds.values():
             each.result(2 * PATIENCE_S)
         self._rounds.clear()
 
     def close(self) -> None:
-        """Let go of everything."""
+        """End the threads."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _reap(self, vbd: str) -> None:
@@ -121,7 +121,7 @@ class Desk:
             _pause(PAUSE_S)
 
     def _administer(self, guest: GuestProcess, wishes: list[Wish]) -> list[Told]:
-        """Give one order after the other; who has paused a disk resumes it."""
+        """Give one order after another; an administrator who has paused a disk resumes it."""
         told = []
         for wish in wishes:
             if wish.verb == "pause":
@@ -182,7 +182,7 @@ class Desk:
     def _ended(self, vbd: str, verb: str = "") -> list[Entry]:
         """Return the orders about a disk (of one verb), once none of them is under way. Raises: AssertionError.
 
-        First a ping: whatever was sent before it has been taken when it is answered.
+        A ping comes first: when it is answered, the service has taken all earlier requests.
         """
         give_up = time.monotonic() + PATIENCE_S
         while True:
@@ -194,7 +194,7 @@ class Desk:
             _pause(PAUSE_S)
 
     def _statuses(self, vbd: str) -> list[dict[str, Any]]:
-        """Return what the service says of a disk, which it may just be taking over."""
+        """Return the service's description of a disk, which it may just be taking over."""
         give_up = time.monotonic() + PATIENCE_S
         while not (found := [each for each in self._ask({"verb": "status"}) if each["vbd"] == vbd]):
             assert time.monotonic() < give_up, f"{vbd} is not served any more"
@@ -216,7 +216,7 @@ class Desk:
         )
 
     def _policy(self, vbd: str) -> str:
-        """Return a disk's policy: to ask for it is an order, too, but changes nothing."""
+        """Return a disk's policy; asking for it changes nothing."""
         return str(self._ask({"verb": "policy", "vbd": vbd})["policy"])
 
     def _params(self, node: str) -> str:
@@ -232,5 +232,5 @@ class Desk:
 
 
 def _pause(seconds: float) -> None:
-    """Let others go on."""
+    """Let others run."""
     threading.Event().wait(seconds)

@@ -1,6 +1,6 @@
-"""What disks the guests get, what is done below them and what is ordered of them, from one seed: the same plan again.
+"""Plans a run from a seed: the guests' disks, the steps, the orders. The same seed gives the same plan.
 
-Must not do any of it.
+Must not carry out any of it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Disk:
 
     @property
     def is_timed(self) -> bool:
-        """False where a barrier may wait for a request that failed and is tried again after a second."""
+        """False if a barrier may wait for a request that failed and is tried again after a second."""
         return "fault:" not in self.chain
 
 
@@ -69,7 +69,7 @@ def disks(directory: Path, slow: Path, make: Make) -> list[Disk]:
 
 
 ORDERS = "administrators order"
-ACTIONS = {  # with how often of a hundred
+ACTIONS = {  # with their frequencies, in percent
     "kill a worker": 40,
     "kill every worker": 13,
     "kill a worker twice": 5,
@@ -81,12 +81,12 @@ ACTIONS = {  # with how often of a hundred
     "xenstore goes away": 2,
 }
 KILL_SERVER, STOP_SERVER, REFUSE = "kill a server", "stop a server for a moment", "the cluster refuses a worker"
-ENGINE_ACTIONS = {KILL_SERVER: 9, STOP_SERVER: 6, REFUSE: 3}  # of those that there are, beside the others
+ENGINE_ACTIONS = {KILL_SERVER: 9, STOP_SERVER: 6, REFUSE: 3}  # as above, for an engine's own actions
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One thing that is done, to one of the guests' disks where it is to a disk, after a moment."""
+    """One action, after a moment; `guest` is the number of its disk, if it is about a disk."""
 
     action: str
     guest: int
@@ -102,10 +102,10 @@ def next_step(random: Random, guests: int, actions: dict[str, int]) -> Step:
 # What is ordered ----------------------------------------------------------------------------------------------------
 
 VERBS = {"set": 34, "snapshot": 12, "resize": 8, "pause": 12, "policy": 9, "upgrade": 14, "command": 11}
-MOST_SNAPSHOTS = 4  # images over one another: each makes its guest slower, for good
+MOST_SNAPSHOTS = 4  # of one disk: each makes its guest slower, for good
 POLICIES = ("read=retry 3 every 1s", "read=retry 4 every 0.5s", "write=retry 9 every 0.1s")  # harmless to all disks
 _OWN = ("cache:", "fault:", "delay:", "throttle:", "readahead:")  # filters that only some disks have
-_BUSY = 0.4  # of a round: disks that somebody orders something of
+_BUSY = 0.4  # share of the disks that orders are given about in a round
 
 
 class Manner(Enum):
@@ -118,7 +118,7 @@ class Manner(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """One order of one client: `request` without the verb and the disk; it comes `after_s`, and waits `wait_s`."""
+    """One order of one client: `request` lacks verb and disk; it is given after `after_s`, and waits `wait_s`."""
 
     verb: str
     request: dict[str, Any]
@@ -128,18 +128,18 @@ class Wish:
 
 
 def next_wishes(random: Random, disk: Disk, chain: str, image: Path, *, may_grow: bool) -> list[list[Wish]]:
-    """Return what is ordered of a disk at once: by one administrator or by two, each one order after the other.
+    """Return the orders about a disk in one round: for each of one or two administrators a list, given in order.
 
-    `chain` is in service until then, `image` is not there yet; without `may_grow` a snapshot is to be refused.
+    `chain` is in service before, `image` does not exist yet; without `may_grow` a snapshot is to be refused.
     """
     verbs = random.choices([*VERBS], [*VERBS.values()], k=random.choice((1, 2, 2)))
     if verbs.count("pause") > 1:
-        verbs.pop()  # whoever paused a disk resumes it, and nobody else
+        verbs.pop()  # only the administrator who paused a disk resumes it
     return [[_wish(random, verb, _request(random, verb, disk, chain, image, may_grow=may_grow))] for verb in verbs]
 
 
 def is_ordered_of(random: Random) -> bool:
-    """Return whether somebody orders something of one more disk."""
+    """Return whether orders are given about one more disk."""
     return random.random() < _BUSY
 
 

@@ -1,7 +1,7 @@
 """The model at length: ``python -m tests.model --orders 100000 --seed 1``, or one run of it again: ``--run 17``.
 
-Must not share anything between two runs but the report: each begins with a machine of its own, in a process that has
-the same hash seed as every other, so that a run can be done again.
+Must not share anything between two runs but the report: each begins with a machine of its own, in a process with the
+same hash seed as all others, so that it can be repeated.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _BATCH = 8  # runs of one process
 
 
 def main() -> int:
-    """Run, report, and return 1 where anything was wrong."""
+    """Run, report, and return 1 if anything was wrong."""
     parser = argparse.ArgumentParser(prog="python -m tests.model", description=__doc__)
     parser.add_argument("--orders", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=1)

@@ -1,4 +1,4 @@
-"""What must hold when everything rests, and when everything has gone.
+"""Checks of what must hold when everything is at rest, and when everything has gone.
 
 Must not change anything.
 """
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def at_rest(world: World) -> None:
-    """Everything was answered, and all who know of a fact know the same."""
+    """Check that everything was answered, and that all places that hold a fact hold the same."""
     for number, each in enumerate(world.administrators):
         if each.asking is not None:
             world.blame(f"administrator {number} was never answered: {each.asking.request}")
@@ -54,7 +54,7 @@ def _at_rest(world: World, place: Place) -> None:
 
 
 def _check_chain(world: World, place: Place, vbd: Any, worker: WorkerProcess | None) -> None:
-    """See that all know of the same chain."""
+    """Check that truth, params, notes, vbd, worker and journal have the same chain."""
     assert place.truth is not None
     notes: Notes = vbd.handover.notes
     found = {"truth": place.truth.chain, "params": place.params(), "notes": notes.chain, "vbd": vbd.chain_in_service()}
@@ -70,7 +70,7 @@ def _check_chain(world: World, place: Place, vbd: Any, worker: WorkerProcess | N
 
 
 def _check_guest(world: World, place: Place, vbd: Any, worker: WorkerProcess | None) -> None:
-    """See that a guest is served, and has its answers."""
+    """Check that a guest is served, and has its answers."""
     why = f"{vbd.device.phase}, {vbd.device.error!r}, {vbd.handover.notes}"
     if place.is_waiting:
         world.blame(f"{place}: the guest was never answered; {why}")
@@ -81,7 +81,7 @@ def _check_guest(world: World, place: Place, vbd: Any, worker: WorkerProcess | N
 
 
 def _check_files(world: World, place: Place, worker: WorkerProcess) -> None:
-    """See that a worker has open what its chain needs, and no image besides."""
+    """Check that a worker has open the files that its chain needs, and no other image."""
     names = [os.readlink(f"/proc/self/fd/{fd}") for fd in world.machine.fds_of(worker)]  # noqa: PTH115 - a text
     opened = {name for name in names if name.startswith(str(world.directory))}
     stages = worker.stages
@@ -96,7 +96,7 @@ def _files_of(text: str) -> list[str]:
 
 
 def when_all_is_gone(world: World) -> None:
-    """Nobody has anything of a disk that is gone."""
+    """Check that nothing is left of a disk that is gone."""
     service: Any = world.service.service if world.service else None
     if service is None:
         world.blame("there is no service")

@@ -1,8 +1,8 @@
-"""Workers of this process in the place of worker processes.
+"""Workers within this process, which replace worker processes.
 
 Must not do a worker's work: each is a `worker.main.Worker` at the other end of a real socket, with a loop of its own.
 
-A pidfd is the reading end of a pipe here: it is readable once the process has ended, and its inode says whose it is.
+Here a pidfd is the reading end of a pipe: it becomes readable when the process has ended, and its inode identifies it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class WorkerProcess(Process):
     loop       its loop, once it has begun
     worker     the product's object
     how        how it ended, None while it runs
-    is_dying   it was sent SIGKILL, and may do a step more
+    is_dying   it was sent SIGKILL, and may do one more step
     """
 
     def __init__(self, world: World, far: socket.socket, writing: int, pid: int) -> None:
@@ -47,18 +47,18 @@ class WorkerProcess(Process):
 
     @property
     def stages(self) -> Any:
-        """The disk on its way, None until it was told what to open."""
+        """The worker's `Stages`, None until it was told what to open."""
         return self.worker._stages if self.worker is not None else None
 
     @property
     def chain(self) -> str:
-        """The chain that is open, empty where none is."""
+        """The chain that is open, empty if none is."""
         stages = self.stages
         return stages.chain if stages is not None and stages.is_open else ""
 
     @property
     def connection(self) -> Any:
-        """The frontend that is served, None where none is."""
+        """The connection to the frontend that is served, None if none is."""
         stages = self.stages
         return stages.connection if stages is not None else None
 
@@ -87,7 +87,7 @@ class WorkerProcess(Process):
             how = f"the worker ended unexpectedly with exit status {end.code}"
         if not how and self.loop is not None and self.loop.is_stopped:
             how = "the worker ended unexpectedly with exit status 0"
-        if how:  # not before: an exception that is handled holds on to what has to be collected
+        if how:  # not before: an exception that is being handled keeps objects alive that must be collected
             self.end(how)
 
     def _pass(self) -> None:
@@ -110,12 +110,12 @@ class WorkerProcess(Process):
         return self.loop
 
     def kill(self) -> None:
-        """SIGKILL."""
+        """End the worker as SIGKILL does."""
         if self.how is None:
             self.end("the worker was ended by SIGKILL")
 
     def end(self, how: str) -> None:
-        """Be gone: the kernel takes back what it had, and whoever has the pidfd hears of it."""
+        """End the process: the kernel takes back what it had, and its pidfd becomes readable."""
         self.how = how
         self._world.has_ended(self)
         self._cut_off()
@@ -128,7 +128,7 @@ class WorkerProcess(Process):
         os.close(self._writing)
 
     def _cut_off(self) -> None:
-        """See that no object of it does anything when it is collected."""
+        """Keep its objects from doing anything when they are collected."""
         stages, connection = self.stages, self.connection
         if stages is not None:
             stages._disk._env._memories.clear()
@@ -140,7 +140,7 @@ class WorkerProcess(Process):
 
 
 class Handle:
-    """A worker's process as the service has it: `supervisor.service.process.Process`."""
+    """A worker's process as the service sees it, in the place of `supervisor.service.process.Process`."""
 
     def __init__(self, world: World, near: socket.socket, pidfd: int) -> None:
         self.socket = near
@@ -156,10 +156,10 @@ class Handle:
         self._world.send_kill(self._process)
 
     def boost(self) -> None:
-        """Time is no matter here."""
+        """Do nothing: priorities do not matter here."""
 
     def unboost(self) -> None:
-        """Likewise."""
+        """Do nothing, as `boost`."""
 
     def describe_end(self) -> str:
         self.leave()

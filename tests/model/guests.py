@@ -28,16 +28,16 @@ if TYPE_CHECKING:
     from tests.model.world import World
 
 PAGES = 96
-_PATIENCE_S = 10.0  # libxl's, for the backend to say Closed
+_PATIENCE_S = 10.0  # libxl's, for the backend to reach Closed
 
 
 @dataclass(eq=False)
 class Truth:
-    """What is true of one life of a vbd, whatever anybody says.
+    """What is true about one life of a vbd, independent of what anybody says.
 
-    chain      in service
-    targets    that an order may put in its place, as long as nobody was told that it did not
-    is_paused  an administrator was told so, and nobody has asked to resume since
+    chain      the one in service
+    targets    chains that orders may put in its place, until a client is told that they did not
+    is_paused  an administrator was told so, and nobody has asked to resume the disk since
     """
 
     chain: str
@@ -48,7 +48,7 @@ class Truth:
 
 
 class Place:
-    """One vbd's place: a domain number and a device, with a domain in it or none."""
+    """The place of a vbd: a domain number and a device; there may be a domain or none."""
 
     def __init__(self, world: World, path: VbdPath) -> None:
         self.path = path
@@ -67,7 +67,7 @@ class Place:
         self._in_flight: dict[Submitted, tuple[int, bytes]] = {}
         self._undecided: set[Submitted] = set()  # in flight when a worker died: done, or not
         self.answers = 0
-        self.may_submit = 0  # so many requests, once nothing new begins
+        self.may_submit = 0  # requests, when nothing else new begins
         self.base: Image | None = None
         self.last_chain = ""  # of the former life
 
@@ -99,18 +99,18 @@ class Place:
         return f"{self.path.frontend_domid}/xvda"
 
     def backend_state(self) -> int:
-        """Return the backend's state as it stands in xenstore."""
+        """Return the backend's state in xenstore."""
         return self._state(self.path.backend)
 
     def params(self) -> str | None:
-        """Return the key params as it stands in xenstore."""
+        """Return the key params in xenstore."""
         node = self._world.xenstored.registry.tree.find(f"{self.path.backend}/params")
         return node.value.decode() if node else None
 
     # the toolstack
 
     def attach(self, chain: str) -> None:
-        """Make the vbd as libxl does, and its domain where there is none."""
+        """Make the vbd as libxl does, and its domain if there is none."""
         world, path = self._world, self.path
         if self._guest is None:
             self._begin_domain()
@@ -135,7 +135,7 @@ class Place:
         world.note("attach")
 
     def run_script(self) -> bool:
-        """Run the hotplug script once the backend says InitWait."""
+        """Run the hotplug script once the backend has reached InitWait."""
         if (
             self._script is not None
             or self.is_up
@@ -148,12 +148,12 @@ class Place:
         return True
 
     def hear_script(self) -> bool:
-        """Take the script's answer; a toolstack that is told of an error removes the vbd again."""
+        """Take the script's answer; after an error the toolstack removes the vbd again."""
         if self._script is None or not self._script.poll():
             return False
         answer, self._script = self._script.answer, None
         if answer is None:
-            self._world.note("script: not answered")  # the service has died; xl has the script run anew or gives up
+            self._world.note("script: not answered")  # the service has died; xl runs the script again or gives up
         elif answer["code"] == "ok":
             self.is_up = True
         elif not self.is_leaving and self.is_there:
@@ -177,7 +177,7 @@ class Place:
         self._world.note("detach by force" if force else "detach")
 
     def finish_removal(self, *, at_once: bool = False) -> bool:
-        """Remove the nodes once the backend says Closed, or was given long enough."""
+        """Remove the nodes once the backend has reached Closed, or had enough time."""
         if self._removal_at is None:
             return False
         state = self.backend_state()
@@ -215,7 +215,7 @@ class Place:
         self._world.note("made anew in the same place")
 
     def destroy(self) -> None:
-        """Let the domain die; the toolstack removes its disk as soon as it may."""
+        """End the domain; the toolstack removes its disk as soon as it may."""
         self._drop_frontend()
         self._end_domain()
         if self.is_there and not self.is_leaving:
@@ -223,7 +223,7 @@ class Place:
         self._world.note("domain destroyed")
 
     def may_go_on(self) -> None:
-        """A pause does not hold any more."""
+        """Note that a pause is over."""
         if self.truth is not None:
             self.truth.is_paused = False
             self.truth.resumed += 1
@@ -254,7 +254,7 @@ class Place:
     # the guest's driver
 
     def step_frontend(self) -> bool:
-        """Let the guest's driver do what comes next."""
+        """Let the guest's driver do its next step."""
         if self._guest is None or not self.is_there or self._world.xenstored.registry is None:
             return False
         if self._frontend is None:
@@ -336,11 +336,11 @@ class Place:
         return bool(done)
 
     def lost_worker(self) -> None:
-        """The worker has died; what it had in flight may be done, and will be done again."""
+        """Note that the worker has died: its requests in flight may be done, and will be repeated."""
         self._undecided |= self._in_flight.keys()
 
     def leave_image(self, image: Image | None) -> None:
-        """Another image is written to from now on; what a dead worker may have done was done to this one."""
+        """Note that another image is written to from now on: what a dead worker may have done, it did to this one."""
         self._may_be_done(image, self._undecided & self._in_flight.keys())
 
     def _may_be_done(self, image: Image | None, requests: Iterable[Submitted]) -> None:
@@ -355,7 +355,7 @@ class Place:
         assert truth is not None
         world.answered += 1
         self.answers += 1
-        if truth.is_paused and not self.is_leaving:  # what a dead worker had taken is done before a disk is closed
+        if truth.is_paused and not self.is_leaving:  # requests of a dead worker are done before a disk is closed
             world.blame(f"{self}: a request was answered although the disk is paused")
         image = world.images.of_chain(truth.chain)
         if place < 0 or image is None:
@@ -415,7 +415,7 @@ class Place:
         return True
 
     def _drop_frontend(self) -> None:
-        """Let the guest's driver vanish; what it had in flight may be done, also on a chain that is being put in."""
+        """Remove the guest's driver; its requests in flight may be done, even on a chain that is being put in."""
         if self._frontend is not None:
             self.poll()
             self._frontend.crash()
@@ -433,7 +433,7 @@ class Place:
         return bool(self._in_flight)
 
     def close(self) -> None:
-        """Let go of everything."""
+        """End the domain, and close the toolstack's connection."""
         self._end_domain()
         self._toolstack.close()
 

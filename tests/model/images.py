@@ -1,7 +1,7 @@
 """The images of a run, and what every one of them must hold.
 
-Must not know a guest or a worker. An image's content is what was acknowledged to whoever wrote it, sector by sector;
-one that lies over another has the other's content where nothing was written to itself.
+Must not know a guest or a worker. An image's content, sector by sector, is that of the writes that were answered; an
+image over another one has the other's content where nothing was written to itself.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from pathlib import Path
 from random import Random
 
 SECTOR = 512
-SIZE = 256 * 1024  # bytes of a disk at first
-LARGEST = 4 * SIZE  # that one grows to
+SIZE = 256 * 1024  # bytes of a new disk
+LARGEST = 4 * SIZE  # bytes that a disk grows to at most
 PLACES = tuple(number * 61 for number in range(8))  # sectors that guests write; some share a cluster of 64 KiB
 _BOTTOM = re.compile(r"(aio|qcow2|vhd):([^,]+)")
 
 
 def pattern(number: int) -> bytes:
-    """Return a sector that tells which write it is of."""
+    """Return a sector that identifies a write."""
     return number.to_bytes(8, "little") * (SECTOR // 8)
 
 
 @dataclass(eq=False)
 class Image:
-    """One image: for each place what may stand there, `None` for anything; a place that is missing is the parent's."""
+    """One image: for each place its possible sectors, `None` for anything; places that are missing are the parent's."""
 
     path: str
     sectors: dict[int, set[bytes] | None] = field(default_factory=dict)
@@ -35,13 +35,13 @@ class Image:
     children: list[Image] = field(default_factory=list)
 
     def may_hold(self, place: int) -> set[bytes] | None:
-        """Return what may stand at a place."""
+        """Return the sectors that a place may hold."""
         if place in self.sectors or self.parent is None:
             return self.sectors[place]
         return self.parent.may_hold(place)
 
     def now_holds(self, place: int, values: set[bytes] | None) -> None:
-        """Take note of what was written. What lies over this image is of no use from then on."""
+        """Take note of what was written. Images over this one are of no use from then on."""
         self.sectors[place] = values
         for child in self.children:
             child.spoil()
@@ -54,7 +54,7 @@ class Image:
             self.parent.holds(place, value)
 
     def spoil(self) -> None:
-        """Take note that nobody knows any more what this image holds."""
+        """Take note that the content of this image is not known any more."""
         self.sectors = dict.fromkeys(PLACES)
         for child in self.children:
             child.spoil()
@@ -71,7 +71,7 @@ class Images:
         self._written = 0
 
     def next_pattern(self) -> bytes:
-        """Return a sector that no other one is like."""
+        """Return a sector with a content that no other one has."""
         self._written += 1
         return pattern(self._written)
 
@@ -104,7 +104,7 @@ class Images:
         return name
 
     def of_chain(self, chain: str) -> Image | None:
-        """Return the image that a chain writes to, None where it has none that is known."""
+        """Return the image that a chain writes to, None if it is not known."""
         match = _BOTTOM.fullmatch(chain.rsplit("|", maxsplit=1)[-1])
         try:
             return self._by_inode.get(os.stat(match[2]).st_ino) if match else None  # noqa: PTH116 - a text
@@ -120,7 +120,7 @@ class Images:
         self._by_inode[os.stat(image.path).st_ino] = image  # noqa: PTH116 - a text
 
     def faults(self) -> list[str]:
-        """Return what any of the images holds that was not acknowledged; nobody has them open."""
+        """Return sentences about contents of images that no answered write explains; no image is open."""
         return [fault for image in self._by_inode.values() for fault in _faults_of(image)]
 
 

@@ -1,9 +1,9 @@
-"""What a process is here: a loop that is passed by the scheduler, descriptors, doors to the hypervisor; and its death.
+"""A process of the model: a loop that the scheduler steps, descriptors, access to the hypervisor; and its death.
 
 Must not choose what happens next: `world` does.
 
-A process that is killed does nothing any more and loses what the kernel takes from it: descriptors, mappings, ports,
-locks. What its objects would do when they are collected or unwound must not happen; so they are cut off first.
+A process that is killed does nothing any more, and the kernel takes back its descriptors, mappings, ports and locks.
+Its objects must do nothing when they are collected or unwound, so they are cut off first.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from xenbackend.loop.reactor import Reactor
 from xenbackend.rig import host as rig_host
 from xenbackend.rig.hypervisor import Hypervisor
 
-collect, freeze = gc.collect, gc.freeze  # a worker calls them, too, as if all memory were its own
+collect, freeze = gc.collect, gc.freeze  # kept, as workers call them as if the whole process were theirs
 _close = os.close
 
 
 class Died(BaseException):
-    """The process that runs was killed at this very point."""
+    """The running process was killed at this point."""
 
 
 class Begun(BaseException):
-    """A process has done what it does before its loop, which the scheduler passes from now on."""
+    """A process has finished its start; the scheduler steps its loop from now on."""
 
 
 class Clock:
@@ -49,7 +49,7 @@ class Clock:
 
 
 class Jobs:
-    """What a process would do in threads; each is done when the scheduler says so."""
+    """Jobs that a process would do in threads; each is done when the scheduler says so."""
 
     def __init__(self, hand_over: Callable[[Callable[[], object]], None]) -> None:
         self.waiting: list[tuple[Callable[[], object], Callable[[], object], Any]] = []
@@ -69,13 +69,13 @@ class Jobs:
         self._hand_over(then)
 
     def close(self) -> None:
-        """Do what was asked for."""
+        """Do all jobs that wait."""
         while self.waiting:
             self.do(0)
 
 
 class Loop(Reactor):
-    """A loop that never sleeps. Of what is ready one thing is chosen in each pass, and the rest stays ready."""
+    """A loop that never sleeps. Each pass handles one thing of those that are ready; the others stay ready."""
 
     def __init__(
         self, clock: Clock, choose: Callable[[int], int], on_bug: Callable[[Exception], None] | None = None
@@ -113,7 +113,7 @@ class Loop(Reactor):
         self._is_asleep = calls == self._calls
 
     def cut(self) -> None:
-        """Let nothing be called any more, and let go of the descriptors: the process has died."""
+        """Forget all calls, and close the descriptors: the process has died."""
         self._soon.clear()
         self._timers.clear()
         self._hooks.clear()
@@ -155,14 +155,14 @@ class Door:
         return answer, [os.dup(fd) for fd in fds]
 
     def close(self) -> None:
-        """Let go of what it holds."""
+        """Release what it holds."""
         if self._is_open:
             self._is_open = False
             self._hypervisor.leave(self._holder)
 
 
 class Process:
-    """What belongs to one process of the model. `doors` and `unmaps` are what the kernel would take back."""
+    """One process of the model. `doors` and `unmaps` are what the kernel would take back at its death."""
 
     def __init__(self, name: str, machine: Machine) -> None:
         self.name = name
@@ -173,7 +173,7 @@ class Process:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Account to this process what is opened within."""
+        """Account to this process what is opened within this context."""
         machine = self._machine
         outer, machine.running = machine.running, self
         try:
@@ -182,7 +182,7 @@ class Process:
             machine.running = outer
 
     def die(self, loop: Loop | None) -> None:
-        """Take everything back; call it when nothing refers to the process's objects but what is to be collected."""
+        """Take everything back; call it when nothing that stays refers to the process's objects."""
         self.is_dead = True
         for door in self.doors:
             door.close()
@@ -197,7 +197,7 @@ class Process:
 
 
 class Machine:
-    """The hypervisor, and which process runs now."""
+    """The hypervisor, the running process, and whose descriptors are open."""
 
     _machines: ClassVar[dict[str, Machine]] = {}
 
@@ -215,7 +215,7 @@ class Machine:
 
     @contextmanager
     def outside(self) -> Iterator[None]:
-        """Account to no process what is opened within."""
+        """Account to no process what is opened within this context."""
         outer, self.running = self.running, None
         try:
             yield
@@ -223,7 +223,7 @@ class Machine:
             self.running = outer
 
     def opened(self, fd: int) -> int:
-        """Take note of a descriptor that only a number stands for: nothing closes it but `os.close`."""
+        """Take note of a descriptor that is a plain number: only `os.close` closes it."""
         self._owners.pop(fd, None)
         found = os.fstat(fd)
         if self.running is not None:
@@ -236,7 +236,7 @@ class Machine:
         _close(fd)
 
     def fds_of(self, process: Process) -> list[int]:
-        """Return the descriptors of a process that only numbers stand for."""
+        """Return the descriptors of a process that are plain numbers."""
         return [fd for fd, (owner, _) in self._owners.items() if owner is process]
 
     def close_all_of(self, process: Process) -> None:
@@ -249,7 +249,7 @@ class Machine:
                     _close(fd)
 
     def close(self) -> None:
-        """Forget it."""
+        """Forget this machine."""
         del self._machines[self.name]
 
 
@@ -257,7 +257,7 @@ class Host(rig_host.RigHost):
     """The rig's host; what it maps is taken back from a process that dies."""
 
     def allocate(self, size: int) -> Arena:
-        """Return memory without huge pages, of which a process with many workers has not enough."""
+        """Return memory without huge pages, which would not suffice for many workers in one process."""
         view = memoryview(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
         return Arena(view, address_of(view))
 
@@ -269,13 +269,13 @@ def open_host(argument: str, devices: Sequence[int] = ()) -> Host:
 
 
 def open_devices(argument: str, domid: int) -> list[int]:
-    """Return nothing: a process opens its doors itself, so that they are taken back from it when it dies."""
+    """Return none: a process makes its own doors, so that they are taken back when it dies."""
     del argument, domid
     return []
 
 
 def tracking_map_pages(map_pages: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a `map_pages` by which the process that runs loses its mappings when it dies."""
+    """Return a `map_pages` whose mappings are taken back when the running process dies."""
 
     def tracked(fd: int, frames: Any, *, writable: bool) -> Any:
         view, address, unmap = map_pages(fd, frames, writable=writable)

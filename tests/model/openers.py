@@ -1,8 +1,9 @@
-"""Openers of this process in the place of opener processes: the product's rules, asked by a call and not by a socket.
+"""Openers within this process, which replace opener processes: the product's rules, asked by calls, without a socket.
 
 Must not open what the product's would not: each is an `opener.main.Attendant`, and answers as that does.
 
-What it opens is accounted to the worker that asks, which dies with it; what it hands over, to the service.
+What an opener opens belongs to the worker that asks, and is lost when that dies; what it hands over belongs to the
+service.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class LocalOpener(Attendant):
-    """As the service has it: `supervisor.service.opener.Opener`."""
+    """An opener as the service sees it, in the place of `supervisor.service.opener.Opener`."""
 
     def __init__(
         self, world: World, job: opening.Job, kept: Sequence[int], on_found: Callable[[opening.Found, list[int]], str]
@@ -58,34 +59,34 @@ class LocalOpener(Attendant):
         refusal: str | None = None
         with suppress(Died), service.running():
             refusal = self._on_found(opening.Opened(name, identity, chain), [os.dup(fd)])
-        if refusal is None:  # not before: an exception that is handled holds on to what has to be collected
+        if refusal is None:  # not before: an exception that is being handled keeps objects alive that must be collected
             service.kill("killed")
             raise SupervisorGone
         return refusal
 
     def lose_service(self) -> None:
-        """Refer to nothing of a service that has ended."""
+        """Drop references to a service that has ended."""
         self._on_found = None
 
     def boost(self) -> None:
-        """Time is no matter here."""
+        """Do nothing: priorities do not matter here."""
 
     def kill(self) -> None:
-        """Its worker has ended."""
+        """End it, as its worker has ended."""
         self._is_gone = True
         self._give_back()
 
     end = kill
 
     def note_over(self) -> None:
-        """Nobody needs it any more."""
+        """Do nothing: the service does not need it any more."""
 
     def hangs(self) -> bool:
-        """Nothing hangs here."""
+        """Return False: nothing hangs here."""
         return False
 
     def leave(self) -> None:
-        """The service leaves it to its worker."""
+        """Leave it to its worker, without the service."""
         self.lose_service()
 
     def _give_back(self) -> None:
@@ -95,7 +96,7 @@ class LocalOpener(Attendant):
 
 
 class Asked(RemoteOpener):
-    """The worker's side of it."""
+    """The opener as its worker sees it."""
 
     world: World
 
@@ -117,7 +118,7 @@ class Asked(RemoteOpener):
 
 
 def begin(world: World, job: opening.Job, kept: Sequence[int], on_found: Any) -> tuple[Any, socket.socket]:
-    """Begin one, and return it with the socket that its worker is known by."""
+    """Start an opener, and return it with the socket that its worker gets."""
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     far.close()
     opener = world.openers[os.fstat(near.fileno()).st_ino] = LocalOpener(world, job, kept, on_found)

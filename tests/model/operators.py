@@ -1,7 +1,7 @@
-"""Administrators, several at once: each gives an order, waits for its answer or gives up, and compares what it is told.
+"""Administrators, several at once: each gives an order, waits for the answer or gives up, and compares the answer.
 
-Must not wait: a step does what is possible now. What an answer says is compared with what is true at the moment at
-which the service gives it (`Judge`), and its line once more when it is read.
+Must not wait: a step does what is possible now. An answer is compared with the truth at the moment at which the service
+gives it (`Judge`), and once more when a client has read it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _EXCHANGES = ("set", "snapshot", "resize")
 
 
 class Asking:
-    """One request over the control socket, on its way."""
+    """One request over the control socket that is under way."""
 
     def __init__(self, world: World, request: dict[str, Any], place: Place | None) -> None:
         """Connect and send. Raises: OSError."""
@@ -48,7 +48,7 @@ class Asking:
             raise
 
     def poll(self) -> bool:
-        """Read what there is; True once it is over. Without an `answer` the service has gone."""
+        """Read what there is; True once the request is over. Without an `answer` the service has gone."""
         if self.is_over:
             return True
         try:
@@ -66,13 +66,13 @@ class Asking:
         return True
 
     def give_up(self) -> None:
-        """Go away."""
+        """Hang up."""
         self.is_over = True
         self._socket.close()
 
 
 class Administrator:
-    """One of them. `order` is one that is still under way, as far as it was told."""
+    """One administrator. `order`: the number of its order that is still under way, as it was told."""
 
     def __init__(self, world: World) -> None:
         self.asking: Asking | None = None
@@ -81,7 +81,7 @@ class Administrator:
         self._random = world.random
 
     def step(self) -> bool:
-        """Do one thing: ask, give up, hear."""
+        """Do one thing: ask, give up, take an answer."""
         if self.asking is None:
             return self._world.may_order() and self._give()
         if self.asking.poll():
@@ -149,7 +149,7 @@ class Administrator:
         return request
 
     def _chain(self, place: Place) -> tuple[str, bool]:
-        """Return a chain to ask for, and whether by `--replace`."""
+        """Return a chain to ask for, and whether with `--replace`."""
         random, world = self._random, self._world
         assert place.truth is not None
         bottom = place.truth.chain.split("|")[-1]
@@ -186,7 +186,7 @@ class Judge:
         self._world = world
 
     def asked(self, request: dict[str, Any], place: Place | None, number: int) -> None:
-        """The service takes an order up."""
+        """Note that the service takes up an order."""
         truth = place.truth if place is not None else None
         if truth is None:
             return
@@ -200,7 +200,7 @@ class Judge:
             truth.targets[number] = request["chain"]
 
     def answers(self, request: dict[str, Any], place: Place | None, number: int, answer: Any) -> None:
-        """The service gives an answer; `place` is the vbd's as it was when the order was given, None if it has gone."""
+        """Check an answer of the service. `place`: that of the order's vbd, None if that life of it is over."""
         verb, code = str(request.get("verb")), answer.code.value
         if place is None or place.truth is None:
             return
@@ -240,7 +240,7 @@ class Judge:
         if worker is not None and worker.chain and worker.chain != chain:
             world.blame(f"{place}: the answer {code} says {chain}; {worker.chain} is in service")
         if chain != truth.chain:
-            if chain not in (target, *truth.targets.values()):  # of others nobody was told how they ended
+            if chain not in (target, *truth.targets.values()):  # of other orders' ends nobody was told
                 world.blame(f"{place}: the answer {code} says {chain}; {truth.chain} was in service")
             if world.images.of_chain(chain) is not world.images.of_chain(truth.chain):
                 place.leave_image(world.images.of_chain(truth.chain))

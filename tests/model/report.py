@@ -1,4 +1,4 @@
-"""What so many runs came to: how often each thing happened, and how what was wrong is run again.
+"""The result of all runs: how often each thing happened, and how to repeat runs that were wrong.
 
 Must not run anything.
 """
@@ -33,19 +33,19 @@ class Report:
             self.failed[found["run"]] = found["faults"]
 
     def never(self) -> list[str]:
-        """Return what has not happened, although it should where there are orders enough."""
+        """Return what has not happened, although it should if there are enough orders."""
         wanted = [f"answer: {verb}" for verb in VERBS]
         wanted += [f"barred: {verb} by {other}" for verb, others in _BARRED.items() for other in sorted(others)]
         wanted += [name.replace("reached:", "killed:") for name in self.notes if name.startswith("reached:")]
         return [each for each in wanted if not any(name.startswith(each) for name in self.notes)]
 
     def status(self) -> int:
-        """Return the exit status; of so many orders that everything should have happened, all of it must."""
+        """Return the exit status; with _COMPLETE orders or more, everything must have happened."""
         is_incomplete = self.notes["orders"] >= _COMPLETE and self.never()
         return 1 if self.failed or self.broken or is_incomplete else 0
 
     def text(self, seconds: float) -> str:
-        """Return all of it for people."""
+        """Return the report for people."""
         lines = [f"{count:>10}  {name}" for name, count in sorted(self.notes.items()) if "reached" not in name]
         never = self.never()
         lines += [f"{0:>10}  {name}" for name in never]

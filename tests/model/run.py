@@ -1,4 +1,4 @@
-"""One run: a world, so many orders, and what came of it."""
+"""One run: a world, so many orders, and the result."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.model.world import World, Wrong
 
 
 def do_one(directory: Path, seed: int, run: int, orders: int, change: str = "") -> tuple[dict[str, int], list[str]]:
-    """Return how often what happened, and what was wrong."""
+    """Return how often each thing happened, and what was wrong."""
     random.seed(seed * 1_000_003 + run)  # for the product's own choices
     world = World(directory, seed * 1_000_003 + run)
     try:

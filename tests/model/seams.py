@@ -1,7 +1,7 @@
-"""Where the model gets between the product and its machine for as long as a run lasts, and where it may be killed.
+"""Replaces and observes calls of the product while a run lasts, and has the points at which a process may be killed.
 
-Must not change what the product does: what is put in the place of a call does the same in this process, and hooks look
-on. Each kill point lies between two effects that somebody else can see.
+Must not change what the product does: a replaced call does the same within this process, and hooks only observe. Each
+kill point lies between two effects that another process can see.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def applied(world: World) -> Iterator[None]:
-    """Have all of it in place."""
+    """Have all replacements and hooks in place within this context."""
     with ExitStack() as undo:
         for owner, name, value in [*_machine(world), *_hooks(world)]:
             undo.enter_context(patch.object(owner, name, value))
@@ -53,7 +53,7 @@ def applied(world: World) -> Iterator[None]:
         _listen_to_log(world)
         collect()
         freeze()
-        gc.disable()  # what dies is collected where it dies
+        gc.disable()  # the objects of a process are collected when it dies
         undo.callback(gc.enable)
         undo.callback(gc.unfreeze)
         yield
@@ -71,7 +71,7 @@ def _machine(world: World) -> list[tuple[Any, str, Any]]:
 
     @functools.wraps(init)
     def open_files(self: HostFiles, *arguments: Any, **named: Any) -> None:
-        init(self, *arguments, **{**named, "lock_timeout_s": 0.0})  # nobody else moves while it would wait
+        init(self, *arguments, **{**named, "lock_timeout_s": 0.0})  # nobody else would run during a wait
 
     open_files.__kwdefaults__ = init.__kwdefaults__
     opened, receive = world.machine.opened, datagrams.receive
@@ -106,7 +106,7 @@ def _machine(world: World) -> list[tuple[Any, str, Any]]:
 
 
 class _Agreed:
-    """`journal.AGREED`, looked at."""
+    """Observes `journal.AGREED`."""
 
     def __init__(self, world: World, agreed: Note) -> None:
         self._world = world
@@ -126,7 +126,7 @@ class _Agreed:
 def _around(
     world: World, owner: Any, name: str, before: str = "", after: str = "", then: Callable[..., None] | None = None
 ) -> tuple[Any, str, Any]:
-    """Have kill points before and after a function, and `then` called with what it has returned and was given."""
+    """Put kill points before and after a function, and call `then` with its result and arguments."""
     function = getattr(owner, name)
 
     @functools.wraps(function)

@@ -1,6 +1,6 @@
-"""The supervisor as a process: its start with what the keeper has, its passes, its death and its end.
+"""The supervisor as a process: its start with what the keeper has, its steps, its death and its end.
 
-Must not answer for it: `Service` is the product's, with our store, loop, fleet and clock in the places of its own.
+Must not do the service's work: `Service` is the product's, with the model's store, loop, fleet and clock.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class LocalKeeper:
 
 
 class Nobody:
-    """A notifier to nobody."""
+    """A notifier that notifies nobody."""
 
     interval_s = None
 
@@ -85,7 +85,7 @@ class ServiceProcess(Process):
             how = "killed"
         except StoreError:
             how = "found no xenstore"
-        if how:  # not before: an exception that is handled holds on to what has to be collected
+        if how:  # not before: an exception that is being handled keeps objects alive that must be collected
             self.kill(how)
 
     def _pass(self) -> None:
@@ -122,7 +122,7 @@ class ServiceProcess(Process):
         self._end_if_it_is_over()
 
     def stop(self, number: int) -> None:
-        """Let a signal come."""
+        """Deliver a signal."""
         loop = self.loop
         if loop is not None and self.has_begun:
             self.is_stopping = True
@@ -138,7 +138,7 @@ class ServiceProcess(Process):
         return self.loop
 
     def kill(self, how: str) -> None:
-        """SIGKILL."""
+        """End the service as SIGKILL does; `how`: for the report."""
         if self.is_over:
             return
         self.is_over = True

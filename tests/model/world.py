@@ -1,6 +1,6 @@
-"""All of it in one process, and the scheduler, which chooses what happens next.
+"""The whole model in one process, and the scheduler, which chooses what happens next.
 
-Must not sleep, nor let anything else than the seed decide.
+Must not sleep, nor let anything but the seed decide.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ if TYPE_CHECKING:
 PLACES = 3
 _UNDER_WAY = re.compile("([a-z]+) is under way, order")
 ADMINISTRATORS = 3
-_REST_S = 1.0  # before a service that could not begin is started anew
+_REST_S = 1.0  # before a service that could not start is started again
 _SETTLED_S = 65.0  # more than any limit of the product
 
 
 class Wrong(Exception):
-    """What the run found wrong; its text says all of it."""
+    """The run found something wrong; the text says all of it."""
 
 
 class World:
     """Everything that there is.
 
-    notes      how often what happened
-    faults     what was wrong, in words
+    notes      how often each thing happened
+    faults     sentences about what was wrong
     """
 
     def __init__(self, directory: Path, seed: int) -> None:
@@ -81,14 +81,14 @@ class World:
         self._read = 0  # of the log
         self._start_at = 0.0  # of the next service
 
-    # what others need
+    # for the other modules
 
     def note(self, what: str) -> None:
         """Count what happened."""
         self.notes[what] += 1
 
     def blame(self, sentence: str) -> None:
-        """Take note of what is wrong."""
+        """Take note of a fault."""
         self.faults.append(f"step {self.steps}: {sentence}")
 
     def new_loop(self, on_bug: Callable[[Exception], None] | None) -> Loop:
@@ -96,7 +96,7 @@ class World:
         return Loop(self.clock, self.random.randrange, on_bug)
 
     def point(self, name: str) -> None:
-        """Be at a point where the process that runs may be killed."""
+        """Perhaps kill the running process at this point."""
         running = self.machine.running
         if self.is_calm or running is None:
             return
@@ -107,11 +107,11 @@ class World:
             raise Died(name)
 
     def before_operation(self, operation: str) -> None:
-        """An operation of the service's on xenstore is about to be done."""
+        """Be at the kill point before an operation of the service on xenstore."""
         self.point(f"service: before {operation.lower().replace('_', ' ')} in xenstore")
 
     def can_be_asked(self) -> bool:
-        """Return whether somebody listens at the control socket."""
+        """Return whether a service listens at the control socket."""
         return os.path.exists(self.control)  # noqa: PTH110 - a text
 
     def may_order(self) -> bool:
@@ -119,7 +119,7 @@ class World:
         return not self.is_calm and self.orders < self._limit
 
     def ask(self, request: dict[str, Any], place: Place | None) -> Asking | None:
-        """Send a request to the service; None where nobody listens."""
+        """Send a request to the service; None if nobody listens."""
         try:
             asking = Asking(self, request, place)
         except OSError:
@@ -152,11 +152,11 @@ class World:
         return reading
 
     def process_of(self, pidfd: int) -> WorkerProcess:
-        """Return the worker whose pidfd that is."""
+        """Return the worker of a pidfd."""
         return self._pipes[os.fstat(pidfd).st_ino]
 
     def send_kill(self, worker: WorkerProcess) -> None:
-        """SIGKILL, as the service sends it: it may take a moment."""
+        """Send SIGKILL as the service does: it may take a moment."""
         worker.is_dying = True
 
     def has_ended(self, worker: WorkerProcess) -> None:
@@ -168,19 +168,19 @@ class World:
             place.lost_worker()
 
     def orders_open(self, order: Any, journal_fd: int) -> None:
-        """The service has a worker open a chain: take note of whose life that is."""
+        """Take note for which life of a vbd the service has a worker open a chain."""
         place = next(each for each in self.places if str(each.path) == order.vbd)
         self._lives.setdefault(os.fstat(journal_fd).st_ino, (place, place.life))
 
     def is_to_open(self, journal_fd: int) -> None:
-        """The worker that runs takes that order."""
+        """Take note that the running worker takes that order."""
         worker = self.machine.running
         assert isinstance(worker, WorkerProcess)
         place, life = self._lives[os.fstat(journal_fd).st_ino]
         worker.vbd = f"{place}#{life}"
 
     def place_of(self, worker: WorkerProcess) -> Place | None:
-        """Return the place that a worker serves, None where that life is over."""
+        """Return the place that a worker serves, None if that life is over."""
         return next((each for each in self.places if each.is_there and f"{each}#{each.life}" == worker.vbd), None)
 
     def worker_of(self, place: Place) -> WorkerProcess | None:
@@ -188,11 +188,11 @@ class World:
         return next((each for each in self.workers if each.vbd == f"{place}#{place.life}"), None)
 
     def serves(self, worker: WorkerProcess, chain: str, how: str) -> None:
-        """A worker serves a chain from now on, or has opened it: see whether that may be."""
+        """Check whether a worker may serve a chain from now on."""
         place = self.place_of(worker)
         if place is None or place.truth is None:
             return
-        place.poll()  # what was answered until now was answered through the former chain
+        place.poll()  # answers so far came through the former chain
         truth = place.truth
         if chain == truth.chain:
             return
@@ -205,12 +205,12 @@ class World:
     # the service
 
     def vbd_of(self, place: Place) -> Any:
-        """Return the service's object for a place, None where there is none."""
+        """Return the service's object for a place, None if there is none."""
         service = self.service.service if self.service is not None else None
         return service._registry.vbds.get(place.path) if service is not None else None
 
     def place_of_vbd(self, vbd: Any) -> Place | None:
-        """Return the place whose present life one of the service's objects stands for."""
+        """Return the place of one of the service's vbds, None if that life is over."""
         inode = os.fstat(vbd.handover._journal).st_ino
         place = next((each for each in self.places if each.path == vbd.path), None)
         if place is None or not place.is_there:
@@ -218,7 +218,7 @@ class World:
         return place if self._lives.get(inode, (place, place.life))[1] == place.life else None
 
     def has_opened(self, worker: WorkerProcess, chain: str) -> None:
-        """A worker has opened a chain: see whether that may be."""
+        """Check whether a worker may have opened a chain."""
         place = self.place_of(worker)
         if (
             place is not None
@@ -228,7 +228,7 @@ class World:
             self.blame(f"{place}: a worker opens {chain}, which nobody ordered; {place.truth.chain} is in service")
 
     def has_branched(self, worker: WorkerProcess, former: str, file: str, chain: str) -> None:
-        """A worker has made the image `file` over the one that it writes to, by which `chain` would serve."""
+        """Take note of the image `file` that a worker has made over its own; `chain` would serve through it."""
         parent = self.images.of_chain(former)
         if parent is not None:
             self.images.branched(chain, parent)
@@ -237,16 +237,16 @@ class World:
             place.truth.targets[file] = chain
 
     def ends(self, place: Place) -> None:
-        """A life of a vbd is over."""
+        """Take note that a life of a vbd is over."""
 
     def check_closed(self, place: Place) -> None:
-        """Our state is Closed: no worker has the image any more."""
+        """Check that no worker has the image any more: the backend's state is Closed."""
         worker = self.worker_of(place)
         if worker is not None and worker.chain:
             self.blame(f"{place}: our state is Closed, and worker {worker.pid} has {worker.chain} open")
 
     def service_is_over(self, service: ServiceProcess, *, rests: bool = False) -> None:
-        """The service has ended or died; whoever starts it anew rests before that where it `rests`."""
+        """Take note that the service has ended or died; `rests`: a while passes before it is started again."""
         for opener in self.openers.values():
             opener.lose_service()
         if self.service is service:
@@ -256,7 +256,7 @@ class World:
     # what happens
 
     def run(self, orders: int) -> None:
-        """Let so many orders be given, and everything come to rest. Raises: Wrong."""
+        """Have so many orders given, and let everything come to rest. Raises: Wrong."""
         self._limit = orders
         with seams.applied(self):
             self._begin()
@@ -281,7 +281,7 @@ class World:
         return chain if self.images.of_chain(chain) else f"aio:{place.base.path}"
 
     def grow(self, place: Place) -> None:
-        """Let the image of a disk have become larger, if it is one that can be made so without a word."""
+        """Enlarge the image of a disk, if it is a raw one."""
         image = self.images.of_chain(place.truth.chain) if place.truth else None
         if image is not None and image.path.endswith(".raw") and self.random.random() < 0.7:
             size = os.stat(image.path).st_size  # noqa: PTH116 - a text
@@ -324,7 +324,7 @@ class World:
         return found
 
     def _pass_one(self) -> bool:
-        """Let a loop pass, or a job be done; where all sleep let time go by until one does not."""
+        """Step a loop, or do a job; if all sleep, let time pass until one does not."""
         found = self._runnable()
         if found:
             self.random.choice(found)()
@@ -384,7 +384,7 @@ class World:
             service.stop(number)
 
     def _may_forget(self) -> bool:
-        """Return whether a stop in order loses nothing: what is left can be done."""
+        """Return whether an orderly stop loses nothing, as xenstore can be told everything."""
         return self.xenstored.is_up
 
     def _step_xenstore(self) -> None:
@@ -405,7 +405,7 @@ class World:
         self.service = ServiceProcess(self)
 
     def _check_log(self) -> None:
-        """See that nobody had to say that something of ours is wrong."""
+        """Check that the log reports no fault of ours."""
         for line in self.log[self._read :]:
             text = f"{line.get('event')} {line.get('reason', '')} {line.get('exception', '')}"
             if line.get("event") == UNFINISHED and self._is_nobodys(str(line.get("vbd"))):
@@ -415,13 +415,13 @@ class World:
         self._read = len(self.log)
 
     def _is_nobodys(self, name: str) -> bool:
-        """Return whether the disk of that name has no guest any more, whose domain may have died a moment ago."""
+        """Return whether the disk of that name has no living guest; its domain may have died a moment ago."""
         return not any(place.name() == name and place.has_domain for place in self.places)
 
     # the end
 
     def _settle(self) -> None:
-        """Let nothing new begin, and everything come to rest: all that was asked is answered, every guest served."""
+        """Begin nothing new, and let everything come to rest: all questions answered, all guests served."""
         self.is_calm = True
         if not self.xenstored.is_up:
             self._xenstore_comes()
@@ -449,12 +449,12 @@ class World:
         return asking.answer
 
     def ask_now(self, request: dict[str, Any]) -> Any:
-        """Return the data of an answer; to be asked when everything rests."""
+        """Ask the service while everything is at rest, and return the data of its answer."""
         answer = self._ask_and_rest(request, None)
         return answer["data"] if answer is not None and answer["code"] == "ok" else None
 
     def _rest(self, seconds: float, asking: Asking | None = None) -> None:
-        """Let everything happen until nothing does for so many seconds, or until a question is answered."""
+        """Run until nothing has happened for so many seconds, or until a question is answered."""
         until = self.clock.now + seconds
         idle = 0
         while not self.faults and not (asking is not None and asking.poll()):
@@ -471,7 +471,7 @@ class World:
                 break
 
     def _close(self) -> None:
-        """Take everything down."""
+        """End everything."""
         self.is_calm = True
         for each in self.administrators:
             if each.asking is not None:

@@ -1,6 +1,6 @@
 """Changes to the product that are known to be wrong, each of which the model must find.
 
-Must not be used but for as long as a run lasts. Most of them were faults of ours once.
+Must not be in force longer than a run. Most of them were faults of ours once.
 """
 
 from __future__ import annotations
@@ -240,7 +240,7 @@ WRONG: dict[str, Callable[[], list[Change]]] = {
 
 @contextmanager
 def made(change: str) -> Iterator[None]:
-    """Have a change by its name."""
+    """Make the change of this name within this context."""
     with ExitStack() as undo:
         for owner, name, value in WRONG[change]():
             undo.enter_context(patch.object(owner, name, value))

@@ -1,8 +1,8 @@
 """The rig's xenstored in this process, and a `Store` that talks to it without a socket.
 
-Must not know what an operation means. `tests/contract/test_store.py` holds the store to what every one does.
+Must not know what an operation means. `tests/contract/test_store.py` checks that the store behaves like every other.
 
-What is said before a reply is heard before it, as on the wire; what comes between replies waits at a descriptor.
+Packets sent before a reply are read before it, as on the wire; those between replies wait at a descriptor.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from xenbackend.supervisor.xenstore.store import Store
 
 
 class Xenstored:
-    """A xenstored; `is_up` says whether it can be talked to."""
+    """A xenstored; `is_up`: it can be reached."""
 
     def __init__(self) -> None:
         self.registry = Registry(Tree())
@@ -28,13 +28,13 @@ class Xenstored:
         self.transports: list[Transport] = []
 
     def go_down(self) -> None:
-        """Hang up on everybody, and answer nobody until `come_up`; the nodes stay."""
+        """Close all connections, and accept none until `come_up`; the nodes stay."""
         self.is_up = False
         for transport in list(self.transports):
             transport.hang_up()
 
     def come_up(self) -> None:
-        """Answer again."""
+        """Accept connections again."""
         self.is_up = True
 
     def store(self, domid: int, before: Callable[[str], None] | None = None) -> LocalStore:
@@ -43,7 +43,7 @@ class Xenstored:
 
 
 class _Session(Session):
-    """A session that rings a bell when it has something to say."""
+    """A session that rings a bell when it has something to send."""
 
     def __init__(self, registry: Registry, domid: int, bell: int) -> None:
         self._bell = bell
@@ -55,7 +55,7 @@ class _Session(Session):
 
 
 class Transport:
-    """What the store sends through: one session's other end."""
+    """The store's transport: the other end of one session."""
 
     def __init__(self, server: Xenstored, domid: int) -> None:
         if not server.is_up:
@@ -67,7 +67,7 @@ class Transport:
         server.transports.append(self)
 
     def hang_up(self) -> None:
-        """Let the client read the end."""
+        """End the session, so that the client reads the end of the connection."""
         if self._session is not None:
             self._session.close()
             self._session = None
@@ -103,7 +103,7 @@ class Transport:
 
 
 class _Connection(store._Connection):
-    """The store's connection, to a xenstored of ours."""
+    """The store's connection to a xenstored of the model."""
 
     def __init__(self, server: Xenstored, domid: int) -> None:
         super().__init__(f"domain {domid}")
