@@ -357,7 +357,7 @@ class Session:
         return [sector for sector in _differing(found, expected) if not _is_from(found, sector, open_now)]
 
     def faults_of_power_loss(self, found: bytes, flushed: int) -> list[int]:
-        """Return the sectors that were durable after the file's change `flushed`, and are not what they were."""
+        """Return the sectors that were durable by change number `flushed` of the file, and have another content now."""
         expected = bytearray(self.first)
         done = max((each.sent for each in self.flushes if 0 <= each.answered <= flushed + 1), default=-1)
         touched = set()
@@ -386,6 +386,6 @@ def _is_from(found: bytes, sector: int, writes: list[Written]) -> bool:
 
 
 def at(path: Path) -> str:
-    """Return the path of a file that is there only for whoever looks whether it exists."""
+    """Make an empty file at a path, for code that checks whether it exists, and return the path as text."""
     path.touch()
     return str(path)

@@ -1,6 +1,6 @@
 """The worker's half of a vbd in the test's own thread: a real ring on the rig, and a disk that answers when told.
 
-Must not serve a request itself, nor sleep: time passes for the worker only where a test moves its clock.
+Must not serve a request itself, nor sleep: time passes for the worker only when a test moves its clock.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ SIZE = 1 << 20
 class HeldDisk:
     """A disk of bytes that remembers what it was asked, and gives requests back at once or when told.
 
-    seen     the operations in the order they came, "READ" and so on
+    seen     the operations in order, "READ" and so on
     held     the requests that it has
     holding  True: nothing is given back before `give_back`
-    errors   errno by operation, for what is to fail
+    errors   errno by operation, for operations that are to fail
     """
 
     def __init__(self, size: int = SIZE) -> None:
@@ -56,7 +56,7 @@ class HeldDisk:
             self.give_back(batch)
 
     def give_back(self, batch: Iterable[Request] | None = None) -> None:
-        """Do requests, all that are held unless some are named, and give them back as one batch."""
+        """Do these requests, by default all that are held, and give them back as one batch."""
         batch = list(self.held if batch is None else batch)
         given = {id(request) for request in batch}
         self.held = [request for request in self.held if id(request) not in given]
@@ -83,10 +83,10 @@ class HeldDisk:
 
 
 class Served:
-    """Hypervisor, guest, frontend and a `Connection`, stepped by the frontend's waiting.
+    """Hypervisor, guest, frontend and a `Connection`, whose loop passes while the frontend waits.
 
-    complaints, alarms    what the worker would have said
-    halted, troubles      how where it stands has changed
+    complaints, alarms    what the worker would have sent to the supervisor
+    halted, troubles      the values of these two that the standing has had
     now                   the worker's clock, in seconds
     """
 
@@ -135,7 +135,7 @@ class Served:
         return self.frontend
 
     def stand(self) -> None:
-        """Hear that where the worker stands has changed, and take note of what is wrong now."""
+        """Take note that the standing has changed, and of what is wrong now."""
         connection = self.connection
         halted, trouble = (connection.halted, connection.trouble) if connection else ("", "")
         if halted and halted not in self.halted:
@@ -144,15 +144,15 @@ class Served:
             self.troubles.append(trouble)
 
     def complain(self, sentence: str) -> None:
-        """Hear a complaint about the guest."""
+        """Take a complaint about the guest."""
         self.complaints.append(sentence)
 
     def alarm(self, sentence: str) -> None:
-        """Hear what an administrator must read."""
+        """Take what an administrator must read."""
         self.alarms.append(sentence)
 
     def connect_rings(self, *, rejoins: bool = False) -> None:
-        """Serve the rings that the frontend announced; `rejoins`: where a predecessor stopped. Raises: KernelError."""
+        """Serve the announced rings; `rejoins`: continue where a predecessor stopped. Raises: KernelError."""
         asked = parse_frontend(lambda key: self.nodes.read_optional(f"{FRONT}/{key}"), self.limits)
         rings = [messages.RingParameters(ring.grefs, ring.event_channel) for ring in asked.rings]
         self.connection = Connection(
@@ -189,7 +189,7 @@ class Served:
         self.step(2)
 
     def kill(self) -> None:
-        """Let the worker die as by SIGKILL: it writes nothing more, and the kernel lets go of what it had."""
+        """Have the worker die as by SIGKILL: it writes nothing more, and the kernel releases what it had."""
         connection, self.connection = self.connection, None
         assert connection is not None
         self.disk.held.clear()
@@ -201,7 +201,7 @@ class Served:
         connection._by_port.clear()
 
     def disconnect(self) -> bool:
-        """Go away from the rings; False where something is still in flight after a few passes."""
+        """Leave the rings; False if something is still in flight after a few passes of the loop."""
         assert self.connection is not None
         run(self._leave(self.connection), lambda *_: None)
         self.step(8)

@@ -1,6 +1,6 @@
-"""What files of ours say, for the tests that look at all of them: each is read and parsed once.
+"""The sources of the package, for tests that look at all of them: each file is read and parsed once.
 
-Must not know what it is looked at for.
+Must not know what tests look for.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ in_one_process = pytest.mark.xdist_group("sources")  # or each of several would 
 
 @cache
 def tree_of(file: Path) -> ast.Module:
-    """Return what a file says."""
+    """Return the syntax tree of a file."""
     return ast.parse(file.read_text())
 
 
 @cache
 def nodes_of(file: Path) -> tuple[ast.AST, ...]:
-    """Return all nodes of what a file says, as `ast.walk` yields them."""
+    """Return all nodes of a file's syntax tree, as `ast.walk` yields them."""
     nodes = tuple(ast.walk(tree_of(file)))
     gc.freeze()  # they stay, and no collection of a later test needs to look at them
     return nodes

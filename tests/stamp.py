@@ -1,6 +1,6 @@
-"""When, and of which commit, a figure is: what every file of figures in build/ says.
+"""The date and commit that every file of figures in build/ has.
 
-Must not fail where there is no git: the commit is empty then.
+Must not fail without git: the commit is empty then.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from functools import cache
 
 
 def stamp() -> dict[str, str]:
-    """Return `date` and `commit`, which ends with a plus sign where the tree is not the commit's."""
+    """Return `date` and `commit`, which ends with a plus sign if the work tree differs from it."""
     return {"date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": _commit()}
 
 
