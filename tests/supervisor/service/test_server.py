@@ -8,7 +8,6 @@ import os
 import resource
 import select
 import socket
-import stat
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -17,11 +16,9 @@ from typing import Any
 import pytest
 
 from tests import places
-from xenbackend.errors import ConfigError
 from xenbackend.loop.reactor import Reactor
 from xenbackend.protocol.answers import Answer
 from xenbackend.protocol.codes import Code
-from xenbackend.supervisor.service import server as server_module
 from xenbackend.supervisor.service.server import (
     IDLE_S,
     MAX_CLIENTS,
@@ -33,7 +30,6 @@ from xenbackend.supervisor.service.server import (
     Peer,
     Reply,
     Server,
-    check_place,
 )
 
 DEEP = b"[" * MAX_DEPTH + b"]" * MAX_DEPTH  # with the object around it one too many
@@ -424,60 +420,6 @@ def test_a_client_that_goes_away_ends_nothing(loop: Loop, *, says_more: bool) ->
     assert not loop.server._clients
 
 
-def test_only_one_service_listens(loop: Loop, tmp_path: Path) -> None:
-    """A second service is refused while the first lives, and a socket left behind by a dead one is replaced."""
-    with pytest.raises(ConfigError, match="listens there already"):
-        Server(loop.path, loop.reactor, lambda *_: None)
-    left_behind = tmp_path / "old.sock"
-    with socket.socket(socket.AF_UNIX) as near:
-        near.bind(str(left_behind))
-    server = Server(str(left_behind), loop.reactor, lambda *_: None)
-    server.close()
-
-    assert not left_behind.exists()
-
-
-def test_missing_directory_is_named(tmp_path: Path) -> None:
-    """The operator is told which directory to make."""
-    with closing(Reactor()) as reactor, pytest.raises(ConfigError, match=r"make the directory .*/none"):
-        Server(str(tmp_path / "none" / "x"), reactor, lambda *_: None)
-
-
-def test_what_is_no_socket_is_left_alone(tmp_path: Path) -> None:
-    """A typing error must not cost a file: only a socket is replaced."""
-    file = tmp_path / "precious"
-    file.write_text("x")
-    with closing(Reactor()) as reactor, pytest.raises(ConfigError, match="it is no socket"):
-        Server(str(file), reactor, lambda *_: None)
-
-    assert "x" == file.read_text()
-
-
-def test_a_place_is_tried_and_left_as_it_was(tmp_path: Path) -> None:
-    """To ask whether a service could listen leaves no file; one that was left listening there already may."""
-    place, other = tmp_path / "x", tmp_path / "y"
-    check_place(str(place))
-    assert [] == [*tmp_path.iterdir()]
-    with closing(Reactor()) as reactor:
-        first = Server(str(place), reactor, lambda *_: None)
-        check_place(str(place), first.fileno())
-        check_place(str(other), first.fileno())
-        with pytest.raises(ConfigError, match="listens there already"):
-            check_place(str(place))
-        assert [place] == [*tmp_path.iterdir()]
-        first.close()
-
-
-def test_our_own_directory_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the unit's runtime directory is missing, because nobody used the unit, it is made, for us alone."""
-    own = tmp_path / "xenbackend"
-    monkeypatch.setattr(server_module, "OWN_DIRECTORY", own)
-    with closing(Reactor()) as reactor:
-        Server(str(own / "x"), reactor, lambda *_: None).close()
-
-    assert 0o700 == own.stat().st_mode & 0o777
-
-
 def test_the_next_service_listens_on(tmp_path: Path) -> None:
     """A client that connects between two services is served by the second one, on the socket of the first."""
     path = str(tmp_path / "x")
@@ -513,25 +455,6 @@ def test_the_last_answer_goes_out(loop: Loop) -> None:
         loop.settle()  # nothing is left of those who were sent away
 
     assert (_ok("stopped"), []) == (answer, loop.bugs)
-
-
-def test_a_socket_that_nobody_can_reach_is_not_taken_over(tmp_path: Path) -> None:
-    """Where the socket's file has gone, or another one is wanted, the service listens anew."""
-    path = tmp_path / "x"
-    for wanted in (path, tmp_path / "y"):
-        with closing(Reactor()) as reactor:
-            first = Server(str(path), reactor, lambda *_: None)
-            kept = os.dup(first.fileno())
-            first.close(leaves=True)
-            if wanted == path:
-                path.unlink()
-            else:
-                os.mknod(wanted, 0o600 | stat.S_IFSOCK)  # left by somebody else
-            second = Server(str(wanted), reactor, lambda *_: None, kept)
-
-            with socket.socket(socket.AF_UNIX) as client:
-                assert 0 == client.connect_ex(str(wanted))
-            second.close()
 
 
 def test_requests_that_are_put_off(loop: Loop) -> None:

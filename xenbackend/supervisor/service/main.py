@@ -34,11 +34,12 @@ from xenbackend.supervisor.service.bugs import Bugs
 from xenbackend.supervisor.service.fleet import Fleet
 from xenbackend.supervisor.service.keeper import Keeper
 from xenbackend.supervisor.service.ledger import Ledger
+from xenbackend.supervisor.service.listening import check_place
 from xenbackend.supervisor.service.looks import Looks
 from xenbackend.supervisor.service.notify import Notifier
 from xenbackend.supervisor.service.questions import Questions
 from xenbackend.supervisor.service.registry import Registry
-from xenbackend.supervisor.service.server import Handler, Peer, Reply, Server, check_place
+from xenbackend.supervisor.service.server import Handler, Peer, Reply, Server
 from xenbackend.supervisor.service.settings import Settings
 from xenbackend.supervisor.service.sharing import Sharing
 from xenbackend.supervisor.service.status import describe_service

@@ -14,9 +14,7 @@ Readers have a few places of their own, and take no others.
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import socket
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -30,10 +28,9 @@ from typing import Any
 from xenbackend.errors import ConfigError
 from xenbackend.loop.reactor import Reactor
 from xenbackend.protocol.answers import Answer, of_bug
-from xenbackend.protocol.client import DEFAULT_SOCKET
 from xenbackend.protocol.codec import is_storable
 from xenbackend.protocol.codes import Code
-from xenbackend.supervisor.service import access
+from xenbackend.supervisor.service import access, listening
 
 MAX_CLIENTS = 256  # enough for the hotplug script of each disk that is being attached
 SPARE = 16  # places beside those, for people who look for the cause when all clients wait
@@ -43,7 +40,6 @@ MAX_DEPTH = 4  # of nested values in it: the deepest that a verb takes is a list
 MAX_WAIT_S = 1e9
 IDLE_S = 30.0
 RETRY_S = 1.0  # after there was no descriptor for a client
-OWN_DIRECTORY = Path(DEFAULT_SOCKET).parent
 _UCRED = Struct("iii")  # pid, uid, gid: unix(7), SO_PEERCRED
 
 
@@ -125,9 +121,9 @@ class Server:
         self._group = group
         self._clients: dict[_Client, None] = {}
         self._timer = loop.timer(self._look_at_the_clock)
-        self._socket = _take_over(self._path, inherited) or _listen(self._path)
+        self._socket = listening.take_over(self._path, inherited) or listening.listen(self._path)
         try:
-            access.open_to(self._path, group, directory=self._path.parent == OWN_DIRECTORY)
+            access.open_to(self._path, group, directory=self._path.parent == listening.OWN_DIRECTORY)
         except ConfigError:
             self._socket.close()
             raise
@@ -345,69 +341,6 @@ def _is_plain(value: Any, depth: int) -> bool:
 
 def _is_wait(value: Any) -> bool:
     return value is None or (type(value) in (int, float) and 0 <= value <= MAX_WAIT_S)
-
-
-def check_place(path: str, inherited: int = -1) -> None:
-    """Check that a service can listen at `path`; `inherited` is a former one's socket that may listen there.
-
-    Raises: ConfigError.
-    """
-    if inherited >= 0:
-        with socket.socket(fileno=os.dup(inherited)) as near:
-            if _is_reached(near, Path(path)):
-                return
-    with _listen(Path(path)):
-        Path(path).unlink()
-
-
-def check_free(path: str) -> None:
-    """Make our own directory if it is missing. Raise ConfigError if `path` is anything but free or an unused socket."""
-    if Path(path).parent == OWN_DIRECTORY:  # systemd makes it for the unit; people who start us by hand need not
-        with suppress(OSError):
-            OWN_DIRECTORY.mkdir(mode=0o700, exist_ok=True)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(path)
-        except OSError as error:
-            if error.errno is None:  # what Python itself refuses: a path that fits into no address
-                raise ConfigError(f"{path}: cannot listen there: {error}") from None
-            if Path(path).exists() and not Path(path).is_socket():
-                raise ConfigError(f"{path}: cannot listen there: it is no socket") from None
-            return
-    raise ConfigError(f"{path}: another xenbackend service listens there already")
-
-
-def _take_over(path: Path, inherited: int) -> socket.socket | None:
-    """Return the inherited socket if it can still be reached at `path`; clients that have connected are then served."""
-    if inherited < 0:
-        return None
-    near = socket.socket(fileno=inherited)
-    if _is_reached(near, path):
-        near.setblocking(False)
-        return near
-    near.close()
-    return None
-
-
-def _is_reached(near: socket.socket, path: Path) -> bool:
-    return near.getsockname() == str(path) and path.is_socket()
-
-
-def _listen(path: Path) -> socket.socket:
-    check_free(str(path))
-    near = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    former = os.umask(0o177)  # the socket is made with mode 0600
-    try:
-        path.unlink(missing_ok=True)
-        near.bind(str(path))
-    except OSError as error:
-        near.close()
-        hint = f"; make the directory {path.parent}" if error.errno == errno.ENOENT else ""
-        raise ConfigError(f"{path}: cannot listen: {error.strerror or error}{hint}") from None
-    finally:
-        os.umask(former)
-    near.listen(MAX_CLIENTS)
-    return near
 
 
 def _peer_of(near: socket.socket) -> Peer:

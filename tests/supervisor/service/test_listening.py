@@ -1,0 +1,84 @@
+"""The control socket's place, as services that come and go find it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from xenbackend.errors import ConfigError
+from xenbackend.loop.reactor import Reactor
+from xenbackend.supervisor.service import listening
+from xenbackend.supervisor.service.listening import check_place, listen
+from xenbackend.supervisor.service.server import Server
+
+
+def test_only_one_service_listens(tmp_path: Path) -> None:
+    """A second service is refused while the first lives, and a socket left behind by a dead one is replaced."""
+    place = tmp_path / "x"
+    with listen(place), pytest.raises(ConfigError, match="listens there already"):
+        listen(place)
+    with listen(place), socket.socket(socket.AF_UNIX) as client:
+        assert 0 == client.connect_ex(str(place))
+
+
+def test_missing_directory_is_named(tmp_path: Path) -> None:
+    """The operator is told which directory to make."""
+    with pytest.raises(ConfigError, match=r"make the directory .*/none"):
+        listen(tmp_path / "none" / "x")
+
+
+def test_what_is_no_socket_is_left_alone(tmp_path: Path) -> None:
+    """A typing error must not cost a file: only a socket is replaced."""
+    file = tmp_path / "precious"
+    file.write_text("x")
+    with pytest.raises(ConfigError, match="it is no socket"):
+        listen(file)
+
+    assert "x" == file.read_text()
+
+
+def test_a_place_is_tried_and_left_as_it_was(tmp_path: Path) -> None:
+    """To ask whether a service could listen leaves no file; one that was left listening there already may."""
+    place, other = tmp_path / "x", tmp_path / "y"
+    check_place(str(place))
+    assert [] == [*tmp_path.iterdir()]
+    with listen(place) as first:
+        check_place(str(place), first.fileno())
+        check_place(str(other), first.fileno())
+        with pytest.raises(ConfigError, match="listens there already"):
+            check_place(str(place))
+        assert [place] == [*tmp_path.iterdir()]
+
+
+def test_our_own_directory_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the unit's runtime directory is missing, because nobody used the unit, it is made, for us alone."""
+    own = tmp_path / "xenbackend"
+    monkeypatch.setattr(listening, "OWN_DIRECTORY", own)
+    with closing(Reactor()) as reactor:
+        Server(str(own / "x"), reactor, lambda *_: None).close()
+
+    assert 0o700 == own.stat().st_mode & 0o777
+
+
+def test_a_socket_that_nobody_can_reach_is_not_taken_over(tmp_path: Path) -> None:
+    """Where the socket's file has gone, or another one is wanted, the service listens anew."""
+    path = tmp_path / "x"
+    for wanted in (path, tmp_path / "y"):
+        with closing(Reactor()) as reactor:
+            first = Server(str(path), reactor, lambda *_: None)
+            kept = os.dup(first.fileno())
+            first.close(leaves=True)
+            if wanted == path:
+                path.unlink()
+            else:
+                os.mknod(wanted, 0o600 | stat.S_IFSOCK)  # left by somebody else
+            second = Server(str(wanted), reactor, lambda *_: None, kept)
+
+            with socket.socket(socket.AF_UNIX) as client:
+                assert 0 == client.connect_ex(str(wanted))
+            second.close()
