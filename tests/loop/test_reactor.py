@@ -381,6 +381,30 @@ def test_a_descriptor_may_be_waited_for_until_it_can_be_written_to(reactor: Reac
     assert (0, 1) == (before, len(calls))
 
 
+def test_an_end_may_be_awaited_alone(reactor: Reactor) -> None:
+    """Neither data, nor that no more will come, calls; that the other end is closed does."""
+    near, far = socket.socketpair()
+    seen: list[bool] = []
+    is_closed = False
+
+    def end() -> None:
+        seen.append(is_closed)
+        reactor.remove(near.fileno())
+
+    with near, far:
+        reactor.add_for_end(near.fileno(), end)
+        far.send(b"x")
+        far.shutdown(socket.SHUT_WR)
+        reactor.call_later(0, reactor.stop)
+        reactor.run()
+        far.close()
+        is_closed = True
+        reactor.call_later(0, reactor.stop)
+        reactor.run()
+
+    assert [True] == seen
+
+
 def test_a_number_that_is_used_again_in_a_pass_is_not_ready(reactor: Reactor) -> None:
     """A descriptor that takes the number of one that was ready, and was removed meanwhile, is not called for it."""
     first, second, third = os.eventfd(1), os.eventfd(1), os.eventfd(0)

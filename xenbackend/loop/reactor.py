@@ -108,6 +108,11 @@ class Reactor:
         self._epoll.register(fd, (select.EPOLLOUT if writable else select.EPOLLIN) | (select.EPOLLET if edge else 0))
         self._callbacks[fd] = callback
 
+    def add_for_end(self, fd: int, callback: Call) -> None:
+        """Call `callback` while `fd` is broken or its other end is closed in both directions, for nothing else."""
+        self._epoll.register(fd, 0)  # epoll_ctl(2): EPOLLERR and EPOLLHUP are always reported
+        self._callbacks[fd] = callback
+
     def want(self, fd: int, *, writable: bool) -> None:
         """Set whether the callback of `fd`, which was added for reading, is also called while `fd` is writable."""
         self._epoll.modify(fd, select.EPOLLIN | (select.EPOLLOUT if writable else 0))

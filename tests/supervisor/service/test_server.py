@@ -420,6 +420,46 @@ def test_a_client_that_goes_away_ends_nothing(loop: Loop, *, says_more: bool) ->
     assert not loop.server._clients
 
 
+@pytest.mark.rows("C3")
+def test_a_client_that_has_said_all_is_answered(loop: Loop) -> None:
+    """C3: one that shuts down its own direction gets the answer to each of its requests, however long that takes, and
+    the loop sleeps meanwhile. Then the connection ends, and its place is free.
+    """
+    with loop.connect() as client:
+        client.sendall(b'{"verb": "hold"}\n{"verb": "hold"}\n{"verb": "big"}\n{"cut": ')
+        client.shutdown(socket.SHUT_WR)
+        loop.settle()
+        for n in (0, 1):
+            loop.settle(1000)
+            assert not select.select([loop.reactor.fileno()], [], [], 0)[0]
+            loop.held[n](Answer(Code.OK, n))
+            loop.settle()
+        answers = b""
+        while piece := client.recv(1 << 20):
+            answers += piece
+            loop.settle()
+
+    assert _ok(0) + _ok(1) + _ok("x" * 2_000_000) == answers
+    assert ({}, []) == (loop.server._clients, loop.bugs)
+
+
+@pytest.mark.rows("C3")
+def test_a_client_that_has_said_all_may_still_go(loop: Loop) -> None:
+    """C3: when it closes the connection, its place is free, and whoever carries out its request is told."""
+    left: list[str] = []
+    with loop.connect() as client:
+        client.sendall(b'{"verb": "hold"}\n{}\n')
+        client.shutdown(socket.SHUT_WR)
+        loop.settle()
+        loop.held[0].left = lambda: left.append("gone")
+        loop.settle(1000)
+        stayed = (len(loop.server._clients), list(left))
+    loop.settle()
+
+    assert (1, []) == stayed
+    assert ({}, ["gone"], 1) == (loop.server._clients, left, len(loop.peers))
+
+
 def test_the_next_service_listens_on(tmp_path: Path) -> None:
     """A client that connects between two services is served by the second one, on the socket of the first."""
     path = str(tmp_path / "x")

@@ -4,7 +4,8 @@ Must not know what a verb does.
 
 A request is one line, ``{"verb": "status"}``, and so is its answer, as `protocol.answers` has it. An order may take as
 long as it needs: a client that says how many seconds it waits, ``{"verb": …, "wait": 10}``, is told after that time
-that its order is still under way, and its number. A client that goes away ends nothing but a measurement.
+that its order is still under way, and its number. A client that goes away ends nothing but a measurement. One that only
+shuts down its own direction, as ``nc -N`` does, still gets its answers.
 
 What clients can take up is bounded: their number, the length of a line, the depth of nested values, the time that a
 client may idle. They cannot keep others out: if all places are taken, a new client gets the place of the one that has
@@ -19,6 +20,7 @@ import socket
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from enum import Enum
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
@@ -163,7 +165,7 @@ class Server:
         client = _Client(near, peer, is_spare=len(self._alike(peer)) >= MAX_CLIENTS)
         self._clients[client] = None
         self._set_deadline(client, IDLE_S)
-        self._loop.add(near.fileno(), partial(self._guarded, client, client.read))
+        self._watch(client)
 
     def _may_use(self, near: socket.socket, peer: Peer) -> bool:
         return access.is_ours(peer.uid) or access.is_member(near, self._group)
@@ -207,17 +209,34 @@ class Server:
 
     def _go_on(self, client: _Client) -> None:
         """Wait until the rest of an answer can be written, or hand over the next request once the last is answered."""
+        self._watch(client)
         if client.reply is not None:
             return
         self._set_deadline(client, IDLE_S)
-        if client.is_writing != bool(client.outgoing):
-            client.is_writing = bool(client.outgoing)
-            move = client.write if client.is_writing else client.read
-            self._loop.remove(client.socket.fileno())
-            self._loop.add(client.socket.fileno(), partial(self._guarded, client, move), writable=client.is_writing)
-        line = None if client.outgoing else client.take_line()
+        if client.outgoing:
+            return
+        line = client.take_line()
         if line is not None:
             self._handle(client, line)
+        elif client.has_said_all:
+            self._drop(client)
+
+    def _watch(self, client: _Client) -> None:
+        """Have the loop call when the client can be read from or written to, or has gone, whichever is awaited now."""
+        awaited = _Await.ROOM if client.outgoing else _Await.END if client.has_said_all else _Await.REQUEST
+        if awaited is client.awaited:
+            return
+        fd = client.socket.fileno()
+        if client.awaited is not None:
+            self._loop.remove(fd)
+        client.awaited = awaited
+        match awaited:
+            case _Await.REQUEST:
+                self._loop.add(fd, partial(self._guarded, client, client.read))
+            case _Await.ROOM:
+                self._loop.add(fd, partial(self._guarded, client, client.write), writable=True)
+            case _Await.END:
+                self._loop.add_for_end(fd, partial(self._drop, client))
 
     def _handle(self, client: _Client, line: bytes) -> None:
         client.reply = reply = Reply(self._loop, partial(self._send, client))
@@ -279,6 +298,14 @@ class Server:
             client.reply.left()
 
 
+class _Await(Enum):
+    """What the loop awaits of a client."""
+
+    REQUEST = "it says something"
+    ROOM = "more of an answer can be written"
+    END = "it goes away"
+
+
 class _Client:
     """One connection: at most one request being handled, at most one line more in the buffer."""
 
@@ -289,15 +316,17 @@ class _Client:
         self.is_spare = is_spare  # in a place in which it may not wait for long
         self.deadline: float | None = None
         self.outgoing = b""
-        self.is_writing = False  # whether the loop waits until it can be written to
+        self.awaited: _Await | None = None  # as the loop was told last
+        self.has_said_all = False  # it has shut down its direction, or has gone
         self.reply: Reply | None = None  # to the request that is being handled
         self._incoming = bytearray()
 
     def read(self) -> bool:
-        """Take in what came; return False if the client has gone or sends more than a line may hold."""
+        """Take in what came; return False if the client sends more than a line may hold."""
         data = self.socket.recv(MAX_LINE)
         self._incoming += data
-        return bool(data) and len(self._incoming) <= MAX_LINE
+        self.has_said_all = not data
+        return len(self._incoming) <= MAX_LINE
 
     def write(self) -> bool:
         """Send what can be sent."""
