@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import stat
-from contextlib import closing
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,56 @@ def test_only_one_service_listens(tmp_path: Path) -> None:
         listen(place)
     with listen(place), socket.socket(socket.AF_UNIX) as client:
         assert 0 == client.connect_ex(str(place))
+
+
+def test_of_two_that_start_at_once_one_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the second one looks for a listener when the first one has a socket there that does not listen yet."""
+    place, really_listen = tmp_path / "x", socket.socket.listen
+    with ThreadPoolExecutor() as threads, ExitStack() as held:
+        second: list[Future[socket.socket]] = []
+
+        def listen_late(near: socket.socket, backlog: int) -> None:
+            if not second:
+                second.append(threads.submit(lambda: held.enter_context(listen(place))))
+                wait(second, timeout=0.2)
+            really_listen(near, backlog)
+
+        monkeypatch.setattr(socket.socket, "listen", listen_late)
+        held.enter_context(listen(place))
+        with pytest.raises(ConfigError, match="listens there already"):
+            second[0].result(5)
+
+    assert [place] == [*tmp_path.iterdir()]
+
+
+def test_a_service_that_ends_takes_no_path_from_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It listens until it has removed its socket: one that another service has put there meanwhile is left alone."""
+    place, really_unlink = tmp_path / "x", Path.unlink
+    with closing(Reactor()) as reactor, ExitStack() as held:
+        first = Server(str(place), reactor, lambda *_: None)
+
+        def come_before(path: Path, missing_ok: bool = False) -> None:  # noqa: FBT002 - as Path has it
+            monkeypatch.undo()
+            with pytest.raises(ConfigError, match="listens there already"):
+                held.enter_context(listen(place))
+            really_unlink(path, missing_ok)
+
+        monkeypatch.setattr(Path, "unlink", come_before)
+        first.close()
+
+
+def test_whoever_accepts_nobody_is_not_replaced(tmp_path: Path) -> None:
+    """A service that hangs still listens, however many wait for it; it is not waited for."""
+    place = tmp_path / "x"
+    with socket.socket(socket.AF_UNIX) as hanging, ExitStack() as clients:
+        hanging.bind(str(place))
+        hanging.listen(0)
+        code = 0
+        while not code:
+            client = clients.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK))
+            code = client.connect_ex(str(place))
+        with pytest.raises(ConfigError, match="listens there already"):
+            listen(place)
 
 
 def test_missing_directory_is_named(tmp_path: Path) -> None:

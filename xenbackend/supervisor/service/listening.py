@@ -1,14 +1,16 @@
 """The place of the control socket: who may listen there, and the socket that a former service has left.
 
-Must not read or write a byte of what clients say.
+Must not read or write a byte of what clients say, nor let two services listen at one path.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import socket
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from xenbackend.errors import ConfigError
@@ -27,25 +29,14 @@ def check_place(path: str, inherited: int = -1) -> None:
         with socket.socket(fileno=os.dup(inherited)) as near:
             if _is_reached(near, Path(path)):
                 return
-    with listen(Path(path)):
+    with _alone_at(Path(path)), _listen(Path(path)):
         Path(path).unlink()
 
 
-def check_free(path: str) -> None:
-    """Make our own directory where it is missing, and raise ConfigError when there is anything but an unused socket."""
-    if Path(path).parent == OWN_DIRECTORY:  # systemd makes it for the unit; whoever starts us by hand need not
-        with suppress(OSError):
-            OWN_DIRECTORY.mkdir(mode=0o700, exist_ok=True)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(path)
-        except OSError as error:
-            if error.errno is None:  # what Python itself refuses: a path that fits into no address
-                raise ConfigError(f"{path}: cannot listen there: {error}") from None
-            if Path(path).exists() and not Path(path).is_socket():
-                raise ConfigError(f"{path}: cannot listen there: it is no socket") from None
-            return
-    raise ConfigError(f"{path}: another xenbackend service listens there already")
+def listen(path: Path) -> socket.socket:
+    """Return a socket that listens at `path`, in the place of one that nobody uses any more. Raises: ConfigError."""
+    with _alone_at(path):
+        return _listen(path)
 
 
 def take_over(path: Path, inherited: int) -> socket.socket | None:
@@ -64,19 +55,74 @@ def _is_reached(near: socket.socket, path: Path) -> bool:
     return near.getsockname() == str(path) and path.is_socket()
 
 
-def listen(path: Path) -> socket.socket:
-    """Return a socket that listens at `path`, in the place of one that nobody uses any more. Raises: ConfigError."""
-    check_free(str(path))
+@contextmanager
+def _alone_at(path: Path) -> Iterator[None]:
+    """Hold a lock beside `path`, without which no service listens there or removes a socket. Raises: ConfigError.
+
+    Between bind and listen, a socket looks like one that a dead service has left. The directory is made if it is ours.
+    """
+    if path.parent == OWN_DIRECTORY:  # systemd makes it for the unit; whoever starts us by hand need not
+        with suppress(OSError):
+            OWN_DIRECTORY.mkdir(mode=0o700, exist_ok=True)
+    file = Path(f"{path}.lock")
+    try:
+        fd = _lock(file)
+    except OSError as error:
+        raise _cannot_listen(path, error) from None
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        os.close(fd)
+
+
+def _lock(file: Path) -> int:
+    """Return a descriptor of a file that is locked while it has this name. Raises: OSError."""
+    while True:
+        fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(fd), file.stat()):
+                    return fd
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)  # its former holder has removed the file
+
+
+def _listen(path: Path) -> socket.socket:
+    _check_free(path)
     near = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     former = os.umask(0o177)  # the socket is born with mode 0600
     try:
         path.unlink(missing_ok=True)
         near.bind(str(path))
+        near.listen(BACKLOG)
     except OSError as error:
         near.close()
-        hint = f"; make the directory {path.parent}" if error.errno == errno.ENOENT else ""
-        raise ConfigError(f"{path}: cannot listen: {error.strerror or error}{hint}") from None
+        raise _cannot_listen(path, error) from None
     finally:
         os.umask(former)
-    near.listen(BACKLOG)
     return near
+
+
+def _check_free(path: Path) -> None:
+    """Raise ConfigError when there is anything but an unused socket."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        try:
+            probe.connect(str(path))
+        except BlockingIOError:  # it listens, and as many wait to be accepted as can
+            pass
+        except OSError as error:
+            if error.errno is None:  # what Python itself refuses: a path that fits into no address
+                raise ConfigError(f"{path}: cannot listen there: {error}") from None
+            if path.exists() and not path.is_socket():
+                raise ConfigError(f"{path}: cannot listen there: it is no socket") from None
+            return
+    raise ConfigError(f"{path}: another xenbackend service listens there already")
+
+
+def _cannot_listen(path: Path, error: OSError) -> ConfigError:
+    hint = f"; make the directory {path.parent}" if error.errno == errno.ENOENT else ""
+    return ConfigError(f"{path}: cannot listen: {error.strerror or error}{hint}")

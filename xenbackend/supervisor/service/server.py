@@ -145,9 +145,9 @@ class Server:
         if self._listening.due is None:
             self._loop.remove(self._socket.fileno())
         self._listening.set(None)
-        self._socket.close()
         if not leaves:
-            self._path.unlink(missing_ok=True)
+            self._path.unlink(missing_ok=True)  # before the close: from then on, the path may be another service's
+        self._socket.close()
 
     def _accept(self) -> None:
         try:
