@@ -13,7 +13,7 @@ import pytest
 from tests.supervisor.fake_vbd import FakeVbd, Place
 from tests.supervisor.helpers import PATH, Kept, write_like_libxl
 from xenbackend import counters
-from xenbackend.errors import ConfigError, KernelError
+from xenbackend.errors import ConfigError, KernelError, StoreError
 from xenbackend.protocol.answers import Answer
 from xenbackend.protocol.codes import Code
 from xenbackend.rig.store import Xenstored
@@ -300,6 +300,42 @@ def test_what_cannot_be_taken_into_service_is_tried_again(
     assert [{OTHER}, {OTHER}, {PATH, OTHER}] == served
     assert ["a bug"] == [str(each) for each in place.told]
     assert ["see its log: ValueError: a bug" in each.sentence for each in replies] == [True]
+
+
+def test_what_xenstore_refuses_of_one_place_keeps_no_other(
+    xenstored: Xenstored, toolstack: Store, lines: io.StringIO
+) -> None:
+    """A node that may not be read stays with its vbd, a directory with its domain: the connection stays, the places
+    behind are looked at, the log says so once, a script is told, and it is tried again.
+    """
+    refused, hidden, other = (VbdPath("vbd", 2, domid, 51712) for domid in (5, 6, 7))
+    sealed = {f"{refused.backend}/script": refused, "/local/domain/2/backend/vbd/6": hidden}
+    address = xenstored.add_domain_socket(2)
+    toolstack.mkdir("/local/domain/2/data")
+    toolstack.set_permissions("/local/domain/2/data", ["n2"])
+    for path in (refused, hidden, other):
+        write_like_libxl(toolstack, path)
+    for node in sealed:
+        toolstack.set_permissions(node, ["n0"])
+    place = Place(address)
+    try:
+        place.start()
+        for _ in range(5):
+            place.settle(RETRY_S)
+        served, doubts = set(place.registry.vbds), place.vbd(other).doubted
+        with pytest.raises(StoreError, match="/5/51712/script: Permission denied"):
+            place.registry.hotplug(refused.backend, lambda _: None)
+        for node in sealed:
+            toolstack.set_permissions(node, ["n2"])
+        place.settle(RETRY_S)
+        place.settle()
+
+        assert ({other}, 0, {refused, hidden, other}) == (served, doubts, set(place.registry.vbds))
+        assert [True, True] == [1 == lines.getvalue().count(f"{node}: Permission denied") for node in sealed]
+        assert "xenstore is gone" not in lines.getvalue()
+        assert [] == place.told
+    finally:
+        place.close()
 
 
 def test_xenstore_that_goes_away_is_found_again(

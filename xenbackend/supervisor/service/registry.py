@@ -46,6 +46,7 @@ from xenbackend.supervisor.xenstore.paths import (
     status_root,
 )
 
+_Where = VbdPath | tuple[str, int]  # a vbd's place, or that of all vbds of a kind that a domain has
 Make = Callable[[VbdPath, Context, Mapping[What, int] | None, Callable[[Vbd], None]], Vbd]
 
 _BRAKED = "its guest writes to xenstore without end; what it writes is looked at now and then"
@@ -81,7 +82,7 @@ class Registry:
         self._changed_domains: dict[tuple[str, int], None] = {}
         self._must_scan = True
         self._scripts: dict[VbdPath, list[Reply]] = {}  # to be brought to the vbd in this place
-        self._failed: dict[VbdPath, str] = {}  # why a vbd could not be taken into service; the timer tries again
+        self._failed: dict[_Where, str] = {}  # why it could not be looked at or taken into service; the timer tries again
         self._retry = self._loop.timer(self._try_again)
         self._xentop = XentopUpdates(self._loop, xentop, self._counters)
         self._link: StoreLink | None = None
@@ -189,9 +190,9 @@ class Registry:
         self._sort(found)
         if self._must_scan:
             self._scan()
-        for kind, domid in list(self._changed_domains):
-            self._scan_domain(kind, domid)
-            self._changed_domains.pop((kind, domid), None)
+        for domain in list(self._changed_domains):
+            self._look_at(domain, partial(self._scan_domain, *domain))
+            self._changed_domains.pop(domain, None)
         self._consider_some()
         self._bring_scripts()
         self._is_finding &= self._has_work()
@@ -200,10 +201,22 @@ class Registry:
         """Look at places for TURN_S; the others have their turn in the next pass. Raises: StoreError."""
         end = self._loop.now() + TURN_S
         for path in list(self._candidates):
-            self._consider(path)
+            self._look_at(path, partial(self._consider, path))
             self._candidates.pop(path, None)
             if self._loop.now() >= end:
                 break
+
+    def _look_at(self, where: _Where, look: Callable[[], None]) -> None:
+        """Look at one place; if xenstore refuses only that, try it again later. Raises: StoreError if it is away."""
+        former = self._failed.pop(where, "")
+        try:
+            look()
+        except StoreError as error:
+            if not self._store.is_connected:
+                raise
+            if str(error) != former:
+                self._log.error(str(error))
+            self._fail(where, str(error))
 
     def _begin_to_brake(self, token: str) -> None:
         """Log that a guest writes too often, once until it is calm again."""
@@ -245,8 +258,9 @@ class Registry:
         for path in self.vbds:
             self._mark(path)
         for kind in self._kinds():
-            for domid in self._store.directory(self._kind_path(kind)):
-                self._mark_domain(kind, domid)
+            root = self._kind_path(kind)
+            found = (parse_domain_directory(f"{root}/{domid}") for domid in self._store.directory(root))
+            self._changed_domains |= dict.fromkeys(each for each in found if each is not None)
         self._must_scan = False
 
     def _scan_domain(self, kind: str, domid: int) -> None:
@@ -254,9 +268,6 @@ class Registry:
         for vbd in self.vbds.of_domain(domid):
             if vbd.path.kind == kind:
                 self._mark(vbd.path)
-        self._mark_domain(kind, str(domid))
-
-    def _mark_domain(self, kind: str, domid: str) -> None:
         root = self._kind_path(kind)
         for devid in self._store.directory(f"{root}/{domid}"):
             found = parse_backend_path(f"{root}/{domid}/{devid}", self.domid)
@@ -294,15 +305,17 @@ class Registry:
                 self._xentop.begin()
         return Taken.DONE
 
-    def _fail(self, path: VbdPath, sentence: str) -> None:
-        self._failed[path] = sentence
+    def _fail(self, where: _Where, sentence: str) -> None:
+        self._failed[where] = sentence
         if self._retry.due is None:
             self._retry.set(self._loop.now() + RETRY_S)
 
     def _try_again(self) -> None:
-        failed, self._failed = self._failed, {}
-        for path in failed:
-            self._mark(path)
+        for where in self._failed:
+            if isinstance(where, VbdPath):
+                self._mark(where)
+            else:
+                self._changed_domains[where] = None
 
     def _forget(self, vbd: Vbd) -> None:
         """Remove a vbd that is over."""
