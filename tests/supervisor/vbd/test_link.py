@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -107,6 +107,8 @@ class Owner:
     def __init__(self) -> None:
         self.heard: list[Any] = []
         self.breaches = 0
+        self.handover = SimpleNamespace(keep=self._keep, drop=lambda name: self.heard.append(("drops", name)))
+        self.log = SimpleNamespace(say_for_worker=self._say)
 
     def stands(self, standing: messages.Standing, *, is_last: bool) -> None:
         """Take note."""
@@ -114,19 +116,13 @@ class Owner:
         if standing.failure == "bug":
             raise ZeroDivisionError
 
-    def keeps(self, name: str, fd: int) -> bool:
-        """Take note."""
+    def _keep(self, name: str, fd: int) -> bool:
         os.close(fd)
         self.heard.append(("keeps", name))
         return name != "no memory"
 
-    def drops(self, name: str) -> None:
-        """Take note."""
-        self.heard.append(("drops", name))
-
-    def logs(self, level: str, event: str, fields: Mapping[str, str]) -> None:
-        """Take note."""
-        self.heard.append((level, event, dict(fields)))
+    def _say(self, level: str, event: str, **fields: str) -> None:
+        self.heard.append((level, event, fields))
 
     def ends(self, worker: FakeProcess, sentence: str) -> None:
         """Take note."""

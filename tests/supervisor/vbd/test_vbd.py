@@ -31,7 +31,9 @@ from xenbackend.supervisor.service.brake import BURST
 from xenbackend.supervisor.service.fleet import Fleet, Worker
 from xenbackend.supervisor.service.settings import Settings
 from xenbackend.supervisor.service.status import describe_briefly
+from xenbackend.supervisor.vbd import vbd as vbd_module
 from xenbackend.supervisor.vbd.device import Phase
+from xenbackend.supervisor.vbd.ending import Ending
 from xenbackend.supervisor.vbd.handover import Handover
 from xenbackend.supervisor.vbd.vbd import Vbd, events
 from xenbackend.supervisor.vbd.vbd_log import PER_HOUR
@@ -370,6 +372,40 @@ def test_a_fault_over_the_end_of_a_vbd_leaves_its_place_free(
     stepped.until(lambda: toolstack.read_optional(f"{PATH.backend}/hotplug-status") == "connected")
     assert [ZeroDivisionError] == [type(bug) for bug in stepped.bugs]
     stepped.bugs.clear()
+
+
+@pytest.mark.parametrize("step", ["find", "Device", "Arrival"])
+def test_a_fault_before_the_beginning_leaves_nothing_open(
+    xenstored: Xenstored, kept: Kept, toolstack: Store, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """Neither of a new disk nor of one that an earlier service has left: its worker ends, and the disk begins anew."""
+    owner: Any = Ending if step == "find" else vbd_module
+    serving = Stepped(xenstored.address, Settings(), keeper=kept.keeper())
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, step, _fail)
+        before = len(open_descriptors())
+        write_like_libxl(toolstack)
+        serving.until(lambda: serving.bugs)
+        assert ([], before) == ([name for name in kept.fds if name.startswith("vbd")], len(open_descriptors()))
+    vbd = serving.vbd()
+    serving.until(lambda: vbd.device.phase is Phase.OPEN)
+    serving.bugs.clear()
+    serving.leave()
+
+    left = len([name for name in kept.fds if name.startswith("vbd")])  # here, and once more with the keeper
+    following = Stepped(xenstored.address, Settings(), keeper=kept.keeper(), starts=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, step, _fail)
+        following.store.fileno()  # opens one, the first time
+        before = len(open_descriptors()) - 2 * left
+        following.registry.start()
+        following.until(lambda: following.registry.has_taken_over)
+        assert ([], before) == ([name for name in kept.fds if name.startswith("vbd")], len(open_descriptors()))
+    vbd = following.vbd()
+    following.until(lambda: vbd.device.phase is Phase.OPEN)
+    assert {ZeroDivisionError} == {type(bug) for bug in following.bugs}
+    following.bugs.clear()
+    following.close()
 
 
 def test_a_fault_over_the_beginning_leaves_nothing_open(

@@ -51,7 +51,7 @@ class Handover:
     notes        see `Notes`; changed by `note`
     files        the files that the disk was opened from
     connections  the connections to servers that the disk is served from
-    worker       the socket and the pidfd of a worker that was inherited, or None
+    worker       the socket and the pidfd of a worker that was inherited and is not taken over yet, or None
     on_note      called when the notes have changed
     """
 
@@ -297,7 +297,7 @@ class Handover:
 
     def leave(self) -> None:
         """Close our descriptors, and leave the keeper's to the next service."""
-        for fd in (self._journal, self._notes, *self._memories.values()):
+        for fd in (self._journal, self._notes, *self._memories.values(), *(self.worker or ())):
             os.close(fd)
         self._memories.clear()
         for slots in self._all_slots():

@@ -191,15 +191,15 @@ class Link:
             case messages.Reply():
                 self._hear_reply(message)
             case messages.Keep():
-                if not self._vbd.keeps(message.name, fds.pop()):
+                if not self._vbd.handover.keep(message.name, fds.pop()):
                     self.breach("it had kept what is no memory, or one too many")
             case messages.Drop():
-                self._vbd.drops(message.name)
+                self._vbd.handover.drop(message.name)
             case messages.Disconnected():
                 self._vbd.handover.connections.has_closed(message.server, message.place, message.inode)
             case messages.Log():
                 fields = {"unsaid": str(message.unsaid)} if message.unsaid else {}
-                self._vbd.logs(message.level, message.event[:_MAX_LOG], fields)
+                self._vbd.log.say_for_worker(message.level, message.event[:_MAX_LOG], **fields)
             case messages.Ask():
                 sentence = f"the service knows no {type(message.question).__name__}"
                 if self.worker is not None:

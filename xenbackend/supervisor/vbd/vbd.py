@@ -66,9 +66,22 @@ class Vbd:
         self._on_forgotten = on_forgotten
         self.log = VbdLog(path, context.loop.now)
         self.handover = Handover(context.keeper, path, inherited, lambda sentence: self.log.say("warning", sentence))
+        try:
+            self._compose(context, is_heir=bool(inherited))
+        except Exception as problem:
+            (self.handover.leave if is_shortage(problem) else self.handover.close)()
+            raise
+        try:
+            self._begin()
+        except Exception as problem:
+            self.abandon("the service could not go on with it", leaves=is_shortage(problem))
+            raise
+
+    def _compose(self, context: Context, *, is_heir: bool) -> None:
+        path = self.path
         self._nodes = VbdNodes(context.store, path)
         self.ending = Ending(self, context, self._nodes, self.log)
-        has_past = self.ending.find(is_heir=bool(inherited))
+        has_past = self.ending.find(is_heir=is_heir)
         self.device = Device(path, context.settings.limits, os.getpid(), has_past=has_past)
         self._openings = Openings(path, context, self.device, self.handover)
         self.link = Link(self, context.fleet, self._openings)
@@ -82,11 +95,6 @@ class Vbd:
         self._limit = Limit(context.loop, lambda: self.handle(events.Expired()), lambda: journal.activity(page))
         self._events: deque[events.Event] = deque()
         self._arrival = Arrival(path, context, self.handover, self._has_arrived)
-        try:
-            self._begin()
-        except Exception as problem:
-            self.abandon("the service could not go on with it", leaves=is_shortage(problem))
-            raise
 
     @property
     def token(self) -> str:
@@ -186,18 +194,6 @@ class Vbd:
         if is_adopted:
             self.exchanges.conclude(standing)
 
-    def keeps(self, name: str, fd: int) -> bool:
-        """Take over the descriptor of a memory; return False if it is no memory, or one too many."""
-        return self.handover.keep(name, fd)
-
-    def drops(self, name: str) -> None:
-        """Drop a memory, as the worker asks."""
-        self.handover.drop(name)
-
-    def logs(self, level: str, event: str, fields: Mapping[str, str]) -> None:
-        """Write a line that the worker asks for."""
-        self.log.say_for_worker(level, event, **fields)
-
     def ends(self, worker: Worker, sentence: str) -> None:
         """Take note that the worker has ended."""
         if worker.has_broken_protocol:
@@ -228,6 +224,7 @@ class Vbd:
         else:
             self.exchanges.follow()
             self.link.adopt(self.handover.worker)
+            self.handover.worker = None  # its descriptors are the link's now
             self.handle(events.Inherited())
             self.link.order(messages.Report)
         self._look_if_due()
