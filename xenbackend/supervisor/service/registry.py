@@ -82,7 +82,7 @@ class Registry:
         self._changed_domains: dict[tuple[str, int], None] = {}
         self._must_scan = True
         self._scripts: dict[VbdPath, list[Reply]] = {}  # to be brought to the vbd in this place
-        self._failed: dict[_Where, str] = {}  # why it could not be looked at or taken into service; the timer tries again
+        self._failed: dict[_Where, str] = {}  # why it could not be looked at or served; tried again by the timer
         self._retry = self._loop.timer(self._try_again)
         self._xentop = XentopUpdates(self._loop, xentop, self._counters)
         self._link: StoreLink | None = None
