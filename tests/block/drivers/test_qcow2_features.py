@@ -141,7 +141,7 @@ MAKERS: dict[str, Make] = {
     "unknown compatible feature": patched("compatible", 40),
     "unknown auto-clear feature": patched("autoclear", 40),
     "unknown incompatible feature": patched("incompatible", 40),
-    "size of no whole sectors": with_number(24, SIZE - 1, 8),
+    "size not in whole sectors": with_number(24, SIZE - 1, 8),
 }
 
 
