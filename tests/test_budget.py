@@ -6,7 +6,7 @@ from xenbackend.budget import Bucket
 
 
 def test_a_burst_goes_through_and_then_one_per_interval() -> None:
-    """R13: what comes beyond the burst is refused until time has passed, and counted for the next that is not."""
+    """R13: events beyond the burst are refused until time has passed; the next that is allowed gets their number."""
     time = 0.0
     bucket = Bucket(3, 10.0, lambda: time)
 
@@ -27,7 +27,7 @@ def test_a_bucket_is_never_fuller_than_full() -> None:
 
 
 def test_what_cost_more_is_paid_off_first() -> None:
-    """Where one turns out to cost as much as five, five of them have to come back before there is another."""
+    """If one event turns out to cost as much as five, the time of five must pass before the next one is allowed."""
     time = 0.0
     bucket = Bucket(3, 1.0, lambda: time)
     assert bucket.take() == 0

@@ -79,7 +79,7 @@ def test_snapshot_of_shared_memory() -> None:
     ],
 )
 def test_percentiles(buckets: dict[int, int], fraction: float, expected: int) -> None:
-    """A percentile is the upper bound of the bucket that it falls into, and 0 where nothing was sampled."""
+    """A percentile is the upper bound of the bucket that it falls into, and 0 if nothing was sampled."""
     assert expected == percentile_ns(histogram(page_with(buckets)), fraction)
 
 
@@ -100,7 +100,7 @@ def test_buckets_are_powers_of_two() -> None:
 
 
 def test_each_operation_has_its_own_words() -> None:
-    """At the end of the page, behind all that layers may count."""
+    """The words of operations are at the end of the page, behind all figures of layers."""
     page = memoryview(bytearray(SIZE))
     words = page.cast("Q")
     words[BY_OPERATION], words[BY_OPERATION + 1 + 17], words[SIZE // 8 - 1] = 9, 3, 5

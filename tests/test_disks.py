@@ -85,7 +85,7 @@ def test_a_disk_has_one_name_and_several_spellings(text: str, kind: str, domain:
 
 @pytest.mark.parametrize("text", ["", "foo", "/xvda", "5/", "5/frob", "5/xvda/", "a/b/c/xvda", "99999999/xvda"])
 def test_what_is_no_disk_is_refused(text: str) -> None:
-    """A name that can be no disk's is a mistake of whoever asks, before anybody is asked."""
+    """A name that no disk can have is refused as the caller's mistake, before a service is asked."""
     with pytest.raises(ConfigError):
         parse_disk(text)
 

@@ -1,4 +1,4 @@
-"""Tests of `xenbackend.errors`: each fault has its class, its loudness and its sentence."""
+"""Tests of `xenbackend.errors`: each error has its class, its errno and its sentence."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from xenbackend.errors import ChainError, ConfigError, DriverError, KernelError,
 
 
 def test_all_are_ours() -> None:
-    """Whoever catches XenbackendError catches every fault that we raise on purpose, and no other."""
+    """XenbackendError is the base of all errors that we raise on purpose, and of no others."""
     classes = [each for each in vars(errors).values() if isinstance(each, type)]
 
     assert all(issubclass(each, XenbackendError) for each in classes)
@@ -62,7 +62,7 @@ def test_driver_error_says_where(where: dict[str, str], sentence: str) -> None:
 
 
 def test_driver_error_can_be_completed() -> None:
-    """Whoever knows the layer can add it to an error on its way up."""
+    """A caller that knows the layer can add it to an error on its way up."""
     error = DriverError("is locked", path="/img", errno=errno.EBUSY)
     error.layer = "aio:/img"
 

@@ -73,7 +73,7 @@ def test_begin_forgets_the_last_connection(memory: memoryview) -> None:
 
 
 def test_poison_is_noted_and_taken_back(memory: memoryview) -> None:
-    """The errno of a flush that failed is there for whoever looks, until it is taken back."""
+    """The errno of a failed flush can be read until it is taken back."""
     assert 0 == poisoned(memory)
     poison(memory, 5)
     assert 5 == poisoned(memory)
@@ -82,7 +82,7 @@ def test_poison_is_noted_and_taken_back(memory: memoryview) -> None:
 
 
 def test_poison_that_is_no_errno_is_one(memory: memoryview) -> None:
-    """Whatever lies there, what is returned can be put into words."""
+    """Any word in the memory is returned as an errno that has a name."""
     for word in (4096, 2**63, 2**64 - 1):
         poison(memory, word)
         assert errno.EIO == poisoned(memory)

@@ -1,4 +1,4 @@
-"""Who may import whom: the layers of the code, and the single homes of what is dangerous or dear."""
+"""Who may import whom: the layers of the code, and the few homes of modules that are dangerous or expensive."""
 
 from __future__ import annotations
 

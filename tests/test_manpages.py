@@ -23,7 +23,7 @@ needs_groff = pytest.mark.skipif(shutil.which("groff") is None, reason="groff is
 
 
 def load() -> ModuleType:
-    """Return the program that writes them, which is none of ours to install."""
+    """Return the module that writes the pages, which is not installed."""
     spec = importlib.util.spec_from_file_location("manpages", ROOT / "debian/manpages.py")
     assert spec is not None
     assert spec.loader is not None
@@ -48,7 +48,7 @@ def shown(page: str) -> str:
 @pytest.mark.slow
 @needs_groff
 def test_every_driver_has_a_page_with_its_options() -> None:
-    """Its sections are those of its manual, nothing is lost, and groff has nothing to say against it."""
+    """A page has the sections of its driver's manual, nothing is lost, and groff gives no warning."""
     pages = shown("\n".join(manpages.driver_page(name) for name in sorted(BUILT_IN)))
     for name in BUILT_IN:
         assert f"xenbackend-{name} - " in pages
@@ -82,12 +82,12 @@ def test_signs_of_roff_are_none_in_a_page() -> None:
 
 @needs_groff
 def test_the_scripts_page_is_sound() -> None:
-    """It is written by hand."""
+    """The page of the hotplug script, which is written by hand, has no mistakes of form."""
     assert "block-xenbackend - hotplug script" in shown((ROOT / "debian/block-xenbackend.8").read_text())
 
 
 def test_every_command_is_known() -> None:
-    """Also those within commands; none without a line about it."""
+    """Each command, and each command within a command, is listed with a line about it."""
     known = {" ".join(words): about for words, about in manpages.commands()}
 
     assert set(MODULES) == {each for each in known if each and " " not in each}
@@ -99,7 +99,7 @@ def test_every_command_is_known() -> None:
 @needs_groff
 @pytest.mark.skipif(shutil.which("help2man") is None, reason="help2man is not installed")
 def test_a_commands_page_is_its_help() -> None:
-    """Made by help2man; one of a command within a command is found from its neighbours."""
+    """help2man makes the page; a command within a command is found from its neighbours."""
     page = shown(manpages.command_page(["config", "show"], "print every setting"))
 
     assert "xenbackend-config-show - print every setting" in page

@@ -1,4 +1,4 @@
-"""The tests' own NBD server: what it must keep to whatever a test does with it."""
+"""The tests' own NBD server: what must hold whatever a test does with it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.nbd_server import Export, Server
 
 
 def test_it_is_closed_while_it_starts_a_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody waits for the end of a thread that has not begun: that would be an error now and then."""
+    """No thread is joined before it has begun: that would be an error now and then."""
     server = Server(tmp_path / "socket", Export(bytearray(4096)))
     start, joined_too_early = threading.Thread.start, []
 

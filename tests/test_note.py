@@ -1,4 +1,4 @@
-"""Tests of `xenbackend.note`: what is noted is there whole for whoever comes next, whatever lies in the memory."""
+"""Tests of `xenbackend.note`: a note is read back whole or not at all, whatever the memory holds."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def test_a_version_has_its_day() -> None:
 
 @pytest.mark.slow
 def test_the_same_sources_are_the_same_archives(tmp_path: Path) -> None:
-    """Whoever builds them, where, and with which rights and times of the files: byte for byte."""
+    """They are the same byte for byte, in whatever directory they are built, with any modes and times of the files."""
     built = []
     for number, mode in enumerate((0o644, 0o664)):
         checkout = tmp_path / f"checkout{number}" / "xenbackend"

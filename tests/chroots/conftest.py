@@ -1,4 +1,4 @@
-"""The chroots that the tests of this suite share: each leaves its own as it was."""
+"""The chroots that the tests of this suite share; each test leaves them as they were."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.chroots import place
 
 @pytest.fixture(scope="session", params=place.RELEASES)
 def chroot(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[place.Chroot]:
-    """A Debian release."""
+    """A chroot of a Debian release."""
     if reason := place.why_not():
         pytest.skip(reason)
     archive = place.build(request.param)

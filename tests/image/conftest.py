@@ -1,4 +1,4 @@
-"""Images for the tests of what is done to images: one disk's content, in a raw file and in whatever format."""
+"""Images for the tests of image commands: the content of one disk, in a raw file and in any format."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DATA = {64 << 10: 200 << 10, 3 << 20: 4096, SIZE - 512: 512}  # where there are 
 
 @pytest.fixture
 def tmp_path() -> Iterator[Path]:
-    """Return a directory in memory: what is synced as often as here takes a disk half a minute."""
+    """Return a directory in memory: on a disk the many syncs of these tests would take half a minute."""
     with tempfile.TemporaryDirectory(prefix="xb-image-", dir="/dev/shm") as directory:
         yield Path(directory)
 

@@ -1,4 +1,4 @@
-"""What these tests share: a registry stepped in the test's own thread, a toolstack and a frontend by hand."""
+"""What these tests share: a registry stepped in the test's thread, a toolstack and a frontend that the test drives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A worker per test that must outlive what is tried on it."""
+"""A worker for each test, which must survive what the test does to it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.driven import Driven
 
 @pytest.fixture
 def victim(tmp_path: Path) -> Iterator[Driven]:
-    """A worker; after the test it must still be there, have had no bug, and let go of everything."""
+    """A worker; after the test it must still run, have had no bug, and have released everything."""
     with Driven(tmp_path) as driven:
         yield driven
         assert driven.worker.process.poll() is None

@@ -1,4 +1,4 @@
-"""What is served, per test: within it, or by a process of its own."""
+"""A disk for each test, served in the test's own process or by another one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.served import Served
 
 @pytest.fixture
 def vbd(tmp_path: Path) -> Iterator[Served]:
-    """A guest and a disk, not connected yet; whatever is served must have had no bug when the test is over."""
+    """A guest and a disk, not connected yet; at the end of the test there must have been no bug."""
     with Served(tmp_path) as vbd:
         yield vbd
     assert [] == vbd.bugs

@@ -1,4 +1,4 @@
-"""What scenarios in a real dom0 get: the service, guests, images, and a check after each that nothing was left.
+"""Fixtures of scenarios in a real dom0: the service, guests, images, and a check after each that nothing is left.
 
 Collected in a dom0 only (`make test-xen` boots one); on any other machine this directory holds no tests.
 """
