@@ -70,7 +70,7 @@ class Job:
 
     vbd              for people: "vbd/5/51712"
     chains           texts. The first one is in service, or will be: its names mean the files in `kept`. A second one is
-                     to take its place: its names are looked up anew, and a name that still means the file kept for it
+                     to take its place: its names are looked up again, and a name that still means the file kept for it
                      is opened by what is kept
     keeps            the names of the second chain mean the files in `kept`, too
     read_only        nothing may be opened for writing, except what a layer records

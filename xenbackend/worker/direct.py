@@ -1,4 +1,4 @@
-"""An image read and written past the page cache, asynchronously: by Linux AIO, or by threads where there is none.
+"""An image read and written past the page cache, asynchronously: by Linux AIO, or by threads if there is none.
 
 Must not touch the page cache on the side: a cached write next to a direct one can bring old data back.
 """

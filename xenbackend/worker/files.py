@@ -301,7 +301,7 @@ class HostFiles:
         return self.opener.why_in_use(path, access, is_claimed=is_claimed, with_names=self._names_users)
 
     def _patiently(self, attempt: Callable[[], _T | None], timeout_s: float, tries: int = 1) -> _T | None:
-        """Repeat `attempt` until it returns a value, but not beyond both `timeout_s` and `tries` calls; return that."""
+        """Repeat `attempt` until it returns a value, for at most `timeout_s` or, if longer, `tries` calls."""
         give_up = time.monotonic() + timeout_s
         while (found := attempt()) is None:
             tries -= 1

@@ -139,7 +139,7 @@ class IoQueue:
 
 
 class DirectQueue(IoQueue):
-    """Linux AIO. While anything is in flight the worker's loop sleeps in `wait`, a single call for both.
+    """Linux AIO. While anything is in flight the worker's loop sleeps in `wait`, for completions and descriptors.
 
     Raises: KernelError, if the host offers us none.
     """
