@@ -41,7 +41,7 @@ def test_a_loop_on_each_cpu(tmp_path: Path, kind: str) -> None:
 def test_loops_that_would_be_nothing_special_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bench that is as nice itself cannot have loops of a lower priority beside it."""
     monkeypatch.setattr(os, "getpriority", lambda *_: 19)
-    with pytest.raises(ConfigError, match="beside a bench that is at nice 19 itself"):
+    with pytest.raises(ConfigError, match="the bench itself runs at nice 19"):
         Loops("nice19", tmp_path)
 
 

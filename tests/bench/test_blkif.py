@@ -174,7 +174,7 @@ def test_an_answer_to_nothing_ends_the_measurement(ours: Backend, number: int) -
     ours.start(BY_NAME["rr4k-1"], [0])
     ours.back.put_response(0, number, 0, 0)
     ours.back.publish(1)
-    with pytest.raises(BenchError, match="or one that was not made"):
+    with pytest.raises(BenchError, match="or answered one that was not made"):
         super(Backend, ours).reap()
 
 

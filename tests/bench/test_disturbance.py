@@ -1,4 +1,4 @@
-"""What else used the CPUs, and when nothing can be concluded."""
+"""What else used the CPUs, and when no conclusion is possible."""
 
 from __future__ import annotations
 

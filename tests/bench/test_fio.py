@@ -38,7 +38,7 @@ def test_what_is_no_job_is_an_error(output: str) -> None:
 
 def test_a_job_that_did_nothing_is_an_error() -> None:
     """On a host that gave fio no time there is nothing to compare with, and that is said."""
-    with pytest.raises(BenchError, match="did not get through a single request"):
+    with pytest.raises(BenchError, match="did not complete a single request"):
         parse(json.dumps({"jobs": [JOB | {"write": SIDE | {"total_ios": 0, "clat_ns": {}}}]}), WRITE)
 
 

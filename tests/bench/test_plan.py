@@ -73,7 +73,7 @@ def test_select_works() -> None:
     assert not any(work.write for work in select_works([], read_only=True))
     with pytest.raises(ConfigError, match="'rr5k' is not a workload"):
         select_works(["rr5k"], read_only=False)
-    with pytest.raises(ConfigError, match="may only be read"):
+    with pytest.raises(ConfigError, match="this disk is read-only"):
         select_works(["rw4k"], read_only=True)
 
 
@@ -81,7 +81,7 @@ def test_first_writes_need_an_image() -> None:
     """Without an image that can be made anew there are no first writes, and who asks for them is told how."""
     assert not any(work.fresh for work in select_works([], read_only=False))
     assert ["fw4k", "fw64k"] == [work.name for work in select_works([], read_only=False, image=True) if work.fresh]
-    with pytest.raises(ConfigError, match="by --image"):
+    with pytest.raises(ConfigError, match="with --image"):
         select_works(["fw4k"], read_only=False)
 
 

@@ -85,7 +85,7 @@ def test_a_disturbed_session_says_so() -> None:
     """Ratios that were taken while others used the machine are marked, and a reader is told who that was."""
     rows = summarise([OURS])
 
-    assert "?: nothing can be concluded, for other programs used 0.84 CPUs (at most 0.1)." in legend(rows, LOUD)
+    assert "?: no conclusion is possible, because other programs used 0.84 CPUs (at most 0.1)." in legend(rows, LOUD)
     assert "Other programs, in CPUs: make 0.80, " in legend(rows, LOUD)
     assert "\x1b" not in legend(rows, LOUD)  # a program may call itself anything
     assert ("2.00x?", "0.50x?") == tuple(
@@ -96,7 +96,7 @@ def test_a_disturbed_session_says_so() -> None:
 
 def test_autogroup_is_told() -> None:
     """Where Linux shares the CPUs by session, a reader must not rely on somebody else's nice value."""
-    assert "how nice a program of another session is means nothing" in legend(summarise([OURS]), LOUD)
+    assert "the nice value of a program in another session has no effect" in legend(summarise([OURS]), LOUD)
     assert "session is" not in legend(summarise([OURS]), QUIET)
 
 
@@ -115,8 +115,10 @@ def test_whether_our_workers_looked_is_told() -> None:
     resting = Measured(WORKS[1], "log:", [sample(100, rested=0.4)] * 3)
     never = Measured(WORKS[1], "log:" + NEVER_LOOKS, [sample(100, rested=0.0)] * 3)
 
-    assert "looked for requests before they slept, whenever" in legend(summarise([steady, never]), QUIET)
-    assert "or the kernel does not tell: 40% of rr4k by log:." in legend(summarise([steady, resting, never]), QUIET)
+    assert "looked for requests before they slept, each time" in legend(summarise([steady, never]), QUIET)
+    assert "or because the kernel does not tell what it costs: 40% of rr4k by log:." in legend(
+        summarise([steady, resting, never]), QUIET
+    )
     assert "looked" not in legend(summarise([never, THEIRS]), QUIET)
 
 

@@ -87,7 +87,7 @@ def test_nothing_of_the_operators_is_overwritten(tmp_path: Path) -> None:
     """A file that exists is not ours, whatever is in it."""
     (tmp_path / "file").write_text("precious")
     with (
-        pytest.raises(ConfigError, match="exists; a bench makes its own file"),
+        pytest.raises(ConfigError, match="exists; name a file that does not"),
         bench_file(tmp_path / "file", SMALLEST),
     ):
         pass
@@ -99,7 +99,7 @@ def test_a_bench_file_that_cannot_be_made(tmp_path: Path) -> None:
     """A directory that is not there, or a size that is too small, is one sentence."""
     with pytest.raises(ConfigError, match="cannot be made: No such file"), bench_file(tmp_path / "no" / "f", SMALLEST):
         pass
-    with pytest.raises(ConfigError, match="takes at least 64 MiB"), bench_file(tmp_path / "f", 1 << 20):
+    with pytest.raises(ConfigError, match="needs at least 64 MiB"), bench_file(tmp_path / "f", 1 << 20):
         pass
 
 

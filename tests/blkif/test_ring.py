@@ -182,7 +182,7 @@ def test_r3_more_than_the_ring_holds_is_an_overflow(size: int, start: int) -> No
         for claim in (free + 1, size + 1, 2**31, 2**32 - 1):
             ends.front.index[REQ_PROD] = (start + taken + claim) & MASK
             if claim > free:
-                with pytest.raises(RingOverflow, match=f"announced {claim} requests where {free} slots are free"):
+                with pytest.raises(RingOverflow, match=f"announced {claim} requests, but only {free} slots are free"):
                     ends.back.available()
                 with pytest.raises(RingOverflow):
                     ends.back.final_check()

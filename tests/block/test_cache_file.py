@@ -51,12 +51,12 @@ def test_commands_see_what_is_dirty(machines: list[Machine], tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ("another image", "has 1 blocks that are nowhere else, of another disk; name another file, or remove it"),
-        ("changed", "what is below was changed since, without this layer; if nobody wrote to the disk, touch"),
-        ("size", "and was made with size=1048576,block=16384; use these until nothing is dirty"),
-        ("mode", "is of mode=writeback, and may have what is nowhere else"),
-        ("cut", "something has cut it"),
-        ("stranger", "it is no file of cache:, and is left as it is"),
+        ("another image", "holds the only copy of 1 blocks of another disk; name another file, or remove this one"),
+        ("changed", "what is below has been changed since then without this layer; if nobody wrote to the disk, touch"),
+        ("size", "and was made with size=1048576,block=16384; use these values until nothing is dirty"),
+        ("mode", "was used with mode=writeback, and may hold the only copy"),
+        ("cut", "it has been truncated"),
+        ("stranger", "it is not a file of cache:, and is left unchanged"),
         ("tags", "its map is damaged, or the disk below has shrunk: slot 1 has block 4294967295"),
     ],
 )
@@ -130,7 +130,9 @@ def test_a_header_of_more_than_there_can_be(machines: list[Machine], tmp_path: P
     try:
         cache.write_bytes(header.pack())
         os.truncate(cache, header.file_size)
-        with pytest.raises(DriverError, match="its header is damaged: 16777217 slots, and 16777216 are the most"):
+        with pytest.raises(
+            DriverError, match="its header is damaged: 16777217 slots, more than the 16777216 that are possible"
+        ):
             machines[0].open(f"cache:{cache},size=1M,mode=writeback|aio:{image}")
     finally:
         cache.unlink()

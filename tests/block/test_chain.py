@@ -123,13 +123,13 @@ def test_a_verb_reaches_the_layer_that_is_named(machine: Machine) -> None:
 
     assert chain.control("0", "count", []) == b"0"
     assert chain.control("1", "count", []) == b"1"
-    with pytest.raises(DriverError, match="several layers 'fault'; name one by its number: 0 is fault:op=read, 1 is"):
+    with pytest.raises(DriverError, match="several layers 'fault'; choose one by its number: 0 is fault:op=read, 1 is"):
         chain.control("fault", "count", [])
     with pytest.raises(DriverError, match="no layer 'log'; its layers are: 0 is fault:op=read, "):
         chain.control("log", "get", [])
     with pytest.raises(DriverError, match="no layer '4'"):
         chain.control("4", "get", [])
-    with pytest.raises(DriverError, match="ram: knows no verb 'get'"):
+    with pytest.raises(DriverError, match="ram: does not know the verb 'get'"):
         chain.control("ram", "get", [])
     chain.close()
 

@@ -47,14 +47,14 @@ def changed(request: Request, **fields: object) -> Request:
     ("batch", "rule"),
     [
         ([], "D2: upper: submitted an empty batch"),
-        ([changed(flush(), status=0)], "D1: upper: submitted what is not pending"),
+        ([changed(flush(), status=0)], "D1: upper: submitted a request that is not pending"),
         ([read(SIZE - 512, 1024)], "Request: upper: went past 8192"),
         ([changed(read(0, 512), offset=-512)], "Request: upper: went past"),
-        ([read(0, 100)], "Request: upper: submitted no whole sectors"),
-        ([read(256, 512)], "Request: upper: submitted no whole sectors"),
+        ([read(0, 100)], "Request: upper: submitted a request that is not of whole sectors"),
+        ([read(256, 512)], "Request: upper: submitted a request that is not of whole sectors"),
         ([changed(read(0, 512), length=1024)], "Request: upper: 512 bytes"),
         ([changed(read(0, 512), op=3)], "Request: upper: 512 bytes"),
-        ([discard(0, 0)], "Request: upper: submitted no bytes"),
+        ([discard(0, 0)], "Request: upper: submitted a request of no bytes"),
     ],
 )
 def test_what_the_upper_layer_does_wrong_is_its_fault(batch: list[Request], rule: str) -> None:
@@ -89,8 +89,8 @@ def test_a_request_is_lent_once_at_a_time() -> None:
     [
         (lambda request: [], "D2: lower: completed an empty batch"),
         (lambda request: [request], "D6: lower: gave back without a status"),
-        (lambda request: [changed(flush(), status=0)], "D1: lower: gave back what it did not hold"),
-        (lambda request: [changed(request, status=0)] * 2, "D1: lower: gave back what it did not hold"),
+        (lambda request: [changed(flush(), status=0)], "D1: lower: gave back a request that it did not hold"),
+        (lambda request: [changed(request, status=0)] * 2, "D1: lower: gave back a request that it did not hold"),
         (lambda request: [changed(request, status=0, offset=512)], "D1: lower: altered"),
         (lambda request: [changed(request, status=0, tag=7)], "D1: lower: altered"),
     ],

@@ -79,7 +79,7 @@ def test_a_driver_that_is_not_wired_says_so() -> None:
 
 def test_a_driver_knows_no_verbs() -> None:
     """A verb that a layer does not know is refused with the layer's name."""
-    with pytest.raises(DriverError, match="bottom: knows no verb 'get'"):
+    with pytest.raises(DriverError, match="bottom: does not know the verb 'get'"):
         Bottom().control("get", [])
 
 

@@ -81,7 +81,7 @@ def test_an_item_that_is_added_holds_any_value(name: str) -> None:
         ("log:||aio:/img", "a layer is empty", "|"),
         ("log:|", "a layer is empty", ""),
         ("tap2:log|aio:/img", "'log' has no colon", "log"),
-        ("/img", "is a file and not a layer", "/img"),
+        ("/img", "is a file, not a layer", "/img"),
         ("LOG:|aio:/img", "does not begin with a driver's name", "LOG:"),
         ("log: |nbd :x", "does not begin with a driver's name", "nbd :x"),
         ("aio:/img\\", "nothing follows the backslash", "\\"),

@@ -22,19 +22,22 @@ ARGON2 = Derivation("argon2id", bytes(16), 64, 4, memory_kib=1 << 20, lanes=4)
         (replace(ARGON2, function="argon2i", memory_kib=32), ""),
         (replace(SOUND, iterations=999), "999 iterations of PBKDF2; 1000 to"),
         (replace(SOUND, iterations=MAX_ITERATIONS + 1), "iterations of PBKDF2"),
-        (replace(SOUND, hash="md5"), "by the hash 'md5'"),
-        (replace(SOUND, hash=""), "by the hash ''"),
-        (replace(SOUND, hash="x" * 3000), "by the hash 'x{32}'; this driver knows"),
+        (replace(SOUND, hash="md5"), "with the hash 'md5'"),
+        (replace(SOUND, hash=""), "with the hash ''"),
+        (replace(SOUND, hash="x" * 3000), "with the hash 'x{32}'; this driver supports"),
         (replace(SOUND, length=0), "a key of 0 bytes"),
         (replace(SOUND, length=129), "a key of 129 bytes"),
         (replace(SOUND, salt=b"x" * 7), "7 bytes of salt"),
         (replace(SOUND, salt=b"x" * 65), "65 bytes of salt"),
-        (replace(SOUND, function="scrypt"), "are made by 'scrypt'; this driver knows"),
+        (replace(SOUND, function="scrypt"), "are derived by 'scrypt'; this driver supports"),
         (replace(ARGON2, memory_kib=MAX_MEMORY_KIB + 1), "passes of Argon2 over 4096 MiB; at most 4096 MiB"),
         (replace(ARGON2, iterations=200), "200 passes of Argon2 over 1024 MiB"),
-        (replace(ARGON2, iterations=0), "takes 0 passes"),
-        (replace(ARGON2, iterations=3), "takes 3 passes of Argon2 over 1048576 KiB in 4 lanes; 4 passes"),
-        (replace(ARGON2, memory_kib=31, lanes=1), "takes 4 passes of Argon2 over 31 KiB in 1 lanes; 4 passes and 32"),
+        (replace(ARGON2, iterations=0), "needs only 0 passes"),
+        (replace(ARGON2, iterations=3), "needs only 3 passes of Argon2 over 1048576 KiB in 4 lanes; at least 4 passes"),
+        (
+            replace(ARGON2, memory_kib=31, lanes=1),
+            "needs only 4 passes of Argon2 over 31 KiB in 1 lanes; at least 4 passes and 32",
+        ),
         (replace(ARGON2, lanes=0), "in 0 lanes"),
         (replace(ARGON2, lanes=17), "in 17 lanes"),
         (replace(ARGON2, memory_kib=31), "damaged: 4 passes of Argon2 over 31 KiB"),
@@ -53,7 +56,7 @@ def test_key_files_are_named_whole() -> None:
     """A chain in service names the files of passphrases by their whole paths; a credential is no file."""
     check_whole_paths(parse_chain("luks:key=/k|aio:/img"))
     check_whole_paths(parse_chain("luks:key=credential:guest|aio:/img"))
-    with pytest.raises(ConfigError, match="option key: k is seen from where the service runs"):
+    with pytest.raises(ConfigError, match="option key: k is relative to the service's working directory"):
         check_whole_paths(parse_chain("luks:key=k|aio:/img"))
 
     assert {"key": "/k"} == key_files_of(parse_chain("luks:key=/k|aio:/img").layers[0].options)

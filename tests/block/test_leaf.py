@@ -43,11 +43,11 @@ def test_what_can_have_no_leaf(machine: Machine, tmp_path: Path) -> None:
     """A disk that is no image, or one of a format that cannot be the parent of what was asked for, is refused."""
     (tmp_path / "base").write_bytes(qcow2(SIZE))
     for layer, image_format, sentence in (
-        ("ram:1M", "", "^ram:1M is no image that another one can have as its parent$"),
-        ("ram:1M", "qcow2", "^ram:1M is no image that another one can have as its parent$"),
+        ("ram:1M", "", "^ram:1M is not an image that another one can have as its parent$"),
+        ("ram:1M", "qcow2", "^ram:1M is not an image that another one can have as its parent$"),
         (f"qcow2:{tmp_path}/base", "vdi", "^an image of the format 'vdi' can have no parent; choose another format$"),
         (f"qcow2:{tmp_path}/base", "tar", "^an image of the format 'tar' can have no parent; choose another format$"),
-        (f"qcow2:{tmp_path}/base", "vhd", "parent of a vhd image can be vhd or raw, and not qcow2"),
+        (f"qcow2:{tmp_path}/base", "vhd", "parent of a vhd image can be vhd or raw, not qcow2"),
     ):
         chain = machine.open(layer)
         with pytest.raises(ConfigError, match=sentence):

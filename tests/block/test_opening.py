@@ -99,7 +99,7 @@ def test_a_loop_of_parents_is_found_through_links(machine: Machine, events: list
     base.write_text(f"child:{alias}")
     error = refused(machine, f"child:{leaf}")
 
-    assert "is itself or one of its own children" in str(error)
+    assert "is the same file as the image or one of its children" in str(error)
     assert error.layer == f"child:{base}"
     assert [f"open {leaf} False False", f"open {base} True False"] == [
         each for each in events if each.startswith("open")
@@ -112,7 +112,7 @@ def test_a_loop_that_leaves_out_the_first_image_is_found(machine: Machine, event
     for again in (middle, base):
         base.write_text(f"child:{again}")
 
-        assert f"its parent child:{again} is itself or one of its own children" in str(
+        assert f"its parent child:{again} is the same file as the image or one of its children" in str(
             refused(machine, f"child:{leaf}")
         )
 
@@ -189,12 +189,12 @@ def test_faults_of_files_name_layer_option_and_file(machine: Machine, tmp_path: 
     assert (f"aio:{missing}", "file", str(missing)) == (error.layer, error.option, error.path)
     assert refused(machine, f"aio:{tmp_path}").option == "file"
     assert "is a directory" in str(refused(machine, f"aio:{tmp_path}"))
-    assert "no multiple" in str(refused(machine, f"aio:{odd}"))
+    assert "not a multiple" in str(refused(machine, f"aio:{odd}"))
     assert "empty" in str(refused(machine, f"aio:{empty}"))
     assert "leads through something" in str(refused(machine, f"aio:{odd}/x"))
     assert "File name too long" in str(refused(machine, f"aio:{tmp_path}/{'x' * 300}"))
-    assert "no multiple of its sector" in str(refused(machine, "null:1000"))
-    assert "a disk has less than 8192 PiB" in str(refused(machine, "null:8192P"))
+    assert "not a multiple of its sector" in str(refused(machine, "null:1000"))
+    assert "a disk must have less than 8192 PiB" in str(refused(machine, "null:8192P"))
     assert "it is empty" in str(refused(machine, "null:0"))
 
 
@@ -203,11 +203,11 @@ def test_physical_sectors_that_nothing_has(machine: Machine, monkeypatch: pytest
     """A driver that says what no medium writes at once is named."""
     monkeypatch.setattr(Coarse, "open", lambda self, _env: replace(self.below, physical_sector_size=3000))
 
-    assert "its physical sector of 3000 bytes is no power of two" in str(refused(machine, "coarse:|null:1M"))
+    assert "its physical sector of 3000 bytes is not a power of two" in str(refused(machine, "coarse:|null:1M"))
 
 
 def test_a_locked_image_is_refused(machine: Machine, tmp_path: Path) -> None:
-    """An image has one writer; the second one learns that it is locked, and the layer is named."""
+    """An image has only one writer; the second one learns that it is locked, and the layer is named."""
     path = image(tmp_path / "img")
     chain = machine.open(f"aio:{path}")
     error = refused(machine, f"delay:|aio:{path}")
@@ -280,4 +280,4 @@ def test_a_file_that_its_server_knows_no_more_has_a_sentence(
     problem = refused(machine, f"aio:{path}")
 
     assert errno.ESTALE == problem.errno
-    assert f"{path} is not known to its server any more: it was removed or replaced there" in str(problem)
+    assert f"{path} is not known to its server any more: it has been removed or replaced there" in str(problem)

@@ -207,7 +207,7 @@ def test_other_file_is_not_touched(tmp_path: Path) -> None:
     """A path that holds something else is refused, and stays as it is."""
     path = tmp_path / "passwd"
     path.write_bytes(b"root:x:0:0\n")
-    with pytest.raises(DriverError, match="holds 11 B of something else than records"):
+    with pytest.raises(DriverError, match="holds 11 B of something other than records"):
         new_recorder(StepEnv(), path)
 
     assert b"root:x:0:0\n" == path.read_bytes()

@@ -27,7 +27,7 @@ def test_a_chain_knows_its_drivers_options_and_canonical_text() -> None:
         ("zonk:/img", "`xenbackend drivers` lists", "zonk"),
         ("aio:tap2:delay:|qed:/img", "known but not built in this version", "qed"),
         ("aio:disk:1.img", r"if it begins the name of a file, write aio:disk\:", "disk"),
-        ("delay:read=61m|aio:/img", "nothing waits longer than 3600 s", "delay:read=61m"),
+        ("delay:read=61m|aio:/img", "no request may wait longer than 3600 s", "delay:read=61m"),
         ("aio:/img|delay:", "aio is a source and passes nothing on", "aio:/img"),
         ("delay:|null:|aio:/img", "null is a source and passes nothing on", "null:"),
         ("delay:|delay:read=1s", "delay is a filter and needs a layer below", "delay:read=1s"),
@@ -49,6 +49,7 @@ def test_a_file_that_is_not_named_whole_is_found() -> None:
     check_whole_paths(parse_chain("log:/var/log/x.rec|aio:/img"))
 
     with pytest.raises(
-        ConfigError, match=r"^log:x\.rec: option record: x\.rec is seen from where the service runs; .*/x\.rec$"
+        ConfigError,
+        match=r"^log:x\.rec: option record: x\.rec is relative to the service's working directory; .*/x\.rec$",
     ):
         check_whole_paths(parse_chain("log:x.rec|aio:/img"))

@@ -69,9 +69,9 @@ def test_the_geometry_is_the_ranges() -> None:
 @pytest.mark.parametrize(
     ("start", "length", "problem"),
     [
-        (0, 0, "are to be the disk"),
-        (1 << 20, 512, "are to be the disk, and the layer below has 1048576"),
-        (4096, 1 << 20, "bytes 4096 to 1052672 are to be the disk"),
+        (0, 0, "the layer below has only"),
+        (1 << 20, 512, "the layer below has only 1048576"),
+        (4096, 1 << 20, "the disk would be bytes 4096 to 1052672"),
         (100, 512, "it would begin at byte 100, inside a sector"),
         (512, 700, "it would end at byte 1212, inside a sector"),
     ],

@@ -83,7 +83,7 @@ def test_an_interruption_ends_it_whatever_hangs(server: fuse.Served, tmp_path: P
     assert 130 == command.status(PATIENCE_S + USUAL_S)
 
     assert re.search(
-        rf"^xenbackend: ended by SIGINT: the storage.* does not answer; process {child} ends when it does$",
+        rf"^xenbackend: ended by SIGINT: the storage.* does not answer; process {child} will end when it does$",
         command.said, re.MULTILINE,
     ), command.said  # fmt: skip
     assert Path(f"/proc/{child}").exists()

@@ -27,8 +27,8 @@ def test_a_file_is_named_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
     assert (2, True) == (status, untouched)
     assert (
-        f"option record: x.rec is seen from where the service runs; write the whole path, such as {Path.cwd()}/x.rec"
-        in (capsys.readouterr().err)
+        f"option record: x.rec is relative to the service's working directory; write the whole path, such as "
+        f"{Path.cwd()}/x.rec" in (capsys.readouterr().err)
     )
 
 
@@ -59,7 +59,7 @@ def test_mistakes_end_with_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "nosuch" in lines[0]
     assert "xenbackend: there is no domain 5; xl list shows them" in lines
     assert "xenbackend: there is no guest 'mail'; see: xl list" in lines
-    assert "xenbackend: there is no disk 5/xvdb of ours; see: xenbackend status" in lines
+    assert "xenbackend: xenbackend serves no disk 5/xvdb; see: xenbackend status" in lines
     assert "cannot connect" in lines[-1]
 
 
@@ -162,4 +162,4 @@ def test_a_detach_that_waits_for_the_guest_is_under_way(
         main(["attach", "5/xvdb", "null:1G", "--store", xenstored.address, "--socket", control.path])
         assert 75 == main(["detach", "5/xvdb", "--timeout", "0.01", "--store", xenstored.address])
 
-    assert "5/xvdb: detach is still under way, our state is Closing after 0.01 s" in capsys.readouterr().err
+    assert "5/xvdb: detach is still under way, the backend's state is Closing after 0.01 s" in capsys.readouterr().err

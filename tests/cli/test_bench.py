@@ -56,7 +56,7 @@ def test_a_chain_of_the_operators_gets_no_writes() -> None:
     """Without --overwrite a chain that is not on the bench file is only read."""
     assert not any(work.write for work in bench._session(parse("aio:/dev/sdx")).works)
     assert any(work.write for work in bench._session(parse("aio:/dev/sdx", "--overwrite")).works)
-    with pytest.raises(ConfigError, match="may only be read"):
+    with pytest.raises(ConfigError, match="this disk is read-only"):
         bench._session(parse("aio:/dev/sdx", "--work", "rw4k"))
 
 
@@ -95,13 +95,13 @@ def test_the_exit_status_tells_whether_it_was_disturbed(
     foreign: float,
     expected: int,
 ) -> None:
-    """A script hears that nothing can be concluded, unless it does not want to; the figures are there all the same."""
+    """A script hears that no conclusion is possible, unless it does not want to; the figures are there all the same."""
     usage = Usage(foreign, 0.0, 0.0, 0.0, [], autogroup=False)
     monkeypatch.setattr("xenbackend.bench.session.between", lambda *_: usage)
     args = parse("null:64M", "--work", "rr4k", "--rounds", "1", "--seconds", "0.05", *options)
 
     assert args.run(args) == expected
-    assert (foreign > 0.1) == ("nothing can be concluded" in (out := capsys.readouterr().out))
+    assert (foreign > 0.1) == ("no conclusion is possible" in (out := capsys.readouterr().out))
     assert "null:64M" in out
 
 

@@ -52,7 +52,7 @@ def test_a_whole_disk_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
 def test_what_is_no_part_of_a_chain_is_no_mistake_of_a_driver(tmp_path: Path) -> None:
     """A disk line that was pasted whole is told apart from a wrong option, with the command that takes it."""
     line = f"tap2:log:|aio:{tmp_path}/i,xvda,w"
-    with pytest.raises(ConfigError, match="',xvda,w' is no part of the chain") as caught:
+    with pytest.raises(ConfigError, match="',xvda,w' is not part of the chain") as caught:
         run(line)
     assert f"xenbackend check --disk '{line}'" in str(caught.value)
     with pytest.raises(ChainError, match="'wrong' is not key=value"):

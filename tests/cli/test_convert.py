@@ -62,7 +62,7 @@ def test_a_file_that_needs_nothing_is_not_written(config: Path, capsys: pytest.C
     ("content", "said"),
     [
         (b"disk=['tap2:log:|ayo:/img,xvda,w']", "bad.cfg:1: unknown driver 'ayo'"),
-        (b"a=1\ndisk=['a'\n'b']", "bad.cfg:3: \"'b'\" stands behind a value of a list"),
+        (b"a=1\ndisk=['a'\n'b']", "bad.cfg:3: \"'b'\" comes after a value of a list"),
     ],
 )
 def test_one_bad_file_leaves_all_alone(

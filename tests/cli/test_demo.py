@@ -49,7 +49,7 @@ def test_a_disk_of_any_size_holds_what_it_held(size: int, tmp_path: Path, capsys
     [
         ("null:1M", "the guest gave up: sector"),
         ("fault:op=read|ram:1M", "the disk answered -1 at sector 0 (save)"),
-        ("fault:op=write,skip=4|ram:1M", "the disk does not hold again what it held before"),
+        ("fault:op=write,skip=4|ram:1M", "the disk's former content could not be restored"),
     ],
 )
 def test_a_disk_that_fails_is_told(chain: str, sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,7 +91,7 @@ def test_mistakes_are_told_before_anything_starts(tmp_path: Path, capsys: pytest
     image.write_bytes(b"kept" * 128)
 
     assert 2 == main(["demo", "--area", "511", "ram:1M"])
-    assert "nothing to try below one sector" in capsys.readouterr().err
+    assert "the least is one sector" in capsys.readouterr().err
     assert 2 == main(["demo", "--save", str(image), f"aio:{image}"])
     assert "it exists; name a new file" in capsys.readouterr().err
     assert b"kept" * 128 == image.read_bytes()

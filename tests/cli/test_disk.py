@@ -177,11 +177,11 @@ def test_snapshot_keeps_what_was_there(bench: Bench, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        (["@"], "'' cannot be the name of a snapshot"),
-        (["@a/b"], "'a/b' cannot be the name"),
-        (["@a@b"], "'a@b' cannot be the name"),
-        (["@a\nb"], "cannot be the name"),
-        (["@" + 1025 * "a"], "cannot be the name"),
+        (["@"], "'' is not a valid name for a snapshot"),
+        (["@a/b"], "'a/b' is not a valid name"),
+        (["@a@b"], "'a@b' is not a valid name"),
+        (["@a\nb"], "is not a valid name"),
+        (["@" + 1025 * "a"], "is not a valid name"),
         (["@monday", "--format", "qcow2"], "in no format of its own"),
     ],
 )

@@ -20,10 +20,10 @@ def test_what_is_well_is_only_counted() -> None:
         r"wrong    aio: too few\x1b[2J",
         "         -> sysctl -w x",
         "unknown  5/xvda file: dark",
-        "1 of 3 looks found all well, 1 something wrong, 1 could not look",
+        "1 of 3 checks found nothing wrong, 1 something wrong, 1 could not be made",
     ] == shown
     assert "ok       xen: it is one" == next(lines(FOUND, with_ok=True, is_colored=False))
-    assert ["1 of 1 looks found all well"] == list(lines(FOUND[:1], with_ok=False, is_colored=False))
+    assert ["1 of 1 checks found nothing wrong"] == list(lines(FOUND[:1], with_ok=False, is_colored=False))
 
 
 def test_colors_are_for_terminals(monkeypatch: pytest.MonkeyPatch) -> None:

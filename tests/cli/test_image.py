@@ -87,7 +87,7 @@ def test_commit_says_what_a_parent_with_a_data_file_needs(run: Run, run_json: Ru
     disk_write(run_json("snapshot", "qcow2:base,data_file=data", "leaf")["text"], {0: b"c" * 512})
     status, _, sentence = run("commit", "qcow2:leaf")
     assert (2, bytes(MIB)) == (status, (tmp_path / "data").read_bytes())
-    into = sentence.strip().partition("; if that file belongs to it, say --into ")[2]
+    into = sentence.strip().partition("; if that file belongs to it, add --into ")[2]
     assert f"qcow2:{tmp_path}/base,data_file={tmp_path}/data" == into
     assert into == run_json("commit", "qcow2:leaf", "--into", into)["parent"]
 
@@ -107,17 +107,17 @@ def test_create_makes_what_it_says(run: Run, run_json: RunJson, raw: Path, tmp_p
     [
         (["create", "qcow2", "disk.raw", "1G"], "exists already"),
         (["create", "qcow2", "new"], "needs a size"),
-        (["create", "qcow2", "new", "--parent", "disk.raw"], "say --parent-format raw, vhd"),
+        (["create", "qcow2", "new", "--parent", "disk.raw"], "add --parent-format raw, vhd"),
         (["info", "none"], "No such file"),
         (["check", "aio:disk.raw"], "write one of vhd:FILE, qcow2:FILE, qcow:FILE"),
         (["check", "disk.raw"], "does not say its format; write aio:disk.raw"),
-        (["snapshot", "aio:disk.raw", "new"], "a raw child cannot be"),
+        (["snapshot", "aio:disk.raw", "new"], "a raw image cannot have a parent"),
         (["commit", "aio:disk.raw"], "no parent"),
-        (["resize", "aio:disk.raw", "1M"], "cannot become smaller"),
+        (["resize", "aio:disk.raw", "1M"], "cannot shrink"),
         (["convert", "disk.raw", "vhd:new"], "does not say its format"),
         (["convert", "aio:disk.raw", "new"], "does not say its format"),
         (["convert", "aio:disk.raw", "vhd:disk.raw"], "exists already"),
-        (["convert", "aio:disk.raw", "aio:disk.raw"], "--overwrite writes over"),
+        (["convert", "aio:disk.raw", "aio:disk.raw"], "to overwrite all of its content"),
         (["convert", "aoi:disk.raw", "aio:new"], "did you mean aio?"),
         (["map", "disk.raw"], "does not say its format"),
     ],
@@ -191,7 +191,7 @@ def test_a_failure_is_one_and_can_be_gone_on_from(run: Run, raw: Path, tmp_path:
     status, _, err = run("convert", "fault:errno=EIO,op=read|aio:disk.raw", "vhd:new")
 
     assert status == 1
-    assert err.splitlines()[0] == "stopped; the same with --resume goes on with new.partial"
+    assert err.splitlines()[0] == "stopped; the same command with --resume continues new.partial"
     assert "read of 1048576 bytes at 0: Input/output error" in err
     assert (tmp_path / "new.partial").exists()
 
@@ -266,7 +266,7 @@ def test_a_conversion_that_was_stopped_goes_on(run: Run, tmp_path: Path, number:
     _, err = process.communicate(timeout=20)
 
     if number != signal.SIGKILL:
-        assert (130, "stopped; the same with --resume goes on with new.partial\n") == (process.returncode, err)
+        assert (130, "stopped; the same command with --resume continues new.partial\n") == (process.returncode, err)
     assert {"new.partial", "new.partial.json"} == {path.name for path in tmp_path.iterdir()}
     assert run(*words, "--resume")[0] == 0
     assert {"new"} == {path.name for path in tmp_path.iterdir()}
@@ -296,7 +296,7 @@ def test_compare_says_where(run: Run, raw: Path, tmp_path: Path) -> None:
     with raw.open("r+b") as file:
         file.seek(3 * MIB + 7)
         file.write(b"x")
-    assert (1, f"they differ from byte {3 * MIB + 7} on\n", "") == run("compare", "aio:disk.raw", "vhd:b.vhd")
+    assert (1, f"the first difference is at byte {3 * MIB + 7}\n", "") == run("compare", "aio:disk.raw", "vhd:b.vhd")
     assert (1, "", "") == run("compare", "aio:disk.raw", "vhd:b.vhd", "--quiet")
     status, out, _ = run("compare", "aio:disk.raw", "vhd:b.vhd", "--json")
     assert (1, 3 * MIB + 7) == (status, json.loads(out)["differs_at"])
@@ -326,7 +326,7 @@ def test_trust_says_what_it_marks(run: Run, run_json: RunJson, tmp_path: Path) -
     for name, parent, kind in (("mid", "base", "raw"), ("top", "mid", "qcow2")):
         qemu_img("create", "-q", "-f", "qcow2", "-b", parent, "-F", kind, tmp_path / name)
     status, _, sentence = run("map", "qcow2:top")
-    assert (2, True) == (status, "say so by xenbackend image trust LAYER" in sentence)
+    assert (2, True) == (status, "allow it with xenbackend image trust LAYER" in sentence)
     status, said, _ = run("trust", "qcow2:top")
     assert (0, [f"top: its parent is {tmp_path}/mid", f"{tmp_path}/mid: its parent is {tmp_path}/base"]) == (
         status,
@@ -337,7 +337,7 @@ def test_trust_says_what_it_marks(run: Run, run_json: RunJson, tmp_path: Path) -
     assert [{"image": "mid", "what": "parent", "file": f"{tmp_path}/base", "before": "its mark"}] == run_json(
         "trust", "qcow2:mid"
     )["marked"]
-    assert (0, "aio:base names no other file, so that there is nothing to mark\n", "") == run("trust", "aio:base")
+    assert (0, "aio:base names no other file, so there is nothing to mark\n", "") == run("trust", "aio:base")
     status, _, sentence = run("trust", "base")
     assert (2, True) == (status, "does not say its format" in sentence)
     status, _, sentence = run("trust", "log:|qcow2:top")
@@ -364,6 +364,7 @@ def test_a_file_system_without_marks(tmp_path: Path) -> None:
 
     assert f"qcow2:child,parents={tmp_path}" == json.loads(done.stdout)["text"]
     assert (
-        f"cannot keep marks (trusted.* attributes); if that is right, its layer must say parents={tmp_path}" in refused
+        f"cannot keep marks (trusted.* attributes); if it is the right one, its layer must say parents={tmp_path}"
+        in refused
     )
-    assert "child: its file system cannot keep marks (trusted.* attributes), so that its layer must say" in untrusted
+    assert "child: its file system cannot keep marks (trusted.* attributes), so its layer must say" in untrusted

@@ -103,7 +103,7 @@ def test_a_choice_of_disks_is_offered(run: Run, tmp_path: Path) -> None:
     (tmp_path / "a.ova").write_bytes(archive([("a.ovf", ovf("1", "2")), ("1", b""), ("2", b"")]))
     status, out, err = run("a.ova")
 
-    assert (2, True, True) == (status, "files:        1, 2" in out, "say disk=NAME, one of 1, 2" in err)
+    assert (2, True, True) == (status, "files:        1, 2" in out, "choose one with disk=NAME: 1, 2" in err)
 
 
 @pytest.mark.slow

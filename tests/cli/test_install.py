@@ -44,7 +44,7 @@ def test_an_image_gets_files_only(image: Path, called_as: Path, capsys: pytest.C
     assert (0, 0) == (first[0], second[0])
     assert {"made"} == {line.split()[0] for line in first[1][:-1]}
     assert {"kept"} == {line.split()[0] for line in second[1][:-2]}
-    assert ["everything was in place already", hint] == second[1][-2:]
+    assert ["everything was already in place", hint] == second[1][-2:]
     assert f"ExecStart={called_as} run" in (image / "etc/systemd/system" / UNIT).read_text()
 
 
@@ -108,7 +108,7 @@ def test_an_xl_of_somebody_else_is_not_replaced(
     place.write_text("#!/bin/sh\n")
 
     assert 2 == main(["install", "--root", str(image), "--shim"])
-    assert "was not put there by: xenbackend install" in capsys.readouterr().err
+    assert "was not installed by: xenbackend install" in capsys.readouterr().err
     assert ["usr"] == [each.name for each in image.iterdir()]
 
 
@@ -127,7 +127,9 @@ def test_a_host_without_xen_is_refused(
     """On a system without /etc/xen the command is a mistake, and says what to write instead."""
     monkeypatch.setattr(Tree, "at", lambda _, path: tmp_path / path[1:])
     assert 2 == main([command, "--dry-run"])
-    assert "this is no Xen host: there is no /etc/xen; --root DIR" in capsys.readouterr().err
+    assert (
+        "this is not a Xen host: there is no /etc/xen; name another system with --root DIR" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("command", ["install", "uninstall"])

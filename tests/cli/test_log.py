@@ -102,7 +102,7 @@ def test_show_prints_a_line_per_request(file: Path, capsys: pytest.CaptureFixtur
 
     assert ["read", "0", "8", "20", "us", "ok"] == lines[1]
     assert ["write", "16", "1", "30", "us", "EIO"] == lines[3]
-    assert ["3", "records", "are", "missing", "before", "this", "place"] == lines[5]
+    assert ["3", "records", "are", "missing", "here"] == lines[5]
 
 
 def test_a_time_that_was_printed_is_one_to_begin_at(file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -114,7 +114,7 @@ def test_why_a_disk_is_not_served_stands_in_its_line(
     """A pause, and whose; what holds the disk; orders that are under way: a word in its column, and the sentence."""
     paused = disk(paused=True, paused_by="uid 0, pid 7 (bash)", under_way=[{"order": 18, "verb": "set"}])
     waits = {**OTHER, "reason": "flush-failed", "error": "a flush failed: EIO", "waits_s": 12.3, "waits_for": "storage"}
-    makes = {**OTHER, "reason": "key", "error": "the key is being made", "waits_s": 61, "waits_for": "key"}
+    makes = {**OTHER, "reason": "key", "error": "the key is being derived", "waits_s": 61, "waits_for": "key"}
     service.pictures = [[paused, waits, makes]]
     main(["status", "--socket", control.path])
     _, first, second, third = capsys.readouterr().out.splitlines()
@@ -123,7 +123,7 @@ def test_why_a_disk_is_not_served_stands_in_its_line(
     assert first.endswith("log:|aio:/img  # paused by uid 0, pid 7 (bash)  # set is under way, order 18")
     assert "flush-failed" == second.split()[2]
     assert second.endswith("ram:1G  # a flush failed: EIO  # its storage has not answered for 12s")
-    assert third.endswith("ram:1G  # the key is being made  # its key has been in the making for 1m")
+    assert third.endswith("ram:1G  # the key is being derived  # its key has taken 1m to derive so far")
 
 
 def test_a_name_that_means_another_file_stands_in_the_line(
@@ -139,9 +139,9 @@ def test_a_name_that_means_another_file_stands_in_the_line(
     main(["status", "--socket", control.path])
     line = capsys.readouterr().out.splitlines()[1]
 
-    other = "/img leads to another file by now: it is another file, inode 9 and not 2; the disk is served from the one"
+    other = "/img now leads to another file: it is another file, inode 9 and not 2; the disk is served from the former"
     assert line.endswith(
-        f"  # {other} before  # /parent has lost that name; the disk is served from the file that had it"
+        f"  # {other} one  # /parent is no longer the name of a file; the disk is served from the file that had it"
     )
     assert "Connected" == line.split()[2]
 

@@ -19,7 +19,7 @@ from xenbackend.protocol.answers import Answer
 from xenbackend.protocol.codes import Code
 from xenbackend.rig.frontend import Wishes
 
-WAITS = [{"vbd": f"5/xvd{letter}", "for": "xenstore, which has to be told"} for letter in "abcde"]
+WAITS = [{"vbd": f"5/xvd{letter}", "for": "xenstore, which must be told"} for letter in "abcde"]
 
 
 @pytest.mark.parametrize("waits", [WAITS, None])
@@ -49,7 +49,7 @@ def test_stop_says_what_it_waits_for(
     shown = capsys.readouterr().err
 
     assert "stop: 0 s" in shown
-    assert (waits is not None) == ("it waits for 5/xvda: xenstore, which has to be told; 5/xvdb" in shown)
+    assert (waits is not None) == ("it waits for 5/xvda: xenstore, which must be told; 5/xvdb" in shown)
     assert (waits is not None) == ("2 more" in shown)
     assert "xvde" not in shown
 
@@ -68,7 +68,7 @@ def test_a_stop_that_nobody_waits_for_says_what_is_missing(
     if is_json:
         assert WAITS[:1] == json.loads(captured.out)["waits"]
     else:
-        assert "the service waits for 5/xvda: xenstore, which has to be told\n" in captured.err
+        assert "the service waits for 5/xvda: xenstore, which must be told\n" in captured.err
 
 
 @pytest.mark.slow

@@ -100,4 +100,4 @@ def test_help_is_ours_where_xl_has_none(capsys: pytest.CaptureFixture[str]) -> N
 def test_a_wrong_version_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     """A version that is none is the operator's mistake."""
     assert main(["xl", "--xen-version", "new", "list"]) == 2
-    assert "'new' is no version of Xen" in capsys.readouterr().err
+    assert "'new' is not a version of Xen" in capsys.readouterr().err

@@ -242,7 +242,7 @@ def test_a_service_that_lies_is_one_sentence(tmp_path: Path, name: str, said: An
     with answering(tmp_path / "x", answer) as control:
         problem = what_is_raised(lambda: (ORDERS | QUESTIONS)[name](Client(control.path)))
 
-    assert problem is None or "no service of this version" in problem.sentence
+    assert problem is None or "not a service of this version" in problem.sentence
 
 
 def test_what_a_newer_service_says_is_passed_on(tmp_path: Path) -> None:
@@ -280,7 +280,7 @@ def test_what_no_service_says_is_an_error_like_any_other(
     answer = said if isinstance(said, bytes) else Answer(Code.OK, said)
     with (
         answering(tmp_path / "x", lambda _: answer) as control,
-        pytest.raises(Failed, match="is no service of this version"),
+        pytest.raises(Failed, match="is not a service of this version"),
     ):
         ask(Client(control.path))
 

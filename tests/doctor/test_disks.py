@@ -76,7 +76,7 @@ def test_a_guest_has_time_to_begin() -> None:
         ({"ours_state": 2, "theirs_state": 1, "hotplug": ""}, Verdict.WRONG, "handshake", "hotplug script"),
         ({"hotplug_error": "aio: no"}, Verdict.WRONG, "hotplug", "script was told: aio: no"),
         ({"mistake": "the key mode is 'x'", "chain": ""}, Verdict.WRONG, "reason", "the key mode is"),
-        ({"ours": False, "script": "block"}, Verdict.WRONG, "script", "its script is block, and not"),
+        ({"ours": False, "script": "block"}, Verdict.WRONG, "script", "its script is block, not"),
     ],
 )
 def test_without_a_service_xenstore_tells(changes: dict[str, Any], verdict: Verdict, check: str, words: str) -> None:

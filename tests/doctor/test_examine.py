@@ -25,14 +25,14 @@ def test_where_only_root_may_ask_xenstore_the_services_word_counts() -> None:
     seen = Result([wrong("xenstored", "no answer", "x")])
 
     assert Verdict.OK is _of_store(dark, SERVICE).verdict
-    assert "the service has lost it: end of file" == _of_store(dark, lost).sentence
+    assert "the service has lost its connection: end of file" == _of_store(dark, lost).sentence
     assert Verdict.UNKNOWN is _of_store(dark, None).verdict
     assert "no answer" == _of_store(seen, SERVICE).sentence
 
 
 def test_a_service_that_waits_for_xenstore_is_not_what_is_wrong() -> None:
     """Where both say nothing, xenstore is the cause; a service that is stopped is one of its own."""
-    hangs = wrong("service", "its process, 7, runs and does not answer: …", "x")
+    hangs = wrong("service", "its process, 7, runs but does not answer: …", "x")
     stopped = wrong("service", "its process, 7, has been stopped", "kill -CONT 7")
     silent = [wrong("xenstored", "no answer", "y")]
 
@@ -71,7 +71,7 @@ def test_of_very_many_disks_only_some_are_looked_into(monkeypatch: pytest.Monkey
     known = {**DISK, "chain": "ram:1M", "reason": "trouble", "error": "so"}
     *_, last = of([known, known, known], None)
 
-    assert (Verdict.UNKNOWN, True) == (last.verdict, "of 2 more disks were not looked at" in last.sentence)
+    assert (Verdict.UNKNOWN, True) == (last.verdict, "of 2 more disks were not examined" in last.sentence)
 
 
 def test_a_disk_that_nobody_knows() -> None:

@@ -73,5 +73,5 @@ def test_a_slow_xenstore_costs_what_it_has_not_told_yet(store: Store) -> None:
     """What was read by then is in the report."""
     text = nodes.text(store, ["vbd"], 0.0)
 
-    assert "our ends of the disks of domain 5: the rest is left out, as reading took too long" in text
+    assert "our ends of the disks of domain 5: the rest is left out, because reading took too long" in text
     assert "phase" not in text

@@ -67,7 +67,7 @@ def test_one_that_hangs_hides_no_other() -> None:
     [finding] = stuck.findings
     assert (Verdict.UNKNOWN, "stuck", "5/xvda") == (finding.verdict, finding.check, finding.disk)
     assert re.fullmatch(r"the storage of /img did not answer within \d+\.\d s", finding.sentence)
-    assert "could not be looked at: ValueError: of no use" in bug.findings[0].sentence
+    assert "could not be examined: ValueError: of no use" in bug.findings[0].sentence
     assert Verdict.OK is fine.findings[0].verdict
     assert before == children()
 
@@ -98,4 +98,4 @@ def test_all_together_have_a_limit() -> None:
 
     assert time.monotonic() - begun < 20
     assert {Verdict.UNKNOWN} == {each.verdict for result in results for each in result.findings}
-    assert "was not looked at: all looks together took 0.5 s" in results[-1].findings[0].sentence
+    assert "was not examined: all checks together took 0.5 s" in results[-1].findings[0].sentence

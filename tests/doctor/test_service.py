@@ -69,7 +69,7 @@ def test_what_it_says_is_handed_on(tmp_path: Path) -> None:
         ({"LoadState": "masked"}, "its unit is masked", "systemctl unmask xenbackend.service"),
         ({"ActiveState": "inactive"}, "its unit is inactive", "systemctl start xenbackend"),
         ({"ActiveState": "inactive", "ConditionResult": "no", "ConditionTimestampMonotonic": "5"},
-         "this was no Xen host", "systemctl status xenbackend.service"),
+         "this host was not booted under Xen", "systemctl status xenbackend.service"),
         ({"ActiveState": "failed", "Result": "exit-code"}, "has failed (exit-code)", LOG),
         ({"ActiveState": "activating", "StatusText": "newer"}, "is being started, newer", LOG),
         ({"ActiveState": "active"}, "on another socket", "xenbackend config show"),
@@ -104,7 +104,7 @@ def test_one_that_hangs_is_told_with_its_process(tmp_path: Path, *, is_stopped: 
 
     assert Verdict.WRONG is found.verdict
     assert (
-        f"its process, {process.pid}, {'has been stopped' if is_stopped else 'runs and does not answer'}"
+        f"its process, {process.pid}, {'has been stopped' if is_stopped else 'runs but does not answer'}"
         in found.sentence
     )
     assert is_stopped == (f"kill -CONT {process.pid}" == found.command)

@@ -45,7 +45,7 @@ def test_a_chain_whose_files_are_there(image: Path, tmp_path: Path) -> None:
     found = of(f"log:{tmp_path}/rec|cow:{tmp_path}/cow|aio:{image}")
 
     assert [(Verdict.OK, "file", "5/xvda")] * 3 == [(each.verdict, each.check, each.disk) for each in found]
-    assert "is made when it is needed" in found[0].sentence
+    assert "will be made when it is needed" in found[0].sentence
     with locked(image, locks.WRITE):
         pass
     assert {"img"} == {each.name for each in tmp_path.iterdir()}
@@ -137,7 +137,7 @@ def test_a_server_at_a_socket_is_not_bothered(tmp_path: Path) -> None:
             near.accept()
 
     assert (True, True, Verdict.OK) == (missing.is_wrong, deaf.is_wrong, listens.verdict)
-    assert "nobody listens at" in deaf.sentence
+    assert "nothing listens at" in deaf.sentence
     assert f"ss -xl | grep -F {path}" == deaf.command
 
 
@@ -151,7 +151,7 @@ def test_a_server_at_a_port_is_connected_to() -> None:
         reached = storage.look_at_server(Endpoint(host="127.0.0.1", port=port))
 
     assert (True, Verdict.OK) == (refused.is_wrong, reached.verdict)
-    assert f"127.0.0.1:{port} is not reached: Connection refused" == refused.sentence
+    assert f"127.0.0.1:{port} cannot be reached: Connection refused" == refused.sentence
     assert f"nc -vz 127.0.0.1 {port}" == refused.command
 
 

@@ -54,7 +54,7 @@ def test_a_network_that_goes_silent(guest: Guest, link: LossyLink) -> None:
     guest.load.finish()
     link.loss = 1.0
     guest.load.top_up()
-    until(lambda: "the server has answered nothing for 2 s" in guest.connection())
+    until(lambda: "the server has not answered anything for 2 s" in guest.connection())
     until(lambda: "the disk's server is away" in guest.error())
     link.loss = 0.001
     guest.load.run(50)

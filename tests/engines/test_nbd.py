@@ -99,10 +99,10 @@ def test_who_wants_tls_and_who_has_it(tmp_path: Path, mode: str, capsys: pytest.
     strangers = Authority(tmp_path / "theirs", "theirs").client("client", shows_itself=True)
     with Engine("nbdkit", tmp_path, SIZE, tls) as engine:
         for directory, refused in (
-            ("", "it wants TLS" if mode == "require" else ""),
-            (us, "it has no TLS" if mode == "off" else ""),
-            (nobody, "it has no TLS" if mode == "off" else "certificate"),
-            (strangers, "it has no TLS" if mode == "off" else "from no authority that we know"),
+            ("", "it requires TLS" if mode == "require" else ""),
+            (us, "it does not offer TLS" if mode == "off" else ""),
+            (nobody, "it does not offer TLS" if mode == "off" else "certificate"),
+            (strangers, "it does not offer TLS" if mode == "off" else "not from an authority that"),
         ):
             capsys.readouterr()
             status = main(["check", "--read-only", engine.chain + (f",certificates={directory}" if directory else "")])
@@ -143,7 +143,7 @@ def test_a_server_that_stands_still_is_waited_for(guest: Guest, engine: Engine) 
     guest.load.top_up()
     engine.send(signal.SIGSTOP)
     guest.kill()
-    until(lambda: "does not end a former connection" in str(guest.status().get("error", "")))
+    until(lambda: "has not ended a former connection" in str(guest.status().get("error", "")))
     engine.send(signal.SIGCONT)
     if not engine.is_alive():
         engine.start()

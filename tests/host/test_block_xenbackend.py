@@ -151,7 +151,8 @@ def test_a_disk_of_somebody_else(script: Path, xenstored: Xenstored, toolstack: 
 
     assert (1, before) == (ended.returncode, toolstack.dictionary(PATH.backend))
     assert (
-        "vbd/5/51712 is not served: it is gone, or its key script names none of block-xenbackend, tap2" in ended.stderr
+        "vbd/5/51712 is not served: it is gone, or its key script does not name one of block-xenbackend, tap2"
+        in ended.stderr
     )
 
 

@@ -131,7 +131,7 @@ def test_another_ones_file_is_refused_before_anything_is_touched(tmp_path: Path)
     (tmp_path / "etc/xen/scripts").mkdir(parents=True)
     (tmp_path / "etc/xen/scripts/tap2").write_text("blktap2's")
     before = picture(tmp_path)
-    with pytest.raises(ConfigError, match="scripts/tap2: was not put there by"):
+    with pytest.raises(ConfigError, match="scripts/tap2: was not installed by"):
         put(tmp_path)
 
     assert before == picture(tmp_path)

@@ -52,5 +52,5 @@ def test_what_needs_an_environment_is_refused(tmp_path: Path, monkeypatch: pytes
 def test_a_path_that_a_unit_would_misread_is_refused(tmp_path: Path, directory: str) -> None:
     """A blank, a percent sign, a very long path: the unit or the script's first line would mean something else."""
     path = script(tmp_path / directory / "xenbackend", HELLO)
-    with pytest.raises(ConfigError, match="install into a plain one"):
+    with pytest.raises(ConfigError, match="install to a shorter path"):
         this_program(str(path), "/usr/bin/python3")

@@ -29,7 +29,9 @@ def test_a_service_is_looked_for_where_it_may_be(tmp_path: Path) -> None:
     path.write_text("")
     default = control_sockets(path)
     path.write_text("frob = 1\n")
-    with pytest.raises(XenbackendError, match=r"is not known: .*no setting frob.*or use --force"):
+    with pytest.raises(
+        XenbackendError, match=r"it is not known whether disks are served: .*no setting frob.*or use --force"
+    ):
         control_sockets(path)
 
     assert (["/elsewhere", DEFAULT_SOCKET], [DEFAULT_SOCKET]) == (moved, default)
@@ -63,7 +65,7 @@ def test_silence_is_no_answer(tmp_path: Path) -> None:
     """A socket that nobody serves may be one of a service that hangs: only the admin knows."""
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(tmp_path / "socket"))
-    with pytest.raises(XenbackendError, match=r"is not known: .*or use --force"):
+    with pytest.raises(XenbackendError, match=r"it is not known whether disks are served: .*or use --force"):
         refuse_while_serving(str(tmp_path / "socket"))
 
 

@@ -92,7 +92,7 @@ def test_what_is_no_image_is_said(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(4096))
 
-    with pytest.raises(DriverError, match=f"qcow2:{path}: it is no QCOW2 image"):
+    with pytest.raises(DriverError, match=f"qcow2:{path}: it is not a QCOW2 image"):
         check(find_image(f"qcow2:{path}"))
     with pytest.raises(DriverError, match="none: No such file"):
         check(find_image(f"vhd:{tmp_path}/none"))

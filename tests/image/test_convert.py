@@ -184,14 +184,14 @@ def test_what_has_changed_is_not_gone_on_with(made: Make, raw: Path, tmp_path: P
         convert(source.chain, target, NONE, stop_after(2))
     state = tmp_path / "new.partial.json"
 
-    with pytest.raises(ConfigError, match="say --resume"):
+    with pytest.raises(ConfigError, match="continue that with --resume"):
         convert(source.chain, target, NONE, ignore)
     with pytest.raises(ConfigError, match="began with another wishes"):
         convert(source.chain, target, Wishes(4096), ignore, resume=True)
     with pytest.raises(ConfigError, match="began with another source"):
         convert(parse_chain(f"aio:{raw}"), target, NONE, ignore, resume=True)
     disk_write(source.text, {0: b"new" * 512})
-    with pytest.raises(ConfigError, match="source was changed"):
+    with pytest.raises(ConfigError, match="source has changed"):
         convert(source.chain, target, NONE, ignore, resume=True)
     state.write_text("{}")
     with pytest.raises(ConfigError, match="cannot be read"):
@@ -235,7 +235,7 @@ def test_what_cannot_be_written_over_is_refused(made: Make, raw: Path, tmp_path:
     """A disk that is too small, and an image of a format, stay as they are."""
     source, small = made("qcow2"), tmp_path / "small"
     small.write_bytes(b"old!" * 1024)
-    with pytest.raises(ConfigError, match="has 4 KiB, and the source 5 MiB"):
+    with pytest.raises(ConfigError, match="has 4 KiB, but the source has 5 MiB"):
         overwrite(source.chain, image_of_file("raw", str(small)).chain, ignore)
     with pytest.raises(ConfigError, match="only a raw image"):
         overwrite(source.chain, made("vhd").chain, ignore)
@@ -353,7 +353,7 @@ def test_what_is_completed_is_not_written_again(
         return disk
 
     monkeypatch.setattr(Session, "open", open_when_the_other_is_done)
-    with pytest.raises(ConfigError, match="completed meanwhile by somebody else"):
+    with pytest.raises(ConfigError, match="completed meanwhile by another process"):
         convert(source, target, NONE, ignore, resume=True)
     assert ["disk.raw", "new"] == sorted(path.name for path in tmp_path.iterdir())
 

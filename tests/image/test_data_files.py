@@ -68,7 +68,7 @@ def test_it_is_converted(image: Image, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         convert(image.chain, target, Wishes(), stop)
     os.utime(tmp_path / "data", ns=(1, 1))
-    with pytest.raises(ConfigError, match="the source was changed"):
+    with pytest.raises(ConfigError, match="the source has changed"):
         convert(image.chain, target, Wishes(), ignore, resume=True)
     for left in tmp_path.glob("new.partial*"):
         left.unlink()
@@ -76,7 +76,7 @@ def test_it_is_converted(image: Image, tmp_path: Path) -> None:
 
     (tmp_path / "data").unlink()
     assert before == disk_content(target.text)
-    with pytest.raises(ConfigError, match="a new image has its data in itself"):
+    with pytest.raises(ConfigError, match="a new image holds its data itself"):
         convert(target.chain, image_of_file("qcow2", f"{tmp_path}/other", f"data_file={tmp_path}/x"), Wishes(), ignore)
     assert [] == list(tmp_path.glob("other*"))
 
@@ -111,7 +111,7 @@ def test_a_device_that_is_too_small(image: Image, tmp_path: Path, monkeypatch: p
             raise OSError(errno.ENOSPC, "a block device cannot grow")
 
     monkeypatch.setattr(OpenImage, "grow", grow)
-    with pytest.raises(DriverError, match=rf"data file {tmp_path}/data has .*; make that larger first"):
+    with pytest.raises(DriverError, match=rf"data file {tmp_path}/data has .*; make it larger first"):
         resize(image, 40 * MIB)
     monkeypatch.undo()
 
@@ -128,7 +128,7 @@ def test_a_snapshot_and_back(image: Image, tmp_path: Path) -> None:
     expected = bytearray(first)
     expected[512:1024], expected[2 * MIB : 2 * MIB + 4096] = b"c" * 512, b"d" * 4096
     assert expected == disk_content(child.text)
-    with pytest.raises(ConfigError, match=rf"does not suffice for writing; .* say --into {image.text}$"):
+    with pytest.raises(ConfigError, match=rf"is not enough for writing; .* add --into {image.text}$"):
         commit(child, ignore)
     assert first == disk_content(image.text)
     commit(child, ignore, into=image)
@@ -260,7 +260,7 @@ def test_a_neighbours_disk_is_not_written(tmp_path: Path, attempt: str) -> None:
         else:
             assert ",data_file=" in rebase(image, None, ignore, is_unsafe=attempt != "rebase").text
 
-    with pytest.raises(DriverError, match="is named by the image alone, which does not suffice for writing") as caught:
+    with pytest.raises(DriverError, match="is named only by the image, which is not enough for writing") as caught:
         attempt_it(find_image(bare))
     assert bare == caught.value.layer
     assert b"v" * MIB == victim.read_bytes()
@@ -268,7 +268,7 @@ def test_a_neighbours_disk_is_not_written(tmp_path: Path, attempt: str) -> None:
         assert before == path.read_bytes()[: len(before)]
     else:
         assert (before, lengths) == (path.read_bytes(), (path.stat().st_size, victim.stat().st_size))
-    said = caught.value.problem.partition("; if that file belongs to it, say ")[2]
+    said = caught.value.problem.partition("; if that file belongs to it, add ")[2]
     assert rf"data_file={tmp_path}/a\, b\|c" == said
 
     attempt_it(find_image(f"{bare},{said}"))
@@ -284,13 +284,13 @@ def test_a_neighbours_disk_is_not_committed_to(tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.write_bytes(b"o" * MIB)
     escaped = rf"{parents.text},data_file={tmp_path}/a\, b\|c"
-    with pytest.raises(ConfigError, match="does not suffice for writing") as caught:
+    with pytest.raises(ConfigError, match="is not enough for writing") as caught:
         commit(child, ignore)
     assert escaped == str(caught.value).partition(" --into ")[2]
     wrong = [parents.text, f"aio:{path}", f"aio:{tmp_path}/base", f"{parents.text},data_file={tmp_path}/other",
              f"{parents.text},data_file={tmp_path}/gone", child.text]  # fmt: skip
     for text in wrong:
-        with pytest.raises(ConfigError, match="is not its parent, or is without the parent's data file"):
+        with pytest.raises(ConfigError, match="is not its parent, or lacks the parent's data file"):
             commit(child, ignore, into=find_image(text))
     assert (before, b"v" * MIB, b"o" * MIB) == (path.read_bytes(), victim.read_bytes(), other.read_bytes())
     commit(child, ignore, into=find_image(escaped))

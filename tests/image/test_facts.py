@@ -82,7 +82,7 @@ def test_what_is_no_image_is_said(tmp_path: Path) -> None:
     path.write_bytes(bytes(4096))
     facts = chain_facts(parse_chain(f"vhd:{path}"))
 
-    assert "it is no VHD image" in facts.problem
+    assert "it is not a VHD image" in facts.problem
     assert [("", 0, 4096)] == [(each.format, each.virtual_size, each.file_size) for each in facts.layers]
 
 
@@ -106,7 +106,7 @@ def test_a_parent_that_is_missing(tmp_path: Path) -> None:
         (f"qcow2:{tmp_path}/mid", 1 << 20, "", ("gone",)),
     ]
     assert expected == [(each.layer, each.virtual_size, each.parent, each.parent_names) for each in facts.layers]
-    assert "its parent is not there: it says 'gone'" in facts.problem
+    assert "its parent is not there: the image names 'gone'" in facts.problem
 
 
 def test_a_parent_that_nobody_allowed(tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_a_parent_that_nobody_allowed(tmp_path: Path) -> None:
     facts = chain_facts(parse_chain(f"qcow2:{tmp_path}/sub/a"))
 
     assert [("QCOW2, version 3", ("../secret",))] == [(each.format, each.parent_names) for each in facts.layers]
-    assert f"image trust LAYER, or by parents={tmp_path} in its layer" in facts.problem
+    assert f"image trust LAYER, or with parents={tmp_path} in its layer" in facts.problem
 
 
 @pytest.mark.usefixtures("parents_anywhere")

@@ -56,7 +56,7 @@ OTHERS = {
     "dmg": (bytes(1024) + b"koly" + bytes(508), "qemu-img convert -f dmg"),
     "cowd": (cowd(MIB, {}), "vmdk: serves the disk by its descriptor"),
     "sesparse": (struct.pack("<Q", 0xCAFEBABE) + bytes(600), "qemu-img convert -f vmdk"),
-    "tar": (archive([("readme", b"")]), "tar -xf x gets it out"),
+    "tar": (archive([("readme", b"")]), "extract it with tar -xf x"),
     "tar, damaged": (archive([("a.ovf", b"")])[:200] + b"!" + archive([("a.ovf", b"")])[201:], "tar -xf x"),
     "gzip": (b"\x1f\x8b\x08" + bytes(600), "gunzip -c x > x.unpacked"),
     "bzip2": (b"BZh91AY&SY" + bytes(600), "bunzip2 -c x > x.unpacked"),
@@ -116,7 +116,7 @@ def test_what_qemu_makes_is_known(image_format: str) -> None:
 def test_what_is_packed_is_unpacked_by_what_is_advised(directory: Path, name: str) -> None:
     """The command works as it stands, whatever the file is called, and leaves that."""
     (directory / name).write_bytes(gzip.compress(vmdk(MIB, {})))
-    found = re.fullmatch(r"if an image is in it, (.* > (.*)) gets it out", look_at(name).advice)
+    found = re.fullmatch(r"if it contains an image, extract it with (.* > (.*))", look_at(name).advice)
     assert found is not None
     subprocess.run(found[1], shell=True, check=True)  # noqa: S602 - as its reader would
 

@@ -77,5 +77,5 @@ def test_room_that_nothing_uses_is_lost(data: bytearray) -> None:
 
 def test_what_is_no_image_is_refused() -> None:
     """Bytes of anything else are said to be no image."""
-    with pytest.raises(DriverError, match="no QCOW image"):
+    with pytest.raises(DriverError, match="not a QCOW image"):
         look(bytes(4096))

@@ -187,7 +187,7 @@ def test_what_cannot_be_is_refused(family: Family, raw: Path, tmp_path: Path) ->
         (parent, child, "itself, or one of its children"),
         (parent, parent, "itself, or one of its children"),
         (image_of_file("raw", str(raw)), parent, "only vhd and qcow2"),
-        (find_image(fixed.text), image_of_file("raw", str(raw)), "is fixed: it has"),
+        (find_image(fixed.text), image_of_file("raw", str(raw)), "is fixed: it holds"),
         (image_of_file("vhd", child.path), parent, "parent of a vhd image can be"),
         (image_of_file("qcow2", str(shot)), parent, "internal snapshots"),
     ):
@@ -245,7 +245,7 @@ def test_a_parent_that_is_exchanged_is_not_named(family: Family, tmp_path: Path,
             if how != "removed":
                 copy.rename(path)
 
-    with pytest.raises(DriverError, match=f"{image_format}:{child.path}: .*exchanged or moved meanwhile"):
+    with pytest.raises(DriverError, match=f"{image_format}:{child.path}: .*replaced or moved meanwhile"):
         rebase(child, middle, exchange)
     assert before == disk_content(child.text)
     Path(parent.path).unlink()

@@ -60,7 +60,7 @@ def test_a_device_is_larger_than_its_image() -> None:
 
 @pytest.mark.parametrize("sectors", [1, 2 * STRIDE // SECTOR + 3])
 def test_blocks_that_cannot_be_are_errors(sectors: int) -> None:
-    """A block over the header, or behind the end of the file, is an error."""
+    """A block over the header, or beyond the end of the file, is an error."""
     data = bytearray(image(8 * MIB, BLOCKS))
     data[1540:1544] = (sectors * 4).to_bytes(4, "big")
 
@@ -157,10 +157,13 @@ def test_a_sound_child_has_no_fault(tmp_path: Path) -> None:
             lambda footer, header: (footer, replace(header, locators=(), parent_name=b"", parent_uuid=bytes(16))),
             "no locator names it",
         ),
-        (lambda footer, header: (replace(footer, type=vhd.DYNAMIC), header), "it has no parent, and names one"),
+        (
+            lambda footer, header: (replace(footer, type=vhd.DYNAMIC), header),
+            "it is marked as having no parent, but names one",
+        ),
         (
             lambda footer, header: (replace(footer, type=vhd.DYNAMIC), replace(header, locators=())),
-            "it has no parent, and names one",
+            "it is marked as having no parent, but names one",
         ),
         (located(offset=1 << 40), "the parent's name (MacX) at 1099511627776 is not inside the file"),
         (located(offset=(1 << 64) - 1), "is not inside the file"),
@@ -202,13 +205,16 @@ def test_a_child_that_cannot_be_opened_is_not_sound(tmp_path: Path) -> None:
     assert "has another UUID" in check(find_image(text)).sentences[0]
     assert CLEAN == check(find_image(f"{text},changed=accept")).status
     (tmp_path / "base.vhd").unlink()
-    assert "its parent is not there: it says" in check(find_image(text)).sentences[0]
+    assert "its parent is not there: the image names" in check(find_image(text)).sentences[0]
     (tmp_path / "base.vhd").write_bytes(image(8 * MIB, uuid=PARENT, parent_uuid=b"r" * 16, names=NAMES))
     found = check(find_image(text))
 
     assert ERRORS == found.status
     base = f"its parent vhd:{tmp_path}/base.vhd"
-    assert f"it cannot be opened: {base}: {base} is itself or one of its own children" in found.sentences[0]
+    assert (
+        f"it cannot be opened: {base}: {base} is the same file as the image or one of its children"
+        in found.sentences[0]
+    )
 
 
 def test_a_parent_that_may_not_be_looked_at_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,7 +229,7 @@ def test_a_parent_that_may_not_be_looked_at_is_said(tmp_path: Path, monkeypatch:
     found = check(find_image(text))
 
     assert ERRORS == found.status
-    assert f"say so by xenbackend image trust LAYER, or by parents={tmp_path} in" in found.sentences[0]
+    assert f"allow it with xenbackend image trust LAYER, or with parents={tmp_path} in" in found.sentences[0]
     assert CLEAN == check(find_image(f"{text},parents={tmp_path}")).status
 
 
@@ -298,5 +304,5 @@ def test_a_repair_on_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert size == path.stat().st_size
         assert path.read_bytes()[:SECTOR] == path.read_bytes()[-SECTOR:]
         child(tmp_path, located(offset=1 << 40))
-    with pytest.raises(DriverError, match="the device has no room for what would mend it"):
+    with pytest.raises(DriverError, match="the device has no room for the repair"):
         repair(find_image(text))

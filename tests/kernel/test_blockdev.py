@@ -55,7 +55,7 @@ def test_an_empty_file_is_no_disk(tmp_path: Path) -> None:
     """A file that is empty is refused, with a sentence that says so."""
     path = tmp_path / "image"
     path.write_bytes(b"")
-    with path.open("rb") as file, pytest.raises(DriverError, match="is empty; an image has at least one sector"):
+    with path.open("rb") as file, pytest.raises(DriverError, match="is empty; an image needs at least one sector"):
         examine(file.fileno(), str(path), read_only=True)
 
 
@@ -70,12 +70,12 @@ def test_part_of_a_sector(tmp_path: Path, size: int, asked: int, whole: int) -> 
         medium = examine(file.fileno(), str(path), read_only=True, sector_size=asked)
         assert (whole, size, asked or 512) == (medium.size, medium.end, medium.sector_size)
         with pytest.raises(
-            DriverError, match=f"has {size} bytes, which is no multiple of its {asked or 512} byte"
+            DriverError, match=f"has {size} bytes, which is not a multiple of its {asked or 512} byte"
         ) as caught:
             examine(file.fileno(), str(path), read_only=False, sector_size=asked)
 
     said = str(caught.value)
-    assert "attach the disk read-only, or make the file whole" in said
+    assert "attach the disk read-only, or extend the file to a whole sector" in said
     subprocess.run(["/bin/sh", "-ec", said.rpartition(": ")[2]], check=True)
     assert whole == path.stat().st_size
 

@@ -97,7 +97,7 @@ def test_a_copy_is_another_file(home: Path) -> None:
     assert isinstance(one, FileIdentity)
     assert isinstance(two, FileIdentity)
 
-    assert difference(one, two) == f"it is another file, inode {two.inode} and not {one.inode}"
+    assert difference(one, two) == f"it is another file, inode {two.inode}, not {one.inode}"
 
 
 def test_a_file_with_the_inode_of_a_former_one_is_another(home: Path) -> None:
@@ -115,7 +115,7 @@ def test_a_file_of_a_file_system_without_handles_is_told_by_its_birth() -> None:
     one = FileIdentity(device=1, inode=2, born=1000)
 
     assert difference(one, replace(one)) == ""
-    assert "made anew with the inode number 2" in difference(one, replace(one, born=1001))
+    assert "made again with the inode number 2" in difference(one, replace(one, born=1001))
     assert difference(one, replace(one, born=0)) == ""  # nothing is known that differs
 
 
@@ -152,35 +152,35 @@ def test_no_other_text_is_an_identity(text: str) -> None:
     ("noted", "found", "sentence"),
     [
         (FILE, FILE, ""),
-        (FILE, replace(FILE, device=2050), "it is another file, on device 8:2 and not 8:1"),
-        (FILE, replace(FILE, inode=13), "it is another file, inode 13 and not 12"),
+        (FILE, replace(FILE, device=2050), "it is another file, on device 8:2, not 8:1"),
+        (FILE, replace(FILE, inode=13), "it is another file, inode 13, not 12"),
         (
             FILE,
             replace(FILE, handle="1:0c00000000000001"),
-            "it is another file, made anew with the inode number 12 of the former one",
+            "it is another file, made again with the inode number 12 of the former one",
         ),
-        (FILE, DEVICE, "it is a block device now, and was a file"),
-        (DEVICE, FILE, "it is a file now, and was a block device"),
+        (FILE, DEVICE, "it is now a block device, but was a file"),
+        (DEVICE, FILE, "it is now a file, but was a block device"),
         (DEVICE, DEVICE, ""),
         (
             DEVICE,
             replace(DEVICE, number=os.makedev(7, 2)),
-            "it is another block device, 7:2 and not 7:1",
+            "it is another block device, 7:2, not 7:1",
         ),
         (
             DEVICE,
             replace(DEVICE, sequence=41),
-            "block device 7:1 has another disk or medium, of sequence number 41 and not 40",
+            "block device 7:1 has another disk or medium, with sequence number 41, not 40",
         ),
         (
             PART,
             replace(PART, start=2 << 20),
-            "partition 8:3 has 8388608 bytes from byte 2097152 on, and had 8388608 from byte 1048576 on",
+            "partition 8:3 has 8388608 bytes from byte 2097152, but had 8388608 from byte 1048576",
         ),
         (
             PART,
             replace(PART, size=9 << 20),
-            "partition 8:3 has 9437184 bytes from byte 1048576 on, and had 8388608 from byte 1048576 on",
+            "partition 8:3 has 9437184 bytes from byte 1048576, but had 8388608 from byte 1048576",
         ),
     ],
 )
@@ -263,6 +263,6 @@ def test_a_partition_is_the_same_only_in_its_place(tmp_path: Path) -> None:
         again = place(2048, 1024)
         assert isinstance(again, DeviceIdentity)
 
-        assert "from byte 2097152 on, and had 524288 from byte 1048576 on" in difference(first, moved)
+        assert "from byte 2097152, but had 524288 from byte 1048576" in difference(first, moved)
         assert replace(again, number=first.number) == first
         assert of(device) == whole

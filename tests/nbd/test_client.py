@@ -61,7 +61,7 @@ def test_what_a_server_can_do_is_agreed_on() -> None:
     ("kind", "said", "why"),
     [
         (1 << 31 | 6, b"never heard of", "no export 'x'.*never heard of"),
-        (1 << 31 | 2, b"", "does not let us have"),
+        (1 << 31 | 2, b"", "does not let this client use"),
         (1 << 31 | 5, b"", "TLS"),
         (1 << 31 | 1, b"", "NBD_OPT_GO"),
         (1 << 31 | 7, b"", "shutting down"),

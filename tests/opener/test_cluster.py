@@ -127,7 +127,7 @@ def test_what_is_wrong_is_a_sentence(conf: Path, tmp_path: Path) -> None:
             "more set",
             22,
         ),
-        (b"[global]\nx\n", r"other\.conf cannot be understood: line 2", errno.EINVAL),
+        (b"[global]\nx\n", r"other\.conf cannot be parsed: line 2", errno.EINVAL),
         (big, "more than", errno.EINVAL),
     ):
         other.write_bytes(data)

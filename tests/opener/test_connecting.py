@@ -118,7 +118,7 @@ def test_what_the_network_broke_has_no_end_to_see(listener: socket.socket, *, is
     far.close()
     said = Said()
     for after in [After.LOSS if is_kept else After.BREACH, After.LOSS, After.DEATH]:
-        with pytest.raises(DriverError, match="broke off without an end"):
+        with pytest.raises(DriverError, match="broke off without a proper end"):
             make(connections, ask(after=after), listener, said)
     assert [Undrained("s", 0, is_broken=True)] * 3 == said.found
     connections.close()

@@ -70,7 +70,7 @@ def test_without_the_package_there_is_a_sentence(tmp_path: Path, monkeypatch: py
     """Where Python has no Argon2, the package is named; PBKDF2 does without."""
     monkeypatch.setitem(sys.modules, "argon2", None)
     key = key_file(tmp_path / "key")
-    with pytest.raises(DriverError, match="install python3-argon2, or by pip argon2-cffi"):
+    with pytest.raises(DriverError, match="install python3-argon2, or argon2-cffi with pip"):
         derive(str(key), ARGON2)
 
     assert 64 == len(derive(str(key), PBKDF2))
@@ -88,12 +88,12 @@ def test_a_worker_has_so_much_done_and_no_more() -> None:
     for _ in range(60):
         work.take(usual)
         work.take(PBKDF2)
-    with pytest.raises(DriverError, match="take too much work to try them all; name one by slot="):
+    with pytest.raises(DriverError, match="takes too much work; choose one with slot="):
         work.take(replace(usual, iterations=32))
     work, dear = Work(), replace(PBKDF2, iterations=MAX_ITERATIONS)
     work.take(dear)
     work.take(dear)
-    with pytest.raises(DriverError, match="take too much work"):
+    with pytest.raises(DriverError, match="takes too much work"):
         work.take(dear)
     with pytest.raises(DriverError, match="1 iterations"):
         work.take(replace(PBKDF2, iterations=1))
@@ -103,11 +103,11 @@ def test_a_worker_has_so_much_done_and_no_more() -> None:
     ("what", "problem"),
     [
         ("missing", "cannot be read: No such file"),
-        ("directory", "is no regular file"),
-        ("pipe", "is no regular file"),
+        ("directory", "is not a regular file"),
+        ("pipe", "is not a regular file"),
         ("empty", "has 0 bytes; a passphrase has 1 to"),
         ("large", "has 8388609 bytes"),
-        ("open", "is open to everybody; chmod o= "),
+        ("open", "take that right away: chmod o= "),
     ],
 )
 def test_what_is_no_passphrase_is_refused(tmp_path: Path, what: str, problem: str) -> None:
@@ -146,7 +146,7 @@ def test_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_memory_that_is_not_there_is_not_taken() -> None:
     """E2: what a key takes is compared with what is left before it is taken, and the sentence has both."""
     check_memory(1 << 30, (1 << 30) + (64 << 20))
-    with pytest.raises(DriverError, match="the key takes 1024 MiB of memory to make, and 512 MiB are left") as caught:
+    with pytest.raises(DriverError, match="needs 1024 MiB of memory, and only 512 MiB are free") as caught:
         check_memory(1 << 30, 512 << 20)
 
     assert errno.ENOMEM == caught.value.errno
@@ -176,7 +176,7 @@ def test_a_group_with_too_little_is_seen(tmp_path: Path, monkeypatch: pytest.Mon
     """E2: in a unit with too small a limit the key is not made, and nobody is killed."""
     pytest.importorskip("argon2")
     monkeypatch.setattr(deriving, "free_memory", lambda: 100 << 20)
-    with pytest.raises(DriverError, match="takes 64 MiB of memory to make, and 100 MiB are left"):
+    with pytest.raises(DriverError, match="needs 64 MiB of memory, and only 100 MiB are free"):
         derive(str(key_file(tmp_path / "key")), ARGON2)
 
 

@@ -172,10 +172,10 @@ def test_a_parent_that_is_kept_needs_no_further_act(undo: ExitStack, tmp_path: P
 
     assert Found(parent, IN_SERVICE) == disk.access.find(PARENT, image, ["parent"], 0)
     assert Found(str(tmp_path / "again"), IN_SERVICE) == disk.access.find(PARENT, image, ["again"], 1)
-    with pytest.raises(DriverError, match="named by the image alone"):
+    with pytest.raises(DriverError, match="named only by the image"):
         disk.access.find(PARENT, image, ["other"], 0)
     make(tmp_path / "parent", b"another")
-    with pytest.raises(DriverError, match="named by the image alone"):
+    with pytest.raises(DriverError, match="named only by the image"):
         disk.access.find(PARENT, image, ["parent"], 1)
     assert Found(parent, IN_SERVICE) == disk.access.find(PARENT, image, ["parent"], 0)
     assert b"parent" == disk.content(parent)
@@ -213,7 +213,7 @@ def test_a_found_file_stays_what_it_is(undo: ExitStack, tmp_path: Path) -> None:
     assert parent == disk.access.find(PARENT, image, ["parent"], 0).path
     make(tmp_path / "parent", b"another")
     assert parent == disk.access.find(PARENT, image, ["parent"], 0).path
-    with pytest.raises(DriverError, match="has become another file meanwhile"):
+    with pytest.raises(DriverError, match="has been replaced by another file meanwhile"):
         disk.access.find(PARENT, data, ["parent"], 0)
 
     assert b"parent" == disk.content(parent)
@@ -227,7 +227,7 @@ def test_what_the_last_release_had_is_marked(undo: ExitStack, tmp_path: Path, *,
     known = HeldFile(base, status.st_dev + is_on_btrfs, status.st_ino)
     disk = Disk(image, chains=[f"qcow2:{image}", f"vmdk:{mid}"], in_service=[known])
     undo.callback(disk.access.close)
-    with pytest.raises(DriverError, match="named by the image alone"):
+    with pytest.raises(DriverError, match="named only by the image"):
         disk.access.find(PARENT, image, ["mid"], 0)
 
     assert Found(base, IN_SERVICE) == disk.access.find(PARENT, image, ["base"], 0)
@@ -243,7 +243,7 @@ def test_a_number_alone_is_not_a_file_of_the_last_release(undo: ExitStack, tmp_p
     others = [HeldFile("/x", status.st_dev + 1, status.st_ino), HeldFile(base, status.st_dev, status.st_ino + 1)]
     disk = Disk(image, chains=[f"qcow2:{image}"], in_service=others)
     undo.callback(disk.access.close)
-    with pytest.raises(DriverError, match="named by the image alone"):
+    with pytest.raises(DriverError, match="named only by the image"):
         disk.access.find(PARENT, image, ["base"], 0)
 
 
@@ -285,8 +285,8 @@ def test_a_name_that_a_new_image_is_to_have_must_lead_to_the_file_in_service(
         disk.access.check_names()
         return
 
-    words = "leads to another file than" if by == "another" else "does not lead to the file in service any more"
-    with pytest.raises(DriverError, match=f"{words}.*give that one its name back first"):
+    words = "is not the file in service" if by == "another" else "no longer leads to the file in service"
+    with pytest.raises(DriverError, match=f"{words}.*give the file in service its name back first"):
         disk.access.check_names()
 
 
@@ -297,7 +297,7 @@ def test_a_worker_whose_service_has_gone_may_open_what_is_kept(undo: ExitStack, 
     image, other = make(tmp_path / "image", b"former"), make(tmp_path / "other", b"another")
     asked = Asked(image, f"aio:{image}", f"aio:{other}")
     undo.callback(asked.close)
-    with pytest.raises(DriverError, match="the service has gone meanwhile"):
+    with pytest.raises(DriverError, match="the service has ended meanwhile"):
         asked.opener.for_chain(1).open(other, write=False)
     fd, facts = asked.opener.open(image, write=True, claims=True)
 

@@ -88,7 +88,7 @@ def test_a_child_is_marked(opener: LocalOpener, images: Path) -> None:
         opener.hold(str(images / name))
     files = {"file": str(images / "base"), "data_file": str(images / "data")}
     child = opener.descriptor(str(images / "child"))
-    with pytest.raises(DriverError, match="named by the image alone"):
+    with pytest.raises(DriverError, match="named only by the image"):
         opener.find(PARENT, str(images / "child"), ["base"])
     assert opener.mark_child(child, files)
 
@@ -111,12 +111,14 @@ def test_the_settings_of_the_host(images: Path, monkeypatch: pytest.MonkeyPatch)
     path.write_text("parents = [")
     opener = LocalOpener()
     opener.hold(str(images / "child"))
-    with pytest.raises(DriverError, match=r"where parents may be cannot be known: .*xenbackend.toml: is not TOML"):
+    with pytest.raises(
+        DriverError, match=r"the directories where parents may be are not known: .*xenbackend.toml: is not TOML"
+    ):
         opener.find(PARENT, str(images / "child"), ["base"])
     path.write_text(f'parents = ["/none", "{images}"]\n')
     assert f"the settings' parents, {images}" == opener.find(PARENT, str(images / "child"), ["base"]).by
     path.write_text("parents = 5")
-    with pytest.raises(DriverError, match="named by the image alone"):
+    with pytest.raises(DriverError, match="named only by the image"):
         opener.find(PARENT, str(images / "child"), ["base"])
     opener.close()
 

@@ -96,15 +96,15 @@ def place(tmp_path: Path) -> Iterator[Place]:
 def test_a_name_is_not_enough(place: Place) -> None:
     """R18: a parent is not opened since an image names it, not even beside the image; the sentence has the way out."""
     sentence = (
-        rf"its parent {place.images}/base is named by the image alone; if that is right, "
-        rf"say so by xenbackend image trust LAYER, or by parents={place.images} in its layer"
+        rf"its parent {place.images}/base is named only by the image; if it is the right one, "
+        rf"allow it with xenbackend image trust LAYER, or with parents={place.images} in its layer"
     )
     for name in ("base", "./base", "deep/../base", str(place.images / "base"), f"//{place.images}/base"):
         assert errno.EACCES == place.refuse(name, match=sentence).errno
-    place.refuse("../elsewhere/base", match="named by the image alone")
-    place.refuse("/etc/passwd", match="/etc/passwd is named by the image alone")
+    place.refuse("../elsewhere/base", match="named only by the image")
+    place.refuse("/etc/passwd", match="/etc/passwd is named only by the image")
     place.refuse("base", match="its data file .* or data_file=FILE", what=DATA_FILE)
-    place.refuse("base", match="its extent .* is named by the image alone", what=EXTENT)
+    place.refuse("base", match="its extent .* is named only by the image", what=EXTENT)
 
 
 def test_a_marked_parent_is_followed(place: Place) -> None:
@@ -115,7 +115,9 @@ def test_a_marked_parent_is_followed(place: Place) -> None:
         found = place.find("gone", "base", name)
         assert ("elsewhere/base", MARK) == (content(found), found.by)
 
-    place.refuse("base", match="base is not the one that the image was marked for; if that is right, say so by")
+    place.refuse(
+        "base", match="base is not the one that the image was marked for; if it is the right one, allow it with"
+    )
     place.refuse("../elsewhere/base", match="its data file", what=DATA_FILE)
 
 
@@ -125,7 +127,7 @@ def test_other_files_have_a_mark_of_their_own(place: Place) -> None:
 
     assert "images/base" == content(place.find("base", what=DATA_FILE))
     assert "images/base" == content(place.find("base", what=EXTENT))
-    place.refuse("base", match="is named by the image alone")
+    place.refuse("base", match="is named only by the image")
 
 
 def test_a_mark_at_the_parent_is_none(place: Place) -> None:
@@ -134,7 +136,7 @@ def test_a_mark_at_the_parent_is_none(place: Place) -> None:
         marks.mark_parents(base.fd, [marks.describe(other.fd, "")])
         marks.mark_files(base.fd, [marks.describe(base.fd, "")])
 
-    place.refuse("base", match="is named by the image alone")
+    place.refuse("base", match="is named only by the image")
 
 
 def test_a_neighbour_who_takes_the_parents_name(place: Place) -> None:
@@ -159,7 +161,7 @@ def test_a_copied_child_is_marked_anew(place: Place) -> None:
     subprocess.run(["cp", place.images / "child", place.images / "copy"], check=True)
     (place.images / "copy").rename(place.images / "child")
 
-    place.refuse("base", match="is named by the image alone; .* xenbackend image trust LAYER")
+    place.refuse("base", match="is named only by the image; .* xenbackend image trust LAYER")
 
 
 @pytest.mark.parametrize("by", ["the layer", "the settings"])
@@ -180,11 +182,11 @@ def test_an_administrator_may_name_a_directory(place: Place, by: str) -> None:
     assert "images/deep/base" == content(find("deep/base", where=place.images))
     assert "images/base" == content(find("base", where=Path("/")))
     for name in ("base", "../elsewhere/out", str(place.images / "base"), "../elsewhere/../images/base"):
-        with pytest.raises(DriverError, match="is named by the image alone"):
+        with pytest.raises(DriverError, match="is named only by the image"):
             find(name)
     (place.top / "elsewhere2").mkdir()
     (place.top / "elsewhere2" / "base").write_text("a name that begins alike")
-    with pytest.raises(DriverError, match="named by the image alone"):
+    with pytest.raises(DriverError, match="named only by the image"):
         find("../elsewhere2/base")
 
 
@@ -194,7 +196,7 @@ def test_an_administrator_may_name_several_places(place: Place) -> None:
 
     assert "images/deep/base" == content(place.find("deep/base", within=within))
     assert f"parents={place.elsewhere}/base" == place.find("../elsewhere/base", within=within).by
-    place.refuse("base", match="named by the image alone", within=within)
+    place.refuse("base", match="named only by the image", within=within)
 
 
 def test_the_first_that_may_be_had(place: Place) -> None:
@@ -242,7 +244,7 @@ def test_what_is_in_service_stays_allowed(place: Place) -> None:
             return os.path.samestat(known, os.fstat(fd))
 
         assert IN_SERVICE == place.find("base", is_in_service=is_in_service).by
-        place.refuse("deep/base", match="named by the image alone", is_in_service=is_in_service)
+        place.refuse("deep/base", match="named only by the image", is_in_service=is_in_service)
 
 
 def test_an_administrator_may_trust_an_image(place: Place) -> None:
@@ -250,15 +252,15 @@ def test_an_administrator_may_trust_an_image(place: Place) -> None:
     found = place.find("../elsewhere/base", trusts=True)
     assert ("elsewhere/base", TRUSTED) == (content(found), found.by)
 
-    place.refuse("/dev/null", match="is no file or block device", trusts=True)
+    place.refuse("/dev/null", match="is not a file or block device", trusts=True)
     assert "parents=x" == place.find("base", trusts=True, within="x:/").by.replace("/", "x")
 
 
 def test_a_parent_that_is_gone(place: Place) -> None:
     """Where no name exists the sentence has all of them, and nothing in them moves the operator's cursor."""
-    sentence = r"it says 'gone', '\\x1b\[2Jx'; put the parent there, or name it anew by xenbackend image rebase"
+    sentence = r"the image names 'gone', '\\x1b\[2Jx'; put the parent there, or record its new name"
     assert errno.ENOENT == place.refuse("gone", "\x1b[2Jx", match=sentence).errno
-    place.refuse(match="nothing that is a name")
+    place.refuse(match="nothing that can be a name")
     place.refuse("", "\0", "a" * 5000, "base/x", match="its parent is not there")
     place.refuse("gone", match="put the extent there$", what=EXTENT)
 
@@ -269,15 +271,15 @@ def test_only_files_are_followed(place: Place) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(os.path.relpath(place.images / "socket"))
         for name, sentence in (
-            ("pipe", "is no file or block device"),
-            ("socket", "is no file or block device"),
+            ("pipe", "is not a file or block device"),
+            ("socket", "is not a file or block device"),
             (".", "is a directory"),
             ("/", "is a directory"),
-            ("/dev/null", "is no file or block device"),
+            ("/dev/null", "is not a file or block device"),
             ("/proc/self/root", "is a directory"),
         ):
             place.refuse(name, match=sentence, within="/", trusts=True)
-    place.refuse("/dev/null", match="is no file$", within="/dev/null", what=EXTENT)
+    place.refuse("/dev/null", match="is not a file$", within="/dev/null", what=EXTENT)
 
 
 def test_nothing_in_dev_but_what_is_named(place: Place) -> None:
@@ -286,11 +288,13 @@ def test_nothing_in_dev_but_what_is_named(place: Place) -> None:
         (place.images / "device").symlink_to(device)
         for name in (device, "device", f"/dev/../dev/{Path(device).name}"):
             for within in ("", "/", "/dev", "/dev/", str(place.images)):
-                sentence = f"is a device, and no image decides that it is opened; .* must say parents={device}"
+                sentence = (
+                    f"is a device, and is not opened just because an image names it; .* must say parents={device}"
+                )
                 place.refuse(name, match=sentence, within=within, settings=("/dev", "/"), trusts=True)
             found = place.find(name, within=f"/img:{device}")
             assert (device, f"parents={device}") == (found.path, found.by)
-        place.refuse(device, match="is no file; .* say data_file=FILE", what=DATA_FILE, within=device)
+        place.refuse(device, match="is not a file; .* add data_file=FILE", what=DATA_FILE, within=device)
         (place.top / "name").symlink_to(device)
         place.mark("name")
         assert MARK == place.find(device).by
@@ -309,7 +313,11 @@ def test_a_place_for_files_below_dev(place: Place) -> None:
         pytest.skip("no file can be made in /dev")
     try:
         place.refuse(
-            str(file), match="is in /dev, and no image decides", within="/:/dev", settings=("/dev",), trusts=True
+            str(file),
+            match="is in /dev, and is not opened just because",
+            within="/:/dev",
+            settings=("/dev",),
+            trusts=True,
         )
     finally:
         file.unlink()
@@ -319,9 +327,9 @@ def test_magic_links_are_not_followed(place: Place) -> None:
     """What this or another process has open cannot be got at by a name below /proc."""
     with (place.elsewhere / "base").open("rb") as secret:
         for name in (f"/proc/self/fd/{secret.fileno()}", f"/dev/fd/{secret.fileno()}"):
-            place.refuse(name, match="named by the image alone|not there", within=f"{place.images}:/proc")
+            place.refuse(name, match="named only by the image|not there", within=f"{place.images}:/proc")
         place.refuse(
-            f"/proc/self/root{place.elsewhere}/base", match="named by the image alone|not there", within="/proc"
+            f"/proc/self/root{place.elsewhere}/base", match="named only by the image|not there", within="/proc"
         )
 
 
@@ -329,8 +337,8 @@ def test_where_no_mark_can_be_the_sentence_says_what_to_do(place: Place, monkeyp
     """On a file system without such attributes, on a device, and for who is not root, `parents=` is named alone."""
     monkeypatch.setattr(marks, "obstacle", lambda _fd: "its file system cannot keep marks (trusted.* attributes)")
     sentence = (
-        r"is named by the image alone, and its file system cannot keep marks \(trusted\.\* attributes\); "
-        rf"if that is right, its layer must say parents={place.images}$"
+        r"is named only by the image, and its file system cannot keep marks \(trusted\.\* attributes\); "
+        rf"if it is the right one, its layer must say parents={place.images}$"
     )
 
     place.refuse("base", match=sentence)

@@ -65,7 +65,7 @@ def test_certificates_are_those_of_the_chain() -> None:
         rules = Rules(f"log:/log|{chain}", read_only=False, shareable=False)
         assert "/certificates" == rules.credentials("/certificates")
         for directory in ("/", "/certificates/", "/log", ""):
-            with pytest.raises(DriverError, match="no certificates that this disk has to do with"):
+            with pytest.raises(DriverError, match="no certificates of this disk"):
                 rules.credentials(directory)
 
 
@@ -75,7 +75,7 @@ def test_the_account_of_a_cluster_is_the_chains() -> None:
 
     assert Account("/c", "x") == rules.account(Account("/c", "x"))
     for account in (Account("/c", "admin"), Account("/log", "x"), Account("/etc/shadow", "x")):
-        with pytest.raises(DriverError, match="has nothing to do with") as caught:
+        with pytest.raises(DriverError, match="is not a configuration of this disk") as caught:
             rules.account(account)
         assert errno.EACCES == caught.value.errno
     with pytest.raises(DriverError, match="is not opened"):
@@ -123,6 +123,6 @@ def test_keys_are_made_of_what_the_chain_names() -> None:
     with pytest.raises(DriverError, match="is not opened"):
         rules.of("/key")
     for name in ("/img", "/etc/shadow", "two", "", "credential:"):
-        with pytest.raises(DriverError, match="is no passphrase of this disk") as caught:
+        with pytest.raises(DriverError, match="is not a passphrase of this disk") as caught:
             rules.check_key(name)
         assert errno.EACCES == caught.value.errno

@@ -84,7 +84,7 @@ def test_where_a_file_system_makes_none_a_name_is_removed_at_once(
     monkeypatch.undo()
 
     assert [] == list(tmp_path.iterdir())
-    with pytest.raises(DriverError, match="gives no name to a file that has none"):
+    with pytest.raises(DriverError, match="cannot name an unnamed file"):
         steps.give_name(held, str(tmp_path / "name"))
     os.close(held)
 
@@ -130,7 +130,10 @@ def test_a_name_that_nobody_made_durable_is_made_durable(tmp_path: Path, monkeyp
     os.close(held)
 
 
-@pytest.mark.parametrize(("directory", "why"), [("", "nothing says in which"), ("/nowhere", "/nowhere, the directory")])
+@pytest.mark.parametrize(
+    ("directory", "why"),
+    [("", "no directory for unnamed files is configured"), ("/nowhere", "/nowhere, the directory")],
+)
 def test_an_unnamed_file_needs_a_directory(directory: str, why: str) -> None:
     """The sentence names the setting."""
     with pytest.raises(DriverError, match=why):

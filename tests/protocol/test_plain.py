@@ -128,7 +128,7 @@ def test_what_no_service_says_is_told(tmp_path: Path) -> None:
     assert "aio:/img" == completed("status", [{"chain": "aio:/img"}])[0]["chain"]
     with (
         answering(tmp_path / "x", lambda _: Answer(Code.OK, [7])) as control,
-        pytest.raises(ServiceError, match="no service of this version"),
+        pytest.raises(ServiceError, match="not a service of this version"),
     ):
         call(control.path, {"verb": "status"})
 

@@ -323,7 +323,7 @@ def test_disk_without_its_export(booting: Booting, spoil: Callable[[Booting], No
     lines = [line.event for line in booting.driven.worker.lines]
 
     assert "" == opened.export
-    assert "no device model can boot from this disk" in lines[0]
+    assert "device models cannot boot from this disk" in lines[0]
 
 
 def test_flush_reaches_the_medium(booting: Booting) -> None:

@@ -229,6 +229,6 @@ def test_a_disk_with_parents_goes_on(
     chain = chain_facts(parse_chain(f"qcow2:{tmp_path}/image"))
     assert ["its mark", "its mark", ""] == [each.parent_by for each in chain.layers]
     idle = chain_facts(parse_chain(f"qcow2:{tmp_path}/idle"))
-    assert "is named by the image alone" in idle.problem
+    assert "is named only by the image" in idle.problem
     trust(find_image(f"qcow2:{tmp_path}/idle"))
     assert 3 == len(chain_facts(parse_chain(f"qcow2:{tmp_path}/idle")).layers)

@@ -296,7 +296,7 @@ def test_an_administrator_names_another_chain(machine: Machine, tmp_path: Path) 
         refused = disk.order("set", chain=f"aio:{other}")
         answer = disk.order("set", chain=f"aio:{other}", replace=True)
 
-        assert ("invalid", True) == (refused["code"], "only --replace puts another chain in" in refused["sentence"])
+        assert ("invalid", True) == (refused["code"], "add --replace, as another chain" in refused["sentence"])
         assert ("ok", f"aio:{other}") == (answer["code"], answer["data"]["chain"])
         disk.frontend.wait([read], 10.0)
         disk.frontend.write(64, b"G" * 4096)
@@ -323,7 +323,7 @@ def test_another_parent_has_to_be_trusted_first(machine: Machine, tmp_path: Path
         assert 0 == main(["image", "trust", f"qcow2:{leaf}"])
         answer = disk.order("set", chain=disk.chain, replace=True)
 
-        assert f"xenbackend image trust LAYER, or by parents={tmp_path} in its layer" in refused["sentence"]
+        assert f"xenbackend image trust LAYER, or with parents={tmp_path} in its layer" in refused["sentence"]
         assert (OURS[:4096], "ok") == (before, answer["code"]), answer
         assert THEIRS[:4096] == disk.frontend.read(0, 8)
 
@@ -482,7 +482,7 @@ def test_a_snapshot_is_over_the_file_in_service(machine: Machine, tmp_path: Path
         answer = disk.order("snapshot", file=str(new), format="qcow2")
 
         assert "ok" != answer["code"]
-        assert f"{image} leads to another file than the one in service" in answer["sentence"], answer
+        assert f"{image} is not the file in service" in answer["sentence"], answer
         assert not new.exists()
         disk.goes_on(fd)
 

@@ -220,7 +220,7 @@ def test_argon2_takes_time_and_a_successor_none(tmp_path: Path, key: Path) -> No
             begin = time.monotonic()
             found = machine.ask({"verb": "status"})["data"]
             slowest = max(slowest, time.monotonic() - begin)
-            waits |= {each["waits_for"] for each in found if "the key is being made" in each["error"]}
+            waits |= {each["waits_for"] for each in found if "the key is being derived" in each["error"]}
             making = max(making, sum(_is_making(pid) for pid in processes_of(machine)))
         assert [0] * 4 == [each.wait() for each in helpers], [each.communicate()[1] for each in helpers]
         for each in helpers:

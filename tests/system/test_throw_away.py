@@ -131,7 +131,7 @@ def test_a_stop_does_not_lose_it_by_mistake(machine: Machine, tmp_path: Path) ->
         machine.stop_service()
         machine.start_service()
         until(lambda: disk.status()["reason"] == "other-file")
-        assert "was in an unnamed file, and went with the service" in disk.status()["error"]
+        assert "was in an unnamed file, and was lost when the service" in disk.status()["error"]
         assert "ok" == disk.order("resume")["code"]
         until(lambda: (disk.status()["reason"], disk.status()["worker"]) == ("other-file", None))
         assert "Connected" == disk.status()["state"]

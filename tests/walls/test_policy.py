@@ -59,12 +59,12 @@ def test_a_line_is_a_call_and_a_condition() -> None:
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        ("raed", "raed is no system call"),
-        ("read arg0 in STDIN", "STDIN is no value"),
-        ("read arg6 in FIONBIO", "'arg6 in FIONBIO' is no condition"),
-        ("read arg0 is FIONBIO", "is no condition"),
-        ("read arg0 in", "is no condition"),
-        ("read no EWHAT", "is no condition"),
+        ("raed", "raed is not a known system call"),
+        ("read arg0 in STDIN", "STDIN is not a known value"),
+        ("read arg6 in FIONBIO", "'arg6 in FIONBIO' is not a condition"),
+        ("read arg0 is FIONBIO", "is not a condition"),
+        ("read arg0 in", "is not a condition"),
+        ("read no EWHAT", "is not a condition"),
     ],
 )
 def test_a_mistake_is_named_by_its_line(line: str, problem: str) -> None:

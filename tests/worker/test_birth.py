@@ -239,7 +239,7 @@ def test_what_was_not_there_from_the_beginning_is_refused(monkeypatch: pytest.Mo
     with pytest.raises(LookupError, match="unknown driver 'nonesuch'"):
         find_driver("nonesuch")
     for name in ("xor", "rbd"):
-        with pytest.raises(LookupError, match="in the chain when the disk is attached"):
+        with pytest.raises(LookupError, match="attach it again with this chain"):
             find_driver(name)
     assert "aio" == find_driver("aio").name
 

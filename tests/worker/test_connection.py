@@ -105,7 +105,7 @@ def test_ring_broken_in_silence_is_found(vbd: Served) -> None:
     vbd.pass_time(SAFETY_POLL_S + 0.01)
 
     assert ["ring 1 was stopped: "] == [each[:20] for each in vbd.halted]
-    assert "announced 2147483648 requests where 32 slots are free" in vbd.halted[0]
+    assert "announced 2147483648 requests, but only 32 slots are free" in vbd.halted[0]
 
 
 @pytest.mark.parametrize("key", ["ring-ref0", "ring-ref1", "event-channel"])

@@ -64,7 +64,7 @@ def test_all_that_are_wanted_are_made_by_one_opener(reactor: Reactor, openers: O
     assert near is not None, why or none
     assert none is None
     assert nothing is None
-    assert "has nothing to do with" in str(why)
+    assert "is not a server of this disk" in str(why)
     assert [(f"unix:{path}", 0)] == list(openers.connections)
     near.close()
 

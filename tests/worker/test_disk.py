@@ -237,7 +237,7 @@ def test_another_image_is_refused_unless_it_replaces_ours(benches: Any, tmp_path
     for chain in (f"silent:|aio:{tmp_path}/again", f"qcow2:{tmp_path}/child,parents={tmp_path},parent_format=raw"):
         assert bench.check_successor(chain, replaces=False)
     for chain in (f"aio:{two}", "ram:1M", f"ram:{one}"):
-        with pytest.raises(ConfigError, match="is over another image than the one that the guest writes to"):
+        with pytest.raises(ConfigError, match="is over an image other than the one that the guest writes to"):
             bench.check_successor(chain, replaces=False)
         assert bench.check_successor(chain, replaces=True)
 
@@ -247,10 +247,10 @@ def test_where_images_may_lead_to_is_for_its_openers_to_say(benches: Any, tmp_pa
     one = image(tmp_path / "one")
     (tmp_path / "child").write_bytes(qcow2(SIZE, backing=b"one", backing_format=b"raw"))
     child = f"qcow2:{tmp_path}/child"
-    with pytest.raises(XenbackendError, match="one is named by the image alone"):
+    with pytest.raises(XenbackendError, match="one is named only by the image"):
         benches(child)
     bench = benches("ram:1M")
-    with pytest.raises(ConfigError, match="one is named by the image alone"):
+    with pytest.raises(ConfigError, match="one is named only by the image"):
         bench.check_successor(child, replaces=True)
     bench.parents = [str(tmp_path)]
     assert [child, f"aio:{one}"] == bench.check_successor(child, replaces=True)
@@ -262,7 +262,7 @@ def test_where_images_may_lead_to_is_for_its_openers_to_say(benches: Any, tmp_pa
     ("successor", "why"),
     [
         ("ram:1048064", "cannot shrink while it is in use"),
-        ("coarse:|ram:1M", "the guest goes by 512"),
+        ("coarse:|ram:1M", "the guest uses 512"),
         ("aio:/nonexistent/image", "/nonexistent/image"),
         ("nothing:1M", "nothing"),
     ],
@@ -299,7 +299,7 @@ def test_a_file_that_grew_by_part_of_a_sector(benches: Any, tmp_path: Path) -> N
     one = image(tmp_path / "one")
     bench = benches(f"aio:{one}")
     os.truncate(one, SIZE + 1000)
-    with pytest.raises(XenbackendError, match="1049576 bytes, which is no multiple of its 512 byte sectors"):
+    with pytest.raises(XenbackendError, match="1049576 bytes, which is not a multiple of its 512 byte sectors"):
         bench.check_successor(f"aio:{one}", replaces=False)
 
     assert 0 == bench.do(write(0, b"w" * PAGE))

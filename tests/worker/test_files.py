@@ -424,7 +424,7 @@ def test_a_file_that_ends_inside_a_sector(reactor: Reactor, path: str, way: str,
         assert model[each.offset : each.offset + each.length] == bytes(each.iov[0])
     assert model[whole - 512 : whole] == image.read_at(whole - 512, 4096)
     image.close()
-    with pytest.raises(DriverError, match="no multiple of its 512 byte sectors; attach the disk read-only"):
+    with pytest.raises(DriverError, match="not a multiple of its 512 byte sectors; attach the disk read-only"):
         files.open(path, read_only=False, **WAYS[way])
     assert end == Path(path).stat().st_size
     files.close()

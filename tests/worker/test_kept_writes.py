@@ -42,7 +42,7 @@ def test_a_chain_without_it_is_another_disk(driven: Driven, images: list[Path], 
     done = driven.worker.ask(messages.Swap(f"throttle:iops=1000|cow:{tmp_path}/cow|aio:{images[0]}"))
 
     assert (Code.INVALID, Code.INVALID, Code.OK) == (refused.code, branch.code, done.code), done.sentence
-    assert "shows the image otherwise" in refused.sentence
+    assert "shows the image differently" in refused.sentence
     assert "which is only read" in branch.sentence
     assert DATA == driven.frontend.read(0, 8)
 
@@ -62,8 +62,8 @@ def test_what_a_cache_alone_has_outlives_the_worker(driven: Driven, images: list
 
     assert [DATA if place % 4 == 0 else bytes(PAGE) for place in range(32)] == found
     assert (Code.INVALID, Code.INVALID) == (branch.code, bare.code)
-    assert "may have what the image has not" in branch.sentence
-    assert "shows the image otherwise" in bare.sentence
+    assert "may hold data that the image does not have" in branch.sentence
+    assert "shows the image differently" in bare.sentence
     driven.worker.end()
 
 

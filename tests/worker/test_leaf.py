@@ -90,7 +90,7 @@ def test_nothing_is_written_over(machine: Machine, openers: Openers, tmp_path: P
     (tmp_path / "base").write_bytes(qcow2(SIZE))
     (tmp_path / "taken").write_bytes(b"mine")
     chain = machine.open(f"qcow2:{tmp_path}/base")
-    for name, image_format, sentence in (("taken", "", "exists already"), ("new", "vhd", "and not qcow2")):
+    for name, image_format, sentence in (("taken", "", "exists already"), ("new", "vhd", "not qcow2")):
         with pytest.raises(ConfigError, match=sentence):
             make(openers, machine, chain, f"{tmp_path}/{name}", image_format)
 

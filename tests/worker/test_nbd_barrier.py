@@ -137,7 +137,7 @@ def test_a_server_that_is_silent_keeps_the_disk_waiting(
     monkeypatch.setattr(connecting, "DRAIN_S", 0.2)
     kill_amid_a_write(driven, server, chain(server))
     refused = driven.worker.open(chain(server))
-    assert "does not end a former connection" in refused.failure
+    assert "has not ended a former connection" in refused.failure
     assert "xenbackend resume" in refused.failure
     assert [False] == [each.is_broken for each in driven.worker.openers.undrained]
     assert 1 == server.accepted

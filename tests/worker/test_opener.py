@@ -81,5 +81,5 @@ def test_between_two_orders_nothing_is_opened() -> None:
         lambda: nobody.find("parent", "/img", ["base"]),
         lambda: nobody.resolve("/img"),
     ):
-        with pytest.raises(DriverError, match="nobody has ordered anything"):
+        with pytest.raises(DriverError, match="while no order under way may open files"):
             function()

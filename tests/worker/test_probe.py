@@ -98,7 +98,7 @@ def test_what_could_not_be_written_to_is_refused(tmp_path: Path, reactor: Reacto
     """A file that ends inside a sector is a disk for readers, and a parent for everybody; a writer is refused now."""
     (tmp_path / "odd").write_bytes(bytes(1000))
     (tmp_path / "child").write_bytes(qcow2(1024, backing=b"odd"))
-    with pytest.raises(DriverError, match="no multiple of its 512 byte sectors; attach the disk read-only"):
+    with pytest.raises(DriverError, match="not a multiple of its 512 byte sectors; attach the disk read-only"):
         probe(f"log:|aio:{tmp_path}/odd", reactor, LocalOpener(), read_only=False)
 
     assert [1024] == [each.size for each in probe(f"aio:{tmp_path}/odd", reactor, LocalOpener(), read_only=True)]

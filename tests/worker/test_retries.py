@@ -85,7 +85,7 @@ def test_a_cache_that_alone_has_something_is_waited_for(vbd: Served, operation: 
     frontend.wait([request])
 
     assert (None, BLKIF_RSP_OKAY) == (waiting, request.status)
-    assert "mend that file, and do not remove it" in trouble
+    assert "repair the storage of that file, and do not remove it" in trouble
 
 
 def test_a_damaged_image_is_waited_for(vbd: Served) -> None:
@@ -96,8 +96,8 @@ def test_a_damaged_image_is_waited_for(vbd: Served) -> None:
     vbd.pass_time(PAUSE_S)
     frontend.poll()
     sentence = (
-        "a write at byte 4096 was not done, as it would destroy metadata of its damaged image; it waits: "
-        "shut the guest down, and mend the image with: xenbackend image check --repair"
+        "a write at byte 4096 was not done, because it would destroy metadata of the damaged image; it waits: shut "
+        "the guest down, and repair the image with: xenbackend image check --repair"
     )
 
     assert ([sentence], None) == (vbd.troubles, write.status)

@@ -127,7 +127,7 @@ def test_two_exchanges_at_once_are_one_too_many(driven: Driven, images: list[Pat
     driven.frontend.wait([request])
 
     assert [Code.BUSY, Code.BUSY, Code.OK] == [reply.code for reply in replies]
-    assert f"the chain is being exchanged already, for aio:{images[0]}" == replies[0].sentence
+    assert f"the chain is already being exchanged, for aio:{images[0]}" == replies[0].sentence
     assert f"aio:{images[0]}" == driven.worker.stand().chain
     assert not Path(f"{images[0]}.leaf").exists()
 
@@ -217,7 +217,7 @@ def test_a_snapshot_that_the_image_keeps_itself(driven: Driven, images: list[Pat
     above = driven.worker.ask(messages.Branch("@then", ""))
 
     assert (Code.FAILED, True) == (refused.code, "has no snapshots of its own" in refused.sentence)
-    assert (Code.FAILED, True) == (above.code, "would keep nothing of it" in above.sentence)
+    assert (Code.FAILED, True) == (above.code, "a snapshot of the image would miss it" in above.sentence)
     assert not list(Path.cwd().glob("@then"))
     assert bytes(PAGE) == driven.frontend.read(0, 8)
 
@@ -247,7 +247,7 @@ def test_a_socket_that_cannot_be_made_is_told(driven: Driven, tmp_path: Path) ->
     (line,) = driven.worker.lines
 
     assert (Stage.OPEN, "") == (opened.stage, opened.export)
-    assert "no device model can boot from this disk" in line.event
+    assert "device models cannot boot from this disk" in line.event
     driven.attach(Wishes()).write(0, DATA)
 
 

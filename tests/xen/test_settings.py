@@ -40,7 +40,7 @@ def test_a_mistake_costs_no_disk(the_service: Service, worker: int) -> None:
     said = run("systemctl", "show", "--property=StatusText", "--value", UNIT).out
 
     assert [worker, worker] == workers
-    assert f"serving 1 vbds by the settings of the service before: {SETTINGS}:1: there is no setting frob" in said
+    assert f"serving 1 vbds by the former service's settings: {SETTINGS}:1: there is no setting frob" in said
 
 
 def test_a_control_socket_that_is_moved(the_service: Service, worker: int) -> None:

@@ -118,16 +118,16 @@ def test_disks_are_found_where_they_stand() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("a=1\nDisk=['a']", "text:2: \"Disk=['a']\" is nothing that xl can read"),
-        ("disk=[\n'a'\n'b']", "text:3: \"'b'\" stands behind a value of a list; write a comma"),
-        ("disk=[\n'a',\n", "text:3: the end of the file stands where a value should"),
-        ("disk=\n['a']", "text:1: the end of the line stands where a value should"),
+        ("a=1\nDisk=['a']", "text:2: \"Disk=['a']\" is not valid in an xl configuration"),
+        ("disk=[\n'a'\n'b']", "text:3: \"'b'\" comes after a value of a list; write a comma"),
+        ("disk=[\n'a',\n", "text:3: the end of the file is where a value should be"),
+        ("disk=\n['a']", "text:1: the end of the line is where a value should be"),
         ("disk=['a\\|b']", r"has the escape \|, which xl refuses; write \\ for a backslash"),
-        ("disk ['a']", "text:1: '[' stands where disk needs = or +="),
+        ("disk ['a']", "text:1: '[' is where disk needs = or +="),
         ("disk=['a']\n'b'", "text:2: \"'b'\" is not the name of a setting"),
         ("disk=['a']\ndisk+='b'", "text:2: '+=' cannot add a list to a single value of disk"),
-        ("a=1 b=2", "text:1: 'b' stands behind the value of a"),
-        ("a='x\0'", "is nothing that xl can read"),
+        ("a=1 b=2", "text:1: 'b' comes after the value of a"),
+        ("a='x\0'", "is not valid in an xl configuration"),
     ],
 )
 def test_what_xl_refuses_is_refused_with_its_line(text: str, said: str) -> None:
@@ -140,7 +140,7 @@ def test_what_xl_refuses_is_refused_with_its_line(text: str, said: str) -> None:
 
 def test_a_deep_list_is_refused() -> None:
     """Lists in lists end at a depth that no configuration has, and not in a crash."""
-    with pytest.raises(ConfigError, match="stands where a value should"):
+    with pytest.raises(ConfigError, match="is where a value should be"):
         read_disks(f"disk={'[' * 5000}", "text")
 
 

@@ -30,7 +30,7 @@ def test_what_belongs_to_the_configuration(chain: str, found: str) -> None:
 
 def test_the_first_wrong_word_is_blamed() -> None:
     """A device first, then one access."""
-    for wrong, said in ((["foo", "w"], "'foo' is not a virtual"), (["xvda", "x"], "'x' is no access"),
+    for wrong, said in ((["foo", "w"], "'foo' is not a virtual"), (["xvda", "x"], "'x' is not an access mode"),
                         (["xvda", "r", "w"], "'r' and 'w' both")):  # fmt: skip
         with pytest.raises(ConfigError, match=said):
             words.check(wrong)

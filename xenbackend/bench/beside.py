@@ -34,7 +34,7 @@ class Loops:
         self._loops: list[Server] = []
         nice = NICE[kind]
         if nice is not None and os.getpriority(os.PRIO_PROCESS, 0) >= nice:
-            raise ConfigError(f"loops at nice {nice} are nothing beside a bench that is at nice {nice} itself")
+            raise ConfigError(f"loops at nice {nice} have no effect: the bench itself runs at nice {nice} or more")
         arguments = [sys.executable, "-S", "-c", _PROGRAM, str(os.getpid()), *([] if nice is None else [str(nice)])]
         try:
             for cpu in sorted(os.sched_getaffinity(0)):

@@ -121,7 +121,7 @@ class BlkifLoop(ClosedLoop):
 
     def failed(self) -> BenchError:
         """Return the error for a response with an error status or an unknown request."""
-        return BenchError(f"{self.name} answered a request with an error, or one that was not made")
+        return BenchError(f"{self.name} answered a request with an error, or answered one that was not made")
 
     def _sleep(self) -> int:
         while not (count := self._ring.final_check()):

@@ -47,8 +47,8 @@ class Counting:
                 self._process.kill()
                 _, errors = self._process.communicate()
                 lines = (said + errors).decode(errors="replace").split("\n")
-                why = next((line.strip() for line in lines if line.strip()), "it does not say why")
-                raise Uncountable(f"{self.tool} counts no system calls here: {why}")
+                why = next((line.strip() for line in lines if line.strip()), "it gives no reason")
+                raise Uncountable(f"{self.tool} cannot count system calls here: {why}")
             said += data
 
     def end(self) -> int:
@@ -62,7 +62,7 @@ class Counting:
         try:
             return self._parse(self._result.read_text())
         except (OSError, ValueError, IndexError, StopIteration):
-            raise Uncountable(f"{self.tool} left no count of system calls") from None
+            raise Uncountable(f"{self.tool} wrote no count of system calls") from None
 
 
 def begin(pid: int, directory: Path) -> Counting:

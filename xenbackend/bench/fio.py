@@ -74,7 +74,9 @@ def parse(output: str, work: Work) -> Sample:
         job: dict[str, Any] = json.loads(output[output.index("{") :])["jobs"][0]
         side = job["write" if work.write else "read"]
         if not side["total_ios"]:
-            raise BenchError("fio did not get through a single request; measure for longer, or on a host with time")
+            raise BenchError(
+                "fio did not complete a single request; measure for longer, or on a host that is less busy"
+            )
         seconds = side["runtime"] / 1000
         cpu = (job["usr_cpu"] + job["sys_cpu"]) / 100 * job["job_runtime"] / 1000
         latency = side["clat_ns"]["percentile"]

@@ -61,7 +61,7 @@ class NbdLoop(ClosedLoop):
     def _negotiate(self, export: bytes) -> int:
         greeting = self._exactly(18)
         if greeting[:16] != _MAGIC or not greeting[17] & _FIXED_NEWSTYLE:
-            raise BenchError(f"{self.name} is not an NBD server of the fixed newstyle")
+            raise BenchError(f"{self.name} is not a fixed newstyle NBD server")
         self._no_zeroes = greeting[17] & _NO_ZEROES
         wish = len(export).to_bytes(4, "big") + export + bytes(2)
         flags = (_FIXED_NEWSTYLE | self._no_zeroes).to_bytes(4, "big")

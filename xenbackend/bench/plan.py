@@ -103,16 +103,16 @@ def select_works(names: list[str], *, read_only: bool, image: bool = False) -> l
     known = [work.name for work in WORKS]
     for name in names:
         if name not in known:
-            raise ConfigError(f"{name!r} is not a workload; there are {', '.join(known)}")
+            raise ConfigError(f"{name!r} is not a workload; the workloads are {', '.join(known)}")
     if not image and any(work.fresh and work.name in names for work in WORKS):
-        raise ConfigError("a first write needs an empty image to write to; say of which format by --image")
+        raise ConfigError("a first write needs an empty image to write to; choose its format with --image")
     chosen = [
         work
         for work in WORKS
         if (work.name in names or not names) and not (work.write and read_only) and (image or not work.fresh)
     ]
     if not chosen:
-        raise ConfigError("only writing workloads were chosen, and this disk may only be read")
+        raise ConfigError("only writing workloads were chosen, but this disk is read-only")
     return chosen
 
 
@@ -128,7 +128,7 @@ def places(work: Work, size: int) -> list[int]:
     Raises: ConfigError if the disk is smaller than `SMALLEST`.
     """
     if size < SMALLEST:
-        raise ConfigError(f"a disk of {size} bytes is too small to measure; it takes {SMALLEST} bytes")
+        raise ConfigError(f"a disk of {size} bytes is too small to measure; it needs at least {SMALLEST} bytes")
     start, length = half(work, size)
     count = length // work.length
     step = work.length // SECTOR

@@ -36,7 +36,7 @@ def save(rows: Sequence[Row], path: Path) -> None:
     _bars(below, rows, works, lambda row: row.cpu_us)
     above.set_ylabel("requests/s (more is better)")
     below.set_ylabel("backend CPU µs per request (less is better)")
-    above.set_title("median of the rounds; the lines span the least and the greatest")
+    above.set_title("median of the rounds; the lines reach from the least to the greatest")
     figure.legend(*above.get_legend_handles_labels(), loc="outside right upper")
     try:
         figure.savefig(path, dpi=120)

@@ -157,16 +157,22 @@ def _beside(row: Row) -> tuple[str, str]:
 def legend(rows: Sequence[Row], usage: Usage, notes: Sequence[str] = ()) -> str:
     """Return the explanations that a reader of the tables needs."""
     lines = [
-        "speed: requests/s of the first row divided by this row's; CPU: CPU time per request likewise, less is better.",
+        (
+            "speed: requests/s of the first row divided by this row's; CPU: the same for CPU time per request, where "
+            "less is better."
+        ),
         "CPU us: user and system time of the backend process per request, its kernel workers included.",
-        "Medians over the rounds; only figures of one session compare, for the machine drifts.",
+        "Medians over the rounds; compare only figures of one session, as the machine's speed drifts.",
     ]
     if any(row.client_busy > _CLIENT_BOUND for row in rows):
-        lines.append("*: the load generator was the limit; the backend may be faster.")
+        lines.append("*: the load generator was the limit; the backend may be faster than shown.")
     if any(row.calls is not None for row in rows):
         lines.append("calls: system calls per request, counted in rounds of their own.")
     if any(row.loops is not None for row in rows):
-        lines.append("loops: CPUs that the loops beside it got; lost: against the same chain, never looking.")
+        lines.append(
+            "loops: CPUs that the loops beside it got; lost: how much less than beside the same chain, whose worker "
+            "never looks."
+        )
     lines += [*_clients(rows), *notes, *_looking(rows), *_others(usage)]
     return "\n".join(lines)
 
@@ -186,9 +192,9 @@ def _looking(rows: Sequence[Row]) -> list[str]:
     if not ours:
         return []
     if not rested:
-        return ["Our workers looked for requests before they slept, whenever they wanted to."]
+        return ["Our workers looked for requests before they slept, each time that they meant to."]
     which = ", ".join(f"{row.rested:.0%} of {row.work.name} by {row.target}" for row in rested)
-    why = "because it cost too much, or the kernel does not tell"
+    why = "because it cost too much, or because the kernel does not tell what it costs"
     return [f"Our workers did not look for requests before they slept, {why}: {which}."]
 
 
@@ -199,10 +205,11 @@ def _others(usage: Usage) -> list[str]:
         lines.append(f"Other programs, in CPUs: {names}.")
     if usage.autogroup:
         lines.append(
-            "Linux shares the CPUs by session here (autogroup): how nice a program of another session is means nothing."
+            "Linux shares the CPUs by session here (autogroup): the nice value of a program in another session has "
+            "no effect."
         )
     if usage.disturbances:
-        lines.append(f"?: nothing can be concluded, for {' and '.join(usage.disturbances)}.")
+        lines.append(f"?: no conclusion is possible, because {' and '.join(usage.disturbances)}.")
     return lines
 
 

@@ -93,7 +93,7 @@ def run(session: Session, progress: Progress) -> Outcome:
     Raises: BenchError, ConfigError, KernelError.
     """
     if session.rounds < 1 or session.seconds <= 0:
-        raise ConfigError("a session takes at least one round of more than no seconds")
+        raise ConfigError("a session needs at least one round, of more than 0 seconds")
     before = look()
     notes: list[str] = []
     measured = _measure(session, progress, notes)
@@ -241,11 +241,13 @@ def bench_file(path: Path, size: int, image: str = "raw") -> Iterator[None]:
     Raises: ConfigError, BenchError.
     """
     if size < SMALLEST:
-        raise ConfigError(f"a bench file takes at least {format_size(SMALLEST)}, not {format_size(size)}")
+        raise ConfigError(f"a bench file needs at least {format_size(SMALLEST)}, not {format_size(size)}")
     try:
         file = path.open("xb")
     except FileExistsError:
-        raise ConfigError(f"{path} exists; a bench makes its own file, and removes it in the end") from None
+        raise ConfigError(
+            f"{path} exists; name a file that does not: a bench makes its own, and removes it at the end"
+        ) from None
     except OSError as error:
         raise ConfigError(f"the bench file {path} cannot be made: {error.strerror}") from None
     try:

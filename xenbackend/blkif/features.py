@@ -114,7 +114,9 @@ def parse_frontend(read: Callable[[str], str | None], limits: Limits) -> Fronten
     wanted = read("protocol")
     protocol = NATIVE.protocol if wanted is None else _PROTOCOLS.get(wanted)
     if protocol is None:
-        raise BadFrontend(f"the frontend's protocol {_shown(wanted)} is unknown; {', '.join(_PROTOCOLS)} are served")
+        raise BadFrontend(
+            f"the frontend's protocol {_shown(wanted)} is unknown; the known ones are {', '.join(_PROTOCOLS)}"
+        )
     queues = _number(read, _QUEUES, 1, limits.max_queues, default=1)
     order = _number(read, _ORDER, 0, limits.max_ring_order, default=0)
     # With one queue the keys lie in the frontend's own directory: Linux uses "queue-N/" only for two or more queues.

@@ -227,7 +227,7 @@ class Decoder:
         record.first_sector = sector
         record.length = count * SECTOR
         if flag & BLKIF_DISCARD_SECURE:
-            raise BadOperation("secure discard is not offered: nobody can promise that no copy is left")
+            raise BadOperation("secure discard is not offered, as it cannot be guaranteed that no copy is left")
         if not count:
             raise BadDiscard("a discard of no sectors")  # layers never see a request for no bytes
         self._check_range(record)
@@ -235,7 +235,7 @@ class Decoder:
     def _take_segments(self, record: RingRequest, segments: list[tuple[int, int, int]]) -> None:
         for _, first, last in segments:
             if not first <= last <= LAST_SECTOR_OF_PAGE:
-                raise BadSegment(f"a segment from sector {first} to {last} of a page that has sectors 0 to 7")
+                raise BadSegment(f"a segment from sector {first} to {last} of a page, whose sectors are 0 to 7")
         record.grefs = [gref for gref, _, _ in segments]
         record.spans = [(first * SECTOR, (last - first + 1) * SECTOR) for _, first, last in segments]
         record.length = sum(length for _, length in record.spans)
@@ -243,10 +243,11 @@ class Decoder:
 
     def _check_range(self, record: RingRequest) -> None:
         if record.operation != BLKIF_OP_READ and self._read_only:
-            raise ReadOnly("a request that would alter a read-only disk")
+            raise ReadOnly("a request that would change a read-only disk")
         if record.first_sector + record.length // SECTOR > self.sectors:
             raise OutOfRange(
-                f"sectors from {record.first_sector} on, {record.length // SECTOR} of them, of a disk of {self.sectors}"
+                f"{record.length // SECTOR} sectors from {record.first_sector} on, beyond the end of a disk of "
+                f"{self.sectors}"
             )
 
 

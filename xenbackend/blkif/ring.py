@@ -85,7 +85,7 @@ class BackRing:
             self._order()
         if count > self.size - (self.consumed - self.answered):
             free = self.size - (self.consumed - self.answered)
-            raise RingOverflow(f"the frontend announced {count} requests where {free} slots are free")
+            raise RingOverflow(f"the frontend announced {count} requests, but only {free} slots are free")
         return count
 
     def has_moved(self) -> bool:

@@ -138,7 +138,9 @@ class BackIO:
         self._in_a_row += status not in (errno.ENOSPC, errno.EDQUOT)
         if self._in_a_row >= _PATIENCE and not self.is_shunned:
             self.is_shunned = True
-            self._env.report("cache", "nothing more is put into FILE, which gives errors; what it alone has waits")
+            self._env.report(
+                "cache", "FILE gives errors: nothing more is put into it, and requests for what only it has wait"
+            )
 
     def _end(self, request: Request, status: int) -> None:
         request.status = status

@@ -47,8 +47,8 @@ def open_read(driver: Filter, path: str, size: int, block: int) -> tuple[HostFil
         first = file.read_at(0, HEADER_SIZE)
         if first.startswith(BackHeader.MAGIC):
             raise DriverError(
-                f"{path} is of mode=writeback, and may have what is nowhere else; use that mode until its disk has "
-                "nothing dirty, then remove the file"
+                f"{path} was used with mode=writeback, and may hold the only copy of some blocks; use that mode until "
+                "the disk has nothing dirty, then remove the file"
             )
         found = header if is_new(file, first, header.file_size) else Header.parse(first)
         is_other = (found.size, found.block) != (header.size, header.block) or file.size < header.file_size
@@ -67,9 +67,11 @@ def _header_of(file: File, driver: Filter, path: str, wanted: BackHeader, change
     if not is_new(file, first, wanted.file_size) and not first.startswith(Header.MAGIC):
         found = BackHeader.parse(first)
         if found.blocks > MAX_SLOTS:  # to look at all of them would take for ever
-            raise DriverError(f"its header is damaged: {found.blocks} slots, and {MAX_SLOTS} are the most")
+            raise DriverError(
+                f"its header is damaged: {found.blocks} slots, more than the {MAX_SLOTS} that are possible"
+            )
         if file.size < found.file_size:
-            raise DriverError(f"it has {file.size} bytes of {found.file_size}: something has cut it")
+            raise DriverError(f"it has only {file.size} of its {found.file_size} bytes: it has been truncated")
         dirty = _count(file, found)
         if dirty or (found.base, found.size, found.block) == (wanted.base, wanted.size, wanted.block):
             _check(driver, path, found, wanted, dirty, changed_at)
@@ -85,17 +87,17 @@ def _header_of(file: File, driver: Filter, path: str, wanted: BackHeader, change
 
 def _check(driver: Filter, path: str, found: BackHeader, wanted: BackHeader, dirty: int, changed_at: int) -> None:
     """See that what a file has fits to the layer below. Raises: DriverError, OSError."""
-    has = f"{path} has {dirty} blocks that are nowhere else"
+    has = f"{path} holds the only copy of {dirty} blocks"
     if found.base != wanted.base:
-        raise DriverError(f"{has}, of another disk; name another file, or remove it, which loses them")
+        raise DriverError(f"{has} of another disk; name another file, or remove this one, which loses these blocks")
     if (found.size, found.block) != (wanted.size, wanted.block):
         raise DriverError(
-            f"{has}, and was made with size={found.size},block={found.block}; use these until nothing is dirty"
+            f"{has}, and was made with size={found.size},block={found.block}; use these values until nothing is dirty"
         )
     if dirty and not driver.env.resumes and changed_ns(driver.next, driver.env.files) > changed_at + _CLOSING_NS:
         raise DriverError(
-            f"{has}, and what is below was changed since, without this layer; if nobody wrote to the disk, touch "
-            f"{path} and try again; else remove it, which loses these blocks"
+            f"{has}, and what is below has been changed since then without this layer; if nobody wrote to the disk, "
+            f"touch {path} and try again; otherwise remove the file, which loses these blocks"
         )
 
 

@@ -29,7 +29,7 @@ def check_sizes(size: int, block: int) -> None:
 def parse_mode(text: str) -> str:
     """Return a mode. Raises: ValueError with a sentence."""
     if text not in MODES:
-        raise ValueError(f"{text!r} is none of {', '.join(MODES)}")
+        raise ValueError(f"{text!r} is not one of {', '.join(MODES)}")
     return text
 
 

@@ -135,7 +135,7 @@ class Chain:
             return self.layers[int(layer)].driver
         known = ", ".join(f"{index} is {each.text}" for index, each in enumerate(self.layers))
         problem = "several layers" if named else "no layer"
-        hint = "name one by its number" if named else "its layers are"
+        hint = "choose one by its number" if named else "its layers are"
         raise DriverError(f"the chain has {problem} {layer!r}; {hint}: {known}", errno=errno.ENOENT)
 
 

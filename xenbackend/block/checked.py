@@ -35,7 +35,9 @@ class Checked(Filter):
         self._demand(bool(batch), "D2", self.upper, "submitted an empty batch")
         for request in batch:
             self._demand(request not in self._lent, "D1", self.upper, f"submitted twice: {request!r}")
-            self._demand(request.status == PENDING, "D1", self.upper, f"submitted what is not pending: {request!r}")
+            self._demand(
+                request.status == PENDING, "D1", self.upper, f"submitted a request that is not pending: {request!r}"
+            )
             self._check_shape(request)
             self._lent[request] = _fields(request)
         super().submit(batch)
@@ -45,7 +47,7 @@ class Checked(Filter):
         self._demand(bool(batch), "D2", self.lower, "completed an empty batch")
         for request in batch:
             fields = self._lent.pop(request, None)
-            self._demand(fields is not None, "D1", self.lower, f"gave back what it did not hold: {request!r}")
+            self._demand(fields is not None, "D1", self.lower, f"gave back a request that it did not hold: {request!r}")
             self._demand(fields == _fields(request), "D1", self.lower, f"altered {request!r}, lent as {fields}")
             self._demand(request.status >= 0, "D6", self.lower, f"gave back without a status: {request!r}")
         self.complete(batch)
@@ -59,10 +61,12 @@ class Checked(Filter):
         fits = offset >= 0 and length >= 0 and offset + length <= self.geometry.size
         self._demand(fits, "Request", self.upper, f"went past {self.geometry.size}: {request!r}")
         aligned = not (offset | length) % _ALIGNMENT
-        self._demand(aligned, "Request", self.upper, f"submitted no whole sectors: {request!r}")
+        self._demand(aligned, "Request", self.upper, f"submitted a request that is not of whole sectors: {request!r}")
         held = sum(view.nbytes for view in request.iov)
         self._demand(held == (length if op in _HAS_DATA else 0), "Request", self.upper, f"{held} bytes: {request!r}")
-        self._demand(length > 0 or op == Op.FLUSH, "Request", self.upper, f"submitted no bytes: {request!r}")
+        self._demand(
+            length > 0 or op == Op.FLUSH, "Request", self.upper, f"submitted a request of no bytes: {request!r}"
+        )
         alters = op in (Op.WRITE, Op.DISCARD)
         self._demand(not (alters and self.geometry.read_only), "Geometry", self.upper, f"read-only: {request!r}")
 

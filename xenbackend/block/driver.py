@@ -201,7 +201,7 @@ class Driver:
 
         Raises: DriverError, with EOPNOTSUPP for an unknown verb.
         """
-        raise DriverError(f"knows no verb {verb!r}", layer=self.name, errno=errno.EOPNOTSUPP)
+        raise DriverError(f"does not know the verb {verb!r}", layer=self.name, errno=errno.EOPNOTSUPP)
 
     def release(self) -> None:
         """Pass on at once all requests that this layer holds back: somebody is waiting until nothing is in flight.

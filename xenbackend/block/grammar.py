@@ -72,7 +72,9 @@ def parse(text: str) -> tuple[Layer, ...]:
         raise ChainError("the chain is empty; write layers such as log:|aio:/img", text, start)
     spans = _split(text, start, len(text), "|")
     if len(spans) > MAX_LAYERS:
-        raise ChainError(f"the chain has {len(spans)} layers; at most {MAX_LAYERS} work", text, spans[MAX_LAYERS][0])
+        raise ChainError(
+            f"the chain has {len(spans)} layers; at most {MAX_LAYERS} are possible", text, spans[MAX_LAYERS][0]
+        )
     return tuple(_parse_layer(text, *span) for span in spans)
 
 
@@ -137,7 +139,7 @@ def _parse_item(text: str, start: int, end: int) -> Item:
 
 def _no_driver(raw: str) -> str:
     if raw.startswith((".", "/")):
-        return f"{raw!r} is a file and not a layer; write the driver before it, as in aio:{raw}"
+        return f"{raw!r} is a file, not a layer; write the driver before it, as in aio:{raw}"
     if _NAME.fullmatch(raw):
         return rf"{raw!r} has no colon; write {raw}: for the driver, or \| before it if it belongs to a file name"
     return f"{raw!r} does not begin with a driver's name and a colon, as in aio:/img"

@@ -34,7 +34,7 @@ def parse_key(text: str) -> str:
     if not text:
         raise ValueError("it is empty; name a file with the passphrase, or credential:NAME")
     if name != text and (not _NAME.fullmatch(name) or name in (".", "..")):
-        raise ValueError(f"{name!r} cannot be the name of a credential; it has letters, digits and any of _ . -")
+        raise ValueError(f"{name!r} is not a name for a credential; use letters, digits and any of _ . -")
     return text
 
 
@@ -68,20 +68,26 @@ class Derivation:
     def check(self) -> None:
         """Check that the parameters are within the limits. Raises: DriverError."""
         if not 0 < self.length <= MAX_LENGTH or not 8 <= len(self.salt) <= MAX_SALT:
-            raise DriverError(f"its header is damaged: a key of {self.length} bytes, {len(self.salt)} bytes of salt")
+            raise DriverError(
+                f"its header is damaged: it says a key of {self.length} bytes and {len(self.salt)} bytes of salt"
+            )
         if self.function == PBKDF2:
             if self.hash not in HASHES:
                 known = ", ".join(HASHES)
-                raise DriverError(f"its keys are made by the hash {self.hash[:32]!r}; this driver knows {known}")
+                raise DriverError(
+                    f"its keys are derived with the hash {self.hash[:32]!r}; this driver supports {known}"
+                )
             if not MIN_ITERATIONS <= self.iterations <= MAX_ITERATIONS:
                 raise DriverError(
-                    f"a key of it takes {self.iterations} iterations of PBKDF2; {MIN_ITERATIONS} to {MAX_ITERATIONS} "
-                    "are done here"
+                    f"deriving one of its keys needs {self.iterations} iterations of PBKDF2; {MIN_ITERATIONS} to "
+                    f"{MAX_ITERATIONS} are allowed"
                 )
         elif self.function in ARGON2:
             self._check_argon2()
         else:
-            raise DriverError(f"its keys are made by {self.function!r}; this driver knows pbkdf2, argon2i and argon2id")
+            raise DriverError(
+                f"its keys are derived by {self.function!r}; this driver supports pbkdf2, argon2i and argon2id"
+            )
 
     def _check_argon2(self) -> None:
         cost = f"{self.iterations} passes of Argon2 over {self.memory_kib} KiB in {self.lanes} lanes"
@@ -89,10 +95,11 @@ class Derivation:
             raise DriverError(f"its header is damaged: {cost}")
         if self.iterations < MIN_PASSES or self.memory_kib < MIN_MEMORY_KIB:
             raise DriverError(
-                f"a key of it takes {cost}; {MIN_PASSES} passes and {MIN_MEMORY_KIB} KiB are the least that is done"
+                f"deriving one of its keys needs only {cost}; at least {MIN_PASSES} passes and {MIN_MEMORY_KIB} KiB "
+                "are required"
             )
         if self.memory_kib > MAX_MEMORY_KIB or self.memory_kib * self.iterations > MAX_WORK_KIB:
             raise DriverError(
-                f"a key of it takes {self.iterations} passes of Argon2 over {self.memory_kib >> 10} MiB; at most "
-                f"{MAX_MEMORY_KIB >> 10} MiB, and {MAX_WORK_KIB >> 10} MiB in all passes, are used here"
+                f"deriving one of its keys needs {self.iterations} passes of Argon2 over {self.memory_kib >> 10} MiB; "
+                f"at most {MAX_MEMORY_KIB >> 10} MiB, and {MAX_WORK_KIB >> 10} MiB in all passes, are allowed"
             )

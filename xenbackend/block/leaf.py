@@ -72,15 +72,15 @@ def child_of(layers: Sequence[OpenLayer], path: str, image_format: str) -> tuple
     layer = layers[0]
     child_format, parent_format = FORMATS.get(image_format), BY_DRIVER.get(layer.driver.name)
     if parent_format is None:
-        raise ConfigError(f"{layer.text} is no image that another one can have as its parent")
+        raise ConfigError(f"{layer.text} is not an image that another one can have as its parent")
     if child_format is None or not child_format.parents:
         raise ConfigError(f"an image of the format {image_format!r} can have no parent; choose another format")
     if parent_format.name not in child_format.parents:
         words = " or ".join(child_format.parents)
-        raise ConfigError(f"the parent of a {image_format} image can be {words}, and not {parent_format.name}")
+        raise ConfigError(f"the parent of a {image_format} image can be {words}, not {parent_format.name}")
     uuid = layer.driver.identify()
     if len(layers) > MAX_PARENTS:
-        raise ConfigError(f"there are {MAX_PARENTS} images behind one another already; commit or convert some first")
+        raise ConfigError(f"there are {MAX_PARENTS} images in a row already; commit or convert some first")
     parent_path = next(iter(files_of(layer.driver.options).values()))
     files = layer.driver.env.files
     parent = Parent(

@@ -35,5 +35,5 @@ def look(layers: Sequence[Driver], env: Env, offset: int, length: int) -> bytes:
         raise OSError(request.status, os.strerror(request.status))
     found = bytes(memory[offset - start : offset - start + length])
     if len(found) < length:
-        raise OSError(errno.EIO, "the layer below gave back too little")
+        raise OSError(errno.EIO, "the layer below returned too few bytes")
     return found

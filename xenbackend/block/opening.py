@@ -28,13 +28,13 @@ SECTOR_SIZES = (512, 1024, 2048, 4096)
 MAX_SIZE = (1 << 63) - 512  # bytes: offsets in files and requests are signed 64-bit numbers
 _SENTENCES = {
     errno.ENOENT: "there is no file or device {path}",
-    errno.ENOTDIR: "{path} leads through something that is no directory",
+    errno.ENOTDIR: "{path} leads through something that is not a directory",
     errno.EISDIR: "{path} is a directory; name a file or a block device",
     errno.EACCES: "no permission for {path}",
     errno.EPERM: "no permission for {path}",
     errno.EROFS: "{path} is on a read-only file system; attach the disk read-only",
     errno.EBUSY: "{path} is in use",
-    errno.ESTALE: "{path} is not known to its server any more: it was removed or replaced there",
+    errno.ESTALE: "{path} is not known to its server any more: it has been removed or replaced there",
 }
 
 
@@ -76,10 +76,12 @@ class Opening:
                 seen = _identities(child.driver.env.files, child.driver.options)
             parent = _parse_parent(child.text, reference.text)
             if seen & _identities(child.driver.env.files, parent.options):
-                problem = "is itself or one of its own children, or has the data of one"
+                problem = "is the same file as the image or one of its children, or has their data"
                 raise DriverError(f"its parent {parent.text} {problem}", layer=child.text)
             if len(layers) > MAX_PARENTS:
-                raise DriverError(f"there are more than {MAX_PARENTS} parents behind one another", layer=spec.text)
+                raise DriverError(
+                    f"there are more than {MAX_PARENTS} parents in a row; commit or convert some", layer=spec.text
+                )
             layers.append(self._parent(parent, child, seen))
         return layers[:]
 
@@ -206,7 +208,7 @@ def _parse_parent(child: str, text: str) -> LayerSpec:
 
 
 def _twice(spec: LayerSpec, path: str) -> DriverError:
-    problem = f"{printable(path)} has the data of one of its children; each image needs files of its own"
+    problem = f"{printable(path)} has the data of one of its children; each image needs its own files"
     return DriverError(problem, layer=spec.text, path=path)
 
 
@@ -225,14 +227,14 @@ def _identity(files: Lookup, path: str) -> set[str]:
 def _check_geometry(layer: str, geometry: Geometry) -> None:
     size, sector_size = geometry.size, geometry.sector_size
     if sector_size not in SECTOR_SIZES:
-        raise DriverError(f"its sector size is {sector_size} bytes and not 512 to 4096", layer=layer)
+        raise DriverError(f"its sector size is {sector_size} bytes; 512 to 4096 are possible", layer=layer)
     if geometry.physical_sector_size & geometry.physical_sector_size - 1:
         raise DriverError(
-            f"its physical sector of {geometry.physical_sector_size} bytes is no power of two", layer=layer
+            f"its physical sector of {geometry.physical_sector_size} bytes is not a power of two", layer=layer
         )
     if size <= 0:
-        raise DriverError("it is empty; a disk has at least one sector", layer=layer)
+        raise DriverError("it is empty; a disk needs at least one sector", layer=layer)
     if size > MAX_SIZE:
-        raise DriverError(f"it has {size} bytes; a disk has less than 8192 PiB", layer=layer)
+        raise DriverError(f"it has {size} bytes; a disk must have less than 8192 PiB", layer=layer)
     if size % sector_size:
-        raise DriverError(f"its size, {size} bytes, is no multiple of its sector, {sector_size} bytes", layer=layer)
+        raise DriverError(f"its size, {size} bytes, is not a multiple of its sector, {sector_size} bytes", layer=layer)

@@ -202,7 +202,7 @@ def choice(words: tuple[str, ...]) -> Kind:
 
     def parse(text: str) -> str:
         if text not in words:
-            raise ValueError(f"{text!r} is none of {', '.join(words)}")
+            raise ValueError(f"{text!r} is not one of {', '.join(words)}")
         return text
 
     return Kind(" or ".join(words), parse)
@@ -210,7 +210,7 @@ def choice(words: tuple[str, ...]) -> Kind:
 
 def _parse_bool(text: str) -> bool:
     if text not in _BOOLS:
-        raise ValueError(f"{text!r} is none of on, off, yes, no")
+        raise ValueError(f"{text!r} is not one of on, off, yes, no")
     return _BOOLS[text]
 
 
@@ -230,7 +230,7 @@ def _number(noun: str, convert: Callable[[str], Any], low: float, high: float) -
 def _parse_errno(text: str) -> int:
     number = getattr(errno_module, text.upper(), 0) if text[:1].isalpha() else int(text) if text.isdecimal() else 0
     if number not in errno_module.errorcode:
-        raise ValueError(f"{text!r} is no error of this system; write a name such as EIO or ENOSPC, or its number")
+        raise ValueError(f"{text!r} is not an error of this system; write a name such as EIO or ENOSPC, or its number")
     return int(number)
 
 
@@ -240,7 +240,7 @@ def _parse_span(text: str) -> tuple[int, int]:
         raise ValueError(f"{text!r} is not a range; write START-END in bytes, as in 1M-2M")
     start, end = parse_size(first), parse_size(last)
     if start >= end:
-        raise ValueError(f"{text!r} is an empty range; the end comes after the start and does not belong to it")
+        raise ValueError(f"{text!r} is an empty range; the end must be after the start, and is excluded")
     return start, end
 
 
@@ -262,7 +262,7 @@ RecordPath = Annotated[str, Kind(FILE.noun, os.fspath, use=RECORD)]
 Size = Annotated[int, Kind("size", parse_size, format_size)]  # bytes
 Duration = Annotated[float, Kind("duration", parse_duration, format_duration)]  # seconds
 Errno = Annotated[int, Kind("errno", _parse_errno, lambda number: errno_module.errorcode[number])]  # positive
-Count = Annotated[int, _number("a whole number from 0 on", int, 0, _INFINITY)]
+Count = Annotated[int, _number("a whole number of 0 or more", int, 0, _INFINITY)]
 Fraction = Annotated[float, _number("a number from 0 to 1", float, 0, 1)]
 Span = Annotated[  # bytes: the first one, and the one after the last
     tuple[int, int], Kind("range", _parse_span, lambda span: f"{format_size(span[0])}-{format_size(span[1])}")

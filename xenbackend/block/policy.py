@@ -94,15 +94,15 @@ def _parse(text: str, kind: str, action: str) -> Action:
         raise ConfigError(f"the policy {text!r} names {kind!r}; write KIND=ACTION, where KIND is one of {kinds}")
     if kind == "flush" and action != "pause":
         raise ConfigError(
-            f"the policy {text!r} lets a flush {action or 'nothing'}; it can only pause: "
-            "a guest takes an error for success, and never flushes again"
+            f"the policy {text!r} lets a flush {action or 'nothing'}; a flush can only pause: a guest takes an error "
+            "for success, and never flushes again"
         )
     if action in ("pause", "report"):
         return _PAUSE if action == "pause" else _REPORT
     found = _RETRY.fullmatch(action)
     if not found:
         raise ConfigError(
-            f"the policy {text!r} says {action!r} for {kind}; it may say pause, report, or retry 3 every 1s"
+            f"the policy {text!r} says {action!r} for {kind}; it can be pause, report, or retry 3 every 1s"
         )
     tries, every_s = int(found[1]), float(found[2])
     if not (1 <= tries <= MAX_TRIES and 0 < every_s <= MAX_EVERY_S):

@@ -96,7 +96,7 @@ def read(stream: BinaryIO) -> Iterator[Session | Entry | Lost]:
     is_first = True
     while block := stream.read(_READ_AHEAD):
         if is_first and block[: len(MAGIC)] != MAGIC[: len(block)]:
-            raise ValueError("not a record that log: wrote, or one of a later version")
+            raise ValueError("not a record of log:, or one of a later version")
         is_first = False
         for at in range(0, len(block) - SIZE + 1, SIZE):
             yield _decode(block[at : at + SIZE])

@@ -153,7 +153,7 @@ def _open(env: Env, path: str) -> tuple[int, int]:
         status = os.fstat(fd)
         size = status.st_size - status.st_size % record.SIZE
         if status.st_size and os.pread(fd, len(record.MAGIC), 0) != record.MAGIC:
-            problem = f"{path} holds {format_size(status.st_size)} of something else than records; name another file"
+            problem = f"{path} holds {format_size(status.st_size)} of something other than records; name another file"
             raise DriverError(problem, layer="log", option="record", path=path)
     except BaseException:
         os.close(fd)

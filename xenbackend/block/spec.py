@@ -66,8 +66,8 @@ def check_whole_paths(chain: ChainSpec) -> None:
             if file != UNNAMED and not os.path.isabs(file):  # noqa: PTH117 - as `opening`
                 whole = os.path.abspath(file)  # noqa: PTH100 - the same
                 raise ConfigError(
-                    f"{layer.text}: option {option}: {file} is seen from where the service runs; "
-                    f"write the whole path, such as {whole}"
+                    f"{layer.text}: option {option}: {file} is relative to the service's working directory; write the "
+                    f"whole path, such as {whole}"
                 )
 
 

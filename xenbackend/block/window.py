@@ -25,7 +25,7 @@ class Window(Filter):
         assert below is not None  # noqa: S101 - the chain opens a filter after the layer below it
         if length <= 0 or start < 0 or start + length > below.size:
             raise DriverError(
-                f"bytes {start} to {start + length} are to be the disk, and the layer below has {below.size} "
+                f"the disk would be bytes {start} to {start + length}, but the layer below has only {below.size} "
                 f"({format_size(below.size)})"
             )
         for what, value in (("begin", start), ("end", start + length)):

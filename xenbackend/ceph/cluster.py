@@ -143,7 +143,7 @@ def _why_not_connected(code: int, user: str) -> str:
         case errno.ETIMEDOUT:
             return f"no monitor of the cluster has answered for {CONNECT_S} s"
         case errno.EACCES | errno.EPERM:
-            return f"the cluster does not know client.{user} by this key"
+            return f"the cluster does not know client.{user} with this key"
         case errno.ENOENT:
             return f"the configuration has no key for client.{user}, or names no monitor"
     return f"the cluster cannot be connected to: {os.strerror(code)}"

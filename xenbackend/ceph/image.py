@@ -321,5 +321,5 @@ def _why_not_opened(code: int, name: str, snapshot: str, user: str) -> str:
         case errno.ESHUTDOWN:
             return "the cluster refuses this client: it is on its blocklist"
         case errno.ENOSYS:
-            return f"{what} wants a plug-in of librbd that this host does not have; its setting rbd_plugins names it"
+            return f"{what} requires a plug-in of librbd that this host does not have; see its setting rbd_plugins"
     return f"{what} cannot be opened: {os.strerror(code)}"

@@ -121,7 +121,7 @@ def load() -> Libraries:
         try:
             _loaded = Libraries()
         except (OSError, AttributeError) as error:  # AttributeError: an older release lacks a function
-            _loaded = f"Ceph's library cannot be used: {error}; Debian's package librbd1 has it"
+            _loaded = f"Ceph's library cannot be used: {error}; install it (in Debian the package librbd1)"
     if isinstance(_loaded, str):
         raise DriverError(_loaded, errno=errno.ENOPKG)
     return _loaded

@@ -80,10 +80,10 @@ def _give_up(child: int, pidfd: int, told: int) -> int:
     give_up = time.monotonic() + _LAST_S
     while (is_left := _ended(child) is None) and time.monotonic() < give_up:
         signal.sigtimedwait({signal.SIGCHLD}, 0.05)
-    sentence = "it did not end, and was killed"
+    sentence = "it did not end in time, and was killed"
     if is_left:
         which = f" of {', '.join(map(printable, names))}" if names else ""
-        sentence = f"the storage{which} does not answer; process {child} ends when it does"
+        sentence = f"the storage{which} does not answer; process {child} will end when it does"
     print(f"xenbackend: ended by {signal.Signals(told).name}: {sentence}", file=sys.stderr)
     return 128 + told
 

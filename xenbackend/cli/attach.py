@@ -28,7 +28,7 @@ def register(subparsers: Any) -> None:
         "command runs in, such as 0, exists as soon as its name is printed: /dev/xvdq.",
     )
     _add_place(parser)
-    parser.add_argument("chain", metavar="CHAIN", help="what it is made of, such as log:|aio:/img/disk.raw")
+    parser.add_argument("chain", metavar="CHAIN", help="the chain, such as log:|aio:/img/disk.raw")
     parser.add_argument("--read-only", action="store_true", help="the guest may not write")
     parser.add_argument("--wait", action="store_true", help="return only when the guest is connected")
     add_order_options(parser)
@@ -36,7 +36,7 @@ def register(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "detach",
         help="take such a disk away again",
-        description="Take a disk away from a guest, once the guest has let go of it.",
+        description="Take a disk away from a guest, once the guest has released it.",
     )
     _add_place(parser)
     parser.add_argument("--force", action="store_true", help="even while the guest uses it")
@@ -95,7 +95,9 @@ def run_detach(args: argparse.Namespace) -> int:
 
 
 def _add_place(parser: Parser) -> None:
-    parser.add_argument("vbd", type=disk, metavar="DISK", help="such as 5/xvdb or guest/xvdb (or two words: 5 xvdb)")
+    parser.add_argument(
+        "vbd", type=disk, metavar="DISK", help="the disk, such as 5/xvdb or guest/xvdb (or two words: 5 xvdb)"
+    )
     parser.add_argument("--store", metavar="PATH", help="xenstore's socket or device")
     parser.rewrite = join_place
 

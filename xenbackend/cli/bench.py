@@ -36,16 +36,16 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = subparsers.add_parser(
         "bench",
         help="measure chains, and other backends beside them",
-        description="Measure chains under load, through a simulated guest, with every read checked. Targets take turns "
-        "in each round; figures are medians. Uses two CPUs, one for the backend and one for the load. Where other "
-        "programs or the hypervisor used the CPUs meanwhile, ratios are marked by ?, and the exit status is 3.",
+        description="Measure chains under load, through a simulated guest, with every read checked. The targets take "
+        "turns in each round; figures are medians. Uses two CPUs, one for the backend and one for the load. If other "
+        "programs or the hypervisor used the CPUs meanwhile, ratios are marked with ?, and the exit status is 3.",
         epilog="Workloads: " + "; ".join(f"{work.name}: {work.title}" for work in WORKS),
     )
     parser.add_argument(
         "chains",
         nargs="*",
         metavar="CHAIN",
-        help=f"chains to measure, the first being what others are compared with; {FILE} stands for a bench file. "
+        help=f"chains to measure; the others are compared with the first; {FILE} stands for a bench file. "
         f"A chain that does not name it is only read. Default: {' and '.join(_CHAINS)}",
     )
     parser.add_argument(
@@ -60,10 +60,12 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="let the bench file be an image of this format, by qemu-img, and QEMU serve it too",
     )
     parser.add_argument("--direct", action="store_true", help="O_DIRECT on a disk instead of the page cache on tmpfs")
-    parser.add_argument("--file", type=Path, help="where to make the bench file; it is removed in the end")
+    parser.add_argument("--file", type=Path, help="where to make the bench file; it is removed at the end")
     parser.add_argument("--size", type=size, default=1 << 30, help="size of the bench file; default 1G")
     parser.add_argument("--work", action="append", default=[], metavar="NAME", help="only this workload; repeatable")
-    parser.add_argument("--overwrite", action="store_true", help="write to chains of yours too: destroys their content")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="write to your own chains, too: this destroys their content"
+    )
     parser.add_argument("--no-persistent", action="store_true", help="a frontend without persistent grants")
     _add_how(parser)
     parser.add_argument("--any", action="store_true", help="exit status 0 even if others disturbed the measurement")
@@ -92,7 +94,7 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
         "workers look for requests before they sleep: each chain is measured without that, too",
     )
     parser.add_argument(
-        "--calls", action="store_true", help="count system calls per request afterwards, by perf, else by strace"
+        "--calls", action="store_true", help="count system calls per request afterwards, with perf or else strace"
     )
 
 

@@ -35,9 +35,11 @@ _DESCRIPTION = (
 def register(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command."""
     parser = subparsers.add_parser("check", help=_HELP, description=_DESCRIPTION)
-    parser.add_argument("chain", metavar="CHAIN", help="the layers, the guest's end first, such as log:|aio:/img")
     parser.add_argument(
-        "--disk", action="store_true", help="CHAIN is a whole disk line, of a guest's configuration or of blktap2"
+        "chain", metavar="CHAIN", help="the layers, the one next to the guest first, such as log:|aio:/img"
+    )
+    parser.add_argument(
+        "--disk", action="store_true", help="CHAIN is a whole disk line, of a guest's configuration or blktap2"
     )
     parser.add_argument("--read-only", action="store_true", help="open it as a read-only disk")
     add_json(parser)
@@ -72,7 +74,8 @@ def _parse(text: str) -> ChainSpec:
             raise
         whole = f"xenbackend check --disk {shlex.quote(printable(text))}"
         raise ConfigError(
-            f"{behind!r} is no part of the chain, and belongs into the guest's configuration; the whole line: {whole}"
+            f"{behind!r} is not part of the chain, but belongs into the guest's configuration; for the whole line: "
+            f"{whole}"
         ) from None
 
 

@@ -32,7 +32,7 @@ def register(subparsers: Any) -> None:
     parser.add_argument("files", metavar="FILE", nargs="+", type=Path, help="such as /etc/xen/vm.cfg")
     parser.add_argument("-i", "--in-place", action="store_true", help="rewrite the files; mode and owner stay")
     parser.add_argument(
-        "--xen-version", metavar="VERSION", help="for this Xen, such as 4.19 (default: the one that runs)"
+        "--xen-version", metavar="VERSION", help="for this version of Xen, such as 4.19 (default: the running one)"
     )
     add_json(parser)
     parser.set_defaults(run=run)

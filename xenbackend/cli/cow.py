@@ -31,18 +31,20 @@ def register(subparsers: Any) -> None:
         _keep,
         "give what was written a name",
         "Give the unnamed file of a disk in service the name FILE, which must be on the file system of the setting "
-        "scratch. The guest only sees one slow request, and goes on with cow:FILE. Put the new chain, which is "
+        "scratch. The guest only sees one slow request, and continues with cow:FILE. Put the new chain, which is "
         "printed, into the guest's configuration before it boots again.",
     )
-    keep.add_argument("file", type=Path, metavar="FILE", help="nothing may exist there yet")
+    keep.add_argument("file", type=Path, metavar="FILE", help="must not exist yet")
     drop = _add(
         commands,
         "drop",
         _drop,
         "forget what was written",
-        "Put a new unnamed file in the place of that of a disk in service, which is what lies below cow: again.",
+        "Replace the unnamed file of a disk in service by a new one: the disk is again what lies below cow:.",
     )
-    drop.add_argument("--force", action="store_true", help="also while a guest uses the disk: it finds another one")
+    drop.add_argument(
+        "--force", action="store_true", help="even while a guest uses the disk, whose content changes under it"
+    )
 
 
 def _add(commands: Any, verb: str, function: Any, text: str, description: str) -> argparse.ArgumentParser:

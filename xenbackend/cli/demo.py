@@ -41,8 +41,8 @@ def register(subparsers: Any) -> None:
         "demo",
         help="show a disk at work, on a simulated Xen",
         description="Serve a chain to a simulated guest that writes, reads back and verifies. A raw image (aio:FILE) "
-        "that is missing is made; of one that exists, the sectors that the guest writes are restored at the end. With "
-        "--keep the host stays until Ctrl-C, with guests that use their disks: to play with.",
+        "that is missing is made; of one that exists, the sectors that the guest writes are restored at the end. "
+        "With --keep the host stays until Ctrl-C, with guests that use their disks, for you to play with.",
     )
     parser.add_argument("chain", nargs="?", metavar="CHAIN", help="the disk (default: log: on a temporary image)")
     parser.add_argument(
@@ -60,7 +60,8 @@ def register(subparsers: Any) -> None:
         nargs="?",
         const=1,
         metavar="N",
-        help="have N guests (%(const)s) until Ctrl-C, and print the variables by which commands find their host; {n} "
+        help="have N guests (%(const)s) until Ctrl-C, and print the environment variables by which commands find this "
+        "host; {n} "
         "in CHAIN is the guest's number",
     )
     parser.add_argument("--trace", action="store_true", help="show each change in xenstore")
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console(highlight=False, soft_wrap=True, quiet=args.json)
     with ExitStack() as stack:
         if args.area < SECTOR:
-            raise ConfigError(f"--area is {format_size(args.area)}; there is nothing to try below one sector, 512 B")
+            raise ConfigError(f"--area is {format_size(args.area)}; the least is one sector, 512 B")
         if args.keep is not None:
             return _keep(args, stack)
         chain = args.chain or _own_chain(stack, args.area)
@@ -245,7 +246,7 @@ def _put_back(exercise: Exercise) -> None:
     try:
         exercise.restore()
     except (XenbackendError, TimeoutError) as problem:
-        raise XenbackendError(f"the disk does not hold again what it held before: {problem}") from problem
+        raise XenbackendError(f"the disk's former content could not be restored: {problem}") from problem
 
 
 class ProgressBar:

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace, machine: Machine, stack: ExitStack) -> int:
             if time.monotonic() >= next_look:
                 next_look = time.monotonic() + _LOOK_S
                 if not _has_service(machine):
-                    print("the service has ended, and so does the host", file=sys.stderr)
+                    print("the service has ended, so the simulated host ends", file=sys.stderr)
                     break
                 for guest in guests:
                     guest.look()

@@ -23,14 +23,14 @@ from xenbackend.units import format_size
 _Done = TypeVar("_Done", bound=Done)
 _FORMATS = tuple(each.name for each in WRITTEN.values() if each.parents)
 _POLICY_HELP = f"""\
-What happens to a request that the disk cannot do, by kind of error:
+What happens to a request that the disk cannot carry out, by kind of error:
 
-  enospc   no space left, of writes
+  enospc   no space left for a write
   read     any other error of a read
   write    any other error of a write
   flush    any error of a flush
 
-and what may happen to it:
+and what can happen to it:
 
   pause             the request is kept, the guest waits, and it is tried again every second until it works
   retry N every Ts  it is kept and tried again up to N times, then the guest gets an error
@@ -56,9 +56,9 @@ def register(subparsers: Any) -> None:
         subparsers,
         "resume",
         _resume,
-        "resume a disk, whatever stopped it",
-        "Continue to serve a disk: after `pause`; after a failed flush, whose data stay lost; after workers that died "
-        "one after the other.",
+        "resume a disk, whatever the reason why it stopped",
+        "Continue to serve a disk: after `pause`; after a failed flush, whose data remain lost; after workers that "
+        "died one after the other.",
     )
     _register_chains(subparsers)
     parser = _add(subparsers, "policy", _policy, "choose what happens to requests that fail", _POLICY_HELP)
@@ -97,7 +97,7 @@ def _register_chains(subparsers: Any) -> None:
         "without all later writes. With @NAME an image of a cluster (rbd:) keeps what it holds itself: the chain stays "
         "as it is, and the layer that has the snapshot is printed.",
     )
-    parser.add_argument("file", metavar="FILE|@NAME", help="the new image; nothing may exist there yet")
+    parser.add_argument("file", metavar="FILE|@NAME", help="the new image; must not exist yet")
     parser.add_argument(
         "--format",
         default="",

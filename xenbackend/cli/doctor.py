@@ -25,13 +25,14 @@ def register(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "doctor",
         help="say why a disk does not connect",
-        description="Look at Xen, its devices, xenstore, the service, the hotplug script, and at the disks: who has to "
-        "move next, who has their images, whether their servers answer. Each finding is a sentence, and a command to "
-        "run next. Nothing is changed, and nothing that hangs is waited for. Works without the service, too.",
-        epilog="Exit status: 0 all is well; 1 something is wrong; 3 something could not be looked at.",
+        description="Examine Xen, its devices, xenstore, the service, the hotplug script and the disks: which side "
+        "has to act next, which program uses their images, whether their servers answer. Each finding is a sentence, "
+        "and a command to "
+        "run next. Nothing is changed, and it does not wait for anything that hangs. Works without the service, too.",
+        epilog="Exit status: 0 all is well; 1 something is wrong; 3 something could not be examined.",
     )
-    parser.add_argument("disk", nargs="?", type=disk, metavar="DISK", help="only this one, such as 5/xvda")
-    parser.add_argument("--all", action="store_true", help="show what is well, too")
+    parser.add_argument("disk", nargs="?", type=disk, metavar="DISK", help="only this disk, such as 5/xvda")
+    parser.add_argument("--all", action="store_true", help="also show what is in order")
     parser.add_argument("--config", type=Path, metavar="FILE", help=f"settings in TOML (default: {settings_file.PATH})")
     parser.add_argument(
         "--store", default="", metavar="PATH", help="xenstore's socket or device (default: the service's)"

@@ -43,7 +43,7 @@ def _sum(findings: Iterable[Finding]) -> str:
     counts = dict.fromkeys(Verdict, 0)
     for each in findings:
         counts[each.verdict] += 1
-    well = f"{counts[Verdict.OK]} of {sum(counts.values())} looks found all well"
+    well = f"{counts[Verdict.OK]} of {sum(counts.values())} checks found nothing wrong"
     if not counts[Verdict.WRONG] and not counts[Verdict.UNKNOWN]:
         return well
-    return f"{well}, {counts[Verdict.WRONG]} something wrong, {counts[Verdict.UNKNOWN]} could not look"
+    return f"{well}, {counts[Verdict.WRONG]} something wrong, {counts[Verdict.UNKNOWN]} could not be made"

@@ -53,14 +53,14 @@ def _register_create(verbs: Any) -> None:
     verb = verbs.add_parser("create", help="create an image", description="Create an image that reads as zeros, or as "
         "its parent. It appears complete or not at all, and never replaces another file.")  # fmt: skip
     verb.add_argument("format", choices=WRITTEN, help="of the new image")
-    verb.add_argument("file", metavar="FILE", help="where to create it; nothing may exist there yet")
+    verb.add_argument("file", metavar="FILE", help="where to create it; must not exist yet")
     verb.add_argument("size", metavar="SIZE", type=size, nargs="?", help="such as 20G (default: the parent's)")
-    verb.add_argument("--parent", metavar="FILE", help="what it reads as at first; relative to the new image")
-    verb.add_argument("--parent-format", choices=WRITTEN, help="of the parent; it is never guessed")
-    verb.add_argument("--encrypt", metavar="KEY", help="raw: make an encrypted volume (LUKS2), whose passphrase is all "
-        "of the file KEY, or the service's credential:NAME; it reads as noise at first")  # fmt: skip
-    verb.add_argument("--sector-size", type=int, choices=(512, 4096), help="bytes of an encrypted sector (4096: it is "
-        "faster; firmware may need 512 to boot)")  # fmt: skip
+    verb.add_argument("--parent", metavar="FILE", help="the image that it reads as at first; relative to the new image")
+    verb.add_argument("--parent-format", choices=WRITTEN, help="format of the parent; it is never guessed")
+    verb.add_argument("--encrypt", metavar="KEY", help="raw: make an encrypted volume (LUKS2), whose passphrase is the "
+        "whole content of the file KEY, or the service's credential:NAME; it reads as noise at first")  # fmt: skip
+    verb.add_argument("--sector-size", type=int, choices=(512, 4096), help="bytes of an encrypted sector (4096, which "
+        "is faster; firmware may need 512 to boot)")  # fmt: skip
     _add_wishes(verb)
     verb.set_defaults(run=_late("image_verbs", "create"))
 
@@ -68,7 +68,7 @@ def _register_create(verbs: Any) -> None:
 def _register_info(verbs: Any) -> None:
     verb = verbs.add_parser("info", help="describe an image", description="Describe an image or a chain, and its "
         "parents. For a FILE without a driver it guesses the format; no other command does. For an image that cannot "
-        "be served it prints what is known, what is in the way and what to do, and ends with status 2.")  # fmt: skip
+        "be served it prints what is known, what the obstacle is and what to do, and ends with status 2.")  # fmt: skip
     verb.add_argument("image", metavar="CHAIN_OR_FILE", help="such as qcow2:FILE, or just FILE")
     verb.set_defaults(run=_late("image_info", "info"))
 
@@ -112,7 +112,7 @@ def _register_map(verbs: Any) -> None:
         "qemu-img map --output=json.")  # fmt: skip
     verb.add_argument("image", metavar="CHAIN", help="such as qcow2:FILE")
     verb.add_argument("--since", metavar="NAME", help="what has changed since this snapshot of an image of a cluster; "
-        "absent is what has not")  # fmt: skip
+        "what has not is shown as absent")  # fmt: skip
     verb.set_defaults(run=_late("image_show", "show_map"))
 
 
@@ -125,7 +125,7 @@ def _register_convert(verbs: Any) -> None:
     how = verb.add_mutually_exclusive_group()
     how.add_argument("--resume", action="store_true", help="continue an interrupted conversion; start if there is none")
     how.add_argument("--overwrite", action="store_true", help="TO is a raw image, a block device or a disk of a server "
-        "or cluster that exists already: overwrite all of it, with zeros too")  # fmt: skip
+        "or cluster that exists already: overwrite all of it, also with zeros")  # fmt: skip
     verb.add_argument("--quiet", action="store_true", help="no progress bar")
     _add_direct(verb)
     _add_wishes(verb)
@@ -138,7 +138,7 @@ def _register_compare(verbs: Any) -> None:
         "status: 0 the same, 1 different, 2 they could not be compared.")  # fmt: skip
     verb.add_argument("first", metavar="CHAIN", help="such as qcow2:FILE")
     verb.add_argument("second", metavar="CHAIN", help="the other one")
-    verb.add_argument("--strict", action="store_true", help="different sizes are a difference, too")
+    verb.add_argument("--strict", action="store_true", help="treat different sizes as a difference, too")
     verb.add_argument("--quiet", action="store_true", help="no progress bar, and nothing on standard output")
     _add_direct(verb)
     verb.set_defaults(run=_late("image_verbs", "compare"))
@@ -146,7 +146,7 @@ def _register_compare(verbs: Any) -> None:
 
 def _register_measure(verbs: Any) -> None:
     verb = verbs.add_parser("measure", help="show how large a new image would be", description="Show how large the "
-        "file of a new image becomes at most: for what a chain reads as, and for a full disk.")  # fmt: skip
+        "file of a new image can become: for what a chain reads as, and for a full disk.")  # fmt: skip
     verb.add_argument("format", choices=WRITTEN, help="of the new image")
     what = verb.add_mutually_exclusive_group(required=True)
     what.add_argument("source", metavar="FROM", nargs="?", help="any chain, such as qcow2:FILE, with its parents")
@@ -157,15 +157,15 @@ def _register_measure(verbs: Any) -> None:
 
 def _register_rebase(verbs: Any) -> None:
     verb = verbs.add_parser("rebase", help="give an image another parent", description="Give an image another parent, "
-        "or none. It reads as before: data that it had from the former parent, and would not have from the new one, "
+        "or none. It reads as before: data that it takes from the former parent, and that the new one does not have, "
         "are copied into it. It may be interrupted at any point and repeated.")  # fmt: skip
     verb.add_argument("image", metavar="LAYER", help=f"the image with its format: {_REBASED}")
     what = verb.add_mutually_exclusive_group(required=True)
     what.add_argument("--parent", metavar="FILE", help="the new parent; named relative to the image")
     what.add_argument("--no-parent", action="store_true", help="make the image independent of any parent")
-    verb.add_argument("--parent-format", choices=WRITTEN, help="of the new parent; it is never guessed")
-    verb.add_argument("--unsafe", action="store_true", help="change only the parent's name, for a parent that was "
-        "moved or replaced: where the image has no data of its own it will read as the new parent")  # fmt: skip
+    verb.add_argument("--parent-format", choices=WRITTEN, help="format of the new parent; it is never guessed")
+    verb.add_argument("--unsafe", action="store_true", help="change only the parent's name, if the parent was moved or "
+        "replaced: where the image has no data of its own, it will read as the new parent")  # fmt: skip
     verb.add_argument("--quiet", action="store_true", help="no progress bar")
     _add_direct(verb)
     verb.set_defaults(run=_late("image_verbs", "rebase"))
@@ -173,18 +173,18 @@ def _register_rebase(verbs: Any) -> None:
 
 def _register_trust(verbs: Any) -> None:
     verb = verbs.add_parser("trust", help="allow an image to be opened with its parents", description="Allow an image, "
-        "and each of its parents, to be opened with the file that it names as its parent, and with those that have its "
-        "data. Each is marked with them, and from then on opened with these files and no others. Look at what is "
-        "printed: whoever made the image chose them. An image in use may be marked, too.")  # fmt: skip
+        "and each of its parents, to be opened with the file that it names as its parent, and with those that hold its "
+        "data. Each image is marked with these files, and from then on opened with them and no others. Check what is "
+        "printed: the files were chosen by whoever made the image. An image in use may be marked, too.")  # fmt: skip
     verb.add_argument("image", metavar="LAYER", help="the image with its format, such as qcow2:FILE")
     verb.set_defaults(run=_late("image_verbs", "trust"))
 
 
 def _register_unlock(verbs: Any) -> None:
     verb = verbs.add_parser("unlock", help="take an image of a cluster from a host that is dead", description="Take "
-        "the lock of an image of a cluster from its owner, whose host has died, without the 30 s after which that is "
-        "noticed. The owner is named, and is kept out: should that host come back, it writes nothing for a year. "
-        "Without --owner nothing is done, and who has the lock is said.")  # fmt: skip
+        "the lock of an image of a cluster from an owner whose host has died, without the 30 s after which that is "
+        "noticed. The owner is named, and is kept out: should that host come back, it cannot write for a year. Without "
+        "--owner nothing is changed, and the owner of the lock is printed.")  # fmt: skip
     verb.add_argument("image", metavar="CHAIN", help="such as rbd:POOL/IMAGE")
     verb.add_argument("--owner", metavar="OWNER", default="", help="who has the lock, such as client.4123 or "
         "10.0.0.2:0/123")  # fmt: skip
@@ -192,15 +192,15 @@ def _register_unlock(verbs: Any) -> None:
 
 
 def _add_direct(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--direct", action="store_true", help="bypass the host's page cache (O_DIRECT), which keeps it "
-        "free for others; usually slower")  # fmt: skip
+    verb.add_argument("--direct", action="store_true", help="bypass the host's page cache (O_DIRECT), which leaves it "
+        "to others; usually slower")  # fmt: skip
 
 
 def _add_wishes(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--cluster-size", metavar="SIZE", type=size, default=0, help="cluster size of qcow2 and qcow, block size of vhd"
     )
-    verb.add_argument("--fixed", action="store_true", help="vhd: a fixed image, that is raw data with a footer")
+    verb.add_argument("--fixed", action="store_true", help="vhd: a fixed image, which is raw data with a footer")
 
 
 def _late(module: str, verb: str) -> Callable[[argparse.Namespace], int]:

@@ -29,6 +29,6 @@ def check(arguments: argparse.Namespace) -> int:
         print(printable(sentence))
     if verdict.repaired:
         print(f"{verdict.repaired} faults were repaired")
-    dirty = "; it says that it was not closed properly" if verdict.is_dirty else ""
+    dirty = "; it is marked as not closed properly" if verdict.is_dirty else ""
     print(f"{printable(verdict.image)}: {verdict.errors} errors, {verdict.leaks} leaks{dirty}")
     return verdict.status

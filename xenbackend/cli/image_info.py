@@ -73,5 +73,5 @@ def _lines(layer: Facts) -> Iterator[tuple[str, str]]:
     if layer.is_dirty:
         yield "dirty", "yes: its refcounts may be out of date; image check --repair fixes them"
     if layer.is_corrupt:
-        yield "corrupt", "yes: it says so itself; image check says what is wrong"
+        yield "corrupt", "yes: it is marked so; image check says what is wrong"
     yield from layer.more.items()

@@ -39,7 +39,7 @@ def create(arguments: argparse.Namespace) -> int:
     if arguments.encrypt is not None:
         return _create_encrypted(arguments)
     if arguments.sector_size is not None:
-        raise ConfigError("--sector-size is that of an encrypted volume; it goes with --encrypt")
+        raise ConfigError("--sector-size is for an encrypted volume; use it with --encrypt")
     made = creations.create(arguments.format, arguments.file, arguments.size, _wishes(arguments), _parent(arguments))
     return _print_created(made, as_json=arguments.json)
 
@@ -48,8 +48,8 @@ def _create_encrypted(arguments: argparse.Namespace) -> int:
     others = (arguments.parent, arguments.parent_format, arguments.cluster_size, arguments.fixed)
     if arguments.format != "raw" or any(others) or arguments.size is None:
         raise ConfigError(
-            "--encrypt makes raw images of a SIZE, without a parent; `xenbackend image convert aio:FILE qcow2:NEW` "
-            "makes one of another format of it"
+            "--encrypt makes raw images of a SIZE, without a parent; for another format convert it: `xenbackend "
+            "image convert aio:FILE qcow2:NEW`"
         )
     made = creations.create_encrypted(
         arguments.file, arguments.size, arguments.encrypt, arguments.sector_size or SECTOR_SIZES[-1]
@@ -69,13 +69,16 @@ def commit(arguments: argparse.Namespace) -> int:
         with watched("commit", quiet=arguments.json) as progress:
             done = commits.commit(image, progress, into=into, direct=arguments.direct)
     except KeyboardInterrupt:
-        print(f"stopped; {printable(image.path)} reads as before, and commit can be done again", file=sys.stderr)
+        print(f"stopped; {printable(image.path)} reads as before, and commit can be repeated", file=sys.stderr)
         raise
     if arguments.json:
         _print_json({"image": image.text, **asdict(done)})
     else:
         wrote = format_size(done.written)
-        print(f"{printable(done.parent)} now holds what {printable(image.path)} does ({wrote}); that may be removed")
+        print(
+            f"{printable(done.parent)} now holds what {printable(image.path)} does ({wrote}); {printable(image.path)} "
+            "may be removed"
+        )
     return 0
 
 
@@ -95,8 +98,10 @@ def convert(arguments: argparse.Namespace) -> int:
     source, (chain, target) = find_chain(arguments.source), _find_target(arguments.target)
     wishes, direct = _wishes(arguments), arguments.direct
     if target is None and (arguments.resume or wishes != Wishes()):
-        raise ConfigError("a disk of a server or cluster has no such options, and is begun anew after it was stopped")
-    goes_on = "it has to be done again"
+        raise ConfigError(
+            "a disk of a server or cluster has no such options, and a stopped conversion to it starts again"
+        )
+    goes_on = "it must be repeated"
     try:
         with watched("convert", quiet=arguments.quiet or arguments.json) as progress:
             if arguments.overwrite:
@@ -104,7 +109,7 @@ def convert(arguments: argparse.Namespace) -> int:
             elif target is None:
                 done = remotes.convert(source, chain, progress, direct=direct)
             else:
-                goes_on = f"the same with --resume goes on with {printable(target.path)}.partial"
+                goes_on = f"the same command with --resume continues {printable(target.path)}.partial"
                 done = conversions.convert(source, target, wishes, progress, resume=arguments.resume, direct=direct)
     except (KeyboardInterrupt, RequestFailed):
         print(f"stopped; {goes_on}", file=sys.stderr)
@@ -112,7 +117,7 @@ def convert(arguments: argparse.Namespace) -> int:
     if arguments.json:
         _print_json({"source": source.text, "target": chain.text, **asdict(done)})
     else:
-        went_on = f", gone on at {format_size(done.resumed_at)}" if done.resumed_at else ""
+        went_on = f", continued at {format_size(done.resumed_at)}" if done.resumed_at else ""
         print(f"{printable(chain.text)}: {format_size(done.size)}, {format_size(done.written)} written{went_on}")
     return 0
 
@@ -161,7 +166,7 @@ def _print_compared(found: Compared, *, is_same: bool) -> None:
     if one != other:
         print(f"they have {format_size(one)} and {format_size(other)} ({one} and {other} bytes)")
     if found.differs_at is not None:
-        print(f"they differ from byte {found.differs_at} on")
+        print(f"the first difference is at byte {found.differs_at}")
     elif is_same:
         print("they read the same")
 
@@ -185,7 +190,7 @@ def rebase(arguments: argparse.Namespace) -> int:
         with watched("rebase", quiet=arguments.quiet or arguments.json) as progress:
             done = rebases.rebase(image, parent, progress, is_unsafe=arguments.unsafe, direct=arguments.direct)
     except KeyboardInterrupt:
-        print(f"stopped; {printable(image.path)} has its former parent, and rebase can be done again", file=sys.stderr)
+        print(f"stopped; {printable(image.path)} has its former parent, and rebase can be repeated", file=sys.stderr)
         raise
     if arguments.json:
         _print_json(asdict(done))
@@ -206,7 +211,7 @@ def trust(arguments: argparse.Namespace) -> int:
         before = "" if each.before == TRUSTED else f" (it was allowed by {each.before})"
         print(f"{printable(each.image)}: its {each.what} is {printable(each.file)}{printable(before)}")
     if not marked:
-        print(f"{printable(image.text)} names no other file, so that there is nothing to mark")
+        print(f"{printable(image.text)} names no other file, so there is nothing to mark")
     return 0
 
 
@@ -214,8 +219,8 @@ def _parent(arguments: argparse.Namespace) -> Image | None:
     if arguments.parent is None:
         return None
     if arguments.parent_format is None:
-        problem = f"{arguments.parent} may be of any format, and that is never guessed"
-        raise ConfigError(f"{problem}; say --parent-format {', '.join(WRITTEN)}")
+        problem = f"{arguments.parent} may have any format, which is never guessed"
+        raise ConfigError(f"{problem}; add --parent-format {', '.join(WRITTEN)}")
     return image_of_file(arguments.parent_format, arguments.parent)
 
 

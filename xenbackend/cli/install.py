@@ -45,11 +45,13 @@ def register(subparsers: Any) -> None:
     parser.add_argument(
         "--shim",
         action=argparse.BooleanOptionalAction,
-        help=f"make plain xl and xendomains take lines such as tap2:log:|aio:/img, by {SHIM_PLACE}; as it was before "
-        "when not given",
+        help=f"let plain xl and xendomains take lines such as tap2:log:|aio:/img, by {SHIM_PLACE}; without this "
+        "option that stays as it is",
     )
     parser.add_argument("--no-start", action="store_true", help="enable the service, but do not start it")
-    parser.add_argument("--packaged", action="store_true", help="with --root: as the files of a distribution's package")
+    parser.add_argument(
+        "--packaged", action="store_true", help="with --root: lay out the files for a distribution's package"
+    )
     parser.set_defaults(run=run_install)
     parser = subparsers.add_parser(
         "uninstall",
@@ -58,7 +60,9 @@ def register(subparsers: Any) -> None:
     )
     _add_common(parser)
     parser.add_argument("--purge", action="store_true", help="remove the settings and all changed files, too")
-    parser.add_argument("--force", action="store_true", help="even while disks are served; their guests will hang")
+    parser.add_argument(
+        "--force", action="store_true", help="even while disks are being served; their guests will hang"
+    )
     parser.set_defaults(run=run_uninstall)
 
 
@@ -120,16 +124,16 @@ def run_install(args: argparse.Namespace) -> int:
     is_live = _is_live(tree)
     was_serving = is_live and activate.is_serving()
     if not install(tree, chosen, told.file, is_dry=args.dry_run):
-        told.note("everything was in place already")
+        told.note("everything was already in place")
     elif was_serving and not args.dry_run:
-        told.note("the service still runs what was installed before; to restart it, at a pause to the guests:")
+        told.note("the service still runs the former version; to restart it, with a short pause for the guests:")
         told.note(f"    systemctl restart {UNIT}")
     if is_live:
         told.take(activate.starting(starts=not args.no_start))
         if not (args.dry_run or args.no_start or activate.is_serving()):
             told.note(f"the service does not run: this system was not booted under Xen; see: systemctl status {UNIT}")
     elif tree.is_host:
-        told.note("systemd does not run this system; start the service by: xenbackend run --detach")
+        told.note("systemd does not run this system; start the service with: xenbackend run --detach")
     else:
         told.note(f"to have the service started there: systemctl --root {args.root} enable {UNIT}")
     return told.end()
@@ -175,7 +179,7 @@ def _check_host(tree: Tree) -> None:
     if not tree.is_host:
         return
     if not tree.at("/etc/xen").is_dir():
-        raise ConfigError("this is no Xen host: there is no /etc/xen; --root DIR names another system")
+        raise ConfigError("this is not a Xen host: there is no /etc/xen; name another system with --root DIR")
     if os.geteuid() != 0:
         raise ConfigError("only root may do that to this system; try: sudo xenbackend ...")
 

@@ -34,9 +34,9 @@ _VERBS = {
     "get": "print the ranges that were written, and forget them",
     "peek": "print the ranges that were written",
     "start": "start tracking writes",
-    "stop": "stop tracking writes, and keep what was found",
+    "stop": "stop tracking writes, and keep the ranges that were found",
     "clear": "forget the ranges that were written",
-    "status": "show whether writes are tracked, and how much was written",
+    "status": "show whether writes are tracked, and how many ranges and bytes were written",
 }
 
 
@@ -171,7 +171,7 @@ def _limited(entries: Iterable[Entry | Lost], head: int | None, tail: int | None
 
 def _as_line(entry: Entry | Lost) -> str:
     if isinstance(entry, Lost):
-        return f"{'':{_TIME}}  {entry.records} records are missing before this place"
+        return f"{'':{_TIME}}  {entry.records} records are missing here"
     return (
         f"{format_time(entry.time_ns / 1e9, _PRECISION)}  {entry.op.name.lower():7}  {entry.offset // SECTOR:>14}  "
         f"{entry.length // SECTOR:>10}  {format_duration(entry.latency_ns / 1e9):>9}  {_status(entry.status)}"

@@ -80,7 +80,9 @@ def _run(words: list[str]) -> int:
 def _check_python() -> None:
     """Raise ConfigError for a Python without its global lock (PEP 703): drivers' callbacks were not tried there."""
     if not getattr(sys, "_is_gil_enabled", lambda: True)():
-        raise ConfigError("this Python runs without its global lock, which was not tried; take another one")
+        raise ConfigError(
+            "this Python runs without its global lock (free-threaded), which was never tested; use another one"
+        )
 
 
 def _wait_apart(command: Sequence[str]) -> int | None:

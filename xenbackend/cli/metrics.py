@@ -103,9 +103,9 @@ def _address(text: str) -> tuple[str, int]:
     host = host.strip("[]")
     if host not in _LOCAL:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not ADDRESS:PORT of this host, such as 127.0.0.1:9917; for others put a proxy in front that "
-            "asks who they are"
+            f"{text!r} is not ADDRESS:PORT of this host, such as 127.0.0.1:9917; for other hosts put a proxy in front "
+            "that authenticates them"
         )
     if not (port.isascii() and port.isdecimal() and int(port) < 1 << 16):
-        raise argparse.ArgumentTypeError(f"{port!r} is no port")
+        raise argparse.ArgumentTypeError(f"{port!r} is not a port")
     return host, int(port)

@@ -62,7 +62,7 @@ def _of_service(service: Service) -> list[Family]:
         _gauge("up", "1 while the service answers.", [({}, 1)]),
         _gauge("info", "The service's version.", [({"version": service.version}, 1)]),
         _gauge("start_time_seconds", "When the service was started, since 1970.", [({}, service.since or 0)]),
-        _counter("bugs", "Faults of the program that the service has met.", [({}, service.bugs)]),
+        _counter("bugs", "Internal errors (bugs) that the service has met.", [({}, service.bugs)]),
         _counter("breaches", "Workers killed because they broke the protocol.", [({}, service.breaches)]),
     ]
 
@@ -121,27 +121,27 @@ def _of_disks(disks: Sequence[_Labelled]) -> list[Family]:
     latency = [sample for disk in disks for sample in disk.latency()]
     return [
         _gauge("disk_info", "What a disk is.", [(disk.facts(), 1) for disk in disks]),
-        _gauge("disk_served", "1 while nothing is in the way of serving the disk.", served),
+        _gauge("disk_served", "1 while nothing prevents the disk from being served.", served),
         _gauge("disk_paused", "1 while an administrator has paused the disk.", of_each(lambda disk: disk.paused)),
-        _gauge("disk_reason", "1 for why a disk is not served as it should be.", reasons),
-        _gauge("disk_wait_seconds", "For how long a file cannot be opened, by what it waits for.", waits),
+        _gauge("disk_reason", "1 for the reason why a disk is not served as it should be.", reasons),
+        _gauge("disk_wait_seconds", "How long opening a file has been waiting, by what it waits for.", waits),
         _gauge(
             "disk_needs_upgrade",
-            "1 while the worker has another version than the service.",
+            "1 while the worker's version differs from the service's.",
             of_each(lambda disk: disk.needs_upgrade),
         ),
-        _counter("disk_restarts", "Workers that ended unasked and were replaced.", of_each(lambda disk: disk.restarts)),
-        _counter("disk_requests", "Requests that were done.", done),
+        _counter("disk_restarts", "Workers that died and were replaced.", of_each(lambda disk: disk.restarts)),
+        _counter("disk_requests", "Requests that were completed.", done),
         _counter("disk_bytes", "Bytes that were read and written.", counted(read="read_bytes", write="written_bytes")),
         _counter("disk_errors", "Requests that failed.", of_each(lambda disk: disk.counters["errors"])),
         _counter(
-            "disk_guest_errors", "Requests that broke a rule.", of_each(lambda disk: disk.counters["guest_errors"])
+            "disk_guest_errors", "Requests that were not valid.", of_each(lambda disk: disk.counters["guest_errors"])
         ),
         _gauge("disk_in_flight", "Requests under way.", of_each(lambda disk: disk.counters["in_flight"])),
-        Family("xenbackend_disk_latency_seconds", "histogram", "Time of a request, of a sample.", latency),
+        Family("xenbackend_disk_latency_seconds", "histogram", "Time of a request, from a sample.", latency),
         _gauge(
             "layer_figure",
-            "What a layer counts: its driver's manual.",
+            "What a layer counts; see its driver's manual.",
             [each for disk in disks for each in disk.figures()],
         ),
     ]

@@ -25,7 +25,7 @@ def register(subparsers: Any) -> None:
     """Add the command."""
     parser = subparsers.add_parser(
         "orders",
-        help="show what became of the last orders",
+        help="show how the last orders ended",
         description="Show the last 1,000 orders, the latest at the end: when each began, how long it took, who gave "
         "it (user and process), for which disk, how it ended, and which chain it led from and to. They are remembered "
         "over restarts of the service, until `xenbackend stop`.",

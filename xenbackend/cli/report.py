@@ -22,8 +22,8 @@ def register(subparsers: Any) -> None:
     """Add the command."""
     parser = subparsers.add_parser(
         "report",
-        help="write one archive for a report of a fault",
-        description="Write an archive with what helps to find a fault: versions, what doctor finds, status, orders, "
+        help="write an archive for a bug report",
+        description="Write an archive with what helps to find a bug: versions, what doctor finds, status, orders, "
         "settings, logs, and what stands in xenstore about the disks. No image, passphrase or key is read, and what "
         "looks like a secret is masked; names of guests and paths of images are in it. Nothing is sent anywhere.",
     )

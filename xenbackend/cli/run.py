@@ -30,20 +30,22 @@ def register(subparsers: Any) -> None:
         "run",
         help="serve guests' disks",
         description="Run the service: watch xenstore, and serve the disks of guests, each by a process of its own, "
-        "until SIGTERM or SIGINT. Options override the settings file. SIGTERM leaves disks in service where somebody "
+        "until SIGTERM or SIGINT. Options override the settings file. SIGTERM leaves disks in service if something "
         "keeps them for the next service (systemd, --keep, --detach); SIGINT closes them.",
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help=f"settings in TOML (default: {settings_file.PATH})")
     parser.add_argument("--store", metavar="PATH", help="xenstore's socket or device")
     parser.add_argument("--host", metavar="MODULE[:ARGUMENT]", help="source of grants and event channels; for tests")
     parser.add_argument("--socket", metavar="PATH", help="control socket to listen on")
-    parser.add_argument("--serve", choices=("ours", "all"), help="serve only disks whose script is ours, or all")
+    parser.add_argument(
+        "--serve", choices=("ours", "all"), help="serve only the disks whose hotplug script is ours, or all"
+    )
     parser.add_argument("--log", choices=FORMATS, help="the log's format")
     parser.add_argument("--log-level", choices=LEVELS, help="the lowest level that is logged")
     parser.add_argument(
         "--keep",
         action="store_true",
-        help="restart the service when it dies, and keep what the next one needs to continue (as systemd does)",
+        help="restart the service when it dies, and keep what the next one needs to continue, as systemd does",
     )
     parser.add_argument("--detach", action="store_true", help="check the settings, then run as a daemon, with --keep")
     parser.add_argument(
@@ -53,7 +55,7 @@ def register(subparsers: Any) -> None:
         "--log-file", type=Path, default=Path("/var/log/xenbackend.log"), help="with --detach (%(default)s)"
     )
     parser.add_argument(
-        "--check", action="store_true", help="check the settings, say all that is wrong, and serve nothing"
+        "--check", action="store_true", help="check the settings, print all mistakes, and serve nothing"
     )
     add_json(parser, "print an error that keeps the service from starting as JSON; for the log see --log json")
     parser.set_defaults(run=run)

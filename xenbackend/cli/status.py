@@ -26,7 +26,7 @@ COLUMNS = (
     "errors", "chain",
 )  # fmt: skip
 _AGES = ((86400, "d"), (3600, "h"), (60, "m"), (1, "s"))
-_WAITS = {"storage": "its storage has not answered for {}", "key": "its key has been in the making for {}"}
+_WAITS = {"storage": "its storage has not answered for {}", "key": "its key has taken {} to derive so far"}
 
 
 def register(subparsers: Any) -> None:
@@ -36,13 +36,13 @@ def register(subparsers: Any) -> None:
         help="show the disks that are served",
         description="Show each disk: its state, its worker, requests and bytes per second, latency (mean, and the "
         "bound below which 99 of 100 requests lie), errors and chain. Rates and latency are those of one second, or "
-        "with --watch of the time since the last picture. On a terminal it is a table, otherwise a line for each disk.",
+        "with --watch of the time since the last refresh. On a terminal it is a table, otherwise a line for each disk.",
     )
-    parser.add_argument("vbds", nargs="*", metavar="DISK", help="only these, such as 5/xvda or guest/xvda")
+    parser.add_argument("vbds", nargs="*", metavar="DISK", help="only these disks, such as 5/xvda or guest/xvda")
     parser.add_argument(
         "--watch", type=interval, nargs="?", const=2.0, metavar="SECONDS", help="refresh every SECONDS (%(const)s)"
     )
-    parser.add_argument("--sort", choices=SORTS, default="disk", help="what comes first (%(default)s)")
+    parser.add_argument("--sort", choices=SORTS, default="disk", help="what to sort by (%(default)s)")
     add_json(parser, "print all that is known, as JSON; docs/json.md has its keys")
     add_socket(parser)
     parser.set_defaults(run=run)
@@ -128,7 +128,9 @@ def remarks(known: Disk) -> list[str]:
     walls = [f"its worker is not behind these walls: {', '.join(known.no_walls)}"] if known.no_walls else []
     needs = [f"its drivers need, and have: {', '.join(known.needs)}"] if known.needs else []
     seconds = known.braked_s
-    braked = [f"its guest writes to xenstore without end: a look each {seconds:.0f} s"] if seconds else []
+    braked = (
+        [f"its guest writes to xenstore all the time, so it is only looked at every {seconds:.0f} s"] if seconds else []
+    )
     counted = [_describe_figures(each) for each in known.layers if any(each.figures.values())]
     every = (*paused, *under_way, known.error, *waits, *braked, *counted, *files, *old, *walls, *needs)
     return [printable(each) for each in every if each]
@@ -142,8 +144,8 @@ def _describe_figures(layer: Layer) -> str:
 
 def _describe_file(file: File) -> str:
     if file.now == "gone":
-        return f"{file.file} has lost that name; the disk is served from the file that had it"
-    return f"{file.file} leads to another file by now: {file.difference}; the disk is served from the one before"
+        return f"{file.file} is no longer the name of a file; the disk is served from the file that had it"
+    return f"{file.file} now leads to another file: {file.difference}; the disk is served from the former one"
 
 
 def errors(known: Disk) -> int:
@@ -241,5 +243,5 @@ def interval(text: str) -> float:
     """Return the seconds between two looks. Raises: argparse.ArgumentTypeError, if shorter than counters' updates."""
     seconds = duration(text)
     if seconds < SHORTEST_S:
-        raise argparse.ArgumentTypeError(f"{text} is too short: workers add up their counters once a second")
+        raise argparse.ArgumentTypeError(f"{text} is too short: workers update their counters only once a second")
     return seconds

@@ -65,9 +65,9 @@ def frame(args: argparse.Namespace, before: Picture, after: Picture, room: int |
     notes = [f"{known.vbd}: {each}" for known, _ in rows for each in _notes(known)]
     line = status.service_line(after)
     if before is after and rows:
-        line += "; rates follow with the next picture"
+        line += "; rates follow with the next refresh"
     if len(rows) < len(after.disks):
-        line += f"; {len(after.disks) - len(rows)} disks more have no room here: see --sort"
+        line += f"; {len(after.disks) - len(rows)} more disks do not fit here: see --sort"
     return Group(*([table(rows)] if rows else []), *map(Text, [*notes, line]))
 
 

@@ -38,22 +38,26 @@ def register(subparsers: Any) -> None:
         "top",
         help="watch all disks at work",
         description="Watch all disks: requests and bytes per second, requests under way, and latency: the mean and the "
-        "bound below which 99 of 100 requests lie, both of the last interval, and how the mean went before. Without a "
-        "terminal, or with --once or --count, it prints lines for scripts.",
+        "bound below which 99 of 100 requests lie, both of the last interval, and how the mean has developed. "
+        "Without a terminal, or with --once or --count, it prints lines for scripts.",
         epilog=f"Keys: {KEYS}.",
     )
-    parser.add_argument("vbds", nargs="*", metavar="DISK", help="only these, such as 5/xvda or guest/xvda")
+    parser.add_argument("vbds", nargs="*", metavar="DISK", help="only these disks, such as 5/xvda or guest/xvda")
     parser.add_argument(
-        "--interval", type=status.interval, default=2.0, metavar="SECONDS", help="between two looks (%(default)s)"
+        "--interval",
+        type=status.interval,
+        default=2.0,
+        metavar="SECONDS",
+        help="time between two refreshes (%(default)s)",
     )
-    parser.add_argument("--sort", choices=top_rows.SORTS, default="disk", help="what comes first (%(default)s)")
+    parser.add_argument("--sort", choices=top_rows.SORTS, default="disk", help="what to sort by (%(default)s)")
     parser.add_argument("--reverse", action="store_true", help="that comes last")
     parser.add_argument(
         "--filter", default="", metavar="TEXT", help="only disks whose name, guest, state or chain has it"
     )
     parser.add_argument("--layers", action="store_true", help="show each layer, and what it counts")
-    parser.add_argument("--once", action="store_true", help="print one interval, and end")
-    parser.add_argument("--count", type=_count, metavar="N", help="print N intervals, and end")
+    parser.add_argument("--once", action="store_true", help="print one interval, and exit")
+    parser.add_argument("--count", type=_count, metavar="N", help="print N intervals, and exit")
     add_json(parser, "print one object for each interval; docs/json.md has its keys")
     add_socket(parser)
     parser.set_defaults(run=run)

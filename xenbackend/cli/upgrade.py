@@ -24,7 +24,7 @@ def register(subparsers: Any) -> None:
     """Add both commands."""
     parser = subparsers.add_parser(
         "upgrade",
-        help="let new processes serve the disks",
+        help="replace the processes that serve disks by new ones",
         description="Replace the processes that serve disks, one after the other, by new ones of the program that is "
         "installed now. Guests only see one slow request. Restart the service itself first.",
     )
@@ -35,12 +35,12 @@ def register(subparsers: Any) -> None:
         "stop",
         help="stop the service and its workers in order",
         description="Finish what is in flight, close every disk, and end the service: guests hang until it is started "
-        "again. To restart the service without that, use systemctl restart. Where xenstore is away and does not know "
-        "yet which chain is in service, the service waits for it, up to 45 s; then a file tells the next service. "
-        "A terminal shows what it waits for.",
+        "again. To restart the service without that, use systemctl restart. If xenstore is away and has not been "
+        "told which chain is in service, the service waits for it, up to 45 s, and then writes it into a file for "
+        "the next service. A terminal shows what it waits for.",
     )
     parser.add_argument(
-        "--force", action="store_true", help="also where guests lose what they wrote to disks of cow: without a file"
+        "--force", action="store_true", help="even if guests lose what they wrote to disks of cow: without a file"
     )
     add_order_options(parser)
     parser.set_defaults(run=_stop, verb="stop")
@@ -104,10 +104,10 @@ def _stop(args: argparse.Namespace) -> int:
     if args.json:
         output.print_json(output.values_of(stopped))
     else:
-        print("the service ends; its disks are closed")
+        print("the service is ending; its disks are closed")
         for each in stopped.untold:
             said = f"{each.vbd} was served by {each.chain}, which xenstore could not be told"
             if each.next_chain:
-                said = f"{each.vbd} was served by {each.chain} or {each.next_chain}, which was being put in"
-            print(f"{printable(said)}; the next service is told by a file", file=sys.stderr)
+                said = f"{each.vbd} was served by {each.chain} or {each.next_chain}, which was replacing it"
+            print(f"{printable(said)}; a file tells the next service", file=sys.stderr)
     return 0

@@ -188,9 +188,7 @@ class Client:
     def _check_that_it_refuses(self) -> None:
         """Raise Failed for a service of release 0.1.0, which would make an exchange without checking it."""
         if not self.service().version:
-            problem = (
-                f"the service at {self.socket} is of release 0.1.0, which would look at nothing before it does that"
-            )
+            problem = f"the service at {self.socket} is of release 0.1.0, which does not check an exchange first"
             sentence = f"{problem}; restart it with: systemctl restart xenbackend"
             raise ServiceError(Answer(Code.FAILED, sentence=sentence))
 

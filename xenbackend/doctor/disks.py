@@ -89,11 +89,13 @@ def look_without_service(known: Known, *, serves_all: bool, place: Place = DOM0)
 def not_found(wanted: DiskName, served: list[str], *, knows_store: bool, place: Place = DOM0) -> Finding:
     """Return the finding that there is no such disk; `served` are the disks that there are."""
     if place.is_guest and wanted.domid is None:
-        sentence = f"in a driver domain guests have no names: {wanted} has to be called by its number, such as 5/xvda"
+        sentence = (
+            f"in a driver domain guests have no names: {wanted} must be named by its domain's number, such as 5/xvda"
+        )
         return unknown("disk", sentence, place.in_dom0(f"xl domid {shlex.quote(wanted.domain)}"), disk=str(wanted))
     there = f"there are {', '.join(served)}" if served else "there is none at all"
     if not knows_store:
-        return unknown("disk", f"the service serves no disk {wanted} ({there}), and xenstore could not be asked")
+        return unknown("disk", f"the service serves no disk {wanted} ({there}), and xenstore could not be read")
     sentence = f"the toolstack has made no disk {wanted} for us ({there})"
     return wrong("disk", sentence, place.in_dom0(f"xl block-list {shlex.quote(wanted.domain)}"), disk=str(wanted))
 
@@ -105,7 +107,7 @@ def depends_on_storage(finding: Finding, known: Known) -> bool:
 
 def _of_others(known: Known) -> Finding:
     script = known["script"] or "none"
-    sentence = f"the disk is not for this service: its script is {script}, and not block-xenbackend"
+    sentence = f"the disk is not for this service: its script is {script}, not block-xenbackend"
     return wrong("script", sentence, "xenbackend config show  # scripts, serve", disk=known["vbd"])
 
 

@@ -81,7 +81,7 @@ def _of_store(seen: Result, known: Known | None, place: Place = DOM0) -> Finding
     if finding.verdict is not Verdict.UNKNOWN or not known:
         return finding
     if problem := known["service"]["store_error"]:
-        return wrong("xenstored", f"the service has lost it: {problem}", place.xenstored)
+        return wrong("xenstored", f"the service has lost its connection: {problem}", place.xenstored)
     return ok("xenstored", f"the service is connected to it at {known['service']['store']}")
 
 
@@ -91,7 +91,7 @@ def _of_service(finding: Finding, of_xenstore: Sequence[Finding]) -> Finding:
     if not (waits and any(each.is_wrong for each in of_xenstore)):
         return finding
     return replace(
-        finding, verdict=Verdict.UNKNOWN, sentence=f"{finding.sentence}; it may wait for xenstore", command=""
+        finding, verdict=Verdict.UNKNOWN, sentence=f"{finding.sentence}; it may be waiting for xenstore", command=""
     )
 
 
@@ -113,7 +113,13 @@ def _of_disks(
         names = [each["vbd"] for each in served or seen or []]
         if served is not None or seen is not None:
             return [disks.not_found(wanted.disk, names, knows_store=seen is not None, place=place)]
-        return [unknown("disk", f"nobody could be asked for the disk {wanted.disk}", disk=str(wanted.disk))]
+        return [
+            unknown(
+                "disk",
+                f"neither xenstore nor the service could be asked about the disk {wanted.disk}",
+                disk=str(wanted.disk),
+            )
+        ]
     return _with_storage(first)
 
 
@@ -139,7 +145,7 @@ def _with_storage(first: Sequence[tuple[Known, list[Finding]]]) -> list[Finding]
         told += [*([] if is_cause and found[0].check == "reason" else found), *below]
     left = len(doubtful) - MOST_DISKS
     if left > 0:
-        told.append(unknown("file", f"the files and servers of {left} more disks were not looked at; name a disk"))
+        told.append(unknown("file", f"the files and servers of {left} more disks were not examined; name a disk"))
     return told
 
 

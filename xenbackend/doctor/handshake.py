@@ -33,16 +33,16 @@ class Move:
 
 _MOVES = {  # more specific than STEPS; in the first two pairs of states, the service's step is done
     (_S.CONNECTED, _S.CONNECTED): Move(Who.NOBODY, "has to move: the disk is connected"),
-    (_S.CONNECTED, _S.INITIALISED): Move(Who.GUEST, "has to see that the disk is there, and to use it"),
+    (_S.CONNECTED, _S.INITIALISED): Move(Who.GUEST, "has to notice the disk, and to use it"),
     (_S.CLOSED, _S.CLOSED): Move(Who.NOBODY, "has to move: the guest has given the disk back"),
     (_S.INIT_WAIT, _S.UNKNOWN): Move(
         Who.TOOLSTACK, "has to make the frontend's directory, which is not there: the guest does not know of the disk"
     ),
     (_S.INIT_WAIT, _S.INITIALISING): Move(
-        Who.GUEST, "has to offer its rings: its block driver (in Linux xen-blkfront) has not begun"
+        Who.GUEST, "has to offer its rings: its block driver (in Linux xen-blkfront) has not started"
     ),
     (_S.CLOSING, _S.CLOSING): Move(Who.GUEST, "has to finish what it is doing with the disk, and to close it"),
-    (_S.CONNECTED, _S.INIT_WAIT): Move(Who.GUEST, "has to go on: it has begun anew"),
+    (_S.CONNECTED, _S.INIT_WAIT): Move(Who.GUEST, "has to continue connecting: it has started over"),
     (_S.CLOSED, _S.CLOSING): Move(Who.GUEST, "has to close its end; ours is closed"),
 }
 _STEPS = {
@@ -50,7 +50,7 @@ _STEPS = {
     Step.SERVE: "has to take the rings that the guest offers",
     Step.FOLLOW: "has to answer the guest, which closes the disk",
     Step.CLOSE: "has to close its end, as the guest has closed its own",
-    Step.RESTART: "has to let go of the rings, and to offer the disk anew: the guest has begun again",
+    Step.RESTART: "has to unmap the rings and offer the disk again: the guest has started over",
 }
 
 
@@ -60,11 +60,11 @@ def next_move(ours: XenbusState, theirs: XenbusState, *, script_has_come: bool =
     `script_has_come`: whether the toolstack's hotplug script has asked for the disk; before that, no rings are mapped.
     """
     if ours is _S.UNKNOWN:
-        return Move(Who.TOOLSTACK, "has to make the backend's directory, or has taken it away")
+        return Move(Who.TOOLSTACK, "has to make the backend's directory, or has removed it")
     if not script_has_come and ours in (_S.INITIALISING, _S.INIT_WAIT):
         if ours is _S.INITIALISING:
-            return Move(Who.SERVICE, "has to see the disk, and to go to InitWait")
-        return Move(Who.TOOLSTACK, "has to run its hotplug script, which has not come")
+            return Move(Who.SERVICE, "has to notice the disk, and to go to InitWait")
+        return Move(Who.TOOLSTACK, "has to run its hotplug script, which has not reported yet")
     if (ours, theirs) in _MOVES:
         return _MOVES[ours, theirs]
     step = STEPS[ours, theirs]

@@ -62,7 +62,7 @@ def _devices(root: Path) -> Finding:
 def _devd(root: Path) -> Finding:
     """Look for `xl devd`, which runs hotplug scripts in a driver domain, as xl does in dom0."""
     if not (root / "proc/1/cmdline").exists():
-        return unknown("devd", "the processes of others may not be seen by this user", "sudo xenbackend doctor")
+        return unknown("devd", "this user may not see the processes of others", "sudo xenbackend doctor")
     for each in (root / "proc").glob("[0-9]*/cmdline"):
         try:
             program, *words = each.read_bytes().split(b"\0")
@@ -70,7 +70,7 @@ def _devd(root: Path) -> Finding:
             continue
         if program.rpartition(b"/")[2] == b"xl" and b"devd" in words:
             return ok("devd", f"xl devd runs, process {each.parent.name}")
-    sentence = "xl devd does not run in this domain: nobody runs the hotplug script, and guests get no disk"
+    sentence = "xl devd does not run in this domain: nothing runs the hotplug script, and guests get no disk"
     return wrong("devd", sentence, "xl devd  # docs/driver-domains.md has a unit for it")
 
 
@@ -85,13 +85,13 @@ def _script(root: Path) -> Finding:
     except OSError as error:
         return unknown("script", f"{SCRIPT} cannot be read: {error.strerror}")
     if not place.stat().st_mode & 0o111:
-        return wrong("script", f"{SCRIPT} cannot be run", f"chmod 755 {SCRIPT}")
+        return wrong("script", f"{SCRIPT} is not executable", f"chmod 755 {SCRIPT}")
     program = Path(os.fsdecode(first.removeprefix(b"#!").split(b" ")[0]))
     if not (root / str(program).lstrip("/")).exists():
         sentence = f"{SCRIPT} is for the interpreter {printable(str(program))}, which is not there"
         return wrong("script", sentence, again)
     if text != script_text():
-        return wrong("script", f"{SCRIPT} is not that of this version", again)
+        return wrong("script", f"{SCRIPT} is from another version of xenbackend", again)
     return ok("script", f"{SCRIPT} is there")
 
 
@@ -111,10 +111,8 @@ def _settings(config: Path | None) -> Finding:
 def _aio(root: Path) -> Finding:
     def compare(used: int, most: int) -> Finding:
         if used + AIO_EACH <= most:
-            return ok("aio", f"{used} of {most} asynchronous requests are taken (fs.aio-max-nr)")
-        sentence = (
-            f"{used} of {most} asynchronous requests are taken, so that the next disks use threads and are slower"
-        )
+            return ok("aio", f"{used} of {most} asynchronous requests are in use (fs.aio-max-nr)")
+        sentence = f"{used} of {most} asynchronous requests are in use, so further disks use threads and are slower"
         return wrong("aio", sentence, f"sysctl -w fs.aio-max-nr={max(_AIO_WANTED, 2 * most)}")
 
     return _limited("aio", ("proc/sys/fs/aio-nr", "proc/sys/fs/aio-max-nr"), root, compare)
@@ -123,7 +121,7 @@ def _aio(root: Path) -> Finding:
 def _files(root: Path) -> Finding:
     def compare(used: int, most: int) -> Finding:
         if used < most * _FULL:
-            return ok("files", f"{used} files are open on this host, and {most} may be (fs.file-max)")
+            return ok("files", f"{used} files are open on this host, of at most {most} (fs.file-max)")
         sentence = f"{used} of {most} files are open on this host (fs.file-max)"
         return wrong("files", sentence, f"sysctl -w fs.file-max={2 * most}")
 

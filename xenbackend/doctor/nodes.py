@@ -51,7 +51,7 @@ def _some(lines: Iterator[str], what: str, most: int, until: float) -> Iterator[
                 yield f"# {what}: the rest is left out, after {count - 1} nodes"
                 return
             if time.monotonic() > until:
-                yield f"# {what}: the rest is left out, as reading took too long"
+                yield f"# {what}: the rest is left out, because reading took too long"
                 return
             yield line
     except StoreError as error:

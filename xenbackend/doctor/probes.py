@@ -78,7 +78,7 @@ class _Child:
             return _nothing(self.probe, f"did not answer within {took_s:.1f} s", took_s)
         values = json.loads(self.said)
         if "bug" in values:
-            return _nothing(self.probe, f"could not be looked at: {values['bug']}", took_s)
+            return _nothing(self.probe, f"could not be examined: {values['bug']}", took_s)
         found = [Finding(**{**each, "verdict": Verdict(each["verdict"])}) for each in values["findings"]]
         return Result([replace(each, took_s=took_s) for each in found], values["data"])
 
@@ -97,7 +97,7 @@ def run(probes: Sequence[Probe], *, limit_s: float = LIMIT_S, all_s: float = ALL
                 children[place] = _Child(probe, list(children.values()))
             if now >= give_up:
                 for place, probe in left:
-                    results[place] = _nothing(probe, f"was not looked at: all looks together took {all_s:g} s", 0.0)
+                    results[place] = _nothing(probe, f"was not examined: all checks together took {all_s:g} s", 0.0)
                 left = []
             for place in _over(children, limit_s, give_up):
                 results[place] = children.pop(place).end()

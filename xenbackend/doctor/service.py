@@ -62,10 +62,10 @@ def descriptors(pid: int, proc: Path = _PROC) -> list[Finding]:
     unit = activate.unit_facts(ANSWER_S)
     stored, room = (int(unit.get(each) or 0) for each in ("NFileDescriptorStore", "FileDescriptorStoreMax"))
     if used > most * _FULL:
-        sentence = f"the service has {used} of {most} descriptors open; a disk takes two and more"
+        sentence = f"the service has {used} of {most} descriptors open; each disk needs at least two"
         return [wrong("descriptors", sentence, "systemctl edit xenbackend  # LimitNOFILE=")]
     if room and unit.get("MainPID") == str(pid) and stored > room * _FULL:
-        sentence = f"systemd keeps {stored} of {room} descriptors for the service; a disk takes four and more"
+        sentence = f"systemd keeps {stored} of {room} descriptors for the service; each disk needs at least four"
         command = "systemctl edit xenbackend  # FileDescriptorStoreMax=, and Environment=FDSTORE="
         return [wrong("descriptors", sentence, command)]
     kept = f", and systemd keeps {stored} of {room}" if room else ""
@@ -86,12 +86,12 @@ def _why_not(control: str, problem: ServiceError, place: Place) -> tuple[Finding
         return _not_running(control, activate.unit_facts(ANSWER_S), place), None
     known = _shown_by(pid)
     if problem.answer.code is Code.GONE and os.geteuid() != 0:  # it hung up
-        sentence = f"the service at {control} does not speak to this user"
+        sentence = f"this user may not ask the service at {control}"
         return unknown("service", sentence, "sudo xenbackend doctor"), known
     if state_of(pid) in ("T", "t"):
         sentence = f"its process, {pid}, has been stopped by a signal or a debugger"
         return wrong("service", sentence, f"kill -CONT {pid}"), known
-    return wrong("service", f"its process, {pid}, runs and does not answer: {problem}", place.log), known
+    return wrong("service", f"its process, {pid}, runs but does not answer: {problem}", place.log), known
 
 
 def _shown_by(pid: int, proc: Path = _PROC) -> dict[str, Any]:
@@ -129,7 +129,9 @@ def _not_running(control: str, unit: Mapping[str, str], place: Place) -> Finding
         )
     if unit.get("ConditionResult") == "no" and unit.get("ConditionTimestampMonotonic", "0") != "0":
         return wrong(
-            "service", f"{nobody}; systemd did not start it, as this was no Xen host", f"systemctl status {UNIT}"
+            "service",
+            f"{nobody}; systemd did not start it, as this host was not booted under Xen",
+            f"systemctl status {UNIT}",
         )
     return wrong("service", f"{nobody}; its unit is {state or 'unknown to systemd'}", _START)
 

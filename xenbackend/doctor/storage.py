@@ -85,7 +85,7 @@ def look_at_file(path: str, access: locks.Access | None, owner: str = "", *, may
         fd = _open(path)
     except FileNotFoundError:
         if may_be_missing:
-            return ok("file", f"{shown} is made when it is needed")
+            return ok("file", f"{shown} will be made when it is needed")
         return wrong("file", f"there is no file or device {shown}", ls)
     except PermissionError:
         return unknown("file", f"{shown} may not be opened by this user", "sudo xenbackend doctor")
@@ -118,13 +118,13 @@ def _who_has(fd: int, shown: str, access: locks.Access | None, owner: str) -> Fi
         return ok("file", f"{shown} is there")
     users = users_of(fd)
     if not users and is_device:
-        return ok("file", f"{shown} is there, and nobody is known to use it")
+        return ok("file", f"{shown} is there, and no program is known to use it")
     if owner and f"the disk {owner} " in f"{users} ":
         return ok("file", f"{shown} is used by the disk's own worker")
     if not users and os.geteuid() != 0:
-        return unknown("file", f"{shown} is locked; by whom only root may see", "sudo xenbackend doctor")
+        return unknown("file", f"{shown} is locked; only root may see by which program", "sudo xenbackend doctor")
     return wrong(
-        "file", f"{shown} is in use by {users or 'somebody on another host'}", f"fuser -v {shlex.quote(shown)}"
+        "file", f"{shown} is in use by {users or 'a program on another host'}", f"fuser -v {shlex.quote(shown)}"
     )
 
 
@@ -136,9 +136,11 @@ def look_at_key(path: str) -> Finding:
     except FileNotFoundError:
         return wrong("key", f"there is no file {shown}, which has the passphrase", f"ls -l {shlex.quote(shown)}")
     except OSError as error:
-        return unknown("key", f"{shown} cannot be looked at: {error.strerror}", "sudo xenbackend doctor")
+        return unknown("key", f"{shown} cannot be examined: {error.strerror}", "sudo xenbackend doctor")
     if status.st_mode & 0o007:
-        return wrong("key", f"{shown} has a passphrase, and is open to everybody", f"chmod o= {shlex.quote(shown)}")
+        return wrong(
+            "key", f"{shown} holds a passphrase, and every user may access it", f"chmod o= {shlex.quote(shown)}"
+        )
     return ok("key", f"{shown} is there")
 
 
@@ -149,8 +151,8 @@ def look_at_server(endpoint: Endpoint) -> Finding:
     try:
         _connect(endpoint.host, endpoint.port)
     except OSError as error:
-        return wrong("engine", f"{endpoint} is not reached: {_said(error)}", _reach(endpoint.host, endpoint.port))
-    return ok("engine", f"{endpoint} is reached from this host")
+        return wrong("engine", f"{endpoint} cannot be reached: {_said(error)}", _reach(endpoint.host, endpoint.port))
+    return ok("engine", f"{endpoint} can be reached from this host")
 
 
 def _look_at_socket(path: str) -> Finding:
@@ -159,14 +161,14 @@ def _look_at_socket(path: str) -> Finding:
     listens = f"ss -xl | grep -F {shlex.quote(shown)}"
     try:
         if not stat.S_ISSOCK(Path(path).stat().st_mode):
-            return wrong("engine", f"{shown} is no socket", f"ls -l {shlex.quote(shown)}")
+            return wrong("engine", f"{shown} is not a socket", f"ls -l {shlex.quote(shown)}")
     except FileNotFoundError:
         return wrong("engine", f"there is no socket {shown}: its server does not run", listens)
     except OSError as error:
-        return unknown("engine", f"{shown} cannot be looked at: {error.strerror}", "sudo xenbackend doctor")
+        return unknown("engine", f"{shown} cannot be examined: {error.strerror}", "sudo xenbackend doctor")
     if path in _listening(Path("/proc/net/unix").read_text(errors="surrogateescape")):
         return ok("engine", f"a server listens at {shown}")
-    return wrong("engine", f"nobody listens at {shown}: its server does not run", listens)
+    return wrong("engine", f"nothing listens at {shown}: its server does not run", listens)
 
 
 def _listening(table: str) -> set[str]:
@@ -186,16 +188,16 @@ def look_at_cluster(account: Account) -> Finding:
     except OSError as error:
         sentence = f"{printable(str(error.filename or account.conf))} cannot be read: {error.strerror}"
         return wrong("engine", sentence, f"ls -l {shlex.quote(printable(account.conf))}")
-    why = "no monitor is named"
+    why = "no monitor is named in the configuration"
     for host, port in monitors:
         try:
             _connect(host, port)
         except OSError as error:
             why = f"{host}:{port}: {_said(error)}"
         else:
-            return ok("engine", f"a monitor of the cluster is reached at {host}:{port}")
+            return ok("engine", f"a monitor of the cluster can be reached at {host}:{port}")
     host, port = monitors[0] if monitors else ("", 0)
-    return wrong("engine", f"no monitor of the cluster is reached ({why})", _reach(host, port))
+    return wrong("engine", f"no monitor of the cluster can be reached ({why})", _reach(host, port))
 
 
 def monitors_of(text: str) -> list[tuple[str, int]]:

@@ -97,7 +97,7 @@ def _judge(tree: Tree, item: Item, installed: str | None) -> str:
     if item.is_config:
         return REPLACED if found == installed else YOURS
     if installed is None:
-        raise ConfigError(f"{tree.at(item.path)}: was not put there by: xenbackend install; move it away first")
+        raise ConfigError(f"{tree.at(item.path)}: was not installed by: xenbackend install; move it away first")
     return REPLACED
 
 

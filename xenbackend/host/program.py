@@ -40,11 +40,14 @@ def this_program(called_as: str, python: str) -> Program:
     program = Program(str(script) if is_script else f"{python} -m {_NAME}", python)
     for path in (str(script) if is_script else python, python):
         if not _PLAIN.fullmatch(path) or len(path) > _MAX_LINE:
-            raise ConfigError(f"{path}: is no path for a unit and a script's first line; install into a plain one")
+            raise ConfigError(
+                f"{path}: cannot stand in a unit and in a script's first line; install to a shorter path, of letters, "
+                "digits and any of /._+@~-"
+            )
     if not _starts(program.command.split()):
         raise ConfigError(
-            f"{program.command}: does not start without your environment, which a service does not have; "
-            "install xenbackend into a venv"
+            f"{program.command}: starts only in your environment, which a service does not have; install xenbackend "
+            "into a venv"
         )
     return program
 

@@ -48,7 +48,7 @@ def refuse_while_serving(socket: str) -> None:
 
 
 def _not_known(problem: XenbackendError) -> XenbackendError:
-    return XenbackendError(f"whether disks are served is not known: {problem}{_FORCE}")
+    return XenbackendError(f"it is not known whether disks are served: {problem}{_FORCE}")
 
 
 def main() -> int:

@@ -54,11 +54,11 @@ def commit(image: Image, progress: Progress, *, into: Image | None = None, direc
         for path in set(files_of(layers[0].driver.options).values()) - {image.path}:  # its data file
             session.open_file(path, read_only=True, step=512)
         if len(layers) < 2:
-            raise ConfigError(f"{image.text} has no parent that it could be committed to")
+            raise ConfigError(f"{image.text} has no parent to commit to")
         parent = _parent(layers[1], into)
         target = session.open(parent, read_only=False)
         if target.size < child.size:
-            problem = f"its parent has {format_size(target.size)}, and it {format_size(child.size)}"
+            problem = f"its disk has {format_size(child.size)}, and its parent's only {format_size(target.size)}"
             raise ConfigError(f"{problem}; make the parent larger first, by image resize")
         own = [extent for extent in extents_of(layers[0], all_holes=True) if extent.kind is not Kind.ABSENT]
         transfer = Transfer(session, child, target, is_blank=False)
@@ -79,7 +79,7 @@ def _parent(found: OpenLayer, into: Image | None) -> ChainSpec:
         return parse_chain(text)
     named, wanted = into.chain.layers[0].options, found.driver.options
     if into.format != format_of(found.driver.name) or _identities(named) != _identities(wanted):
-        raise ConfigError(f"{into.text} is not its parent, or is without the parent's data file; that is {text}")
+        raise ConfigError(f"{into.text} is not its parent, or lacks the parent's data file; the parent is {text}")
     return into.chain
 
 

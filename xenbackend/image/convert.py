@@ -60,9 +60,9 @@ def convert(
         and after an exception from `progress`, the partial file is kept so that the conversion can be resumed.
     """
     if target.format == "raw" and Path(target.path).exists():
-        raise ConfigError(f"{printable(target.path)} is there already; --overwrite writes over all that it holds")
+        raise ConfigError(f"{printable(target.path)} exists already; to overwrite all of its content: --overwrite")
     if target.data_file:
-        raise ConfigError(f"{target.text}: a new image has its data in itself; leave data_file= out")
+        raise ConfigError(f"{target.text}: a new image holds its data itself; leave data_file= out")
     refuse_existing(target.path)
     partial = at_another_path(target, f"{target.path}.partial")
     state = State(f"{partial.path}.json")
@@ -80,7 +80,7 @@ def convert(
             _begin(partial, blank(target.format, disk.size, wishes, None), state, begun)
         made = session.open(parse_chain(partial.text), read_only=False, is_draft=True)
         if not Path(partial.path).exists():
-            raise ConfigError(f"{printable(target.path)} has been completed meanwhile by somebody else")
+            raise ConfigError(f"{printable(target.path)} has been completed meanwhile by another process")
         done = state.load(begun)  # the partial file is locked now: nobody else changes the state
         written = _copy(session, disk, made, done, progress, lambda place: state.save(begun, place))
         session.close(made)
@@ -107,12 +107,14 @@ def overwrite(source: ChainSpec, target: ChainSpec, progress: Progress, *, direc
     """
     known = BY_DRIVER.get(target.layers[-1].driver.name)
     if known is not None and known.name != "raw":
-        raise ConfigError(f"only a raw image can be written over, and {target.text} is none")
+        raise ConfigError(f"only a raw image can be overwritten, and {target.text} is not raw")
     with Session(direct=direct) as session:
         disk = session.open(source, read_only=True)
         there = session.open(target, read_only=False)
         if there.size < disk.size:
-            raise ConfigError(f"{target.text} has {format_size(there.size)}, and the source {format_size(disk.size)}")
+            raise ConfigError(
+                f"{target.text} has {format_size(there.size)}, but the source has {format_size(disk.size)}"
+            )
         transfer = Transfer(session, disk, there, is_blank=False)
         progress(0, disk.size)
         extents = without_small_holes(map_chain(disk.chain.layers, all_holes=True))
@@ -138,12 +140,14 @@ class State:
             found = json.loads(Path(self._path).read_bytes())
             done = int(found.pop("done"))
         except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise ConfigError(f"{path} cannot be read, so that nobody knows how far it went; {_ANEW}") from error
+            raise ConfigError(
+                f"{path} cannot be read, so it is not known how far the conversion went; {_ANEW}"
+            ) from error
         wrong = [key for key, value in begun.items() if found.get(key) != value]
         if wrong:
-            problem = f"the conversion that {path} is about began with another {wrong[0]}"
+            problem = f"the conversion that {path} records began with another {wrong[0]}"
             if wrong == ["files"]:
-                problem = f"the source was changed since the conversion that {path} is about"
+                problem = f"the source has changed since the conversion that {path} records"
             raise ConfigError(f"{problem}; {_ANEW}")
         return done
 
@@ -154,13 +158,13 @@ class State:
             sync_directory(self._path)
 
 
-_ANEW = "remove the .partial file and its .json to begin anew"
+_ANEW = "remove the .partial file and its .json to start again"
 
 
 def _refuse_partial(path: str) -> None:
     if os.path.lexists(path):
         raise ConfigError(
-            f"{printable(path)} is left from an earlier time; say --resume to go on with it, or remove it"
+            f"{printable(path)} is left from an earlier conversion; continue that with --resume, or remove the file"
         )
 
 
@@ -204,10 +208,10 @@ def _mend(partial: Image) -> None:
     except DriverError as error:
         if error.errno == errno.EBUSY:  # somebody else is resuming it
             raise
-        raise ConfigError(f"{error}; that cannot be gone on with, {_ANEW}") from error
+        raise ConfigError(f"{error}; that conversion cannot be continued; {_ANEW}") from error
     if verdict.errors:
         problem = verdict.sentences[0] if verdict.sentences else "it is damaged"
-        raise ConfigError(f"{printable(partial.text)}: {problem}; that cannot be gone on with, {_ANEW}")
+        raise ConfigError(f"{printable(partial.text)}: {problem}; that conversion cannot be continued; {_ANEW}")
 
 
 def _copy(
@@ -216,7 +220,7 @@ def _copy(
     """Copy from offset `done` on; return how many bytes were written. If it fails, the state allows to resume it."""
     if target.size < source.size:
         layer = target.chain.layers[0].text
-        raise DriverError(f"it has {target.size} bytes, and the source {source.size}", layer=layer)
+        raise DriverError(f"it has {target.size} bytes, but the source has {source.size}", layer=layer)
     transfer = Transfer(session, source, target, is_blank=True)
 
     def tell(piece: Piece) -> None:

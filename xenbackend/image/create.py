@@ -81,6 +81,6 @@ def snapshot(image: Image, path: str) -> Created:
     Raises: ConfigError, DriverError; OSError.
     """
     if image.format == "raw":
-        problem = f"{printable(image.path)} is raw, and a raw child cannot be"
-        raise ConfigError(f"{problem}; make one by image create qcow2 NEW --parent-format raw --parent FILE")
+        problem = f"{printable(image.path)} is raw, and a raw image cannot have a parent"
+        raise ConfigError(f"{problem}; make a child with image create qcow2 NEW --parent-format raw --parent FILE")
     return create(image.format, path, None, parent=image)

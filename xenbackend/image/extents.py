@@ -41,7 +41,7 @@ def changes_of(layers: Sequence[OpenLayer], since: str) -> Iterator[Extent]:
     place = next(place for place, each in enumerate(layers) if not each.driver.is_filter)
     filters = [each.driver for each in layers[:place]]
     if not all(isinstance(each, Filter) and each.is_transparent for each in filters):
-        raise DriverError("a layer above it shows another disk than it has", layer=layers[place].text)
+        raise DriverError("a layer above it shows a different disk", layer=layers[place].text)
     try:
         yield from merged(layers[place].driver.changes(since, layers[place].geometry.size))
     except DriverError as error:

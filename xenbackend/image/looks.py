@@ -27,7 +27,7 @@ _TEXT = "its descriptor, the small text file beside it"
 _LUKS = (
     "luks:key=KEYFILE|{raw} serves it, where KEYFILE has its passphrase; a guest that unlocks it itself is given {raw}"
 )
-_PACKED = "if an image is in it, {command} gets it out"
+_PACKED = "if it contains an image, extract it with {command}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,5 +73,5 @@ def _find_overlaps(regions: list[tuple[str, Region]], faults: Faults, cluster_si
             end, before = region.offset + region.length, what
     if lost:
         faults.add_leaks(
-            lost, f"there is room for {lost} clusters that nothing uses; image convert makes an image without"
+            lost, f"there is room for {lost} clusters that nothing uses; image convert makes an image without them"
         )

@@ -75,8 +75,8 @@ def rebase(
             tools.check_parent(image, file, named, is_unsafe=is_unsafe)  # again: nobody else writes to it from here on
             written = _keep_content(session, child, new, progress) if child else 0
             if _files_of(new) != files:
-                problem = "its new parent, or one of that one's, was exchanged or moved meanwhile"
-                raise DriverError(f"{problem}; it has its former parent still, and this can be done again")
+                problem = "its new parent, or one of that image's parents, was replaced or moved meanwhile"
+                raise DriverError(f"{problem}; it still has its former parent, and rebase can be repeated")
             is_marked = _name_parent(session, image, file, named, new)
         text = marked if is_marked else unmarked
         return Rebased(_with_data_file(image, text), parent.text if parent else "", written)

@@ -40,7 +40,7 @@ def convert(source: ChainSpec, target: ChainSpec, progress: Progress, *, direct:
     """
     (layer,) = target.layers
     if account_of(layer.options) is None:
-        raise ConfigError(f"{printable(target.text)} is there already; --overwrite writes over all that it holds")
+        raise ConfigError(f"{printable(target.text)} exists already; to overwrite all of its content: --overwrite")
     with Session(direct=direct) as session:
         disk = session.open(source, read_only=True)
         begun = identity_of(disk)
@@ -67,7 +67,7 @@ def take_lock(target: ChainSpec, owner: str) -> str:
     layer = target.layers[-1]
     account = account_of(layer.options)
     if account is None:
-        raise ConfigError(f"{printable(layer.text)} is no image of a cluster, and has no lock there")
+        raise ConfigError(f"{printable(layer.text)} is not an image of a cluster, so there is no lock")
     with Session() as session, place_of(layer.options, session.opener.read_cluster(account)) as place:
         return str(place.take_lock(layer.options.image.image, owner))
 
@@ -80,9 +80,9 @@ def _made(session: Session, layer: LayerSpec, size: int) -> Iterator[str]:
     text = partial_of(layer)
     with place_of(layer.options, session.opener.read_cluster(account)) as place:
         if place.has(name):
-            raise ConfigError(f"{printable(name)} is there already; --overwrite writes over all that it holds")
+            raise ConfigError(f"{printable(name)} exists already; to overwrite all of its content: --overwrite")
         if place.has(name + PARTIAL):
-            raise ConfigError(f"{printable(name + PARTIAL)} is left from an earlier time; `rbd rm` removes it")
+            raise ConfigError(f"{printable(name + PARTIAL)} is left from an earlier conversion; `rbd rm` removes it")
         place.create(name + PARTIAL, size)
         try:
             yield text
@@ -100,4 +100,4 @@ def _publish(place: Place, name: str) -> None:
     except DriverError as problem:
         if problem.errno != errno.EEXIST:
             raise
-        raise ConfigError(f"{printable(name)} has been made meanwhile by somebody else") from problem
+        raise ConfigError(f"{printable(name)} has been made meanwhile by another client") from problem

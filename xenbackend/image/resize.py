@@ -24,7 +24,7 @@ def resize(image: Image, size: int) -> int:
         OSError.
     """
     if size % SECTOR:
-        raise ConfigError(f"a disk of {size} bytes cannot be; its size is a multiple of 512")
+        raise ConfigError(f"a disk of {size} bytes is not possible; choose a multiple of 512")
     before = _check_growth(image, size)
     if size == before:
         return before
@@ -35,7 +35,7 @@ def resize(image: Image, size: int) -> int:
         file = session.open_file(image.path, read_only=False, step=image.row.step)
         with blame(image):
             if tools.size(file) != before:  # only from here on nobody else writes to it
-                raise DriverError("somebody else has changed its size meanwhile; look at it, and do it again")
+                raise DriverError("another program has changed its size meanwhile; look at it, and try again")
             if image.data_file:
                 data = session.open_file(image.data_file, read_only=False, step=SECTOR)
                 tools.grow_data(data, file, image.data_file, size)
@@ -50,10 +50,10 @@ def _check_growth(image: Image, size: int) -> int:
         layers = session.open(image.chain, read_only=True).chain.layers
         before = layers[0].geometry.size
         if size < before:
-            problem = f"it has {format_size(before)} and cannot become smaller; what is behind {format_size(size)}"
+            problem = f"it has {format_size(before)} and cannot shrink; the data after {format_size(size)}"
             raise ConfigError(f"{problem} would be lost")
         if size > before and len(layers) > 1 and layers[1].geometry.size > before:
-            raise ConfigError("its parent is larger than it is, and would show in what is new; convert it instead")
+            raise ConfigError("its parent is larger than it is, and would show in the new part; convert it instead")
         if size > before:
             file, tools = session.open_file(image.path, read_only=True, step=SECTOR), tools_of(image.format)
             with blame(image):

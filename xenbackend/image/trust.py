@@ -45,7 +45,7 @@ def trust(image: Image) -> list[Trusted]:
         for path in dict.fromkeys(each.image for each in followed):
             obstacle = marks.obstacle(opener.descriptor(path))
             if obstacle:
-                problem = f"{printable(path)}: {obstacle}, so that its layer must say where its parents are"
+                problem = f"{printable(path)}: {obstacle}, so its layer must say where its parents are"
                 raise DriverError(f"{problem}: parents=DIRECTORY", path=path)
         found = {each: opener.describe(each.path) for each in followed}
         for path in dict.fromkeys(each.image for each in followed):
@@ -61,7 +61,9 @@ def _mark(fd: int, path: str, named: dict[Followed, marks.Marked]) -> None:
         is_marked = (not parents or marks.mark_parents(fd, parents)) and (not files or marks.mark_files(fd, files))
         marks.sync(fd)
     except OSError as error:
-        problem = f"{printable(path)} cannot be marked: {error.strerror}; its layer can say parents=DIRECTORY instead"
+        problem = f"{printable(path)} cannot be marked: {error.strerror}; write parents=DIRECTORY in its layer instead"
         raise DriverError(problem, path=path, errno=error.errno or 0) from error
     if not is_marked:
-        raise DriverError(f"{printable(path)} cannot be marked; its layer can say parents=DIRECTORY instead", path=path)
+        raise DriverError(
+            f"{printable(path)} cannot be marked; write parents=DIRECTORY in its layer instead", path=path
+        )

@@ -20,7 +20,7 @@ from xenbackend.errors import DriverError, printable
 from xenbackend.image.faults import Faults
 from xenbackend.units import PAGE, SECTOR, round_up
 
-_RENAME = "image rebase --unsafe gives it its parent's name again"
+_RENAME = "record its parent's name again with image rebase --unsafe"
 
 
 def check(read: Read, file_size: int, *, on_device: bool = False) -> Faults:
@@ -31,13 +31,15 @@ def check(read: Read, file_size: int, *, on_device: bool = False) -> Faults:
     faults = Faults()
     footer, is_at_end = vhd.read_footer(read, file_size)
     if not (is_at_end or on_device):
-        faults.add_error("its end is no footer: whoever wrote it was killed, or the file was cut short")
+        faults.add_error(
+            "it does not end with a footer: a program that wrote to it was killed, or the file was cut short"
+        )
     if footer.type == vhd.FIXED:
         if footer.size > file_size - SECTOR:
             faults.add_error(f"the file has {file_size} bytes, too few for its disk of {footer.size}")
         return faults
     if is_at_end and read(0, SECTOR) != vhd.pack_footer(footer):
-        faults.add_error("the footer's copy at its beginning is another one")
+        faults.add_error("the copy of the footer at its beginning differs")
     header = vhd.read_header(read, footer, file_size)
     _check_parent(read, file_size, footer, header, faults)
     table = vhd_tables.read_table(read, footer, header)
@@ -50,14 +52,14 @@ def check(read: Read, file_size: int, *, on_device: bool = False) -> Faults:
         faults.add_error(error.problem)
         return faults
     if end > room:
-        faults.add_error(f"its last block ends at {end}, behind the end of the file")
+        faults.add_error(f"its last block ends at {end}, beyond the end of the file")
     stride = header.bitmap_size + header.block_size
     used = sorted(sector * SECTOR for sector in table if sector != UNUSED)
     taken = sorted([*ranges_of(places), *((place, place + stride) for place in used)])
     lost = 0 if on_device else _lost(taken, room, stride)
     if lost:
         faults.add_leaks(
-            lost, f"there is room for {lost} blocks that nothing uses; image convert makes an image without"
+            lost, f"there is room for {lost} blocks that nothing uses; image convert makes an image without them"
         )
     return faults
 
@@ -87,7 +89,7 @@ def plan_repair(file: File, *, on_device: bool = False) -> list[list[Write]]:
         footer, is_at_end, end = replace(footer, data_offset=place), False, place + vhd.HEADER_SIZE
     packed = vhd.pack_footer(footer)
     if on_device and end > file.size - SECTOR:
-        raise DriverError("the device has no room for what would mend it; copy it to a larger one")
+        raise DriverError("the device has no room for the repair; copy the image to a larger one")
     if end > room or not is_at_end:
         place = file.size if on_device else round_up(max(end, file.size) + SECTOR, PAGE)
         plan.append([(place - SECTOR, packed)])
@@ -98,10 +100,12 @@ def _check_parent(read: Read, file_size: int, footer: Footer, header: Header, fa
     """Check what the image itself says about its parent. Where the names lead is found by opening it."""
     if footer.type != vhd.DIFFERENCING:
         if any(header.parent_uuid) or header.parent_name or header.locators:
-            faults.add_error("it says that it has no parent, and names one; image convert makes an image of its data")
+            faults.add_error(
+                "it is marked as having no parent, but names one; image convert makes an image of its data"
+            )
         return
     if not header.locators:
-        faults.add_error(f"it says that it has a parent, and no locator names it; {_RENAME}")
+        faults.add_error(f"it is marked as having a parent, but no locator names it; {_RENAME}")
     for code, count in Counter(each.code for each in header.locators).items():
         name = printable(code.decode("latin-1"))
         if code not in NAME_CODES + OTHER_CODES:

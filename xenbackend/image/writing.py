@@ -34,7 +34,7 @@ def write_within(file: File, plan: Sequence[Sequence[Write]], *, on_device: bool
 
 def no_room(needed: int, size: int) -> DriverError:
     """Return the error for a block device that is too small."""
-    problem = f"the device has {format_size(size)}, and {format_size(needed)} are needed for that"
+    problem = f"the device has {format_size(size)}, but {format_size(needed)} are needed"
     return DriverError(f"{problem}; make the device larger first", errno=errno.ENOSPC)
 
 

@@ -94,7 +94,7 @@ def examine(
     is_device = stat.S_ISBLK(status.st_mode)
     medium = _device(fd, discard_granularity) if is_device else _file(fd, status, read_only=read_only)
     if medium.size == 0:
-        raise DriverError(f"{path} is empty; an image has at least one sector", path=path)
+        raise DriverError(f"{path} is empty; an image needs at least one sector", path=path)
     sector = sector_size or medium.sector_size
     size = medium.size if ends_anywhere else round_up(medium.size, sector)
     physical = max(sector, medium.physical_sector_size)
@@ -109,12 +109,12 @@ def refuse_part_of_a_sector(medium: Medium, path: str) -> None:
     if medium.end == medium.size:
         return
     sector = medium.sector_size
-    sentence = f"{path} has {medium.end} bytes, which is no multiple of its {sector} byte sectors"
+    sentence = f"{path} has {medium.end} bytes, which is not a multiple of its {sector} byte sectors"
     import shlex  # late: most files end with a whole sector
 
-    way_out = f"make the file whole: truncate -s %{sector} {shlex.quote(printable(path))}"
+    way_out = f"extend the file to a whole sector: truncate -s %{sector} {shlex.quote(printable(path))}"
     if medium.is_device:
-        way_out = "choose smaller sectors by sector="
+        way_out = "choose smaller sectors with sector="
     raise DriverError(f"{sentence}; attach the disk read-only, or {way_out}", path=path)
 
 

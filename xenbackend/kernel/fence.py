@@ -36,7 +36,7 @@ def find_fence(machine: str = "") -> tuple[Fence, str]:
     """
     machine = machine or platform.machine()
     if is_strongly_ordered(machine):
-        return _lock_fence(), "a lock's acquire and release: locked instructions, which x86 does not pass"
+        return _lock_fence(), "a lock's acquire and release: locked instructions, which x86 does not reorder"
     for library, symbol in _LIBRARIES:
         fence = _library_fence(library, symbol)
         if fence is not None:

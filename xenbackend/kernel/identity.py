@@ -130,8 +130,8 @@ def difference(noted: Identity, found: Identity) -> str:
         case DeviceIdentity(), DeviceIdentity():
             return _device_difference(noted, found)
         case FileIdentity(), _:
-            return "it is a block device now, and was a file"
-    return "it is a file now, and was a block device"
+            return "it is now a block device, but was a file"
+    return "it is now a file, but was a block device"
 
 
 def has_grown(noted: Identity, found: Identity) -> bool:
@@ -143,28 +143,28 @@ def has_grown(noted: Identity, found: Identity) -> bool:
 
 def _file_difference(noted: FileIdentity, found: FileIdentity) -> str:
     if noted.device != found.device:
-        return f"it is another file, on device {_numbers(found.device)} and not {_numbers(noted.device)}"
+        return f"it is another file, on device {_numbers(found.device)}, not {_numbers(noted.device)}"
     if noted.inode != found.inode:
-        return f"it is another file, inode {found.inode} and not {noted.inode}"
+        return f"it is another file, inode {found.inode}, not {noted.inode}"
     if noted.handle and found.handle:
         is_same = noted.handle == found.handle
     else:  # a value that only one of them has says nothing
         is_same = not (noted.born and found.born) or noted.born == found.born
-    return "" if is_same else f"it is another file, made anew with the inode number {found.inode} of the former one"
+    return "" if is_same else f"it is another file, made again with the inode number {found.inode} of the former one"
 
 
 def _device_difference(noted: DeviceIdentity, found: DeviceIdentity) -> str:
     if noted.number != found.number:
-        return f"it is another block device, {_numbers(found.number)} and not {_numbers(noted.number)}"
+        return f"it is another block device, {_numbers(found.number)}, not {_numbers(noted.number)}"
     if noted.sequence != found.sequence:
         return (
-            f"block device {_numbers(found.number)} has another disk or medium, of sequence number {found.sequence} "
-            f"and not {noted.sequence}"
+            f"block device {_numbers(found.number)} has another disk or medium, with sequence number "
+            f"{found.sequence}, not {noted.sequence}"
         )
     if (noted.start, noted.size) != (found.start, found.size):
         return (
-            f"partition {_numbers(found.number)} has {found.size} bytes from byte {found.start} on, "
-            f"and had {noted.size} from byte {noted.start} on"
+            f"partition {_numbers(found.number)} has {found.size} bytes from byte {found.start}, but had {noted.size} "
+            f"from byte {noted.start}"
         )
     return ""
 

@@ -145,4 +145,4 @@ def check_host(text: str) -> None:
     except (ImportError, ValueError):
         is_there = False
     if not is_there:
-        raise ConfigError(f"host: there is no module {name!r}; leave it away for the default")
+        raise ConfigError(f"host: there is no module {name!r}; leave it out to use the default")

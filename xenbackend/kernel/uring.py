@@ -93,7 +93,7 @@ class Uring:
     def _map(self, params: bytes) -> None:
         sq_entries, cq_entries, _, _, _, features, *_ = _PARAMS.unpack_from(params)
         if features & _FEATURES != _FEATURES:
-            raise KernelError("use this kernel's io_uring, which is older than that of Linux 5.6", errno.EOPNOTSUPP)
+            raise KernelError("use this kernel's io_uring, which is older than Linux 5.6's", errno.EOPNOTSUPP)
         _, sq_tail, sq_mask, _, _, _, sq_array, _ = _SQ_OFFSETS.unpack_from(params, 40)
         cq_head, cq_tail, cq_mask, _, _, cqes, _, _ = _CQ_OFFSETS.unpack_from(params, 80)
         size = max(sq_array + sq_entries * 4, cqes + cq_entries * _CQE.size)

@@ -52,9 +52,9 @@ MAX_REPLIES = 64  # in one handshake; known servers send about ten
 MAX_NAME = 4096  # bytes of an export's name
 _GREETING = 18  # bytes
 _SENTENCES = {
-    REP_ERR_UNSUP: "it does not know how a client says which export it wants (NBD_OPT_GO)",
-    REP_ERR_POLICY: "it does not let us have export {name}",
-    REP_ERR_TLS_REQD: "it wants TLS; write nbds: with certificates=DIRECTORY",
+    REP_ERR_UNSUP: "it does not support choosing an export by NBD_OPT_GO",
+    REP_ERR_POLICY: "it does not let this client use export {name}",
+    REP_ERR_TLS_REQD: "it requires TLS; write nbds:// with certificates=DIRECTORY",
     REP_ERR_UNKNOWN: "it has no export {name}",
     REP_ERR_SHUTDOWN: "it is shutting down",
 }
@@ -115,7 +115,7 @@ class ClientHandshake:
                 break
             answers.append(answer)
         if (self.offer is not None or self.wants_tls) and received:  # bytes from before TLS may come from anybody
-            raise NbdError("the server speaks before it is asked anything")
+            raise NbdError("the server sends data before it is asked for any")
         return b"".join(answers)
 
     def go_on_inside(self) -> bytes:
@@ -126,13 +126,13 @@ class ClientHandshake:
     def _take_greeting(self, received: bytearray) -> bytes | None:
         if len(received) < _GREETING:
             if received and not NBDMAGIC.startswith(received[:8]):
-                raise NbdError(f"it greets with {bytes(received[:8])!r}: it is no NBD server")
+                raise NbdError(f"it greets with {bytes(received[:8])!r}: it is not an NBD server")
             return None
         if received[:8] != NBDMAGIC:
-            raise NbdError(f"it greets with {bytes(received[:8])!r}: it is no NBD server")
+            raise NbdError(f"it greets with {bytes(received[:8])!r}: it is not an NBD server")
         (flags,) = unpack_from(">H", received, 16)
         if received[8:16] != IHAVEOPT or not flags & FLAG_FIXED_NEWSTYLE:
-            raise Refused("it speaks an old form of NBD; the fixed newstyle is needed")
+            raise Refused("it speaks an old form of NBD; the fixed newstyle is required")
         del received[:_GREETING]
         ours = pack(">I", flags & (FLAG_FIXED_NEWSTYLE | FLAG_NO_ZEROES))
         return ours + self._ask(OPT_STARTTLS if self._asks_for_tls else OPT_STRUCTURED_REPLY)
@@ -155,7 +155,7 @@ class ClientHandshake:
             raise Refused(_SENTENCES[kind])
         if self._option == OPT_STARTTLS:
             if kind != REP_ACK:
-                raise Refused("it has no TLS, and nothing is said to it without")
+                raise Refused("it does not offer TLS, which nbds:// requires")
             self.wants_tls = True
             return b""
         if self._option == OPT_STRUCTURED_REPLY:
@@ -167,7 +167,7 @@ class ClientHandshake:
     def _structured(self, kind: int) -> bytes:
         self._is_structured = kind == REP_ACK
         if kind != REP_ACK and not kind & REP_ERROR:
-            raise NbdError(f"a reply of type {kind} to what is agreed on or not")
+            raise NbdError(f"an unexpected reply of type {kind} to NBD_OPT_STRUCTURED_REPLY")
         if not self._is_structured:
             return self._go()
         query = pack(">II", 1, len(ALLOCATION)) + ALLOCATION
@@ -179,7 +179,7 @@ class ClientHandshake:
                 (self._context,) = unpack_from(">I", data)
             return b""
         if kind != REP_ACK and not kind & REP_ERROR:
-            raise NbdError(f"a reply of type {kind} to a question for a context")
+            raise NbdError(f"an unexpected reply of type {kind} to NBD_OPT_SET_META_CONTEXT")
         return self._go()
 
     def _info(self, kind: int, data: bytes) -> bytes:
@@ -195,14 +195,14 @@ class ClientHandshake:
                 self._blocks = unpack_from(">III", data, 2)
             return b""
         if kind != REP_ACK or self._size < 0:
-            raise NbdError(f"a reply of type {kind} where the size of the export should be")
+            raise NbdError(f"a reply of type {kind} before the size of the export")
         self._agree()
         return b""
 
     def _agree(self) -> None:
         least, preferred, most = self._blocks
         if not (0 < least <= preferred <= most and least & (least - 1) == 0 and preferred % least == 0):
-            raise NbdError(f"block sizes {self._blocks} that cannot be")
+            raise NbdError(f"impossible block sizes {self._blocks}")
         self.offer = Offer(
             size=self._size,
             flags=self._flags,

@@ -98,7 +98,7 @@ class Handshake:
         if magic != IHAVEOPT:
             raise NbdError(f"an option that begins with {magic!r}")
         if length > MAX_OPTION:
-            raise NbdError(f"an option with {length} bytes of data; {MAX_OPTION} are the most")
+            raise NbdError(f"an option with {length} bytes of data, more than {MAX_OPTION}")
         end = OPTION.size + length
         if len(received) < end:
             return None

@@ -60,7 +60,7 @@ def parse_command(received: bytearray) -> Command:
         raise NbdError(f"a request that begins with {magic:#x}")
     command = Command(kind, flags, cookie, offset, length)
     if command.payload > MAX_BLOCK:
-        raise NbdError(f"a write of {length} bytes; {MAX_BLOCK} are the most")
+        raise NbdError(f"a write of {length} bytes, more than {MAX_BLOCK}")
     return command
 
 

@@ -85,10 +85,10 @@ class Access:
         """
         rule = self._chain(chain).of(name)
         if (write and not rule.may_write) or (create and not rule.is_record):
-            problem = f"{printable(name)} is to be read only"
+            problem = f"{printable(name)} may only be read"
             raise DriverError(problem, path=name, errno=errno.EACCES)
         if write and not (claims or rule.is_shared or rule.is_record):
-            problem = f"{printable(name)} is to be written to by nobody else meanwhile"
+            problem = f"{printable(name)} must not be written to by others at the same time"
             raise DriverError(problem, path=name, errno=errno.EACCES)
         held = self._hold(name, chain, create=create)
         fd = steps.reopen(held.fd, name, write=write, claims=claims)
@@ -120,15 +120,17 @@ class Access:
             try:
                 fd = steps.hold(name)
             except OSError as error:
-                problem = f"{printable(name)} does not lead to the file in service any more: {error.strerror}"
+                problem = f"{printable(name)} no longer leads to the file in service: {error.strerror}"
             else:
                 try:
                     differs = _differ(held.identity, steps.identify(fd))
                 finally:
                     os.close(fd)
-                problem = f"{printable(name)} leads to another file than the one in service: {differs}" * bool(differs)
+                problem = f"{printable(name)} is not the file in service: {differs}" * bool(differs)
             if problem:
-                advice = "give that one its name back first: the new image would find its parent by that"
+                advice = (
+                    "give the file in service its name back first: the new image would find its parent by that name"
+                )
                 raise DriverError(f"{problem}; {advice}", path=name, errno=errno.ESTALE)
 
     def mark_child(self, child: int) -> bool:
@@ -192,7 +194,9 @@ class Access:
                 return Found(former, parents.IN_SERVICE)
             if stat.S_ISBLK(os.fstat(held[path].fd).st_mode):  # held by its node: compared once it is open
                 return Found(path, allowed.by)
-            raise DriverError(f"{printable(path)} has become another file meanwhile", path=path, errno=errno.ESTALE)
+            raise DriverError(
+                f"{printable(path)} has been replaced by another file meanwhile", path=path, errno=errno.ESTALE
+            )
         if allowed.by == parents.IN_SERVICE and self._is_of_last_release(allowed.fd):
             marks.add(child.fd, marks.PARENT if what == PARENT else marks.FILES, marks.describe(allowed.fd, path))
         return Found(path, allowed.by)

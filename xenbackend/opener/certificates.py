@@ -29,7 +29,9 @@ def read_certificates(directory: str) -> dict[str, str]:
         except FileNotFoundError:
             continue
     if (CERTIFICATE in found) != (KEY in found):
-        problem = f"{printable(directory)} has one of {CERTIFICATE} and {KEY}; a client that shows who it is needs both"
+        problem = (
+            f"{printable(directory)} has only one of {CERTIFICATE} and {KEY}; a client needs both to identify itself"
+        )
         raise DriverError(problem, path=directory, errno=errno.ENOENT)
     if sum(map(len, found.values())) > MAX_FILE:
         problem = f"the certificates in {printable(directory)} have more than {MAX_FILE} bytes together"

@@ -51,13 +51,13 @@ def read_settings(account: Account) -> dict[str, str]:
     settings = {each: value for each, value in found.items() if _HANDED_OVER.fullmatch(each)}
     monitors = _expanded(found.get("mon_host", ""), found, known)
     if not monitors:
-        raise DriverError(f"{account.conf} names no monitor; `mon host` does", path=account.conf, errno=errno.ENODATA)
+        raise DriverError(f"{account.conf} names no monitor; add `mon host`", path=account.conf, errno=errno.ENODATA)
     settings["mon_host"] = resolve_monitors(monitors)
     key = _key(name, found, known, account)
     if key:
         settings["key"] = key
     if len(settings) > _MOST or sum(map(len, settings.values())) > _MOST_TEXT:
-        raise DriverError(f"{account.conf} has more settings than a client of a cluster has", path=account.conf)
+        raise DriverError(f"{account.conf} has more settings than a client of a cluster can have", path=account.conf)
     return settings
 
 
@@ -84,7 +84,7 @@ def parse(text: str) -> dict[str, dict[str, str]]:
         elif current is not None and (key := _KEY.match(line)):
             value = _value(line[key.end() :])
             if value is None:
-                raise ValueError(f"line {number}: a quoted value does not end, or something follows it")
+                raise ValueError(f"line {number}: a quoted value has no end, or something follows it")
             current["_".join(key[1].split())] = value
         else:
             raise ValueError(f"line {number} is neither [section] nor name = value")
@@ -139,8 +139,8 @@ def _key(name: str, found: Mapping[str, str], known: Mapping[str, str], account:
     if "none" in re.split(r"[;,=\s]+", found.get("auth_client_required", "")):
         return ""
     raise DriverError(
-        f"there is no key for {name} in {', '.join(map(printable, places))}, as {printable(account.conf)} has it; "
-        f"`ceph auth get {name}` shows it where one may see it",
+        f"there is no key for {name} in {', '.join(map(printable, places))}, which {printable(account.conf)} names; "
+        f"an administrator of the cluster gets it by `ceph auth get {name}`",
         path=account.conf,
         errno=errno.EACCES,
     )
@@ -150,7 +150,7 @@ def _read(path: str) -> Sections:
     try:
         return parse(_text(path))
     except ValueError as problem:
-        raise DriverError(f"{printable(path)} cannot be understood: {problem}", path=path) from None
+        raise DriverError(f"{printable(path)} cannot be parsed: {problem}", path=path) from None
 
 
 def _text(path: str) -> str:
@@ -159,7 +159,7 @@ def _text(path: str) -> str:
             raise DriverError(f"{printable(path)} is not a file", path=path)
         data = file.read(MAX_FILE + 1)
     if len(data) > MAX_FILE:
-        raise DriverError(f"{printable(path)} has more than {MAX_FILE} bytes, which no configuration has", path=path)
+        raise DriverError(f"{printable(path)} has more than {MAX_FILE} bytes, too many for a configuration", path=path)
     return data.decode(errors="surrogateescape")
 
 

@@ -44,7 +44,7 @@ class End(Enum):
 
     ENDED = "it has ended"
     SILENT = "nothing comes"
-    BROKEN = "the network has given it up"
+    BROKEN = "the network has given up on it"
 
 
 @dataclass(slots=True)
@@ -183,10 +183,11 @@ def _connected(near: socket.socket, address: object) -> socket.socket:
 def _sentence(server: str, end: End) -> str:
     if end is End.SILENT:
         return (
-            f"the server {server} does not end a former connection, and may still write what that was given; the disk "
-            "waits for that end; where it is certain that nothing is under way there, `xenbackend resume` goes on"
+            f"the server {server} has not ended a former connection, and may still carry out writes that came by it; "
+            "the disk waits until the connection has ended; if you are certain that nothing is under way there, "
+            "`xenbackend resume` continues"
         )
     return (
-        f"the connection to the server {server} broke off without an end, and the server may still write what that was "
-        "given; once it is certain that nothing is under way there, `xenbackend resume` goes on"
+        f"the connection to the server {server} broke off without a proper end, and the server may still carry out "
+        "writes that came by it; once you are certain that nothing is under way there, `xenbackend resume` continues"
     )

@@ -48,7 +48,7 @@ class Work:
         else:
             self._kib -= how.memory_kib * how.iterations
         if min(self._iterations, self._kib) < 0:
-            problem = "its key slots take too much work to try them all; name one by slot="
+            problem = "trying all of its key slots takes too much work; choose one with slot="
             raise DriverError(problem, errno=errno.EDQUOT)
 
 
@@ -89,15 +89,17 @@ def read_passphrase(source: str) -> bytearray:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
     except OSError as error:
-        advice = "; the service's unit hands it over by LoadCredentialEncrypted=" if path != source else ""
+        advice = "; pass it to the service's unit with LoadCredentialEncrypted=" if path != source else ""
         problem = f"{what} cannot be read: {error.strerror}{advice}"
         raise DriverError(problem, path=path, errno=error.errno or errno.EIO) from None
     try:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):
-            raise DriverError(f"{what} is no regular file", path=path, errno=errno.EINVAL)
+            raise DriverError(f"{what} is not a regular file", path=path, errno=errno.EINVAL)
         if found.st_mode & stat.S_IRWXO:
-            raise DriverError(f"{what} is open to everybody; chmod o= {path}", path=path, errno=errno.EPERM)
+            raise DriverError(
+                f"every user may access {what}; take that right away: chmod o= {path}", path=path, errno=errno.EPERM
+            )
         if not 0 < found.st_size <= _MAX_PASSPHRASE:
             problem = f"{what} has {found.st_size} bytes; a passphrase has 1 to {_MAX_PASSPHRASE}"
             raise DriverError(problem, path=path, errno=errno.EINVAL)
@@ -121,8 +123,8 @@ def check_memory(wanted: int, free: int) -> None:
     """Check that there are so many bytes of memory. Raises: DriverError."""
     if wanted + _SPARE > free:
         raise DriverError(
-            f"the key takes {wanted >> 20} MiB of memory to make, and {max(0, free) >> 20} MiB are left here; give the "
-            "service more, or make a key slot that takes less, by cryptsetup luksAddKey --pbkdf-memory",
+            f"deriving the key needs {wanted >> 20} MiB of memory, and only {max(0, free) >> 20} MiB are free; give "
+            "the service more, or make a key slot that takes less, by cryptsetup luksAddKey --pbkdf-memory",
             errno=errno.ENOMEM,
         )
 
@@ -167,8 +169,8 @@ def _argon2(passphrase: bytearray, how: Derivation) -> bytearray:
     try:
         from argon2 import low_level
     except ImportError as error:
-        problem = "its keys are made by Argon2, and Python has no package for that here"
-        raise DriverError(f"{problem}; install python3-argon2, or by pip argon2-cffi", errno=errno.ENOSYS) from error
+        problem = "its keys are derived by Argon2, for which this Python has no package"
+        raise DriverError(f"{problem}; install python3-argon2, or argon2-cffi with pip", errno=errno.ENOSYS) from error
     check_memory(how.memory_kib << 10, free_memory())
     kind = low_level.Type.I if how.function == "argon2i" else low_level.Type.ID
     key, ffi = bytearray(how.length), low_level.ffi

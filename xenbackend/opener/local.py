@@ -170,7 +170,7 @@ class LocalOpener:
         try:
             settings = self._settings()
         except ConfigError as error:
-            raise DriverError(f"where parents may be cannot be known: {error}", path=image) from error
+            raise DriverError(f"the directories where parents may be are not known: {error}", path=image) from error
         allowed = parents.find(self.descriptor(image), named, settings, trusts=self._trusts)
         self._keep(allowed.path, allowed.fd)
         self._found.add(allowed.path)

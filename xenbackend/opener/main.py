@@ -107,7 +107,9 @@ class Attendant:
             sentence = "" if problem.errno else _plain(str(problem))
             answer = Given(problem.errno or errno.EINVAL, sentence, str(problem.filename or ""))
         except SupervisorGone:  # the worker may go on: what is kept it can still get
-            answer = Given(errno.ECONNABORTED, "the service has gone meanwhile, and nobody keeps what is opened now")
+            answer = Given(
+                errno.ECONNABORTED, "the service has ended meanwhile, so nothing would keep what is opened now"
+            )
         except AssertionError:
             raise
         except Exception as bug:  # of ours, or of a driver's options: the worker has to know

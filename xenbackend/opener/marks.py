@@ -139,7 +139,7 @@ def obstacle(fd: int) -> str:
     if stat.S_ISBLK(os.fstat(fd).st_mode):
         return "an image on a block device cannot be marked"
     if os.geteuid():
-        return "only root can mark an image, and see that it is marked"
+        return "only root can mark an image, or see its mark"
     try:
         os.getxattr(openat.link_to(fd), PARENT)
     except OSError as error:
@@ -157,7 +157,7 @@ def _read(fd: int, name: str) -> list[Marked]:
         raise
     found: Any = json.loads(data)
     if not isinstance(found, dict) or found.get("version") != _VERSION:
-        raise ValueError("its mark is not of this version")
+        raise ValueError("its mark is from another version")
     return [_marked(each) for each in found.get("files", [])]
 
 

@@ -18,9 +18,7 @@ from xenbackend.errors import ConfigError, printable
 def refuse_existing(path: str) -> None:
     """Refuse a name that is taken, or whose directory does not exist. Raises: ConfigError."""
     if os.path.lexists(path):
-        raise ConfigError(
-            f"{printable(path)} exists already, and is not written over; choose another name or remove it"
-        )
+        raise ConfigError(f"{printable(path)} exists already, and is not overwritten; choose another name or remove it")
     if not _directory(path).is_dir():
         raise ConfigError(f"there is no directory {printable(str(_directory(path)))}; make it first")
 
@@ -88,7 +86,7 @@ def publish(temporary: str, path: str) -> None:
     try:
         os.link(temporary, path)
     except FileExistsError as error:
-        raise ConfigError(f"{printable(path)} has appeared meanwhile, and is not written over") from error
+        raise ConfigError(f"{printable(path)} has appeared meanwhile, and is not overwritten") from error
     Path(temporary).unlink()
     sync_directory(path)
 

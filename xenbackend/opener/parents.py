@@ -34,8 +34,8 @@ from xenbackend.opener import marks
 MARK, IN_SERVICE, TRUSTED = "its mark", "the disk in service", "image trust"  # acts, besides places
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 _ELSE = {  # what else can be done if it is not there
-    PARENT: ", or name it anew by xenbackend image rebase --unsafe",
-    DATA_FILE: ", or say data_file=FILE",
+    PARENT: ", or record its new name with xenbackend image rebase --unsafe",
+    DATA_FILE: ", or add data_file=FILE",
 }
 
 
@@ -97,8 +97,10 @@ def find(
         acts.close()
     if refused is not None:
         raise refused
-    said = ", ".join(printable(repr(name)) for name in named.names) or "nothing that is a name"
-    problem = f"its {named.what} is not there: it says {said}; put the {named.what} there{_ELSE.get(named.what, '')}"
+    said = ", ".join(printable(repr(name)) for name in named.names) or "nothing that can be a name"
+    problem = (
+        f"its {named.what} is not there: the image names {said}; put the {named.what} there{_ELSE.get(named.what, '')}"
+    )
     raise DriverError(problem, path=named.image, errno=errno.ENOENT)
 
 
@@ -165,8 +167,8 @@ class _Acts:
         if stat.S_ISREG(mode) or (stat.S_ISBLK(mode) and self._named.what == PARENT):
             return
         kind = "file or block device" if self._named.what == PARENT else "file"
-        also = "; if that is right, say data_file=FILE" if self._named.what == DATA_FILE else ""
-        raise self.refusal(path, real, "is a directory" if stat.S_ISDIR(mode) else f"is no {kind}{also}")
+        also = "; if that is right, add data_file=FILE" if self._named.what == DATA_FILE else ""
+        raise self.refusal(path, real, "is a directory" if stat.S_ISDIR(mode) else f"is not a {kind}{also}")
 
     def _is_at(self, place: str, fd: int, real: str) -> bool:
         """Return whether a file is `place`, which an administrator names, or lies beneath that directory.
@@ -199,9 +201,14 @@ class _Acts:
         text = f"parents={printable(os.path.dirname(real))}"  # noqa: PTH120 - pathlib would alter the name
         text += " or data_file=FILE" if named.what == DATA_FILE else ""
         if self._obstacle:
-            return f"is named by the image alone, and {self._obstacle}; if that is right, its layer must say {text}"
-        problem = "is not the one that the image was marked for" if self._marked else "is named by the image alone"
-        return f"{problem}; if that is right, say so by xenbackend image trust LAYER, or by {text} in its layer"
+            return (
+                f"is named only by the image, and {self._obstacle}; if it is the right one, its layer must say {text}"
+            )
+        problem = "is not the one that the image was marked for" if self._marked else "is named only by the image"
+        return (
+            f"{problem}; if it is the right one, allow it with xenbackend image trust LAYER, or with {text} in its "
+            "layer"
+        )
 
 
 def is_in_dev(path: str) -> bool:
@@ -210,8 +217,8 @@ def is_in_dev(path: str) -> bool:
 
 
 def _advice_in_dev(real: str, mode: int) -> str:
-    problem = f"is {'a device' if stat.S_ISBLK(mode) else 'in /dev'}, and no image decides that it is opened"
-    return f"{problem}; if that is right, its layer must say parents={printable(real)}"
+    problem = f"is {'a device' if stat.S_ISBLK(mode) else 'in /dev'}, and is not opened just because an image names it"
+    return f"{problem}; if it is the right one, its layer must say parents={printable(real)}"
 
 
 def paths_of(named: Named) -> Iterator[tuple[str, str]]:

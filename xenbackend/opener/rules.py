@@ -108,7 +108,7 @@ class Rules:
         try:
             return self._rules[name]
         except KeyError:
-            problem = f"{printable(name)} is named by nothing that this disk is made of, and is not opened"
+            problem = f"{printable(name)} is not a file of this disk, and is not opened"
             raise DriverError(problem, path=name, errno=errno.EACCES) from None
 
     def server(self, name: str) -> Server:
@@ -116,26 +116,26 @@ class Rules:
         try:
             return self._servers[name]
         except KeyError:
-            problem = f"{printable(name)} is a server that this disk has nothing to do with"
+            problem = f"{printable(name)} is not a server of this disk"
             raise DriverError(problem, errno=errno.EACCES) from None
 
     def check_key(self, source: str) -> None:
         """Check that keys may be made of a passphrase. Raises: DriverError, if the chain does not name it."""
         if source not in self._keys:
-            problem = f"{printable(source)} is no passphrase of this disk"
+            problem = f"{printable(source)} is not a passphrase of this disk"
             raise DriverError(problem, errno=errno.EACCES)
 
     def account(self, account: Account) -> Account:
         """Return an account of a cluster that the chain names. Raises: DriverError, if it does not name it."""
         if account not in self._accounts:
-            problem = f"{printable(account.conf)} is a configuration that this disk has nothing to do with"
+            problem = f"{printable(account.conf)} is not a configuration of this disk"
             raise DriverError(problem, path=account.conf, errno=errno.EACCES)
         return account
 
     def credentials(self, directory: str) -> str:
         """Return a directory of certificates that the chain names. Raises: DriverError, if it does not name it."""
         if directory not in self._credentials:
-            problem = f"{printable(directory)} has no certificates that this disk has to do with"
+            problem = f"{printable(directory)} has no certificates of this disk"
             raise DriverError(problem, path=directory, errno=errno.EACCES)
         return directory
 

@@ -55,12 +55,12 @@ def hold_unnamed(directory: str) -> int:
     that is removed at once: such a file can never be named again. Raises: DriverError, OSError.
     """
     if not directory:
-        raise DriverError("nothing says in which directory unnamed files may be", errno=errno.EACCES)
+        raise DriverError("no directory for unnamed files is configured; see the setting scratch", errno=errno.EACCES)
     try:
         fd = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
-            problem = f"no unnamed file can be made in {printable(directory)}, the directory of the setting scratch"
+            problem = f"cannot make an unnamed file in {printable(directory)}, the directory of the setting scratch"
             raise DriverError(f"{problem}: {error.strerror}", path=directory, errno=error.errno or errno.EIO) from error
         import tempfile  # late: most file systems can make one, and a look at an image should import little
 
@@ -89,10 +89,10 @@ def give_name(fd: int, path: str) -> None:
         why = {
             errno.EXDEV: "it is on another file system than the unnamed file; name a file in the directory of the "
             "setting scratch, or on its file system",
-            errno.ENOENT: "there is no such directory, or the file system of the setting scratch gives no name to a "
-            "file that has none",
+            errno.ENOENT: "there is no such directory, or the file system of the setting scratch cannot name an "
+            "unnamed file",
         }.get(error.errno or 0, error.strerror)
-        problem = f"{printable(path)} cannot become the name of what was written: {why}"
+        problem = f"the unnamed file cannot be given the name {printable(path)}: {why}"
         raise DriverError(problem, path=path, errno=error.errno or errno.EIO) from error
 
 
@@ -103,7 +103,7 @@ def _link(fd: int, parent: int, name: str, path: str) -> None:
     except FileExistsError:
         found, held = os.stat(name, dir_fd=parent, follow_symlinks=False), os.fstat(fd)
         if (found.st_dev, found.st_ino) != (held.st_dev, held.st_ino):
-            problem = f"{printable(path)} exists already, and is not written over; choose another name or remove it"
+            problem = f"{printable(path)} exists already, and is not overwritten; choose another name or remove it"
             raise DriverError(problem, path=path, errno=errno.EEXIST) from None
 
 

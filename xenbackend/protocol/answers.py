@@ -52,7 +52,7 @@ class Answer:
             raise ValueError(f"not an answer of version {VERSION}: {str(values)[:80]}")
         order, code = values.get("order"), known(values["code"])
         if code is not Code.OK and "error" not in values:
-            raise ValueError(f"not an answer, as it says not why: {str(values)[:80]}")
+            raise ValueError(f"not an answer, as it gives no reason: {str(values)[:80]}")
         return cls(
             code,
             values.get("data"),
@@ -63,7 +63,7 @@ class Answer:
 
 def of_bug(bug: Exception) -> Answer:
     """Return the answer to a request that met a fault of the program."""
-    return Answer(Code.BUG, None, f"the service could not do that, see its log: {type(bug).__name__}: {bug}")
+    return Answer(Code.BUG, None, f"the service failed to do that, see its log: {type(bug).__name__}: {bug}")
 
 
 def code_of(problem: Exception) -> Code:

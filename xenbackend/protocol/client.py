@@ -120,7 +120,10 @@ def default_socket() -> str:
 
 def no_service(path: str) -> ServiceError:
     """Return the error for an answer that no service of ours gives."""
-    problem = f"what answers at {path} is no service of this version; restart it with: systemctl restart xenbackend"
+    problem = (
+        f"the program that answers at {path} is not a service of this version; restart it with: systemctl restart "
+        "xenbackend"
+    )
     return ServiceError(Answer(Code.FAILED, sentence=problem))
 
 
@@ -157,7 +160,7 @@ def give_order(
             return _ask(path, request, None, waiting)
         return _ask(path, {**request, "wait": wait_s}, wait_s + answer_s, waiting)
     except _NoAnswer as problem:
-        sentence = f"{what} may be under way: {problem}; what became of it: xenbackend orders"
+        sentence = f"{what} may be under way: {problem}; to see what became of it: xenbackend orders"
         raise ServiceError(Answer(Code.UNDER_WAY, sentence=sentence)) from None
     except ServiceError as problem:
         answer = problem.answer

@@ -69,7 +69,7 @@ def parse(text: str, where: str, policy: Policy) -> None:
 def _parse_line(words: list[str], policy: Policy) -> None:
     call, *condition = words
     if not any(call in numbers for numbers in NUMBERS.values()):
-        raise ValueError(f"{call} is no system call of any policy; give it its numbers in walls/calls.py")
+        raise ValueError(f"{call} is not a known system call; add its numbers to walls/calls.py")
     rule = policy.setdefault(call, Rule([]))
     match condition:
         case []:
@@ -81,11 +81,11 @@ def _parse_line(words: list[str], policy: Policy) -> None:
             rule.tests.append(Test(int(place[3:]), verb == "in", values))
         case _:
             raise ValueError(
-                f"{' '.join(condition)!r} is no condition; write argN in NAME, argN lacks NAME, or no ERRNO"
+                f"{' '.join(condition)!r} is not a condition; write argN in NAME, argN lacks NAME, or no ERRNO"
             )
 
 
 def _value(word: str) -> int:
     if word not in VALUES:
-        raise ValueError(f"{word} is no value; give it its number in walls/calls.py")
+        raise ValueError(f"{word} is not a known value; add its number to walls/calls.py")
     return VALUES[word]

@@ -100,6 +100,6 @@ class Callbacks:
         for fd in self._watched:
             self._reactor.remove(fd)
         self._on_stopped(
-            f"the layer {self._layer} fails again and again ({type(bug).__name__}: {bug}) and is called no more; "
-            "the disk waits: `xenbackend resume` lets it try again"
+            f"the layer {self._layer} fails again and again ({type(bug).__name__}: {bug}), so it is not called any "
+            "more; the disk waits: let it try again with `xenbackend resume`"
         )

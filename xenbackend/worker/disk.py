@@ -113,13 +113,13 @@ class Disk:
                 self._check(text, found.layers[0].geometry.size, found.layers[0].geometry.sector_size)
                 if not replaces and not keeps_content(self.chain.layers, found.layers):
                     raise ConfigError(
-                        f"{text} is over another image than the one that the guest writes to, in {self.text}; "
-                        "if that one holds the same content, add --replace"
+                        f"{text} is over an image other than the one that the guest writes to, in {self.text}; if "
+                        "both have the same content, add --replace"
                     )
                 if not replaces and not shows_the_same(self.chain.layers, found.layers):
                     raise ConfigError(
-                        f"{text} shows the image otherwise than {self.text} does: a filter that alters what is read, "
-                        "such as partition, has to stay; if the guest is to see something else, add --replace"
+                        f"{text} shows the image differently from {self.text}: a filter that changes what is read, "
+                        "such as partition, must stay; if the guest should see something else, add --replace"
                     )
                 with self._through(1):
                     first = only_read_from([layer.driver for layer in found.layers])
@@ -158,7 +158,9 @@ class Disk:
                 self.files.opener = self._for_chain(0)
                 self.open()
             except XenbackendError as second:
-                raise RuntimeError(f"{problem}; and then the former chain could not be opened: {second}") from second
+                raise RuntimeError(
+                    f"{problem}; after that the former chain could not be opened either: {second}"
+                ) from second
             raise
         self.chain, self.text = chain, text
         self._env.drop_unwanted()  # not before: the former chain might have been opened again with them
@@ -253,7 +255,7 @@ class Disk:
             )
         if sector_size != former.sector_size:
             raise DriverError(
-                f"{text} has sectors of {sector_size} bytes; the guest goes by {former.sector_size}", errno=errno.EINVAL
+                f"{text} has sectors of {sector_size} bytes; the guest uses {former.sector_size}", errno=errno.EINVAL
             )
 
 

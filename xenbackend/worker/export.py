@@ -132,7 +132,7 @@ class Export:
     def forget(self, client: Client, why: str) -> None:
         """Forget a client that has gone; `why`: a sentence if it was thrown out, else empty."""
         if why:
-            self._channel.complain(f"a client of the NBD export was thrown out: {why}")
+            self._channel.complain(f"a client of the NBD export was disconnected: {why}")
         self._clients.discard(client)
         if client in self._waiting:
             self._waiting.remove(client)
@@ -209,7 +209,7 @@ class Export:
         if request.status not in (0, errno.EOPNOTSUPP) and not self._has_lost_writes:
             self._has_lost_writes = True
             why = os.strerror(request.status)
-            self._channel.alarm(f"a flush of the NBD export failed: {why}; none is answered well now")
+            self._channel.alarm(f"a flush of the NBD export failed: {why}; from now on every flush fails")
         if self._has_lost_writes:
             request.status = errno.EIO
 

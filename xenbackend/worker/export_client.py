@@ -107,9 +107,9 @@ class Client:
         """Throw the client out if it keeps us waiting."""
         if self._handshake.phase is not Phase.TRANSMISSION:
             if now - self._born > HANDSHAKE_S:
-                self.close(f"it did not come to an end of its handshake in {HANDSHAKE_S:.0f} s")
+                self.close(f"it did not finish its handshake within {HANDSHAKE_S:.0f} s")
         elif (self._filling or self._refused or self._out) and now - self._progress > STALL_S:
-            self.close(f"it did not go on for {STALL_S:.0f} s")
+            self.close(f"it made no progress for {STALL_S:.0f} s")
 
     def close(self, why: str = "") -> None:
         """Hang up at once, and drop the answers in flight; `why`: a sentence if the client is thrown out."""

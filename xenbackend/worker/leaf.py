@@ -35,11 +35,13 @@ def make_leaf(chain: Chain, opener: RemoteOpener, path: str, image_format: str =
     """
     if any(isinstance(layer.driver, Filter) and layer.driver.keeps_writes for layer in chain.layers):
         raise ConfigError(
-            "what the guest writes goes to a layer above the image, which is only read: a new image over that "
-            "would get nothing"
+            "what the guest writes goes to a layer above the image, which is only read: a new image over it would "
+            "receive nothing"
         )
     if any(isinstance(layer.driver, Filter) and layer.driver.may_answer_alone for layer in chain.layers):
-        raise ConfigError("the file of a cache with mode=writeback may have what the image has not, and would not keep")
+        raise ConfigError(
+            "a cache with mode=writeback may hold data that the image does not have, and that a snapshot would miss"
+        )
     fd = opener.make()
     source = next(number for number, layer in enumerate(chain.layers) if not layer.driver.is_filter)
     try:

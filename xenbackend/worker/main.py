@@ -257,13 +257,13 @@ class Worker:
     def _what_excludes(self) -> str:
         """Return a sentence about why the chain must not be exchanged now; empty if it may be."""
         if self._exchange:
-            return f"the chain is being exchanged already, for {self._exchange}"
+            return f"the chain is already being exchanged, for {self._exchange}"
         if isinstance(self._under_way, messages.Serve):
             return "the frontend is being connected"
         if self._under_way is not None:
-            return "the frontend is being left"
+            return "the frontend is being disconnected"
         if self._stages is not None and self._stages.export:
-            return "the disk is exported to a device model, and not in service by the guest's own driver"
+            return "the disk is exported to a device model, not used by the guest's own driver"
         return ""
 
     def _answer(self, ask: messages.Ask, opener: RemoteOpener | None) -> Steps[None]:
@@ -308,7 +308,7 @@ class Worker:
                 return None
             case messages.Resume():
                 stages.resume()
-                self._has_paused(Code.FAILED, "it was resumed before nothing was in flight")
+                self._has_paused(Code.FAILED, "the disk was resumed before all requests in flight had ended")
             case messages.SetPolicy() as question:
                 stages.set_policy(question.policy)
             case messages.Command() as question:
@@ -351,7 +351,7 @@ class Worker:
         if _fits(times):
             self._channel.reply(number, Code.OK, data=times)
         else:
-            self._channel.reply(number, Code.FAILED, "the chain has so many layers that their times fit into no answer")
+            self._channel.reply(number, Code.FAILED, "the chain has too many layers to tell their times in one answer")
 
     def _give_up(self, ask: messages.Ask, sentence: str) -> None:
         """End the process, so that a successor tries again: no chain could be opened."""

@@ -186,8 +186,10 @@ class RemoteOpener:
         try:
             fd = self._ask(question, 1)[1][0]
         except OpenerLate:
-            problem = f"its key takes longer than {QUESTION_S:.0f} s to make, and the guest would wait for that"
-            raise DriverError(f"{problem}; attach the disk anew with this chain", errno=errno.ETIMEDOUT) from None
+            problem = f"its key takes longer than {QUESTION_S:.0f} s to derive, and the guest would have to wait for it"
+            raise DriverError(
+                f"{problem}; detach the disk, and attach it again with this chain", errno=errno.ETIMEDOUT
+            ) from None
         try:
             return memfd.map_sealed(fd, how.length)
         except KernelError as error:
@@ -288,7 +290,7 @@ class RemoteOpener:
 
 
 def _refusal(path: str) -> DriverError:
-    problem = f"{path} is to be opened, and nobody has ordered anything that opens"
+    problem = f"{path} was to be opened while no order under way may open files"
     return DriverError(problem, path=path, errno=errno.EPERM)
 
 

@@ -119,12 +119,20 @@ def _sentence(request: Request, code: int) -> str:
     what = {Op.READ: "a read", Op.WRITE: "a write", Op.DISCARD: "a discard"}.get(Op(request.op), "a request")
     place = f"at byte {request.offset}"
     if code == IMAGE_DAMAGED:
-        way_out = "shut the guest down, and mend the image with: xenbackend image check --repair"
-        return f"{what} {place} was not done, as it would destroy metadata of its damaged image; it waits: {way_out}"
+        way_out = "shut the guest down, and repair the image with: xenbackend image check --repair"
+        return (
+            f"{what} {place} was not done, because it would destroy metadata of the damaged image; it waits: {way_out}"
+        )
     if code == AWAY:
-        return f"{what} {place} waits, as the disk's server is away; it is sent again as soon as that can be reached"
+        return (
+            f"{what} {place} waits, because the disk's server is away; it is sent again as soon as the server can be "
+            "reached"
+        )
     if code == CACHE_LOST:
-        why = "the file of its cache, which alone has what was written there, gives errors"
-        return f"{what} {place} waits, as {why}; it is tried again every second: mend that file, and do not remove it"
-    way_out = "make space" if code in (errno.ENOSPC, errno.EDQUOT) else "mend the disk"
+        why = "its cache file gives errors, and nothing else holds what was written there"
+        return (
+            f"{what} {place} waits, because {why}; it is tried again every second: repair the storage of that file, "
+            "and do not remove it"
+        )
+    way_out = "make space" if code in (errno.ENOSPC, errno.EDQUOT) else "repair the storage"
     return f"{what} {place} failed ({why}); the disk waits and tries again every second: {way_out}"

@@ -206,10 +206,12 @@ class Stages:
         """Have the source make a snapshot `name` by its own means, while the guest goes on. Raises: DriverError."""
         layers = self.opened().layers
         if any(isinstance(layer.driver, Filter) and layer.driver.keeps_writes for layer in layers):
-            problem = "what the guest writes goes to a layer above the image, which would keep nothing of it"
+            problem = "what the guest writes goes to a layer above the image, so a snapshot of the image would miss it"
             raise DriverError(problem, errno=errno.EOPNOTSUPP)
         if any(isinstance(layer.driver, Filter) and layer.driver.may_answer_alone for layer in layers):
-            problem = "the file of a cache with mode=writeback may have what the image has not, and would not keep"
+            problem = (
+                "a cache with mode=writeback may hold data that the image does not have, and that a snapshot would miss"
+            )
             raise DriverError(problem, errno=errno.EOPNOTSUPP)
         source = next(layer.driver for layer in layers if not layer.driver.is_filter)
         problems: list[DriverError] = []
@@ -359,7 +361,7 @@ class Stages:
         """Return what a predecessor had agreed with the frontend. Raises: DriverError, if there is no such note."""
         connect = self._left()
         if connect is None:
-            raise DriverError("the journal does not know what was agreed with the frontend", errno=errno.ENODATA)
+            raise DriverError("the journal has no record of what was agreed with the frontend", errno=errno.ENODATA)
         return connect
 
     def _left(self) -> messages.Connect | None:
@@ -376,7 +378,7 @@ class Stages:
             listener = opener.listen()
         except (DriverError, OSError) as error:
             problem = getattr(error, "strerror", "") or error
-            self._channel.alarm(f"{path}: no device model can boot from this disk: {problem}")
+            self._channel.alarm(f"{path}: device models cannot boot from this disk: {problem}")
         else:
             kick = self._disk.files.kick
             self._export = Export(listener, path, chain, self._reactor, kick, self._channel, self._on_bug)

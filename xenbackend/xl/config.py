@@ -106,7 +106,7 @@ class _Reader:
                 break  # xl's scanner ignores a single last byte, whatever it is
             if match is None or "\0" in match[0]:
                 word = _WORD.match(self._text, place)
-                self._refuse(_Token("", word[0] if word else "", place), "is nothing that xl can read")
+                self._refuse(_Token("", word[0] if word else "", place), "is not valid in an xl configuration")
             if match.lastgroup != "blank":
                 tokens.append(_Token(match.lastgroup or "", match[0], place))
             place = match.end()
@@ -120,7 +120,7 @@ class _Reader:
     def _assign(self, settings: dict[str, _Value], name: _Token) -> None:
         sign = self._next()
         if sign.text not in {"=", "+="}:
-            self._refuse(sign, f"stands where {name.text} needs = or +=")
+            self._refuse(sign, f"is where {name.text} needs = or +=")
         value = self._value(self._next())
         before = settings.get(name.text) if sign.text == "+=" else None
         if before is not None:
@@ -134,7 +134,7 @@ class _Reader:
         if end.kind == "over":
             self._place -= 1
         elif end.kind != "end" and end.text != ";":
-            self._refuse(end, f"stands behind the value of {name.text}; end the line before it")
+            self._refuse(end, f"comes after the value of {name.text}; end the line before it")
 
     def _value(self, token: _Token, depth: int = 0) -> _Value:
         if token.kind == "string":
@@ -142,7 +142,7 @@ class _Reader:
         if token.kind == "number":
             return Atom(token.text, token.start, token.start + len(token.text))
         if token.text != "[" or token.kind != "mark" or depth == _DEPTH:
-            self._refuse(token, "stands where a value should: a 'string', a number or a [list]")
+            self._refuse(token, "is where a value should be: a 'string', a number or a [list]")
         values: list[_Value] = []
         token = self._next_in_list()
         while token.text != "]" or token.kind != "mark":
@@ -151,7 +151,7 @@ class _Reader:
             if token.text == ",":
                 token = self._next_in_list()
             elif token.text != "]":
-                self._refuse(token, "stands behind a value of a list; write a comma between them, or ] after the last")
+                self._refuse(token, "comes after a value of a list; write a comma between them, or ] after the last")
         return values
 
     def _next_in_list(self) -> _Token:

@@ -74,10 +74,11 @@ def read(line: str, xen: Version) -> Meant:
     if names_target := _NAMES_TARGET.search(rest):
         before, target = rest[: names_target.start()], rest[names_target.end() :]
         if before or rest.startswith(","):
-            raise ConfigError(f"{before!r} is no option of a disk line, and stands before target=")
+            raise ConfigError(f"{before!r} is before target=, and is not an option of a disk line")
         if behind := words.misplaced(target):
             raise ConfigError(
-                f"{behind!r} stands behind target=, where all is the chain: write it before that, as vdev= and access="
+                f"{behind!r} is after target=, and all of that is the chain: move it before target=, as vdev= and "
+                "access="
             )
     else:
         target = _take_trailing(_ASKS.sub("", rest, count=1), found)
@@ -86,7 +87,7 @@ def read(line: str, xen: Version) -> Meant:
         raise ConfigError(f"the line is for the hotplug script {script!r}, and not for {SCRIPTS[0]}")
     if found.get("backendtype", "tap") != "tap":
         raise ConfigError(
-            f"the line is for the backend {found['backendtype']!r}, and not for us: leave backendtype out"
+            f"the line is for the backend {found['backendtype']!r}, not for xenbackend: leave backendtype out"
         )
     return _meant(line, target, found, xen)
 
@@ -147,7 +148,7 @@ def _take(pattern: re.Pattern[str], item: str, found: dict[str, str]) -> bool:
     elif "flag" in said:
         said = {"devtype": "cdrom"} if said["flag"] == "cdrom" else {said["flag"]: ""}
     for key in said.keys() & found.keys():
-        raise ConfigError(f"{key} stands twice in a disk line; remove one")
+        raise ConfigError(f"{key} is given twice in a disk line; remove one")
     found.update(said)
     return True
 
@@ -157,7 +158,7 @@ def _check_chain(text: str) -> str:
     chain = parse_chain(text)
     check_whole_paths(chain)
     if "\n" in chain.text:
-        raise ConfigError("xl cannot pass on a line's end in the name of a file; give the file another name")
+        raise ConfigError("xl cannot pass on a file name with a line break; rename the file")
     return chain.text
 
 
@@ -165,7 +166,7 @@ def _format(line: str, chain: str, found: dict[str, str], xen: Version) -> str:
     access = found.pop("access", "")
     vdev = found.pop("vdev", "")
     if not vdev:
-        raise ConfigError(f"{line!r} names no device for the guest; write it behind the chain, as in ,xvda,w")
+        raise ConfigError(f"{line!r} names no device for the guest; write it after the chain, as in ,xvda,w")
     if access not in ("", *words.ACCESS):
         raise ConfigError(f"{line!r} asks for the access {access!r}; xl knows r and w")
     found["access"] = "ro" if access.startswith("r") and access != "rw" else "rw"

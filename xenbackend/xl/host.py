@@ -31,7 +31,7 @@ def parse_version(text: str) -> Version:
     """Return the version that a text such as ``4.19`` names. Raises: ConfigError."""
     match = re.fullmatch(r"(\d{1,3})\.(\d{1,3})(?:\.\d+)*", text)
     if match is None:
-        raise ConfigError(f"{text!r} is no version of Xen; write it as 4.19")
+        raise ConfigError(f"{text!r} is not a version of Xen; write it as 4.19")
     return int(match[1]), int(match[2])
 
 

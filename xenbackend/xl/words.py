@@ -38,7 +38,7 @@ def check(words: Sequence[str]) -> None:
     check_device(device)
     for each in others:
         if each not in ACCESS:
-            raise ConfigError(f"{each!r} is no access to a disk: write r or w behind the device {device}")
+            raise ConfigError(f"{each!r} is not an access mode of a disk: write r or w after the device {device}")
     if others[1:]:
         raise ConfigError(f"{others[0]!r} and {others[1]!r} both say what access the guest has; remove one")
 

@@ -74,7 +74,7 @@ def test_a_successor_that_cannot_open_the_file_serves_without(tmp_path: Path) ->
     life.disk.do(read(0, 4096))
     kept, life.files[life.path] = life.file, RecordedFile(bytearray(b"a file of somebody else's".ljust(8192)))
     life.start()
-    assert "off: it is no file of cache:" in life.driver.env.facts["cache"]
+    assert "off: it is not a file of cache:" in life.driver.env.facts["cache"]
     assert [0] == life.disk.do(write(0, b"n" * 4096))
     life.files[life.path] = kept
     life.start()
@@ -82,7 +82,7 @@ def test_a_successor_that_cannot_open_the_file_serves_without(tmp_path: Path) ->
     assert not life.hits(found)
     assert b"n" * 4096 == content(found)
     life.files[life.path], life.resumes = RecordedFile(bytearray(b"a file of somebody else's".ljust(8192))), False
-    with pytest.raises(DriverError, match="it is no file of cache:, and is left as it is"):
+    with pytest.raises(DriverError, match="it is not a file of cache:, and is left unchanged"):
         life.start()
 
 
@@ -90,7 +90,7 @@ def test_a_successor_that_cannot_open_the_file_serves_without(tmp_path: Path) ->
     ("options", "problem"),
     [
         ("size=1M,destage=1M", "destage does nothing without mode=writeback"),
-        ("size=1M,mode=fast", "'fast' is none of read, writethrough, writeback"),
+        ("size=1M,mode=fast", "'fast' is not one of read, writethrough, writeback"),
         ("size=4M,block=1M", "size is 4 MiB; with this block it must be 8 MiB to"),
         ("size=512K", "size is 512 KiB; with this block it must be 1 MiB to 256 GiB"),
         ("size=1T", "with this block it must be"),

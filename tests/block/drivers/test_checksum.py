@@ -117,7 +117,7 @@ def test_what_others_wrote_meanwhile_is_no_rot(machine: Machine, later: Machine,
     chain = later.open(text)
 
     assert image.read_bytes() == later.everything(chain)
-    assert "made anew" in driver_of(chain).env.facts["sums"]
+    assert "made again" in driver_of(chain).env.facts["sums"]
     chain.close()
 
 
@@ -136,7 +136,7 @@ def test_a_guest_that_was_served_without_it_meanwhile_finds_no_rot(
     chain = later.open(text)
 
     assert image.read_bytes() == later.everything(chain)
-    assert "made anew" in driver_of(chain).env.facts["sums"]
+    assert "made again" in driver_of(chain).env.facts["sums"]
     chain.close()
 
 
@@ -145,7 +145,7 @@ def test_a_file_that_does_not_fit_is_refused(machine: Machine, tmp_path: Path, i
     """It is left as it is, with a sentence that says what to do."""
     sums, text = tmp_path / "sums", f"checksum:{tmp_path}/sums|aio:{image}"
     machine.open(text).close()
-    problem = "has the sums of another disk, of 1048576 bytes; name another file, or remove it"
+    problem = "has the sums of another disk, of 1048576 bytes; name another file, or remove this one"
     match change:
         case "another image":
             (tmp_path / "new").write_bytes(image.read_bytes())
@@ -155,7 +155,7 @@ def test_a_file_that_does_not_fit_is_refused(machine: Machine, tmp_path: Path, i
                 file.write(bytes(SIZE))
         case "shorter":
             os.truncate(sums, 8192)
-            problem = "something has cut it"
+            problem = "it has been truncated"
         case "header":
             with sums.open("r+b") as file:
                 file.seek(60)
@@ -164,7 +164,7 @@ def test_a_file_that_does_not_fit_is_refused(machine: Machine, tmp_path: Path, i
         case "cow":
             sums.unlink()
             machine.open(f"cow:{sums}|aio:{image}").close()
-            problem = "it is no file of checksum:"
+            problem = "it is not a file of checksum:"
         case "empty":
             sums.write_bytes(b"")
             machine.open(text).close()
@@ -181,7 +181,7 @@ def test_odd_blocks_are_refused(machine: Machine, tmp_path: Path, block: str) ->
     """A block is a power of two from 4 KiB to 1 MiB; what would take more than 1 GiB of sums is refused as well."""
     with pytest.raises(ChainError, match="it must be 4K, 8K"):
         machine.open(f"checksum:{tmp_path}/sums,block={block}|ram:1M")
-    with pytest.raises(DriverError, match="too many sums here; name a larger block="):
+    with pytest.raises(DriverError, match="need too many sums; give a larger block="):
         machine.open(f"checksum:{tmp_path}/huge|null:8T", read_only=True)
 
 

@@ -113,7 +113,7 @@ def test_a_file_that_does_not_fit_is_refused(machine: Machine, tmp_path: Path, b
             problem = "its header is damaged"
         case "no cow":
             cow.write_bytes(b"precious" * 1024)
-            problem = "it is no file of cow:, and is left as it is"
+            problem = "it is not a file of cow:, and is left unchanged"
         case "empty":
             cow.write_bytes(b"")
             machine.open(text).close()

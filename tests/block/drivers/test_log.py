@@ -26,7 +26,7 @@ from xenbackend.protocol.codes import Code
 from xenbackend.worker.env import EnvFactory
 
 CHUNK = CHUNK_BITS * 512  # bytes of disk
-TAKEN_OVER = "another reader is at work; begin again with get"
+TAKEN_OVER = "another program is reading, too; begin again with get"
 
 
 class Instant(Driver):
@@ -286,10 +286,10 @@ def test_pages_of_peek_cover_the_disk() -> None:
 @pytest.mark.parametrize(
     ("verb", "arguments", "sentence"),
     [
-        ("fly", [], "log: knows no verb 'fly'; it knows clear, get, peek, start, status, stop"),
-        ("get", ["x"], "log: 'x' is not the number from the last line of a page"),
-        ("peek", ["-1"], "log: '-1' is not the number from the last line of a page"),
-        ("peek", ["9" * 16], f"log: '{'9' * 16}' is not the number from the last line of a page"),
+        ("fly", [], "log: does not know the verb 'fly'; it knows clear, get, peek, start, status, stop"),
+        ("get", ["x"], "log: 'x' is not a number from the last line of a page"),
+        ("peek", ["-1"], "log: '-1' is not a number from the last line of a page"),
+        ("peek", ["9" * 16], f"log: '{'9' * 16}' is not a number from the last line of a page"),
         ("get", ["1", "2"], "log: get takes at most one argument, not 2"),
         ("clear", ["1"], "log: clear takes no argument, not 1"),
         ("get", ["77"], f"log: page 77 is not the last one that was handed out: {TAKEN_OVER}"),

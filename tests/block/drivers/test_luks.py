@@ -207,7 +207,7 @@ def test_each_slot_opens_and_one_can_be_named(machine: Machine, tmp_path: Path) 
         machine.open(text_of(image, second, ",slot=1")).close()
         with pytest.raises(DriverError, match=r"opens no key slot of it \(tried: 0\)"):
             machine.open(text_of(image, second, ",slot=0"))
-        with pytest.raises(DriverError, match="no key slot of it is active, or none is to be tried"):
+        with pytest.raises(DriverError, match="none of its key slots is active, or none of those to be tried"):
             machine.open(text_of(image, second, ",slot=2"))
 
 
@@ -216,10 +216,10 @@ def test_each_slot_opens_and_one_can_be_named(machine: Machine, tmp_path: Path) 
     [
         ("luks:|ram:1M", "the key is missing"),
         ("luks:key=|ram:1M", "it is empty; name a file with the passphrase"),
-        ("luks:key=credential:|ram:1M", "cannot be the name of a credential"),
-        ("luks:key=credential:../x|ram:1M", "cannot be the name of a credential"),
-        ("luks:key=credential:..|ram:1M", "cannot be the name of a credential"),
-        ("luks:key=/k,slot=-1|ram:1M", "a whole number from 0 on"),
+        ("luks:key=credential:|ram:1M", "is not a name for a credential"),
+        ("luks:key=credential:../x|ram:1M", "is not a name for a credential"),
+        ("luks:key=credential:..|ram:1M", "is not a name for a credential"),
+        ("luks:key=/k,slot=-1|ram:1M", "a whole number of 0 or more"),
     ],
 )
 def test_odd_options_are_refused(machine: Machine, text: str, problem: str) -> None:

@@ -140,7 +140,7 @@ def test_a_smallest_request_becomes_the_sector(machine: Machine, plain: Server) 
     assert 4096 == chain.geometry.sector_size
     chain.close()
     plain.export.blocks = (8192, 8192, 1 << 20)
-    with pytest.raises(DriverError, match="8192 bytes at least"):
+    with pytest.raises(DriverError, match="at least 8192 bytes"):
         machine.open(text(plain))
 
 
@@ -290,7 +290,7 @@ def test_a_server_that_is_away_is_waited_for(machine: Machine, plain: Server) ->
         (lambda export: setattr(export, "name", b"other"), "no export"),
         (lambda export: setattr(export, "flags", HAS_FLAGS | READ_ONLY), "only be read"),
         (lambda export: setattr(export, "flags", HAS_FLAGS | FUA), "flush"),
-        (lambda export: setattr(export, "blocks", (4096, 4096, 1 << 25)), "sizes of requests"),
+        (lambda export: setattr(export, "blocks", (4096, 4096, 1 << 25)), "other request sizes"),
     ],
 )
 def test_a_server_that_comes_back_with_less_is_not_served_from(
@@ -346,7 +346,7 @@ def test_what_is_no_server_is_refused_in_a_sentence(machine: Machine, plain: Ser
         return True
 
     plain.greet = greet
-    with pytest.raises(DriverError, match=r"closed the connection in the handshake|no NBD server|old form"):
+    with pytest.raises(DriverError, match=r"closed the connection in the handshake|not an NBD server|old form"):
         machine.open(text(plain))
 
 

@@ -42,5 +42,5 @@ def test_without_a_length_it_reaches_to_the_end(machine: Machine, tmp_path: Path
         chain.close()
 
     assert [64 << 10] * 2 == sizes
-    with pytest.raises(DriverError, match="are to be the disk"):
+    with pytest.raises(DriverError, match="the layer below has only"):
         machine.open(f"offset:start=4M|aio:{path}")

@@ -62,7 +62,7 @@ def test_a_table_that_cannot_be_used_is_refused(machine: Machine, tmp_path: Path
         machine.open(f"partition:2|aio:{path}")
     with pytest.raises(DriverError, match="there is no partition table"):
         machine.open("partition:1|ram:1M")
-    with pytest.raises(ChainError, match="partitions are counted from 1 on"):
+    with pytest.raises(ChainError, match="partitions are numbered from 1"):
         machine.open("partition:0|ram:1M")
     with pytest.raises(DriverError, match="No space left"):
         machine.open(f"partition:1|fault:errno=ENOSPC|aio:{path}")

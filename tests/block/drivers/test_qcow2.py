@@ -39,7 +39,8 @@ def test_what_is_reported(machine: Machine, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("bits", "sentence"), [(1, "out of date .dirty.*qemu-img check -r all"), (2, "corrupt, and can only be read")]
+    ("bits", "sentence"),
+    [(1, "out of date .dirty.*qemu-img check -r all"), (2, "corrupt, and can only be opened read-only")],
 )
 def test_dirty_and_corrupt_images(machine: Machine, tmp_path: Path, bits: int, sentence: str) -> None:
     """An image that says it is dirty or corrupt can be read, and not be written to; it is not touched by that."""
@@ -78,26 +79,26 @@ def test_formats_of_parents(machine: Machine, tmp_path: Path, image_format: byte
     ("options", "more", "sentence"),
     [
         ({"backing": b"base"}, "", "never guessed; say parent_format="),
-        ({"backing": b"base", "backing_format": b"qed"}, "", "format 'qed', which is none of raw"),
-        ({"backing": b"json:{}", "backing_format": b"raw"}, "", "'json:{}' is no file"),
-        ({"backing": b"nbd://host/x", "backing_format": b"raw"}, "", "is no file"),
+        ({"backing": b"base", "backing_format": b"qed"}, "", "format 'qed', which is not one of raw"),
+        ({"backing": b"json:{}", "backing_format": b"raw"}, "", "'json:{}' is not a file"),
+        ({"backing": b"nbd://host/x", "backing_format": b"raw"}, "", "is not a file"),
         (
             {"backing": b"/etc/passwd", "backing_format": b"raw"},
             "",
-            "is named by the image alone; if that is right, say so by",
+            "is named only by the image; if it is the right one, allow it with",
         ),
         (
             {"backing": b"../base", "backing_format": b"raw"},
             "",
-            "is named by the image alone; if that is right, say so by",
+            "is named only by the image; if it is the right one, allow it with",
         ),
         (
             {"backing": b"link", "backing_format": b"raw"},
             "",
-            "is named by the image alone; if that is right, say so by",
+            "is named only by the image; if it is the right one, allow it with",
         ),
         ({"backing": b"gone", "backing_format": b"raw"}, "", "is not there"),
-        ({"backing": b"a", "backing_format": b"qcow2"}, "", "itself or one of its own children"),
+        ({"backing": b"a", "backing_format": b"qcow2"}, "", "the same file as the image or one of its children"),
     ],
 )
 def test_parents_that_are_refused(tmp_path: Path, options: dict[str, object], more: str, sentence: str) -> None:
@@ -288,7 +289,7 @@ def test_zstd_that_the_host_does_not_have(machine: Machine, tmp_path: Path, monk
     before = (tmp_path / "a").read_bytes()
     for module in ("zstandard", "compression"):
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(DriverError, match="install python3-zstandard, or by pip zstandard"):
+    with pytest.raises(DriverError, match="install python3-zstandard, or zstandard with pip"):
         machine.open(text)
 
     assert before == (tmp_path / "a").read_bytes()[: len(before)]

@@ -50,9 +50,9 @@ def test_what_is_asked_for(text: str, account: Account) -> None:
         ("rbd:", "image is missing"),
         ("rbd:a", "neither POOL/IMAGE"),
         ("rbd:a/b,id=client.xen", "id=xen"),
-        ("rbd:a/b,id=", "no user"),
-        ("rbd:a/b,id=x y", "no user"),
-        ("rbd:a/b,conf=ceph.conf", "not the whole path"),
+        ("rbd:a/b,id=", "not the name of a user"),
+        ("rbd:a/b,id=x y", "not the name of a user"),
+        ("rbd:a/b,conf=ceph.conf", "not an absolute path"),
         ("rbd:a/b,cache=on", "unknown option 'cache'"),
         ("rbd:a/b|aio:/img", "source and passes nothing on"),
     ],
@@ -64,8 +64,8 @@ def test_what_cannot_be_is_refused(text: str, match: str) -> None:
 
 
 def test_nobody_shares_it(machine: Machine) -> None:
-    """An image has one writer: attached to be shared it is refused before its cluster is asked for."""
-    with pytest.raises(DriverError, match="has one writer"):
+    """An image has only one writer: attached to be shared it is refused before its cluster is asked for."""
+    with pytest.raises(DriverError, match="has only one writer"):
         machine.open("rbd:a/b,conf=/nonesuch", shareable=True)
 
 

@@ -252,17 +252,17 @@ def test_what_waits_is_shown() -> None:
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ("iops_burst=10", "iops_burst does nothing without iops"),
-        ("iops=10,iops_burst=10", "iops_burst is 10; it must be more than iops, which is 10"),
-        ("bps=1M,burst=5s", "burst does nothing without the rate of a burst"),
+        ("iops_burst=10", "iops_burst has no effect without iops"),
+        ("iops=10,iops_burst=10", "iops_burst is 10; it must be more than iops=10"),
+        ("bps=1M,burst=5s", "burst has no effect without the rate of a burst"),
         ("bps=1M,bps_burst=2M,burst=10ms", "burst must be between 1s and"),
-        ("bps=1M,size=4K", "size does nothing without iops"),
-        ("group=a", "group does nothing without a limit"),
-        ("iops=10,group=a b", "'a b' is no name of a group"),
-        ("iops=10,iops_read=10", "iops_read is 10; it does nothing unless it is below iops"),
-        ("bps=1M,bps_write=2M", "bps_write is 2097152; it does nothing"),
-        ("bps_read=9P", "nothing may be more than"),
-        ("iops=-1", "is not a whole number from 0 on"),
+        ("bps=1M,size=4K", "size has no effect without iops"),
+        ("group=a", "group has no effect without a limit"),
+        ("iops=10,group=a b", "'a b' is not a name for a group"),
+        ("iops=10,iops_read=10", "iops_read is 10; it has no effect unless it is below iops"),
+        ("bps=1M,bps_write=2M", "bps_write is 2097152; it has no effect"),
+        ("bps_read=9P", "no limit may be more than"),
+        ("iops=-1", "is not a whole number of 0 or more"),
     ],
 )
 def test_settings_without_effect_are_refused(options: str, problem: str) -> None:
@@ -338,9 +338,9 @@ def test_what_was_let_pass_is_counted_in_time_of_the_whole_limit() -> None:
 @pytest.mark.parametrize("arguments", [[], ["0"], ["1.5"], ["nan"], ["-1"], ["x"], ["0.5", "0.5"]])
 def test_odd_shares_are_refused(arguments: list[str]) -> None:
     """And who shares nothing knows no share."""
-    with pytest.raises(DriverError, match="a share is a number above 0, and 1 at most"):
+    with pytest.raises(DriverError, match="a share must be a number above 0, and at most 1"):
         Load("iops=10,group=g").driver.control("share", arguments)
-    with pytest.raises(DriverError, match="knows no verb 'share'"):
+    with pytest.raises(DriverError, match="does not know the verb 'share'"):
         Load("iops=10").driver.control("share", ["0.5"])
 
 

@@ -233,10 +233,10 @@ def test_a_raw_parent(machine: Machine, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ("uuid", "has another UUID than the one this image was made for; use the right one, or say changed=accept"),
-        ("time", "was altered after this image was made"),
-        ("gone", "its parent is not there: it says './base.vhd', 'base.vhd'"),
-        ("away", "base.vhd is /.*/base.vhd, and is named by the image alone; if that is right, say so by"),
+        ("uuid", "has another UUID than the one this image was made for; use the right parent, or add changed=accept"),
+        ("time", "was changed after this image was made"),
+        ("gone", "its parent is not there: the image names './base.vhd', 'base.vhd'"),
+        ("away", "base.vhd is /.*/base.vhd, and is named only by the image; if it is the right one, allow it with"),
     ],
 )
 def test_a_parent_that_is_not_right(tmp_path: Path, change: str, sentence: str) -> None:
@@ -277,7 +277,7 @@ def test_a_chain_that_bites_its_tail(machine: Machine, tmp_path: Path) -> None:
     """D11: an image that names itself as its parent is refused."""
     names = [(b"MacX", b"file://./img.vhd")]
     put(tmp_path / "img.vhd", vhd_images.image(MIB, uuid=P, parent_uuid=P, names=names))
-    with pytest.raises(DriverError, match="is itself or one of its own children"):
+    with pytest.raises(DriverError, match="is the same file as the image or one of its children"):
         machine.open(f"vhd:{tmp_path}/img.vhd")
 
 
@@ -325,9 +325,9 @@ def test_an_end_that_is_missing(machine: Machine, tmp_path: Path, cut: int) -> N
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: bytes(MIB), "it is no VHD image"),
+        (lambda: bytes(MIB), "it is not a VHD image"),
         (lambda: vhd_images.fixed(bytes(MIB))[512:], "too few for its disk"),
-        (lambda: vhd_images.image(8 * MIB, {0: {}, 1: {}})[:MIB], "more blocks than there is room for|behind the end"),
+        (lambda: vhd_images.image(8 * MIB, {0: {}, 1: {}})[:MIB], "more blocks than fit into the file|beyond the end"),
     ],
 )
 def test_what_is_no_image(machine: Machine, tmp_path: Path, make: Callable[[], bytes], sentence: str) -> None:
@@ -351,7 +351,7 @@ def test_a_footer_without_its_last_byte(machine: Machine, tmp_path: Path) -> Non
     chain.close()
 
     assert b"x" * MIB == found
-    with pytest.raises(DriverError, match="no multiple of its 512 byte sectors; attach the disk read-only"):
+    with pytest.raises(DriverError, match="not a multiple of its 512 byte sectors; attach the disk read-only"):
         machine.open(f"vhd:{path}")
 
 

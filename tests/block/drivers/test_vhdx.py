@@ -113,5 +113,5 @@ def test_what_a_log_says(machine: Machine, tmp_path: Path) -> None:
 def test_a_log_that_cannot_be_right(machine: Machine, tmp_path: Path) -> None:
     """An image whose header says that its log is in use, where nothing is in it, is refused with a sentence."""
     (tmp_path / "a").write_bytes(vhdx(4 * MIB, {}, log=LOG, ring=bytes(MIB)))
-    with pytest.raises(DriverError, match=r"it is damaged: .* no entry there is whole"):
+    with pytest.raises(DriverError, match=r"it is damaged: .* but has no complete entry"):
         machine.open(f"vhdx:{tmp_path}/a", read_only=True)

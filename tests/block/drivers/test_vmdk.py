@@ -48,7 +48,7 @@ def test_a_parent_that_is_another_kind_of_image(machine: Machine, tmp_path: Path
     """Whatever the parent's name is, it is read as VMDK, and refused where it is none."""
     text = make(tmp_path)
     (tmp_path / "base.vmdk").write_bytes(bytes(SIZE))
-    with pytest.raises(DriverError, match="it is no VMDK image"):
+    with pytest.raises(DriverError, match="it is not a VMDK image"):
         machine.open(text, read_only=True)
 
 
@@ -134,7 +134,7 @@ def test_a_disk_in_an_ova(machine: Machine, tmp_path: Path, compressed: bool) ->
     assert bytes(3 * GRAIN) + b"1" * GRAIN + bytes(60 * GRAIN) == machine.contents(f"{text},disk=1.vmdk")
     expected = bytes(63 * GRAIN) + b"2" * (GRAIN - 1024) + bytes(1024)
     assert expected == machine.contents(f"{text},disk=2.vmdk")
-    with pytest.raises(DriverError, match=r"say disk=NAME, one of 1\.vmdk, 2\.vmdk"):
+    with pytest.raises(DriverError, match=r"choose one with disk=NAME: 1\.vmdk, 2\.vmdk"):
         machine.open(text, read_only=True)
 
 
@@ -142,7 +142,7 @@ def test_a_choice_where_there_is_none(machine: Machine, tmp_path: Path) -> None:
     """`disk=` is refused where nothing can be chosen."""
     in_pieces(tmp_path, Random(1), zeros=False)
     for name in ("a.vmdk", "p-0.vmdk"):
-        with pytest.raises(DriverError, match="it is no OVA"):
+        with pytest.raises(DriverError, match="it is not an OVA"):
             machine.open(f"vmdk:{tmp_path}/{name},disk=x", read_only=True)
 
 
@@ -155,18 +155,18 @@ def one_extent(directory: Path, line: str) -> str:
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
-        ('RW 8 FLAT "gone" 0', "its extent is not there: it says 'gone'; put the extent there"),
-        ('RW 8 FLAT "../secret" 0', "secret is named by the image alone; if that is right, say so by"),
-        ('RW 8 FLAT "{outside}/secret" 0', "secret is named by the image alone"),
-        ('RW 8 FLAT "link" 0', "link is /.*/secret, and is named by the image alone"),
+        ('RW 8 FLAT "gone" 0', "its extent is not there: the image names 'gone'; put the extent there"),
+        ('RW 8 FLAT "../secret" 0', "secret is named only by the image; if it is the right one, allow it with"),
+        ('RW 8 FLAT "{outside}/secret" 0', "secret is named only by the image"),
+        ('RW 8 FLAT "link" 0', "link is /.*/secret, and is named only by the image"),
         ('RW 8 FLAT "/dev/zero" 0', "/dev/zero is no file"),
         ('RW 8 FLAT "pipe" 0', "pipe is no file"),
         ('RW 8 FLAT "socket" 0', "socket is no file"),
         ('RW 8 FLAT "." 0', "is a directory"),
         ('RW 8 FLAT "small" 0', "small: it is damaged: it has 512 bytes, and 4096 from byte 0 on are wanted"),
         ('RW 1 FLAT "small" 9007199254740991', "from byte 4611686018427387392 on are wanted"),
-        ('RW 8 SPARSE "small"', "small: it is no VMDK image"),
-        ('RW 8 VMFSSPARSE "small"', "small: it is no extent of the format COWD"),
+        ('RW 8 SPARSE "small"', "small: it is not a VMDK image"),
+        ('RW 8 VMFSSPARSE "small"', "small: it is not an extent of the format COWD"),
         ('RW 8 SESPARSE "small"', "its extent 'small' is of ESXi's format SE sparse"),
         ("RW 999999999999999 ZERO", "of a disk of 511999999999999488 bytes"),
         ("", "names 0 extents and not 1 to 512"),
@@ -219,7 +219,7 @@ def test_nothing_is_left_open(machine: Machine, tmp_path: Path) -> None:
     """Where one extent of many is refused, the files of the others are closed again."""
     in_pieces(tmp_path, Random(1), zeros=False)
     (tmp_path / "p-4.vmdk").write_bytes(bytes(512))
-    with pytest.raises(DriverError, match=r"p-4\.vmdk: it is no VMDK image"):
+    with pytest.raises(DriverError, match=r"p-4\.vmdk: it is not a VMDK image"):
         machine.open(f"vmdk:{tmp_path}/a.vmdk", read_only=True)
 
     left = [path.readlink() for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]

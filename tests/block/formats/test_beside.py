@@ -19,7 +19,7 @@ class Other(beside.Header):
 
 def test_a_file_of_another_layer_is_left_as_it_is() -> None:
     """Each layer knows its own by the magic, and says whose it is not."""
-    with pytest.raises(DriverError, match="it is no file of other:, and is left as it is"):
+    with pytest.raises(DriverError, match="it is not a file of other:, and is left unchanged"):
         Other.parse(cow.Header(1 << 20, 4096, "", bytes(16)).pack())
 
 
@@ -27,5 +27,5 @@ def test_another_version_is_refused() -> None:
     """The sentence has both."""
     data = bytearray(cow.Header(1 << 20, 4096, "", bytes(16)).pack())
     data[16] = 9
-    with pytest.raises(DriverError, match="it is of version 9 of the format, and this program knows version 1"):
+    with pytest.raises(DriverError, match="it has version 9 of the format, but this program knows version 1"):
         cow.Header.parse(bytes(data))

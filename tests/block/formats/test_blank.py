@@ -89,7 +89,7 @@ def test_a_fixed_vhd_is_data_and_a_footer(tmp_path: Path) -> None:
         ("vhd", 1 << 30, Wishes(4 << 20), "a power of two from 4 KiB to 2 MiB"),
         ("vhd", 2 << 38, Wishes(4096), "choose larger ones"),
         ("qcow2", 1 << 50, Wishes(512), "choose larger ones"),
-        ("qcow", 9 << 40, Wishes(), "9 TiB are too many for clusters of 4 KiB in this format; choose larger"),
+        ("qcow", 9 << 40, Wishes(), "9 TiB is too much for clusters of 4 KiB in this format; choose larger"),
         ("raw", MIB, Wishes(4096), "neither clusters nor a parent"),
         ("qcow2", MIB, Wishes(is_fixed=True), "only a VHD image"),
     ],
@@ -138,7 +138,9 @@ def test_the_parent_of_a_vhd(name: str) -> None:
 @pytest.mark.parametrize("name", ["b\udcff.vhd", "/srv/\udcfe/base.vhd"])
 def test_a_parents_name_that_is_no_text(name: str) -> None:
     """A name that is no Unicode text would be another file's name in a VHD image, or none: it is refused."""
-    with pytest.raises(ConfigError, match="as names in it are Unicode texts; rename the parent, or make a qcow2 image"):
+    with pytest.raises(
+        ConfigError, match="as names in it must be Unicode text; rename the parent, or make a qcow2 image"
+    ):
         blank("vhd", 8 * MIB, Wishes(), Parent(name, "vhd", "vpc"))
 
 

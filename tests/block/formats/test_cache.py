@@ -25,5 +25,5 @@ def test_tags_and_slots_of_a_write_back_cache_do_not_overlap() -> None:
     assert header == BackHeader.parse(header.pack())
     assert HEADER_SIZE + 8 * header.blocks <= HEADER_SIZE + header.map_size <= header.data_at
     assert header.data_at + (100 << 20) == header.file_size
-    with pytest.raises(DriverError, match="it is no file of cache:"):
+    with pytest.raises(DriverError, match="it is not a file of cache:"):
         Header.parse(header.pack())

@@ -47,5 +47,5 @@ def test_numbers_that_cannot_be_are_refused() -> None:
     ):
         with pytest.raises(DriverError, match="its header is damaged"):
             Header.parse(header.pack())
-    with pytest.raises(DriverError, match="made of too many files"):
+    with pytest.raises(DriverError, match="consists of too many files"):
         Header(512, 4096, "x" * 5000, bytes(16)).pack()

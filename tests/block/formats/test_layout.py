@@ -31,7 +31,7 @@ def test_places_behind_the_end() -> None:
     """A cluster may begin before the end of the file only."""
     check_places([0, ZERO, 512 | READABLE], 513)
     check_places([0, ZERO], 0)
-    with pytest.raises(DriverError, match="at byte 512, and the file has 512"):
+    with pytest.raises(DriverError, match="at byte 512, but the file has only 512"):
         check_places([512 | READABLE], 512)
 
 

@@ -55,31 +55,31 @@ def test_a_sound_header(make: object) -> None:
 
 def test_what_is_no_volume_is_said_to_be_none() -> None:
     """A disk without a header, or with too little room for one, is not taken for a damaged volume."""
-    with pytest.raises(DriverError, match="there is no LUKS header; `cryptsetup luksFormat` makes one"):
+    with pytest.raises(DriverError, match="there is no LUKS header; to make one: `cryptsetup luksFormat`"):
         parsed(bytes(1 << 20))
     with pytest.raises(DriverError, match="has 512 bytes, too few for a LUKS header"):
         parsed(bytes(512))
-    with pytest.raises(DriverError, match="neither copy of it has the checksum"):
+    with pytest.raises(DriverError, match="neither copy of it has a correct checksum"):
         parsed(b"LUKS\xba\xbe\0\3".ljust(1 << 20, b"\0"))
 
 
 ODD_1: list[tuple[str, int, str, Any]] = [  # problem, and what is written where in the header
     ("its header is a detached one", 104, ">I", 0),
-    ("something has cut it", 104, ">I", 1 << 20),
+    ("it has been truncated", 104, ">I", 1 << 20),
     ("a key of 63 bytes", 108, ">I", 63),
     ("is encrypted by serpent-xts-plain64", 8, "8s", b"serpent"),
     ("is encrypted by aes-xts-plain64be", 40, "16s", b"xts-plain64be"),
-    ("is made by whirlpool; this driver knows sha1, ", 72, "32s", b"whirlpool"),
-    ("is no text", 72, "32s", b"\xff"),
-    ("takes 4294967295 iterations", 164, ">I", 0xFFFFFFFF),
-    ("takes 0 iterations", 164, ">I", 0),
+    ("uses the hash whirlpool; this driver supports sha1, ", 72, "32s", b"whirlpool"),
+    ("is not ASCII text", 72, "32s", b"\xff"),
+    ("needs 4294967295 iterations", 164, ">I", 0xFFFFFFFF),
+    ("needs 0 iterations", 164, ">I", 0),
     ("key slot 0 is neither active nor inactive", 208, ">I", 7),
-    ("no key slot of it is active", 208, ">I", 0x0000DEAD),
+    ("none of its key slots is active", 208, ">I", 0x0000DEAD),
     ("4294967295 iterations of PBKDF2", 212, ">I", 0xFFFFFFFF),
     ("1 iterations of PBKDF2", 212, ">I", 1),
-    ("outside of the room for key slots", 208 + 40, ">I", 0),
-    ("outside of the room for key slots", 208 + 40, ">I", 0xFFFFFFFF),
-    ("outside of the room for key slots", 208 + 40, ">I", (DATA_1 + 8 * 258048 - 4096) // 512),
+    ("outside of the area for key slots", 208 + 40, ">I", 0),
+    ("outside of the area for key slots", 208 + 40, ">I", 0xFFFFFFFF),
+    ("outside of the area for key slots", 208 + 40, ">I", (DATA_1 + 8 * 258048 - 4096) // 512),
     ("0 stripes", 208 + 44, ">I", 0),
     ("4001 stripes", 208 + 44, ">I", 4001),
 ]
@@ -96,61 +96,61 @@ def test_odd_values_of_luks1(problem: str, place: int, kind: str, value: Any) ->
 
 
 ODD_2: list[tuple[str, str, Any]] = [  # problem, and what takes the place of what in the JSON
-    ("asks for what this driver does not know: online-reencrypt-v2; `cryptsetup reencrypt`", "config.requirements",
+    ("features that this driver does not know: online-reencrypt-v2; `cryptsetup reencrypt`", "config.requirements",
      {"mandatory": ["online-reencrypt-v2"]}),
-    ("asks for what this driver does not know: opal", "config.requirements", {"mandatory": ["opal"]}),
-    ("its requirements are no list", "config.requirements", {"mandatory": "x"}),
-    ("config: that is missing", "config", None),
-    ("its data are 0 segments", "segments", {}),
-    (r"segment \\x1b\[31mred: that is missing", "segments", {"\x1b[31mred" + "x" * 300: 1}),
-    ("its data are 2 segments", "segments", {"0": {"type": "crypt"}, "1": {"type": "crypt"}}),
+    ("requires features that this driver does not know: opal", "config.requirements", {"mandatory": ["opal"]}),
+    ("its requirements are not a list", "config.requirements", {"mandatory": "x"}),
+    ("config: missing, or not a JSON object", "config", None),
+    ("its data have 0 segments", "segments", {}),
+    (r"segment \\x1b\[31mred: missing, or not a JSON object", "segments", {"\x1b[31mred" + "x" * 300: 1}),
+    ("its data have 2 segments", "segments", {"0": {"type": "crypt"}, "1": {"type": "crypt"}}),
     ("a segment of type hw-opal", "segments.0.type", "hw-opal"),
     ("a segment of type linear", "segments.0.type", "linear"),
     ("have tags", "segments.0.integrity", {"type": "hmac(sha256)"}),
     ("is encrypted by aes-gcm-random", "segments.0.encryption", "aes-gcm-random"),
     ("sectors have 8192 bytes", "segments.0.sector_size", 8192),
-    ("sector_size is no number", "segments.0.sector_size", "512"),
-    ("sector_size is no number", "segments.0.sector_size", True),
+    ("sector_size is not a number", "segments.0.sector_size", "512"),
+    ("sector_size is not a number", "segments.0.sector_size", True),
     ("its header is a detached one", "segments.0.offset", "0"),
-    ("offset is no number", "segments.0.offset", 4096),
-    ("offset is no number", "segments.0.offset", "-1"),
-    ("offset is no number", "segments.0.offset", "9" * 21),
-    ("offset is no number", "segments.0.offset", "18446744073709551616"),
+    ("offset is not a number", "segments.0.offset", 4096),
+    ("offset is not a number", "segments.0.offset", "-1"),
+    ("offset is not a number", "segments.0.offset", "9" * 21),
+    ("offset is not a number", "segments.0.offset", "18446744073709551616"),
     ("its data are", "segments.0.offset", "18446744073709551104"),
     ("its data are", "segments.0.offset", "65537"),
-    ("something has cut it", "segments.0.size", "1048576"),
+    ("it has been truncated", "segments.0.size", "1048576"),
     ("its data are 100 bytes", "segments.0.size", "100"),
-    ("its data have no bytes", "segments.0.size", "0"),
-    ("size is no number", "segments.0.size", "all"),
-    ("iv_tweak is no number", "segments.0.iv_tweak", 1.5),
+    ("its data segment is empty", "segments.0.size", "0"),
+    ("size is not a number", "segments.0.size", "all"),
+    ("iv_tweak is not a number", "segments.0.iv_tweak", 1.5),
     ("there are 0 digests", "digests", {}),
     ("the digest of its key is of type argon2", "digests.0.type", "argon2"),
-    ("the digest of its key is made by md5", "digests.0.hash", "md5"),
-    ("takes 4294967295 iterations", "digests.0.iterations", 4294967295),
+    ("the digest of its key uses the hash md5", "digests.0.hash", "md5"),
+    ("needs 4294967295 iterations", "digests.0.iterations", 4294967295),
     ("salt is not base64", "digests.0.salt", "!"),
     ("digest of its key has 3 bytes", "digests.0.digest", "AAAA"),
     ("and 3 bytes of salt", "digests.0.salt", "AAAA"),
-    ("keyslots is no list", "digests.0.keyslots", "0"),
-    ("keyslots is no list", "digests.0.keyslots", ["0", "0"]),
-    ("key slot 7: that is missing", "digests.0.keyslots", ["7"]),
-    ("no key slot of it is active", "digests.0.keyslots", []),
-    ("no key slot of it is active", "keyslots.0.type", "reencrypt"),
-    ("no key slot of it is active", "keyslots.0.priority", 0),
-    ("priority is no number", "keyslots.0.priority", []),
-    ("priority is no number", "keyslots.0.priority", {}),
+    ("keyslots is not a list", "digests.0.keyslots", "0"),
+    ("keyslots is not a list", "digests.0.keyslots", ["0", "0"]),
+    ("key slot 7: missing, or not a JSON object", "digests.0.keyslots", ["7"]),
+    ("none of its key slots is active", "digests.0.keyslots", []),
+    ("none of its key slots is active", "keyslots.0.type", "reencrypt"),
+    ("none of its key slots is active", "keyslots.0.priority", 0),
+    ("priority is not a number", "keyslots.0.priority", []),
+    ("priority is not a number", "keyslots.0.priority", {}),
     ("33 key slots", "keyslots", {str(number): {} for number in range(33)}),
-    ("is kept in a way", "keyslots.0.area.type", "datashift"),
-    ("outside of the room", "keyslots.0.area.offset", "0"),
-    ("outside of the room", "keyslots.0.area.offset", "17592186044416"),
-    ("outside of the room", "keyslots.0.area.offset", str(SLOTS_2 + 1)),
+    ("is stored in a way", "keyslots.0.area.type", "datashift"),
+    ("outside of the area", "keyslots.0.area.offset", "0"),
+    ("outside of the area", "keyslots.0.area.offset", "17592186044416"),
+    ("outside of the area", "keyslots.0.area.offset", str(SLOTS_2 + 1)),
     ("is encrypted by null", "keyslots.0.area.encryption", "null"),
     ("a key of 48 bytes", "keyslots.0.area.key_size", 48),
     ("a key of 1 bytes", "keyslots.0.key_size", 1),
     ("4000000000 stripes", "keyslots.0.af.stripes", 4000000000),
     ("stripes by md5", "keyslots.0.af.hash", "md5"),
-    ("are made by 'scrypt'", "keyslots.0.kdf.type", "scrypt"),
+    ("are derived by 'scrypt'", "keyslots.0.kdf.type", "scrypt"),
     ("4294967295 iterations of PBKDF2", "keyslots.0.kdf.iterations", 4294967295),
-    ("time is no number", "keyslots.0.kdf.type", "argon2id"),
+    ("time is not a number", "keyslots.0.kdf.type", "argon2id"),
     ("passes of Argon2 over 4194303 MiB", "keyslots.0.kdf",
      {"type": "argon2id", "salt": "AAAAAAAAAAAAAAAAAAAAAA==", "time": 4, "memory": 4294967295, "cpus": 4}),
     ("4294967295 passes of Argon2 over 1024 MiB", "keyslots.0.kdf",
@@ -176,7 +176,7 @@ def test_key_slots_hold_one_key() -> None:
     """Key slots of one digest whose keys have several sizes are refused, whichever of them is to be tried."""
     image = luks2(Made(PLAIN, passphrases=[b"a", b"b"]), {"keyslots.1.key_size": 32})
     for slot in (None, 0, 1):
-        with pytest.raises(DriverError, match="its key slots have keys of several sizes"):
+        with pytest.raises(DriverError, match="its key slots have keys of different sizes"):
             parsed(image, slot)
 
 
@@ -210,7 +210,7 @@ def test_the_disk_grows_with_its_file() -> None:
         before = parsed(image).size
         assert before + grows == parsed(image + bytes(8192)).size
     assert 8192 == before
-    with pytest.raises(DriverError, match="which is no whole number of its sectors of 4096 bytes"):
+    with pytest.raises(DriverError, match="which is not a whole number of its sectors of 4096 bytes"):
         parsed(luks2(made) + bytes(512))
 
 
@@ -237,7 +237,7 @@ def test_of_two_copies_the_newer_sound_one_counts() -> None:
         (damaged, news[1], 7), (news[0], damaged, 7),
     ]:  # fmt: skip
         assert tweak == parsed(copies(first, second, rest)).tweak
-    with pytest.raises(DriverError, match="neither copy of it has the checksum that it should have"):
+    with pytest.raises(DriverError, match="neither copy of it has a correct checksum"):
         parsed(copies(damaged, None, rest))
     with pytest.raises(DriverError, match="there is no LUKS header"):
         parsed(copies(None, None, rest))
@@ -252,7 +252,7 @@ def test_a_copy_with_a_checksum_of_another_kind_is_not_sound() -> None:
     named[448:480] = hashlib.sha256(named).digest()
 
     assert parsed(whole).identity == parsed(bytes(named) + whole[0x4000:]).identity
-    with pytest.raises(DriverError, match="neither copy of it has the checksum that it should have"):
+    with pytest.raises(DriverError, match="neither copy of it has a correct checksum"):
         parsed(copies(bytes(named), None, whole[0x8000:]))
 
 

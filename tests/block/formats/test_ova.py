@@ -95,7 +95,7 @@ def test_several_disks_are_named() -> None:
     data = archive([("a.ovf", ovf("1.vmdk", "2.vmdk")), ("1.vmdk", DISK), ("2.vmdk", b"two")])
 
     assert b"two" == found(data, "2.vmdk")
-    with pytest.raises(DriverError, match=r"it has 2 disks; say disk=NAME, one of 1.vmdk, 2.vmdk"):
+    with pytest.raises(DriverError, match=r"it has 2 disks; choose one with disk=NAME: 1.vmdk, 2.vmdk"):
         found(data)
     with pytest.raises(DriverError, match=r"it has no disk 3; its disks are 1.vmdk, 2.vmdk"):
         found(data, "3")
@@ -104,24 +104,24 @@ def test_several_disks_are_named() -> None:
 @pytest.mark.parametrize(
     ("data", "sentence"),
     [
-        (archive([("readme", b"x")]), "a tar archive and no OVA"),
+        (archive([("readme", b"x")]), "a tar archive, but not an OVA"),
         (archive([("a.ovf", ovf())]), "names no disk"),
         (archive([("a.ovf", b"<a")]), "description cannot be read"),
         (archive([("a.ovf", ovf("d", prefix="<!DOCTYPE x [<!ENTITY a 'b'>]>"))]), "a document type"),
         (archive([("a.ovf", ovf("gone"))]), "disk gone, which is not in the archive"),
         (archive([("a.ovf", ovf("b", more='ovf:compression="gzip"')), ("b", DISK)]), "disk b is compressed by gzip"),
         (archive([("a.ovf", ovf("b", more='ovf:chunkSize="9"')), ("b", DISK)]), "disk b is in several chunks"),
-        (archive([("a.ovf", ovf("b")), ("b", DISK)])[:2048], "and the file ends before"),
-        (patched(archive([("a.ovf", ovf("b"))]), 124, b"77777777777"), "and the file ends before"),
-        (patched(archive([("a.ovf", ovf("b"))]), 124, b"\x80" + b"\xff" * 11), "and the file ends before"),
-        (patched(archive([("a.ovf", ovf("b"))]), 124, b"\xff" * 12), "and the file ends before"),
-        (patched(archive([("a.ovf", ovf("b"))]), 124, b"0000x"), "a size that is no number"),
+        (archive([("a.ovf", ovf("b")), ("b", DISK)])[:2048], "but the file ends earlier"),
+        (patched(archive([("a.ovf", ovf("b"))]), 124, b"77777777777"), "but the file ends earlier"),
+        (patched(archive([("a.ovf", ovf("b"))]), 124, b"\x80" + b"\xff" * 11), "but the file ends earlier"),
+        (patched(archive([("a.ovf", ovf("b"))]), 124, b"\xff" * 12), "but the file ends earlier"),
+        (patched(archive([("a.ovf", ovf("b"))]), 124, b"0000x"), "a size that is not a number"),
         (patched(archive([("a.ovf", ovf("b"))]), 156, b"S"), "as a sparse member"),
         (patched(archive([("p", bytes(70 << 10))]), 156, b"x"), "a header at byte 0 of the archive has 71680 bytes"),
         (patched(archive([("p", b"a" * 5000)]), 156, b"L"), "a name of 5000 bytes"),
         (patched(archive([("p", b"19 GNU.sparse.a=bc\n")]), 156, b"x"), "is sparse"),
         (patched(archive([("p", b"11 size=-1\n")]), 156, b"x")[:1024] + archive([("b", DISK)]), "has -1 bytes"),
-        (b"x" + archive([("a.ovf", ovf("b"))])[1:], "another checksum"),
+        (b"x" + archive([("a.ovf", ovf("b"))])[1:], "wrong checksum"),
     ],
 )
 def test_what_is_refused(data: bytes, sentence: str) -> None:

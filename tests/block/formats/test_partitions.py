@@ -144,9 +144,9 @@ def test_a_second_header_that_is_wrong_is_told() -> None:
         ({1: (2048, 4095)}, 2, "there is no partition 2; the GPT has 1$"),
         ({1: (2048, 4095)}, 129, "there is no partition 129: the GPT has room for 128"),
         ({1: (4096, 4095)}, 1, "has sectors 4096 to 4095"),
-        ({1: (1, 4095)}, 1, "and the GPT allows 34 to"),
-        ({1: (2048, SMALL // 512 - 1)}, 1, "and the GPT allows 34 to"),
-        ({1: (2048, 1 << 62)}, 1, "and the GPT allows 34 to"),
+        ({1: (1, 4095)}, 1, "but the GPT allows only 34 to"),
+        ({1: (2048, SMALL // 512 - 1)}, 1, "but the GPT allows only 34 to"),
+        ({1: (2048, 1 << 62)}, 1, "but the GPT allows only 34 to"),
     ],
 )
 def test_what_a_gpt_cannot_have(partitions: dict[int, tuple[int, int]], number: int, problem: str) -> None:
@@ -164,7 +164,7 @@ def test_a_header_with_right_checksums_may_still_lie() -> None:
     write_header(disk, 512, 1, last, last - 1, 34, last - 33)
     assert "impossible array" in of(disk, 1).trouble
     disk[512:1024] = disk[-512:]
-    assert f"the first header says that it is that of sector {last};" in of(disk, 1).trouble
+    assert f"the first header says that it belongs to sector {last};" in of(disk, 1).trouble
 
 
 def test_a_disk_without_room_for_a_gpt() -> None:
@@ -204,7 +204,7 @@ def test_records_in_a_circle_end(further: int) -> None:
         (mbr(SMALL, {1: (0x83, 2048, 10)}), 5, "the MBR has no extended one, and 1$"),
         (mbr(SMALL, {1: (0x05, 2048, 2000)}), 5, "there are no logical ones"),
         (mbr(SMALL, {1: (0x05, 2048, 2000)}), 1, "partition 1 is the extended one"),
-        (mbr(SMALL, {1: (0x83, 2048, 1 << 20)}), 1, "ends at byte 537919488, and the disk at 12582912"),
+        (mbr(SMALL, {1: (0x83, 2048, 1 << 20)}), 1, "ends at byte 537919488, but the disk at 12582912"),
         (mbr(SMALL, {1: (0x83, 2048, 10)})[:446] + b"\x7f" + bytes(63) + b"\x55\xaa" + bytes(SMALL - 512), 1,
          "there is no partition table"),
     ],

@@ -49,7 +49,7 @@ def test_an_image_of_qemu(tmp_path: Path) -> None:
         (patched(32, b"\x11"), r"clusters have 2\^17 bytes"),
         (patched(33, b"\x05"), r"L2 tables 2\^5 entries"),
         (patched(36, b"\0\0\0\1"), "encrypted"),
-        (patched(24, b"\0\0\0\0\0\x10\0\1"), "no multiple of 512"),
+        (patched(24, b"\0\0\0\0\0\x10\0\1"), "not a multiple of 512"),
         (patched(24, b"\x7f\0\0\0\0\0\0\0"), "need an L1 table of"),
         (patched(40, b"\0\0\0\0\0\0\0\0"), "L1 table of 8 bytes at byte 0"),
         (patched(40, b"\xff\0\0\0\0\0\0\0"), "not inside the file"),

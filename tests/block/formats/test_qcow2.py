@@ -90,7 +90,7 @@ def test_a_parent_of_qemu(tmp_path: Path) -> None:
         ({"cluster_bits": 1 << 31}, "clusters have"),
         ({"crypt_method": 1}, "encrypted"),
         ({"crypt_method": 2}, "encrypted"),
-        ({"size": SIZE + 1}, "no multiple of 512"),
+        ({"size": SIZE + 1}, "not a multiple of 512"),
         ({"size": SIZE * 1000}, "L1 table has 1 entries, and its 1000 MiB need 500"),
         ({"l1_entries": 0}, "L1 table has 0 entries"),
         ({"l1_entries": 1 << 31}, "L1 table has 17179869184 bytes"),
@@ -105,10 +105,10 @@ def test_a_parent_of_qemu(tmp_path: Path) -> None:
         ({"refcount_order": 7}, r"refcounts have 2\^7 bits"),
         ({"header_length": 103}, "header has 103 bytes"),
         ({"header_length": 1 << 20}, "header has 1048576 bytes"),
-        ({"incompatible": 1 << 3}, "compressed in the way number 0, and its features contradict that"),
+        ({"incompatible": 1 << 3}, "compressed by method 0, which its features contradict"),
         ({"incompatible": 1 << 4}, "too few for subclusters"),
         ({"incompatible": 1 << 4, "cluster_bits": 13}, "too few for subclusters"),
-        ({"autoclear": 1 << 1}, "external data file is a raw disk, and that it has none"),
+        ({"autoclear": 1 << 1}, "marked as having a raw external data file, but also as having none"),
         ({"incompatible": 1 << 60}, "incompatible feature 'number 60'"),
         ({"backing_offset": 4000, "backing_length": 1024}, "name of its parent has 1024 bytes at byte 4000"),
         ({"backing_offset": 1 << 62, "backing_length": 4}, "name of its parent"),
@@ -122,7 +122,7 @@ def test_headers_that_are_refused(values: dict[str, int], sentence: str) -> None
 
 @pytest.mark.parametrize(
     ("incompatible", "kind", "sentence"),
-    [(0, 1, "way number 1, and its features"), (1 << 3, 2, "way number 2, which is not known")],
+    [(0, 1, "method 1, which its features"), (1 << 3, 2, "method 2, which is not supported")],
 )
 def test_kinds_of_compression_that_are_refused(incompatible: int, kind: int, sentence: str) -> None:
     """A kind of compression that is not known, or that the features do not announce, is refused."""

@@ -76,7 +76,7 @@ def test_a_leak() -> None:
     report = checked(with_word(data, places(data)["l2"] + 7 * 8, 0))
 
     assert (1, 0) == (report.leaks, report.errors)
-    assert "is leaked: its refcount is 1, and 0 use it" in report.sentences[0]
+    assert "is leaked: its refcount is 1, but it has 0 references" in report.sentences[0]
 
 
 def test_a_refcount_that_is_too_low() -> None:
@@ -84,7 +84,11 @@ def test_a_refcount_that_is_too_low() -> None:
     data = qcow2(SIZE, CLUSTERS)
     report = checked(with_word(data, places(data)["block"] + 2 * 5, 0, size=2))
 
-    assert (0, 1, ["cluster 5 has refcount 0, and 1 use it"]) == (report.leaks, report.low_refcounts, report.sentences)
+    assert (0, 1, ["cluster 5 has refcount 0, but 1 references"]) == (
+        report.leaks,
+        report.low_refcounts,
+        report.sentences,
+    )
 
 
 @pytest.mark.parametrize(
@@ -95,10 +99,10 @@ def test_a_refcount_that_is_too_low() -> None:
         ("l2", 3, 1 << 40, "a cluster, 4096 bytes at byte 1099511627776, is outside the file"),
         ("l2", 3, 3, "an entry of its L2 tables is 0x3"),
         ("l2", 3, 1 << 62 | 1 << 40, "a compressed cluster, 512 bytes at byte 1099511627776, is outside the file"),
-        ("l2", 3, 4096 | 1 << 63, "cluster 1 holds metadata, and something else uses it too"),
+        ("l2", 3, 4096 | 1 << 63, "cluster 1 holds metadata, but something else uses it too"),
         ("table", 1, 1 << 40, "refcount block 1 at byte 1099511627776 is outside the file"),
         ("table", 1, 7, "an entry of its refcount table is 0x7"),
-        ("table", 1, 4096, "cluster 1 holds metadata, and something else uses it too"),
+        ("table", 1, 4096, "cluster 1 holds metadata, but something else uses it too"),
     ],
 )
 def test_broken_tables(where: str, index: int, word: int, sentence: str) -> None:
@@ -118,7 +122,7 @@ def test_a_bitmap_that_leads_outside() -> None:
         directory = struct.pack(">QIIBBHI", len(data) + 4096, 1, 0, 1, 16, 4, 0) + b"name"
         table = struct.pack(">Q", place + 2 * 4096)
         report = checked(data + directory.ljust(4096, b"\0") + table.ljust(4096, b"\0"))
-        told = [each for each in report.sentences if "has refcount 0, and 1 use it" not in each]
+        told = [each for each in report.sentences if "has refcount 0, but 1 references" not in each]
 
         assert [f"a bitmap, 4096 bytes at byte {place + 2 * 4096}, is outside the file"] == told
         assert 1 == report.broken
@@ -132,7 +136,7 @@ def test_a_bitmap_that_leads_outside() -> None:
         (1, 1 << 63, "the cluster at byte 4096 of the disk is at byte 0 of the data file"),
         (1, 8192 | 1 << 63, "the cluster at byte 4096 of the disk is at byte 8192 of the data file"),
         (1, 8192 | 1, "the cluster at byte 4096 of the disk is at byte 8192 of the data file"),
-        (1, 1 << 62 | 4096, "the cluster at byte 4096 of the disk is compressed, and has to be in the data file"),
+        (1, 1 << 62 | 4096, "the cluster at byte 4096 of the disk is compressed, but belongs in the data file"),
         (1, 4096 | 1 << 63 | 2, "an entry of its L2 tables is 0x8000000000001002"),
     ],
 )
@@ -190,7 +194,7 @@ def test_sentences_are_bounded() -> None:
 
 def test_no_image() -> None:
     """What is no image is refused by the header's sentence."""
-    with pytest.raises(DriverError, match="no QCOW2 image"):
+    with pytest.raises(DriverError, match="not a QCOW2 image"):
         checked(bytes(8192))
 
 

@@ -98,7 +98,7 @@ def test_a_sound_image_needs_nothing_but_its_own_blocks() -> None:
 def test_what_is_not_mended() -> None:
     """An image whose tables lead nowhere is refused."""
     data = qcow2(SIZE, CLUSTERS).replace(b"\x80\0\0\0\0\0\x50\0", b"\x80\0\1\0\0\0\x50\0")
-    with pytest.raises(DriverError, match="more than its refcounts is damaged"):
+    with pytest.raises(DriverError, match="more than its refcounts are damaged"):
         plan_repair(looked_at(data))
 
 
@@ -121,5 +121,5 @@ def test_a_refcount_table_that_is_too_small() -> None:
 def test_refcounts_that_would_not_fit() -> None:
     """Two users of a cluster in an image whose refcounts have one bit are refused."""
     data = broken("shared", 0)
-    with pytest.raises(DriverError, match="used 2 times, and its refcounts end at 1"):
+    with pytest.raises(DriverError, match="used 2 times, but its refcounts only go up to 1"):
         plan_repair(looked_at(data))

@@ -44,19 +44,19 @@ def test_tables_of_a_large_map() -> None:
 def test_a_block_behind_the_end() -> None:
     """A block that the file does not have is damage."""
     image = parsed(vdi(SIZE, {}))
-    with pytest.raises(DriverError, match="at byte 1024, and the file has 1024"):
+    with pytest.raises(DriverError, match="at byte 1024, but the file has only 1024"):
         image.decode(b"\0\0\0\0")
 
 
 @pytest.mark.parametrize(
     ("data", "sentence"),
     [
-        (b"", "its signature is not there"),
-        (patched(64, b"\0"), "its signature is not there"),
+        (b"", "it lacks the signature"),
+        (patched(64, b"\0"), "it lacks the signature"),
         (patched(70, b"\2"), "version 2 and not 1"),
-        (patched(76, b"\4"), "type 4, part of another one"),
-        (patched(340, b"\1"), "which cannot be"),
-        (patched(344, b"\1"), "which cannot be"),
+        (patched(76, b"\4"), "type 4, which needs a parent"),
+        (patched(340, b"\1"), "which is not possible"),
+        (patched(344, b"\1"), "which is not possible"),
         (patched(376, b"\0\0\x11\0"), "blocks have 1114112 bytes"),
         (patched(380, b"\1"), "1 bytes between them"),
         (patched(384, b"\3"), "3 blocks of 1048576 bytes do not make a disk of 4194304"),

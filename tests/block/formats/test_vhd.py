@@ -119,12 +119,12 @@ def test_the_end_is_believed_first() -> None:
 @pytest.mark.parametrize(
     ("place", "value", "sentence"),
     [
-        (0, b"connectx", "is no VHD image"),
-        (0, b"v_poison", "was disabled"),
+        (0, b"connectx", "is not a VHD image"),
+        (0, b"v_poison", "marked as unusable"),
         (12, b"\0\2\0\0", "version 0x20000"),
         (16, b"\0\0\0\0\0\0\x02\1", "header is at 513"),
         (16, b"\x7f" + bytes(7), "not inside the file"),
-        (28, b"tap\0\0\0\0\1", "the wrong way round"),
+        (28, b"tap\0\0\0\0\1", "in reverse order"),
         (48, bytes(8), "disk has 0 bytes"),
         (48, b"\0\0\0\0\0\0\x02\1", "disk has 513 bytes"),
         (48, b"\0\0\2\0\0\0\x02\0", "disk has 2199023256064 bytes"),
@@ -150,7 +150,7 @@ def test_what_cannot_be_right_is_refused(place: int, value: bytes, sentence: str
         look(bytes(data))
 
 
-@pytest.mark.parametrize(("place", "sentence"), [(40, "is no VHD image"), (512 + 100, "checksum of its header")])
+@pytest.mark.parametrize(("place", "sentence"), [(40, "is not a VHD image"), (512 + 100, "checksum of its header")])
 def test_checksums_are_looked_at(place: int, sentence: str) -> None:
     """A byte that was altered without the checksum is seen."""
     data = bytearray(vhd_images.image(40 * MIB))[:-512]

@@ -88,14 +88,14 @@ def test_the_first_sector_is_the_highest_bit() -> None:
 @pytest.mark.parametrize(
     ("entries", "sentence"),
     [
-        ([4, 4], "blocks overlap one another"),
-        ([4, 4 + STRIDE - 1], "blocks overlap one another"),
+        ([4, 4], "its blocks overlap"),
+        ([4, 4 + STRIDE - 1], "its blocks overlap"),
         ([0, UNUSED], "overlaps what the image keeps at 0"),
         ([3, UNUSED], "overlaps what the image keeps at 1536"),
         ([8000, UNUSED], "overlaps what the image keeps at 5000192"),
-        ([5 * STRIDE, UNUSED], "begins at 10488320, behind the end of the file"),
-        ([UNUSED - 1, UNUSED], "behind the end of the file"),
-        ([4 + number * STRIDE for number in range(9)], "more blocks than there is room for"),
+        ([5 * STRIDE, UNUSED], "begins at 10488320, beyond the end of the file"),
+        ([UNUSED - 1, UNUSED], "beyond the end of the file"),
+        ([4 + number * STRIDE for number in range(9)], "more blocks than fit into the file"),
     ],
 )
 @pytest.mark.rows("D10")
@@ -107,7 +107,7 @@ def test_tables_that_cannot_be(entries: list[int], sentence: str) -> None:
 
 
 def test_the_end_of_the_blocks() -> None:
-    """The table says where the last block ends; it may be behind the end of the file, for a writer that was killed."""
+    """The table says where the last block ends; it may be beyond the end of the file, for a writer that was killed."""
     end = 4 * 512 + 2 * STRIDE * 512
 
     assert end == check_table(array("I", [4 + STRIDE, 4, UNUSED]), HEADER, [(0, 1792)], end)

@@ -57,7 +57,7 @@ def test_the_newer_header_counts() -> None:
     parsed(vhdx(SIZE, {}))
     data = bytearray(vhdx(SIZE, {}))
     data[HEADER + 100] ^= 1
-    with pytest.raises(DriverError, match="no entry there is whole"):
+    with pytest.raises(DriverError, match="but has no complete entry"):
         parsed(bytes(data))
 
 
@@ -73,7 +73,7 @@ def test_entries_that_are_damaged(word: int) -> None:
     [
         (b"", "does not begin as one"),
         (b"vhdxfile".ljust(MIB, b"\0"), "neither of its headers"),
-        (vhdx(SIZE, {}, log=b"l" * 16, ring=bytes(MIB)), "no entry there is whole"),
+        (vhdx(SIZE, {}, log=b"l" * 16, ring=bytes(MIB)), "but has no complete entry"),
         (vhdx(SIZE, {}, log=b"l" * 16, ring=bytes(MIB), log_version=1), "its log is of version 1 and not 0"),
         (vhdx(SIZE, {}, log=b"l" * 16, ring=bytes(MIB), log_length=2 * MIB), "its log of 2097152 bytes.*not inside"),
         (vhdx(SIZE, {}, log=b"l" * 16, ring=bytes(MIB), log_length=512 << 10), "its log of 524288 bytes"),
@@ -82,12 +82,12 @@ def test_entries_that_are_damaged(word: int) -> None:
         (vhdx(SIZE, {}, sector_size=1024), "its sectors 1024"),
         (patched(REGIONS + 8, b"\xff\xff"), "region tables"),
         (patched(REGIONS + 8, b"\1"), "a region that every image has is missing"),
-        (patched(REGIONS + 16, b"?"), "it needs what region 2dc2773f"),
+        (patched(REGIONS + 16, b"?"), "it requires the region 2dc2773f"),
         (patched(REGIONS + 32, struct.pack("<Q", 1 << 40)), "not inside the file"),
         (patched(REGIONS + 32, struct.pack("<Q", 4096)), "not inside the file"),
-        (patched(METADATA, b"?"), "table of metadata is not there"),
+        (patched(METADATA, b"?"), "table of metadata is missing"),
         (patched(METADATA + 10, b"\2"), "is missing"),
-        (patched(METADATA + 32, b"?"), "it needs what item"),
+        (patched(METADATA + 32, b"?"), "it requires the metadata item"),
         (patched(METADATA + 32 + 16, b"\xff\xff\xff"), "not inside the metadata"),
         (patched(METADATA + (64 << 10), b"\1"), "blocks have 1048577 bytes"),
         (patched(METADATA + (64 << 10) + 8, b"\1"), "its disk has 4194305 bytes"),
@@ -114,7 +114,7 @@ def test_regions_that_need_not_be_known() -> None:
         if is_known:
             assert SIZE == parsed(image).shape.size
         else:
-            with pytest.raises(DriverError, match="it needs what region 00000000-0000-0000-0000-000000000007"):
+            with pytest.raises(DriverError, match="it requires the region 00000000-0000-0000-0000-000000000007"):
                 parsed(image)
 
 

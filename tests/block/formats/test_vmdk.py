@@ -111,7 +111,7 @@ def test_extents_of_esx_that_are_refused(place: int, value: bytes, sentence: str
         (patched(17, b"\xff\xff\xff"), "need a directory of"),
         (patched(56, b"\xff\xff"), "not inside the file"),
         (patched(21 * 512, b"\xff\xff"), "a table is at byte"),
-        (patched(534, b"CID=zz;;"), "content ID of its descriptor is no number"),
+        (patched(534, b"CID=zz;;"), "content ID in its descriptor is not a number"),
         (vmdk(SIZE, {}, at_end=True)[:-1024], "does not begin as one"),
     ],
 )

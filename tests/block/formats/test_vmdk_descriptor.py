@@ -75,7 +75,7 @@ def test_an_empty_one() -> None:
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
-        ('RW 8 SESPARSE "a"', "'a' is of ESXi's format SE sparse; qemu-img convert"),
+        ('RW 8 SESPARSE "a"', "'a' is of ESXi's format SE sparse; make one file of the disk with qemu-img convert"),
         ('RW 8 VMFSRDM "a"', "raw device mapping"),
         ('RW 8 VMFSRAW "a"', "device of an ESX host"),
         ('RW 8 NEW "a"', "of the kind NEW, which is not known"),
@@ -94,7 +94,7 @@ def test_extents_that_are_refused(line: str, sentence: str) -> None:
 
 def test_a_content_id_that_is_no_number() -> None:
     """A content ID that cannot be compared is refused."""
-    with pytest.raises(DriverError, match="content ID of its descriptor is no number"):
+    with pytest.raises(DriverError, match="content ID in its descriptor is not a number"):
         parse(b"CID=zz")
 
 

@@ -78,7 +78,9 @@ def test_an_older_python_needs_the_package(monkeypatch: pytest.MonkeyPatch) -> N
     assert isinstance(unpack, OfPackage)
     assert DATA == unpack(zstd(DATA), SIZE)
     monkeypatch.setitem(sys.modules, "zstandard", None)
-    with pytest.raises(DriverError, match="no package for that here; install python3-zstandard, or by pip zstandard"):
+    with pytest.raises(
+        DriverError, match="for which this Python has no package; install python3-zstandard, or zstandard with pip"
+    ):
         find_unzstd()
 
 

@@ -114,11 +114,11 @@ def test_the_command(tmp_path: Path, machine: Machine, capsys: pytest.CaptureFix
         (["qcow2", "{0}/img", "1M", "--encrypt", "{0}/key"], "--encrypt makes raw images of a SIZE"),
         (["raw", "{0}/img", "--encrypt", "{0}/key"], "--encrypt makes raw images of a SIZE"),
         (["raw", "{0}/img", "1M", "--encrypt", "{0}/key", "--fixed"], "--encrypt makes raw images of a SIZE"),
-        (["raw", "{0}/img", "1M", "--sector-size", "512"], "it goes with --encrypt"),
+        (["raw", "{0}/img", "1M", "--sector-size", "512"], "use it with --encrypt"),
         (["raw", "{0}/img", "1M", "--encrypt", "{0}/none"], "cannot be read: No such file"),
         (["raw", "{0}/img", "1M", "--encrypt", ""], "it is empty; name a file with the passphrase"),
-        (["raw", "{0}/img", "1M", "--encrypt", "credential:../x"], "cannot be the name of a credential"),
-        (["raw", "{0}/img", "1000448", "--encrypt", "{0}/key"], "its size is a multiple of 4096"),
+        (["raw", "{0}/img", "1M", "--encrypt", "credential:../x"], "is not a name for a credential"),
+        (["raw", "{0}/img", "1000448", "--encrypt", "{0}/key"], "choose a multiple of 4096"),
     ],
 )
 def test_what_cannot_be_made_is_refused(
@@ -135,5 +135,5 @@ def test_what_cannot_be_made_is_refused(
 def test_a_size_is_whole_sectors() -> None:
     """No volume has a part of a sector, or none at all."""
     for size, sector in ((0, 4096), (-4096, 4096), (4095, 4096), (512, 4096), (0, 512), (700, 512)):
-        with pytest.raises(ConfigError, match=f"its size is a multiple of {sector}"):
+        with pytest.raises(ConfigError, match=f"choose a multiple of {sector}"):
             blank_volume(size, cheap(), bytearray(64), sector)

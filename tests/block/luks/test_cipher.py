@@ -96,7 +96,7 @@ def test_plain_has_32_bits(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_key_of_equal_halves_is_refused() -> None:
     """XTS with such a key would be none; the library says no, and so do we, with a sentence."""
-    with pytest.raises(DriverError, match="the halves of it are equal"):
+    with pytest.raises(DriverError, match="the two halves are equal"):
         Sectors(Cipher("aes-xts-plain64", 64), bytearray(64))
 
 
@@ -113,7 +113,10 @@ def test_a_host_without_the_library_has_a_sentence(monkeypatch: pytest.MonkeyPat
     """What encrypts may be missing: then it is named."""
     module.find_libcrypto.cache_clear()
     monkeypatch.setattr(module, "_LIBRARY", "libnothing.so.0")
-    with pytest.raises(DriverError, match=r"libnothing.so.0 of OpenSSL, which encrypts, is not there; install libssl3"):
+    with pytest.raises(
+        DriverError,
+        match=r"libnothing.so.0 of OpenSSL, which is needed for encryption, is not installed; install libssl3",
+    ):
         module.find_libcrypto()
     module.find_libcrypto.cache_clear()
 

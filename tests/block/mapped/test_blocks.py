@@ -306,7 +306,7 @@ def test_what_changes_is_written_over_nothing(
     changed(image, **fields)
     before = bytes(file)
     assert bytes(SIZE) == image.holds(file, read_only=True)
-    with pytest.raises(DriverError, match=f"{sentence}, so that it can only be read"):
+    with pytest.raises(DriverError, match=f"{sentence}, so it can only be opened read-only"):
         image.open()
     assert before == file
 

@@ -108,20 +108,20 @@ def test_raw_stays_raw(machine: Machine, tmp_path: Path, data: Path, autoclear: 
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        (b"", "does not say in which; say data_file=FILE"),
-        (b"gone", "data file is not there: it says 'gone'; put the data file there, or say data_file=FILE"),
+        (b"", "which it does not name; add data_file=FILE"),
+        (b"gone", "data file is not there: the image names 'gone'; put the data file there, or add data_file=FILE"),
         (
             b"../outside",
-            r"outside is named by the image alone; .* image trust LAYER, or by parents=.* or data_file=FILE",
+            r"outside is named only by the image; .* image trust LAYER, or with parents=.* or data_file=FILE",
         ),
-        (b"link", "link is /.*/outside, and is named by the image alone"),
-        (b"/etc/passwd", "/etc/passwd is named by the image alone"),
-        (b"pipe", "pipe is no file; if that is right, say data_file=FILE"),
-        (b"/dev/null", "/dev/null is no file"),
+        (b"link", "link is /.*/outside, and is named only by the image"),
+        (b"/etc/passwd", "/etc/passwd is named only by the image"),
+        (b"pipe", "pipe is not a file; if that is right, add data_file=FILE"),
+        (b"/dev/null", "/dev/null is not a file"),
         (b".", "is a directory"),
-        (b"nbd://host/x", "'nbd://host/x' is no file; say data_file=FILE"),
-        (b"json:{}", "is no file"),
-        (b"sound", "sound is named by the image alone"),
+        (b"nbd://host/x", "'nbd://host/x' is not a file; add data_file=FILE"),
+        (b"json:{}", "is not a file"),
+        (b"sound", "sound is named only by the image"),
     ],
 )
 def test_names_that_are_refused(tmp_path: Path, name: bytes, sentence: str) -> None:
@@ -139,7 +139,7 @@ def test_an_image_has_not_its_data_in_itself(machine: Machine, tmp_path: Path, n
 
 def test_a_name_does_not_suffice_for_writing(machine: Machine, tmp_path: Path) -> None:
     """What an image names is not written to, also where it may be followed to be read."""
-    sentence = "sound is named by the image alone, which does not suffice for writing; .* say data_file=/.*/sound$"
+    sentence = "sound is named only by the image, which is not enough for writing; .* add data_file=/.*/sound$"
     refuse(machine, tmp_path, b"sound", sentence, is_chosen=False, read_only=False)
 
 
@@ -152,7 +152,7 @@ def test_a_name_does_not_suffice_for_writing(machine: Machine, tmp_path: Path) -
         (b".", "is a directory"),
         (b"pipe", "is a pipe"),
         (b"empty", "is empty"),
-        (b"short", r"short has 512 KiB, and its disk 1 MiB; look what became of it, or make it longer"),
+        (b"short", r"short has 512 KiB, and its disk 1 MiB; find out why; or extend it"),
     ],
 )
 def test_data_files_that_are_refused(machine: Machine, tmp_path: Path, name: bytes, sentence: str) -> None:
@@ -231,7 +231,7 @@ def test_it_is_locked(machine: Machine, tmp_path: Path, data: Path) -> None:
 def test_no_file_is_used_twice_in_a_chain(machine: Machine, tmp_path: Path, data: Path, *, read_only: bool) -> None:
     """A parent that is the data file of its child, or whose data file a child has, is refused by its name."""
     text = writable(make(tmp_path / "a", backing=b"data", backing_format=b"raw"), data)
-    with pytest.raises(DriverError, match=rf"parent aio:{data} is itself .*, or has the data of one"):
+    with pytest.raises(DriverError, match=rf"parent aio:{data} is the same file as the image .*, or has their data"):
         machine.open(text, read_only=read_only)
     for name in (b"a", b"data"):
         make(tmp_path / "b", name)
@@ -244,8 +244,8 @@ def test_no_file_is_used_twice_in_a_chain(machine: Machine, tmp_path: Path, data
 @pytest.mark.parametrize(
     ("index", "word", "sentence"),
     [
-        (1, 2 * CLUSTER | COPIED, "cluster of its data file is at byte 8192 and not at 4096"),
-        (1, COPIED, "at byte 0 and not at 4096"),
+        (1, 2 * CLUSTER | COPIED, "cluster of its data file is at byte 8192, not at 4096"),
+        (1, COPIED, "at byte 0, not at 4096"),
         (1, 1 << 62 | 512, "is compressed"),
     ],
 )

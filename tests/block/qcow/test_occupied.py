@@ -111,7 +111,7 @@ def test_tables_over_one_another_are_not_written(tmp_path: Path, what: str) -> N
         image[l1 + 8 : l1 + 16] = image[l1 : l1 + 8]
     else:
         image[table + 8 : table + 16] = places[what].to_bytes(8, "big")
-    with pytest.raises(DriverError, match="two of its tables lie over one another, so that it can only be read"):
+    with pytest.raises(DriverError, match="two of its tables overlap, so it can only be opened read-only"):
         opened(tmp_path / "x", image)
     opened(tmp_path / "x", image, read_only=True)
 
@@ -134,7 +134,7 @@ def test_a_table_of_version_1_behind_the_end_is_refused(tmp_path: Path) -> None:
     request = read(0, CLUSTER)
 
     assert ([0], bytes(CLUSTER)) == (disk.do(request), content(request))
-    with pytest.raises(DriverError, match="behind the end of the file, where new data would go"):
+    with pytest.raises(DriverError, match="beyond the end of the file, where new data would go"):
         opened(tmp_path / "x", image, layer="qcow")
 
 
@@ -146,7 +146,7 @@ def test_tables_of_version_1_over_one_another_are_refused(tmp_path: Path) -> Non
     for table in (first, first + 512, place):
         changed = bytearray(image)
         changed[place + 8 : place + 16] = table.to_bytes(8, "big")
-        with pytest.raises(DriverError, match="two of its tables lie over one another, so that it can only be read"):
+        with pytest.raises(DriverError, match="two of its tables overlap, so it can only be opened read-only"):
             opened(tmp_path / "x", changed, layer="qcow")
         opened(tmp_path / "x", changed, layer="qcow", read_only=True)
 

@@ -187,7 +187,11 @@ def test_an_image_says_which_disk_it_serves(marked: str, *, goes_on: bool) -> No
     place = Place()
     place.marked = marked
     if goes_on and marked != "ours":
-        why = r"another disk has served the image meanwhile \(theirs\).* 'ours'" if marked else "has served no disk yet"
+        why = (
+            r"the image has meanwhile been served as another disk \(theirs\).* 'ours'"
+            if marked
+            else "has not been served as any disk yet"
+        )
         with pytest.raises(DriverError, match=why) as caught:
             mark(place, "ours", goes_on=goes_on)
         assert errno.ESTALE == caught.value.errno

@@ -47,7 +47,7 @@ def test_what_is_safe() -> None:
 )
 def test_what_is_not_safe_is_named(name: str, value: str) -> None:
     """Any other value is a sentence with the setting's name, its value, and where it stands."""
-    assert why_unsafe(of(**{name: value})).startswith(f"{name} is {value!r}, as the image says, and has to be ")
+    assert why_unsafe(of(**{name: value})).startswith(f"{name} is {value!r}, as the image says, but must be ")
 
 
 def test_limits_are_told() -> None:

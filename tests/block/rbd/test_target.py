@@ -24,8 +24,8 @@ BAD = {
     "rbd/guest1@a@b": "one snapshot",
     "rbd/guest1@a/b": "one snapshot",
     "rbd@a/guest1": "neither POOL/IMAGE",
-    "rbd/a\0b": "no pool and no image has",
-    "rbd/" + 5000 * "a": "no pool and no image has",
+    "rbd/a\0b": "no pool or image can have",
+    "rbd/" + 5000 * "a": "no pool or image can have",
     "rbd/a:id=xen:conf=/etc/c.conf": "rbd:rbd/a,id=xen,conf=/etc/c.conf",
 }
 

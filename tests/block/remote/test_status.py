@@ -55,7 +55,7 @@ def test_block_status_that_drips_is_given_up(ends: tuple[socket.socket, socket.s
 
     dripping = threading.Thread(target=drip)
     dripping.start()
-    with pytest.raises(Lost, match="has not told within"):
+    with pytest.raises(Lost, match="has not answered within"):
         list(ask(near, 7, 0, SIZE, 0.5))
     is_over.set()
     dripping.join(10)

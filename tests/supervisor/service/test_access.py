@@ -167,7 +167,7 @@ def test_the_socket_is_the_groups_and_its_directory_is_found(place: Path, monkey
 def test_a_group_that_is_not_there_is_named() -> None:
     """The settings name a group that nobody has made: the sentence says how to."""
     known = grp.getgrgid(0).gr_name
-    with pytest.raises(ConfigError, match="there is no group 'nonesuch'; make it by: groupadd --system nonesuch"):
+    with pytest.raises(ConfigError, match="there is no group 'nonesuch'; make it with: groupadd --system nonesuch"):
         access.group_number("nonesuch")
 
     assert [0, access.NOBODY] == [access.group_number(known), access.group_number("")]

@@ -23,7 +23,7 @@ def test_each_is_told_once(lines: io.StringIO) -> None:
     bugs.note(RuntimeError("nobody raised it"))
     said = lines.getvalue()
 
-    assert (5, 3) == (bugs.count, said.count("<3>service: a bug; "))
+    assert (5, 3) == (bugs.count, said.count("<3>service: an internal error (a bug); "))
     assert (2, 1, 1) == (said.count("Traceback"), said.count("<3>ValueError: a bug"), said.count("<3>KeyError: "))
     assert 2 == said.count("while vbd/5/51712 was handled")
 
@@ -34,4 +34,4 @@ def test_what_is_told_is_bounded(lines: io.StringIO) -> None:
     for number in range(5000):
         bugs.note(RuntimeError(str(number)))
 
-    assert (5000, 1000) == (bugs.count, lines.getvalue().count("a bug; "))
+    assert (5000, 1000) == (bugs.count, lines.getvalue().count("(a bug); "))

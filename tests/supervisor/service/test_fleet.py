@@ -143,14 +143,17 @@ LOG = codec.encode(messages.Log("info", "bye"))
         ("channel.send(b'nonsense'); channel.recv(1)", f"{BREACH}not a message: b'nonsense'"),
         ("channel.send(b'[]'); channel.recv(1)", f"{BREACH}not a message of version {messages.VERSION}: b'[]'"),
         ("channel.send(b''); channel.recv(1)", f"{BREACH}an empty datagram"),
-        (f"channel.send({KEEP!r}); channel.recv(1)", f"{BREACH}Keep with other descriptors than the 1 that it carries"),
+        (
+            f"channel.send({KEEP!r}); channel.recv(1)",
+            f"{BREACH}Keep with descriptors other than the 1 that belong to it",
+        ),
         (
             f"socket.send_fds(channel, [{KEEP!r}], [0, 0]); channel.recv(1)",
-            f"{BREACH}Keep with other descriptors than the 1 that it carries",
+            f"{BREACH}Keep with descriptors other than the 1 that belong to it",
         ),
         (
             f"socket.send_fds(channel, [{LOG!r}], [0]); channel.recv(1)",
-            f"{BREACH}Log with other descriptors than the 0 that it carries",
+            f"{BREACH}Log with descriptors other than the 0 that belong to it",
         ),
         ("socket.send_fds(channel, [b'x'], [0, 0]); channel.recv(1)", f"{BREACH}not a message: b'x'"),
         (
@@ -240,7 +243,7 @@ def test_a_worker_that_does_not_read_is_killed(hear: Callable[..., Heard], tmp_p
     for number in range(1000):
         heard.worker.send(messages.Ask(number, messages.Command("log", "get", ["x" * 1000])))
 
-    assert "the worker was killed: it does not read its messages" == heard.until_end()
+    assert "the worker was killed: it did not read its messages" == heard.until_end()
 
 
 def test_a_message_that_cannot_be_sent_is_told(hear: Callable[..., Heard], tmp_path: Path) -> None:

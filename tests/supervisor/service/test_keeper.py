@@ -50,7 +50,7 @@ def test_a_keeper_that_has_gone_is_an_error(kept: Kept) -> None:
     keeper = kept.keeper()
     kept.close()
 
-    with pytest.raises(KernelError, match="have a descriptor kept"):
+    with pytest.raises(KernelError, match="keep a descriptor"):
         keeper.keep("a", 0)
 
 

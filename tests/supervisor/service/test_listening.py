@@ -87,7 +87,7 @@ def test_what_is_no_socket_is_left_alone(tmp_path: Path) -> None:
     """A typing error must not cost a file: only a socket is replaced."""
     file = tmp_path / "precious"
     file.write_text("x")
-    with pytest.raises(ConfigError, match="it is no socket"):
+    with pytest.raises(ConfigError, match="it is not a socket"):
         listen(file)
 
     assert "x" == file.read_text()

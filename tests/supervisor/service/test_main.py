@@ -145,7 +145,7 @@ def test_requests_that_cannot_be_are_answered(xenstored: Xenstored, systemd: Sys
         "there is no disk '5/xvda' in service": {"verb": "status", "vbd": "5/xvda"},
         "there is no order 7 among the last 1000": {"verb": "orders", "order": 7},
         "there is no order 'x' among": {"verb": "orders", "order": "x"},
-        "the action of a hotplug is add": {"verb": "hotplug", "action": "remove", "path": "x"},
+        "the action of hotplug must be add": {"verb": "hotplug", "action": "remove", "path": "x"},
         "'x' is not the directory of a vbd of domain 0": {"verb": "hotplug", "action": "add", "path": "x"},
     }
     answers = {}
@@ -172,7 +172,7 @@ def test_who_is_not_root_changes_nothing(uid: int) -> None:
         Service._answer(service, {"verb": verb}, Peer(1, uid, "x"), answers.append)  # type: ignore[arg-type]
 
     assert (["ping", "orders", "stop", "set"] if uid == 0 else ["ping", "orders"]) == given
-    refused = [f"{verb} changes something, which only root may ask for" for verb in ("stop", "set")]
+    refused = [f"{verb} changes something, which only root may do" for verb in ("stop", "set")]
     assert ([] if uid == 0 else refused) == [each.sentence for each in answers]
 
 
@@ -230,7 +230,7 @@ def test_nothing_is_kept_twice(xenstored: Xenstored, systemd: Systemd, tmp_path:
     [
         ("frob = 1", "settings.toml:1: there is no setting frob"),
         ('socket = "/nowhere/control.sock"', "/nowhere/control.sock: cannot listen: No such file or directory"),
-        ('socket = "/tmp"', "/tmp: cannot listen there: it is no socket"),
+        ('socket = "/tmp"', "/tmp: cannot listen there: it is not a socket"),
         (f'socket = "/tmp/{"x" * 200}"', "cannot listen there: AF_UNIX path too long"),
         ('host = "xenbackend.kernel.xne"', "host: there is no module 'xenbackend.kernel.xne'"),
     ],
@@ -256,14 +256,14 @@ def test_a_mistake_in_the_settings_harms_no_disk(
     systemd.wait_for("READY=1")
     until(lambda: _status(control_socket)["phase"] == "open")
     after = _status(control_socket)["worker"]
-    until(lambda: systemd.hears("STATUS=serving 1 vbds by the settings of the service before: "))
+    until(lambda: systemd.hears("STATUS=serving 1 vbds by the former service's settings: "))
     detach(toolstack, PATH)
     until(lambda: not call(str(control_socket), {"verb": "status"}).data)
     keeping.send_signal(signal.SIGHUP)
     _, log = keeping.communicate(timeout=30)
 
     assert before == after
-    assert 1 == log.count("the settings cannot be used, those of the service before hold")
+    assert 1 == log.count("the settings are invalid; those of the former service stay in force")
     assert 2 == keeping.returncode
     assert 2 == log.count(sentence)  # by the service that went on, and by the one that did not
 

@@ -167,7 +167,7 @@ def test_a_worker_that_asks_nonsense_is_told_of(service: Service) -> None:
     service.until_end()
     remote.close()
 
-    assert ["it asks for what no worker asks an opener for"] == service.ends
+    assert ["it sent a question that no worker asks an opener"] == service.ends
 
 
 def test_one_that_is_killed_says_nothing_more(service: Service) -> None:

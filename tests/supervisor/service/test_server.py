@@ -296,7 +296,7 @@ def test_a_wait_is_a_number_of_seconds(loop: Loop, wait: str) -> None:
     with loop.connect() as client:
         answer = loop.ask(client, b'{"wait": %s}\n' % wait.encode())
 
-    assert ("invalid", "wait is a number of seconds", []) == (answer["code"], answer["error"], loop.peers)
+    assert ("invalid", "wait must be a number of seconds", []) == (answer["code"], answer["error"], loop.peers)
 
 
 def test_who_has_waited_for_long_enough_is_told(loop: Loop) -> None:

@@ -37,13 +37,13 @@ def test_the_command_line_overrides_the_file(tmp_path: Path) -> None:
     ("text", "sentence"),
     [
         ('sorcket = "/x"', "there is no setting sorcket; did you mean socket?"),
-        ("frob = 1", "there is no setting frob; there are store, host"),
+        ("frob = 1", "there is no setting frob; the known ones are store, host"),
         ("store = 5", "store is 5; it must be text in quotes"),
         ('scripts = "x"', "scripts is 'x'; it must be a list of texts"),
         ("scripts = [1]", "it must be a list of texts"),
         ('serve = "some"', "serve is 'some'; it must be ours or all"),
         ('log = "xml"', "it must be console or journal or json"),
-        ('host = ""', "host is empty; leave it away"),
+        ('host = ""', "host is empty; leave it out"),
         ('parents = ["img"]', "parents is ['img']; it must name directories by their whole paths"),
         ('parents = "/img"', "it must be a list of texts"),
         ("kinds = []", "kinds is []; it must name directories of xenstore"),
@@ -85,7 +85,7 @@ def test_all_mistakes_are_told_with_their_lines(tmp_path: Path) -> None:
     assert tuple(f"{path}{line}:" for line in (":2", ":3", ":5", ":6", "")) == places
     assert ("poll_us is 5000", "limits.max_segments is 1") == (sentences[1][:15], sentences[3][:24])
     assert sentences[4].startswith("serve is 'some'")
-    assert "; and 4 more, which `xenbackend run --check` shows" in str(caught.value)
+    assert "; and 4 more mistakes, which `xenbackend run --check` shows" in str(caught.value)
 
 
 def test_an_override_is_not_blamed_on_the_file(tmp_path: Path) -> None:

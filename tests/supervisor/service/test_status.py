@@ -72,7 +72,7 @@ def test_whether_a_name_means_the_disks_file_still() -> None:
     for now, meaning in found.items():
         assert [now, ""] == [each["now"] for each in describe(vbd(), "", {"/img": meaning})["files"]]
     other = describe(vbd(), "", {"/img": found["other"]})["files"][0]
-    assert "it is another file, inode 9 and not 2" == other["difference"]
+    assert "it is another file, inode 9, not 2" == other["difference"]
 
 
 def test_what_an_administrator_needs_to_know() -> None:

@@ -103,7 +103,7 @@ def test_a_fault_over_it_concerns_no_other_vbd(
     assert (None, 1) == (inherited, len(waiting))
     assert [f"vbd-0-6-51712.{what}.{VERSION}" for what in ("journal", "pidfd")] == names
     assert [f"while {PATH} was taken into service"] == [note for bug in place.told for note in bug.__notes__]
-    assert 1 == lines.getvalue().count("what an earlier service has left cannot be used")
+    assert 1 == lines.getvalue().count("what an earlier service left cannot be used")
 
 
 @contextmanager

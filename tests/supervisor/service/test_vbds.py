@@ -25,7 +25,7 @@ def test_a_path_has_one_or_none() -> None:
     """A second one in the same place is a mistake of the caller's; one that was taken out is found by nothing."""
     vbds, first, second = Vbds(), _vbd("vbd", 5, 51712), _vbd("vbd", 5, 51712)
     vbds.add(first)
-    with pytest.raises(ValueError, match="vbd/5/51712 is served already"):
+    with pytest.raises(ValueError, match="vbd/5/51712 is already being served"):
         vbds.add(second)
     assert (first, first, [first]) == (vbds[first.path], vbds.of_token(first.token), vbds.of_domain(5))
     assert not vbds.remove(second)

@@ -213,7 +213,7 @@ def test_who_comes_too_late_has_heard_nothing_and_ends(ask: Callable[..., Asked]
         assert late[0].far is not None
         assert messages.Report(3) == codec.from_supervisor(late[0].far.recv(100))
     assert ["the worker was ended by SIGKILL"] == _end(following)
-    assert {"the worker was not needed any more"} == set(_end(late))
+    assert {"the worker was no longer needed"} == set(_end(late))
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def test_what_does_not_fit_into_xenstore_is_refused() -> None:
 def test_a_file_is_named_whole() -> None:
     """The service has a directory of its own."""
     assert "/a" == chains.whole("/a")
-    with pytest.raises(ConfigError, match="is no whole path"):
+    with pytest.raises(ConfigError, match="is not an absolute path"):
         chains.whole("a")
 
 

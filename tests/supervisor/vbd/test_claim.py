@@ -127,7 +127,7 @@ def test_a_kernel_that_does_not_let_go_is_told(toolstack: Store, kernel: Kernel,
     times = iter([0.0, 1.0, TIMEOUT_S + 1])
     claim = Claim(toolstack, kernel.bus, PATH, lambda: next(times))
     claim.step()
-    with pytest.raises(XenbackendError, match=f"did not let go of {DEVICE} within 10 s; dmesg"):
+    with pytest.raises(XenbackendError, match=f"did not release {DEVICE} within 10 s; see in dmesg"):
         claim.step()
 
     assert before == toolstack.dictionary(PATH.backend)
@@ -250,7 +250,7 @@ def test_a_claim_that_fails_is_over(taken: Taken) -> None:
     taken.pass_time()
     taken.pass_time(TIMEOUT_S)
 
-    assert ["did not let go of" in str(each) for each in taken.ends] == [True]
+    assert ["did not release" in str(each) for each in taken.ends] == [True]
     assert not taken.taking.is_under_way
 
 

@@ -48,7 +48,7 @@ def test_workers_that_die_in_vain_come_later_and_later() -> None:
     assert [None, 0.1, 0.3, 1.0, 2.0, 5.0, None] == rests
     assert "hotplug-error" not in (world.node or {})
     assert ("4", Phase.NONE) == (world.state, world.device.phase)
-    assert "died, 7 in a row; `xenbackend resume` starts another one" == world.device.error
+    assert "died, 7 in a row; start another one with `xenbackend resume`" == world.device.error
     world.send(events.Resume())
     world.settle()
     assert ("4", True, "") == (world.state, world.is_connected, world.device.error)
@@ -92,7 +92,7 @@ def test_workers_that_die_before_there_is_a_guest_close_the_vbd() -> None:
 
     assert world.node is not None
     assert ("6", "error") == (world.state, world.node["hotplug-status"])
-    assert "died, 7 in a row; `xenbackend resume` starts another one" == world.device.error
+    assert "died, 7 in a row; start another one with `xenbackend resume`" == world.device.error
     world.node = dict(NODE)
     world.settle()
     assert ("2", True, "") == (world.state, world.is_running, world.device.error)
@@ -314,7 +314,7 @@ def test_a_worker_that_waits_for_storage_is_not_asked_to_close(comes_late: bool)
         world.send(events.Waits("/a"))
 
     assert Phase.CLOSING is world.device.phase
-    assert ["the worker was killed: it was not needed any more, and waited for a file or a key"] == world.inbox
+    assert ["the worker was killed: it was no longer needed, and was waiting for a file or a key"] == world.inbox
 
 
 def test_workers_that_cannot_open_in_time_are_followed_for_ever() -> None:
@@ -355,9 +355,7 @@ def test_a_key_that_is_made_costs_no_worker() -> None:
     world.send(events.Waits("/etc/key", makes_key=True))
     world.send(events.Expired())
     assert (Phase.OPENING, ["open"]) == (world.device.phase, world.inbox)
-    assert (
-        "the key is being made of /etc/key, which takes seconds, and one disk does it at a time" in world.device.error
-    )
+    assert "the key is being derived from /etc/key, which takes seconds, one disk at a time" in world.device.error
     assert "key" == world.device.reason
     world.send(events.Waits("", makes_key=True))
     assert "key" != world.device.reason

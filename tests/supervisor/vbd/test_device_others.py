@@ -56,8 +56,8 @@ def test_a_file_that_nobody_was_served_from_yet_is_only_one_that_cannot_be_opene
 @pytest.mark.parametrize(
     ("top", "words"),
     [
-        (SMALLER, "null:1G has 536870912 bytes, and the guest was told of 1073741824"),
-        (COARSER, "null:1G has sectors of 4096 bytes, and the guest was told of 512"),
+        (SMALLER, "null:1G has 536870912 bytes, and the guest was told 1073741824"),
+        (COARSER, "null:1G has sectors of 4096 bytes, and the guest was told 512"),
     ],
 )
 def test_what_has_shrunk_is_not_served(top: object, words: str) -> None:

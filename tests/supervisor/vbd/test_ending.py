@@ -63,13 +63,13 @@ def test_a_service_that_stops_waits_for_xenstore(
 
     assert is_there
     assert [
-        "its worker, which finishes what is in flight and closes the disk",
-        "xenstore, which has to be told that null:7G is in service",
+        "its worker, which finishes the requests in flight and closes the disk",
+        "xenstore, which must be told that null:7G is in service",
     ] == waits
     with Store(xenstored.address) as store:
         assert ("null:7G", "4") == (store.read(f"{PATH.backend}/params"), store.read(f"{PATH.backend}/state"))
     assert [] == files(tmp_path)
-    [line] = [each for each in lines.getvalue().splitlines() if "waits for it before it ends" in each]
+    [line] = [each for each in lines.getvalue().splitlines() if "waits for that before it ends" in each]
     assert line.endswith("chain=null:7G seconds=45")
 
 
@@ -234,7 +234,7 @@ def test_a_disk_whose_exchange_nobody_has_seen_the_end_of_waits_for_an_administr
         vbd = stepped.vbd()
         stepped.until(lambda: vbd.device.sight.has_looked)  # noqa: B023 - at once
         found = (vbd.device.reason, vbd.worker, vbd.device.phase.value)
-        with pytest.raises(ConfigError, match="null:7G was being put in the place of null:4G"):
+        with pytest.raises(ConfigError, match="null:7G was replacing null:4G"):
             begin(stepped, "resume")
         with pytest.raises(ConfigError, match="--replace"):
             begin(stepped, "set", chain="null:7G")

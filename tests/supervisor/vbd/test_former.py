@@ -333,7 +333,7 @@ def test_a_memory_that_was_cut_short_is_told(kept: Kept, leave: Callable[..., Le
 
     assert {"m3": "x"} == heir.notes.memories
     assert 1 == len(said)
-    assert "what layer map had kept is lost" in said[0]
+    assert "the memory of layer map is lost" in said[0]
     heir.close()
 
 

@@ -250,7 +250,7 @@ def test_what_could_be_cut_short_is_not_mapped(kept: Kept, what: str) -> None:
     assert heir.worker is not None
     assert select.select([heir.worker[1]], [], [], 20)[0]
     assert -9 == process.wait()
-    assert (what != "gone") == any("is of no use" in each for each in said)
+    assert (what != "gone") == any("cannot be used" in each for each in said)
     assert (None if what == "notes" else "root") == heir.notes.paused
     assert memfd.is_sealed(kept.fds[f"{prefix_of(PATH)}.journal.3"], journal.SIZE)
     heir.close()
@@ -461,7 +461,7 @@ def test_a_keeper_in_trouble_keeps_no_disk_from_being_served(kept: Kept) -> None
     handover.close()
 
     assert (["map"], True) == (memories, len(said) > 4)
-    assert all("the next service would have to do without" in each for each in said)
+    assert all("the next service will not have it" in each for each in said)
 
 
 def test_a_host_without_memory_for_the_notes_keeps_no_journal_open(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,7 +85,7 @@ def test_there_are_no_more_than_fit() -> None:
     handover = Handover(Keeper({}), PATH)
     fars = [taken(handover, S, place) for place in range(MAX_CONNECTIONS)]
     fd, far = pair()
-    assert "keeps 16 connections" in handover.connections.take(T, 0, fd, is_alone=False)
+    assert "keeps at most 16 connections" in handover.connections.take(T, 0, fd, is_alone=False)
     assert not is_open(far)
     assert all(map(is_open, fars))
     taken(handover, S, 3)

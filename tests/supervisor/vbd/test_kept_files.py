@@ -183,7 +183,7 @@ def test_what_was_noted_elsewhere_may_be_nonsense(opener: Opener) -> None:
     handover = Handover(Keeper({}), PATH, complain=said.append)
     handover.expect(A, {"/a": "nonsense"})
 
-    assert ["which files the disk had cannot be used: not an identity: 'nonsense'"] == said
+    assert ["the record of the disk's files cannot be used: not an identity: 'nonsense'"] == said
     assert "" == opener.opens(handover, opener.make("image"))
     handover.close()
 
@@ -234,7 +234,7 @@ def test_another_file_of_the_same_name_needs_an_administrators_word(handover: Ha
     begin_exchange(handover)
     opener.make("image", "another")
 
-    assert opener.opens(handover, image, is_next=True).endswith("if it holds the same content, add --replace")
+    assert opener.opens(handover, image, is_next=True).endswith("if it has the same content, add --replace")
     assert "" == opener.opens(handover, image, is_next=True, replaces=True)
     assert former == inodes(handover)
     handover.exchange_is_not_done()
@@ -303,7 +303,7 @@ def test_there_is_a_bound(opener: Opener, monkeypatch: pytest.MonkeyPatch) -> No
     said = [handover.files.take(f"/f{number}", identity, os.open(image, os.O_PATH)) for number in range(19)]
 
     assert [""] * 16 == said[:16]
-    assert all("is one file too many: the service keeps 16 of a disk" in each for each in said[16:])
+    assert all("is one file too many: the service keeps 16 for each disk" in each for each in said[16:])
     assert 16 == len(inodes(handover))
     handover.close()
     del handover
@@ -319,7 +319,7 @@ def test_names_that_cannot_be_noted_are_refused(opener: Opener) -> None:
     said = [handover.files.take(f"{name}{number}", identity, os.open(image, os.O_PATH)) for number in range(20)]
 
     assert "" == said[0]
-    assert "cannot be opened: the service cannot remember that for the next one" in said[-1]
+    assert "cannot be opened: the service cannot record that for the next one" in said[-1]
     assert said.count("") == len(inodes(handover))
     handover.close()
     del handover
@@ -354,9 +354,9 @@ def test_an_unnamed_file_that_was_lost_is_never_another_one(handover: Handover, 
     handover.files.accept_others()
     assert {UNNAMED: first} == inodes(handover)
     for _ in range(2):
-        assert "went with the service that was stopped; detach the disk" in opens_unnamed()
+        assert "was lost when the service was stopped; detach the disk" in opens_unnamed()
         handover.files.accept_others()
     assert {UNNAMED: first} == inodes(handover)
-    assert "went with" in opens_unnamed(is_next=True)
+    assert "was lost" in opens_unnamed(is_next=True)
     assert "" == opens_unnamed(is_next=True, replaces=True)
     handover.close()

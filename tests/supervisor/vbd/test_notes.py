@@ -28,7 +28,7 @@ def test_notes_have_their_types(kept: Kept) -> None:
     handover = Handover(kept.keeper(), PATH)
     handover.note(**{name: getattr(noted, name) for name in noted.__slots__})
     for much in ("x" * notes.SIZE, "\ud800"):
-        with pytest.raises(ConfigError, match="cannot remember"):
+        with pytest.raises(ConfigError, match="cannot record"):
             handover.note(policy=much)
     handover.keep("x" * 100_000, os.memfd_create("long"))
     handover.leave()

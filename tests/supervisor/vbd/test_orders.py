@@ -318,10 +318,10 @@ def test_what_is_done_with_an_unnamed_file_is_an_exchange(
 @pytest.mark.parametrize(
     ("verb", "request_", "sentence"),
     [
-        ("keep", {"file": "/kept"}, "the disk has no unnamed file: null:1G has no cow: without a name"),
-        ("keep", {"file": "kept"}, "is no whole path"),
+        ("keep", {"file": "/kept"}, "the disk has no unnamed file: in null:1G there is no cow: without a file"),
+        ("keep", {"file": "kept"}, "is not an absolute path"),
         ("drop", {"force": True}, "the disk has no unnamed file"),
-        ("drop", {}, "a guest uses the disk, and would find another one below it"),
+        ("drop", {}, "a guest uses the disk, and would find another content"),
     ],
 )
 def test_nothing_is_done_with_a_disk_that_has_no_unnamed_file(
@@ -458,7 +458,7 @@ def test_another_chain_is_put_in_where_no_worker_is_left(serving: Stepped, tools
 
     assert "null:1G" == former
     assert (Code.FAILED, "null:2G") == (failed.code, failed.data["chain"])
-    assert "the disk waits for null:2G from now on: null: it is broken" == failed.sentence
+    assert "the disk now waits for null:2G: null: it is broken" == failed.sentence
     assert (Code.OK, "null:7G", "") == (answer.code, answer.data["chain"], vbd.device.error)
     assert "4" == toolstack.read(f"{PATH.backend}/state")
 
@@ -469,7 +469,7 @@ def test_an_image_is_put_over_the_guests(serving: Stepped, toolstack: Store) -> 
     serving.until(lambda: toolstack.read(f"{PATH.backend}/params") == "qcow2:/new")
 
     assert (Code.OK, "qcow2:/new") == (made.code, made.data["chain"])
-    with pytest.raises(ConfigError, match="no whole path"):
+    with pytest.raises(ConfigError, match="not an absolute path"):
         begin(serving, "snapshot", file="new")
 
 

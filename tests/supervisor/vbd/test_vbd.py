@@ -107,7 +107,7 @@ def test_a_guest_that_floods_its_own_nodes_is_served_once_it_stops(
     offer_ring(guest)
     stepped.until(lambda: toolstack.read(f"{PATH.backend}/state") == "4")
 
-    [line] = [each for each in lines.getvalue().splitlines() if "writes to xenstore without end" in each]
+    [line] = [each for each in lines.getvalue().splitlines() if "writes to xenstore all the time" in each]
 
     assert 0 < during <= 2 * BURST
     assert ("5/xvda" in line, "garbage" in line) == (True, False), line
@@ -484,7 +484,7 @@ def test_the_next_service_knows_the_files_of_a_disk_that_goes_on(
     second.until(lambda: second.vbd().worker is not None)
 
     assert {"/img": IDENTITY} == second.vbd().handover.files.identities()
-    assert "is another file, inode 3 and not 2" in keep_file(second.vbd(), "file device=1 inode=3")
+    assert "is another file, inode 3, not 2" in keep_file(second.vbd(), "file device=1 inode=3")
     toolstack.remove(PATH.frontend)
     toolstack.remove(PATH.backend)
     second.until(lambda: not second.registry.vbds)

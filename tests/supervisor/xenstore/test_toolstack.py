@@ -102,11 +102,11 @@ def test_no_service_is_told(toolstack: Store) -> None:
 def test_place_that_is_taken_and_domain_that_is_missing(service: str, toolstack: Store) -> None:
     """A device number in use, and a domain that does not exist, are refused with a sentence."""
     attach(toolstack, Attachment(PATH, "null:1G"), service)
-    with pytest.raises(ConfigError, match="there is a disk 5/xvda already"):
+    with pytest.raises(ConfigError, match="there is already a disk 5/xvda"):
         attach(toolstack, Attachment(PATH, "null:1G"), service)
     with pytest.raises(ConfigError, match="there is no domain 77"):
         attach(toolstack, Attachment(vbd_path(toolstack, 77, "xvda"), "null:1G"), service)
-    with pytest.raises(ConfigError, match="there is no disk 5/xvdb of ours"):
+    with pytest.raises(ConfigError, match="xenbackend serves no disk 5/xvdb"):
         detach(toolstack, vbd_path(toolstack, 5, "xvdb"))
 
 
@@ -116,7 +116,7 @@ def test_disk_in_use_goes_only_with_force(service: str, toolstack: Store, guest:
     offer_ring(guest)
     wait_until_connected(toolstack, PATH, 20)
     guest.write(f"{PATH.frontend}/state", "4")
-    with pytest.raises(XenbackendError, match=r"our state is Closing after 0\.1 s"):
+    with pytest.raises(XenbackendError, match=r"the backend's state is Closing after 0\.1 s"):
         detach(toolstack, PATH, 0.1)
     detach(toolstack, PATH, 20, force=True)
 
@@ -127,7 +127,7 @@ def test_waiting_for_a_frontend_that_fails(service: str, toolstack: Store, guest
     """A frontend whose keys cannot be is named with the reason, not with a time-out."""
     attach(toolstack, Attachment(PATH, "null:1G"), service)
     guest.write(f"{PATH.frontend}/state", "3")
-    with pytest.raises(XenbackendError, match=r"our state is Closed \(22 the frontend has not written"):
+    with pytest.raises(XenbackendError, match=r"the backend's state is Closed \(22 the frontend has not written"):
         wait_until_connected(toolstack, PATH, 20)
 
 

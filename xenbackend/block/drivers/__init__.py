@@ -54,7 +54,10 @@ ALIASES = {  # blktap's names for drivers of ours
     "vhdsync": "vhd",
 }
 UNBUILT = {  # words of blktap2 and libxl for which there is no driver: what they mean, and what to use instead
-    "bc": ("blktap2's cache in front of a shared parent", "cache: keeps blocks in a file, and cache=on in memory"),
+    "bc": (
+        "blktap2's cache in front of a shared parent",
+        "cache: keeps blocks in a file; the option cache=on keeps them in memory",
+    ),
     "ioemu": ("a disk of the QEMU device model", "name the image itself, as in qcow2:/img/a.qcow2"),
     "lc": ("blktap's local read cache", "cache:FILE,size=SIZE keeps what is read in a file on a faster device"),
     "llp": ("blktap2's two writable leaves", "make a leaf for each guest by xenbackend image snapshot"),
@@ -120,7 +123,9 @@ def find_driver(name: str) -> type[Driver]:
         return _find_ahead(name, _ahead)
     candidates = [each for each in _entry_points() if each.name == name]
     if len(candidates) > 1:
-        raise LookupError(f"driver {name!r} is offered by {' and '.join(map(_source, candidates))}; remove one of them")
+        raise LookupError(
+            f"driver {name!r} is offered by {' and '.join(map(_source, candidates))}; uninstall all but one"
+        )
     if candidates:
         return _load(candidates[0])
     if name in UNBUILT:
@@ -133,10 +138,10 @@ def find_driver(name: str) -> type[Driver]:
 def _find_ahead(name: str, ahead: Mapping[str, type[Driver] | LookupError]) -> type[Driver]:
     found = ahead.get(name)
     if found is None:
-        whose = "needs what others do not" if name in BUILT_IN else "is none of ours"
+        whose = "needs more than other drivers" if name in BUILT_IN else "is a third party's"
         raise LookupError(
-            f"driver {name!r} {whose}, and this disk's worker was started without it; behind walls nothing can be "
-            "loaded any more, so that it has to be in the chain when the disk is attached"
+            f"driver {name!r} {whose}, and this disk's worker was started without it; a worker behind its walls can "
+            "load nothing, so detach the disk and attach it again with this chain"
         )
     if isinstance(found, LookupError):
         raise LookupError(str(found))

@@ -84,7 +84,7 @@ class Aio(Driver):
         file: FilePath = option("the image file or block device", target=True)
         cache: bool = option("go through the host's page cache", default=False)
         sector: Literal["medium", "512", "1024", "2048", "4096"] = option(
-            "bytes of a sector of the disk; by default as large as the medium's", default="medium"
+            "bytes of a sector of the disk; by default the medium's", default="medium"
         )
 
         share: bool = option("others may write to it at the same time", default=False)

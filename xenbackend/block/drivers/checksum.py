@@ -103,7 +103,7 @@ class Checksum(Filter):
         """The options of `checksum:`."""
 
         file: RecordPath = option("where the sums are", target=True)
-        block: Size = option("bytes of a block, a power of two; of a new FILE only", default=4096)
+        block: Size = option("bytes of a block, a power of two; only for a new FILE", default=4096)
 
         def __post_init__(self) -> None:
             check_block(self.block)
@@ -144,15 +144,15 @@ class Checksum(Filter):
             if (found.size, found.base) != (wanted.size, wanted.base):
                 raise DriverError(
                     f"{self.options.file} has the sums of another disk, of {found.size} bytes; name another file, or "
-                    "remove it, and all sums are made anew"
+                    "remove this one, and all sums are made again"
                 )
             if file.size < found.file_size:
-                raise DriverError(f"it has {file.size} bytes of {found.file_size}: something has cut it")
+                raise DriverError(f"it has only {file.size} of its {found.file_size} bytes: it has been truncated")
             wanted = found
         elif not self.env.read_only:
             begin(file, wanted, size=wanted.file_size, written=wanted.sums_at)
         if wanted.pages * PAGE > _MAX_SUMS:
-            raise DriverError(f"blocks of {format_size(wanted.block)} have too many sums here; name a larger block=")
+            raise DriverError(f"blocks of {format_size(wanted.block)} need too many sums; give a larger block=")
         return wanted
 
     def _forget_others(self, closed_ns: int) -> None:
@@ -162,7 +162,7 @@ class Checksum(Filter):
         is_changed = changed_ns(self.next, self.env.files) > closed_ns + _CLOSING_NS
         if self.env.resumes or (is_changed and not self._sums.is_in_doubt):
             self._sums.forget()
-            self.env.report("sums", "made anew: the image was changed without this layer")
+            self.env.report("sums", "made again: the image was changed without this layer")
 
     def submit(self, batch: list[Request]) -> None:
         """Take requests; a request of our own goes down for each of them."""

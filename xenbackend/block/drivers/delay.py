@@ -43,16 +43,16 @@ class Delay(Filter):
     class Options:
         """The options of `delay:`."""
 
-        read: Duration = option("time that a read waits", default=0.0)
-        write: Duration = option("time that a write waits", default=0.0)
-        flush: Duration = option("time that a flush waits", default=0.0)
-        discard: Duration = option("time that a discard waits", default=0.0)
-        jitter: Duration = option("greatest random time on top", default=0.0)
-        seed: int = option("start of the random numbers", default=0)
+        read: Duration = option("how long a read waits", default=0.0)
+        write: Duration = option("how long a write waits", default=0.0)
+        flush: Duration = option("how long a flush waits", default=0.0)
+        discard: Duration = option("how long a discard waits", default=0.0)
+        jitter: Duration = option("longest random time to add to these", default=0.0)
+        seed: int = option("seed of the random numbers", default=0)
 
         def __post_init__(self) -> None:
             if max(self.read, self.write, self.flush, self.discard, self.jitter) > LONGEST_S:
-                raise ValueError(f"nothing waits longer than {format_duration(LONGEST_S)} here")
+                raise ValueError(f"no request may wait longer than {format_duration(LONGEST_S)}")
 
     options: Options
 

@@ -48,16 +48,16 @@ class Fault(Filter):
 
         errno: Errno = option("the error to give", default=errno_module.EIO)
         op: Literal["any", "read", "write", "flush", "discard"] = option("the operation that fails", default="any")
-        range: Span | None = option("fail only what touches these bytes; the end is outside", default=None)
-        every: Count = option("fail one in this many", default=1)
-        rate: Fraction = option("probability that a due request fails", default=1.0)
-        skip: Count = option("let this many pass first", default=0)
-        limit: Count = option("stop after this many failures; 0 is never", default=0)
-        seed: int = option("start of the random numbers", default=0)
+        range: Span | None = option("fail only requests that touch these bytes; the end is excluded", default=None)
+        every: Count = option("fail one request in this many", default=1)
+        rate: Fraction = option("probability that a request fails whose turn it is", default=1.0)
+        skip: Count = option("let this many requests pass first", default=0)
+        limit: Count = option("stop after this many failures; 0: never", default=0)
+        seed: int = option("seed of the random numbers", default=0)
 
         def __post_init__(self) -> None:
             if self.every == 0:
-                raise ValueError("option every: fail one in 1 or more")
+                raise ValueError("option every: it must be 1 or more")
 
     options: Options
 

@@ -103,10 +103,12 @@ class Log(Filter):
     class Options:
         """The options of `log:`."""
 
-        record: RecordPath = option("file for a record of every request; none: only track", default="", target=True)
-        limit: Size = option("bytes after which the file begins anew", default=64 << 20)
+        record: RecordPath = option(
+            "file that records every request; none: writes are only tracked", default="", target=True
+        )
+        limit: Size = option("bytes after which a new file is begun", default=64 << 20)
         track: bool = option("track writes from the beginning", default=True)
-        granularity: Size = option("track in pieces of at least this many bytes, a power of two", default=512)
+        granularity: Size = option("track ranges of at least this many bytes, a power of two", default=512)
 
         def __post_init__(self) -> None:
             if self.granularity < SECTOR or self.granularity & (self.granularity - 1):
@@ -196,7 +198,7 @@ class Log(Filter):
             "peek": self._peek, "get": self._get,
         }  # fmt: skip
         if verb not in verbs:
-            raise _refusal(f"knows no verb {verb!r}; it knows {', '.join(sorted(verbs))}", errno.EOPNOTSUPP)
+            raise _refusal(f"does not know the verb {verb!r}; it knows {', '.join(sorted(verbs))}", errno.EOPNOTSUPP)
         most = 1 if verb in ("peek", "get") else 0
         if len(arguments) > most:
             raise _refusal(f"{verb} takes {'at most one argument' if most else 'no argument'}, not {len(arguments)}")
@@ -246,7 +248,7 @@ class Log(Filter):
         try:
             ranges, page = self._dirty.take(acknowledged, self._in_flight())
         except StalePageError as error:
-            raise _refusal(f"{error}: another reader is at work; begin again with get", errno.ESTALE) from None
+            raise _refusal(f"{error}: another program is reading, too; begin again with get", errno.ESTALE) from None
         return _page(ranges, f"more {page}" if ranges else "end")
 
     def close(self) -> None:
@@ -266,7 +268,7 @@ def _line(offset: int, length: int) -> str:
 
 def _number(text: str) -> int:
     if not (text.isascii() and text.isdecimal()) or len(text) > 15:  # enough for any sector and any page
-        raise _refusal(f"{text!r} is not the number from the last line of a page")
+        raise _refusal(f"{text!r} is not a number from the last line of a page")
     return int(text)
 
 

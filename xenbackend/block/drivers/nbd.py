@@ -115,7 +115,7 @@ class Nbd(Driver):
         server: Annotated[Target, Kind("server", parse_target)] = option("unix:PATH, HOST:PORT or a URI", target=True)
         export: str = option("the export's name; by default the one without a name, or the URI's", default="")
         drain: Duration = option("how long the server may still write once a connection has ended", default=5.0)
-        timeout: Duration = option("how long a server may answer nothing while it owes an answer", default=30.0)
+        timeout: Duration = option("how long the server may be silent while it owes an answer", default=30.0)
         durable: bool = option("writes are answered when they are on the server's medium", default=False)
         connections: int = option("how many connections are made to the server", default=1)
         certificates: str = option("directory with the certificates for TLS; by default the URI's", default="")
@@ -129,21 +129,23 @@ class Nbd(Driver):
             if not 0 <= self.drain <= MAX_DRAIN_S:
                 raise ValueError(f"drain is from 0s to {MAX_DRAIN_S:.0f}s")
             if not 2 <= self.timeout <= 3600:
-                raise ValueError("timeout is from 2s to 3600s")
+                raise ValueError("timeout must be from 2s to 3600s")
             if not 1 <= self.connections <= MAX_CONNECTIONS:
-                raise ValueError(f"connections is from 1 to {MAX_CONNECTIONS}")
+                raise ValueError(f"connections must be from 1 to {MAX_CONNECTIONS}")
             self._check_tls()
 
         def _check_tls(self) -> None:
             server, directory = self.server, self.credentials
             if self.certificates and server.certificates not in (None, self.certificates):
-                raise ValueError(f"the URI names the certificates in {server.certificates}, and certificates= others")
+                raise ValueError(
+                    f"the URI names the certificates in {server.certificates}, but certificates= names others"
+                )
             if directory and server.tls is False:
-                raise ValueError("nbd:// is without TLS; nbds:// is with it, and needs certificates")
+                raise ValueError("nbd:// does not use TLS; for TLS write nbds://, which needs certificates")
             if server.tls and not directory:
                 raise ValueError("nbds:// needs certificates=DIRECTORY, which has at least ca-cert.pem")
             if directory and (not directory.startswith("/") or "\0" in directory):
-                raise ValueError(f"certificates={directory} is not the whole path of a directory")
+                raise ValueError(f"certificates={directory} is not an absolute path")
 
         @property
         def credentials(self) -> str:
@@ -167,7 +169,8 @@ class Nbd(Driver):
             geometry = _geometry(offer, read_only=env.read_only)
             if options.durable and not (geometry.read_only or offer.flags & SEND_FUA):
                 raise DriverError(
-                    "the server cannot make single writes durable, as durable=on wants", errno=errno.ENOTSUP
+                    "the server cannot make single writes durable (FUA), which durable=on requires; leave durable= out",
+                    errno=errno.ENOTSUP,
                 )
             wanted = replace(wanted, durable=options.durable and not geometry.read_only)
             self._disk = RemoteDisk(env, wanted, streams, offer, self._give_back)
@@ -206,7 +209,8 @@ class Nbd(Driver):
             left_s = deadline.left_s
             if self.options.connections > 1 and not offer.flags & SEND_MULTI_CONN:
                 raise DriverError(
-                    "the server does not say that its connections see the same (multi-conn); leave connections= out",
+                    "the server does not promise that all connections see the same data (multi-conn); leave "
+                    "connections= out",
                     errno=errno.ENOTSUP,
                 )
             offer = replace(offer, context=offer.context if first is None else first.context)
@@ -244,12 +248,17 @@ def _geometry(offer: Offer, *, read_only: bool) -> Geometry:
     sector = max(512, offer.min_block)
     if sector not in SECTOR_SIZES:
         raise DriverError(
-            f"the server takes requests of {offer.min_block} bytes at least; {SECTOR_SIZES[-1]} are the most"
+            f"the server takes only requests of at least {offer.min_block} bytes; a sector has at most "
+            f"{SECTOR_SIZES[-1]}"
         )
     if offer.size % sector or not offer.size:
-        raise DriverError(f"the export has {offer.size} bytes, which is no whole number of sectors of {sector} bytes")
+        raise DriverError(
+            f"the export has {offer.size} bytes, which is not a whole number of sectors of {sector} bytes"
+        )
     if offer.max_block < sector:
-        raise DriverError(f"the server takes requests of {offer.max_block} bytes at most, and sectors have {sector}")
+        raise DriverError(
+            f"the server takes requests of at most {offer.max_block} bytes, less than a sector of {sector}"
+        )
     read_only = read_only or bool(offer.flags & SEND_READ_ONLY)
     can_discard = bool(offer.flags & SEND_TRIM) and not read_only
     return Geometry(

@@ -47,7 +47,7 @@ class Offset(Window):
         """The options of `offset:`."""
 
         start: Size = option("where the disk begins in the layer below", default=0)
-        length: Size = option("how long it is; 0: up to the end of the layer below", default=0)
+        length: Size = option("length of the disk; 0: up to the end of the layer below", default=0)
 
     options: Options
 

@@ -50,11 +50,11 @@ class Partition(Window):
     class Options:
         """The options of `partition:`."""
 
-        number: Count = option("which partition, as Linux counts", target=True)
+        number: Count = option("number of the partition, as Linux counts", target=True)
 
         def __post_init__(self) -> None:
             if self.number == 0:
-                raise ValueError("partitions are counted from 1 on")
+                raise ValueError("partitions are numbered from 1")
 
     options: Options
 

@@ -77,11 +77,11 @@ def _check_tables(words: Sequence[int], file_size: int, header: qcow.Header) -> 
     """Refuse tables that overlap, or that are where new clusters would go. Raises: DriverError."""
     length, places = 8 << header.l2_bits, sorted(filter(None, words))
     if places and places[-1] + length > round_up(file_size, header.cluster_size):
-        raise damaged(f"its table at byte {places[-1]} reaches behind the end of the file, where new data would go")
+        raise damaged(f"its table at byte {places[-1]} reaches beyond the end of the file, where new data would go")
     l1 = header.l1.offset, header.l1.offset + header.l1.length
     spans = sorted([l1, *((place, place + length) for place in places)])
     if any(start < end for (_, end), (start, _) in pairwise(spans)):
-        raise damaged("two of its tables lie over one another, so that it can only be read")
+        raise damaged("two of its tables overlap, so it can only be opened read-only")
 
 
 class End:
@@ -125,7 +125,7 @@ class End:
     def refuse(self) -> Steps[None]:
         """See `Allocator`. This format has no bit for a corrupt image. Raises: OSError."""
         yield from ()
-        raise OSError(IMAGE_DAMAGED, "a write would go over a table of the image")
+        raise OSError(IMAGE_DAMAGED, "a write would overwrite a table of the image")
 
     def _clusters(self, place: int) -> range:
         return range(place // self._size * self._size, place + self._table_size, self._size)

@@ -140,7 +140,9 @@ class Qcow2(QcowDisk):
     class Options(QcowDisk.Options):
         """The options of `qcow2:`."""
 
-        data_file: FilePath = option("the external data file; without it what the image names, to read", default="")
+        data_file: FilePath = option(
+            "the external data file; without this option, the file that the image names, only for reading", default=""
+        )
 
     options: Options
     allocator: Refcounts | None = None
@@ -168,7 +170,9 @@ class Qcow2(QcowDisk):
         options, header = self.options, self._header
         if not header.has_data_file:
             if options.data_file:
-                raise DriverError("its data are in the image itself, and data_file= names another file; leave that out")
+                raise DriverError(
+                    "its data are in the image itself, but data_file= names another file; leave data_file= out"
+                )
             return None
         chosen, read_only = options.data_file, env.read_only
         files = env.files
@@ -182,8 +186,10 @@ class Qcow2(QcowDisk):
     def identify(self) -> bytes:
         """See `Driver`."""
         if not self._says_where_its_data_are():
-            problem = "only data_file= in its layer says where its data are, which its child's layer cannot"
-            raise ConfigError(f"{problem}; let the image say it: qemu-img amend -f qcow2 -o data_file=FILE IMAGE")
+            problem = "only data_file= in its own layer says where its data are, and a child's layer cannot give that"
+            raise ConfigError(
+                f"{problem}; let the image name the file: qemu-img amend -f qcow2 -o data_file=FILE IMAGE"
+            )
         return super().identify()
 
     def _says_where_its_data_are(self) -> bool:
@@ -333,12 +339,16 @@ class Qcow2(QcowDisk):
 def _check_writable(header: qcow2.Header) -> None:
     if header.incompatible & qcow2.CORRUPT:
         raise DriverError(
-            "it says that it is corrupt, and can only be read; mend it with: xenbackend image check --repair"
+            "it is marked as corrupt, and can only be opened read-only; repair it with: xenbackend image check --repair"
         )
     if header.has_subclusters:
-        problem = "it has subclusters (extended L2 entries), and it can only be read"
-        raise DriverError(f"{problem}; xenbackend image convert makes an image without, or use it as the parent of one")
+        problem = "it has subclusters (extended L2 entries), and can only be opened read-only"
+        raise DriverError(
+            f"{problem}; xenbackend image convert makes an image without them, or use it as the parent of a new image"
+        )
     if header.has_data_file and header.snapshot_count:
-        raise DriverError("it has snapshots, which would change with its data file, and it can only be read")
+        raise DriverError("it has snapshots, which would change with its data file, so it can only be opened read-only")
     if header.incompatible & qcow2.DIRTY:
-        raise DriverError("its refcounts are out of date (dirty), and it can only be read; run qemu-img check -r all")
+        raise DriverError(
+            "its refcounts are out of date (dirty), so it can only be opened read-only; run qemu-img check -r all"
+        )

@@ -131,5 +131,5 @@ def _memory(env: Env, size: int) -> memoryview:
     try:
         return env.memory("disk", PAGE + size)
     except (OSError, OverflowError, MemoryError, ValueError) as error:
-        problem = f"the host has no memory for a disk of {format_size(size)}"
+        problem = f"the host has not enough memory for a disk of {format_size(size)}"
         raise DriverError(problem, option="content", errno=errno.ENOMEM) from error

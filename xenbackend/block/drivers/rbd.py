@@ -116,11 +116,11 @@ class Rbd(Driver):
         def __post_init__(self) -> None:
             """Refuse invalid values. Raises: ValueError."""
             if self.id.startswith("client."):
-                raise ValueError(f"id is written without client., as in id={self.id.removeprefix('client.')}")
+                raise ValueError(f"write id without the prefix client., as in id={self.id.removeprefix('client.')}")
             if not re.fullmatch(r"[^\s\x00/,]+", self.id):
-                raise ValueError(f"{self.id!r} is no user of a cluster")
+                raise ValueError(f"{self.id!r} is not the name of a user of a cluster")
             if not self.conf.startswith("/") or "\0" in self.conf:
-                raise ValueError(f"conf={self.conf} is not the whole path of a file")
+                raise ValueError(f"conf={self.conf} is not an absolute path")
 
         @property
         def account(self) -> Account:
@@ -145,7 +145,7 @@ class Rbd(Driver):
         target = self.options.image
         read_only = env.read_only or bool(target.snapshot)
         if env.shareable and not read_only:
-            raise DriverError("an image of a cluster has one writer; shared writing (w!, share=on) is not possible")
+            raise DriverError("an image of a cluster has only one writer; leave out shared writing (w!, share=on)")
         wanted = env.files.read_cluster(self.options.account)
         owner, identity = Noted(env.memory("owner", SIZE)), Noted(env.memory("image", SIZE))
 
@@ -189,9 +189,9 @@ class Rbd(Driver):
         """See `Driver`: make an RBD snapshot, which holds every answered request, and no half-done one."""
         image, target = self._image, self.options.image
         if target.snapshot or image is None or self.env.read_only:
-            raise DriverError(f"{target} is only read, so that there is nothing to keep", errno=errno.EROFS)
+            raise DriverError(f"{target} is opened read-only, so there is nothing to keep", errno=errno.EROFS)
         parse_name(name)
-        within(SNAPSHOT_S, f"the snapshot {name} may still be made", lambda: image.snapshot(name))
+        within(SNAPSHOT_S, f"the snapshot {name} may still appear", lambda: image.snapshot(name))
 
     def writer(self) -> str:
         """See `Driver`."""
@@ -273,14 +273,14 @@ class Rbd(Driver):
         target = self.options.image
         if not image.features() & HAS_EXCLUSIVE_LOCK:
             raise DriverError(
-                f"{target} has not the feature exclusive-lock, so that nothing would keep others from writing to it; "
-                f"`rbd feature enable {target} exclusive-lock` gives it that",
+                f"{target} lacks the feature exclusive-lock, so nothing would keep others from writing to it; enable "
+                f"it: `rbd feature enable {target} exclusive-lock`",
                 errno=errno.EPERM,
             )
         if image.is_mirror():
             raise DriverError(
-                f"{target} is a mirror of an image in another cluster, and nobody writes to it here; "
-                f"`rbd mirror image promote {target}` makes it the one that is written to, once that one is demoted",
+                f"{target} is a mirror of an image in another cluster, and cannot be written to; demote the other "
+                f"one, then make this one the primary: `rbd mirror image promote {target}`",
                 errno=errno.EROFS,
             )
         if why_unsafe:
@@ -293,7 +293,7 @@ class Rbd(Driver):
         env.report("image", self._identity)
         if not read_only:
             env.report("lock", f"exclusive, as {cluster.address()}")
-            env.report("barrier", f"the cluster refuses a dead worker, for {ownership.DEAD_S / 3600:.0f} h")
+            env.report("barrier", f"for how long the cluster refuses a dead worker: {ownership.DEAD_S / 3600:.0f} h")
         if limits:
             env.report("limits", limits)
 

@@ -66,7 +66,7 @@ class Readahead(Filter):
     class Options:
         """The options of `readahead:`."""
 
-        size: Size = option("bytes that are read ahead at once", default=512 << 10)
+        size: Size = option("bytes that are read ahead at a time", default=512 << 10)
 
         def __post_init__(self) -> None:
             if not _MIN <= self.size <= _MAX:

@@ -120,7 +120,7 @@ class Throttle(Filter):
     class Options:
         """The options of `throttle:`."""
 
-        iops: Count = option("requests a second; 0: any number, as of all limits", default=0)
+        iops: Count = option("requests a second; 0: no limit, here and below", default=0)
         iops_read: Count = option("reads a second", default=0)
         iops_write: Count = option("writes and discards a second", default=0)
         bps: Size = option("bytes a second", default=0)
@@ -133,23 +133,27 @@ class Throttle(Filter):
         bps_read_burst: Size = option("bytes read a second during a burst", default=0)
         bps_write_burst: Size = option("bytes written a second during a burst", default=0)
         burst: Duration = option("how long a burst may last; 0: 1s", default=0.0)
-        size: Size = option("bytes up to which a request counts as one, and more as several; 0: any", default=0)
-        group: str = option("disks that share the limits: a name; none: they are this disk's alone", default="")
+        size: Size = option(
+            "bytes that count as one request, so that larger ones count several times; 0: any", default=0
+        )
+        group: str = option(
+            "name of the group of disks that share the limits; none: the limits are this disk's alone", default=""
+        )
 
         def __post_init__(self) -> None:
             if self.group and not _NAME.fullmatch(self.group):
                 raise ValueError(
-                    f"{self.group!r} is no name of a group; it has 1 to 64 letters, digits and any of _ . -"
+                    f"{self.group!r} is not a name for a group; use 1 to 64 letters, digits and any of _ . -"
                 )
             limits = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "group"}
             if self.group and not any(limits[kind + way] for kind in ("iops", "bps") for way in _WAYS):
-                raise ValueError("group does nothing without a limit")
+                raise ValueError("group has no effect without a limit")
             if problem := _what_is_idle(limits):
                 raise ValueError(problem)
             if 0 < self.burst < 1 or self.burst > _LONGEST_S:
                 raise ValueError("burst must be between 1s and 86400s")
             if any(value > _MOST for value in limits.values()):
-                raise ValueError(f"nothing may be more than {_MOST}")
+                raise ValueError(f"no limit may be more than {_MOST}")
 
     options: Options
 
@@ -190,7 +194,7 @@ class Throttle(Filter):
         except (TypeError, ValueError):
             share = 0.0
         if not _LEAST_SHARE <= share <= 1:
-            raise DriverError("a share is a number above 0, and 1 at most", layer=self.name, errno=errno.EINVAL)
+            raise DriverError("a share must be a number above 0, and at most 1", layer=self.name, errno=errno.EINVAL)
         now, empty_at, former = self.env.now(), self._empty_at, self._share[0]
         for limit in self._limits if share > former else ():  # the remaining debt is paid at the new rate
             empty_at[limit.place] = now + max(0.0, empty_at[limit.place] - now) * former / share
@@ -328,17 +332,17 @@ def _what_is_idle(limits: dict[str, Any]) -> str:
     for name, value in bursts.items():
         limit = name.removesuffix("_burst")
         if not limits[limit]:
-            return f"{name} does nothing without {limit}"
+            return f"{name} has no effect without {limit}"
         if value <= limits[limit]:
-            return f"{name} is {value}; it must be more than {limit}, which is {limits[limit]}"
+            return f"{name} is {value}; it must be more than {limit}={limits[limit]}"
     if limits["burst"] and not bursts:
-        return "burst does nothing without the rate of a burst, such as iops_burst"
+        return "burst has no effect without the rate of a burst, such as iops_burst"
     if limits["size"] and not any(limits["iops" + way] for way in _WAYS):
-        return "size does nothing without iops, iops_read or iops_write"
+        return "size has no effect without iops, iops_read or iops_write"
     for kind in ("iops", "bps"):
         for name in (f"{kind}_read", f"{kind}_write"):
             if 0 < limits[kind] <= limits[name]:
-                return f"{name} is {limits[name]}; it does nothing unless it is below {kind}"
+                return f"{name} is {limits[name]}; it has no effect unless it is below {kind}"
     return ""
 
 

@@ -16,7 +16,7 @@ Behaviour:
     writes the block's bitmap, before it is answered. A kill in the middle wastes at most some room in the file, and
     there is always a valid footer at its end. A flush returns when everything that was answered is durable.
 
-    An image whose blocks overlap one another, or anything else in the image, is refused. One whose table or map of full
+    An image whose its blocks overlap, or anything else in the image, is refused. One whose table or map of full
     blocks overlaps something is read, but not written to. A new block is never put over the place where the image
     says that a name of its parent is: instead nothing is written, and the disk waits until `xenbackend image check
     --repair` has repaired the image.
@@ -117,7 +117,7 @@ class Vhd(Blocks):
             _check_apart([*places, Place("the footer at the end", room, file.size)])
         on_device = env.files.look(self.options.file).is_device
         if on_device and end > room:
-            raise vhd.damaged("a block reaches behind the end of the device")
+            raise vhd.damaged("a block reaches beyond the end of the device")
         packed = vhd.pack_footer(footer)
         if not (env.read_only or on_device) and (end > room or not is_at_end):
             self._give_end(max(end, file.size), packed)
@@ -158,9 +158,9 @@ class Vhd(Blocks):
         if isinstance(self.next, Vhd) and self.next.footer.uuid != self.header.parent_uuid:
             problem = "has another UUID than the one this image was made for"
         elif self._was_altered():
-            problem = "was altered after this image was made"
+            problem = "was changed after this image was made"
         if problem:
-            advice = "use the right one, or say changed=accept if you know that it holds what it did"
+            advice = "use the right parent, or add changed=accept if you are certain that its content is the same"
             raise DriverError(f"its parent {self._parent_path} {problem}; {advice}", errno=errno.ESTALE)
 
     def _was_altered(self) -> bool:
@@ -197,4 +197,4 @@ def _check_apart(places: list[Place]) -> None:
     """Refuse writing if a place that changes in service overlaps another one. Raises: DriverError."""
     for one, other in overlaps(places):
         if one.changes or other.changes:
-            raise vhd.damaged(f"{one.what} and {other.what} overlap, so that it can only be read")
+            raise vhd.damaged(f"{one.what} and {other.what} overlap, so it can only be opened read-only")

@@ -75,7 +75,7 @@ class Vmdk(ForeignDisk):
     class Options(ChangedOptions):
         """The options of `vmdk:`."""
 
-        disk: str = option("which disk of an OVA: the name of its file there", default="")
+        disk: str = option("which disk of an OVA: the name of its file in the archive", default="")
 
     options: Options
     image: Disk  # type: ignore[assignment]  # the entries of one table may be in several places
@@ -88,7 +88,7 @@ class Vmdk(ForeignDisk):
         else:
             disk = self._parse_one(file, start)
         if self.options.disk and not ova.is_archive(start):
-            raise DriverError("it is no OVA, and has no disks to choose from; leave disk= away")
+            raise DriverError("it is not an OVA, and has no disks to choose from; leave disk= out")
         kind = f"{printable(disk.descriptor.create_type)}, " if disk.descriptor.create_type else ""
         env.report("format", f"VMDK, {kind}{_grains(disk)}")
         if disk.descriptor.parent_cid != vmdk_descriptor.NO_PARENT:
@@ -135,7 +135,7 @@ class Vmdk(ForeignDisk):
             found = self.next.image.descriptor.cid
             if found != expected:
                 problem = f"its parent has the content ID {found:08x}, and this image was made for {expected:08x}"
-                advice = "use the right one, or say changed=accept if you know that it holds what it did"
+                advice = "use the right parent, or add changed=accept if you are certain that its content is the same"
                 raise DriverError(f"{problem}; {advice}", errno=errno.ESTALE)
 
     def read_special(self, request: Request) -> None:

@@ -48,7 +48,7 @@ class Header:
         """Return the header's bytes. Raises: DriverError if `base` is too long."""
         text = self.base.encode(errors="surrogateescape")
         if len(text) > _MAX_BASE:
-            raise DriverError("the layer below is made of too many files to note what it was")
+            raise DriverError("the layer below consists of too many files to record which they were")
         values = [self.MAGIC, self.VERSION, 0, self.size, self.block, len(text), 0, self.token]
         values[2] = zlib.crc32(_HEADER.pack(*values) + text)
         return (_HEADER.pack(*values) + text).ljust(HEADER_SIZE, b"\0")
@@ -57,11 +57,11 @@ class Header:
     def parse(cls, data: bytes) -> Self:
         """Parse and check a header. Raises: DriverError."""
         if data[: len(cls.MAGIC)] != cls.MAGIC:
-            raise DriverError(f"it is no file of {cls.LAYER}:, and is left as it is; name another one")
+            raise DriverError(f"it is not a file of {cls.LAYER}:, and is left unchanged; name another one")
         magic, version, crc, size, block, length, _, token = _HEADER.unpack_from(data)
         if version != cls.VERSION:
             known = f"this program knows version {cls.VERSION}"
-            raise DriverError(f"it is of version {version} of the format, and {known}")
+            raise DriverError(f"it has version {version} of the format, but {known}")
         text = data[_HEADER.size : _HEADER.size + min(length, _MAX_BASE)]
         whole = _HEADER.pack(magic, version, 0, size, block, length, 0, token) + text
         if crc != zlib.crc32(whole) or length > _MAX_BASE:

@@ -60,7 +60,7 @@ class Parent:
 def blank(image_format: str, size: int, wishes: Wishes, parent: Parent | None) -> Blank:
     """Return a new image. Raises: ConfigError if the format does not support the wishes."""
     if size <= 0 or size % SECTOR:
-        raise ConfigError(f"a disk of {size} bytes cannot be; its size is a multiple of 512")
+        raise ConfigError(f"a disk of {size} bytes is not possible; choose a multiple of 512")
     row = FORMATS[image_format]
     if wishes.is_fixed and (not row.can_be_fixed or parent):
         raise ConfigError("only a VHD image without a parent can be fixed")
@@ -81,9 +81,7 @@ def blank_qcow2(size: int, wishes: Wishes, parent: Parent | None) -> Blank:
     cluster = 1 << bits
     l1_entries = max(1, -(-size >> 2 * bits - 3))
     if l1_entries * 8 > qcow2.MAX_L1_BYTES:
-        raise ConfigError(
-            f"{format_size(size)} are too many for clusters of {format_size(cluster)}; choose larger ones"
-        )
+        raise ConfigError(f"{format_size(size)} is too much for clusters of {format_size(cluster)}; choose larger ones")
     l1_clusters = -(-l1_entries * 8 >> bits)
     table_clusters, blocks = _refcount_clusters(l1_clusters, cluster, -(-size >> bits))
     name = qcow_name(parent)
@@ -111,7 +109,7 @@ def blank_qcow(size: int, wishes: Wishes, parent: Parent | None) -> Blank:
     l1 = round_up(_QCOW_HEADER.size + len(name), 8)
     l1_bytes = -(-size >> bits + l2_bits) * 8
     if l1_bytes > qcow2.MAX_L1_BYTES:
-        problem = f"{format_size(size)} are too many for clusters of {format_size(1 << bits)} in this format"
+        problem = f"{format_size(size)} is too much for clusters of {format_size(1 << bits)} in this format"
         raise ConfigError(f"{problem}; choose larger ones, or qcow2")
     _check_room(name, qcow2.MAX_NAME)
     header = _QCOW_HEADER.pack(
@@ -141,7 +139,7 @@ def blank_vhd(size: int, wishes: Wishes, parent: Parent | None) -> Blank:
     block = 1 << _cluster_bits(wishes.cluster_size, 12, vhd.MAX_NEW_BLOCK.bit_length() - 1)
     entries = -(-size // block)
     if entries > vhd.MAX_ENTRIES:
-        raise ConfigError(f"{format_size(size)} are too many for blocks of {format_size(block)}; choose larger ones")
+        raise ConfigError(f"{format_size(size)} is too much for blocks of {format_size(block)}; choose larger ones")
     table_at = 3 * SECTOR
     names_at = table_at + round_up(4 * entries, SECTOR)
     header, written = vhd_with_parent(vhd.Header(table_at, entries, block), names_at, parent)
@@ -174,7 +172,7 @@ def _cluster_bits(size: int, least: int, most: int) -> int:
     bits = size.bit_length() - 1
     if size != 1 << bits or not least <= bits <= most:
         limits = f"from {format_size(1 << least)} to {format_size(1 << most)}"
-        raise ConfigError(f"clusters of {format_size(size)} cannot be; they have a power of two {limits}")
+        raise ConfigError(f"clusters of {format_size(size)} are not possible; choose a power of two {limits}")
     return bits
 
 
@@ -210,7 +208,7 @@ def _check_readable(name: str, header: vhd.Header, written: bytes, place: int) -
 
     found = parent_names(read, header, place + len(written))
     if not {name, f"./{name}"} & set(found):
-        problem = f"a VHD image cannot name its parent {printable(name)}, as names in it are Unicode texts"
+        problem = f"a VHD image cannot name its parent {printable(name)}, as names in it must be Unicode text"
         raise ConfigError(f"{problem}; rename the parent, or make a qcow2 image")
 
 

@@ -56,4 +56,4 @@ def check_places(entries: Iterable[int], file_size: int) -> None:
     """Refuse a table with a cluster that begins at or beyond the end of the file. Raises: DriverError."""
     last = max((entry & PLACE for entry in entries), default=0)
     if last >= max(1, file_size):
-        raise damaged(f"a cluster is at byte {last}, and the file has {file_size}")
+        raise damaged(f"a cluster is at byte {last}, but the file has only {file_size} bytes")

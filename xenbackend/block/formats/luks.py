@@ -40,22 +40,22 @@ def parse(look: Look, size: int, slot: int | None = None) -> Volume:
 def _check(volume: Volume, first: int, size: int) -> None:
     """Check a volume against its disk: the slots have to be between byte `first` and the data. Raises: DriverError."""
     if not volume.offset:
-        raise DriverError("its header is a detached one, whose data lie elsewhere; this driver knows none")
+        raise DriverError("its header is a detached one, whose data lie elsewhere, which this driver does not support")
     end = volume.offset + volume.size
     if volume.offset % volume.sector_size or volume.size % volume.sector_size or not first < volume.offset < _MAX_SIZE:
         raise damaged(f"its data are {volume.size} bytes from byte {volume.offset} on")
     if end > size or volume.offset >= size:
         raise DriverError(
-            f"its data lie from byte {volume.offset} to {max(end, volume.offset + volume.sector_size)}, and the layer "
-            f"below has {size} bytes: something has cut it"
+            f"its data lie from byte {volume.offset} to {max(end, volume.offset + volume.sector_size)}, but the layer "
+            f"below has only {size} bytes: it has been truncated"
         )
     if not volume.size and (size - volume.offset) % volume.sector_size:
         raise DriverError(
-            f"its data are all from byte {volume.offset} on, {size - volume.offset} bytes, which is no whole number of "
-            f"its sectors of {volume.sector_size} bytes"
+            f"its data are all from byte {volume.offset} on, {size - volume.offset} bytes, which is not a whole "
+            f"number of its sectors of {volume.sector_size} bytes"
         )
     if not volume.slots:
-        raise DriverError("no key slot of it is active, or none is to be tried: no passphrase can open it")
+        raise DriverError("none of its key slots is active, or none of those to be tried: no passphrase can open it")
     volume.cipher.check()
     volume.digest.check()
     for slot in volume.slots:

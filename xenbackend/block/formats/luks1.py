@@ -43,4 +43,4 @@ def _text(field: bytes) -> str:
     try:
         return text.decode("ascii")
     except UnicodeDecodeError:
-        raise damaged("the name of a cipher or hash is no text") from None
+        raise damaged("the name of a cipher or hash is not ASCII text") from None

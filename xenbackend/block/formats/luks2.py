@@ -49,8 +49,8 @@ def parse(look: Look, size: int, slot: int | None = None) -> Volume:
     sound = [each for each in copies if each is not None]
     if not sound:
         if look(0, min(BINARY, size))[: len(MAGIC)] == MAGIC:
-            raise damaged("neither copy of it has the checksum that it should have")
-        raise DriverError("there is no LUKS header; `cryptsetup luksFormat` makes one")
+            raise damaged("neither copy of it has a correct checksum")
+        raise DriverError("there is no LUKS header; to make one: `cryptsetup luksFormat`")
     newest = max(sound, key=lambda each: each.sequence)
     return _Metadata(newest).volume(slot)
 
@@ -80,7 +80,7 @@ class _Metadata:
         try:
             found = json.loads(text)
         except (ValueError, RecursionError):
-            raise damaged("its metadata are no JSON") from None
+            raise damaged("its metadata are not JSON") from None
         self._json = _dict(found, "its metadata")
         self._copy = copy
 
@@ -96,7 +96,7 @@ class _Metadata:
         size_text = segment.get("size")
         size = 0 if size_text == "dynamic" else _number(segment, "size")
         if size_text != "dynamic" and not size:
-            raise damaged("its data have no bytes")
+            raise damaged("its data segment is empty")
         slots, key_size = self._slots(slot_names, wanted)
         return Volume(
             VERSION, Cipher(cipher_text, key_size), _number(segment, "offset"), size, digest, slots,
@@ -107,11 +107,11 @@ class _Metadata:
         config = _dict(self._json.get("config"), "config")
         requirements = _dict(config.get("requirements", {}), "requirements").get("mandatory", [])
         if not isinstance(requirements, list):
-            raise damaged("its requirements are no list")
+            raise damaged("its requirements are not a list")
         if requirements:
             named = ", ".join(printable(str(each)[:40]) for each in requirements[:8])
-            hint = "; `cryptsetup reencrypt` finishes what was begun" if "reencrypt" in named else ""
-            raise DriverError(f"it asks for what this driver does not know: {named}{hint}")
+            hint = "; `cryptsetup reencrypt` finishes a re-encryption that was begun" if "reencrypt" in named else ""
+            raise DriverError(f"it requires features that this driver does not know: {named}{hint}")
 
     def _segment(self) -> tuple[str, dict[str, Any]]:
         segments = _dict(self._json.get("segments"), "segments")
@@ -121,13 +121,15 @@ class _Metadata:
             if not _is_backup(each)
         }
         if len(found) != 1:
-            raise DriverError(f"its data are {len(found)} segments, and this driver knows volumes of one")
+            raise DriverError(f"its data have {len(found)} segments, and this driver supports only one")
         name, segment = next(iter(found.items()))
         kind = _str(segment, "type")
         if kind != "crypt":
-            raise DriverError(f"its data are a segment of type {printable(kind[:40])}, and this driver knows crypt")
+            raise DriverError(
+                f"its data are a segment of type {printable(kind[:40])}, and this driver supports only crypt"
+            )
         if "integrity" in segment:
-            raise DriverError("its sectors have tags (dm-integrity), which this driver does not know")
+            raise DriverError("its sectors have tags (dm-integrity), which this driver does not support")
         return name, segment
 
     def _digest(self, segment: str) -> tuple[Digest, list[str]]:
@@ -139,7 +141,9 @@ class _Metadata:
             raise damaged(f"there are {len(found)} digests of its key")
         kind = _str(found[0], "type")
         if kind != PBKDF2:
-            raise DriverError(f"the digest of its key is of type {printable(kind[:40])}, and this driver knows pbkdf2")
+            raise DriverError(
+                f"the digest of its key is of type {printable(kind[:40])}, and this driver supports only pbkdf2"
+            )
         digest = Digest(
             _str(found[0], "hash"), _int(found[0], "iterations"), _base64(found[0], "salt"), _base64(found[0], "digest")
         )
@@ -149,7 +153,7 @@ class _Metadata:
         """Return the slots in the order in which they are tried, and the size of their key in bytes."""
         all_slots = _dict(self._json.get("keyslots"), "keyslots")
         if len(all_slots) > MAX_SLOTS:
-            raise damaged(f"it has {len(all_slots)} key slots, and {MAX_SLOTS} are the most")
+            raise damaged(f"it has {len(all_slots)} key slots, more than {MAX_SLOTS}")
         ranked: list[tuple[int, int, Slot]] = []
         sizes = set()
         for name in names:
@@ -162,14 +166,14 @@ class _Metadata:
             ranked.append((rank, int(name), _slot(int(name), slot)))
             sizes.add(_int(slot, "key_size"))
         if len(sizes) > 1:
-            raise damaged("its key slots have keys of several sizes")
+            raise damaged("its key slots have keys of different sizes")
         return tuple(slot for _, _, slot in sorted(ranked, key=lambda each: each[:2])), sizes.pop() if sizes else 0
 
 
 def _slot(number: int, slot: dict[str, Any]) -> Slot:
     area, stripes, kdf = (_dict(slot.get(name), f"{name} of a key slot") for name in ("area", "af", "kdf"))
     if _str(area, "type") != "raw" or _str(stripes, "type") != "luks1":
-        raise DriverError(f"key slot {number} is kept in a way that this driver does not know")
+        raise DriverError(f"key slot {number} is stored in a way that this driver does not support")
     length = _int(area, "key_size")
     function = _str(kdf, "type")
     if function in ARGON2:
@@ -192,28 +196,28 @@ def _is_backup(segment: Any) -> bool:
 
 def _dict(value: Any, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise damaged(f"{what}: that is missing")
+        raise damaged(f"{what}: missing, or not a JSON object")
     return value
 
 
 def _str(values: dict[str, Any], name: str) -> str:
     value = values.get(name)
     if not isinstance(value, str) or not value.isascii():
-        raise damaged(f"{name} is no text")
+        raise damaged(f"{name} is not a text")
     return value
 
 
 def _texts(values: dict[str, Any], name: str) -> list[str]:
     value = values.get(name)
     if not isinstance(value, list) or not all(isinstance(each, str) for each in value) or len(set(value)) < len(value):
-        raise damaged(f"{name} is no list of names")
+        raise damaged(f"{name} is not a list of names")
     return value
 
 
 def _int(values: dict[str, Any], name: str) -> int:
     value = values.get(name)
     if type(value) is not int or not 0 <= value < 1 << 32:
-        raise damaged(f"{name} is no number")
+        raise damaged(f"{name} is not a number")
     return value
 
 
@@ -221,9 +225,9 @@ def _number(values: dict[str, Any], name: str) -> int:
     """Return a 64-bit number, which is a string in the JSON since not all JSON parsers support such numbers."""
     value = values.get(name)
     if not isinstance(value, str) or not (value.isascii() and value.isdecimal()) or len(value) > _MOST_DIGITS:
-        raise damaged(f"{name} is no number")
+        raise damaged(f"{name} is not a number")
     if int(value) >= 1 << 64:
-        raise damaged(f"{name} is no number")
+        raise damaged(f"{name} is not a number")
     return int(value)
 
 

@@ -42,8 +42,8 @@ class Cipher:
         """Check that the cipher is known. Raises: DriverError."""
         if self.text not in _KNOWN:
             raise DriverError(
-                f"it is encrypted by {printable(self.text[:60])}, and this driver knows {', '.join(_KNOWN)}; "
-                "`cryptsetup open` makes a device of it that aio: can serve"
+                f"it is encrypted by {printable(self.text[:60])}, and this driver supports {', '.join(_KNOWN)}; open "
+                "it with `cryptsetup open`, and serve that device by aio:"
             )
         if self.key_size not in _KNOWN[self.text]:
             raise damaged(f"a key of {self.key_size} bytes for {self.text}")
@@ -86,7 +86,7 @@ class Slot:
         if not 1 <= self.stripes <= MAX_STRIPES or self.hash not in HASHES:
             raise damaged(f"key slot {self.number} has {self.stripes} stripes by {printable(self.hash[:32])}")
         if self.offset % SECTOR or not first <= self.offset <= end - self.length(key_size):
-            raise damaged(f"key slot {self.number} lies at byte {self.offset}, outside of the room for key slots")
+            raise damaged(f"key slot {self.number} lies at byte {self.offset}, outside of the area for key slots")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,13 +103,13 @@ class Digest:
         if self.hash not in HASHES:
             known = ", ".join(HASHES)
             raise DriverError(
-                f"the digest of its key is made by {printable(self.hash[:32])}; this driver knows {known}"
+                f"the digest of its key uses the hash {printable(self.hash[:32])}; this driver supports {known}"
             )
         if not 8 <= len(self.salt) <= 64 or not 16 <= len(self.value) <= 64:
             raise damaged(f"the digest of its key has {len(self.value)} bytes, and {len(self.salt)} bytes of salt")
         if not 1 <= self.iterations <= MAX_DIGEST_ITERATIONS:
             raise DriverError(
-                f"the digest of its key takes {self.iterations} iterations; {MAX_DIGEST_ITERATIONS} at most"
+                f"the digest of its key needs {self.iterations} iterations, more than {MAX_DIGEST_ITERATIONS}"
             )
 
     def fits(self, key: bytearray) -> bool:

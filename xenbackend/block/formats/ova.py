@@ -62,7 +62,7 @@ def members(read: Read, file_size: int) -> Iterator[Member]:
             return
         kind, length, data = block[156:157], _length(block, more, place), place + _BLOCK
         if not 0 <= length <= file_size - data:
-            raise _damaged(f"a member at byte {place} of the archive has {length} bytes, and the file ends before")
+            raise _damaged(f"a member at byte {place} of the archive has {length} bytes, but the file ends earlier")
         if kind in _HEADERS:
             if length > _MAX_HEADER:
                 raise _damaged(f"a header at byte {place} of the archive has {length} bytes")
@@ -91,7 +91,7 @@ def find_disk(read: Read, file_size: int, wanted: str) -> Member:
     files = {each.name: each for each in members(read, file_size)}
     texts = [each for each in files.values() if each.name.lower().endswith(".ovf")]
     if not texts:
-        raise DriverError("it is a tar archive and no OVA: there is no .ovf in it; unpack it with tar -xf")
+        raise DriverError("it is a tar archive, but not an OVA: there is no .ovf in it; unpack it with tar -xf")
     if texts[0].length > _MAX_TEXT:
         raise _damaged(f"its description {printable(texts[0].name)} has {texts[0].length} bytes")
     disks = described_disks(read(texts[0].offset, texts[0].length))
@@ -120,7 +120,7 @@ def described_disks(text: bytes) -> list[Described]:
             kept.append({key.rpartition(" ")[2]: value for key, value in attributes.items()})
 
     def refuse(*_: object) -> None:  # entities can expand a few lines to gigabytes, and no OVF needs any
-        raise DriverError("its description has a document type, which none needs")
+        raise DriverError("its description has a document type (DTD), which is refused")
 
     parser = expat.ParserCreate(namespace_separator=" ")
     parser.StartElementHandler = start
@@ -146,7 +146,7 @@ def _choose(disks: Sequence[Described], wanted: str) -> Described:
         raise DriverError("its description names no disk")
     if not wanted:
         if len(disks) > 1:
-            raise DriverError(f"it has {len(disks)} disks; say disk=NAME, one of {names}")
+            raise DriverError(f"it has {len(disks)} disks; choose one with disk=NAME: {names}")
         return disks[0]
     for each in disks:
         if each.name == wanted:
@@ -200,7 +200,7 @@ def _damaged(problem: str) -> DriverError:
 def _length(block: bytes, more: _More, place: int) -> int:
     """Return the number of bytes that follow a header. Raises: DriverError."""
     if not _has_checksum(block):
-        raise _damaged(f"the archive's header at byte {place} has another checksum")
+        raise _damaged(f"the archive's header at byte {place} has a wrong checksum")
     kind = block[156:157]
     if kind in _WITHOUT_DATA:
         return 0
@@ -221,7 +221,7 @@ def _number(field: bytes, place: int) -> int:
         return int.from_bytes(field[1:], "big") if field[0] == 0x80 else -1
     digits = field.strip(b"\0 ")
     if digits.strip(b"01234567"):
-        raise _damaged(f"the archive's header at byte {place} has a size that is no number")
+        raise _damaged(f"the archive's header at byte {place} has a size that is not a number")
     return int(digits, 8) if digits else 0
 
 

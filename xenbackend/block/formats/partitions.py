@@ -77,7 +77,7 @@ def find(read: Read, size: int, sector: int, number: int) -> Partition:
     else:
         found = _find_in_mbr(read, size, sector, number, records)
     if found.start + found.length > size:
-        raise DriverError(f"partition {number} ends at byte {found.start + found.length}, and the disk at {size}")
+        raise DriverError(f"partition {number} ends at byte {found.start + found.length}, but the disk at {size}")
     return found
 
 
@@ -91,7 +91,7 @@ def _find_in_gpt(read: Read, size: int, sector: int, number: int) -> Partition:
             raise DriverError(f"both headers of the GPT are damaged: the first {problem}, the one at the end {second}")
         trouble = f"the first header {problem}; the one at the end of the disk is used"
     elif gpt.backup != last:
-        trouble = "the second header is not at the end of the disk, which has grown or shrunk since"
+        trouble = "the second header is not at the end of the disk, which has grown or shrunk since it was written"
     else:
         _, second = _gpt(read, last, sector, last)
         trouble = f"the second header {second}" if second else ""
@@ -103,7 +103,7 @@ def _find_in_gpt(read: Read, size: int, sector: int, number: int) -> Partition:
         raise DriverError(f"there is no partition {number}; the GPT has {_list(_used(gpt))}")
     if not gpt.first <= start <= end <= gpt.last:
         raise DriverError(
-            f"partition {number} has sectors {start} to {end}, and the GPT allows {gpt.first} to {gpt.last}"
+            f"partition {number} has sectors {start} to {end}, but the GPT allows only {gpt.first} to {gpt.last}"
         )
     return Partition(start * sector, (end - start + 1) * sector, str(UUID(bytes_le=kind)), "GPT", trouble)
 
@@ -119,9 +119,9 @@ def _gpt(read: Read, last: int, sector: int, place: int) -> tuple[_Gpt | None, s
     if not _GPT.size <= size <= sector or crc != zlib.crc32(block[:16] + bytes(4) + block[20:size]):
         return None, "has a wrong checksum"
     if mine != place:
-        return None, f"says that it is that of sector {mine}"
+        return None, f"says that it belongs to sector {mine}"
     if not first <= usable <= last:
-        return None, f"allows sectors {first} to {usable}, and the disk ends at {last}"
+        return None, f"allows sectors {first} to {usable}, but the disk ends at {last}"
     length = count * step
     if (
         step < _GPT_ENTRY.size
@@ -149,7 +149,7 @@ def _find_in_mbr(read: Read, size: int, sector: int, number: int, records: list[
             raise DriverError(f"there is no partition {number}; the MBR has {_list(used)}")
         found = used[number]
         if found.kind in _EXTENDED:
-            raise DriverError(f"partition {number} is the extended one; the logical ones in it count from 5 on")
+            raise DriverError(f"partition {number} is the extended one; name a logical one in it, from 5 on")
         return _partition(found, 0, sector)
     extended = next((each for each in used.values() if each.kind in _EXTENDED), None)
     if extended is None:

@@ -46,7 +46,7 @@ def parse_header(read: Read, file_size: int) -> Header:
     """
     start = read(0, _HEADER.size)
     if len(start) < _HEADER.size or start[:4] != MAGIC:
-        raise DriverError("it is no QCOW image: it does not begin as one")
+        raise DriverError("it is not a QCOW image: it does not begin as one")
     (
         _, version, backing_offset, backing_length, _, size, cluster_bits, l2_bits, _, crypt_method, l1_offset,
     ) = _HEADER.unpack(start)  # fmt: skip
@@ -58,7 +58,7 @@ def parse_header(read: Read, file_size: int) -> Header:
     if crypt_method:
         raise DriverError("it is encrypted, which is not supported; decrypt it with qemu-img convert")
     if size % 512:
-        raise DriverError(f"its size, {size} bytes, is no multiple of 512; convert it with qemu-img convert")
+        raise DriverError(f"its size, {size} bytes, is not a multiple of 512; convert it with qemu-img convert")
     l1 = Region(l1_offset, -(-size >> (cluster_bits + l2_bits)) * 8)
     if l1.length > MAX_L1_BYTES:
         raise damaged(f"its {format_size(size)} need an L1 table of {l1.length} bytes")

@@ -119,7 +119,7 @@ def parse_header(read: Read, file_size: int) -> Header:
     """
     start = read(0, _V3_LENGTH)
     if len(start) < _V2.size or start[:4] != MAGIC:
-        raise DriverError("it is no QCOW2 image: it does not begin as one")
+        raise DriverError("it is not a QCOW2 image: it does not begin as one")
     (
         _, version, backing_offset, backing_length, cluster_bits, size, crypt_method, l1_entries, l1_offset,
         table_offset, table_clusters, snapshot_count, snapshots_offset,
@@ -258,16 +258,16 @@ def _check_features(incompatible: int, names: bytes) -> None:
         known = {bit: name for kind, bit, name in _FEATURE.iter_unpack(names[: len(names) // 48 * 48]) if kind == 0}
         bit = unknown.bit_length() - 1
         name = printable(known.get(bit, b"").rstrip(b"\0").decode("utf-8", "replace")) or f"number {bit}"
-        raise DriverError(f"it has the incompatible feature {name!r}, which is not known here")
+        raise DriverError(f"it has the incompatible feature {name!r}, which is not supported")
 
 
 def _compression(field: bytes, incompatible: int) -> str:
     """Return the type of compression. The field and the feature bit have to agree, as QEMU demands."""
     kind = field[0] if field else 0
     if bool(kind) != bool(incompatible & COMPRESSION):
-        raise damaged(f"its clusters are compressed in the way number {kind}, and its features contradict that")
+        raise damaged(f"its clusters are compressed by method {kind}, which its features contradict")
     if kind >= len(_COMPRESSIONS):
-        raise DriverError(f"its clusters are compressed in the way number {kind}, which is not known here")
+        raise DriverError(f"its clusters are compressed by method {kind}, which is not supported")
     return _COMPRESSIONS[kind]
 
 
@@ -281,7 +281,7 @@ def _backing_name(first: bytes, offset: int, length: int) -> bytes:
 def _data_name(name: bytes, incompatible: int, autoclear: int) -> bytes:
     if not incompatible & DATA_FILE:
         if autoclear & RAW_DATA:
-            raise damaged("it says that its external data file is a raw disk, and that it has none")
+            raise damaged("it is marked as having a raw external data file, but also as having none")
         return b""
     if len(name) > MAX_NAME or b"\0" in name:
         raise damaged(f"the name of its data file has {len(name)} bytes")
@@ -297,7 +297,7 @@ def _parse_bitmaps(extension: bytes) -> tuple[int, Region | None]:
 
 def _check_disk_size(size: int, l1_entries: int, cluster_bits: int, incompatible: int) -> None:
     if size % 512:
-        raise DriverError(f"its size, {size} bytes, is no multiple of 512; qemu-img resize makes it one")
+        raise DriverError(f"its size, {size} bytes, is not a multiple of 512; make it one with qemu-img resize")
     entry_bits = 4 if incompatible & EXTENDED_L2 else 3  # bytes of an entry of an L2 table
     if 1 << cluster_bits < SUBCLUSTERS << MIN_CLUSTER_BITS and incompatible & EXTENDED_L2:
         raise damaged(f"its clusters have 2^{cluster_bits} bytes, too few for subclusters")

@@ -250,9 +250,7 @@ class Check:
             for entry in self.table(Region(offset, header.cluster_size))[:: self._step]:
                 is_there = entry & OFFSET or entry & (COPIED | tables.ZERO) == COPIED
                 if entry & COMPRESSED:
-                    self._break(
-                        f"the cluster at byte {place} of the disk is compressed, and has to be in the data file"
-                    )
+                    self._break(f"the cluster at byte {place} of the disk is compressed, but belongs in the data file")
                 elif is_there and entry & OFFSET != place:
                     self._break(f"the cluster at byte {place} of the disk is at byte {entry & OFFSET} of the data file")
                 place += header.cluster_size
@@ -278,7 +276,7 @@ class Check:
         """Find clusters of metadata with other uses. Clusters of data may be shared, if their refcounts say so."""
         for cluster, times in self._metadata.items():
             if self.counts[cluster] != times:
-                self._break(f"cluster {cluster} holds metadata, and something else uses it too")
+                self._break(f"cluster {cluster} holds metadata, but something else uses it too")
 
     def _check_refcounts(self) -> None:
         without_block = set(self.counts.pages)
@@ -313,10 +311,12 @@ class Check:
                 continue
             if refcount > uses:
                 self.report.leaks += 1
-                self.report.say(f"cluster {cluster} is leaked: its refcount is {refcount}, and {uses} use it")
+                self.report.say(
+                    f"cluster {cluster} is leaked: its refcount is {refcount}, but it has {uses} references"
+                )
             else:
                 self.report.low_refcounts += 1
-                self.report.say(f"cluster {cluster} has refcount {refcount}, and {uses} use it")
+                self.report.say(f"cluster {cluster} has refcount {refcount}, but {uses} references")
 
     def _break(self, sentence: str) -> None:
         self.report.broken += 1

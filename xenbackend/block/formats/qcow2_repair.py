@@ -27,7 +27,9 @@ def plan_repair(check: Check) -> list[list[Write]]:
     """
     report = check.report
     if report.broken:
-        problem = "more than its refcounts is damaged; restore it, or make a copy and try qemu-img check -r all on that"
+        problem = (
+            "more than its refcounts are damaged; restore it, or copy it and try qemu-img check -r all on the copy"
+        )
         raise DriverError(problem)
     new_blocks = _place_missing_blocks(check)
     _check_refcounts_fit(check)
@@ -66,7 +68,9 @@ def _present(blocks: list[int]) -> set[int]:
 def _check_refcounts_fit(check: Check) -> None:
     most = max(map(max, check.counts.pages.values()))
     if most > check.header.max_refcount:
-        raise DriverError(f"a cluster is used {most} times, and its refcounts end at {check.header.max_refcount}")
+        raise DriverError(
+            f"a cluster is used {most} times, but its refcounts only go up to {check.header.max_refcount}"
+        )
 
 
 def _block(check: Check, index: int) -> bytes:

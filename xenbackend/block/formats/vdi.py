@@ -62,21 +62,23 @@ def parse(read: Read, file_size: int) -> Image:
     """
     start = read(0, _HEADER.size)
     if len(start) < _HEADER.size or int.from_bytes(start[64:68], "little") != SIGNATURE:
-        raise DriverError("it is no VDI image: its signature is not there")
+        raise DriverError("it is not a VDI image: it lacks the signature")
     (
         _, _, version, _, kind, _, _, map_offset, data_offset, _, _, _, _, _, size, block_size, extra, blocks, _,
     ) = _HEADER.unpack(start)  # fmt: skip
     if version >> 16 != 1:
         raise DriverError(f"it is a VDI image of version {version >> 16} and not 1; convert it with qemu-img convert")
     if kind not in TYPES:
-        raise DriverError(f"it is a VDI image of type {kind}, part of another one; let VBoxManage clonemedium make one")
+        raise DriverError(
+            f"it is a VDI image of type {kind}, which needs a parent; make a complete image with VBoxManage clonemedium"
+        )
     bits = power_of(block_size)
     if not MIN_CLUSTER_BITS <= bits <= _MAX_BLOCK_BITS or extra:
         raise damaged(f"its blocks have {block_size} bytes, and {extra} bytes between them")
     if not blocks <= _MAX_BLOCKS or blocks << bits < size:
         raise damaged(f"its {blocks} blocks of {block_size} bytes do not make a disk of {size}")
     if map_offset % 512 or data_offset % 512 or map_offset < _HEADER.size or map_offset + blocks * 4 > data_offset:
-        raise damaged(f"its map is at byte {map_offset} and its blocks at {data_offset}, which cannot be")
+        raise damaged(f"its map is at byte {map_offset} and its blocks at {data_offset}, which is not possible")
     if map_offset + blocks * 4 > file_size:
         raise damaged(f"its map of {blocks * 4} bytes is not inside the file of {file_size}")
     shape = Shape(round_up(size, 512), bits, _TABLE_BITS, file_size)

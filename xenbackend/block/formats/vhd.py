@@ -138,7 +138,7 @@ def geometry_of(size: int) -> Geometry:
 def check_new_size(size: int) -> None:
     """Refuse a disk that other programs could not read. Raises: ConfigError."""
     if size > MAX_NEW_SIZE:
-        problem = f"a VHD image holds up to {MAX_NEW_SIZE >> 30} GiB, and not {format_size(size)}"
+        problem = f"a VHD image holds up to {MAX_NEW_SIZE >> 30} GiB, not {format_size(size)}"
         raise ConfigError(f"{problem}: other programs read no larger one; use qcow2")
 
 
@@ -174,10 +174,12 @@ def read_footer(read: Read, file_size: int) -> tuple[Footer, bool]:
     for place in (max(0, file_size - SECTOR), 0):
         data = read(place, SECTOR)
         if len(data) == SECTOR and data[:8] == _POISON:
-            raise DriverError("it was disabled by whoever made it (v_poison); it is not for use")
+            raise DriverError("it is marked as unusable by the program that made it (v_poison)")
         if len(data) == SECTOR and data[:8] == _COOKIE and _has_sum(data, _FOOTER_SUM):
             return _unpack_footer(data, file_size), place > 0
-    raise DriverError("it is no VHD image: neither its end nor its beginning is a VHD footer with a right checksum")
+    raise DriverError(
+        "it is not a VHD image: neither its end nor its beginning is a VHD footer with a correct checksum"
+    )
 
 
 def read_header(read: Read, footer: Footer, file_size: int) -> Header:
@@ -218,7 +220,7 @@ def _unpack_footer(data: bytes, file_size: int) -> Footer:
     if creator[:3] == b"tap" and creator_version == 1:
         name = printable(creator.decode("latin-1"))
         raise DriverError(
-            f"it was made by {name!r} 0.1, whose bitmaps are the wrong way round; convert it by vhd-update"
+            f"it was made by {name!r} 0.1, whose bitmaps have their bits in reverse order; convert it with vhd-update"
         )
     if kind == FIXED:
         footer = replace(footer, data_offset=NO_OFFSET)

@@ -72,16 +72,16 @@ def check_table(table: array[int], header: Header, metadata: Sequence[tuple[int,
     `metadata` are ranges, as (start, end), that no block may overlap. A block may end beyond `end`, as left by a writer
     that was killed, but not begin there.
 
-    Raises: DriverError if blocks overlap one another or the metadata, or are outside the file.
+    Raises: DriverError if its blocks overlap or the metadata, or are outside the file.
     """
     stride = header.bitmap_size + header.block_size
     used = sorted(table[block] for block in used_blocks(table))
     if (len(used) - 1) * stride > end:
-        raise damaged("its table has more blocks than there is room for in the file")
+        raise damaged("its table has more blocks than fit into the file")
     if any(after - before < stride // SECTOR for before, after in pairwise(used)):
-        raise damaged("blocks overlap one another")
+        raise damaged("its blocks overlap")
     if used and used[-1] * SECTOR >= end:
-        raise damaged(f"a block begins at {used[-1] * SECTOR}, behind the end of the file")
+        raise damaged(f"a block begins at {used[-1] * SECTOR}, beyond the end of the file")
     for start, stop in metadata:
         if _touches(used, stride, start, stop):
             raise damaged(f"a block overlaps what the image keeps at {start}")

@@ -64,7 +64,7 @@ class Image:
         words = unpack("Q", data, "little")
         states = {word & 7 for word in words}
         if states - {0, 1, 2, 3, _PRESENT}:
-            raise damaged(f"a block is in state {max(states)}, which means nothing here")
+            raise damaged(f"a block is in state {max(states)}, which is not a valid state")
         entries = array("Q", [word & _PLACE | READABLE if word & 7 == _PRESENT else ZERO for word in words])
         check_places(entries, self.shape.file_size)
         return entries
@@ -80,7 +80,7 @@ def parse(read: Read, file_size: int) -> Image:
     Raises: DriverError if it is no VHDX image, or is damaged, or has a parent.
     """
     if read(0, 8) != b"vhdxfile":
-        raise DriverError("it is no VHDX image: it does not begin as one")
+        raise DriverError("it is not a VHDX image: it does not begin as one")
     log = _log(read, file_size)
     if log is not None:
         read, file_size = log.changes.reader(read, log.size), log.size
@@ -115,7 +115,7 @@ def _log(read: Read, file_size: int) -> vhdx_log.Replay | None:
         _HEADER.unpack_from(data) for place in _HEADERS if (data := _checked(read, place, _HEADER_LENGTH, b"head"))
     ]
     if not headers:
-        raise damaged("neither of its headers has the right checksum")
+        raise damaged("neither of its headers has a correct checksum")
     _, _, _, _, _, log, log_version, version, length, place = max(headers, key=lambda header: header[2])
     if version != 1:
         raise DriverError(f"it is a VHDX image of version {version} and not 1; convert it with qemu-img convert")
@@ -131,7 +131,7 @@ def _regions(read: Read, file_size: int) -> dict[bytes, tuple[int, int]]:
     data = next(filter(None, (_checked(read, place, _REGIONS_LENGTH, b"regi") for place in _REGIONS)), b"")
     count = int.from_bytes(data[8:12], "little")
     if not data or count > _MAX_ENTRIES:
-        raise damaged("neither of its region tables is right")
+        raise damaged("neither of its region tables is valid")
     regions = {}
     for guid, place, length, is_required in _entries(_ENTRY, data, 16, count):
         if guid in (_BAT, METADATA):
@@ -139,7 +139,7 @@ def _regions(read: Read, file_size: int) -> dict[bytes, tuple[int, int]]:
                 raise damaged(f"a region of {length} bytes at byte {place} is not inside the file of {file_size}")
             regions[guid] = place, length
         elif is_required & 1:
-            raise DriverError(f"it needs what region {UUID(bytes_le=guid)} stands for, which is not known")
+            raise DriverError(f"it requires the region {UUID(bytes_le=guid)}, which is not supported")
     if len(regions) != 2:
         raise damaged("a region that every image has is missing")
     return regions
@@ -150,7 +150,7 @@ def _items(read: Read, place: int, length: int) -> dict[bytes, bytes]:
     table = read(place, min(length, _REGIONS_LENGTH))
     count = int.from_bytes(table[10:12], "little")
     if table[:8] != b"metadata" or count > _MAX_ENTRIES:
-        raise damaged("its table of metadata is not there")
+        raise damaged("its table of metadata is missing")
     items = {}
     for guid, offset, item_length, flags in _entries(_ITEM, table, 32, count):
         if guid in _KNOWN:
@@ -158,7 +158,7 @@ def _items(read: Read, place: int, length: int) -> dict[bytes, bytes]:
                 raise damaged(f"an item of {item_length} bytes at byte {offset} is not inside the metadata of {length}")
             items[guid] = read(place + offset, min(item_length, _MAX_ITEM))
         elif flags & 4:
-            raise DriverError(f"it needs what item {UUID(bytes_le=guid)} stands for, which is not known")
+            raise DriverError(f"it requires the metadata item {UUID(bytes_le=guid)}, which is not supported")
     return items
 
 
@@ -178,7 +178,9 @@ def _numbers(items: dict[bytes, bytes]) -> tuple[int, int, int]:
     except (KeyError, struct.error):
         raise damaged("its size, or that of its blocks or sectors, is missing") from None
     if flags & 2:
-        raise DriverError("it has a parent, which is not supported; make one file of both by Hyper-V's Convert-VHD")
+        raise DriverError(
+            "it has a parent, which is not supported; merge them into one file with Hyper-V's Convert-VHD"
+        )
     return size, block_size, sector_size
 
 

@@ -69,21 +69,21 @@ def replay(read: Read, file_size: int, guid: bytes, place: int, length: int) -> 
     if place < _MIB or place % _MIB or length % _MIB or place + length > file_size:
         raise damaged(f"its log of {length} bytes at byte {place} is not inside the file of {file_size}")
     if length > MAX_LOG:
-        raise DriverError(f"its log has {format_size(length)}, and more than {format_size(MAX_LOG)} are not read")
+        raise DriverError(f"its log has {format_size(length)}, more than the {format_size(MAX_LOG)} that are supported")
     ring = _Ring(read(place, length), guid)
     entries = _newest(ring)
     if not entries:
-        raise damaged("its header says that there is something in its log, and no entry there is whole")
+        raise damaged("its log is not empty, but has no complete entry")
     head = entries[-1]
     if file_size < head.flushed:
         raise DriverError(
-            f"it was cut off: it had {head.flushed} bytes when it was last written to, and has {file_size}; "
-            "copy it again from where it comes from"
+            f"it was truncated: it had {head.flushed} bytes when it was last written to, and now has {file_size}; "
+            "copy it again from its source"
         )
     if head.last > _MAX_END:
         raise damaged(f"its log says that the file needs {head.last} bytes")
     if sum(entry.descriptors for entry in entries) > _MAX_DESCRIPTORS:
-        raise DriverError(f"its log has more than {_MAX_DESCRIPTORS} changes, and no more are read")
+        raise DriverError(f"its log has more than the {_MAX_DESCRIPTORS} changes that are supported")
     found = [change for entry in entries for change in ring.changes(entry) if change[1]]
     for start, size, _ in found:
         if start < _HEADERS_END or start + size > _MAX_END or (start < place + length and place < start + size):
@@ -168,7 +168,7 @@ class _Ring:
     def _pay(self, count: int) -> None:
         self._left -= count
         if self._left < 0:
-            raise damaged("the entries of its log lie over one another")
+            raise damaged("the entries of its log overlap")
 
 
 def _is_right(body: bytes, entry: _Entry) -> bool:

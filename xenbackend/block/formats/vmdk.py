@@ -70,7 +70,7 @@ class Image:
         size = 1 << self.shape.cluster_bits
         found, length = struct.unpack_from("<QI", data) if len(data) >= MARKER else (-1, 0)
         if found != sector:
-            raise damaged(f"where the grain of sector {sector} should be is that of sector {found}")
+            raise damaged(f"in the place of the grain of sector {sector} is that of sector {found}")
         try:
             grain = zlib.decompressobj().decompress(data[MARKER : MARKER + length], size)
         except zlib.error as error:
@@ -95,7 +95,7 @@ def parse(read: Read, file_size: int, *, is_part: bool = False) -> Image:
         fields = _fields(read, file_size - 2 * SECTOR)
     _, _, flags, capacity, grain, text_at, text_length, per_table, _, directory_at, _, _, newlines, algorithm = fields
     if newlines != _NEWLINES:
-        raise damaged("its line ends were altered, as by a transfer in text mode")
+        raise damaged("its line ends were changed, as by a transfer in text mode; copy it again in binary mode")
     bits = power_of(grain * SECTOR)
     if not MIN_CLUSTER_BITS <= bits <= _MAX_GRAIN_BITS or per_table != 1 << _TABLE_BITS:
         raise damaged(f"its grains have {grain} sectors, and its tables {per_table} of them")
@@ -114,7 +114,7 @@ def parse_cowd(read: Read, file_size: int) -> Image:
     """Parse the header of a sparse extent of ESX (COWD, "vmfsSparse"). Raises: DriverError if it is damaged."""
     data = read(0, _COWD_HEADER.size)
     if len(data) < _COWD_HEADER.size or data[:4] != _COWD_MAGIC:
-        raise DriverError("it is no extent of the format COWD: it does not begin as one")
+        raise DriverError("it is not an extent of the format COWD: it does not begin as one")
     _, _, _, sectors, grain, directory_at, _ = _COWD_HEADER.unpack(data)
     bits = power_of(grain * SECTOR)
     if not MIN_CLUSTER_BITS <= bits <= _MAX_GRAIN_BITS:
@@ -130,7 +130,7 @@ def _fields(read: Read, place: int) -> tuple[Any, ...]:
         other = _OTHERS.get(data[:4])
         if other:
             raise DriverError(f"it is a part of a disk, {other}; open the descriptor, the small file that names it")
-        raise DriverError("it is no VMDK image: it does not begin as one")
+        raise DriverError("it is not a VMDK image: it does not begin as one")
     return _HEADER.unpack(data)
 
 

@@ -21,7 +21,7 @@ MAX_SIZE = 64 << 40  # bytes of a disk; VMware's limit is 62 TiB
 FLAT, SPARSE, COWD, ZEROS = "FLAT", "SPARSE", "VMFSSPARSE", "ZERO"
 _KINDS = {FLAT: FLAT, "VMFS": FLAT, SPARSE: SPARSE, COWD: COWD, ZEROS: ZEROS}  # by the word in the text
 _REFUSED = {
-    "SESPARSE": "is of ESXi's format SE sparse; qemu-img convert -f vmdk makes one file of the disk",
+    "SESPARSE": "is of ESXi's format SE sparse; make one file of the disk with qemu-img convert -f vmdk",
     "VMFSRDM": "is a raw device mapping, a device of an ESX host; clone the disk there with vmkfstools -i",
     "VMFSRAW": "is a device of an ESX host; clone the disk there with vmkfstools -i",
 }
@@ -88,7 +88,7 @@ def parse(text: bytes) -> Descriptor:
     try:
         cid, parent_cid = (int(values.get(key, b"ffffffff"), 16) for key in (b"cid", b"parentcid"))
     except ValueError:
-        raise damaged("a content ID of its descriptor is no number") from None
+        raise damaged("a content ID in its descriptor is not a number") from None
     extents = tuple(_extent(match) for match in _EXTENT.finditer(text))
     create_type = values.get(b"createtype", b"").decode("ascii", "replace")
     return Descriptor(cid, parent_cid, values.get(b"parentfilenamehint", b""), create_type, extents)

@@ -130,7 +130,7 @@ def _division(pieces: Sequence[Piece]) -> tuple[int, int]:
     bits, table_bits = images[0].shape.cluster_bits, max(each.shape.table_bits for each in images)
     if any(each.shape.cluster_bits != bits for each in images) or aligned < bits:
         raise DriverError(
-            "its sparse extents have grains of several sizes, or begin inside of one; "
-            "make one file of the disk by qemu-img convert -O vmdk"
+            "its sparse extents have grains of several sizes, or begin inside of one; make one file of the disk with "
+            "qemu-img convert -O vmdk"
         )
     return bits, table_bits

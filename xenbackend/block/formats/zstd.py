@@ -31,8 +31,8 @@ def find_unzstd() -> Unpack:
 
         return OfPackage(zstandard)
     except ImportError as error:
-        problem = "its clusters are compressed by zstd, and Python has no package for that here"
-        raise DriverError(f"{problem}; install python3-zstandard, or by pip zstandard") from error
+        problem = "its clusters are compressed by zstd, for which this Python has no package"
+        raise DriverError(f"{problem}; install python3-zstandard, or zstandard with pip") from error
 
 
 class OfPackage:

@@ -39,7 +39,7 @@ def derivation() -> Derivation:
 def check_size(size: int, sector_size: int) -> None:
     """See that there can be a disk of so many bytes. Raises: ConfigError."""
     if size <= 0 or size % sector_size:
-        raise ConfigError(f"an encrypted disk of {size} bytes cannot be; its size is a multiple of {sector_size}")
+        raise ConfigError(f"an encrypted disk of {size} bytes is not possible; choose a multiple of {sector_size}")
 
 
 def blank_volume(size: int, how: Derivation, slot_key: bytearray, sector_size: int = SECTOR_SIZES[-1]) -> Blank:

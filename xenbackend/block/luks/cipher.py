@@ -52,7 +52,9 @@ def find_libcrypto() -> tuple[_Functions, dict[str, int]]:
     try:
         found = ctypes.PyDLL(_LIBRARY)
     except OSError as error:
-        raise DriverError(f"{_LIBRARY} of OpenSSL, which encrypts, is not there; install libssl3") from error
+        raise DriverError(
+            f"{_LIBRARY} of OpenSSL, which is needed for encryption, is not installed; install libssl3"
+        ) from error
     address, text = ctypes.c_void_p, ctypes.c_char_p
     found.EVP_CIPHER_fetch.argtypes, found.EVP_CIPHER_fetch.restype = [address, text, text], address
     found.EVP_CIPHER_CTX_new.argtypes, found.EVP_CIPHER_CTX_new.restype = [], address
@@ -63,7 +65,7 @@ def find_libcrypto() -> tuple[_Functions, dict[str, int]]:
     found.EVP_Cipher.argtypes = [address, address, address, ctypes.c_uint]
     ciphers = {name: found.EVP_CIPHER_fetch(None, name.encode(), None) for name in sorted(set(_NAMES.values()))}
     if not all(ciphers.values()):
-        raise DriverError(f"{_LIBRARY} has no AES as LUKS uses it")
+        raise DriverError(f"{_LIBRARY} lacks the AES modes that LUKS uses")
     return found, ciphers
 
 
@@ -133,7 +135,7 @@ class Sectors:
         self._contexts.append(context)
         if not context.take_key(kind, key):
             self.close()
-            raise DriverError("its key is none that AES can be used with: the halves of it are equal, or it is damaged")
+            raise DriverError("AES cannot use its key: the two halves are equal, or it is damaged")
         return context
 
     def _do(self, context: _Context, address: int, length: int, place: int) -> None:

@@ -39,21 +39,23 @@ class ImageOptions:
 
     file: FilePath = option("the image file or block device", target=True)
     cache: bool = option("go through the host's page cache", default=False)
-    share: bool = option("open it although others may write to it, as aio: says", default=False)
+    share: bool = option("others may write to it at the same time, see aio:", default=False)
 
 
 @dataclass(frozen=True, slots=True)
 class ChildOptions(ImageOptions):
     """The options of an image that may have a parent."""
 
-    parents: str = option("where the files may be that the image names", default="")
+    parents: str = option(
+        "files that the image may lead to, and directories of such files, with colons between", default=""
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class ChangedOptions(ChildOptions):
     """The options of an image that can tell whether its parent was changed."""
 
-    changed: Literal["refuse", "accept"] = option("a parent that was altered or exchanged", default="refuse")
+    changed: Literal["refuse", "accept"] = option("what to do if the parent was changed or replaced", default="refuse")
 
 
 class MappedDisk(Driver):

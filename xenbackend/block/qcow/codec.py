@@ -65,7 +65,7 @@ class Version2:
         size, place = self._header.cluster_size, number << self.l2_bits + self._header.cluster_bits
         for entry in entries:
             if entry & READABLE and entry & PLACE != place:
-                raise damaged(f"a cluster of its data file is at byte {entry & PLACE} and not at {place}")
+                raise damaged(f"a cluster of its data file is at byte {entry & PLACE}, not at {place}")
             place += size
 
     def places_of(self, word: int) -> Sequence[int]:
@@ -87,7 +87,7 @@ class Version2:
         place = qcow2_tables.l2_place(word, self._header)
         if word & COMPRESSED:
             if self._is_apart:
-                raise damaged("a cluster is compressed, which one in a data file cannot be")
+                raise damaged("a cluster is compressed, which is not possible in a data file")
             return SPECIAL
         if word & qcow2_tables.ZERO:
             return ZERO
@@ -119,7 +119,7 @@ class Version1:
             return array("Q", bytes(8 * len(words)))  # a new table: the general way takes 20 times as long
         inside = self._header.cluster_size - 1
         if any(word & inside for word in words if not word & qcow.COMPRESSED):
-            raise damaged("an entry of its L2 tables is not the place of a cluster")
+            raise damaged("an entry of its L2 tables does not point to a cluster")
         return array("Q", [word and (SPECIAL if word & qcow.COMPRESSED else word | OWNED) for word in words])
 
     def map_l2(self, words: array[int]) -> array[int]:

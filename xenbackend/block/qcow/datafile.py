@@ -38,11 +38,11 @@ def find_data(files: Lookup, image: str, name: bytes, chosen: str, within: str, 
     if chosen:
         path, by = chosen, "data_file="
     elif not name:
-        raise DriverError("its data are in another file, and it does not say in which; say data_file=FILE")
+        raise DriverError("its data are in another file, which it does not name; add data_file=FILE")
     else:
         said = os.fsdecode(name)
         if not is_file_name(said):
-            raise DriverError(f"its data file {printable(said)!r} is no file; say data_file=FILE")
+            raise DriverError(f"its data file {printable(said)!r} is not a file; add data_file=FILE")
         if not read_only:
             refuse_unchosen(image, name)
         found = files.find(DATA_FILE, image, [said], within)
@@ -66,8 +66,8 @@ def data_item(path: str) -> str:
 
 def unchosen(path: str, advice: str) -> str:
     """Return why a data file that only the image names is not written to, with `advice` on the option to use."""
-    problem = f"its data file {printable(path)} is named by the image alone, which does not suffice for writing"
-    return f"{problem}; if that file belongs to it, say {printable(advice)}"
+    problem = f"its data file {printable(path)} is named only by the image, which is not enough for writing"
+    return f"{problem}; if that file belongs to it, add {printable(advice)}"
 
 
 def open_data(env: Env, path: str, header: Header, *, direct: bool) -> File:
@@ -89,7 +89,7 @@ def check_length(path: str, length: int, size: int) -> None:
     """
     if length < size:
         problem = f"its data file {printable(path)} has {format_size(length)}, and its disk {format_size(size)}"
-        advice = f"look what became of it, or make it longer, by zeros: truncate -s {size} {printable(path)}"
+        advice = f"find out why; or extend it with zeros: truncate -s {size} {printable(path)}"
         raise DriverError(f"{problem}; {advice}", path=path, errno=errno.ENODATA)
 
 

@@ -42,7 +42,7 @@ class QcowDisk(MappedDisk):
     class Options(ChildOptions):
         """The options of `qcow:`."""
 
-        parent_format: QemuName = option("what the parent is, where the image does not say", default="")
+        parent_format: QemuName = option("format of the parent, if the image does not say", default="")
 
     options: Options
     step = 64 * 1024  # suits the sectors of any medium
@@ -140,12 +140,12 @@ class QcowDisk(MappedDisk):
         parent_format = image_format or options.parent_format
         known = ", ".join(BY_QEMU_NAME)
         if not is_file_name(path):
-            raise DriverError(f"its parent {printable(path)!r} is no file; qemu-img rebase gives it another one")
+            raise DriverError(f"its parent {printable(path)!r} is not a file; give it another one with qemu-img rebase")
         if not parent_format:
             problem = f"it does not say of which format its parent {printable(path)!r} is, and that is never guessed"
             raise DriverError(f"{problem}; say parent_format={known}")
         if parent_format not in BY_QEMU_NAME:
-            raise DriverError(f"its parent is of the format {printable(parent_format)!r}, which is none of {known}")
+            raise DriverError(f"its parent is of the format {printable(parent_format)!r}, which is not one of {known}")
         row = BY_QEMU_NAME[parent_format]
         more = {name: getattr(options, name, "") for name in row.passes_on}
         more["cache"] = "on" if options.cache else ""

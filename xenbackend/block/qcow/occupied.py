@@ -125,7 +125,7 @@ def occupied_by(
 
 
 def _overlap() -> DriverError:
-    return damaged("two of its tables lie over one another, so that it can only be read")
+    return damaged("two of its tables overlap, so it can only be opened read-only")
 
 
 def _check_length(length: int) -> None:

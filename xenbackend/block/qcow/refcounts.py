@@ -100,7 +100,7 @@ class Refcounts:
             yield partial(self._io.write_meta, 0, bytes(sector))
             yield self._io.sync
         self._is_corrupt = True
-        raise OSError(IMAGE_DAMAGED, "a write would go over a table of the image")
+        raise OSError(IMAGE_DAMAGED, "a write would overwrite a table of the image")
 
     def free_table(self, place: int) -> None:
         """Take back the room of an L2 table; see `Allocator`."""

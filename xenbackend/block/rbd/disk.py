@@ -23,11 +23,11 @@ from xenbackend.errors import DriverError
 
 TICK_S = 1.0
 SLOW_S = 2  # an answer that takes longer is reported as late
-_NO_RIGHT = "the cluster does not let this client do it any more, as its key has lost a right"
+_NO_RIGHT = "the cluster refuses this client, as its key has lost a right"
 _LOST = {
-    BLOCKLISTED: "the cluster refuses this client: somebody has put it on the blocklist",
-    errno.EROFS: "the image's lock is not ours any more",
-    errno.ETIMEDOUT: "an operation has timed out, and may still be done",
+    BLOCKLISTED: "the cluster refuses this client: it has been put on the blocklist",
+    errno.EROFS: "the worker has lost the image's lock",
+    errno.ETIMEDOUT: "an operation has timed out, and may still be carried out",
     errno.EPERM: _NO_RIGHT,
     errno.EACCES: _NO_RIGHT,
 }
@@ -100,7 +100,7 @@ class RbdDisk:
         for number, result in ended:
             request = lent[number]
             if request is None:
-                raise RuntimeError(f"librbd has answered twice to request {number}")
+                raise RuntimeError(f"librbd has answered request {number} twice")
             lent[number] = None
             self._free.append(number)
             if result >= 0 and (request.op != Op.READ or result == request.length):
@@ -114,9 +114,7 @@ class RbdDisk:
     def _status(self, request: Request, code: int) -> int:
         """Return the status of a request that failed; end the process if this client cannot recover."""
         if code in _LOST:
-            self._env.give_up(
-                f"{_LOST[code]}; {request!r} was not done, and is done by another worker if that may write"
-            )
+            self._env.give_up(f"{_LOST[code]}; {request!r} was not done; the next worker does it if it may write")
             return errno.EIO  # there is no successor, so the process goes on
         if code <= 0 or code == errno.EINVAL:  # it reached beyond the image's end
             self._look_at_size()
@@ -134,7 +132,9 @@ class RbdDisk:
         oldest_s = int(max(ages, default=0) * TICK_S)
         if oldest_s >= SLOW_S:
             self._is_late = True
-            self._env.report("cluster", f"owes {len(ages)} answers, one for {oldest_s} s; `ceph health` may say why")
+            self._env.report(
+                "cluster", f"owes {len(ages)} answers, the oldest for {oldest_s} s; `ceph health` may say why"
+            )
         elif self._is_late:
             self._is_late = False
             self._env.report("cluster", "answers")
@@ -166,4 +166,4 @@ class RbdDisk:
         if size < self._size:
             self._env.give_up(f"the image has shrunk to {size} bytes; the disk has {self._size}")
         elif size > self._size:
-            self._env.report("size", f"the image has {size} bytes by now; `xenbackend resize` offers them to the guest")
+            self._env.report("size", f"the image now has {size} bytes; tell the guest with `xenbackend resize`")

@@ -103,7 +103,7 @@ def partial_of(layer: LayerSpec) -> str:
     """Return the text of the layer for an image while it is being made. Raises: DriverError if it cannot be made."""
     target = _target(layer.options)
     if target.snapshot:
-        raise DriverError(f"{target} is a snapshot, and is only read", errno=errno.EROFS)
+        raise DriverError(f"{target} is a snapshot, and can only be opened read-only", errno=errno.EROFS)
     (parsed,) = grammar.parse(layer.text)
     partial = replace(target, image=f"{target.image}{PARTIAL}")
     return grammar.format_layer(parsed.name, str(partial), *(item.text for item in parsed.items[1:]))
@@ -112,10 +112,12 @@ def partial_of(layer: LayerSpec) -> str:
 def _take_from(cluster: Cluster, image: Image, owner: str) -> Owner:
     found = image.owners()
     if not found:
-        raise DriverError("nobody has the image's lock", errno=errno.ENOENT)
+        raise DriverError("no client has the image's lock", errno=errno.ENOENT)
     for each in found:
         if not each.is_client:
-            problem = f"the image has the lock {each.cookie!r}, which {each} has made by hand; `rbd lock rm` removes it"
+            problem = (
+                f"the image has the lock {each.cookie!r}, which {each} has taken by hand; remove it with `rbd lock rm`"
+            )
             raise DriverError(problem, errno=errno.EBUSY)
         if owner not in (each.client, each.address):
             is_named = f"{each} has the image's lock"

@@ -98,7 +98,7 @@ def take(
         if problem.errno != errno.EROFS:
             raise
         quicker = ", ".join(map(str, image.owners())) or "somebody"
-        raise DriverError(f"the image is in use by {quicker}, which has its lock", errno=errno.EBUSY) from problem
+        raise DriverError(f"the image is in use by {quicker}, which holds its lock", errno=errno.EBUSY) from problem
 
 
 def _leave_alone(image: Image, owners: Sequence[Owner], before: str) -> None:
@@ -107,10 +107,12 @@ def _leave_alone(image: Image, owners: Sequence[Owner], before: str) -> None:
     alive = set(image.watchers()) if strangers else set()
     for each in strangers:
         if not each.is_client:
-            problem = f"the image has the lock {each.cookie!r}, which {each} has made by hand; `rbd lock rm` removes it"
+            problem = (
+                f"the image has the lock {each.cookie!r}, which {each} has taken by hand; remove it with `rbd lock rm`"
+            )
             raise DriverError(problem, errno=errno.EBUSY)
         if each.address in alive:
-            raise DriverError(f"the image is in use by {each}, which has its lock", errno=errno.EBUSY)
+            raise DriverError(f"the image is in use by {each}, which holds its lock", errno=errno.EBUSY)
 
 
 def mark(image: Image, disk: str, *, goes_on: bool) -> None:
@@ -124,10 +126,14 @@ def mark(image: Image, disk: str, *, goes_on: bool) -> None:
     if found == disk:
         return
     if goes_on:
-        what = f"another disk has served the image meanwhile ({found})" if found else "the image has served no disk yet"
+        what = (
+            f"the image has meanwhile been served as another disk ({found})"
+            if found
+            else "the image has not been served as any disk yet"
+        )
         raise DriverError(
-            f"{what}, and the guest knows nothing of what is there; only if it has all that the guest wrote: "
-            f"`rbd image-meta set IMAGE {MARK} '{disk}'`",
+            f"{what}, so it may not hold what the guest wrote; if you are certain that it does: `rbd image-meta set "
+            f"IMAGE {MARK} '{disk}'`",
             errno=errno.ESTALE,
         )
     image.set_mark(disk)
@@ -142,7 +148,7 @@ def refuse(cluster: Cluster, address: str, seconds: float) -> None:
             raise
         user = f"client.{cluster.user}"
         raise DriverError(
-            f"the key of {user} may not put a client on the cluster's blocklist, so nothing would keep a worker that "
-            f"has died from writing; `ceph auth caps {user} mon 'profile rbd' osd 'profile rbd pool=...'` allows it",
+            f"the key of {user} may not put a client on the cluster's blocklist, so a dead worker's writes could "
+            f"still arrive; allow it: `ceph auth caps {user} mon 'profile rbd' osd 'profile rbd pool=...'`",
             errno=errno.EACCES,
         ) from problem

@@ -22,16 +22,16 @@ class Setting(Protocol):
         """As `ceph.image.Setting`."""
 
 
-_LOSES = "what it answers is lost with a worker that dies"
+_LOSES = "answered writes are lost if the worker dies"
 _NO_FENCE = "a client whose lock is broken could still write"
 # The value that a setting has to have, and what would happen otherwise.
 _WANTED = {
     "rbd_cache": ("false", _LOSES),
-    "rbd_plugins": ("", f"{_LOSES}, or is read from a place that others fill"),
+    "rbd_plugins": ("", f"{_LOSES}, or what is read comes from a place that others can fill"),
     "rbd_persistent_cache_mode": ("disabled", _LOSES),
     "rbd_blocklist_on_break_lock": ("true", _NO_FENCE),
-    "rbd_disable_zero_copy_writes": ("true", "a guest that changes a page while it is written spoils the connection"),
-    "rbd_non_blocking_aio": ("true", "a cluster that is slow would stop the worker"),
+    "rbd_disable_zero_copy_writes": ("true", "a guest that changes a page during its write breaks the connection"),
+    "rbd_non_blocking_aio": ("true", "a slow cluster would block the worker"),
 }
 _EXPIRY = "rbd_blocklist_expire_seconds"
 _LEAST_EXPIRY_S = 3600  # an entry in the blocklist has to outlive everything that the dead client had sent
@@ -49,7 +49,9 @@ def why_unsafe(settings: Mapping[str, Setting]) -> str:
             return _sentence(name, found, repr(wanted), otherwise)
     found = settings.get(_EXPIRY)
     if found is not None and not _is_long(found.value):
-        return _sentence(_EXPIRY, found, f"0, the cluster's own, or {_LEAST_EXPIRY_S} at least", _NO_FENCE)
+        return _sentence(
+            _EXPIRY, found, f"0, which is the cluster's own value, or at least {_LEAST_EXPIRY_S}", _NO_FENCE
+        )
     return ""
 
 
@@ -71,4 +73,4 @@ def discard_granularity(settings: Mapping[str, Setting]) -> int:
 
 
 def _sentence(name: str, found: Setting, wanted: str, otherwise: str) -> str:
-    return f"{name} is {found.value!r}, as {found.source} says, and has to be {wanted}: {otherwise}"
+    return f"{name} is {found.value!r}, as {found.source} says, but must be {wanted}: otherwise {otherwise}"

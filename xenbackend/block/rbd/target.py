@@ -32,7 +32,7 @@ def parse_target(text: str) -> Target:
     """Parse the name of an image or snapshot. Raises: ValueError, with a sentence."""
     for word in ("id", "conf"):
         if f":{word}=" in text:
-            raise ValueError(f"{text!r} is as QEMU writes it; options come behind commas here: {_corrected(text)}")
+            raise ValueError(f"{text!r} is in QEMU's notation; here options follow commas: {_corrected(text)}")
     name, at, snapshot = text.partition("@")
     parts = name.split("/")
     if not 2 <= len(parts) <= 3:
@@ -40,10 +40,10 @@ def parse_target(text: str) -> Target:
     if not all(parts) or (at and not snapshot):
         raise ValueError(f"{text!r} has an empty name in it")
     if "@" in snapshot or "/" in snapshot:
-        raise ValueError(f"{text!r}: behind the @ comes the name of one snapshot, without / and @")
+        raise ValueError(f"{text!r}: after the @ write the name of one snapshot, without / and @")
     for part in (*parts, snapshot):
         if "\0" in part or "\n" in part or len(part.encode(errors="surrogateescape")) > MAX_NAME:
-            raise ValueError(f"{text!r} has a name in it that no pool and no image has")
+            raise ValueError(f"{text!r} has a name in it that no pool or image can have")
     pool, *between, image = parts
     return Target(pool, between[0] if between else "", image, snapshot)
 
@@ -53,7 +53,7 @@ def parse_name(name: str) -> str:
     try:
         return parse_target(f"pool/image@{name}").snapshot
     except ValueError:
-        raise DriverError(f"{name!r} cannot be the name of a snapshot", errno=errno.EINVAL) from None
+        raise DriverError(f"{name!r} is not a valid name for a snapshot", errno=errno.EINVAL) from None
 
 
 def _corrected(text: str) -> str:

@@ -305,7 +305,7 @@ class Connection:
         """Check that data belong to a read, count them, and return the memory that they go to."""
         start = offset - request.offset
         if start < 0 or start + length > request.length:
-            raise NbdError(f"data of {offset}+{length} for a read of {request.offset}+{request.length}")
+            raise NbdError(f"data for {offset}+{length} in reply to a read of {request.offset}+{request.length}")
         if not length:  # a server could send any number of these
             raise NbdError("a chunk that brings 0 bytes")
         got = self._got.get(number, 0)

@@ -102,10 +102,10 @@ class RemoteDisk:
             try:
                 found = list(connection.block_status(place, min(size - place, _MOST), self._wanted.silence_s))
             except (Lost, NbdError, OSError) as problem:
-                raise DriverError(f"the server does not tell what is data: {problem}") from problem
+                raise DriverError(f"the server does not tell which ranges hold data: {problem}") from problem
             for length, flags in found:
                 if not length:
-                    raise DriverError("the server tells of a range without bytes")
+                    raise DriverError("the server reports an empty range")
                 end = min(place + length, size)
                 if bool(flags & STATUS_ZERO) != is_zero:
                     # Round up where zeros begin, and down where data begin: a sector with both is data.
@@ -129,15 +129,17 @@ class RemoteDisk:
         """Return why a guest that was told of `self.offer` cannot continue with another one, or an empty text."""
         known = self.offer
         if offer.size < known.size:
-            return f"the export has {offer.size} bytes now, and the guest's disk {known.size}: it cannot shrink in use"
+            return (
+                f"the export has {offer.size} bytes now, and the guest's disk {known.size}: a disk in use cannot shrink"
+            )
         if offer.flags & SEND_READ_ONLY and not known.flags & SEND_READ_ONLY:
             return "the export can only be read now"
         if offer.min_block > max(512, known.min_block) or offer.max_block < self._most[Op.READ]:
-            return "the export wants other sizes of requests now"
+            return "the export now requires other request sizes"
         if len(self._lanes) > 1 and not offer.flags & SEND_MULTI_CONN:
-            return "its connections need not see the same any more (multi-conn)"
+            return "it no longer promises that all connections see the same data (multi-conn)"
         missing = [name for flag, name in _ABILITIES.items() if known.flags & flag and not offer.flags & flag]
-        return f"the export cannot {missing[0]} any more, as the guest was told it could" if missing else ""
+        return f"the export can no longer {missing[0]}, which the guest was told it could" if missing else ""
 
     def _tell(self) -> None:
         """Report the state of the connections."""

@@ -139,7 +139,7 @@ class Lane:
         else:
             self._silent_s += TICK_S
         if self._silent_s >= self._wanted.silence_s:
-            connection.fail(Lost(f"the server has answered nothing for {self._silent_s:.0f} s"))
+            connection.fail(Lost(f"the server has not answered anything for {self._silent_s:.0f} s"))
             self._lose(connection)  # without another tick: there would be two when the next connection starts its own
         else:
             self._is_timed = True

@@ -43,7 +43,7 @@ def ask(near: Stream, context: int, offset: int, length: int, timeout_s: float) 
         near.sendall(REQUEST.pack(REQUEST_MAGIC, 0, CMD_BLOCK_STATUS, 0, offset, length))
         found = _answer(near, context.to_bytes(4, "big"), deadline)
     except TimeoutError as error:
-        raise Lost(f"the server has not told within {timeout_s:.0f} s", is_broken=True) from error
+        raise Lost(f"the server has not answered within {timeout_s:.0f} s", is_broken=True) from error
     except ConnectionError as error:
         raise lost(error) from error
     if not found or len(found) % EXTENT.size:
@@ -61,7 +61,7 @@ def _answer(near: Stream, context: bytes, deadline: Deadline) -> bytes:
         body = _take(near, size, deadline)
         if kind & CHUNK_ERROR and size >= CHUNK_ERROR_HEAD.size:
             code = CHUNK_ERROR_HEAD.unpack_from(body)[0]
-            raise OSError(errno_of(code), "the server does not tell its block status")
+            raise OSError(errno_of(code), "the server refuses to tell its block status")
         if kind == CHUNK_BLOCK_STATUS and body[:4] == context:
             found = body[4:]
         if flags & CHUNK_DONE:

@@ -13,7 +13,7 @@ from xenbackend.block.servers import Endpoint
 
 PORT = 10809  # IANA's for NBD
 _SCHEMES = ("nbd", "nbds", "nbd+unix", "nbds+unix")
-_PSK = "asks for TLS by a key that both share (PSK), which is not spoken; write tls-certificates=DIRECTORY"
+_PSK = "asks for TLS by a key that both share (PSK), which is not supported; write tls-certificates=DIRECTORY"
 _NO_TLS = {
     "tls-psk-file": _PSK,
     "tls-username": _PSK,
@@ -48,22 +48,22 @@ def parse_target(text: str) -> Target:
         return Target(_unix(text.removeprefix("unix:")))
     host, colon, port = text.rpartition(":")
     if not colon or not host:
-        raise ValueError(f"{text!r} is none of unix:/PATH, HOST:PORT, nbd://HOST/EXPORT")
+        raise ValueError(f"{text!r} is not one of unix:/PATH, HOST:PORT, nbd://HOST/EXPORT")
     return Target(_tcp(host, port))
 
 
 def _parse_uri(text: str) -> Target:
     if re.search(r"[\s\x00-\x1f\x7f]", text):
-        raise ValueError(f"{text!r}: a blank is written as %20 in a URI")
+        raise ValueError(f"{text!r}: write a blank as %20 in a URI")
     try:
         parts = urlsplit(text)
         port = parts.port
     except ValueError as error:
-        raise ValueError(f"{text!r} is no URI: {error}") from None
+        raise ValueError(f"{text!r} is not a URI: {error}") from None
     if parts.scheme not in _SCHEMES:
         raise ValueError(f"{text!r}: the schemes are {', '.join(_SCHEMES)}")
     if parts.username or parts.password or parts.fragment:
-        raise ValueError(f"{text!r}: a user or a fragment means nothing here")
+        raise ValueError(f"{text!r}: a user or a fragment has no meaning here; leave it out")
     export = unquote(parts.path.removeprefix("/"), errors="surrogateescape")
     query = dict(parse_qsl(parts.query, keep_blank_values=True, errors="surrogateescape"))
     tls = parts.scheme.startswith("nbds")
@@ -83,7 +83,7 @@ def _parse_uri(text: str) -> Target:
 
 def _unix(path: str) -> Endpoint:
     if not path.startswith("/"):
-        raise ValueError(f"{path!r} is not the whole path of a socket")
+        raise ValueError(f"{path!r} is not the absolute path of a socket")
     if "\0" in path or len(path.encode(errors="surrogateescape")) > _MAX_PATH:
         raise ValueError(f"{path!r} is too long for a socket; {_MAX_PATH} bytes fit")
     return Endpoint(path=path)
@@ -102,7 +102,7 @@ def _tcp(host: str, port: str) -> Endpoint:
 
 def _endpoint(host: str, port: int) -> Endpoint:
     if not host or re.search(r"[\s\x00/]", host):
-        raise ValueError(f"{host!r} is not the name of a host")
+        raise ValueError(f"{host!r} is not a host name")
     if not 0 < port < 65536:
         raise ValueError(f"{port} is not a port")
     return Endpoint(host=host, port=port)

@@ -30,14 +30,14 @@ _MOST = 256 * 1024  # bytes that are encrypted, or received, at once
 _MOST_EMPTY = 4  # receipts without data, as of session tickets, before others have their turn
 _EXTRA_CHAIN_CERT = 14  # openssl/ssl.h, SSL_CTRL_EXTRA_CHAIN_CERT
 _END_OF_FILE = "no start line"  # openssl/pem.h, PEM_R_NO_START_LINE
-_UNKNOWN = "its certificate is from no authority that we know"
+_UNKNOWN = "its certificate is not from an authority that ca-cert.pem has"
 # openssl/x509_vfy.h, by X509_V_ERR_...
 _SENTENCES = {
     9: "its certificate is not valid yet",
     10: "its certificate has expired",
     **dict.fromkeys((2, 18, 19, 20, 21), _UNKNOWN),
-    62: "its certificate is of another host",
-    64: "its certificate is of another address",
+    62: "its certificate is for another host",
+    64: "its certificate is for another address",
 }
 
 
@@ -207,10 +207,10 @@ def _give_certificate(context: ssl.SSLContext, certificate: bytes, key: bytes) -
     try:
         library = _library()
     except (OSError, AttributeError) as error:
-        raise TlsFailed(f"this Python's OpenSSL takes no {CERTIFICATE}: {error}") from error
+        raise TlsFailed(f"this Python's OpenSSL cannot use {CERTIFICATE}: {error}") from error
     pointer = ctypes.c_void_p.from_address(id(context) + object.__basicsize__)
     if library.SSL_CTX_get_options(pointer) != context.options:  # the layout of this Python's contexts is another one
-        raise TlsFailed(f"this Python's OpenSSL takes no {CERTIFICATE}: no context is where one should be")
+        raise TlsFailed(f"this Python's OpenSSL cannot use {CERTIFICATE}: the layout of its SSL contexts is unknown")
     library.ERR_clear_error()
     try:
         _use_certificates(library, pointer, certificate)
@@ -228,7 +228,7 @@ def _use_certificates(library: Any, pointer: ctypes.c_void_p, certificate: bytes
                 is_taken = library.SSL_CTX_use_certificate(pointer, one)
                 library.X509_free(one)
                 if is_taken != 1:
-                    raise TlsFailed(f"OpenSSL does not take {CERTIFICATE}: {_last_error(library)}")
+                    raise TlsFailed(f"OpenSSL does not accept {CERTIFICATE}: {_last_error(library)}")
             else:
                 library.SSL_CTX_ctrl(pointer, _EXTRA_CHAIN_CERT, 0, one)  # the context owns it from now on
             found += 1
@@ -290,7 +290,7 @@ def _library() -> Any:
 
 def _sentence(error: ssl.SSLError) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
-        return _SENTENCES.get(error.verify_code, f"its certificate is not right: {error.verify_message}")
+        return _SENTENCES.get(error.verify_code, f"its certificate cannot be verified: {error.verify_message}")
     return _reason(error)
 
 

@@ -48,7 +48,7 @@ class Qcow(Tools):
         header = _header(file)
         length = -(-size >> header.cluster_bits + header.l2_bits) * 8
         if length > qcow2.MAX_L1_BYTES:
-            raise ConfigError(f"{format_size(size)} are too many for its clusters; convert it to qcow2")
+            raise ConfigError(f"{format_size(size)} is too much for its clusters; convert it to qcow2")
         step = max(header.cluster_size, PAGE)
         end = qcow_check.used_end(file.read_at, file.size) if on_device else file.size
         hidden = behind.behind_qcow(file, header, size, room := round_up(end, step))

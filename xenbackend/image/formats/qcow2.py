@@ -71,7 +71,9 @@ class Qcow2(Tools):
     def check_growth(self, file: File) -> None:
         """See `Tools`."""
         if _header(file).has_subclusters:
-            raise DriverError("it has subclusters (extended L2 entries), and it can only be read; convert it instead")
+            raise DriverError(
+                "it has subclusters (extended L2 entries), and can only be opened read-only; convert it instead"
+            )
 
     def grow_data(self, data: File, file: File, path: str, size: int) -> None:
         """See `Tools`. What the file has behind the present end of the disk becomes zeros.
@@ -85,8 +87,10 @@ class Qcow2(Tools):
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
-            problem = f"its data file {printable(path)} has {format_size(data.size)}, and there is no room for more"
-            raise DriverError(f"{problem}; make that larger first", path=path, errno=errno.ENOSPC) from error
+            problem = (
+                f"its data file {printable(path)} has {format_size(data.size)}, and the device has no room for more"
+            )
+            raise DriverError(f"{problem}; make it larger first", path=path, errno=errno.ENOSPC) from error
         end = size if header.autoclear & qcow2.RAW_DATA else min(size, round_up(header.size, header.cluster_size))
         for place, cleared in behind.zeros(data.read_at, header.size, end):
             data.write_at(place, cleared)
@@ -96,10 +100,10 @@ class Qcow2(Tools):
         """See `Tools`."""
         header = _header(file)
         if header.snapshot_count and header.version == 2:
-            raise DriverError("an image of version 2 with snapshots cannot grow; convert it instead")
+            raise DriverError("an image of version 2 that has snapshots cannot grow; convert it instead")
         entries = max(1, -(-size >> header.cluster_bits + header.l2_bits))
         if entries * 8 > qcow2.MAX_L1_BYTES:
-            raise ConfigError(f"{format_size(size)} are too many for its clusters; convert it to larger ones")
+            raise ConfigError(f"{format_size(size)} is too much for its clusters; convert it to larger clusters")
         if header.autoclear != header.kept_autoclear:
             writing.write_plan(
                 file, [[qcow2.autoclear_bytes(header.kept_autoclear)]]
@@ -136,10 +140,10 @@ class Qcow2(Tools):
         header = _header(file)
         if parent and header.autoclear & qcow2.RAW_DATA:
             problem = "its external data file is a raw disk by itself, which has no parent"
-            raise ConfigError(f"{image.text}: {problem}; convert it to an image without, or make a child of it")
+            raise ConfigError(f"{image.text}: {problem}; convert it to an image without one, or make a child of it")
         if header.snapshot_count and not is_unsafe:
             problem = "it has internal snapshots, which have the former parent and would read as the new one does"
-            raise ConfigError(f"{image.text}: {problem}; delete them by qemu-img snapshot -d, or say --unsafe")
+            raise ConfigError(f"{image.text}: {problem}; delete them with qemu-img snapshot -d, or use --unsafe")
         self.refuse_unchosen_data(image, file)
 
     def name_parent(self, file: File, parent: Parent | None) -> None:

@@ -57,7 +57,7 @@ class Vhd(Tools):
         vhd.check_new_size(size)
         footer, _ = vhd.read_footer(file.read_at, file.size)
         if footer.size != footer.current_size:
-            raise DriverError("its size is that of its geometry, and cannot grow; convert it instead")
+            raise DriverError("its size is given by its geometry, and cannot grow; convert it instead")
         grown = replace(footer, current_size=size, geometry=vhd.geometry_of(size))
         packed = vhd.pack_footer(grown)
         if footer.type == vhd.FIXED:
@@ -84,9 +84,11 @@ class Vhd(Tools):
         """See `Tools`."""
         footer, _ = vhd.read_footer(file.read_at, file.size)
         if footer.type == vhd.FIXED:
-            raise ConfigError(f"{image.text} is fixed: it has all of its disk itself, and can have no parent")
+            raise ConfigError(f"{image.text} is fixed: it holds all of its disk itself, and cannot have a parent")
         if is_device(image.path):
-            raise ConfigError(f"{image.text} is on a block device, where no VHD gets another parent; convert it")
+            raise ConfigError(
+                f"{image.text} is on a block device, where a VHD cannot be given another parent; convert it"
+            )
         vhd_with_parent(vhd.read_header(file.read_at, footer, file.size), 0, parent)
 
     def name_parent(self, file: File, parent: Parent | None) -> None:

@@ -33,7 +33,7 @@ def group_number(name: str) -> int:
     try:
         return grp.getgrnam(name).gr_gid
     except KeyError:
-        raise ConfigError(f"group: there is no group {name!r}; make it by: groupadd --system {name}") from None
+        raise ConfigError(f"group: there is no group {name!r}; make it with: groupadd --system {name}") from None
 
 
 def is_ours(uid: int) -> bool:
@@ -66,7 +66,7 @@ def open_to(path: Path, gid: int, *, directory: bool) -> None:
         if directory:
             _give(path.parent, gid, 0o710 if gid != NOBODY else 0o700)
     except OSError as error:
-        raise ConfigError(f"{path}: cannot let the group {gid} connect: {error.strerror}") from None
+        raise ConfigError(f"{path}: cannot allow group {gid} to connect: {error.strerror}") from None
     finally:
         with suppress(OSError):
             os.setegid(former)

@@ -28,4 +28,6 @@ class Bugs:
         place = (type(bug), frames[-1].filename, frames[-1].lineno) if frames else (type(bug), str(bug), None)
         if place not in self._places and len(self._places) < _MOST:
             self._places.add(place)
-            self._log.error("a bug; everything else goes on, and it is not told again", exc_info=bug)
+            self._log.error(
+                "an internal error (a bug); everything else continues, and it is logged only once", exc_info=bug
+            )

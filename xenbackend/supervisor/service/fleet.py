@@ -100,7 +100,7 @@ class Worker:
         try:
             socket.send_fds(self._process.socket, [codec.encode(message)], list(fds))
         except BlockingIOError:
-            self.kill("the worker was killed: it does not read its messages")
+            self.kill("the worker was killed: it did not read its messages")
         except ConnectionError:
             pass  # it is ending; `_reap` will tell
         except OSError as error:
@@ -205,7 +205,7 @@ class Worker:
         if len(fds) < carried and not is_whole:
             self._note_shortage()
         elif len(fds) != carried or not is_whole:
-            self._breach(f"{type(message).__name__} with other descriptors than the {carried} that it carries")
+            self._breach(f"{type(message).__name__} with descriptors other than the {carried} that belong to it")
         else:
             try:
                 self._on_message(message, fds)

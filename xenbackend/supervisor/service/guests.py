@@ -85,4 +85,4 @@ class Guests:
         return self._store
 
     def _silence(self) -> StoreError:
-        return StoreError(f"xenstore at {self._address} does not say what guests are called; write a domain's number")
+        return StoreError(f"xenstore at {self._address} does not tell the names of guests; write a domain's number")

@@ -43,7 +43,7 @@ class Keeper:
         Raises: KernelError, also if there is no room, which the keeper would not report.
         """
         if self.is_there and name not in self._names and len(self._names) >= self._room:
-            operation = f"have more than {self._room} descriptors kept by whoever started the service (FDSTORE)"
+            operation = f"keep more than {self._room} descriptors in the process that started the service (FDSTORE)"
             raise KernelError(operation, errno.ENOSPC)
         self._send(f"FDSTORE=1\nFDNAME={name}\nFDPOLL=0", fd)
         self._names.add(name)
@@ -71,7 +71,7 @@ class Keeper:
                 socket.send_fds(near, [state.encode()], list(fds))
         except OSError as error:
             code = error.errno or errno.ETIMEDOUT
-            raise KernelError("have a descriptor kept by whoever started the service", code) from None
+            raise KernelError("keep a descriptor in the process that started the service", code) from None
 
 
 def forget_inheritance(environment: MutableMapping[str, str]) -> None:

@@ -118,7 +118,7 @@ def _check_free(path: Path) -> None:
             if error.errno is None:  # what Python itself refuses: a path that fits into no address
                 raise ConfigError(f"{path}: cannot listen there: {error}") from None
             if path.exists() and not path.is_socket():
-                raise ConfigError(f"{path}: cannot listen there: it is no socket") from None
+                raise ConfigError(f"{path}: cannot listen there: it is not a socket") from None
             return
     raise ConfigError(f"{path}: another xenbackend service listens there already")
 

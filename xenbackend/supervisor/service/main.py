@@ -139,7 +139,9 @@ class Service:
             self._notifier.ready()
             self._log.info("serving", domid=self._registry.domid)
             if self._complaint:
-                self._log.error("the settings cannot be used, those of the service before hold", reason=self._complaint)
+                self._log.error(
+                    "the settings are invalid; those of the former service stay in force", reason=self._complaint
+                )
             # The vbds that were found are looked at in the next pass, before this is called.
             self._registry.when_found(partial(self._loop.call_soon, partial(process.unboost, os.getpid())))
             self._tell_status()
@@ -157,7 +159,7 @@ class Service:
     def _tell_status(self) -> None:
         sentence = f"serving {len(self._registry.vbds)} vbds"
         if self._complaint:
-            sentence += f" by the settings of the service before: {self._complaint}"
+            sentence += f" by the former service's settings: {self._complaint}"
         self._notifier.status(sentence)
 
     def _tell_alive(self) -> None:
@@ -180,7 +182,7 @@ class Service:
             elif vbd is None and entry["verb"] == "detach":
                 close(Answer(Code.OK))
             elif vbd is None:
-                close(Answer(Code.GONE, None, "the service ended before it was done"))
+                close(Answer(Code.GONE, None, "the service ended before the order was done"))
             elif entry["verb"] == "attach":
                 self._loop.call_soon(partial(vbd.hotplug, close))
             else:
@@ -248,7 +250,7 @@ class Service:
             if handle is None:
                 raise ConfigError(f"unknown request; the verbs are {', '.join(self._verbs)}")
             if verb not in access.CHANGES_NOTHING and not access.is_ours(peer.uid):
-                raise ConfigError(f"{verb} changes something, which only root may ask for")
+                raise ConfigError(f"{verb} changes something, which only root may do")
             if self._leaves and (verb in ORDERS or (verb == "status" and self._has_let_go)):
                 reply(Answer(Code.GONE, None, "the service is being replaced; ask again"))
                 return
@@ -267,7 +269,7 @@ class Service:
 
     def _hotplug(self, request: Mapping[str, Any], peer: Peer, reply: Reply) -> None:
         if request.get("action") != "add":
-            raise ConfigError("the action of a hotplug is add")
+            raise ConfigError("the action of hotplug must be add")
         path = text_of(request, "path")
         found = parse_backend_path(path, self._registry.domid)
         if "chain" not in request or found is None:  # a toolstack's script

@@ -204,7 +204,7 @@ class Opener:
         self._let_go(started)
         status = started.wait()
         if status == BREACH:
-            self._on_end(self, "it asks for what no worker asks an opener for")
+            self._on_end(self, "it sent a question that no worker asks an opener")
         else:
             self._on_end(self, "")
 

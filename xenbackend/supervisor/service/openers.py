@@ -65,7 +65,7 @@ class Openers:
                 try:
                     assignment.keep()
                 except OSError as error:
-                    raise KernelError("keep what an opener is to be given", error.errno or errno.EIO) from None
+                    raise KernelError("keep the descriptors for an opener", error.errno or errno.EIO) from None
                 turn = self._turns.want(partial(self._begin_late, opener))
             self._all[opener] = turn
             undo.pop_all()

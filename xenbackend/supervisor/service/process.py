@@ -115,7 +115,7 @@ class Process:
         """Kill it, or give it up; what `watch` set is called."""
         if self.pidfd >= 0:
             kill(self.pidfd)
-        self.give_up("the worker was not needed any more")
+        self.give_up("the worker was no longer needed")
 
     def _tell_end(self) -> None:
         if self._loop is not None:

@@ -49,7 +49,7 @@ from xenbackend.supervisor.xenstore.paths import (
 _Where = VbdPath | tuple[str, int]  # a vbd's place, or that of all vbds of a kind that a domain has
 Make = Callable[[VbdPath, Context, Mapping[What, int] | None, Callable[[Vbd], None]], Vbd]
 
-_BRAKED = "its guest writes to xenstore without end; what it writes is looked at now and then"
+_BRAKED = "its guest writes to xenstore all the time; what it writes is only looked at now and then"
 RETRY_S = 1.0  # after a vbd could not be taken into service
 TURN_S = 0.02  # of each pass of the loop, for looking at places
 _AGAIN_S = 0.05  # until the next check whether all is found
@@ -295,7 +295,7 @@ class Registry:
             problem.add_note(f"while {path} was taken into service")
             self._loop.bug(problem)
             said = f"{type(problem).__name__}: {problem}"
-            self._fail(path, f"the service could not take it into service, see its log: {said}")
+            self._fail(path, f"the service could not take it over, see its log: {said}")
             return Taken.NEVER
         self._failed.pop(path, None)
         if not vbd.is_forgotten:
@@ -352,14 +352,14 @@ class Registry:
             reply(Answer(Code.GONE, None, f"{path}: the service is stopping"))
         elif vbd is not None:
             if self._contained(vbd, partial(vbd.hotplug, reply), default=self) is self:
-                reply(Answer(Code.BUG, None, f"{path}: the service could not do that, see its log"))
+                reply(Answer(Code.BUG, None, f"{path}: the service failed to do that, see its log"))
         elif self._takeover.occupies(path):
             self._takeover.wait(path, reply)
         elif path in self._failed:
             reply(Answer(Code.FAILED, None, f"{path}: {self._failed[path]}"))
         else:
             scripts = ", ".join(self._context.settings.scripts)
-            sentence = f"{path} is not served: it is gone, or its key script names none of {scripts}"
+            sentence = f"{path} is not served: it is gone, or its key script does not name one of {scripts}"
             reply(Answer(Code.GONE, None, sentence))
 
     def _counters(self) -> dict[VbdPath, memoryview | None]:

@@ -244,7 +244,11 @@ class Server:
         request = _parse(line)
         wait_s = request.get("wait") if request is not None else None
         if request is None or not _is_wait(wait_s):
-            what = "the request is not a JSON object in one line" if request is None else "wait is a number of seconds"
+            what = (
+                "the request is not a JSON object in one line"
+                if request is None
+                else "wait must be a number of seconds"
+            )
             reply(Answer(Code.INVALID, None, what))
             return
         reply.verb = str(request.get("verb", ""))

@@ -52,7 +52,11 @@ class SettingsError(ConfigError):
     """Settings that cannot be used. `mistakes` are sentences, each with its place; the first one is the text."""
 
     def __init__(self, mistakes: Sequence[str]) -> None:
-        more = f"; and {len(mistakes) - 1} more, which `xenbackend run --check` shows" if len(mistakes) > 1 else ""
+        more = (
+            f"; and {len(mistakes) - 1} more mistakes, which `xenbackend run --check` shows"
+            if len(mistakes) > 1
+            else ""
+        )
         super().__init__(f"{mistakes[0]}{more}")
         self.mistakes = list(mistakes)
 
@@ -117,7 +121,7 @@ def _wrong_types(
     for name, value in values.items():
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(known)}"
+            hint = f"did you mean {nearest[0]}?" if nearest else f"the known ones are {', '.join(known)}"
             yield _Mistake(table + name, f"there is no setting {table}{name}; {hint}")
             continue
         wanted, words = _TYPES[known[name]]
@@ -131,7 +135,7 @@ def _wrong_types(
 def _wrong_values(settings: Settings) -> Iterator[_Mistake]:
     for name in ("host", "socket"):
         if not getattr(settings, name):
-            yield _Mistake(name, f"{name} is empty; leave it away for the default")
+            yield _Mistake(name, f"{name} is empty; leave it out to use the default")
     if not settings.kinds or not all(each.isalnum() for each in settings.kinds):
         yield _Mistake("kinds", f"kinds is {settings.kinds}; it must name directories of xenstore, such as vbd")
     if not 0 <= settings.poll_us <= _POLL_US_MAX:

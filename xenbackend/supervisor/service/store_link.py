@@ -82,7 +82,7 @@ class StoreLink:
         elif self._store.why_lost:
             reason = self._store.why_lost  # its first user was told why, which may have been a vbd
         if self._back_off_s == _BACK_OFF_S[0]:
-            self._log.error("xenstore is gone; disks are served on", reason=reason)
+            self._log.error("the connection to xenstore is lost; disks are still served", reason=reason)
         self._timer.set(self._loop.now() + self._back_off_s)
         self._back_off_s = min(2 * self._back_off_s, _BACK_OFF_S[1])
 

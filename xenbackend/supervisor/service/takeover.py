@@ -115,7 +115,7 @@ class Takeover:
         try:
             copies = _copies(found)
         except OSError as error:
-            self._log.error(f"take over what an earlier service has left: {error.strerror}", vbd=str(path))
+            self._log.error(f"take over what an earlier service left: {error.strerror}", vbd=str(path))
             self._rest(path)
             return
         taken = self._take(path, copies)
@@ -123,7 +123,7 @@ class Takeover:
             self._rest(path)
             return
         if taken is Taken.NEVER:
-            self._log.error("what an earlier service has left cannot be used, and its worker is killed", vbd=str(path))
+            self._log.error("what an earlier service left cannot be used; its worker is killed", vbd=str(path))
             self._end_worker(path)
         else:
             self._let_go(path)

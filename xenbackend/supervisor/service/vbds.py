@@ -35,7 +35,7 @@ class Vbds(Mapping[VbdPath, Vbd]):
     def add(self, vbd: Vbd) -> None:
         """Add a vbd. Raises: ValueError, if there is one with that path."""
         if vbd.path in self._by_path:
-            raise ValueError(f"{vbd.path} is served already")
+            raise ValueError(f"{vbd.path} is already being served")
         self._by_path[vbd.path] = self._by_token[vbd.token] = vbd
         self._by_domain.setdefault(vbd.path.frontend_domid, {})[vbd.path] = vbd
 
@@ -70,7 +70,7 @@ class Vbds(Mapping[VbdPath, Vbd]):
         else:
             domids = [each for each in self._by_domain if name_of(each) == wanted.domain]
         if len(domids) > 1:
-            raise ConfigError(f"{len(domids)} guests are called {wanted.domain}; write their domain's number instead")
+            raise ConfigError(f"{len(domids)} guests are called {wanted.domain}; write the domain's number instead")
         for domid in domids:
             for path, vbd in self._by_domain.get(domid, {}).items():
                 if wanted.devid == path.devid and wanted.kind in ("", path.kind):
@@ -82,9 +82,9 @@ class Vbds(Mapping[VbdPath, Vbd]):
         losing = [path.disk for path, vbd in sorted(self.items()) if vbd.handover.files.has_unnamed()]
         if losing:
             raise ConfigError(
-                f"what the guests of {_listed(losing)} have written is in unnamed files, which end with the service: "
-                "detach these disks, or give the files names by `xenbackend cow keep`; --force stops it all the same, "
-                "and those guests wait for their disks for good"
+                f"what the guests of {_listed(losing)} have written is in unnamed files, which are deleted when the "
+                "service ends: detach these disks, or name the files with `xenbackend cow keep`; --force stops the "
+                "service all the same, and those guests wait for their disks forever"
             )
 
     def _what_there_is(self) -> str:

@@ -20,14 +20,18 @@ MAX_CHAIN = 2048  # characters, the quota of a value in xenstore
 def short(chain: str) -> str:
     """Return `chain`. Raises: ConfigError, if it does not fit into xenstore."""
     if len(chain) > MAX_CHAIN:
-        raise ConfigError(f"a chain of {len(chain)} characters does not fit into xenstore, which takes {MAX_CHAIN}")
+        raise ConfigError(
+            f"a chain of {len(chain)} characters does not fit into xenstore, which holds at most {MAX_CHAIN}"
+        )
     return chain
 
 
 def whole(file: str) -> str:
     """Return `file`. Raises: ConfigError, if it is not an absolute path."""
     if not Path(file).is_absolute():
-        raise ConfigError(f"{file!r} is no whole path: the service would look for it in a directory of its own")
+        raise ConfigError(
+            f"{file!r} is not an absolute path: the service would look for it in its own working directory"
+        )
     return file
 
 
@@ -59,7 +63,7 @@ def with_named(chain: str, file: str) -> str:
 def _layers_with_unnamed(chain: str) -> tuple[LayerSpec, ...]:
     layers = parse_chain(chain).layers
     if not any(map(_has_unnamed, layers)):
-        raise ConfigError(f"the disk has no unnamed file: {chain} has no cow: without a name")
+        raise ConfigError(f"the disk has no unnamed file: in {chain} there is no cow: without a file")
     return layers
 
 

@@ -38,9 +38,9 @@ from xenbackend.supervisor.xenstore.store import Store
 
 TIMEOUT_S = 10.0
 RETRY_S = 1.0  # after xenstore refused something
-_ADVICE = "dmesg says what xen-blkback waits for"
+_ADVICE = "see in dmesg what xen-blkback waits for"
 _ADVICE_IN_DOMAIN = (
-    "only dom0 can take a disk away from it here: keep it from being loaded in a driver domain, by a line "
+    "in a driver domain only dom0 can take a disk away from it: keep it from being loaded there, with a line "
     "`install xen-blkback /bin/false` in a file in /etc/modprobe.d, and unload it: modprobe -r xen-blkback"
 )
 PAUSE_S = 0.002  # between two looks at the bus; its files can be neither watched nor polled
@@ -104,7 +104,7 @@ class Claim:
         if self._now() >= self._deadline:
             self.give_back()
             raise XenbackendError(
-                f"the kernel's block backend did not let go of {name_of(self._path)} within {TIMEOUT_S:g} s; "
+                f"the kernel's block backend did not release {name_of(self._path)} within {TIMEOUT_S:g} s; "
                 f"{_ADVICE_IN_DOMAIN if self._path.backend_domid else _ADVICE}"
             )
         return False

@@ -76,12 +76,12 @@ def _sentence(waits: events.Waits) -> str:
     if not name:
         return ""
     if waits.makes_key:
-        return f"the key is being made of {name}, which takes seconds, and one disk does it at a time; then it goes on"
-    return f"{name} cannot be opened: its storage does not answer; the disk goes on when it does"
+        return f"the key is being derived from {name}, which takes seconds, one disk at a time; then the disk continues"
+    return f"{name} cannot be opened: its storage does not answer; the disk continues when it does"
 
 
 def _kill_who_waits() -> events.Kill:
-    return events.Kill("the worker was killed: it was not needed any more, and waited for a file or a key")
+    return events.Kill("the worker was killed: it was no longer needed, and was waiting for a file or a key")
 
 
 class Device:
@@ -326,7 +326,7 @@ class Device:
             if self._backoff.died(in_vain=not ended.has_progressed, is_hasty=ended.is_hasty):
                 self.phase = Phase.RESTING
             else:
-                in_a_row = f"{self._backoff.deaths} in a row; `xenbackend resume` starts another one"
+                in_a_row = f"{self._backoff.deaths} in a row; start another one with `xenbackend resume`"
                 self._reasons.say(Reason.GIVEN_UP, f"{ended.sentence}, {in_a_row}")
 
     def _wait(self, waits: events.Waits) -> list[events.Action]:

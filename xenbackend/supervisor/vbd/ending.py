@@ -25,13 +25,12 @@ if TYPE_CHECKING:
     from xenbackend.supervisor.vbd.vbd import Vbd
 
 WAIT_S = 45.0  # from the stop on; the unit's TimeoutStopSec is longer
-_WAITS = "xenstore has to be told which chain is in service; the service waits for it before it ends"
-_LEFT = "xenstore could not be told which chain was in service; a file tells the next service"
-_LEFT_UNDECIDED = "another chain was still being put in when the service ended; a file tells the next service"
+_WAITS = "xenstore must still be told which chain is in service; the service waits for that before it ends"
+_LEFT = "xenstore could not be told which chain was in service; it is in a file for the next service"
+_LEFT_UNDECIDED = "the chain was still being exchanged when the service ended; a file records both for the next service"
 _DOUBT = (
-    "the service ended while {next} was being put in the place of {chain}, and nobody knows whether it was: the "
-    "guest's last writes are in one of the two; find out in which, then `xenbackend set --replace {disk} CHAIN` serves "
-    "the disk from that"
+    "the service ended while {next} was replacing {chain}, and it is not known which of the two has the guest's last "
+    "writes; find out, then `xenbackend set --replace {disk} CHAIN` serves the disk from that one"
 )
 
 
@@ -76,10 +75,10 @@ class Ending:
         if self._vbd.orders.is_exchanging():
             return "its chain, which is being exchanged"
         if self._vbd.worker is not None:
-            return "its worker, which finishes what is in flight and closes the disk"
+            return "its worker, which finishes the requests in flight and closes the disk"
         if self._vbd.handover.notes.stale_params:
-            return f"xenstore, which has to be told that {self._vbd.chain_in_service()} is in service"
-        return "another worker, which does what a dead one had begun"
+            return f"xenstore, which must be told that {self._vbd.chain_in_service()} is in service"
+        return "another worker, which completes what a dead one had begun"
 
     def saw(self, keys: Mapping[str, str]) -> None:
         """Take note of the backend's keys, and at the first call of the files that are noted in xenstore."""

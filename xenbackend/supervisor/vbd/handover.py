@@ -218,7 +218,7 @@ class Handover:
                 self.files.expect(identities)
                 self.note(chain=chain)
             except (ConfigError, ValueError) as problem:
-                self._complain(f"which files the disk had cannot be used: {problem}")
+                self._complain(f"the record of the disk's files cannot be used: {problem}")
 
     def note(self, **changes: Any) -> None:
         """Change fields of the notes. Raises: ConfigError, if they get too long; then nothing was changed."""
@@ -231,7 +231,7 @@ class Handover:
         try:
             notes.write(self._notes_page, changed)
         except ValueError as error:
-            raise ConfigError(f"the service cannot remember that for the next one: {error}") from None
+            raise ConfigError(f"the service cannot record that for the next one: {error}") from None
         self.notes = changed
 
     def poison(self, code: int) -> None:
@@ -331,7 +331,7 @@ class Handover:
         except KernelError as error:
             if error.errno != errno.EPERM:  # the trouble is the host's, not the memory's
                 raise
-            self._complain(f"the {kind} that was kept is of no use: {error}")
+            self._complain(f"the {kind} that was kept cannot be used: {error}")
             self._let_go({what: ours.pop(what)})
         if self.worker is not None:  # it still uses the memory that we have lost
             kill(self.worker[1])
@@ -350,7 +350,7 @@ class Handover:
             if is_over:  # else its worker cannot be killed, and finishes by itself what it has in flight
                 former.copy_journal(left, self.page)
         except KernelError as error:
-            self._complain(f"{error}: what a former version's worker had in flight is lost")
+            self._complain(f"{error}: the requests that a former version's worker had in flight are lost")
             return
         for slot, name in found.memories.items():
             fd = theirs.get((slot, former.VERSION), -1)
@@ -360,7 +360,7 @@ class Handover:
                 except KernelError as error:
                     if error.errno in (errno.EMFILE, errno.ENFILE):
                         raise
-                    self._complain(f"{error}: what layer {name} had kept is lost")
+                    self._complain(f"{error}: the memory of layer {name} is lost")
                 else:
                     memories[slot] = name
         try:
@@ -374,7 +374,7 @@ class Handover:
         try:
             self._write(replace(self.notes, in_service=former.recall_files(remembered)))
         except (KernelError, ConfigError) as error:
-            self._complain(f"{error}: the images of this disk have to be trusted, by xenbackend image trust")
+            self._complain(f"{error}: allow the images of this disk with xenbackend image trust")
 
     def _keep_new(self) -> None:
         """Give the keeper what we have made, the notes last: from then on all of it counts."""
@@ -402,7 +402,7 @@ class Handover:
         try:
             ask(*arguments)
         except KernelError as error:
-            self._complain(f"{error}: the next service would have to do without")
+            self._complain(f"{error}: the next service will not have it")
 
 
 def _available() -> int:

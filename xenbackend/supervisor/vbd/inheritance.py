@@ -77,7 +77,7 @@ def check_versions(names: Iterable[str]) -> None:
         if path is not None and version > (version_of(kind) or former.VERSION):
             raise XenbackendError(
                 f"{path} is served by a newer version of xenbackend, whose {kind} this one does not understand; "
-                "install that version again, which serves it on, or stop its service before this one is started"
+                "install that version again, which continues to serve it, or stop its service before you start this one"
             )
 
 

@@ -70,7 +70,7 @@ class KeptConnections:
         slot = self.slots.free()
         try:
             if len(left) >= MAX_CONNECTIONS:
-                raise ConfigError(f"the service keeps {MAX_CONNECTIONS} connections of a disk")
+                raise ConfigError(f"the service keeps at most {MAX_CONNECTIONS} connections of a disk")
             self.slots.note({**left, slot: str(NotedConnection(server, place))})
         except ConfigError as error:
             os.close(fd)

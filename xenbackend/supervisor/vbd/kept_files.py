@@ -31,8 +31,8 @@ from xenbackend.supervisor.vbd.slots import Slots
 
 _MAX_KEY = 1500  # bytes; a value in xenstore has 2048
 _UNNAMED_LOST = (
-    "what the guest wrote was in an unnamed file, and went with the service that was stopped; detach the disk: "
-    "attached anew it begins as the image below"
+    "what the guest wrote was in an unnamed file, and was lost when the service was stopped; detach the disk: "
+    "attached again, it begins as the image below"
 )
 
 
@@ -119,13 +119,10 @@ class KeptFiles:
         if name == UNNAMED:
             return _UNNAMED_LOST
         if is_next:
-            return (
-                f"{printable(name)} leads to another file than the one in service: {differs}; "
-                "if it holds the same content, add --replace"
-            )
+            return f"{printable(name)} is not the file in service: {differs}; if it has the same content, add --replace"
         return (
-            f"{printable(name)} is not what the disk was served from: {differs}; put the former one back, or see that "
-            "this one holds the same; then `xenbackend resume` serves the disk from what is there"
+            f"{printable(name)} is not what the disk was served from: {differs}; put the former one back, or make "
+            "sure that this one has the same content; then `xenbackend resume` serves the disk from what is there"
         )
 
     def take(
@@ -209,7 +206,10 @@ class KeptFiles:
             file = NotedFile(name, identity, Of.NEXT if is_next else Of.SERVED)
         files = {**self.slots.noted(), slot: str(file)}
         if len(files) > MAX_FILES:
-            return f"{printable(name)} is one file too many: the service keeps {MAX_FILES} of a disk; join some of them"
+            return (
+                f"{printable(name)} is one file too many: the service keeps {MAX_FILES} for each disk; merge some of "
+                "them"
+            )
         try:
             self.slots.note(files)
         except ConfigError as error:

@@ -35,7 +35,7 @@ class StorageHangs(KernelError):
     """No opener is started for a disk whose storage already makes _MOST_HANGING openers hang."""
 
     def __init__(self) -> None:
-        super().__init__(f"open its files: its storage has not answered {_MOST_HANGING} times", errno.ETIMEDOUT)
+        super().__init__(f"open its files: its storage has failed to answer {_MOST_HANGING} times", errno.ETIMEDOUT)
 
 
 class Link:
@@ -90,7 +90,7 @@ class Link:
             return
         order = make(self._told)
         if isinstance(order, messages.Close) and not self.worker.is_there:
-            self.kill("the worker was not needed any more")
+            self.kill("the worker was no longer needed")
             return
         job = self._openings.for_order(order) if isinstance(order, messages.Open | messages.Serve) else None
         try:
@@ -182,7 +182,7 @@ class Link:
             self._hear(message, fds)
         except Exception as bug:  # even if its message hits a bug of ours, the other disks must be served
             self._vbd.fault(bug)
-            self.breach("it said what the service could not handle")
+            self.breach("it sent a message that the service could not handle")
 
     def _hear(self, message: messages.FromWorker, fds: list[int]) -> None:
         match message:
@@ -192,7 +192,7 @@ class Link:
                 self._hear_reply(message)
             case messages.Keep():
                 if not self._vbd.handover.keep(message.name, fds.pop()):
-                    self.breach("it had kept what is no memory, or one too many")
+                    self.breach("it sent something to keep that is not a memory, or is one too many")
             case messages.Drop():
                 self._vbd.handover.drop(message.name)
             case messages.Disconnected():

@@ -26,6 +26,6 @@ def answer_of(chain: str, seconds: float, begun: float, breach: Callable[[str], 
         try:
             layers = parse_times(json.loads(reply.data))
         except (ValueError, RecursionError):
-            code, sentence = Code.FAILED, "its worker has told no times, and was killed"
-            breach("what it says of its layers' times is none of that")
+            code, sentence = Code.FAILED, "its worker did not tell valid times, and was killed"
+            breach("its message about its layers' times is not valid")
     return Answer(code, {"chain": chain, "seconds": seconds, "layers": layers}, sentence)

@@ -91,13 +91,13 @@ def shrinkage(top: messages.LayerFacts, keys: Mapping[str, str]) -> str:
     size, sector_size = int(told[0]) * SECTOR, int(told[1])
     if top.size < size:
         return (
-            f"{top.text} has {top.size} bytes, and the guest was told of {size}: nothing is served of a disk that has "
-            "shrunk; make it as large again, then say `xenbackend resume`"
+            f"{top.text} has {top.size} bytes, and the guest was told {size}: a disk that has shrunk is not served; "
+            "restore its size, then run `xenbackend resume`"
         )
     if top.sector_size != sector_size:
         return (
-            f"{top.text} has sectors of {top.sector_size} bytes, and the guest was told of {sector_size}; give it such "
-            "sectors again, then say `xenbackend resume`"
+            f"{top.text} has sectors of {top.sector_size} bytes, and the guest was told {sector_size}; give it such "
+            "sectors again, then run `xenbackend resume`"
         )
     return ""
 

@@ -141,7 +141,7 @@ class Orders:
             if device.phase in USABLE:
                 self._answer(order, Answer(Code.OK, data=self.chain_data()))
             elif device.phase is not Phase.OPENING:
-                problem = f"the disk waits for {order.chain} from now on: {device.error or 'nobody asks for it now'}"
+                problem = f"the disk now waits for {order.chain}: {device.error or 'it is not needed now'}"
                 self._answer(order, Answer(Code.FAILED, sentence=problem, data=self.chain_data()))
 
     def left(self, number: int) -> None:
@@ -181,7 +181,7 @@ class Orders:
         elif not self._is_noted(number):
             if verb == "measure":
                 self._end_measuring()
-            reply(Answer(Code.GONE, sentence="the service ended before it was done", data=self.chain_data()))
+            reply(Answer(Code.GONE, sentence="the service ended before the order was done", data=self.chain_data()))
 
     def _begin(self, order: Order, request: Mapping[str, Any]) -> None:
         match order.verb:
@@ -245,7 +245,7 @@ class Orders:
         Raises: ConfigError, if nobody knows which chain has the guest's data.
         """
         if self._vbd.device.is_undecided():
-            raise ConfigError(f"the disk cannot be served on: {self._vbd.device.error}")
+            raise ConfigError(f"the disk cannot be resumed: {self._vbd.device.error}")
         self._vbd.handover.note(paused=None)
         if self._vbd.device.has_found_another_file():
             self._vbd.handover.files.accept_others()
@@ -289,7 +289,7 @@ class Orders:
         """Have a waiting guest served by another chain, which cannot be compared with the one before."""
         if not replaces:
             said = f"the disk is not in service: {self._vbd.device.error}"
-            raise ConfigError(f"{said}; only --replace puts another chain in now, which cannot be compared with it")
+            raise ConfigError(f"{said}; add --replace, as another chain cannot be compared with its own now")
         order.chain = text
         params = (self._vbd.device.sight.keys or {}).get("params", "")
         self._vbd.handover.exchange_alone(Exchange(order.number, params, text))
@@ -323,8 +323,8 @@ class Orders:
             return
         try:
             if not chains.is_over(reply.data, order.former, file):
-                self._vbd.link.breach(f"it says that its new image {file} is another one")
-                raise ConfigError(f"its worker made another image than {file}, and was killed")
+                self._vbd.link.breach(f"it says that its new image is not {file}")
+                raise ConfigError(f"its worker made an image other than {file}, and was killed")
             self._exchange(order, chains.short(reply.data), replaces=False)
         except ConfigError as error:
             self._answer(order, Answer(Code.FAILED, sentence=str(error), data=self.chain_data()))
@@ -338,7 +338,7 @@ class Orders:
             self._exchange(order, chain, replaces=True, names_unnamed=file)
             return
         if self._vbd.device.is_waited_for() and request.get("force") is not True:
-            raise ConfigError("a guest uses the disk, and would find another one below it; --force does it")
+            raise ConfigError("a guest uses the disk, and would find another content; to do it all the same: --force")
         self._exchange(order, chains.with_unnamed(order.former), replaces=True, renews_unnamed=True)
 
     def _exchange(self, order: Order, chain: str, *, replaces: bool, is_resize: bool = False, **unnamed: Any) -> None:
@@ -364,7 +364,7 @@ class Orders:
             self._vbd.handover.exchange_is_not_done()
         code, sentence = reply.code, reply.sentence
         if code is Code.OK and is_noted and order.chain != order.former:
-            code, sentence = Code.FAILED, "its worker says that another chain is in service, and stands with this one"
+            code, sentence = Code.FAILED, "its worker says that another chain is in service, but reports this one"
             self._vbd.link.breach(sentence)
         elif is_done or self._vbd.chain_in_service() == order.chain != order.former:
             code, sentence = Code.OK, ""
@@ -384,7 +384,7 @@ class Orders:
     def _command(self, order: Order, request: Mapping[str, Any]) -> None:
         layer, verb, arguments = text_of(request, "layer"), text_of(request, "command"), request.get("arguments", [])
         if not isinstance(arguments, list) or not all(isinstance(each, str) for each in arguments):
-            raise ConfigError("the arguments of a command are a list of texts")
+            raise ConfigError("the arguments of a command must be a list of texts")
         if self._vbd.link.worker is None:
             raise ConfigError(f"the disk has no worker: {self._vbd.device.error or 'its chain is not open'}")
         question = messages.Command(layer, verb, arguments)

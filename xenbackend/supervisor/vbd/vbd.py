@@ -74,7 +74,7 @@ class Vbd:
         try:
             self._begin()
         except Exception as problem:
-            self.abandon("the service could not go on with it", leaves=is_shortage(problem))
+            self.abandon("the service could not continue it", leaves=is_shortage(problem))
             raise
 
     def _compose(self, context: Context, *, is_heir: bool) -> None:
@@ -351,7 +351,7 @@ class Vbd:
 
     def _forget(self) -> None:
         leaves = self.device.is_leaving
-        sentence = f"{self.path.disk}: the service {'is being replaced; ask again' if leaves else 'has let go of it'}"
+        sentence = f"{self.path.disk}: the service {'is being replaced; ask again' if leaves else 'has released it'}"
         self.is_forgotten = True
         self._limit.set(events.Limit(None))
         self._look_at.set(None)

@@ -16,8 +16,8 @@ from xenbackend.supervisor.xenstore.paths import VbdPath
 
 # What is lost if a service ends before it could put things right.
 UNTOLD = "xenstore could not be told which chain was in service; name it in params before the disk is served again"
-UNFINISHED = "what the guest waits for could not be done before the service ended; restart the guest"
-LOST = "what the guest had written was in an unnamed file, and ends with the service; detach the disk"
+UNFINISHED = "the requests that the guest waits for could not be done before the service ended; restart the guest"
+LOST = "what the guest had written was in an unnamed file, which is deleted with the service; detach the disk"
 PER_HOUR = 64 * 1024  # bytes, at most, in any hour
 _LONGEST_LINE = 8 * 1024  # bytes: two texts of 500 characters of up to four bytes each, and the rest of the line
 _BURST = PER_HOUR // 4 - _LONGEST_LINE // 2  # at once, and as many again during the hour, for each of the two budgets

@@ -275,7 +275,7 @@ class Store(Nodes):
             transport.deadline = time.monotonic() + self._timeout_s
             packet = self._receive()
             if packet.op != Op.WATCH_EVENT:
-                raise self._lost("a reply came that nobody asked for")
+                raise self._lost("a reply came that was not asked for")
             self._note(packet.payload)
         found = [(path, token) for token, paths in self._events.items() for path in paths]
         self._events.clear()
@@ -369,7 +369,7 @@ class Store(Nodes):
         while (packet := self._receive()).op == Op.WATCH_EVENT:
             self._note(packet.payload)
         if packet.rq_id != number or packet.op not in (_NUMBERS[operation], Op.ERROR):
-            raise self._lost("a reply came that nobody asked for")
+            raise self._lost("a reply came that was not asked for")
         if packet.op == Op.ERROR:
             raise nodes.error_of(what, packet.payload)
         return bytes(packet.payload)

@@ -75,8 +75,8 @@ def _dom0(store: Store) -> int:
     domid = store.own_domid()
     if domid:
         raise ConfigError(
-            f"this is domain {domid}, and only dom0 attaches and detaches disks, also those of a driver domain; there: "
-            "xl block-attach GUEST 'script=block-xenbackend,backend=NAME,vdev=xvdb,target=CHAIN'"
+            f"this is domain {domid}, and only dom0 can attach and detach disks, also those of a driver domain; run "
+            "there: xl block-attach GUEST 'script=block-xenbackend,backend=NAME,vdev=xvdb,target=CHAIN'"
         )
     return domid
 
@@ -140,7 +140,9 @@ def wait_until_connected(store: Store, path: VbdPath, timeout_s: float) -> None:
         hint = (
             "the guest's blkfront has not answered; in Linux: modprobe xen-blkfront" if state is _S.INIT_WAIT else error
         )
-        raise XenbackendError(f"{path.disk} is not connected: our state is {name(state)}{f' ({hint})' if hint else ''}")
+        raise XenbackendError(
+            f"{path.disk} is not connected: the backend's state is {name(state)}{f' ({hint})' if hint else ''}"
+        )
 
 
 def wait_until_there(device: Path, timeout_s: float, pause: Callable[[float], object] | None = None) -> None:
@@ -184,8 +186,9 @@ def detach(
     state = parse_state(_wait_for(store, node, lambda state: parse_state(state) in ended, timeout_s, waiting))
     if state not in ended and not force:
         sentence = (
-            f"{path.disk}: detach is still under way, our state is {name(state)} after {timeout_s:g} s: the guest uses "
-            "the disk, or no service runs; run the same again to go on, with --force whatever the guest does"
+            f"{path.disk}: detach is still under way, the backend's state is {name(state)} after {timeout_s:g} s: the "
+            "guest uses the disk, or no service runs; run the same command again to continue, or with --force to "
+            "take the disk away all the same"
         )
         raise ServiceError(Answer(Code.UNDER_WAY, sentence=sentence, order=number))
     store.transact(lambda nodes: _remove(nodes, path))
@@ -226,7 +229,7 @@ def _check_place(nodes: Nodes, wanted: Attachment) -> None:
         raise ConfigError(f"there is no domain {path.frontend_domid}; xl list shows them")
     for taken in (path.backend, path.frontend, wanted.libxl):
         if nodes.directory(taken):
-            raise ConfigError(f"there is a disk {path.disk} already ({taken})")
+            raise ConfigError(f"there is already a disk {path.disk} ({taken})")
 
 
 def _write_backend(nodes: Nodes, wanted: Attachment) -> None:
@@ -260,7 +263,7 @@ def _withdraw(store: Store, path: VbdPath, patience_s: float) -> None:
 def _request_removal(nodes: Nodes, path: VbdPath, *, force: bool) -> None:
     state = nodes.read_optional(f"{path.backend}/state")
     if state is None:
-        raise ConfigError(f"there is no disk {path.disk} of ours; see: xenbackend status")
+        raise ConfigError(f"xenbackend serves no disk {path.disk}; see: xenbackend status")
     if force:
         nodes.remove(path.frontend)
     nodes.write(f"{path.backend}/online", "0")
