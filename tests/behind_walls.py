@@ -31,8 +31,8 @@ class Partial(Walls):
         super().__init__("on")
         self._out = set(out)
 
-    def number_anew(self) -> str:
-        return super().number_anew() if Wall.PROCESSES not in self._out else "left out"
+    def new_pid_namespace(self) -> str:
+        return super().new_pid_namespace() if Wall.PROCESSES not in self._out else "left out"
 
     def raise_one(self, wall: Wall, raised: Raised, step: Callable[[], None]) -> None:
         if wall not in self._out:
@@ -61,7 +61,7 @@ def _run_canary(at: canary.Surroundings, far: socket.socket, walls: Walls) -> No
     try:
         canary.confine_yourself()
         os.environ["XENBACKEND_CANARY"] = "1"
-        why_not_alone = walls.number_anew()
+        why_not_alone = walls.new_pid_namespace()
         here, there = socket.socketpair()
         child = os.fork()
         if child:

@@ -22,7 +22,7 @@ class Holey:
         self.questions = 0
 
     def next_data(self, offset: int) -> tuple[int, int]:
-        """See `Holed`."""
+        """See `HasHoles`."""
         self.questions += 1
         return next(((max(offset, start), end) for start, end in self.data if end > offset), (self.size, self.size))
 

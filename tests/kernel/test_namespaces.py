@@ -15,11 +15,11 @@ from xenbackend.kernel.namespaces import EmptySet
 
 _ENTERED = """
 import os, socket, sys
-from xenbackend.kernel.namespaces import EmptySet, number_processes_anew
+from xenbackend.kernel.namespaces import EmptySet, new_pid_namespace
 empty = EmptySet()
 for number in range(2):
     near, far = os.pipe()
-    if number: number_processes_anew()
+    if number: new_pid_namespace()
     child = os.fork()
     if child == 0:
         empty.enter()

@@ -47,7 +47,7 @@ class Extent:
         return self.is_hole or self.kind is not Kind.DATA
 
 
-class Holed(Protocol):
+class HasHoles(Protocol):
     """A file that knows its holes; a part of `block.driver.File`."""
 
     size: int  # bytes
@@ -56,7 +56,7 @@ class Holed(Protocol):
         """Return where the first data at or after `offset` begin and end; the size twice if there are none."""
 
 
-def of_file(file: Holed, size: int) -> Iterator[Extent]:
+def of_file(file: HasHoles, size: int) -> Iterator[Extent]:
     """Yield the extents of a raw disk, which is the beginning of its file: holes are zeros. Raises: OSError."""
     place = 0
     while place < size:
@@ -68,7 +68,7 @@ def of_file(file: Holed, size: int) -> Iterator[Extent]:
         place = end
 
 
-def with_holes(extents: Iterable[Extent], file: Holed) -> Iterator[Extent]:
+def with_holes(extents: Iterable[Extent], file: HasHoles) -> Iterator[Extent]:
     """Yield extents, with data split where the file has holes. Raises: OSError."""
     start = end = 0  # the range of data that the file has reported last
     asked = 0

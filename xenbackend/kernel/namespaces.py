@@ -83,7 +83,7 @@ class EmptySet:
         self._fds.clear()
 
 
-def number_processes_anew() -> None:
+def new_pid_namespace() -> None:
     """Make the next child the first process of a new PID namespace, where it sees no other one. Raises: KernelError.
 
     The calling process and its other children stay where they are.

@@ -87,7 +87,7 @@ class ClientHandshake:
     """The handshake of one connection.
 
     offer       None until requests may be sent
-    wants_tls   True if `tls` was asked for, and TLS has to begin now; then call `go_on_inside`
+    wants_tls   True if `tls` was asked for, and TLS has to begin now; then call `tls_established`
     """
 
     def __init__(self, export: str, *, tls: bool = False) -> None:
@@ -118,7 +118,7 @@ class ClientHandshake:
             raise NbdError("the server sends data before it is asked for any")
         return b"".join(answers)
 
-    def go_on_inside(self) -> bytes:
+    def tls_established(self) -> bytes:
         """Return the first bytes to send inside TLS, where the negotiation of options begins again."""
         self.wants_tls = False
         return self._ask(OPT_STRUCTURED_REPLY)

@@ -89,12 +89,12 @@ class Walls:
         except KernelError as error:
             self._why_no_empty = error
 
-    def number_anew(self) -> str:
+    def new_pid_namespace(self) -> str:
         """Make the next child see no process but itself. Return why that fails; empty if it works or is not wanted."""
         if self.mode == "off":
             return ""
         try:
-            namespaces.number_processes_anew()
+            namespaces.new_pid_namespace()
         except KernelError as error:
             return str(error)
         return ""

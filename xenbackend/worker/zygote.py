@@ -98,7 +98,7 @@ def _bear(channel: socket.socket, kinds: str, walls: Walls) -> tuple[int, int, s
     try:
         for place in sorted(range(len(kinds)), key=lambda place: kinds[place] == WORKER):
             if kinds[place] == WORKER:
-                why_not_alone = walls.number_anew()
+                why_not_alone = walls.new_pid_namespace()
             near, far = socket.socketpair()
             child = os.fork()
             if child == 0:

@@ -225,7 +225,7 @@ class Throttle(Filter):
     def release(self) -> None:
         """Pass on all requests that are held back, and charge them."""
         now = self.env.now()
-        passing = [self._let_one_go(way, now) for way in (0, 1) for _ in range(len(self._held[way]))]
+        passing = [self._take_oldest(way, now) for way in (0, 1) for _ in range(len(self._held[way]))]
         if passing:
             self.next.submit(passing)  # type: ignore[union-attr]  # as in `submit`
 
@@ -291,10 +291,10 @@ class Throttle(Filter):
             if wait > _TICK_S:
                 waits[way] = wait
             else:
-                passing.append(self._let_one_go(way, now))
+                passing.append(self._take_oldest(way, now))
         return waits
 
-    def _let_one_go(self, way: int, now: float) -> Request:
+    def _take_oldest(self, way: int, now: float) -> Request:
         """Take the oldest request out of one direction's queue, charge it, and return it."""
         _, since, request = self._held[way].popleft()
         self._waited_s += now - since

@@ -120,7 +120,7 @@ class Vhd(Blocks):
             raise vhd.damaged("a block reaches beyond the end of the device")
         packed = vhd.pack_footer(footer)
         if not (env.read_only or on_device) and (end > room or not is_at_end):
-            self._give_end(max(end, file.size), packed)
+            self._complete_end(max(end, file.size), packed)
         if footer.type == vhd.DIFFERENCING:
             self.parent = self._find_parent()
         full = batmap.blocks if batmap else bytes(len(table))
@@ -129,7 +129,7 @@ class Vhd(Blocks):
         device_end = max([end, *(stop for _, stop in taken if stop <= room)]) if on_device else 0
         self.serve(file, footer.size, header, table, full, packed, taken, device_end)
 
-    def _give_end(self, end: int, footer: bytes) -> None:
+    def _complete_end(self, end: int, footer: bytes) -> None:
         """Complete what a killed writer left undone: the end of the file's last block, and a footer after it."""
         self.file.grow(round_up(end + SECTOR, PAGE), footer)
 

@@ -22,7 +22,7 @@ def crc32c(data: bytes) -> int:
     """Return the checksum of `data`."""
     whole = len(data) // _LANE * _LANE
     crc = _ONES
-    first, second, third, fourth = _BEHIND
+    first, second, third, fourth = _AFTER
     for lane in _lanes(data[:whole]):
         crc = first[crc & 0xFF] ^ second[crc >> 8 & 0xFF] ^ third[crc >> 16 & 0xFF] ^ fourth[crc >> 24] ^ lane
     for byte in data[whole:]:
@@ -69,4 +69,4 @@ def _after_lane(crc: int) -> int:
 
 _BYTE = _table(_after_bits, 0)
 _PLANES = [bytes(word >> 8 * plane & 0xFF for word in _BYTE) for plane in range(4)]
-_BEHIND = [_table({1 << bit: _after_lane(1 << bit) for bit in range(32)}.__getitem__, 8 * byte) for byte in range(4)]
+_AFTER = [_table({1 << bit: _after_lane(1 << bit) for bit in range(32)}.__getitem__, 8 * byte) for byte in range(4)]

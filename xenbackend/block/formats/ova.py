@@ -55,7 +55,7 @@ def members(read: Read, file_size: int) -> Iterator[Member]:
 
     Raises: DriverError if a header is damaged, or if there are more than MAX_MEMBERS.
     """
-    place, more = 0, _More()
+    place, more = 0, _Override()
     for _ in range(MAX_MEMBERS):
         block = read(place, _BLOCK)
         if len(block) < _BLOCK or not any(block):
@@ -72,7 +72,7 @@ def members(read: Read, file_size: int) -> Iterator[Member]:
                 yield Member(more.name or _name(block), data, length)
             elif kind == _SPARSE:
                 raise DriverError(f"{printable(_name(block))} is in it as a sparse member; unpack it with tar -xf")
-            more = _More()
+            more = _Override()
         place = data + round_up(length, _BLOCK)
     raise DriverError(f"the archive has more than {MAX_MEMBERS} members; unpack it with tar -xf")
 
@@ -155,18 +155,18 @@ def _choose(disks: Sequence[Described], wanted: str) -> Described:
 
 
 @dataclass(frozen=True, slots=True)
-class _More:
+class _Override:
     """The name and size of a member as given by the headers before its own."""
 
     name: str = ""
     size: int | None = None
 
 
-def _long_name(more: _More, data: bytes) -> _More:
-    return _More(_text(data.partition(b"\0")[0]), more.size)
+def _long_name(more: _Override, data: bytes) -> _Override:
+    return _Override(_text(data.partition(b"\0")[0]), more.size)
 
 
-def _pax(more: _More, data: bytes) -> _More:
+def _pax(more: _Override, data: bytes) -> _Override:
     """Apply a pax header: records of a length, which is that of the whole record, a key and a value."""
     name, size, place = more.name, more.size, 0
     while match := _PAX_RECORD.match(data, place):
@@ -181,14 +181,14 @@ def _pax(more: _More, data: bytes) -> _More:
         elif match[2].startswith(b"GNU.sparse"):
             raise DriverError("a member of the archive is sparse; unpack it with tar -xf")
         place = end
-    return _More(name, size)
+    return _Override(name, size)
 
 
-def _nothing(more: _More, _: bytes) -> _More:
+def _nothing(more: _Override, _: bytes) -> _Override:
     return more
 
 
-_HEADERS: dict[bytes, Callable[[_More, bytes], _More]] = {
+_HEADERS: dict[bytes, Callable[[_Override, bytes], _Override]] = {
     _LONG_NAME: _long_name, _LONG_LINK: _nothing, _PAX: _pax, _PAX_FOR_ALL: _nothing,
 }  # fmt: skip
 
@@ -197,7 +197,7 @@ def _damaged(problem: str) -> DriverError:
     return DriverError(f"it is damaged: {problem}; tar -tvf shows what is left of it")
 
 
-def _length(block: bytes, more: _More, place: int) -> int:
+def _length(block: bytes, more: _Override, place: int) -> int:
     """Return the number of bytes that follow a header. Raises: DriverError."""
     if not _has_checksum(block):
         raise _damaged(f"the archive's header at byte {place} has a wrong checksum")

@@ -36,7 +36,7 @@ class Occupied:
         self._tables = array("Q", sorted(place >> cluster_bits for place in tables if place))
 
     @property
-    def is_crossed(self) -> bool:
+    def has_overlaps(self) -> bool:
         """Whether a region overlaps another one, or an L2 table or a refcount block."""
         spans = sorted(self._regions)
         if any(start < stop for (_, stop), (start, _) in pairwise(spans)):
@@ -119,7 +119,7 @@ def occupied_by(
     if len(alone) < len(blocks) + len(active) or not set(blocks).isdisjoint(tables):
         raise _overlap()
     occupied = Occupied(header.cluster_bits, set(regions), [*blocks, *active, *tables])
-    if occupied.is_crossed:
+    if occupied.has_overlaps:
         raise _overlap()
     return occupied
 

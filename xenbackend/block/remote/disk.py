@@ -58,7 +58,7 @@ class RemoteDisk:
         self._never = {op for op, flag in can.items() if not offer.flags & flag}
         self._parts: dict[Request, _Whole] = {}
         self._lanes = [
-            Lane(env, wanted, place, self._give_back, self.why_less, self._tell) for place in range(len(streams))
+            Lane(env, wanted, place, self._give_back, self.why_unsuitable, self._tell) for place in range(len(streams))
         ]
         for lane, stream in zip(self._lanes, streams, strict=True):
             lane.begin(stream, offer)
@@ -80,7 +80,7 @@ class RemoteDisk:
                 request.status = AWAY
             self._complete(batch)
             return
-        if self._never and not (batch := self._without_what_never_happens(batch)):
+        if self._never and not (batch := self._give_back_unsupported(batch)):
             return
         most = self._most
         for request in batch:
@@ -125,7 +125,7 @@ class RemoteDisk:
         for lane in self._lanes:
             lane.close()
 
-    def why_less(self, offer: Offer) -> str:
+    def why_unsuitable(self, offer: Offer) -> str:
         """Return why a guest that was told of `self.offer` cannot continue with another one, or an empty text."""
         known = self.offer
         if offer.size < known.size:
@@ -158,7 +158,7 @@ class RemoteDisk:
         if done:
             self._complete(done)
 
-    def _without_what_never_happens(self, batch: list[Request]) -> list[Request]:
+    def _give_back_unsupported(self, batch: list[Request]) -> list[Request]:
         """Give back requests that the server never does (D6), and return the others."""
         never = [request for request in batch if request.op in self._never]
         for request in never:

@@ -48,17 +48,17 @@ class Lane:
         wanted: Wanted,
         place: int,
         complete: Complete,
-        is_less: Callable[[Offer], str],
+        why_unsuitable: Callable[[Offer], str],
         on_change: Callable[[], None],
     ) -> None:
-        """`complete` gets finished requests; `is_less` returns why an offer will not do. Call `begin` next."""
+        """`complete` gets finished requests; `why_unsuitable` returns why an offer will not do. Call `begin` next."""
         self.connection: Connection | None = None
         self.trouble = ""
         self._env = env
         self._wanted = wanted
         self._place = place
         self._complete = complete
-        self._is_less = is_less
+        self._why_unsuitable = why_unsuitable
         self._on_change = on_change
         self._negotiation: Negotiation | None = None
         self._coming: socket.socket | None = None  # a new connection during its handshake
@@ -198,7 +198,7 @@ class Lane:
         if near is None or negotiation is None:
             return
         if offer is not None:
-            why = self._is_less(offer)
+            why = self._why_unsuitable(offer)
         if offer is None or why:
             near.close()
             self._parted()  # no request was sent by it

@@ -59,7 +59,7 @@ class Talk:
         assert isinstance(self.stream, TlsSocket)  # noqa: S101 - just made
         self.stream.handshake()
         self._is_encrypting = False
-        self.stream.sendall(self._handshake.go_on_inside())
+        self.stream.sendall(self._handshake.tls_established())
         return None
 
 
