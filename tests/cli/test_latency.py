@@ -53,7 +53,7 @@ def test_it_is_of_the_interval(
 
 def test_counting_that_began_anew_is_told() -> None:
     """Such a difference would be of nothing that ever was."""
-    with pytest.raises(XenbackendError, match="attached anew"):
+    with pytest.raises(XenbackendError, match="attached again"):
         difference(typed_disk(timed(at17=5)), typed_disk(timed(at17=4, at18=9)), 1.0)
 
 

@@ -201,7 +201,7 @@ def test_a_path_that_is_none(script: Path, xenstored: Xenstored) -> None:
     """A path that would not come through as it is, is refused before anybody is asked."""
     ended = _run(script, xenstored, "add", XENBUS_PATH='backend/"}')
 
-    assert (1, """block-xenbackend: XENBUS_PATH='backend/"}' is no path in xenstore\n""") == (
+    assert (1, """block-xenbackend: XENBUS_PATH='backend/"}' is not a path in xenstore\n""") == (
         ended.returncode,
         ended.stderr,
     )

@@ -220,7 +220,7 @@ def test_a_pause_is_told_when_nothing_is_in_flight(driven: Driven) -> None:
 
 
 def test_a_pause_that_is_taken_back_is_told(driven: Driven) -> None:
-    """Whoever waits for a pause hears that it was resumed first; everybody who waited has one reply."""
+    """Whoever waits for a pause hears that the disk was resumed first; everybody who waited has one reply."""
     driven.connect(SLOW)
     driven.begin_write(DATA)
     pauses = [driven.worker.put(messages.Pause()) for _ in range(2)]
@@ -228,7 +228,7 @@ def test_a_pause_that_is_taken_back_is_told(driven: Driven) -> None:
     replies = [driven.worker.expect_reply(each) for each in (*pauses, resume)]
 
     assert [Code.FAILED, Code.FAILED, Code.OK] == [reply.code for reply in replies]
-    assert "it was resumed" in replies[0].sentence
+    assert "the disk was resumed" in replies[0].sentence
 
 
 def test_a_pause_that_nothing_is_left_for_is_reached(driven: Driven) -> None:

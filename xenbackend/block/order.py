@@ -33,7 +33,7 @@ _BELOW: dict[tuple[str, str], str] = {  # (the upper driver, one anywhere below 
     "that encrypted, too",
     ("luks", "luks"): "luks above luks encrypts twice, and takes twice the time",
     ("luks", "readahead"): "readahead below luks holds what is still encrypted; above luks it saves decrypting it, too",
-    ("readahead", "throttle"): "throttle below readahead limits what is read ahead, and not what the guest reads",
+    ("readahead", "throttle"): "throttle below readahead limits what is read ahead, not what the guest reads",
     ("throttle", "throttle"): "two throttles follow each other: one that has the limits of both does the same",
 }
 # The same, for a lower driver directly below the upper one only

@@ -102,7 +102,7 @@ def add_order_options(parser: argparse.ArgumentParser) -> None:
         "--timeout",
         type=duration,
         metavar="SECONDS",
-        help="wait no longer; the order goes on, and the exit status is 75 (default: as long as it takes)",
+        help="wait no longer; the order continues, and the exit status is 75 (default: as long as it takes)",
     )
     add_json(parser)
     add_socket(parser)

@@ -127,7 +127,7 @@ def difference(before: Disk, after: Disk, seconds: float) -> Histogram:
     buckets = tuple(new - old for new, old in pairs)
     sum_ns = after.counters["latency_ns"] - before.counters["latency_ns"]
     if min(sum_ns, *buckets) < 0:
-        raise XenbackendError(f"{after.vbd} was attached anew meanwhile; look again")
+        raise XenbackendError(f"{after.vbd} was attached again meanwhile; repeat the command")
     return Histogram(buckets, sum_ns, seconds)
 
 

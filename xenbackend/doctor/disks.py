@@ -93,7 +93,7 @@ def not_found(wanted: DiskName, served: list[str], *, knows_store: bool, place: 
             f"in a driver domain guests have no names: {wanted} must be named by its domain's number, such as 5/xvda"
         )
         return unknown("disk", sentence, place.in_dom0(f"xl domid {shlex.quote(wanted.domain)}"), disk=str(wanted))
-    there = f"there are {', '.join(served)}" if served else "there is none at all"
+    there = f"there are {', '.join(served)}" if served else "there are none"
     if not knows_store:
         return unknown("disk", f"the service serves no disk {wanted} ({there}), and xenstore could not be read")
     sentence = f"the toolstack has made no disk {wanted} for us ({there})"

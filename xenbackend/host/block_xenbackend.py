@@ -58,7 +58,7 @@ def ask(path: str) -> None:
     A service that is being replaced may end before it answers. The request is then sent once more, to the next one.
     """
     if '"' in path or "\\" in path or not path.isprintable():
-        raise Refused(f"XENBUS_PATH={path!r} is no path in xenstore")
+        raise Refused(f"XENBUS_PATH={path!r} is not a path in xenstore")
     request = f'{{"verb": "hotplug", "action": "add", "path": "{path}"}}\n'.encode()
     place = service_socket()
     if not os.path.exists(place):  # noqa: PTH110 - pathlib costs as much as all the rest

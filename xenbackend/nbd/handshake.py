@@ -125,7 +125,7 @@ class Handshake:
 
     def _export_name(self, name: bytes) -> bytes:
         if name:  # no reply to this option can refuse
-            raise NbdError(f"there is no export {name[:40]!a}; ours has no name")
+            raise NbdError(f"there is no export {name[:40]!a}; this disk's has the empty name")
         self.phase = Phase.TRANSMISSION
         zeroes = b"" if self._flags & FLAG_NO_ZEROES else ZEROES
         return EXPORT_NAME_REPLY.pack(self._export.size, self._export.flags) + zeroes

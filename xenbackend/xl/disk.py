@@ -84,7 +84,7 @@ def read(line: str, xen: Version) -> Meant:
         target = _take_trailing(_ASKS.sub("", rest, count=1), found)
     script = Path(found.get("script", SCRIPTS[0])).name
     if script not in SCRIPTS:
-        raise ConfigError(f"the line is for the hotplug script {script!r}, and not for {SCRIPTS[0]}")
+        raise ConfigError(f"the line is for the hotplug script {script!r}, not for {SCRIPTS[0]}")
     if found.get("backendtype", "tap") != "tap":
         raise ConfigError(
             f"the line is for the backend {found['backendtype']!r}, not for xenbackend: leave backendtype out"

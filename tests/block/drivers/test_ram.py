@@ -103,7 +103,7 @@ def test_no_discard_where_the_memory_takes_no_holes() -> None:
 def test_a_guest_that_goes_on_gets_no_fresh_disk(machine: Machine, tmp_path: Path, is_file: bool) -> None:
     """Content that was lost with the service's memory is an error of opening, unless nobody could have written."""
     what = str(image(tmp_path / "img", 4096)) if is_file else 4096
-    with pytest.raises(DriverError, match="was lost with the service's memory; detach the disk and attach it anew"):
+    with pytest.raises(DriverError, match="was lost with the service's memory; detach the disk and attach it again"):
         opened(what, StepEnv(files=machine.files, resumes=True))
 
     opened(what, StepEnv(files=machine.files, resumes=True, read_only=True))

@@ -379,7 +379,7 @@ def test_a_detach_is_among_the_orders(xenstored: Xenstored, toolstack: Store, sy
     service = _start(xenstored, control_socket, systemd)
     attach(toolstack, Attachment(PATH, "null:1G"), str(control_socket))
     detach(toolstack, PATH, service=str(control_socket))
-    with pytest.raises(ConfigError, match="there is no disk 5/xvda"):
+    with pytest.raises(ConfigError, match="xenbackend serves no disk 5/xvda"):
         detach(toolstack, PATH, service=str(control_socket))
 
     def orders() -> list[tuple[str, ...]]:

@@ -566,5 +566,5 @@ def test_a_domain_knows_its_number(xenstored: Xenstored, store: Store) -> None:
         assert guest.own_domid() == 5
     store.write("domid", "0x1")
 
-    with pytest.raises(StoreError, match="'0x1', which is no domain number"):
+    with pytest.raises(StoreError, match="'0x1', which is not a domain number"):
         store.own_domid()

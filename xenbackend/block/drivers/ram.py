@@ -117,7 +117,9 @@ class Ram(SimpleDriver):
         if self._memory[0] != _FILLED:
             if env.resumes and not env.read_only:
                 problem = "what the guest had written to this disk was lost with the service's memory; "
-                raise DriverError(problem + "detach the disk and attach it anew", option="content", errno=errno.ENODATA)
+                raise DriverError(
+                    problem + "detach the disk and attach it again", option="content", errno=errno.ENODATA
+                )
             for place in range(0, size if file else 0, _CHUNK):
                 data = file.read_at(place, min(_CHUNK, size - place))  # type: ignore[union-attr]  # only where one is
                 self._disk[place : place + len(data)] = data

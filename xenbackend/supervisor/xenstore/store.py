@@ -223,7 +223,7 @@ class Store(Nodes):
         """Return the number of the domain that we run in."""
         text = self.read("domid")
         if not (text.isascii() and text.isdigit()):
-            raise StoreError(f"xenstore: the node domid of our own domain holds {text!r}, which is no domain number")
+            raise StoreError(f"xenstore: the node domid of our own domain holds {text!r}, which is not a domain number")
         return int(text)
 
     def watch(self, path: str, token: str) -> None:
