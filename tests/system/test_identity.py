@@ -350,7 +350,7 @@ def test_what_was_cut_short_is_served_once_it_is_whole(machine: Machine, tmp_pat
     with held(image) as fd, serving(machine, tmp_path, f"aio:{image}") as disk:
         shrink(image)
         disk.kill()
-        disk.waits(SMALLER, f"has {SIZE // 2} bytes", f"told of {SIZE}")
+        disk.waits(SMALLER, f"has {SIZE // 2} bytes", f"told {SIZE}")
         disk.order("resume")
         disk.waits(SMALLER)
         assert str(SIZE // 512) == machine.store.read(f"{disk.path.backend}/sectors")
