@@ -20,7 +20,8 @@ from xenbackend.errors import ConfigError
 from xenbackend.loop.reactor import Reactor
 from xenbackend.protocol.answers import Answer
 from xenbackend.protocol.codes import Code
-from xenbackend.supervisor.service import access, server
+from xenbackend.supervisor.service import access
+from xenbackend.supervisor.service import listening as place_of_socket
 from xenbackend.supervisor.service.server import Server
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes somebody else")
@@ -150,7 +151,7 @@ def test_the_socket_is_the_groups_and_its_directory_is_found(place: Path, monkey
     """In our own directory the group may look for the socket and see nothing else; without a group all is root's."""
     own = place / "own"
     own.mkdir(mode=0o700)
-    monkeypatch.setattr(server, "OWN_DIRECTORY", own)
+    monkeypatch.setattr(place_of_socket, "OWN_DIRECTORY", own)
     found = []
     for group in (READERS, access.NOBODY):
         loop = Reactor()
