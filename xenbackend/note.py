@@ -31,8 +31,8 @@ class Note:
         self._room = size - _LENGTH.size
         self._version = version
 
-    def write(self, memory: memoryview, value: dict[str, Any] | None) -> None:
-        """Replace the value; None removes it. Raises: ValueError if it is too long."""
+    def write(self, memory: memoryview, value: dict[str, Any] | None, *, reserved: int = 0) -> None:
+        """Replace the value; None removes it. Raises: ValueError if it leaves less than `reserved` bytes of room."""
         words = self._words(memory)
         if words[0] != MAGIC:
             words[1] = self._version
@@ -41,8 +41,8 @@ class Note:
             words[self._word] = 0
             return
         text = json.dumps(value).encode()
-        if len(text) > self._room:
-            raise ValueError(f"{len(text)} bytes do not fit into a note, which has room for {self._room}")
+        if len(text) + reserved > self._room:
+            raise ValueError(f"{len(text) + reserved} bytes do not fit into a note, which has room for {self._room}")
         copy = 2 if words[self._word] == 1 else 1
         place = self._places[copy - 1]
         _LENGTH.pack_into(memory, place, len(text))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 
 import pytest
 
@@ -15,6 +16,7 @@ from xenbackend.supervisor.vbd import notes
 from xenbackend.supervisor.vbd.handover import Handover
 from xenbackend.supervisor.vbd.inheritance import prefix_of, sort_inherited
 from xenbackend.supervisor.vbd.notes import Claimed, Exchange, Notes
+from xenbackend.units import PAGE
 
 
 def test_notes_have_their_types(kept: Kept) -> None:
@@ -62,4 +64,33 @@ def test_names_of_memories_leave_room_for_what_counts() -> None:
     handover.note(paused="root", program="1.2.3", exchange=Exchange(1, "\udcff" * 2048, "\udcff" * 2048))
 
     assert 8 == len(handover.descriptors("null:1G")[1])
+    handover.close()
+
+
+@pytest.mark.parametrize("is_done", [True, False])
+@pytest.mark.parametrize("most", ["files", "all"])
+def test_the_end_of_an_exchange_can_always_be_noted(most: str, *, is_done: bool) -> None:
+    """Also where as much was noted meanwhile as the notes can hold: the worker has exchanged the chain already."""
+    handover = Handover(Keeper({}), PATH)
+    handover.descriptors("aio:/a")
+    if most == "all":
+        handover.note(stale_params=["x" * 40 * PAGE])
+    handover.note(exchange=Exchange(1, "aio:/a", "aio:/a"))
+
+    kinds = ("next", "both") if is_done else ("both",)
+    files: dict[str, str] = {}
+    for count, size in ((100, 100), (10, 100), (1, 100), (1, 1)):
+        with suppress(ConfigError):
+            while True:
+                first = len(files)
+                more = {
+                    f"f{number}": f"{kinds[number % len(kinds)]}|file device=1 inode={number}|/{'x' * size}"
+                    for number in range(first, first + count)
+                }
+                handover.note(files={**files, **more})
+                files |= more
+    count = len(handover.notes.files)
+    (handover.exchange_is_done if is_done else handover.exchange_is_not_done)()
+
+    assert (None, count) == (handover.notes.exchange, len(handover.notes.files))
     handover.close()

@@ -14,12 +14,14 @@ from dataclasses import dataclass, field
 from xenbackend.note import Note
 from xenbackend.protocol import codec
 from xenbackend.protocol.opening import HeldFile
+from xenbackend.supervisor.vbd.kept_files import Of
 from xenbackend.units import PAGE
 
 VERSION = 3
 _ROOM = 64 * PAGE
 _NAMES = 8 * PAGE  # bytes for the names of memories, which a worker gives, and which must not crowd out the rest
 _FILES = 48 * PAGE  # bytes for the files, whose names may come from an image
+_MORE_OF_A_FILE = max(map(len, Of)) - min(map(len, Of))  # bytes by which its note may grow when an exchange ends
 SIZE = PAGE + 2 * _ROOM  # bytes
 _NOTE = Note(0, 2, (PAGE, PAGE + _ROOM), _ROOM, VERSION)
 
@@ -81,14 +83,18 @@ class Notes:
 
 
 def write(memory: memoryview, notes: Notes) -> None:
-    """Replace the notes atomically. Raises: ValueError, if they are too long, or hold what cannot be stored."""
+    """Replace the notes atomically. Raises: ValueError, if they are too long, or hold what cannot be stored.
+
+    How an exchange ends can always be noted: the room for it is reserved while it is under way.
+    """
     values = codec.as_fields(notes)
     codec.restore(Notes, values)
     if len(json.dumps(values["memories"])) > _NAMES:
         raise ValueError("the names of memories leave no room for anything else")
-    if len(json.dumps(values["files"])) > _FILES:
+    reserved = _MORE_OF_A_FILE * len(notes.files) if notes.exchange is not None else 0
+    if len(json.dumps(values["files"])) + reserved > _FILES:
         raise ValueError("the names of the disk's files are too long")
-    _NOTE.write(memory, values)
+    _NOTE.write(memory, values, reserved=reserved)
 
 
 def read(memory: memoryview) -> Notes:
