@@ -111,6 +111,18 @@ def test_no_end_is_no_connection(listener: socket.socket, monkeypatch: pytest.Mo
     connections.close()
 
 
+def test_a_server_that_sends_on_is_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once the time is over nothing more is waited for, however much there is to read; the next try reads on."""
+    monkeypatch.setattr(connecting, "_ROOM", 1)
+    near, far = socket.socketpair()
+    with near, far:
+        far.sendall(b"xx")
+        far.close()
+        ends = [drain(near, time.monotonic() - 1) for _ in range(3)]
+
+    assert [End.LASTS, End.LASTS, End.ENDED] == ends
+
+
 @pytest.mark.parametrize("is_kept", [True, False], ids=["an earlier opener", "this one"])
 def test_what_the_network_broke_has_no_end_to_see(listener: socket.socket, *, is_kept: bool) -> None:
     """What ended by the network's own time-out reads as ended, and is not: an administrator has to say that it is."""

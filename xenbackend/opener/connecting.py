@@ -43,7 +43,7 @@ class End(Enum):
     """What became of a connection that was shut down."""
 
     ENDED = "it has ended"
-    SILENT = "nothing comes"
+    LASTS = "it has not ended in time"
     BROKEN = "the network has given up on it"
 
 
@@ -132,12 +132,15 @@ def drain(former: socket.socket, until: float) -> End:
     """Read a connection, whose sending side is shut down, to its end or `until` (time.monotonic)."""
     room = bytearray(_ROOM)
     while True:
-        former.settimeout(max(0.001, until - time.monotonic()))
+        remaining_s = until - time.monotonic()
+        former.settimeout(max(0.001, remaining_s))
         try:
             if not former.recv_into(room):
                 return End.ENDED
+            if remaining_s <= 0:  # it may send for ever
+                return End.LASTS
         except TimeoutError as error:  # our own timeout has no errno; the network's has
-            return End.BROKEN if error.errno else End.SILENT
+            return End.BROKEN if error.errno else End.LASTS
         except OSError as error:
             return End.ENDED if error.errno in _RESETS else End.BROKEN
 
@@ -181,7 +184,7 @@ def _connected(near: socket.socket, address: object) -> socket.socket:
 
 
 def _sentence(server: str, end: End) -> str:
-    if end is End.SILENT:
+    if end is End.LASTS:
         return (
             f"the server {server} has not ended a former connection, and may still carry out writes that came by it; "
             "the disk waits until the connection has ended; if you are certain that nothing is under way there, "
