@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -150,6 +151,21 @@ def test_a_target_that_may_be_left_out_is_no_other_option() -> None:
     assert Lenient(size=4096) == parsed("x:size=4K", Lenient)
     assert Lenient(file="./size=4K") == parsed("x:./size=4K", Lenient)
     assert Lenient(file="other=1", size=512) == parsed("x:other=1,size=512", Lenient)
+
+
+def test_a_misspelt_option_is_no_file_that_may_be_left_out() -> None:
+    """Else ``log:trakc=off`` would create a file of that name; a path is a file, whatever its name resembles."""
+    for text, problem in (
+        ("x:szie=4K", "unknown option 'szie'; it knows size; did you mean size? For a file write ./szie=4K"),
+        ("x:file=/img,size=4K", "write file first and without file="),
+    ):
+        with pytest.raises(ChainError, match=re.escape(problem)) as caught:
+            parsed(text, Lenient)
+        assert text[2:6] == text[caught.value.position : caught.value.position + caught.value.length]
+
+    assert Lenient(file="./szie=4K") == parsed("x:./szie=4K", Lenient)
+    assert Lenient(file="/szie=4K") == parsed("x:/szie=4K", Lenient)
+    assert Everything(file="szie=4K") == parsed("x:szie=4K")
 
 
 def test_files_are_found_by_their_kind() -> None:

@@ -58,7 +58,8 @@ def option(text: str, *, default: Any = MISSING, target: bool = False) -> Any:
         text: the line for the manual.
         default: the value if the chain does not name the option; must not be mutable.
         target: the option is the driver's first item, whatever that contains. If it has a default it may be left out,
-            and a first item that looks like another option is that option: ``log:track=off`` names no file.
+            and a first item that looks like another option is that option: ``log:track=off`` names no file. If it is
+            a file, a misspelt option is refused: ``log:trakc=off`` would create a file of that name.
     """
     return field(default=default, metadata={"help": text, "target": target})
 
@@ -74,6 +75,7 @@ def parse_options(options: type, layer: Layer, chain: str) -> Any:
     target = target_of(options)
     if target and items and not _is_left_out(options, target, items[0].text):
         first = items.pop(0)
+        _check_target(options, target, layer, first, chain)
         if first.text:
             values[target] = _parse_value(kinds[target], layer.name, target, first.text, chain, first.start, first.end)
     for item in items:
@@ -132,6 +134,21 @@ def _is_left_out(options: type, target: str, first: str) -> bool:
     key, sign, _ = first.partition("=")
     may_be = {each.name: each.default is not MISSING for each in fields(options)}
     return bool(sign) and may_be[target] and key in may_be and key != target
+
+
+def _check_target(options: type, target: str, layer: Layer, first: Item, chain: str) -> None:
+    """Refuse a misspelt option in the place of a file that may be left out. Raises: ChainError."""
+    key, sign, _ = first.text.partition("=")
+    kinds = _kinds(options)
+    may_be_left_out = any(each.name == target and each.default is not MISSING for each in fields(options))
+    if not sign or not may_be_left_out or kinds[target].noun != FILE.noun:
+        return
+    length = first.value_start - 1 - first.start
+    if key == target:
+        raise ChainError(f"{layer.name}: write {key} first and without {key}=", chain, first.start, length)
+    if "/" not in first.text and nearest(key, set(kinds) - {target}):
+        problem = f"{_unknown(layer.name, key, kinds, target)} For a file write ./{first.text}"
+        raise ChainError(problem, chain, first.start, length)
 
 
 def _show(kind: Kind, value: Any) -> str:
