@@ -18,6 +18,18 @@ def test_all_are_ours() -> None:
     assert not issubclass(XenbackendError, OSError | ValueError)
 
 
+def test_an_error_of_the_host_is_a_sentence() -> None:
+    """It says which file and why, without Python's number; ours are what they are."""
+    said = {
+        "/img/x: No space left on device": OSError(errno.ENOSPC, "No space left on device", "/img/x"),
+        "No space left on device": OSError(errno.ENOSPC, "No space left on device"),
+        "it ended": OSError("it ended"),
+        "the disk is gone": XenbackendError("the disk is gone"),
+    }
+
+    assert list(said) == [errors.sentence_of(each) for each in said.values()]
+
+
 def test_chain_error_points_at_the_place() -> None:
     """A chain's error shows the chain, with carets under exactly the part that is wrong."""
     error = ChainError("no driver 'lag'", "lag:|aio:/img", position=0, length=3)

@@ -96,6 +96,14 @@ def is_shortage(problem: BaseException) -> bool:
     return is_short or isinstance(problem, KernelError | MemoryError)
 
 
+def sentence_of(problem: Exception) -> str:
+    """Return what an error says to a person; of an OSError the file and the reason, without the number."""
+    if not isinstance(problem, OSError):
+        return str(problem)
+    where = f"{printable(str(problem.filename))}: " if problem.filename else ""
+    return f"{where}{problem.strerror or problem}"
+
+
 def printable(text: str) -> str:
     """Return a text with all non-printable characters escaped, so that it cannot move the cursor or start a line."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

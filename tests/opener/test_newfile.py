@@ -80,6 +80,17 @@ def test_a_small_file_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch:
     assert {"state": b"one"} == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
 
+@pytest.mark.parametrize("path", ["/proc/new", "{directory}/" + "x" * 300])
+def test_an_error_names_the_file_that_was_asked_for(tmp_path: Path, path: str) -> None:
+    """Its temporary name, which is gone by then, means nothing to an administrator."""
+    path = path.format(directory=tmp_path)
+    with pytest.raises(OSError, match=r"No such file|too long") as problem:
+        write_new(path, Blank(10))
+
+    assert (path, None) == (problem.value.filename, problem.value.filename2)
+    assert [] == list(tmp_path.iterdir())
+
+
 def test_a_small_file_is_replaced(tmp_path: Path) -> None:
     """What was there is gone, and nothing is left beside it."""
     for data in (b"one", b"two"):

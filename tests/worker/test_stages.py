@@ -209,6 +209,15 @@ def test_what_a_snapshot_would_serve_is_told(driven: Driven, images: list[Path])
     assert DATA == driven.frontend.read(0, 8)
 
 
+def test_an_error_of_the_host_names_the_snapshot(driven: Driven, images: list[Path]) -> None:
+    """The answer is a sentence: the file that was asked for, and why there is none."""
+    driven.connect(f"aio:{images[0]}")
+    leaf = str(images[0].with_name("x" * 300))
+    reply = driven.worker.ask(messages.Branch(leaf, ""))
+
+    assert (Code.FAILED, f"{leaf}: File name too long") == (reply.code, reply.sentence)
+
+
 def test_a_snapshot_that_the_image_keeps_itself(driven: Driven, images: list[Path], tmp_path: Path) -> None:
     """It is asked of the source, under its own name; what has none says so, and so does one that gets no writes."""
     driven.connect(f"log:|aio:{images[0]}")

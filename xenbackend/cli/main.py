@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from xenbackend import __version__
 from xenbackend.cli.arguments import Parser, UsageError, check_command
-from xenbackend.errors import ChainError, ConfigError, XenbackendError, printable
+from xenbackend.errors import ChainError, ConfigError, XenbackendError, printable, sentence_of
 
 MODULES = {  # by command, in the order of the help
     "run": "run", "config": "config", "status": "status", "top": "top", "latency": "latency", "metrics": "metrics",
@@ -72,8 +72,7 @@ def _run(words: list[str]) -> int:
         return 0
     except OSError as problem:  # other refusals of the host: a full disk, a file that cannot be written
         _flush_or_forget()
-        where = f"{problem.filename}: " if problem.filename else ""
-        return _fail(XenbackendError(f"{where}{problem.strerror or problem}"), as_json=as_json and given.json)
+        return _fail(XenbackendError(sentence_of(problem)), as_json=as_json and given.json)
     return status
 
 

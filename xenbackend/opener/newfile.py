@@ -34,7 +34,8 @@ class NewFile:
         refuse_existing(path)
         self._path = path
         self._temporary = f"{_directory(path)}/.xenbackend-{secrets.token_hex(8)}"
-        self.fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with naming(path):
+            self.fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
 
     def publish(self) -> None:
         """Make it durable and give it its name. Raises: ConfigError, if that is taken by now; OSError."""
@@ -84,7 +85,8 @@ def publish(temporary: str, path: str) -> None:
     finally:
         os.close(fd)
     try:
-        os.link(temporary, path)
+        with naming(path):
+            os.link(temporary, path)
     except FileExistsError as error:
         raise ConfigError(f"{printable(path)} has appeared meanwhile, and is not overwritten") from error
     Path(temporary).unlink()
@@ -111,12 +113,11 @@ def replace_durably(path: str, data: bytes) -> None:
 
 @contextmanager
 def naming(path: str) -> Iterator[None]:
-    """Add the file's name to errors of calls that have only a descriptor."""
+    """Name the file in errors of calls that have only a descriptor or a temporary name."""
     try:
         yield
     except OSError as error:
-        if error.filename is None:
-            error.filename = path
+        error.filename, error.filename2 = path, None
         raise
 
 

@@ -21,7 +21,7 @@ from contextlib import suppress
 from functools import partial
 
 from xenbackend.disks import parse_disk
-from xenbackend.errors import ConfigError, DriverError, KernelError, XenbackendError
+from xenbackend.errors import ConfigError, DriverError, KernelError, XenbackendError, sentence_of
 from xenbackend.kernel import process, users
 from xenbackend.loop.reactor import Reactor
 from xenbackend.loop.steps import Line, Steps, run
@@ -278,7 +278,7 @@ class Worker:
         except ConfigError as problem:
             reply = Code.INVALID, str(problem), ""
         except (XenbackendError, OSError) as problem:
-            reply = Code.FAILED, str(problem), ""
+            reply = Code.FAILED, sentence_of(problem), ""
         except NoChainLeft as problem:
             self._give_up(ask, str(problem))
         except Exception as bug:  # D8; the supervisor is still waiting
