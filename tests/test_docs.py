@@ -79,6 +79,19 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not part or part in [re.sub(r"[^\w -]", "", each).lower().replace(" ", "-") for each in headings], target
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_table_is_whole(page: Path) -> None:
+    """A row is one line, and a table begins with its heading and a rule; anything else is shown as a paragraph."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for block in re.split(r"\n\s*\n|\n(?=- )", text):
+        lines = [line.strip() for line in block.strip().splitlines()]
+        if any(line.startswith("|") for line in lines):
+            start = next(place for place, line in enumerate(lines) if line.startswith("|"))
+            broken = [line for line in lines[start:] if not (line.startswith("|") and line.endswith("|"))]
+            assert not broken
+            assert re.fullmatch(r"[-|: ]+", "".join(lines[start + 1 : start + 2])), lines[start]
+
+
 @pytest.mark.parametrize("room", [f"supervisor/{each.parent.name}" for each in SUPERVISOR] + ["protocol", "loop"])
 def test_every_file_of_the_control_plane_is_introduced(room: str) -> None:
     """ARCHITECTURE.md says in a line what each file of these rooms holds, in the room's own table."""
