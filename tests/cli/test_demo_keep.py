@@ -123,6 +123,29 @@ def test_images_that_are_missing_are_made(tmp_path: Path) -> None:
     assert [2 << 20, 3 << 20] == [(tmp_path / f"{number}.img").stat().st_size for number in (1, 2)]
 
 
+@pytest.mark.parametrize("is_found", [False, True])
+def test_the_program_is_found_in_another_terminal(is_found: bool) -> None:
+    """What is to be pasted there also names the program's directory, unless a shell finds the program already."""
+    scripts = Path(sys.executable).parent
+    others = [each for each in os.environ["PATH"].split(":") if not (Path(each) / "xenbackend").exists()]
+    with places.directory(Path("/tmp")) as directory:
+        process = subprocess.Popen(
+            [scripts / "xenbackend", "demo", "--keep"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "TMPDIR": str(directory), "PATH": ":".join([*others, *([str(scripts)] * is_found)])},
+        )  # fmt: skip
+        try:
+            assert process.stderr is not None
+            assert process.stderr.readline()  # which follows what is to be pasted
+        finally:
+            process.send_signal(signal.SIGINT)
+            output, errors = process.communicate()
+
+    lines = [line.removeprefix("export ") for line in output.splitlines()]
+    expected = ["XENBACKEND_SOCKET", "XENSTORED_PATH", *([] if is_found else ["PATH"])]
+    assert expected == [line.partition("=")[0] for line in lines], errors
+    assert is_found or f"PATH={scripts}:$PATH" == lines[-1]
+
+
 @pytest.mark.parametrize("words", [["--keep", "0"], ["--keep", "65"], ["--keep", "2", "ram:1M"], ["--keep", "1", "x:"]])
 def test_mistakes_are_told_before_anything_starts(words: list[str]) -> None:
     """Too many guests, one disk for several, a chain that is none."""

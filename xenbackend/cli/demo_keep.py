@@ -8,6 +8,8 @@ One thread runs all guests, and never waits for one of them: a paused disk does 
 from __future__ import annotations
 
 import argparse
+import shlex
+import shutil
 import signal
 import sys
 import tempfile
@@ -93,14 +95,23 @@ def _tell(args: argparse.Namespace, machine: Machine, guests: list[_Guest]) -> N
     if args.json:
         output.print_json({"socket": machine.control, "store": store, "vbds": disks})
     else:
-        print(f"export {SOCKET_VARIABLE}={machine.control}\nexport {STORE_VARIABLE}={store}")
+        print("\n".join([f"export {SOCKET_VARIABLE}={machine.control}", f"export {STORE_VARIABLE}={store}", *_path()]))
         names = ", ".join(f"{each['vbd']} ({each['guest']})" for each in disks)
         print(
-            f"A simulated host runs until Ctrl-C. Paste the two lines above into another terminal; then for example:\n"
+            f"A simulated host runs until Ctrl-C. Paste the lines above into another terminal; then for example:\n"
             f"    xenbackend status\n    xenbackend top\n    xenbackend pause {disks[0]['vbd']}\nDisks: {names}",
             file=sys.stderr,
         )
     sys.stdout.flush()
+
+
+def _path() -> list[str]:
+    """Return the line by which `xenbackend` is found in another terminal, if a shell would not find this one."""
+    program = Path(sys.argv[0])
+    found = shutil.which(program.name)
+    if program.name != "xenbackend" or (found and Path(found).resolve() == program.resolve()):
+        return []
+    return [f"export PATH={shlex.quote(str(program.parent.absolute()))}:$PATH"]
 
 
 def _has_service(machine: Machine) -> bool:
