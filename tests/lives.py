@@ -64,11 +64,12 @@ class Life:
         return self.top.figures()
 
     def die(
-        self, times: int, model: bytearray, *, ops: Sequence[int], longest: int, rests: float = 0
+        self, times: int, model: bytearray, *, ops: Sequence[int], longest: int, rests: float = 0, waits: int = 0
     ) -> Iterator[None]:
         """Kill the worker so many times, with requests of these kinds in flight; yield when they have been repeated.
 
-        `model` gets what the disk holds then. After a share `rests` of the steps, timers go off.
+        `model` gets what the disk holds then. After a share `rests` of the steps, timers go off. A request that ends
+        with the status `waits` is repeated, too.
         """
         for _ in range(times):
             out = self._requests(model, ops, longest)
@@ -77,7 +78,7 @@ class Life:
                 self.disk.step()
                 if self.chance.random() < rests:
                     self.rest()
-            answered = set(self.disk.back)
+            answered = {request for request in self.disk.back if not waits or request.status != waits}
             assert {0} >= {request.status for request in answered}
             self.kill()
             left = [again(request) for request in out if request not in answered]

@@ -9,8 +9,10 @@ Must not put a block below in parts, nor say that it is there before a flush has
 So after a power failure a block that FILE has a tag for is in FILE, and any other one is below, and each of its sectors
 is as it was at the last flush, or newer. A killed worker's tags are in memory (`durable_tags`).
 
-A block that has a slot is written there, by any number of requests at once. One that has none gets one, under a hold
-(`holds`), with what is around the write read from below; or it is written below, where there is no room.
+A dirty block is written in its slot, by any number of requests at once. Any other one becomes dirty under a hold
+(`holds`), by one write that FILE has taken: in the slot that it has, or in a new one, with what is around the write
+read from below. Until then the layer below has all that was answered, and the write goes there where there is no room,
+or FILE gives an error. So a dirty block has data that are nowhere else, and a write to it waits for FILE.
 """
 
 from __future__ import annotations
@@ -118,27 +120,25 @@ class WriteBack(BackReads):
         elif request.op == Op.DISCARD:
             self._discard(request, first, last)
         else:
-            slots = [self.map.find(block) for block in range(first, last + 1)]
-            is_there = min(slots) >= 0 and self.destage.has_room(range(first, last + 1))
-            if is_there and first == last:
-                self._write_one(request, first, slots[0])
+            dirty, blocks = self.destage.dirty, range(first, last + 1)
+            is_dirty = all(block in dirty for block in blocks)
+            if is_dirty and first == last:
+                self._write_one(request, first, self.map.find(first))
                 return
-            join = self._begin(request, first, last, is_held=not is_there)
-            if not is_there:
-                slots = [self._slot_for(request, block) for block in range(first, last + 1)]
+            join = self._begin(request, first, last, is_held=not is_dirty)
+            slots = [self._slot_for(request, block) for block in blocks]
             for slot, place, length, iov in self._pieces(request, slots):
                 join.left += 1
                 self._write(join, slot, place, length, iov)
-            for block, slot in enumerate(slots, first) if not is_there else ():
-                if slot >= 0 and self.map.find(block) == slot:
-                    self.map.pins[slot] -= 1  # it was there before, and is pinned by what is on its way to it
+            for block, slot in enumerate(slots, first):
+                if slot >= 0 and block in dirty:
+                    self.map.pins[slot] -= 1  # it is pinned as such, and by what is on its way to it
             self._altered(join, 0)
 
     def _write_one(self, request: Request, block: int, slot: int) -> None:
-        """Write to the one slot that has the block, as most do: the same as below, with less work."""
+        """Write to the slot of one dirty block, as most do: the same as below, with less work."""
         self._overtaken.begin(block, block)
         self.destage.add(block, slot)
-        self.tags.put(slot, block)
         self._writing[slot] += 1
         self.map.pins[slot] += 1
         place = self._data_at + (slot << self._bits) + (request.offset & (self.block - 1))
@@ -194,7 +194,7 @@ class WriteBack(BackReads):
         if slot < 0:
             self._around += 1
             self.send_below(Op.WRITE, place, iov, length, lambda part: self._altered(join, part.status))
-        elif self.map.find(block) == slot:
+        elif block in self.destage.dirty:
             self.write_dirty(block, slot, place & (self.block - 1), iov, partial(self._kept_dirty, join))
         else:
             self._write_first(join, slot, block, place, length, iov)
@@ -202,8 +202,14 @@ class WriteBack(BackReads):
     def _write_first(
         self, join: _Altering, slot: int, block: int, place: int, length: int, iov: Sequence[memoryview]
     ) -> None:
-        """Write a whole block to a slot that was taken for it; where that cannot be the piece goes below."""
-        memory = self._copies.take(self.block) if length < self.block else None
+        """Make a block dirty: write to the slot that has it, or all of it to one that was taken for it.
+
+        Where that cannot be, the piece goes below. Until it is there, the map says nothing of the slot: whoever is
+        killed would leave some of the write in a clean block, which may give way to what is below at any time.
+        """
+        has_rest = self.map.find(block) == slot
+        self.map.drop(block, block)
+        memory = self._copies.take(self.block) if length < self.block and not has_rest else None
 
         def read(part: Part) -> None:
             if part.status or memory is None:  # to write a piece below nobody need know what is around it
@@ -226,16 +232,15 @@ class WriteBack(BackReads):
                 self._altered(join, 0)
 
         if memory is None:
-            self.send_to_slot(Op.WRITE, slot, 0, iov, written)
+            self.send_to_slot(Op.WRITE, slot, place & (self.block - 1), iov, written)
         else:
             self.send_below(Op.READ, block << self._bits, [memory], self.block, read)
 
     def write_dirty(
         self, block: int, slot: int, at: int, iov: Sequence[memoryview], done: Callable[[Part], None]
     ) -> None:
-        """Write to a slot that has the block: it has more than the layer below from now on, whatever happens."""
+        """Write to the slot of a dirty block, which goes below once more after that."""
         self.destage.add(block, slot)
-        self.tags.put(slot, block)
         self._writing[slot] += 1
 
         def written(part: Part) -> None:
