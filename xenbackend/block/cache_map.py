@@ -17,7 +17,7 @@ from xenbackend.units import PAGE
 
 WAYS = 8
 _TOKEN = 48  # bytes, at the beginning
-_MOST_PLACES = 1 << 16  # of 100 bytes each
+_MOST_PLACES = 1 << 16  # of 130 bytes each
 
 
 class CacheMap:

@@ -50,7 +50,7 @@ Example:
 Limits:
     FILE must be a regular file, for one disk at a time. Commands, and `check`, read past it, but with writeback.
     `size` is 1 MiB and 8 blocks at least, and 16 million blocks at most; a slot takes 13 bytes of memory, with
-    writeback 21, and the blocks that are found again and again up to 8 MiB. Above `luks:` FILE has plain text. What
+    writeback 21, and the blocks that are found again and again up to 9 MiB. Above `luks:` FILE has plain text. What
     others write to a shared image (`share=on`, `w!`) is not noticed: do not use it there. A discard of more than 4096
     blocks empties the cache of what is not dirty. A medium below FILE that hangs, rather than failing, holds up what
     is read from it.
