@@ -20,7 +20,7 @@ from xenbackend.errors import ConfigError
 from xenbackend.loop.reactor import Reactor
 from xenbackend.protocol.answers import Answer
 from xenbackend.protocol.codes import Code
-from xenbackend.supervisor.service import access
+from xenbackend.supervisor.service import access, server
 from xenbackend.supervisor.service import listening as place_of_socket
 from xenbackend.supervisor.service.server import Server
 
