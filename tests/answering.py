@@ -161,3 +161,12 @@ def typed_disk(said: Mapping[str, Any] = DISK, **changes: Any) -> Disk:
 def typed_service(**changes: Any) -> Service:
     """Return that service's description of itself, as a client returns it."""
     return results.service({**_DONE["ping"], **changes})
+
+
+def moved(known: dict[str, Any], **counts: int) -> dict[str, Any]:
+    """Return a description as it is once so much more has been counted."""
+    later = deepcopy(known)
+    later["latency_histogram"][17] += counts.get("latency_samples", 0)
+    for name, count in counts.items():
+        later["counters"][name] += count
+    return later

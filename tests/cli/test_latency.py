@@ -12,9 +12,8 @@ import pytest
 
 from tests.answering import DISK, answering, typed_disk, working
 from xenbackend.cli import latency
-from xenbackend.cli.latency import Histogram, difference
+from xenbackend.cli.histogram import Histogram
 from xenbackend.cli.main import main
-from xenbackend.errors import XenbackendError
 from xenbackend.protocol.answers import Answer
 from xenbackend.protocol.codes import Code
 
@@ -49,12 +48,6 @@ def test_it_is_of_the_interval(
     assert [(1 << 17, 90), (1 << 18, 9), (1 << 19, 0), (1 << 20, 1)] == [
         tuple(each.values()) for each in values["buckets"]
     ]
-
-
-def test_counting_that_began_anew_is_told() -> None:
-    """Such a difference would be of nothing that ever was."""
-    with pytest.raises(XenbackendError, match="attached again"):
-        difference(typed_disk(timed(at17=5)), typed_disk(timed(at17=4, at18=9)), 1.0)
 
 
 def test_without_requests_there_is_nothing_to_divide() -> None:

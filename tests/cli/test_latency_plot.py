@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.answering import typed_disk
-from xenbackend.cli.latency import Histogram
+from xenbackend.cli.histogram import Histogram
 from xenbackend.errors import ConfigError
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")

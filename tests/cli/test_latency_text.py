@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.answering import typed_disk
-from xenbackend.cli.latency import Histogram
+from xenbackend.cli.histogram import Histogram
 from xenbackend.cli.latency_text import lines
 
 

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from tests import answering
-from tests.answering import DISK, Control, typed_disk, working
-from xenbackend.cli import status
+from tests.answering import DISK, Control, moved, working
+from xenbackend.cli import pictures
 from xenbackend.cli.main import main
-from xenbackend.cli.status import COLUMNS, Speed, speed
+from xenbackend.cli.status import COLUMNS
 from xenbackend.protocol.answers import Answer
 from xenbackend.protocol.codes import Code
 
@@ -53,18 +53,9 @@ def service() -> Service:
 @pytest.fixture
 def control(tmp_path: Path, service: Service, monkeypatch: pytest.MonkeyPatch) -> Iterator[Control]:
     """Its control socket, in a world where nobody sleeps."""
-    monkeypatch.setattr(status, "SAMPLE_S", 0.0)
+    monkeypatch.setattr(pictures, "SAMPLE_S", 0.0)
     with answering.answering(tmp_path / "x", service.answer) as made:
         yield made
-
-
-def moved(known: dict[str, Any], **counts: int) -> dict[str, Any]:
-    """Return a description as it is once so much more has been counted."""
-    later = deepcopy(known)
-    later["latency_histogram"][17] += counts.get("latency_samples", 0)
-    for name, count in counts.items():
-        later["counters"][name] += count
-    return later
 
 
 def test_json_is_all_that_the_service_knows(control: Control, capsys: pytest.CaptureFixture[str]) -> None:
@@ -180,28 +171,6 @@ def test_sorting(control: Control, service: Service, capsys: pytest.CaptureFixtu
     assert found == "".join(line[0] for line in lines)
 
 
-def test_rates_and_latency_are_of_the_interval() -> None:
-    """What a disk did before the first look counts for nothing; a bound is that of a bucket."""
-    told = moved(disk(), reads=10**6, latency_samples=10**6, latency_ns=10**15)
-    later = moved(told, reads=100, writes=20, read_bytes=8192, latency_samples=4, latency_ns=400_000)
-    before, after = typed_disk(told), typed_disk(later)
-
-    assert Speed({"reads": 50.0, "writes": 10.0, "read_bytes": 4096.0, "written_bytes": 0.0}, 100_000.0, 1 << 17) == (
-        speed(before, after, 2.0)
-    )
-    assert Speed(dict.fromkeys(status.RATES, 0.0)) == speed(after, after, 2.0)
-
-
-def test_counters_that_began_anew_are_no_rate() -> None:
-    """A disk that was attached anew, has no worker, or was not looked at before, has no rate: never a negative one."""
-    known = typed_disk(moved(disk(), reads=100))
-
-    assert {Speed()} == {
-        speed(None, known, 1.0), speed(known, typed_disk(), 1.0), speed(known, known, 0.0),
-        speed(known, typed_disk(counters={}, latency_histogram=[]), 1.0),
-    }  # fmt: skip
-
-
 @pytest.mark.parametrize(("text", "sentence"), [("0", "too short"), ("0.9", "too short"), ("soon", "no")])
 def test_watching_faster_than_counters_change_is_refused(
     capsys: pytest.CaptureFixture[str], text: str, sentence: str
@@ -240,11 +209,3 @@ def test_no_service_is_told_with_how_to_start_it(tmp_path: Path, capsys: pytest.
     """Where nothing listens the operator reads how to start the service, and the exit status is 1."""
     assert 1 == main(["status", "--socket", str(tmp_path / "none")])
     assert "systemctl start xenbackend" in capsys.readouterr().err
-
-
-def test_an_age_is_one_word() -> None:
-    """The largest unit that there is one of; a dash where nobody knows."""
-    assert ["0s", "59s", "2m", "3h", "4d", "-"] == [
-        status.age(1000.0 - each if each is not None else None, 1000.0)
-        for each in (0, 59, 120, 3 * 3600, 4 * 86400, None)
-    ]

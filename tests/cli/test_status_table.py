@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from tests.answering import DISK, answering, typed_disk, typed_service, working
-from xenbackend.cli import status, status_table
+from xenbackend.cli import pictures, status_table
 from xenbackend.cli.main import main
-from xenbackend.cli.status import Picture
+from xenbackend.cli.pictures import Picture
 from xenbackend.protocol.answers import Answer
 from xenbackend.protocol.codes import Code
 
@@ -34,7 +34,7 @@ def test_a_table_on_a_terminal(
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     monkeypatch.setenv("TERM", "dumb")
-    monkeypatch.setattr(status, "SAMPLE_S", 0.0)
+    monkeypatch.setattr(pictures, "SAMPLE_S", 0.0)
     disks = [
         disk(chain="[bold]aio:/img/\x1b[2J" + 40 * "x", error="the worker was ended by SIGKILL", restarts=2),
         {

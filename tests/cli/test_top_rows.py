@@ -9,7 +9,7 @@ import pytest
 
 from tests.answering import DISK, typed_disk, typed_service
 from xenbackend.cli import top_rows
-from xenbackend.cli.status import Picture, Speed
+from xenbackend.cli.pictures import Picture, Speed
 from xenbackend.cli.top_rows import History, Row, View, arranged, sparkline
 
 OTHER = {**deepcopy(DISK), "vbd": "6/xvdb", "node": "vbd/6/51728", "domid": 6, "guest": "web", "chain": "ram:1G"}

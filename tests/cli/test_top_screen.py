@@ -6,7 +6,7 @@ import pytest
 
 from tests.answering import typed_disk
 from xenbackend.cli import top_rows, top_screen
-from xenbackend.cli.status import Speed
+from xenbackend.cli.pictures import Speed
 from xenbackend.cli.top_rows import Row, View
 from xenbackend.cli.top_screen import Frame, lines
 

@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xenbackend import counters
-from xenbackend.cli import status
+from xenbackend.cli import pictures
 from xenbackend.cli.arguments import add_json, add_socket
+from xenbackend.cli.histogram import FRACTIONS, Histogram, difference
 from xenbackend.cli.output import print_json
 from xenbackend.client import Client, Disk
-from xenbackend.errors import ConfigError, XenbackendError
-
-FRACTIONS = (0.5, 0.9, 0.99, 0.999)
+from xenbackend.errors import ConfigError
 
 
 def register(subparsers: Any) -> None:
@@ -33,7 +30,7 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument("vbd", metavar="DISK", help="such as 5/xvda or guest/xvda")
     parser.add_argument(
-        "--interval", type=status.interval, default=5.0, metavar="SECONDS", help="how long to look (%(default)s)"
+        "--interval", type=pictures.interval, default=5.0, metavar="SECONDS", help="how long to look (%(default)s)"
     )
     parser.add_argument("--total", action="store_true", help="of all requests since the disk was attached instead")
     parser.add_argument(
@@ -46,39 +43,6 @@ def register(subparsers: Any) -> None:
     add_json(parser)
     add_socket(parser)
     parser.set_defaults(run=run)
-
-
-@dataclass(frozen=True, slots=True)
-class Histogram:
-    """Latencies of a sample of requests.
-
-    buckets   element n counts those that took from 2^(n-1) to 2^n ns
-    sum_ns    sum of all of them
-    seconds   of the interval; None: since the disk was attached
-    """
-
-    buckets: tuple[int, ...]
-    sum_ns: int
-    seconds: float | None
-
-    @property
-    def samples(self) -> int:
-        """The number of requests."""
-        return sum(self.buckets)
-
-    @property
-    def mean_ns(self) -> float | None:
-        """The mean; None if there are no requests."""
-        return self.sum_ns / self.samples if self.samples else None
-
-    def bound_ns(self, fraction: float) -> int | None:
-        """Return the bound below which this fraction of the requests stayed; None if there are none."""
-        return counters.percentile_ns(self.buckets, fraction) if self.samples else None
-
-    def filled(self) -> range:
-        """Return the buckets from the first to the last one that is not empty."""
-        places = [place for place, count in enumerate(self.buckets) if count]
-        return range(places[0], places[-1] + 1) if places else range(0)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -119,16 +83,6 @@ def look(args: argparse.Namespace) -> tuple[Disk, Histogram]:
     time.sleep(args.interval)
     after = client.disk(args.vbd)
     return after, difference(before, after, time.monotonic() - begun)
-
-
-def difference(before: Disk, after: Disk, seconds: float) -> Histogram:
-    """Return the latencies between two looks. Raises: XenbackendError, if the counters were reset between them."""
-    pairs = zip(after.latency_histogram, before.latency_histogram, strict=True)
-    buckets = tuple(new - old for new, old in pairs)
-    sum_ns = after.counters["latency_ns"] - before.counters["latency_ns"]
-    if min(sum_ns, *buckets) < 0:
-        raise XenbackendError(f"{after.vbd} was attached again meanwhile; repeat the command")
-    return Histogram(buckets, sum_ns, seconds)
 
 
 def values(known: Disk, histogram: Histogram) -> dict[str, Any]:

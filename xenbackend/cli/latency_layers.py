@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from xenbackend.cli import waiting
-from xenbackend.cli.latency import FRACTIONS, Histogram
+from xenbackend.cli.histogram import FRACTIONS, Histogram
 from xenbackend.cli.output import print_json
 from xenbackend.client import LayerTimes, Measured, Times
 from xenbackend.disks import parse_disk

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from xenbackend import __version__
-from xenbackend.cli.latency import Histogram
+from xenbackend.cli.histogram import Histogram
 from xenbackend.client import Disk
 from xenbackend.errors import ConfigError, printable
 from xenbackend.units import format_duration, format_time

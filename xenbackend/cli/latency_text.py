@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from xenbackend.cli.latency import FRACTIONS, Histogram
+from xenbackend.cli.histogram import FRACTIONS, Histogram
 from xenbackend.client import Disk
 from xenbackend.errors import printable
 from xenbackend.units import format_duration

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     if args.listen is not None:
         from xenbackend.cli.metrics_http import serve  # late: it needs http.server
 
-        serve(args.listen, args.socket)
+        serve(args.listen, partial(look, args.socket))
     elif args.textfile is not None:
         try:
             families = look(args.socket)

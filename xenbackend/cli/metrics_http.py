@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import socket
 import sys
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from xenbackend.cli import metrics_text
-from xenbackend.cli.metrics import look
+from xenbackend.cli.metrics_text import Family
 from xenbackend.errors import ConfigError, XenbackendError
+
+Look = Callable[[], list[Family]]
 
 PATIENCE_S = 10.0  # for a client that sends nothing
 
 
-def serve(address: tuple[str, int], control: str) -> None:
-    """Answer requests for /metrics until the process ends. Raises: ConfigError."""
+def serve(address: tuple[str, int], look: Look) -> None:
+    """Answer requests for /metrics with what `look` returns until the process ends. Raises: ConfigError."""
 
     class Handler(_Handler):
-        socket_of_service = control
+        families = staticmethod(look)
 
     try:
         server = _server(address, Handler)
@@ -48,7 +51,7 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = PATIENCE_S
     server_version = "xenbackend"
     sys_version = ""
-    socket_of_service = ""
+    families: Look
 
     def do_GET(self) -> None:
         """Answer a request."""
@@ -57,7 +60,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         is_openmetrics = "application/openmetrics-text" in self.headers.get("Accept", "")
         try:
-            families = look(self.socket_of_service)
+            families = self.families()
         except XenbackendError as problem:
             self.log_error("%s", problem)
             families = metrics_text.of_nobody()

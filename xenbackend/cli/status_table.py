@@ -9,8 +9,8 @@ import argparse
 import time
 from typing import TYPE_CHECKING
 
-from xenbackend.cli import status
-from xenbackend.cli.status import Picture, Speed
+from xenbackend.cli import pictures
+from xenbackend.cli.pictures import Picture, Speed
 from xenbackend.client import Disk
 from xenbackend.errors import printable
 from xenbackend.units import format_duration, format_size
@@ -30,17 +30,17 @@ def show(args: argparse.Namespace) -> None:
     from rich.live import Live
 
     console = Console(highlight=False)
-    before = after = status.look(args)
+    before = after = pictures.look(args)
     if args.watch is None:
         if before.disks:
-            time.sleep(status.SAMPLE_S)
-            after = status.look(args)
+            time.sleep(pictures.SAMPLE_S)
+            after = pictures.look(args)
         console.print(frame(args, before, after))
         return
     with Live(fitting(console, args, before, before), console=console, auto_refresh=False) as live:
         while True:
             time.sleep(args.watch)
-            after = status.look(args)
+            after = pictures.look(args)
             live.update(fitting(console, args, before, after), refresh=True)
             before = after
 
@@ -61,9 +61,9 @@ def frame(args: argparse.Namespace, before: Picture, after: Picture, room: int |
     from rich.console import Group
     from rich.text import Text
 
-    rows = status.arranged(args, before, after)[:room]
+    rows = pictures.arranged(args, before, after)[:room]
     notes = [f"{known.vbd}: {each}" for known, _ in rows for each in _notes(known)]
-    line = status.service_line(after)
+    line = pictures.service_line(after)
     if before is after and rows:
         line += "; rates follow with the next refresh"
     if len(rows) < len(after.disks):
@@ -87,21 +87,21 @@ def table(rows: list[tuple[Disk, Speed]]) -> Table:
 
 def _notes(known: Disk) -> list[str]:
     restarts = [f"restarts of its worker: {known.restarts}"] if known.restarts else []
-    return [*status.remarks(known), *restarts]
+    return [*pictures.remarks(known), *restarts]
 
 
 def _cells(known: Disk, moved: Speed, now: float) -> list[Text]:
     from rich.text import Text  # a chain may hold what rich takes for mark-up
 
-    word = status.condition(known)
-    worker = f"{known.worker}, {status.age(known.worker_since, now)}" if known.worker else "no worker"
+    word = pictures.condition(known)
+    worker = f"{known.worker}, {pictures.age(known.worker_since, now)}" if known.worker else "no worker"
     return [
         Text(f"{known.vbd}\n{printable(known.guest)}"),
         Text.assemble((word, _STYLES.get(word, "red" if known.reason else "")), f"\n{worker}"),
         Text(_rates(moved, "reads", "read_bytes")),
         Text(_rates(moved, "writes", "written_bytes")),
         Text(f"{_duration(moved.mean_ns)}\n{_duration(moved.p99_ns, '<')}"),
-        Text(str(status.errors(known))),
+        Text(str(pictures.errors(known))),
         Text(printable(known.chain) + (" (read-only)" if known.read_only else "")),
     ]
 

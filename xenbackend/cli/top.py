@@ -11,10 +11,10 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from xenbackend.cli import status, top_rows
+from xenbackend.cli import pictures, top_rows
 from xenbackend.cli.arguments import add_json, add_socket
 from xenbackend.cli.output import print_json
-from xenbackend.cli.status import Picture
+from xenbackend.cli.pictures import Picture
 from xenbackend.cli.top_rows import History, Row, View
 from xenbackend.client import Client, ServiceError
 from xenbackend.errors import printable
@@ -45,7 +45,7 @@ def register(subparsers: Any) -> None:
     parser.add_argument("vbds", nargs="*", metavar="DISK", help="only these disks, such as 5/xvda or guest/xvda")
     parser.add_argument(
         "--interval",
-        type=status.interval,
+        type=pictures.interval,
         default=2.0,
         metavar="SECONDS",
         help="time between two refreshes (%(default)s)",
@@ -139,7 +139,7 @@ class Live:
             self._note = str(problem)
             return
         self._rows, self._note = self._history.take(picture), ""
-        self._service = status.service_line(picture)
+        self._service = pictures.service_line(picture)
 
     def _meanwhile(self, waited_s: float) -> None:
         """React to keys while the service does not answer."""
@@ -257,11 +257,11 @@ def _print_lines(rows: list[Row], view: View) -> None:
 
 
 def _cells(row: Row) -> list[str]:
-    rates = [f"{row.moved.rates[each]:.0f}" if row.moved.rates else "-" for each in status.RATES]
+    rates = [f"{row.moved.rates[each]:.0f}" if row.moved.rates else "-" for each in pictures.RATES]
     times = ["-" if each is None else f"{each / 1e3:.0f}" for each in (row.moved.mean_ns, row.moved.p99_ns)]
     known = row.known
     words = [known.vbd, printable(known.guest) or "-", row.condition, *rates, str(row.in_flight), *times]
-    return [*words, str(status.errors(known)), printable(known.chain) or "-"]
+    return [*words, str(pictures.errors(known)), printable(known.chain) or "-"]
 
 
 def _count(text: str) -> int:

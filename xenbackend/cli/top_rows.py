@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from xenbackend.cli import status
-from xenbackend.cli.status import Picture, Speed
+from xenbackend.cli import pictures
+from xenbackend.cli.pictures import Picture, Speed
 from xenbackend.client import Disk
 from xenbackend.errors import printable
 
@@ -36,7 +36,7 @@ class Row:
     @property
     def condition(self) -> str:
         """The disk's condition in one word."""
-        return status.condition(self.known)
+        return pictures.condition(self.known)
 
     @property
     def text(self) -> str:
@@ -61,10 +61,10 @@ class View:
 
 
 def _by_status(name: str) -> Callable[[Row], Any]:
-    return lambda row: status.SORTS[name](row.known, row.moved)
+    return lambda row: pictures.SORTS[name](row.known, row.moved)
 
 
-SORTS: dict[str, Callable[[Row], Any]] = {name: _by_status(name) for name in status.SORTS} | {
+SORTS: dict[str, Callable[[Row], Any]] = {name: _by_status(name) for name in pictures.SORTS} | {
     "queue": lambda row: -row.in_flight
 }
 
@@ -78,7 +78,7 @@ class History:
 
     def take(self, picture: Picture) -> list[Row]:
         """Return a row for each disk of a picture; at the first picture no speed is known."""
-        moved = status.speeds(self._last or picture, picture)
+        moved = pictures.speeds(self._last or picture, picture)
         is_first, self._last = self._last is None, picture
         self._means = {each.node: self._means.get(each.node, deque(maxlen=REMEMBERED)) for each in picture.disks}
         if not is_first:
@@ -116,7 +116,7 @@ def layers(row: Row) -> list[str]:
 def values(row: Row) -> dict[str, Any]:
     """Return the values of a row for --json."""
     known, moved = row.known, row.moved
-    rates = {f"{name}_per_s": None if moved.rates is None else round(moved.rates[name], 3) for name in status.RATES}
+    rates = {f"{name}_per_s": None if moved.rates is None else round(moved.rates[name], 3) for name in pictures.RATES}
     figures = [{"layer": each.layer, "figures": each.figures} for each in known.layers]
     return {
         "vbd": known.vbd,
@@ -127,6 +127,6 @@ def values(row: Row) -> dict[str, Any]:
         "mean_ns": None if moved.mean_ns is None else round(moved.mean_ns),
         "p99_ns": moved.p99_ns,
         "in_flight": row.in_flight,
-        "errors": status.errors(known),
+        "errors": pictures.errors(known),
         "layers": figures,
     }

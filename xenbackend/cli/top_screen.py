@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from xenbackend.cli import status, top_rows
+from xenbackend.cli import pictures, top_rows
 from xenbackend.cli.top_rows import Row, View
 from xenbackend.errors import printable
 from xenbackend.units import format_duration, format_size
@@ -79,7 +79,7 @@ def _columns(bars: str) -> list[_Column]:
         _Column("mean", 7, 2, lambda row: _time(row.moved.mean_ns)),
         _Column("99%<", 7, 7, lambda row: _time(row.moved.p99_ns)),
         _Column("latency", _SPARK, 8, lambda row: top_rows.sparkline(row.history, _SPARK, bars)),
-        _Column("errors", 6, 9, lambda row: str(status.errors(row.known))),
+        _Column("errors", 6, 9, lambda row: str(pictures.errors(row.known))),
     ]
 
 
@@ -138,7 +138,7 @@ def _of_row(row: Row, columns: Sequence[_Column], view: View) -> list[Text]:
     line.append(printable(row.known.chain))
     below = [Text(f"    {each}", "dim") for each in top_rows.layers(row)] if view.with_layers else []
     if row.known.reason or row.known.paused:
-        below.insert(0, Text(f"    {next(iter(status.remarks(row.known)), '')}", "yellow"))
+        below.insert(0, Text(f"    {next(iter(pictures.remarks(row.known)), '')}", "yellow"))
     return [line, *below]
 
 

@@ -1,0 +1,39 @@
+"""What happened to a disk between two looks at the service, and how it is said."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+from tests.answering import DISK, moved, typed_disk
+from xenbackend.cli import pictures
+from xenbackend.cli.pictures import Speed, speed
+
+
+def test_rates_and_latency_are_of_the_interval() -> None:
+    """What a disk did before the first look counts for nothing; a bound is that of a bucket."""
+    told = moved(deepcopy(DISK), reads=10**6, latency_samples=10**6, latency_ns=10**15)
+    later = moved(told, reads=100, writes=20, read_bytes=8192, latency_samples=4, latency_ns=400_000)
+    before, after = typed_disk(told), typed_disk(later)
+
+    assert Speed({"reads": 50.0, "writes": 10.0, "read_bytes": 4096.0, "written_bytes": 0.0}, 100_000.0, 1 << 17) == (
+        speed(before, after, 2.0)
+    )
+    assert Speed(dict.fromkeys(pictures.RATES, 0.0)) == speed(after, after, 2.0)
+
+
+def test_counters_that_began_anew_are_no_rate() -> None:
+    """A disk that was attached anew, has no worker, or was not looked at before, has no rate: never a negative one."""
+    known = typed_disk(moved(deepcopy(DISK), reads=100))
+
+    assert {Speed()} == {
+        speed(None, known, 1.0), speed(known, typed_disk(), 1.0), speed(known, known, 0.0),
+        speed(known, typed_disk(counters={}, latency_histogram=[]), 1.0),
+    }  # fmt: skip
+
+
+def test_an_age_is_one_word() -> None:
+    """The largest unit that there is one of; a dash where nobody knows."""
+    assert ["0s", "59s", "2m", "3h", "4d", "-"] == [
+        pictures.age(1000.0 - each if each is not None else None, 1000.0)
+        for each in (0, 59, 120, 3 * 3600, 4 * 86400, None)
+    ]
