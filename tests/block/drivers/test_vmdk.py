@@ -159,9 +159,9 @@ def one_extent(directory: Path, line: str) -> str:
         ('RW 8 FLAT "../secret" 0', "secret is named only by the image; if it is the right one, allow it with"),
         ('RW 8 FLAT "{outside}/secret" 0', "secret is named only by the image"),
         ('RW 8 FLAT "link" 0', "link is /.*/secret, and is named only by the image"),
-        ('RW 8 FLAT "/dev/zero" 0', "/dev/zero is no file"),
-        ('RW 8 FLAT "pipe" 0', "pipe is no file"),
-        ('RW 8 FLAT "socket" 0', "socket is no file"),
+        ('RW 8 FLAT "/dev/zero" 0', "/dev/zero is not a file"),
+        ('RW 8 FLAT "pipe" 0', "pipe is not a file"),
+        ('RW 8 FLAT "socket" 0', "socket is not a file"),
         ('RW 8 FLAT "." 0', "is a directory"),
         ('RW 8 FLAT "small" 0', "small: it is damaged: it has 512 bytes, and 4096 from byte 0 on are wanted"),
         ('RW 1 FLAT "small" 9007199254740991', "from byte 4611686018427387392 on are wanted"),
@@ -197,7 +197,7 @@ def test_an_operator_may_name_the_directory_of_extents(machine: Machine, tmp_pat
     assert b"d" * 4096 == machine.contents(f"{text},parents={tmp_path}")
 
     text = one_extent(tmp_path / "images", 'RW 8 FLAT "/dev/null" 0')
-    with pytest.raises(DriverError, match="/dev/null is no file"):
+    with pytest.raises(DriverError, match="/dev/null is not a file"):
         machine.open(f"{text},parents=/dev", read_only=True)
 
 
