@@ -241,7 +241,7 @@ def test_processes_that_hang_are_few(host: Host) -> None:
         if worker := host.status()["worker"]:
             with suppress(ProcessLookupError):  # it is dying, and status does not know yet
                 os.kill(int(worker), signal.SIGKILL)
-        until(lambda: host.waits() or "has not answered" in host.status()["error"])
+        until(lambda: host.waits() or "has failed to answer" in host.status()["error"])
         most = max(most, host.hanging())
     request = disk.submit(0, 0, 8, b"")
     host.server.release()

@@ -116,4 +116,4 @@ def test_without_an_agreement_there_is_nothing_to_rejoin(driven: Driven) -> None
     driven.open("ram:1M")
     driven.worker.tell(messages.Serve, None)
 
-    assert "does not know" in driven.worker.expect_standing().failure
+    assert "no record of what was agreed" in driven.worker.expect_standing().failure
