@@ -159,7 +159,7 @@ def test_what_waits_is_told(disk: Disk) -> None:
     for _ in range(4):
         disk.env.ring()
         assert 0 == disk.do(read(0, 512), 512)
-    assert disk.env.facts["cluster"].startswith("owes 1 answers, the oldest for 4 s")
+    assert disk.env.facts["cluster"].startswith("owes 1 answer, the oldest for 4 s")
     disk.librbd.answers = [(0, 0)]
     disk.env.reap()
     assert [waiting] == disk.back

@@ -132,9 +132,8 @@ class RbdDisk:
         oldest_s = int(max(ages, default=0) * TICK_S)
         if oldest_s >= SLOW_S:
             self._is_late = True
-            self._env.report(
-                "cluster", f"owes {len(ages)} answers, the oldest for {oldest_s} s; `ceph health` may say why"
-            )
+            answers = f"{len(ages)} answer{'s' * (len(ages) != 1)}"
+            self._env.report("cluster", f"owes {answers}, the oldest for {oldest_s} s; `ceph health` may say why")
         elif self._is_late:
             self._is_late = False
             self._env.report("cluster", "answers")
