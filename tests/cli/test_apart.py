@@ -50,15 +50,15 @@ class Command:
 
     @property
     def said(self) -> str:
-        """All that it has said until now."""
+        """Everything that the command has printed so far."""
         return self._said.read_text()
 
     def status(self, limit_s: float = 20.0) -> int:
-        """Return the exit status, once it has ended."""
+        """Return the exit status, once the command has ended."""
         return self.process.wait(limit_s)
 
     def child(self) -> int:
-        """Return the process that does it."""
+        """Return the process that does the command's work."""
         return int(Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()[0])
 
 
@@ -73,7 +73,7 @@ def server(tmp_path: Path) -> Iterator[fuse.Served]:
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_an_interruption_ends_it_whatever_hangs(server: fuse.Served, tmp_path: Path, moment: str) -> None:
-    """Ctrl-C, or a `kill`, ends it soon, with a sentence and 130; the process that hangs ends when it can."""
+    """Ctrl-C or `kill` soon ends the command with a sentence and status 130; the hanging process ends when it can."""
     opcode, words = MOMENTS[moment]
     server.hold(opcode)
     command = Command(tmp_path, words)
@@ -92,7 +92,7 @@ def test_an_interruption_ends_it_whatever_hangs(server: fuse.Served, tmp_path: P
 
 
 def test_a_second_interruption_is_not_waited_for(server: fuse.Served, tmp_path: Path) -> None:
-    """Whoever asks again has no patience; the file that is open is named."""
+    """A second interruption ends the command at once, and the message names the file that is open."""
     server.hold(fuse.READ)
     command = Command(tmp_path, ("check", "qcow2:{remote}/a.img"))
     until(server.held)
@@ -108,7 +108,7 @@ def test_a_second_interruption_is_not_waited_for(server: fuse.Served, tmp_path: 
 
 
 def test_a_terminal_tells_all_processes(server: fuse.Served, tmp_path: Path) -> None:
-    """Where somebody has told the process that does it as well, its end is waited for, if it comes."""
+    """If the signal reaches the working process too, the command waits a limited time for that process to end."""
     server.stop()
     command = Command(tmp_path, ("info", "{remote}/a.img"))
     until(lambda: "fuse" in _waits_in(command))
@@ -126,7 +126,7 @@ def _waits_in(command: Command) -> str:
 
 
 def test_a_command_does_not_outlive_who_waits_for_it(server: fuse.Served, tmp_path: Path) -> None:
-    """Its parent is killed by force: it gets a signal, which ends it, where anything can."""
+    """If the command is killed by force, the process that does the work ends too."""
     server.stop()
     command = Command(tmp_path, ("info", "{remote}/a.img"))
     until(lambda: "fuse" in _waits_in(command))
@@ -141,7 +141,7 @@ def test_a_command_does_not_outlive_who_waits_for_it(server: fuse.Served, tmp_pa
     ("words", "status"), [(("info", "aio:{home}/here.img"), 0), (("info", "aio:{home}/nowhere.img"), 2)]
 )
 def test_the_status_is_the_command_s(tmp_path: Path, words: tuple[str, ...], status: int) -> None:
-    """Whoever waits for the process that does it has its status and its output."""
+    """The command has the exit status and the output of the process that does the work."""
     (tmp_path / "here.img").write_bytes(b"x" * SIZE)
     command = Command(tmp_path, words)
 
@@ -163,7 +163,7 @@ def test_the_status_is_the_command_s(tmp_path: Path, words: tuple[str, ...], sta
 def test_an_error_names_file_and_place(
     server: fuse.Served, tmp_path: Path, opcode: int, words: tuple[str, ...], sentence: str
 ) -> None:
-    """EIO is one sentence: which file, what was done, how many bytes and where."""
+    """An EIO becomes one sentence: which file, which operation, how many bytes and where."""
     server.fail(errno.EIO, opcode)
     command = Command(tmp_path, words)
     status = command.status()

@@ -24,14 +24,14 @@ def test_quantities_are_read_as_everywhere_else() -> None:
      (disk, "foo", "'foo' is not a disk; write it as 5/xvda")],
 )  # fmt: skip
 def test_what_is_wrong_is_said(parse: Callable[[str], object], text: str, sentence: str) -> None:
-    """The sentence about a quantity reaches the operator: argparse prints it behind the argument's name."""
+    """For a quantity that cannot be parsed, argparse prints our sentence."""
     with pytest.raises(argparse.ArgumentTypeError, match=sentence):
         parse(text)
 
 
 @pytest.mark.parametrize("columns", ["40", "132", "0", "wide", None])
 def test_help_is_as_wide_as_argparse_would_have_it(columns: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It asks shutil, which is dear."""
+    """The width is the one that argparse would use, found without importing shutil, which is slow to import."""
     monkeypatch.delenv("COLUMNS", raising=False)
     if columns is not None:
         monkeypatch.setenv("COLUMNS", columns)
@@ -53,7 +53,7 @@ def test_help_is_as_wide_as_argparse_would_have_it(columns: str | None, monkeypa
 def test_a_command_shows_its_own_usage(
     capsys: pytest.CaptureFixture[str], line: str, usage: str, sentence: str
 ) -> None:
-    """A word too many is told with the usage of the command that has it; no option can be abbreviated."""
+    """An unknown argument is reported with the usage of the command it was given to; options cannot be abbreviated."""
     with pytest.raises(SystemExit) as end:
         main(line.split())
     said = capsys.readouterr().err
@@ -83,7 +83,7 @@ def test_every_command_describes_itself(capsys: pytest.CaptureFixture[str], name
 def test_the_environment_may_name_the_socket(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every command asks the service there; what --socket says holds over it, and an empty variable says nothing."""
+    """XENBACKEND_SOCKET names the socket for every command; --socket overrides it, and an empty variable is ignored."""
     monkeypatch.setenv("XENBACKEND_SOCKET", str(tmp_path / "x"))
     with answering(tmp_path / "x", working):
         assert (0, 1) == (main(["orders"]), main(["orders", "--socket", str(tmp_path / "none")]))

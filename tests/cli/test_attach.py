@@ -18,7 +18,7 @@ from xenbackend.supervisor.xenstore.store import Store
 
 
 def test_a_file_is_named_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A relative file would be another one where the service runs: it is refused, and nothing is written."""
+    """A relative file name would mean another file to the service: it is refused, and xenstore is not changed."""
     with Xenstored(tmp_path / "store") as xenstored:
         xenstored.add_domain_socket(5)
         nodes = xenstored.dump()
@@ -34,7 +34,7 @@ def test_a_file_is_named_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 @pytest.mark.parametrize("timeout", ["nan", "-1", "soon"])
 def test_a_timeout_is_a_duration(timeout: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """What is no duration is refused with a sentence before anything is done."""
+    """A timeout that is not a duration is refused with a sentence before anything is done."""
     with pytest.raises(SystemExit) as exit_:
         main(["detach", "5", "xvdb", "--timeout", timeout])
 
@@ -43,7 +43,7 @@ def test_a_timeout_is_a_duration(timeout: str, capsys: pytest.CaptureFixture[str
 
 
 def test_mistakes_end_with_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A chain, a domain or a disk that is not there is exit status 2; a xenstore that is not there is 1."""
+    """A bad chain, an unknown domain or an unknown disk ends with status 2; an unreachable xenstore with 1."""
     with Xenstored(tmp_path / "store") as xenstored:
         store = ["--store", xenstored.address]
         statuses = [
@@ -73,7 +73,7 @@ def test_mistakes_end_with_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixt
     ],
 )  # fmt: skip
 def test_a_disk_in_two_words_is_still_understood(words: str, joined: str) -> None:
-    """Domain and device were two words once; nothing else of a command line is taken for that."""
+    """Domain and device may still be given as two words; no other words are joined."""
     assert joined.split() == join_place(words.split())
 
 
@@ -88,7 +88,7 @@ def xenstored(tmp_path: Path) -> Iterator[Xenstored]:
 
 
 def paths(xenstored: Xenstored) -> set[str]:
-    """Return all that is there."""
+    """Return the paths of all nodes."""
     return {path for path, *_ in xenstored.dump()}
 
 
@@ -99,7 +99,7 @@ FRONTEND, BACKEND = "/local/domain/5/device/vbd/51728", "/local/domain/0/backend
 def test_a_disk_is_attached(
     tmp_path: Path, xenstored: Xenstored, capsys: pytest.CaptureFixture[str], name: list[str]
 ) -> None:
-    """However it is called, the answer has one name for it."""
+    """However a disk is named, the answer uses the same name for it."""
     with answering(tmp_path / "x", lambda _: Answer(Code.OK)) as control:
         where = ["--store", xenstored.address]
         assert 0 == main(["attach", *name, "null:1G", *where, "--socket", control.path])
@@ -115,7 +115,7 @@ def test_a_disk_is_attached(
 
 @pytest.mark.parametrize("name", ["5/xvdb", "vbd3/5/xvdb"])
 def test_a_disk_is_detached_whatever_its_kind(tmp_path: Path, xenstored: Xenstored, name: str) -> None:
-    """From Xen 4.19 on xl attaches disks of kind vbd3; libxl's own entry says which one it is."""
+    """A disk of kind vbd3, as xl attaches from Xen 4.19 on, is detached by either name: libxl's entry has the kind."""
     with answering(tmp_path / "x", lambda _: Answer(Code.OK)) as control:
         where = ["--store", xenstored.address]
         assert 0 == main(["attach", "vbd3/5/xvdb", "null:1G", *where, "--socket", control.path])
@@ -143,8 +143,8 @@ def test_an_attach_that_is_not_done_yet_goes_on(
     status: int,
     is_there: bool,
 ) -> None:
-    """When the time is up the guest gets the disk once it is open; what failed is taken back as a whole."""
-    monkeypatch.setattr(toolstack, "_wait_for", lambda *_: None)  # for a service that is none
+    """If the time runs out, the attach goes on in the service; an attach that failed is undone completely."""
+    monkeypatch.setattr(toolstack, "_wait_for", lambda *_: None)  # no service runs
     reply = {"ping": Answer(Code.OK), "hotplug": answer}
     with answering(tmp_path / "x", lambda request: reply[request["verb"]]) as control:
         where = ["--store", xenstored.address, "--socket", control.path]
@@ -157,7 +157,7 @@ def test_an_attach_that_is_not_done_yet_goes_on(
 def test_a_detach_that_waits_for_the_guest_is_under_way(
     tmp_path: Path, xenstored: Xenstored, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Both ends were asked to let go: it happens as soon as the guest does."""
+    """A detach that the guest has not completed in time is reported as still under way."""
     with answering(tmp_path / "x", lambda _: Answer(Code.OK)) as control:
         main(["attach", "5/xvdb", "null:1G", "--store", xenstored.address, "--socket", control.path])
         assert 75 == main(["detach", "5/xvdb", "--timeout", "0.01", "--store", xenstored.address])

@@ -70,7 +70,7 @@ def test_images() -> None:
 
 @pytest.mark.parametrize("arguments", [("--size", "much"), ("--poll", "long")])
 def test_what_is_no_quantity_is_refused(arguments: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
-    """A size or a time that is none ends in argparse's usage error with our sentence."""
+    """An invalid size or time ends in argparse's usage error with our sentence."""
     with pytest.raises(SystemExit, match="2"):
         parse(*arguments)
 
@@ -95,7 +95,7 @@ def test_the_exit_status_tells_whether_it_was_disturbed(
     foreign: float,
     expected: int,
 ) -> None:
-    """A script hears that no conclusion is possible, unless it does not want to; the figures are there all the same."""
+    """A disturbed session ends with status 3, or with 0 if --any is given; the figures are printed in either case."""
     usage = Usage(foreign, 0.0, 0.0, 0.0, [], autogroup=False)
     monkeypatch.setattr("xenbackend.bench.session.between", lambda *_: usage)
     args = parse("null:64M", "--work", "rr4k", "--rounds", "1", "--seconds", "0.05", *options)

@@ -37,7 +37,7 @@ def test_a_chain_is_explained_layer_by_layer(capsys: pytest.CaptureFixture[str],
 
 
 def test_a_whole_disk_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Its chain is opened as the guest would have it, and what belongs into the guest's configuration is said."""
+    """A whole disk line is opened as for the guest, and what belongs in the guest's configuration is printed."""
     path = image(tmp_path / "i")
 
     assert 0 == run("--disk", f"tap2:log:|aio:{path},xvda,r")
@@ -50,7 +50,7 @@ def test_a_whole_disk_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
 
 
 def test_what_is_no_part_of_a_chain_is_no_mistake_of_a_driver(tmp_path: Path) -> None:
-    """A disk line that was pasted whole is told apart from a wrong option, with the command that takes it."""
+    """A whole disk line pasted as a chain is not blamed on an option; the error names the command that accepts it."""
     line = f"tap2:log:|aio:{tmp_path}/i,xvda,w"
     with pytest.raises(ConfigError, match="',xvda,w' is not part of the chain") as caught:
         run(line)
@@ -62,7 +62,7 @@ def test_what_is_no_part_of_a_chain_is_no_mistake_of_a_driver(tmp_path: Path) ->
 def test_sectors_are_shown_as_fdisk_shows_them(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the medium writes more at once than a sector, both sizes are there."""
+    """If the medium writes larger units than a sector, both sizes are shown."""
     monkeypatch.setattr(blockdev, "_unit_of_file", lambda _fd: 4096)
     path = image(tmp_path / "i")
 
@@ -92,7 +92,7 @@ def test_what_is_wrong_is_raised_for_the_operator(tmp_path: Path) -> None:
 
 
 def test_the_help_names_the_files_that_a_check_leaves(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """A record is opened as in service, so its two files are there afterwards, and the help says so."""
+    """`check` opens a record as the service does and leaves its two files behind; the help says so."""
     assert run(f"log:{tmp_path}/rec|null:1M") == 0
     assert {"rec", "rec.1"} == {path.name for path in tmp_path.iterdir()}
     capsys.readouterr()
@@ -113,7 +113,7 @@ def test_an_image_is_free_after_a_check(tmp_path: Path) -> None:
 
 
 def test_an_odd_order_is_noted(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """A chain that works, but hardly does what was meant, is explained with a note; --json has it, too."""
+    """A chain whose order probably does not do what was meant gets a note, in JSON too."""
     text = f"cow:{tmp_path}/cow|throttle:iops=10|aio:{image(tmp_path / 'img')}"
 
     assert run(text) == 0
@@ -123,7 +123,7 @@ def test_an_odd_order_is_noted(capsys: pytest.CaptureFixture[str], tmp_path: Pat
 
 
 def test_any_name_can_be_shown(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """A name that would move the cursor, or is no UTF-8, is opened as it is and shown with escapes."""
+    """A name with control characters or invalid UTF-8 is opened unchanged and shown with escapes."""
     path = image(tmp_path / os.fsdecode(b"\xff\x1b[2J\n.img"))
 
     assert main(["check", f"aio:{path}"]) == 0
@@ -133,7 +133,7 @@ def test_any_name_can_be_shown(capsys: pytest.CaptureFixture[str], tmp_path: Pat
 
 @pytest.mark.slow
 def test_output_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
-    """A full disk below our output is exit status 1 and one line, as is any other refusal of the host."""
+    """If the output cannot be written, as on a full disk, the command ends with status 1 and one line."""
     path = image(tmp_path / "img")
     with Path("/dev/full").open("w") as full:
         ended = subprocess.run(

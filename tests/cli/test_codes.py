@@ -13,7 +13,7 @@ from xenbackend.cli.main import MODULES, main
 from xenbackend.protocol.answers import Answer
 from xenbackend.protocol.codes import EXIT_STATUS, Code
 
-ASKING = [  # commands that ask the service, and what they are asked with
+ASKING = [  # commands that ask the service, with their arguments
     "status", "pause 5/xvda", "resume 5/xvda", "set 5/xvda aio:/new", "set 5/xvda aio:/new --dry-run", "resize 5/xvda",
     "snapshot 5/xvda /new", "policy 5/xvda", "policy 5/xvda enospc=report", "upgrade", "upgrade 5/xvda", "stop",
     "cow keep 5/xvda /new", "cow drop 5/xvda",
@@ -64,7 +64,7 @@ HAVE_NO_SERVICE = (
 
 
 def status_of(words: list[str]) -> int:
-    """Return a command's exit status, also where its words cannot be parsed."""
+    """Return a command's exit status, also if its arguments cannot be parsed."""
     try:
         return main(words)
     except SystemExit as end:
@@ -72,7 +72,7 @@ def status_of(words: list[str]) -> int:
 
 
 def test_every_code_has_an_exit_status() -> None:
-    """The table has a row for each code; what a user got wrong is told apart from what failed and from what goes on."""
+    """Every code has an exit status; a user's mistake, a failure and an order under way have different ones."""
     assert set(Code) == set(EXIT_STATUS)
     assert {0: [Code.OK], 2: [Code.INVALID], 75: [Code.UNDER_WAY]} == {
         status: [code for code in Code if EXIT_STATUS[code] == status] for status in (0, 2, 75)
@@ -85,7 +85,7 @@ def test_every_code_has_an_exit_status() -> None:
 def test_a_code_of_the_service_is_the_exit_status(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, code: Code
 ) -> None:
-    """Whatever the service answers to whatever command, status, code and sentence are its answer's."""
+    """Every command passes on the service's answer: its exit status, its code and its sentence."""
     verbs = ("ping", "status") if line.partition(" ")[0] not in ("status", "metrics", "latency") else ()
 
     def answer(request: dict[str, object]) -> Answer:
@@ -112,12 +112,12 @@ def test_a_code_of_the_service_is_the_exit_status(
 def test_a_mistake_is_two_and_asks_for_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, line: str, has_service: bool
 ) -> None:
-    """Each command says what was wrong with its words, to people and scripts, and no service is ordered anything."""
+    """A wrong argument ends each command with status 2 and a reason, also in JSON; the service gets no order."""
     command = line.split(maxsplit=1)[0] if line.split(maxsplit=1)[0] in MODULES else "--frob"
     directory = tmp_path / "d"
     directory.mkdir()
     (directory / "taken").write_bytes(b"x" * 512)
-    monkeypatch.setattr("xenbackend.kernel.process.boost", lambda _: None)  # it would be ours, for all later tests
+    monkeypatch.setattr("xenbackend.kernel.process.boost", lambda _: None)  # else all later tests have it too
     monkeypatch.chdir(directory)
     words = shlex.split(line.replace("{}", str(directory)))
     with answering(tmp_path / "x", working) as control:
@@ -145,13 +145,13 @@ def test_a_mistake_is_two_and_asks_for_nothing(
 
 
 def test_every_command_has_its_mistake() -> None:
-    """No command is forgotten in the table; what xl is told is xl's to judge."""
+    """The table has a mistake for every command except xl, which checks its own arguments."""
     assert set(MODULES) - {"xl"} <= {line.split()[0] for line in MISTAKES}
 
 
 @pytest.mark.parametrize("line", ASKING)
 def test_without_a_service_it_is_one(tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str) -> None:
-    """What is right, and finds nobody who could do it, failed; it says how to start one."""
+    """Without a service a valid command ends with status 1 and says how to start the service."""
     assert 1 == status_of([*shlex.split(line), "--json", "--socket", str(tmp_path / "none")])
     captured = capsys.readouterr()
     assert "unreachable" == json.loads(captured.out)["error"]["code"]

@@ -17,7 +17,7 @@ from xenbackend.protocol.client import DEFAULT_SOCKET
 
 
 def of(*words: str) -> list[str]:
-    """Return what the last word may become."""
+    """Return the candidates for the last word."""
     return candidates(words, MODULES)
 
 
@@ -47,7 +47,7 @@ def of(*words: str) -> list[str]:
     ],
 )
 def test_commands_options_and_what_they_take(words: list[str], found: list[str]) -> None:
-    """Each word of the line is followed to the command's own parser; a value belongs to the option before it."""
+    """Candidates come from the parser of the command that the line names; a value belongs to the option before it."""
     offered = of(*words)
 
     assert set(found) <= set(offered)
@@ -56,19 +56,19 @@ def test_commands_options_and_what_they_take(words: list[str], found: list[str])
 
 
 def test_every_command_and_driver_is_offered() -> None:
-    """An empty word may become any of them."""
+    """All commands and all drivers are candidates for an empty word."""
     assert {*MODULES, "help"} <= set(of(""))
     assert set(BUILT_IN) <= set(of("drivers", ""))
 
 
 @pytest.mark.parametrize("command", [each for each in MODULES if each != "xl"])
 def test_every_command_has_its_options(command: str) -> None:
-    """No command is left out, and what is hidden in its help stays hidden."""
+    """Every command offers its options; options that its help hides are not offered."""
     assert "--help" in of(command, "--")
 
 
 def test_disks_are_the_services(tmp_path: Path) -> None:
-    """By number and by name, from the service that the line names; what is of the wrong beginning is left out."""
+    """Disks are offered by number and by guest name, as the named service lists them, if they begin with the word."""
     with answering(tmp_path / "x", working) as control:
         assert ["5/xvda", "mail/xvda"] == of("pause", "--socket", control.path, "")
         assert ["5/xvda"] == of("status", f"--socket={control.path}", "5")
@@ -77,7 +77,7 @@ def test_disks_are_the_services(tmp_path: Path) -> None:
 
 
 def test_a_service_that_says_nothing_is_not_waited_for(tmp_path: Path) -> None:
-    """Neither one that hangs nor one that does not run keeps a shell for longer than a glance."""
+    """Completion gives up quickly if the service hangs or does not run."""
     with socket.socket(socket.AF_UNIX) as silent:
         silent.bind(str(tmp_path / "x"))
         silent.listen()
@@ -89,7 +89,7 @@ def test_a_service_that_says_nothing_is_not_waited_for(tmp_path: Path) -> None:
 
 
 def test_files_for_what_takes_files(tmp_path: Path) -> None:
-    """Options and arguments that are files get files, those that are directories only these."""
+    """Arguments that take files complete to files; arguments that take directories, only to directories."""
     (tmp_path / "vm.cfg").touch()
     (tmp_path / "vms").mkdir()
 
@@ -99,7 +99,7 @@ def test_files_for_what_takes_files(tmp_path: Path) -> None:
 
 
 def test_the_services_socket_is_the_commands_default() -> None:
-    """Without a word about it the command's own default is asked, also within a command's commands."""
+    """Without --socket, the command's default socket is asked, also for nested commands."""
     from xenbackend.cli import log, status
     from xenbackend.cli.arguments import Parser
 
@@ -124,5 +124,5 @@ def test_the_services_socket_is_the_commands_default() -> None:
     ],
 )
 def test_a_shells_line(line: str, typed: Typed) -> None:
-    """Words are split as a shell does, up to the cursor, within a quote that does not end yet, too."""
+    """A line is split as a shell splits it, up to the cursor, even inside an open quote."""
     assert typed == read_line(line, " \t\n\"'><=;|&(:")

@@ -27,7 +27,7 @@ from xenbackend.cli.complete_chain import candidates, files
     ],
 )
 def test_drivers_options_and_values(text: str, found: list[str]) -> None:
-    """Words come from the drivers themselves; what is given already is not offered again."""
+    """Candidates come from the drivers; options that are already given are not offered again."""
     offered = list(candidates(text))
 
     assert set(found) <= set(offered)
@@ -36,7 +36,7 @@ def test_drivers_options_and_values(text: str, found: list[str]) -> None:
 
 
 def test_every_driver_is_offered() -> None:
-    """Nothing is kept from who has not begun; a filter without options that must be given may be followed by a bar."""
+    """All drivers are offered for an empty chain; a bar is offered after a filter without required options."""
     assert {f"{each}:" for each in BUILT_IN} <= set(candidates(""))
     assert "log:|" in candidates("log:")
     assert "aio:|" not in candidates("aio:")
@@ -44,7 +44,7 @@ def test_every_driver_is_offered() -> None:
 
 
 def test_files(tmp_path: Path) -> None:
-    """Directories end with a slash, hidden files wait for their dot; where one may not look there is nothing."""
+    """Directories end with a slash; hidden files need a leading dot; unreadable places offer nothing."""
     for name in ("img.raw", ".hidden", "other"):
         (tmp_path / name).touch()
     (tmp_path / "images").mkdir()

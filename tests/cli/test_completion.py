@@ -1,4 +1,4 @@
-"""Completion in real shells: keys are pressed, and the command that comes of it is looked at."""
+"""Completion in real shells: the test presses keys and looks at the command that results."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Shell:
             self._hear(0.5)
 
     def wait(self, text: str) -> str:
-        """Wait for a text that a command has printed, and return what is before it in that line."""
+        """Wait until a command has printed a text, and return the part of the line before it."""
         end = time.monotonic() + PATIENCE_S
         while text not in self.said:
             assert time.monotonic() < end, self.said
@@ -98,7 +98,7 @@ class Shell:
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    """A home with images, and the program on the way there, which prints its arguments."""
+    """A home directory with images, and on its PATH a program that prints its arguments."""
     program = tmp_path / "xenbackend"
     program.write_text(PROGRAM.format(python=sys.executable))
     program.chmod(0o755)
@@ -110,7 +110,7 @@ def directory(tmp_path: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHELLS)
 def test_keys_make_a_command(name: str, directory: Path) -> None:
-    """A command and its option; a chain in quotes, driver by driver, with a file whose name has a space."""
+    """A shell completes a command, an option, and a quoted chain driver by driver, with a space in a file name."""
     shell = Shell(name, directory)
     try:
         shell.complete("xenbackend chec", "check ")
@@ -128,7 +128,7 @@ def test_keys_make_a_command(name: str, directory: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHELLS)
 def test_words_with_colons_and_equal_signs(name: str, directory: Path) -> None:
-    """Without quotes, too, nothing is doubled where a shell splits words."""
+    """Unquoted words are not doubled where a shell splits them at colons and equal signs."""
     shell = Shell(name, directory)
     try:
         shell.complete("xenbackend check nbd:un", "unix:")
@@ -162,7 +162,7 @@ HOSTILE = [
 @pytest.mark.parametrize("quote", ["", "'", '"'])
 @pytest.mark.parametrize("name", SHELLS)
 def test_the_name_of_a_file_is_never_run(name: str, quote: str, directory: Path) -> None:
-    """Whatever a file is called, in quotes or without: the command gets its name, and the shell does nothing else."""
+    """No file name, quoted or not, makes the shell run anything; the command gets the name unchanged."""
     for each in HOSTILE:
         (directory / "images" / each).touch()
     shell = Shell(name, directory)
@@ -180,22 +180,20 @@ def test_the_name_of_a_file_is_never_run(name: str, quote: str, directory: Path)
 
 @pytest.mark.parametrize("name", BEGIN)
 def test_the_script_of_each_shell(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """It is printed as it is."""
+    """The completion script of each shell is printed unchanged."""
     assert 0 == main(["completion", name])
     assert completion.SCRIPTS[name] == capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words", [[], ["bash"], ["bash", "xenbackend nosuch "], ["fish", "xenbackend 'check no"]])
 def test_a_shell_never_hears_of_a_mistake(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """Whatever is asked, nothing is printed but what may follow."""
+    """Invalid input to `__complete` prints nothing and ends with status 0."""
     assert 0 == main(["__complete", *words])
     assert ("", "") == capsys.readouterr()
 
 
 def test_bash_gets_what_it_puts_in_place(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """What it takes for another word is left out; what a shell would take for something else is escaped, and within
-    quotes what it would take for that there.
-    """
+    """Bash gets only the part after its last word break, with special characters escaped as the open quote requires."""
     (tmp_path / "a b|c").touch()
     (tmp_path / "d$e`f!g'h\"i\\j").touch()
     breaks = " \t\n\"'><=;|&(:"

@@ -1,4 +1,4 @@
-"""`xenbackend config show`: what a service would go by."""
+"""`xenbackend config show`: the settings that a service would use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FILE = 'poll_us = 60\nparents = ["/a \\"b\\""]\n[limits]\nmax_queues = 2\n'
 
 
 def test_what_is_shown_means_what_the_file_means(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It is TOML with every setting; what the file does not have is marked, also where it has the default's value."""
+    """The output is TOML with every setting; settings that the file does not contain are marked as defaults."""
     path = tmp_path / "x.toml"
     path.write_text(FILE)
     assert 0 == main(["config", "show", "--config", str(path)])
@@ -31,7 +31,7 @@ def test_what_is_shown_means_what_the_file_means(tmp_path: Path, capsys: pytest.
 
 
 def test_defaults_are_those_without_a_file(capsys: pytest.CaptureFixture[str]) -> None:
-    """Whatever this host has; for scripts they are a map."""
+    """`--defaults` shows the built-in defaults, whatever file this host has; --json prints them as an object."""
     assert 0 == main(["config", "show", "--defaults"])
     shown = capsys.readouterr().out
     assert 0 == main(["config", "show", "--defaults", "--json"])
@@ -40,7 +40,7 @@ def test_defaults_are_those_without_a_file(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_a_file_that_cannot_be_used_is_not_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Half of the settings would be a lie."""
+    """If the file has a mistake, no setting is printed."""
     path = tmp_path / "x.toml"
     path.write_text("poll_us = 60\nfrob = 1\n")
 

@@ -17,7 +17,7 @@ CONVERTED = TEXT.replace(b"tap2:log:|aio:/img,xvda,w", LINE)
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    """Return a file with a disk of ours."""
+    """Return a configuration with a disk of ours."""
     file = tmp_path / "vm.cfg"
     file.write_bytes(TEXT)
     file.chmod(0o640)
@@ -25,14 +25,14 @@ def config(tmp_path: Path) -> Path:
 
 
 def test_it_prints_the_file_with_its_lines_rewritten(config: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
-    """All other bytes are those of the file, be they text or not; the file is left alone."""
+    """The file is printed with its disk lines rewritten and every other byte kept; the file itself is not changed."""
     assert main(["convert", str(config)]) == 0
     assert capfdbinary.readouterr().out == CONVERTED
     assert config.read_bytes() == TEXT
 
 
 def test_the_version_decides_the_form(config: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
-    """From 4.19 on a disk of ours has a kind of its own."""
+    """From Xen 4.19 on a disk of ours is written with its own kind."""
     assert main(["convert", "--xen-version", "4.20", str(config)]) == 0
     assert capfdbinary.readouterr().out == CONVERTED.replace(b"script=", b"backendtype=tap,script=")
 
@@ -49,7 +49,7 @@ def test_in_place_replaces_the_file_behind_a_link(config: Path, capsys: pytest.C
 
 
 def test_a_file_that_needs_nothing_is_not_written(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It stays the same file, which its inode says."""
+    """A file that needs no change is not written: its inode and time of change stay."""
     config.write_bytes(PLAIN)
     before = config.stat()
 
@@ -68,7 +68,7 @@ def test_a_file_that_needs_nothing_is_not_written(config: Path, capsys: pytest.C
 def test_one_bad_file_leaves_all_alone(
     config: Path, content: bytes, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With several files, none is written before all are understood."""
+    """With several files, none is written unless all can be parsed."""
     bad = config.with_name("bad.cfg")
     bad.write_bytes(content)
 
@@ -78,6 +78,6 @@ def test_one_bad_file_leaves_all_alone(
 
 
 def test_a_file_that_is_not_there_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It is named, and the exit status is that of a mistake."""
+    """A missing file is named in the error, and the exit status is 2."""
     assert main(["convert", str(tmp_path / "none.cfg")]) == 2
     assert capsys.readouterr().err == f"xenbackend: {tmp_path}/none.cfg: No such file or directory\n"

@@ -13,7 +13,7 @@ from xenbackend.cli.main import main
 def test_a_file_is_named_whole_and_the_new_chain_is_printed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The service has another directory; the guest's configuration needs the chain."""
+    """The service gets the file's absolute path, and the new chain is printed for the guest's configuration."""
     monkeypatch.chdir(tmp_path)
     with answering(tmp_path / "s", working) as control:
         assert 0 == main(["cow", "keep", "5/xvda", "kept.cow", "--socket", control.path])
@@ -26,7 +26,7 @@ def test_a_file_is_named_whole_and_the_new_chain_is_printed(
 def test_only_who_says_so_gives_a_guest_another_disk(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], *, force: bool
 ) -> None:
-    """The service decides by the flag."""
+    """`cow drop` passes --force on to the service, which decides."""
     with answering(tmp_path / "s", working) as control:
         assert 0 == main(["cow", "drop", "5/xvda", *["--force"] * force, "--socket", control.path])
 

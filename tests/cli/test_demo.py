@@ -1,4 +1,4 @@
-"""The command demo: a disk of the operator's is tried and put back, and what is wrong is a sentence."""
+"""The command demo: a disk of the operator's is tried and restored, and mistakes are reported in sentences."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _SHORT = ("--quiet", "--seconds", "0.1", "--area", "64K")
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [512, 4096, 5120])
 def test_a_disk_of_any_size_holds_what_it_held(size: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A disk below a page, of a page, or of no whole pages is verified and put back; every request is counted."""
+    """A disk below a page, of one page, or not of whole pages is verified and restored; every request is counted."""
     image = tmp_path / "[bold].img"
     image.write_bytes(before := os.urandom(size))
     status = main(["demo", *_SHORT, "--save", str(tmp_path / "saved"), f"log:|aio:{image}"])
@@ -53,7 +53,7 @@ def test_a_disk_of_any_size_holds_what_it_held(size: int, tmp_path: Path, capsys
     ],
 )
 def test_a_disk_that_fails_is_told(chain: str, sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """A disk that loses data or ends requests with errors is exit status 1 and one sentence, not a traceback."""
+    """If a disk loses data or fails requests, the demo ends with status 1 and one sentence, without a traceback."""
     status = main(["demo", *_SHORT, chain])
     error = capsys.readouterr().err
 
@@ -66,7 +66,7 @@ def test_a_disk_that_fails_is_told(chain: str, sentence: str, capsys: pytest.Cap
 def test_an_interrupted_disk_is_put_back(
     phase: str, short_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whenever Ctrl-C comes, twice even, the disk holds what it held, and nothing of the machine is left."""
+    """Whenever Ctrl-C comes, even twice, the disk's contents are restored and nothing of the machine is left."""
     image = short_path / "img"
     image.write_bytes(before := os.urandom(1 << 20))
     update = ProgressBar.update
@@ -86,7 +86,7 @@ def test_an_interrupted_disk_is_put_back(
 
 
 def test_mistakes_are_told_before_anything_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """An area below one sector, and a file to save to that is there, the disk itself perhaps, are exit status 2."""
+    """An area below one sector, or an existing file to save to, ends with status 2."""
     image = tmp_path / "img"
     image.write_bytes(b"kept" * 128)
 
@@ -105,9 +105,7 @@ def demo(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_a_file_system_survives_the_demo(tmp_path: Path) -> None:
-    """A disk with ext4 on it is verified, and is afterwards, for e2fsck and byte by byte, what it was before; the guest
-    read the same.
-    """
+    """A disk with ext4 is verified and then unchanged, for e2fsck and byte by byte; the guest read the same bytes."""
     if not shutil.which("mkfs.ext4"):
         pytest.skip("mkfs.ext4 is not installed (e2fsprogs)")
     image, copy, seen = tmp_path / "fs.img", tmp_path / "copy", tmp_path / "seen"
@@ -126,7 +124,7 @@ def test_a_file_system_survives_the_demo(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_demo_shows_states_and_what_the_log_saw() -> None:
-    """Without an argument it makes a disk of its own; it shows what `log:` saw, and with --trace xenstore changing."""
+    """Without an argument the demo makes its own disk; it shows what `log:` saw, and xenstore with --trace."""
     done = demo("--trace")
 
     assert done.returncode == 0, done.stderr

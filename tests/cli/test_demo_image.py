@@ -13,7 +13,7 @@ MIB = 1 << 20
 
 
 def test_what_is_missing_is_made_and_what_is_there_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """For what is used of it, at least of 1 MiB, sparse; whoever looks is told."""
+    """A missing image is created sparse, of at least 1 MiB, with a message; an existing image is kept."""
     image = tmp_path / "img"
     demo_image.make_missing(f"log:|aio:{image}", 512)
     said = capsys.readouterr().err
@@ -25,9 +25,7 @@ def test_what_is_missing_is_made_and_what_is_there_stays(tmp_path: Path, capsys:
 
 
 def test_nothing_else_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device that is missing is no file, an image of a format has to be made by its command, and a directory that is
-    not there is a sentence.
-    """
+    """No device, no image of a format and no parent directory is created."""
     device = Path("/dev/xenbackend-test-nosuch")
     monkeypatch.chdir("/")
     for name in (device, device.relative_to("/")):
@@ -43,14 +41,14 @@ def test_nothing_else_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_an_image_is_never_written_over(tmp_path: Path) -> None:
-    """Of two who make one the second fails."""
+    """Creating an image that exists already fails."""
     assert 2 * MIB == demo_image.make(tmp_path / "img", 2 * MIB)
     with pytest.raises(FileExistsError):
         demo_image.make(tmp_path / "img", MIB)
 
 
 def test_no_name_of_an_image_moves_a_cursor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Neither where it is made nor where it cannot be."""
+    """Control characters in an image's name are escaped in messages and errors."""
     demo_image.make_missing(f"aio:{tmp_path}/a\x1b[2J", MIB)
     with pytest.raises(ConfigError, match="cannot be made") as caught:
         demo_image.make_missing(f"aio:{tmp_path}/\x1b[2J/img", MIB)

@@ -28,7 +28,7 @@ PATIENCE_S = 30.0
 
 
 class Host:
-    """A host that stays, and a terminal in which its variables are set."""
+    """A host that keeps running, and a terminal in which its variables are set."""
 
     def __init__(self, process: subprocess.Popen[str], values: dict[str, Any], directory: Path) -> None:
         self.process, self.values = process, values
@@ -38,17 +38,17 @@ class Host:
         }  # fmt: skip
 
     def run(self, *words: str) -> subprocess.CompletedProcess[str]:
-        """Run a command there."""
+        """Run a command in that terminal."""
         command = [*PROGRAM, *words]
         return subprocess.run(command, env=self._environment, capture_output=True, text=True, timeout=60, check=False)
 
     def status(self, disk: str) -> dict[str, Any]:
-        """Return what is known of a disk; nothing where it is not there."""
+        """Return what the service knows of a disk, empty if there is none."""
         found = self.run("status", disk, "--json")
         return json.loads(found.stdout)["vbds"][0] if found.returncode == 0 else {}
 
     def until(self, disk: str, **expected: Any) -> None:
-        """Wait until a disk is like that. Raises: AssertionError."""
+        """Wait until a disk has these values. Raises: AssertionError."""
         end = time.monotonic() + PATIENCE_S
         while {key: self.status(disk).get(key) for key in expected} != expected:
             assert time.monotonic() < end, self.status(disk)
@@ -56,7 +56,7 @@ class Host:
 
 @contextmanager
 def host(*words: str) -> Iterator[tuple[Host, Path]]:
-    """Have one, in a directory of its own for temporary files, until Ctrl-C."""
+    """Run a host with its own directory for temporary files while the block lasts."""
     with places.directory(Path("/tmp")) as directory:
         process = subprocess.Popen(
             [*PROGRAM, "demo", "--keep", *words, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -73,9 +73,7 @@ def host(*words: str) -> Iterator[tuple[Host, Path]]:
 
 
 def test_every_command_works_there_and_nothing_is_left() -> None:
-    """What the manual does while a guest runs; a disk that is attached is used, and given back when it is to go. Ctrl-C
-    ends it in order.
-    """
+    """The manual's commands work there while guests run; Ctrl-C ends the host in order and leaves nothing."""
     with host("2") as (there, directory):
         assert documented("demo --keep")[0] == keys(there.values, set())
         assert ["5/xvda", "6/xvda"] == [each["vbd"] for each in there.values["vbds"]]
@@ -102,7 +100,7 @@ def test_every_command_works_there_and_nothing_is_left() -> None:
 
 
 def test_a_host_whose_service_is_stopped_ends() -> None:
-    """Nobody plays with it any more; a paused guest keeps it from nothing."""
+    """The demo ends when its service is stopped, even if a guest is paused."""
     with host() as (there, directory):
         there.until("5/xvda", state="Connected")
         assert 0 == there.run("pause", "5/xvda").returncode
@@ -113,7 +111,7 @@ def test_a_host_whose_service_is_stopped_ends() -> None:
 
 
 def test_images_that_are_missing_are_made(tmp_path: Path) -> None:
-    """One for each guest, of the size that is wanted; those that are there are used as they are."""
+    """Missing images are created, one for each guest, of the requested size; existing images are used unchanged."""
     (tmp_path / "1.img").write_bytes(bytes(2 << 20))
     with host("2", f"aio:{tmp_path}/{{n}}.img", "--area", "3M") as (there, _):
         there.until("6/xvda", state="Connected")
@@ -125,7 +123,7 @@ def test_images_that_are_missing_are_made(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("is_found", [False, True])
 def test_the_program_is_found_in_another_terminal(is_found: bool) -> None:
-    """What is to be pasted there also names the program's directory, unless a shell finds the program already."""
+    """The printed lines include the program's directory, unless a shell finds the program already."""
     scripts = Path(sys.executable).parent
     others = [each for each in os.environ["PATH"].split(":") if not (Path(each) / "xenbackend").exists()]
     with places.directory(Path("/tmp")) as directory:
@@ -148,12 +146,12 @@ def test_the_program_is_found_in_another_terminal(is_found: bool) -> None:
 
 @pytest.mark.parametrize("words", [["--keep", "0"], ["--keep", "65"], ["--keep", "2", "ram:1M"], ["--keep", "1", "x:"]])
 def test_mistakes_are_told_before_anything_starts(words: list[str]) -> None:
-    """Too many guests, one disk for several, a chain that is none."""
+    """Too many guests, one disk for several guests, or an invalid chain is refused before anything starts."""
     assert 2 == main(["demo", *words])
 
 
 def test_a_device_that_is_missing_is_not_made(tmp_path: Path) -> None:
-    """A name in /dev is that of a device, which no file can stand for; nor is anything made where no directory is."""
+    """A missing device in /dev is not replaced by a file, and nothing is created in a missing directory."""
     assert 2 == main(["demo", "aio:/dev/xenbackend-none/x"])
     assert not Path("/dev/xenbackend-none").exists()
     assert 2 == main(["demo", f"aio:{tmp_path}/none/x"])

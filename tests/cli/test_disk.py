@@ -1,4 +1,4 @@
-"""`pause`, `resume`, `set`, `resize`, `policy` on a disk in service, with a guest that looks."""
+"""`pause`, `resume`, `set`, `resize`, `policy` on a disk in service, while a guest uses it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Bench:
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    """A disk that every test leaves as it was."""
+    """A disk that every test leaves as it found it."""
     image = tmp_path_factory.mktemp("disk") / "image"
     image.write_bytes(bytes(SIZE))
     with Machine() as machine, closing(machine.create_guest(5)) as guest:
@@ -53,7 +53,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
 
 
 def test_pause_and_resume(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
-    """While a disk is paused nothing is answered; then everything is."""
+    """While a disk is paused no request is answered; after `resume` all are."""
     paused = bench.run("pause")
     read = bench.frontend.submit(BLKIF_OP_READ, 0, 8)
     bench.machine.ask({"verb": "ping"})
@@ -67,7 +67,7 @@ def test_pause_and_resume(bench: Bench, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_set_puts_another_chain_in(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
-    """A filter that is put in sees what is written from then on; status, xenstore and the guest's data agree."""
+    """A filter put into the chain sees the writes from then on; status, xenstore and the guest's data agree."""
     bench.frontend.write(0, b"a" * PAGE)
     status = bench.run("set", f"log:|aio:{bench.image}")
     bench.frontend.write(8, b"b" * PAGE)
@@ -95,7 +95,7 @@ def test_set_puts_another_chain_in(bench: Bench, capsys: pytest.CaptureFixture[s
 def test_a_chain_that_cannot_be_leaves_the_former_one(
     bench: Bench, capsys: pytest.CaptureFixture[str], chain: str, status: int, sentence: str
 ) -> None:
-    """What cannot be opened, or is no disk for this guest, is refused with a sentence, and nothing has happened."""
+    """A chain that cannot be opened, or does not fit this guest, is refused with a sentence; the former chain stays."""
     bench.frontend.write(16, b"c" * PAGE)
 
     assert status == bench.run("set", *chain.format(image=bench.image).split())
@@ -120,7 +120,7 @@ def test_resize_is_seen_by_the_guest(bench: Bench, capsys: pytest.CaptureFixture
 
 
 def test_policy_is_shown_and_changed(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
-    """A policy changes what it names; a wrong one is refused and changes nothing."""
+    """`policy` changes the values that it names; an invalid policy is refused and changes nothing."""
     assert 0 == bench.run("policy", "enospc=report")
     assert 2 == bench.run("policy", "flush=report")
     assert 0 == bench.run("policy", "--json")
@@ -147,7 +147,7 @@ def test_upgrade_replaces_the_worker(bench: Bench, capsys: pytest.CaptureFixture
 
 
 def test_a_disk_that_there_is_not(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
-    """A wrong name is told, with the right ones."""
+    """An unknown disk is refused, with a list of the known ones."""
     assert 2 == main(["pause", "9/xvda", "--socket", bench.machine.control])
     said = capsys.readouterr().err
     assert "9/xvda" in said
@@ -155,7 +155,7 @@ def test_a_disk_that_there_is_not(bench: Bench, capsys: pytest.CaptureFixture[st
 
 
 def test_snapshot_keeps_what_was_there(bench: Bench, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """The old image keeps what it had, the new one takes what the guest writes; the guest reads both as one disk."""
+    """After a snapshot the old image stays unchanged, the new one takes the writes, and the guest reads one disk."""
     bench.frontend.write(24, b"f" * PAGE)
     leaf = tmp_path / "leaf.qcow2"
     status = bench.run("snapshot", str(leaf))
@@ -188,7 +188,7 @@ def test_snapshot_keeps_what_was_there(bench: Bench, capsys: pytest.CaptureFixtu
 def test_a_snapshot_that_cannot_be_is_refused_at_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], why: str
 ) -> None:
-    """A name that no image of a cluster can keep a snapshot by is a mistake before the service is asked anything."""
+    """An invalid name for a snapshot is refused before the service is asked."""
     with answering(tmp_path / "x", working) as control:
         assert 2 == main(["snapshot", "5/xvda", *words, "--socket", control.path])
     assert [] == control.asked
@@ -196,7 +196,7 @@ def test_a_snapshot_that_cannot_be_is_refused_at_once(
 
 
 def test_a_snapshot_of_the_image_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`@NAME` is asked for as it is, and the layer that has the snapshot is printed, as it can be pasted."""
+    """`@NAME` is sent to the service unchanged, and the snapshot's layer is printed so that it can be pasted."""
     chain = "log:|rbd:tenant\\,7/guest,id=xen"
     answer = Answer(Code.OK, {"chain": chain, "layers": []}, order=17)
     with answering(tmp_path / "x", lambda _: answer) as control:

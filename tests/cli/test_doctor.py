@@ -15,7 +15,7 @@ from xenbackend.doctor.finding import Verdict
 
 
 def test_what_could_not_be_looked_at_is_no_success() -> None:
-    """Each verdict has an exit status of its own."""
+    """Each verdict has its own exit status, and an unknown one is not 0."""
     assert {Verdict.OK: 0, Verdict.WRONG: 1, Verdict.UNKNOWN: 3} == EXIT_STATUS
 
 

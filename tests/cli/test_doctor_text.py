@@ -13,7 +13,7 @@ FOUND = [ok("xen", "it is one"), wrong("aio", "too few\x1b[2J", "sysctl -w x"), 
 
 
 def test_what_is_well_is_only_counted() -> None:
-    """A sentence for each finding, its command below it; what is well is shown on request."""
+    """Each finding is a sentence with its command below it; findings that are well are counted, or shown on request."""
     shown = list(lines(FOUND, with_ok=False, is_colored=False))
 
     assert [
@@ -27,7 +27,7 @@ def test_what_is_well_is_only_counted() -> None:
 
 
 def test_colors_are_for_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only a terminal gets them, and none whose owner does not want any."""
+    """Colors are used only on a terminal, and not if NO_COLOR is set."""
 
     class Terminal(io.StringIO):
         def isatty(self) -> bool:

@@ -1,4 +1,4 @@
-"""The latencies of an interval."""
+"""The latency histogram of an interval."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from xenbackend.errors import XenbackendError
 
 
 def test_counting_that_began_anew_is_told() -> None:
-    """Such a difference would be of nothing that ever was."""
+    """If the counters were reset between two looks, the difference is refused with a sentence."""
     with pytest.raises(XenbackendError, match="attached again"):
         difference(typed_disk(timed(at17=5)), typed_disk(timed(at17=4, at18=9)), 1.0)
 
 
 def test_bounds_are_those_of_buckets() -> None:
-    """A fraction of the samples stayed below the bound; empty buckets at both ends are left out."""
+    """Each bound has the given fraction of the samples below it; empty buckets at both ends are left out."""
     found = difference(typed_disk(timed(at17=5)), typed_disk(timed(at17=95, at18=9, at20=1)), 2.0)
 
     assert (100, 100_000.0, range(17, 21)) == (found.samples, found.mean_ns, found.filled())

@@ -32,7 +32,7 @@ RunJson = Callable[..., Any]
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Return what runs a verb in the test's directory: status, output, errors."""
+    """Return a function that runs a verb in the test's directory and returns status, output and errors."""
     monkeypatch.chdir(tmp_path)
 
     def run_it(*words: str) -> tuple[int, str, str]:
@@ -45,7 +45,7 @@ def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.
 
 @pytest.fixture
 def run_json(run: Run) -> RunJson:
-    """Return what runs a verb that must succeed, and parses what it prints."""
+    """Return a function that runs a verb, which must succeed, and parses its output."""
 
     def run_it(*words: str) -> Any:
         status, out, err = run(*words, "--json")
@@ -123,7 +123,7 @@ def test_create_makes_what_it_says(run: Run, run_json: RunJson, raw: Path, tmp_p
     ],
 )
 def test_mistakes_are_two_and_a_sentence(run: Run, raw: Path, tmp_path: Path, words: list[str], sentence: str) -> None:
-    """Whatever is wrong is refused before anything is touched, without a traceback."""
+    """Each mistake is refused with status 2 and a sentence before anything is changed."""
     before = raw.read_bytes()
     status, out, err = run(*words)
 
@@ -133,7 +133,7 @@ def test_mistakes_are_two_and_a_sentence(run: Run, raw: Path, tmp_path: Path, wo
 
 
 def test_info_finds_out_what_a_file_is(run: Run, run_json: RunJson, raw: Path) -> None:
-    """Of a bare file it says what it looks like; of a layer it says what it is."""
+    """For a bare file `info` says which format it looks like; for a layer it describes the image."""
     run("convert", "aio:disk.raw", "qcow2:a.qcow2")
 
     status, out, _ = run("info", "a.qcow2")
@@ -177,7 +177,7 @@ def test_check_ends_as_qemu_img_does(run: Run, raw: Path, tmp_path: Path) -> Non
 
 
 def test_a_device_is_written_over_where_that_is_said(run: Run, run_json: RunJson, raw: Path, tmp_path: Path) -> None:
-    """Only --overwrite writes to what is there, and never together with --resume."""
+    """Only --overwrite lets `convert` write to an existing target; it cannot be combined with --resume."""
     (tmp_path / "device").write_bytes(b"old!" * MIB)
     assert run("convert", "aio:disk.raw", "aio:device")[0] == 2
     run_json("convert", "aio:disk.raw", "aio:device", "--overwrite")
@@ -187,7 +187,7 @@ def test_a_device_is_written_over_where_that_is_said(run: Run, run_json: RunJson
 
 
 def test_a_failure_is_one_and_can_be_gone_on_from(run: Run, raw: Path, tmp_path: Path) -> None:
-    """A medium that fails is nobody's mistake: status 1, what failed, and how to go on."""
+    """If the medium fails, the status is 1, and the message says what failed and how to continue."""
     status, _, err = run("convert", "fault:errno=EIO,op=read|aio:disk.raw", "vhd:new")
 
     assert status == 1
@@ -199,7 +199,7 @@ def test_a_failure_is_one_and_can_be_gone_on_from(run: Run, raw: Path, tmp_path:
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_wait_for_locks")
 def test_an_image_that_a_worker_serves_is_refused(run: Run, raw: Path, tmp_path: Path) -> None:
-    """While a guest has an image, nothing here alters it or takes it for stable; `info` still says what it is."""
+    """While a worker serves an image, commands that change it or rely on its contents are refused, but not `info`."""
     run("convert", "aio:disk.raw", "qcow2:a.qcow2")
     worker = WorkerProcess(f"xenbackend.rig.host:{tmp_path}")
     try:
@@ -224,7 +224,7 @@ def test_an_image_that_a_worker_serves_is_refused(run: Run, raw: Path, tmp_path:
 
 @pytest.mark.usefixtures("no_wait_for_locks")
 def test_an_image_that_qemu_uses_is_refused(run: Run, raw: Path, tmp_path: Path) -> None:
-    """The same where QEMU writes to it; where QEMU only reads, what only reads goes on. `info` says who it is."""
+    """If QEMU writes to an image, all commands are refused; if it only reads, readers work. `info` names a writer."""
     run("convert", f"aio:{raw}", "qcow2:a.qcow2")
     run("snapshot", "qcow2:a.qcow2", "child.qcow2")
     reads = [
@@ -256,7 +256,7 @@ def test_an_image_that_qemu_uses_is_refused(run: Run, raw: Path, tmp_path: Path)
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_conversion_that_was_stopped_goes_on(run: Run, tmp_path: Path, number: signal.Signals) -> None:
-    """Ctrl-C ends it with 130 and says how to go on; whatever ended it, --resume completes it."""
+    """Ctrl-C ends a conversion with 130 and a hint; however it ended, --resume completes it."""
     words = ["convert", "delay:read=40ms|ram:128M", "qcow2:new"]
     process = subprocess.Popen(
         [sys.executable, "-m", "xenbackend", "image", *words], cwd=tmp_path, stderr=subprocess.PIPE, text=True
@@ -275,7 +275,7 @@ def test_a_conversion_that_was_stopped_goes_on(run: Run, tmp_path: Path, number:
 
 @pytest.mark.slow
 def test_a_terminal_gets_a_bar(raw: Path, tmp_path: Path) -> None:
-    """On a terminal there is a bar that ends at the size of the disk; elsewhere there is none."""
+    """On a terminal a progress bar ends at the disk's size; elsewhere there is none."""
     command = [sys.executable, "-m", "xenbackend", "image", "convert", "aio:disk.raw"]
     ours, theirs = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
@@ -290,7 +290,7 @@ def test_a_terminal_gets_a_bar(raw: Path, tmp_path: Path) -> None:
 
 
 def test_compare_says_where(run: Run, raw: Path, tmp_path: Path) -> None:
-    """Status 0 and 1 are the answer, as of cmp; 2 is none: an image that is not there, or that cannot be read."""
+    """Status 0 and 1 mean equal and different, as with cmp; 2 means that an image is missing or cannot be read."""
     assert 0 == run("convert", "aio:disk.raw", "vhd:b.vhd")[0]
     assert (0, "they read the same\n", "") == run("compare", "aio:disk.raw", "vhd:b.vhd")
     with raw.open("r+b") as file:
@@ -312,7 +312,7 @@ def test_compare_says_where(run: Run, raw: Path, tmp_path: Path) -> None:
 
 
 def test_measure_needs_no_image(run: Run, run_json: RunJson, raw: Path) -> None:
-    """Of a disk of some size, or of a chain; in bytes for scripts, in words for people."""
+    """`measure` takes the size of a disk or a chain; it prints bytes for scripts, and readable sizes for people."""
     empty = run_json("measure", "qcow2", "--size", "4M")
     assert empty["required"] < MIB < empty["fully_allocated"]
     assert 0 == run("convert", "aio:disk.raw", "qcow2:b.qcow2")[0]
@@ -321,7 +321,7 @@ def test_measure_needs_no_image(run: Run, run_json: RunJson, raw: Path) -> None:
 
 
 def test_trust_says_what_it_marks(run: Run, run_json: RunJson, tmp_path: Path) -> None:
-    """An image from elsewhere is refused, trusted with all its parents, and opened; what allows that is said."""
+    """`trust` marks an image and all its parents and lists the marks; before that, the image is refused."""
     qemu_img("create", "-q", "-f", "raw", tmp_path / "base", "1M")
     for name, parent, kind in (("mid", "base", "raw"), ("top", "mid", "qcow2")):
         qemu_img("create", "-q", "-f", "qcow2", "-b", parent, "-F", kind, tmp_path / name)
@@ -347,7 +347,7 @@ def test_trust_says_what_it_marks(run: Run, run_json: RunJson, tmp_path: Path) -
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="unshare is not installed (Debian: util-linux)")
 def test_a_file_system_without_marks(tmp_path: Path) -> None:
-    """On ramfs, which has no such attributes, the layer that is printed is enough, and a refusal says so."""
+    """On ramfs, which has no such attributes, the printed layer is enough to open the image, and a refusal says so."""
     program = f"{sys.executable} -m xenbackend image"
     script = f"""
         mount -t ramfs ramfs {tmp_path} || exit 77

@@ -30,7 +30,7 @@ DEAR = {
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Return what runs the verb in the test's directory: status, output, errors."""
+    """Return a function that runs the verb in the test's directory and returns status, output and errors."""
     monkeypatch.chdir(tmp_path)
 
     def run_it(*words: str) -> tuple[int, str, str]:
@@ -42,7 +42,7 @@ def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.
 
 
 def test_what_is_served_is_a_layer(run: Run, tmp_path: Path) -> None:
-    """An image that is served is 0, and the layer to write is said; so is what an ISO or an OVA is served by."""
+    """An image that can be served ends with status 0 and is shown with its layer, ISO and OVA images included."""
     (tmp_path / "d.ova").write_bytes(archive([("a.ovf", ovf("d")), ("d", vmdk(MIB, {1: b"x" * GRAIN}))]))
     (tmp_path / "cd").write_bytes(bytes(32768) + b"\1CD001\1" + bytes(505))
     (tmp_path / "f-flat.vmdk").write_bytes(bytes(4096))
@@ -60,7 +60,7 @@ def test_what_is_served_is_a_layer(run: Run, tmp_path: Path) -> None:
 
 
 def test_facts_come_first(run: Run, tmp_path: Path) -> None:
-    """Of what cannot be served all is said that is known; then, as an error and with 2, why, and what to do."""
+    """For an image that cannot be served the known facts are printed, then the reason and a remedy, with status 2."""
     (tmp_path / "a.qed").write_bytes(b"QED\0".ljust(48, b"\0") + (MIB).to_bytes(8, "little") + bytes(512))
     status, out, err = run("a.qed")
     assert (2, "a.qed") == (status, out.splitlines()[0])
@@ -76,7 +76,7 @@ def test_facts_come_first(run: Run, tmp_path: Path) -> None:
 
 
 def test_json_has_the_same(run: Run, tmp_path: Path) -> None:
-    """JSON says what is known and what is in the way; the status and the sentence are the same."""
+    """JSON has the known facts and the obstacle; status and sentence are the same as in the text."""
     (tmp_path / "a").write_bytes(qcow2(MIB, backing=b"gone", backing_format=b"raw"))
     status, out, err = run("a", "--json")
     found = json.loads(out)
@@ -91,7 +91,7 @@ def test_json_has_the_same(run: Run, tmp_path: Path) -> None:
 
 
 def test_nothing_in_a_name_reaches_the_terminal(run: Run, tmp_path: Path) -> None:
-    """A parent's name is any bytes: what would move the cursor is escaped."""
+    """Control characters in a parent's name, which may be any bytes, are escaped."""
     (tmp_path / "a").write_bytes(qcow2(MIB, backing=b"\x1b[2J\xff", backing_format=b"raw"))
     _, out, err = run("a")
 
@@ -119,7 +119,7 @@ def test_a_choice_of_disks_is_offered(run: Run, tmp_path: Path) -> None:
     ],
 )
 def test_looking_imports_little(tmp_path: Path, words: list[str], data: bytes, driver: str) -> None:
-    """To look at an image nothing is imported that takes long and is not needed, nor another format's driver."""
+    """`info` imports no expensive module that it does not need, and no other format's driver."""
     (tmp_path / "image").write_bytes(data)
     program = (
         "import sys, xenbackend.cli.main as cli;"

@@ -36,7 +36,7 @@ def image(tmp_path: Path) -> Path:
 
 
 def test_an_image_gets_files_only(image: Path, called_as: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With --root a line is said for each file, no step is run, and a second run says that nothing had to be done."""
+    """With --root each file gets a line, no step runs, and a second run reports that nothing had to be done."""
     first = (main(["install", "--root", str(image)]), capsys.readouterr().out.splitlines())
     second = (main(["install", "--root", str(image)]), capsys.readouterr().out.splitlines())
     hint = f"to have the service started there: systemctl --root {image} enable {UNIT}"
@@ -50,7 +50,7 @@ def test_an_image_gets_files_only(image: Path, called_as: Path, capsys: pytest.C
 
 @pytest.mark.slow
 def test_a_reader_that_has_seen_enough_ends_nothing(image: Path) -> None:
-    """Output into a pipe that is closed early does not stop an installation in the middle."""
+    """If the reader closes the pipe early, the installation is still completed."""
     command = [sys.executable, "-m", "xenbackend", "install", "--root", str(image), "--packaged"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
@@ -64,7 +64,7 @@ def test_a_reader_that_has_seen_enough_ends_nothing(image: Path) -> None:
 
 
 def test_an_image_is_clean_again(image: Path, called_as: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Uninstall takes everything away, and has nothing to do a second time."""
+    """Uninstall removes everything; a second run has nothing to do."""
     main(["install", "--root", str(image)])
     statuses = [main(["uninstall", "--root", str(image)]) for _ in range(2)]
 
@@ -74,7 +74,7 @@ def test_an_image_is_clean_again(image: Path, called_as: Path, capsys: pytest.Ca
 
 
 def test_a_dry_run_would(image: Path, called_as: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A dry run speaks of what it would do, and does nothing."""
+    """A dry run says what would be done, and changes nothing."""
     main(["install", "--root", str(image), "--dry-run"])
     said = capsys.readouterr().out.splitlines()
 
@@ -83,13 +83,13 @@ def test_a_dry_run_would(image: Path, called_as: Path, capsys: pytest.CaptureFix
 
 
 def test_a_packages_files_need_a_root(capsys: pytest.CaptureFixture[str]) -> None:
-    """What a package installs is never written into the system that builds it."""
+    """The files of a package are never written into the system that builds it."""
     assert 2 == main(["install", "--packaged", "--dry-run"])
     assert "it needs --root" in capsys.readouterr().err
 
 
 def test_the_shim_is_asked_for_and_stays(image: Path, called_as: Path) -> None:
-    """Plain xl is left alone unless that is asked for; what was asked for stays until it is taken back."""
+    """The shim is installed only on request, and stays until it is taken back."""
     place = image / SHIM_PLACE.lstrip("/")
     there = []
     for options in ([], ["--shim"], [], ["--no-shim"], []):
@@ -102,7 +102,7 @@ def test_the_shim_is_asked_for_and_stays(image: Path, called_as: Path) -> None:
 def test_an_xl_of_somebody_else_is_not_replaced(
     image: Path, called_as: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An xl that was built from source lies where the shim would: nothing is touched."""
+    """If an xl that was built from source lies at the shim's place, nothing is touched."""
     place = image / SHIM_PLACE.lstrip("/")
     place.parent.mkdir(parents=True)
     place.write_text("#!/bin/sh\n")
@@ -113,7 +113,7 @@ def test_an_xl_of_somebody_else_is_not_replaced(
 
 
 def test_a_package_is_staged(image: Path) -> None:
-    """A package's files are at a distribution's places and run its program; there is no manifest."""
+    """The files of a package are staged at a distribution's places and run its program; there is no manifest."""
     main(["install", "--packaged", "--root", str(image)])
 
     assert "ExecStart=/usr/bin/xenbackend run" in (image / "lib/systemd/system" / UNIT).read_text()
@@ -136,7 +136,7 @@ def test_a_host_without_xen_is_refused(
 def test_only_root_may(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever is not root is refused before anything is touched."""
+    """Anybody but root is refused before anything is touched."""
     (tmp_path / "etc/xen").mkdir(parents=True)
     monkeypatch.setattr(Tree, "at", lambda _, path: tmp_path / path[1:])
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
@@ -146,6 +146,6 @@ def test_only_root_may(
 
 
 def test_a_root_that_is_not_there_is_a_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A directory that does not exist is named."""
+    """A missing root directory is named in the error."""
     assert 2 == main(["install", "--root", str(tmp_path / "none")])
     assert "none: is not a directory" in capsys.readouterr().err

@@ -71,7 +71,7 @@ def section(heading: str) -> str:
 
 
 def documented(heading: str) -> tuple[set[str], set[str]]:
-    """Return the keys that are always there, and those that may be; a layer's are those of their own section."""
+    """Return the keys that are always there, and those that may be; the keys of layers are in sections of their own."""
     always: set[str] = set()
     maybe: set[str] = set()
     for names, kind in ROW.findall(section(heading)):
@@ -85,7 +85,7 @@ def documented(heading: str) -> tuple[set[str], set[str]]:
 
 
 def maps(heading: str) -> set[str]:
-    """Return the keys whose value has keys of its own that are not listed."""
+    """Return the keys whose values are objects whose own keys are not listed."""
     found = {
         name
         for names, kind in ROW.findall(section(heading))
@@ -108,7 +108,7 @@ def keys(value: Any, free: set[str], at: str = "") -> set[str]:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory with a record file, a guest's configuration, and a host to install on."""
+    """A directory with a record file, a guest's configuration, and a root to install into."""
     monkeypatch.chdir(tmp_path)
     entry = Entry(1_700_000_000_000_000_000, 0, 4096, 20_000, 0, Op.READ)
     session = record.pack_session(Session(1 << 20, entry.time_ns, 512, 1))
@@ -123,7 +123,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("heading", SECTIONS)
 def test_the_page_is_what_commands_print(place: Path, capsys: pytest.CaptureFixture[str], heading: str) -> None:
-    """Each object has all keys that are said to be there, each may only have what the page lists, and all occur."""
+    """The commands print every key that the page says is always there, and no other keys; every listed key occurs."""
     always, maybe = documented(heading)
     seen = set(always) if not SECTIONS[heading] else set()
     with answering(place / "x", answer) as control:
@@ -165,7 +165,7 @@ def asks(words: list[str]) -> bool:
 
 
 def answer(request: dict[str, Any]) -> Answer:
-    """Answer as a service does, of a disk with layers and an order under way; its log: layer is a real one."""
+    """Answer as a service does, with a disk with layers and an order under way; its log: layer is a real one."""
     if request["verb"] == "status":
         layers = [
             {"layer": layer["text"], **{key: layer[key] for key in layer if key != "text"}, "figures": {"held": 1}}
@@ -184,7 +184,7 @@ def answer(request: dict[str, Any]) -> Answer:
 
 
 def test_attach_and_detach(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Both print the disk; only one for our own domain has a device, which a test without Xen has not."""
+    """Both print the disk; only a disk for our own domain has a device, which a test without Xen cannot have."""
     always, maybe = documented("attach, detach")
     answer = Answer(Code.OK, order=17)
     with Xenstored(tmp_path / "store") as xenstored, answering(tmp_path / "x", lambda _: answer) as control:
@@ -200,7 +200,7 @@ def test_attach_and_detach(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def xenstored_has_domain(xenstored: Xenstored) -> None:
-    """Let domain 5 be there."""
+    """Make domain 5 exist."""
     from xenbackend.supervisor.xenstore.store import Store
 
     with Store(xenstored.address) as store:
@@ -209,7 +209,7 @@ def xenstored_has_domain(xenstored: Xenstored) -> None:
 
 @pytest.mark.slow
 def test_demo(capsys: pytest.CaptureFixture[str]) -> None:
-    """The summary, and nothing else."""
+    """`demo --json` prints the summary and nothing else."""
     always, maybe = documented("demo")
     assert 0 == main(["demo", "--json", "--seconds", "0.1", "--area", "64K"])
 
@@ -217,7 +217,7 @@ def test_demo(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_bench() -> None:
-    """What stands beside the rows, which are those of the tables."""
+    """The page lists exactly the keys of the session's JSON without rows."""
     usage = Usage(1.0, 0.0, 0.0, 0.0, autogroup=False, programs=[("make", 1.0)])
     always, maybe = documented("bench")
     found = keys({"version": 1, **as_json([], usage)}, maps("bench"))
@@ -229,7 +229,7 @@ def test_bench() -> None:
 
 
 def test_errors() -> None:
-    """The codes are those of the program, with their exit statuses."""
+    """The page lists the program's codes with their exit statuses."""
     rows = re.findall(r"^\| `([a-z-]+)` \| (\d+) \|", section("Codes"), re.MULTILINE)
 
     assert {(code.value, str(status)) for code, status in EXIT_STATUS.items()} == set(rows)
@@ -237,7 +237,7 @@ def test_errors() -> None:
 
 
 def test_every_command_has_its_section() -> None:
-    """Each command but xl is named by a heading."""
+    """Every command except xl has a section."""
     headings = re.findall(r"^## (.*)$", PAGE.read_text(), re.MULTILINE)
     named = {word for each in headings for word in re.findall(r"[a-z]+", each)}
 

@@ -1,4 +1,4 @@
-"""`xenbackend latency`: a histogram of what happened between two looks."""
+"""`xenbackend latency`: a histogram of the requests between two looks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from xenbackend.protocol.codes import Code
 
 
 def timed(**buckets: int) -> dict[str, Any]:
-    """Return a disk with so many samples in buckets such as `at17`, each of 100 us."""
+    """Return a disk with the given numbers of samples in buckets such as `at17`, each sample of 100 us."""
     known = deepcopy(DISK)
     for name, count in buckets.items():
         known["latency_histogram"][int(name.removeprefix("at"))] = count
@@ -30,7 +30,7 @@ def timed(**buckets: int) -> dict[str, Any]:
 def test_it_is_of_the_interval(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was counted before the first look is left out; bounds are those of buckets; a guest's name will do."""
+    """Samples from before the first look are left out; bounds are those of buckets; a guest's name is accepted."""
     looks = [timed(at17=1000, at30=5), timed(at17=1090, at18=9, at20=1, at30=5)]
     slept: list[float] = []
     monkeypatch.setattr(time, "sleep", slept.append)
@@ -60,7 +60,7 @@ def test_without_requests_there_is_nothing_to_divide() -> None:
 
 @pytest.mark.parametrize("words", [["9/xvda"], ["5/xvda", "--plot", "/nonexistent/x.png", "--total"]])
 def test_mistakes(tmp_path: Path, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """A disk that is not there, and a picture that cannot be written or drawn."""
+    """An unknown disk, or a picture that cannot be written or drawn, ends with status 2."""
     with answering(tmp_path / "x", working) as control:
         assert 2 == main(["latency", *words, "--socket", control.path])
     said = capsys.readouterr().err

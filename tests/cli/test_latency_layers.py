@@ -23,12 +23,12 @@ def measure(tmp_path: Path, *words: str) -> tuple[int, list[Request]]:
 
 
 def measured(chain: str, layers: list[dict[str, Any]]) -> Measured:
-    """Return what a client returns of a second."""
+    """Return what the service answers after measuring for a second."""
     return results.done(Measured, 17, {"chain": chain, "seconds": 1.0, "layers": layers})
 
 
 def test_each_layer_has_a_line_for_each_operation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """From the guest's end down; one that had nothing to do is there, too. A guest's name will do."""
+    """Layers are listed from the guest's end down, idle ones included; a guest's name is accepted."""
     status, asked = measure(tmp_path, "--interval", "1")
     printed = capsys.readouterr().out.splitlines()
 
@@ -40,7 +40,7 @@ def test_each_layer_has_a_line_for_each_operation(tmp_path: Path, capsys: pytest
 
 
 def test_for_scripts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each operation has its histogram, and the order its number."""
+    """In JSON each operation has its histogram; the order has its number."""
     measure(tmp_path, "--json", "--interval", "1")
     values = json.loads(capsys.readouterr().out)
 
@@ -53,7 +53,7 @@ def test_for_scripts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_one_of_somebody_else_is_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Nothing is measured for it, and it is said whether anything still is."""
+    """`--end` ends a measurement without starting one, and says that nothing is measured any more."""
     status, asked = measure(tmp_path, "--end")
     said = capsys.readouterr().out
     measure(tmp_path / "json", "--end", "--json")
@@ -64,14 +64,14 @@ def test_one_of_somebody_else_is_ended(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_what_was_measured_for_another_interval(tmp_path: Path) -> None:
-    """The worker is told the interval that was asked for, and the order is waited for however long that takes."""
+    """The interval is passed on to the worker, and the order is waited for as long as that takes."""
     status, asked = measure(tmp_path, "--interval", "2.5")
 
     assert (0, [{"verb": "measure", "vbd": "mail/xvda", "seconds": 2.5}]) == (status, asked)
 
 
 def test_a_layer_is_named_once_and_its_figures_stand_in_columns() -> None:
-    """Words begin where their heading does, figures end where theirs does; what took no time at all has a time."""
+    """Words are aligned left with their heading, figures right; a time of zero is shown as a time."""
     times = {"bytes": 4096, "sum_ns": 0, "buckets": {"0": 1}}
     long = {"bytes": 1 << 20, "sum_ns": 300_000, "buckets": {"17": 1000}}
     layers = [{"layer": "log:", "operations": {"read": times, "write": long}}, {"layer": "aio:/img", "operations": {}}]
@@ -88,7 +88,7 @@ def test_a_layer_is_named_once_and_its_figures_stand_in_columns() -> None:
 
 
 def test_what_does_not_go_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What was is not known by layer, and there is no picture of it: nothing is ordered."""
+    """--layers cannot be combined with --total or --plot, and --end needs --layers; no order is given."""
     status, asked = measure(tmp_path, "--total")
 
     assert (2, []) == (status, asked)
@@ -98,7 +98,7 @@ def test_what_does_not_go_together(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_no_text_of_a_chain_moves_a_cursor() -> None:
-    """It is printed so that it can be read."""
+    """Control characters in a chain are escaped."""
     found = measured("aio:/\x1b[2J", [{"layer": "aio:/\x1b[2J", "operations": {}}])
 
     assert not any("\x1b" in line for line in lines("5/xvda", found))

@@ -16,7 +16,7 @@ pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 @pytest.mark.slow
 @pytest.mark.parametrize("buckets", [(0,) * 48, (0,) * 17 + (5, 3) + (0,) * 29])
 def test_a_picture(tmp_path: Path, buckets: tuple[int, ...]) -> None:
-    """It is written as its ending says, also of nothing, and of a chain with signs that mean something to a picture."""
+    """The picture has the format of its file name, even without samples, and with special characters in the chain."""
     from xenbackend.cli.latency_plot import save
 
     save(typed_disk(chain="aio:/$a$\\b_{"), Histogram(buckets, 800_000, 2.0), tmp_path / "x.png")

@@ -8,7 +8,7 @@ from xenbackend.cli.latency_text import lines
 
 
 def test_a_histogram() -> None:
-    """A line for each bucket from the first to the last that has any, the most the longest bar; then the sums."""
+    """Each bucket from the first to the last that is not empty has a line, the fullest the longest bar; sums follow."""
     buckets = [0] * 48
     buckets[17], buckets[19] = 90, 10
     head, first, middle, last, below = lines(typed_disk(chain="aio:/\x1b"), Histogram(tuple(buckets), 10**7, 2.0))
@@ -24,5 +24,5 @@ def test_a_histogram() -> None:
 
 
 def test_an_idle_disk() -> None:
-    """It is said, instead of a picture of nothing."""
+    """For an idle disk a sentence says that nothing was timed."""
     assert "no request was timed since it was attached" == list(lines(typed_disk(), Histogram((0,) * 48, 0, None)))[-1]

@@ -1,4 +1,4 @@
-"""What asks the service costs little: it is run for each disk of a host, and by monitoring every few seconds."""
+"""Commands that ask the service cost little: they run for each disk of a host, and in monitoring every few seconds."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def command(line: str, socket: str, before: str = "", after: str = "") -> list[s
 @pytest.mark.slow
 @pytest.mark.parametrize("line", LIGHT)
 def test_it_imports_no_supervisor_and_nothing_dear(tmp_path: Path, line: str) -> None:
-    """A client needs what reads its words and prints an answer; nothing of the service, nothing that draws."""
+    """These commands import neither the service nor anything that draws."""
     after = "import sys\nprint(*sorted(sys.modules), file=sys.stderr)"
     with answering(tmp_path / "x", working) as control:
         words = command(line, control.path, after=after)
@@ -50,7 +50,7 @@ def test_it_imports_no_supervisor_and_nothing_dear(tmp_path: Path, line: str) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("line", ["status", "status --json", "pause 5/xvda", "set 5/xvda 'log:|aio:/new'"])
 def test_it_takes_little_cpu(tmp_path: Path, line: str) -> None:
-    """The least of some runs, with room for what others do to the caches; the supervisor's import takes twice that."""
+    """The CPU time of the best of five runs has a limit; importing the supervisor would take twice that."""
     spent = []
     with answering(tmp_path / "x", working) as control, (tmp_path / "out").open("wb") as out:
         for _ in range(5):

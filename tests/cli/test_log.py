@@ -75,7 +75,7 @@ class Service:
 
 @pytest.fixture
 def service(tmp_path: Path) -> Iterator[Service]:
-    """Return a running service with a disk of 1 MiB of which nothing was written."""
+    """Return a running service with a disk of 1 MiB to which nothing was written."""
     service = Service(tmp_path / "socket")
     yield service
     service.close()
@@ -106,7 +106,7 @@ def test_show_prints_a_line_per_request(file: Path, capsys: pytest.CaptureFixtur
 
 
 def test_a_time_that_was_printed_is_one_to_begin_at(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It has its zone, so that it means the same on every host, and to `--since`."""
+    """A printed time has its zone, so it can be given to `--since` on any host."""
     run("show", str(file))
     printed = capsys.readouterr().out.splitlines()[3].split()[0]
     run("show", str(file), "--since", printed)
@@ -136,7 +136,7 @@ def test_a_time_that_was_printed_is_one_to_begin_at(file: Path, capsys: pytest.C
 def test_show_filters(
     file: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], expected: list[int]
 ) -> None:
-    """Each filter chooses the requests that it names; a loss is shown always, and counts as a line."""
+    """Each filter selects the requests that it names; a loss is always shown, and counts as a line."""
     assert 0 == run("show", str(file), "--json", *arguments)
     values = [each for each in shown(capsys) if "lost" not in each]
 
@@ -144,7 +144,7 @@ def test_show_filters(
 
 
 def test_show_values(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A script gets sectors of 512 bytes, nanoseconds and the errno."""
+    """JSON has sectors of 512 bytes, nanoseconds and the errno."""
     run("show", str(file), "--json", "--errors")
 
     assert {
@@ -158,14 +158,14 @@ def test_show_values(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_show_reads_rotated_files_in_order(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Several files are one sequence."""
+    """Rotated files are read as one sequence."""
     run("show", str(file), str(file), "--json", "--op", "read")
 
     assert [BEGAN_NS, BEGAN_NS] == [each["time_ns"] for each in shown(capsys) if "lost" not in each]
 
 
 def test_summary(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Sums come as a table for people, and as one object for scripts."""
+    """Sums are printed as a table for people, and as one object for scripts."""
     run("show", str(file), "--summary")
     table = capsys.readouterr().out
     run("show", str(file), "--summary", "--json")
@@ -193,7 +193,7 @@ def test_show_refuses_what_it_cannot_mean(file: Path, arguments: tuple[str, str]
 
 @pytest.mark.parametrize("content", [b"something else", None])
 def test_show_refuses_other_files(tmp_path: Path, content: bytes | None) -> None:
-    """A file that is none of ours, or is missing, is refused in a sentence that names it."""
+    """A file that is missing or not a record is named in the refusal."""
     path = tmp_path / "other"
     if content is not None:
         path.write_bytes(content)
@@ -202,7 +202,7 @@ def test_show_refuses_other_files(tmp_path: Path, content: bytes | None) -> None
 
 
 def test_get_acknowledges_what_it_has_written_out(service: Service, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
-    """`get` prints the ranges, and tells the layer that they arrived; the next `get` has nothing."""
+    """`get` prints the ranges and acknowledges them to the layer; the next `get` prints nothing."""
     service.write(8, 3)
     first = run("get", "5/xvda", "--socket", service.path), capfdbinary.readouterr().out
     second = run("get", "5/xvda", "--socket", service.path), capfdbinary.readouterr().out
@@ -213,7 +213,7 @@ def test_get_acknowledges_what_it_has_written_out(service: Service, capfdbinary:
 
 
 def test_get_that_cannot_print_acknowledges_nothing(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When the output cannot take a page, its ranges are still dirty."""
+    """If the output cannot take a page, its ranges stay dirty."""
     service.write(8, 3)
     full = Path("/dev/full").open("wb")  # noqa: SIM115 - to close it fails too
     monkeypatch.setattr("sys.stdout", SimpleNamespace(buffer=full))
@@ -258,6 +258,6 @@ def test_verbs_print_the_status(service: Service, capsys: pytest.CaptureFixture[
 
 
 def test_unknown_vbd_is_a_sentence(service: Service) -> None:
-    """What the service refuses reaches the operator in its own words."""
+    """A refusal of the service is printed in the service's own words."""
     with pytest.raises(XenbackendError, match="there is no disk 6/xvda"):
         run("peek", "6/xvda", "--socket", service.path)

@@ -20,7 +20,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    """`--help` lists all commands, although a named one imports nothing of the others."""
+    """`--help` lists all commands, although running one command imports none of the others."""
     with pytest.raises(SystemExit) as end:
         cli.main(["--help"])
     said = capsys.readouterr().out
@@ -32,7 +32,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_python_without_its_lock_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Free-threaded Python ends any command with a sentence before anything is touched; with its lock it does not."""
+    """Free-threaded Python ends every command with a sentence before anything is touched."""
     monkeypatch.setattr(sys, "_is_gil_enabled", lambda: False, raising=False)
     refused = cli.main(["drivers"])
     said = capsys.readouterr()
@@ -44,7 +44,7 @@ def test_a_python_without_its_lock_is_refused(
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    """`--version` says which."""
+    """`--version` prints the version."""
     with pytest.raises(SystemExit):
         cli.main(["--version"])
 
@@ -52,7 +52,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_an_operators_mistake_is_two_and_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
-    """A chain that cannot be ends with 2 and a caret on standard error, and nothing on standard output."""
+    """An invalid chain ends with status 2 and a caret on standard error, and with nothing on standard output."""
     status = cli.main(["check", "log:|ayo:/x"])
     said = capsys.readouterr()
 
@@ -62,7 +62,7 @@ def test_an_operators_mistake_is_two_and_a_sentence(capsys: pytest.CaptureFixtur
 
 
 def test_a_failure_is_one(capsys: pytest.CaptureFixture[str]) -> None:
-    """What is nobody's mistake, such as a service that does not run, ends with 1."""
+    """A failure that is not the operator's mistake, such as a service that does not run, ends with status 1."""
     status = cli.main(["status", "--socket", "/nonexistent/socket"])
 
     assert status == 1
@@ -71,7 +71,7 @@ def test_a_failure_is_one(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.slow
 def test_a_reader_that_has_seen_enough_is_no_error() -> None:
-    """Output into a pipe that is closed early ends quietly."""
+    """A pipe that is closed early ends the output without a message."""
     process = subprocess.Popen(
         [sys.executable, "-m", "xenbackend", "drivers", "log"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )

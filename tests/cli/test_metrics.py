@@ -1,4 +1,4 @@
-"""`xenbackend metrics`: printed, and left for a collector."""
+"""`xenbackend metrics`: printed, or written to a file for a collector."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from xenbackend.cli.metrics import FILE, _address
 
 
 def test_it_prints_what_the_service_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Once for each call; it orders nothing, so that whoever may look may run it."""
+    """Each call asks the service once and gives no order, so anybody who may see the status may run it."""
     with answering(tmp_path / "x", working) as control:
         assert 0 == main(["metrics", "--socket", control.path])
         asked = {each["verb"] for each in control.asked}
@@ -30,7 +30,7 @@ def test_it_prints_what_the_service_says(tmp_path: Path, capsys: pytest.CaptureF
      ("0.0.0.0:1", None), ("[::]:1", None), (":1", None), ("10.0.0.1:80", None), ("127.0.0.1:65536", None)],
 )  # fmt: skip
 def test_it_listens_to_this_host_only(text: str, address: tuple[str, int] | None) -> None:
-    """Nobody is asked who he is, so that whoever is elsewhere gets nothing."""
+    """Clients are not authenticated, so only loopback addresses are accepted."""
     if address is not None:
         assert address == _address(text)
         return
@@ -39,7 +39,7 @@ def test_it_listens_to_this_host_only(text: str, address: tuple[str, int] | None
 
 
 def test_a_file_takes_the_place_of_the_one_before(tmp_path: Path) -> None:
-    """A collector of another user finds one whole file, and nothing else; while no service answers, it says so."""
+    """The file is replaced as a whole, readable for all users, and nothing else is left; it says if no service runs."""
     place = tmp_path / "collected"
     place.mkdir()
     with answering(tmp_path / "x", working) as control:
@@ -55,7 +55,7 @@ def test_a_file_takes_the_place_of_the_one_before(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_written_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A place that is no directory is the operator's mistake; where only the last step fails, no draft is left."""
+    """A place that is not a directory is the operator's mistake; if the last step fails, no draft is left."""
     (tmp_path / FILE).mkdir()
     (tmp_path / FILE / "x").touch()
     with answering(tmp_path / "x", working) as control:

@@ -1,4 +1,4 @@
-"""`xenbackend metrics --listen`, asked by clients and by a real Prometheus with the rules of the documentation."""
+"""`xenbackend metrics --listen`, read by clients and by a real Prometheus with the rules of the documentation."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 @contextmanager
 def serving(control: str) -> Iterator[str]:
-    """Have the figures of a service served at the URL that is returned, without its path."""
+    """Serve the metrics of a service at the URL that is yielded, without its path."""
     command = [sys.executable, "-m", "xenbackend", "metrics", "--listen", "127.0.0.1:0", "--socket", control]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
@@ -41,14 +41,14 @@ def serving(control: str) -> Iterator[str]:
 
 
 def get(url: str, **headers: str) -> tuple[str, str]:
-    """Return what is at a URL: its type, and its text. Raises: HTTPError."""
+    """Return the type and the text of what is at a URL. Raises: HTTPError."""
     request = urllib.request.Request(url, headers=headers)  # noqa: S310 - ours
     with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:  # noqa: S310
         return answer.headers["Content-Type"], answer.read().decode()
 
 
 def test_each_look_is_of_now(tmp_path: Path) -> None:
-    """Figures are asked for when a client comes; when no service answers, that is what they say, and nothing ends."""
+    """Each request reads the current figures; if no service answers, the figures say so, and the program goes on."""
     with serving(str(tmp_path / "x")) as url:
         _, before = get(f"{url}/metrics")
         with answering(tmp_path / "x", working):
@@ -66,18 +66,18 @@ def test_each_look_is_of_now(tmp_path: Path) -> None:
 
 
 def test_a_client_that_says_nothing_keeps_nobody_waiting(tmp_path: Path) -> None:
-    """Others are answered meanwhile, and one that goes away in the middle is a line and no more."""
+    """While one client stays silent in the middle of a request, others are answered, also after it has gone."""
     with answering(tmp_path / "x", working) as control, serving(control.path) as url:
         host, port = url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as silent:
             silent.send(b"GET /met")
             assert "xenbackend_up 1\n" in get(f"{url}/metrics")[1]
-            assert not select.select([silent], [], [], 0)[0]  # nobody has given it up yet
+            assert not select.select([silent], [], [], 0)[0]  # the server has not hung up on it yet
         assert "xenbackend_up 1\n" in get(f"{url}/metrics")[1]
 
 
 def test_a_place_that_is_taken_is_a_sentence(tmp_path: Path) -> None:
-    """Two cannot listen at one address."""
+    """A second listener on the same address is refused with a sentence."""
     with answering(tmp_path / "x", working) as control, serving(control.path) as url:
         command = [sys.executable, "-m", "xenbackend", "metrics", "--listen", url.removeprefix("http://")]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
@@ -87,7 +87,7 @@ def test_a_place_that_is_taken_is_a_sentence(tmp_path: Path) -> None:
 
 
 def test_prometheus_reads_them_and_our_rules(tmp_path: Path) -> None:
-    """A real one, configured as an administrator would, finds the figures, and no fault in rules and dashboard."""
+    """A real Prometheus, configured as documented, reads the figures and accepts our rules and the dashboard."""
     if not shutil.which("prometheus"):
         pytest.skip("prometheus is not installed")
     with (
@@ -109,7 +109,7 @@ def test_prometheus_reads_them_and_our_rules(tmp_path: Path) -> None:
 
 @contextmanager
 def prometheus(tmp_path: Path, target: str) -> Iterator[str]:
-    """Have one that reads figures from `target` each second, and return its own URL."""
+    """Run a Prometheus that reads figures from `target` each second, and yield its own URL."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     configuration = {
@@ -155,7 +155,7 @@ def until_found(url: str, expression: str) -> list[dict[str, Any]]:
 
 
 def rules(url: str) -> list[dict[str, Any]]:
-    """Return the rules that it has, each evaluated once at least."""
+    """Return the rules that Prometheus has, once each was evaluated."""
     give_up = time.monotonic() + PATIENCE_S
     while time.monotonic() < give_up:
         found = [each for group in ask(url, "rules")["data"]["groups"] for each in group["rules"]]
@@ -165,7 +165,7 @@ def rules(url: str) -> list[dict[str, Any]]:
 
 
 def expressions() -> list[str]:
-    """Return the expressions of the dashboard, with what Grafana puts in."""
+    """Return the dashboard's expressions with the values that Grafana would substitute."""
     board = json.loads((DOCS / "dashboard.json").read_text())
     found = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
     return [each.replace("$__rate_interval", "1m").replace("$guest", ".*") for each in found]

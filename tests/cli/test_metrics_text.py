@@ -1,4 +1,4 @@
-"""The text that a monitor reads, judged by those who read it."""
+"""The text that a monitor reads, checked with tools that read it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def lines(*disks: Disk, is_openmetrics: bool = False) -> list[str]:
 
 
 def test_what_status_says_is_in_it() -> None:
-    """Each figure of the service and of a disk has its line, with the disk and its guest as labels."""
+    """Every figure of the service and of a disk has a line, with the disk and its guest as labels."""
     buckets = [0] * 48
     buckets[13], buckets[47] = 2, 1
     timed = {**DISK["latency_by_operation"], "write": {"sum_ns": 5_000_000_000, "buckets": buckets}}
@@ -65,7 +65,7 @@ def test_what_status_says_is_in_it() -> None:
 
 @pytest.mark.parametrize(("key", "value"), [("paused", True), ("needs_upgrade", True), ("restarts", 1)])
 def test_each_fact_has_its_own_line(key: str, value: int) -> None:
-    """What is true of one disk is said of that one, and of no other fact."""
+    """A fact about one disk changes only that fact's line for that disk."""
     names = {"paused": "disk_paused", "needs_upgrade": "disk_needs_upgrade", "restarts": "disk_restarts_total"}
     found = lines(disk(), disk(vbd="6/xvda", guest="web", **{key: value}))
 
@@ -75,7 +75,7 @@ def test_each_fact_has_its_own_line(key: str, value: int) -> None:
 
 
 def test_every_disk_has_its_counters() -> None:
-    """By operation, and all of them."""
+    """Every disk has all counters, by operation."""
     found = lines(disk(), disk(vbd="6/xvda", guest="web", counters={**COUNTERS, "reads": 70}))
 
     assert 'xenbackend_disk_requests_total{disk="5/xvda",guest="mail",operation="read"} 7' in found
@@ -84,7 +84,7 @@ def test_every_disk_has_its_counters() -> None:
 
 
 def test_layers_of_one_kind_are_told_apart() -> None:
-    """By their number in the chain, from the guest's end down."""
+    """Layers of the same kind are told apart by their number in the chain, from the guest's end down."""
     layers = [{"layer": "throttle:iops=5", "figures": {"held": count}} for count in (4, 5)]
     found = [line for line in lines(disk(layers=layers)) if "layer_figure" in line]
     labels = 'disk="5/xvda",guest="mail",layer="{}",driver="throttle",figure="held"'
@@ -93,14 +93,14 @@ def test_layers_of_one_kind_are_told_apart() -> None:
 
 
 def test_what_is_told_as_words() -> None:
-    """One line of each disk has them, and the version of its worker as `version`."""
+    """Each disk's texts are labels of one line, including its worker's version as `version`."""
     [info] = [line for line in lines(disk(worker_version="0.3.0")) if "disk_info" in line]
 
     assert info.endswith('node="vbd/5/51712",chain="log:|aio:/img",state="Connected",version="0.3.0"} 1')
 
 
 def test_a_service_that_tells_little_or_nothing() -> None:
-    """An older one does not say since when it runs; where none answers a monitor reads that it is down."""
+    """An older service has no start time, which is shown as 0; if no service answers, `xenbackend_up` is 0."""
     older = text(of_service(typed_service(since=None), []), is_openmetrics=False)
 
     assert "\nxenbackend_start_time_seconds 0\n" in older
@@ -108,14 +108,14 @@ def test_a_service_that_tells_little_or_nothing() -> None:
 
 
 def test_a_disk_that_is_served_has_no_reason() -> None:
-    """What is in the way has a line only while it is; a pause is no reason, and the disk is not served."""
+    """A disk in service has no line for a reason; a paused disk is not served, but a pause is not a reason either."""
     assert 'xenbackend_disk_served{disk="5/xvda",guest="mail"} 1' in lines(disk())
     assert 'xenbackend_disk_served{disk="5/xvda",guest="mail"} 0' in lines(disk(paused=True))
     assert [] == [line for line in lines(disk(), disk(paused=True)) if "disk_reason" in line]
 
 
 def test_words_of_others_stay_within_their_quotes() -> None:
-    """A chain or a guest's name may hold anything: it ends no label, and begins no line."""
+    """A chain or a guest's name, whatever it contains, cannot end a label or begin a line."""
     found = lines(disk(guest='a"} 1\nxenbackend_up 0', chain="aio:\\x"))
 
     assert "xenbackend_up 0" not in found
@@ -124,7 +124,7 @@ def test_words_of_others_stay_within_their_quotes() -> None:
 
 
 def test_the_two_formats_differ_as_they_should() -> None:
-    """OpenMetrics declares a counter without its suffix and ends with a line of its own; samples are the same."""
+    """OpenMetrics declares a counter without its suffix and ends with an EOF line; the samples are the same."""
     plain, other = (text(of_service(SERVICE, [disk()]), is_openmetrics=each) for each in (False, True))
 
     assert lines(disk()) == lines(disk(), is_openmetrics=True)
@@ -136,7 +136,7 @@ def test_the_two_formats_differ_as_they_should() -> None:
 
 @pytest.mark.parametrize("disks", [[], [disk()], [disk(), disk(vbd="6/xvda", guest='"\\\n', reason="halted")]])
 def test_promtool_finds_no_fault(disks: list[Disk]) -> None:
-    """Prometheus's own tool reads the text, and has nothing to say about names, types and units."""
+    """Prometheus's own tool reads the text and has no complaint about names, types or units."""
     if not shutil.which("promtool"):
         pytest.skip("promtool is not installed (Debian: prometheus)")
     for families in (of_service(SERVICE, disks), of_nobody()):

@@ -18,7 +18,7 @@ OPEN = {**ENTRY, "number": 19, "ended": None, "code": "under-way"}
 
 
 def test_a_line_for_each_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Who ordered what for which disk, how it ended, after how long, from what to what; nothing moves a cursor."""
+    """A line says who gave the order for which disk, how and when it ended, and what it changed; it is escaped."""
     with answering(tmp_path / "x", lambda _: Answer(Code.OK, [ENTRY, FAILED, OPEN])) as control:
         assert 0 == main(["orders", "--socket", control.path])
     heading, *lines = capsys.readouterr().out.splitlines()
@@ -32,7 +32,7 @@ def test_a_line_for_each_order(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_one_order_in_full(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With a number the service is asked for that one."""
+    """With a number, the command asks the service for that order only."""
     with answering(tmp_path / "x", lambda _: Answer(Code.OK, [ENTRY])) as control:
         assert 0 == main(["orders", "17", "--socket", control.path])
         assert 0 == main(["orders", "17", "--json", "--socket", control.path])
@@ -48,7 +48,7 @@ def test_one_order_in_full(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_an_order_has_a_number(capsys: pytest.CaptureFixture[str]) -> None:
-    """Anything else is a mistake that is told without a service."""
+    """A number that is not valid is refused without asking a service."""
     with pytest.raises(SystemExit):
         main(["orders", "5/xvda"])
 
@@ -75,13 +75,13 @@ def test_an_order_has_a_number(capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_an_order_asks_and_says(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], request_: dict[str, Any], said: str
 ) -> None:
-    """Each order asks for what its words say, with the time that its caller waits, and says what holds now."""
+    """Each command sends what its words ask for, with the caller's time limit, and prints the state that results."""
     with answering(tmp_path / "x", working) as control:
         assert 0 == main([*words, "--socket", control.path])
         assert 0 == main([*words, "--socket", control.path, "--timeout", "2.5", "--json"])
     out = capsys.readouterr().out
 
-    asked = [each for each in control.asked if each["verb"] != "ping"]  # which tells how old it is
+    asked = [each for each in control.asked if each["verb"] != "ping"]  # which asks for the service's version
     assert [{**request_, "vbd": "5/xvda"}, {**request_, "vbd": "5/xvda", "wait": 2.5}] == asked
     assert out.startswith(said)
     assert 1 == json.loads(out.splitlines()[-1])["version"]
@@ -92,7 +92,7 @@ def test_what_an_order_asks_and_says(
 def test_the_chain_in_service_is_printed_whenever_it_is_known(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], code: Code
 ) -> None:
-    """An order that was not done, or not yet, leaves no doubt which chain the guest has."""
+    """If an order failed or is not done yet, the chain that the guest has is still printed."""
 
     def answer(request: dict[str, Any]) -> Answer:
         return working(request) if request["verb"] == "ping" else Answer(code, CHAIN, "not now", 17)
@@ -111,7 +111,7 @@ def test_the_chain_in_service_is_printed_whenever_it_is_known(
 
 
 def test_upgrade_goes_through_all_disks_and_says_of_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One that cannot be replaced keeps none of the others from it, and the status is that of the first that failed."""
+    """A disk that cannot be replaced does not stop the others; the exit status is that of the first failure."""
     disks = [{**DISK, "vbd": name} for name in ("5/xvda", "5/xvdb", "6/xvda")]
 
     def answer(request: dict[str, Any]) -> Answer:

@@ -1,4 +1,4 @@
-"""What scripts get of answers and errors."""
+"""The JSON that scripts get for answers and errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from xenbackend.protocol.codes import Code
 
 
 def test_an_error_says_what_is_known(capsys: pytest.CaptureFixture[str]) -> None:
-    """It is one object: code and sentence, and beside them what a success would say."""
+    """An error is one object: code and sentence, and beside them what a success would contain."""
     output.print_error(ServiceError(Answer(Code.BUSY, {"chain": "aio:/a"}, "not now", 17)))
 
     error = {"code": "busy", "sentence": "not now"}
@@ -27,14 +27,12 @@ def test_an_error_says_what_is_known(capsys: pytest.CaptureFixture[str]) -> None
     [(ConfigError("no"), Code.INVALID), (DriverError("no"), Code.INVALID), (XenbackendError("no"), Code.FAILED)],
 )
 def test_an_error_of_ours_has_the_code_that_the_service_would_give_it(problem: XenbackendError, code: Code) -> None:
-    """Whose mistake it is decides, with and without a service."""
+    """Without a service an error has the code that the service would give it."""
     assert Answer(code, sentence="no") == output.answer_of(problem)
 
 
 def test_a_layer_has_one_name() -> None:
-    """What a layer is called stands under `layer`, wherever layers are listed; the names of what it counts are
-    left out where the values are not there, and nothing else is changed.
-    """
+    """A layer's text is always called `layer`; names of counters without values are left out; the rest is kept."""
     values = output.values_of(Answer(Code.OK, {**CHAIN, "before": ["aio:/a"], "after": [{"text": "aio:/b"}]}, order=3))
     others = {key: value for key, value in LAYER.items() if key not in ("text", "figures")}
 

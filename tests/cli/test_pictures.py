@@ -10,7 +10,7 @@ from xenbackend.cli.pictures import Speed, speed
 
 
 def test_rates_and_latency_are_of_the_interval() -> None:
-    """What a disk did before the first look counts for nothing; a bound is that of a bucket."""
+    """Only what happened between two looks counts; a bound is that of a bucket."""
     told = moved(deepcopy(DISK), reads=10**6, latency_samples=10**6, latency_ns=10**15)
     later = moved(told, reads=100, writes=20, read_bytes=8192, latency_samples=4, latency_ns=400_000)
     before, after = typed_disk(told), typed_disk(later)
@@ -22,7 +22,7 @@ def test_rates_and_latency_are_of_the_interval() -> None:
 
 
 def test_counters_that_began_anew_are_no_rate() -> None:
-    """A disk that was attached anew, has no worker, or was not looked at before, has no rate: never a negative one."""
+    """A disk that was attached again, has no worker, or was not seen before, has no rate, and never a negative one."""
     known = typed_disk(moved(deepcopy(DISK), reads=100))
 
     assert {Speed()} == {
@@ -32,7 +32,7 @@ def test_counters_that_began_anew_are_no_rate() -> None:
 
 
 def test_an_age_is_one_word() -> None:
-    """The largest unit that there is one of; a dash where nobody knows."""
+    """An age is shown in the largest unit that fits; an unknown one as a dash."""
     assert ["0s", "59s", "2m", "3h", "4d", "-"] == [
         pictures.age(1000.0 - each if each is not None else None, 1000.0)
         for each in (0, 59, 120, 3 * 3600, 4 * 86400, None)

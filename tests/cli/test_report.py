@@ -15,7 +15,7 @@ from tests.cli.test_json import documented, keys
 
 @pytest.mark.slow
 def test_it_says_what_it_has_written(tmp_path: Path) -> None:
-    """The file has the host's name and the time unless it is named; a file that is there is not written over."""
+    """Without --output the file is named after the host and the time; an existing file is not overwritten."""
     words = [sys.executable, "-m", "xenbackend", "report", "--socket", str(tmp_path / "none"), "--store",
              str(tmp_path / "store")]  # fmt: skip
     named = ["--json", "--output", str(tmp_path / "r.tar.gz")]

@@ -20,7 +20,7 @@ from xenbackend.supervisor.service.settings import Settings
 
 @pytest.fixture(autouse=True)
 def hurried(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The processes that are to come first."""
+    """The processes that were given a higher priority."""
     pids: list[int] = []
     monkeypatch.setattr(process, "boost", pids.append)
     return pids
@@ -33,7 +33,7 @@ def _parse(*arguments: str) -> argparse.Namespace:
 
 
 def test_arguments_become_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hurried: list[int]) -> None:
-    """What is given on the command line holds over the file's settings; guests may wait, so the service comes first."""
+    """The command line overrides the settings file; the service gets a higher priority, as guests may be waiting."""
     config = tmp_path / "x.toml"
     config.write_text('host = "a"\nserve = "ours"\n')
     served: list[Any] = []
@@ -48,7 +48,7 @@ def test_arguments_become_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_service_that_is_kept_is_started_with_the_same_arguments(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str, hurried: list[int]
 ) -> None:
-    """The parent starts `run` with what was given, by whole paths, and without what made it one; it has no boost."""
+    """The parent starts `run` with the same arguments and absolute paths, but without --keep or --detach; no boost."""
     monkeypatch.chdir(tmp_path)
     Path("x.toml").write_text('serve = "ours"\n')
     started: list[Any] = []
@@ -65,7 +65,7 @@ def test_a_service_that_is_kept_is_started_with_the_same_arguments(
 
 
 def test_no_process_of_the_services_takes_its_inheritance(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was kept is the service's alone: a worker does not find it in its environment."""
+    """Descriptors that systemd kept are for the service only: their variables are taken out of the environment."""
     monkeypatch.setenv("LISTEN_FDS", "1")
     given: list[Any] = []
     monkeypatch.setattr(service, "run", lambda _, environment: given.append(environment) or 0)
@@ -76,7 +76,7 @@ def test_no_process_of_the_services_takes_its_inheritance(monkeypatch: pytest.Mo
 
 
 def test_a_bad_file_is_the_operators_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A settings file with a mistake is exit status 2 and one sentence."""
+    """A mistake in the settings file is exit status 2 and one sentence."""
     config = tmp_path / "x.toml"
     config.write_text("frob = 1\n")
 
@@ -85,7 +85,7 @@ def test_a_bad_file_is_the_operators_mistake(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_check_serves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str], hurried: list[int]) -> None:
-    """It says all mistakes, to people a line each and to scripts as a list, or that there are none."""
+    """`run --check` reports all mistakes, a line each for people and a list for scripts, or that there are none."""
     config = tmp_path / "x.toml"
     config.write_text("frob = 1\npoll_us = -1\n")
     found = (

@@ -30,7 +30,7 @@ OTHER = disk(vbd="6/xvdb", node="vbd3/6/51728", kind="vbd3", domid=6, guest="web
 
 
 class Service:
-    """A service whose disks a test sets; each look at them takes the next picture, the last one again."""
+    """A service whose disks a test sets; each look takes the next picture, and the last one repeats."""
 
     def __init__(self) -> None:
         self.pictures: list[list[dict[str, Any]]] = [[disk(), OTHER]]
@@ -46,20 +46,20 @@ class Service:
 
 @pytest.fixture
 def service() -> Service:
-    """What the service knows."""
+    """The service that answers."""
     return Service()
 
 
 @pytest.fixture
 def control(tmp_path: Path, service: Service, monkeypatch: pytest.MonkeyPatch) -> Iterator[Control]:
-    """Its control socket, in a world where nobody sleeps."""
+    """Its control socket, with sleeping switched off."""
     monkeypatch.setattr(pictures, "SAMPLE_S", 0.0)
     with answering.answering(tmp_path / "x", service.answer) as made:
         yield made
 
 
 def test_json_is_all_that_the_service_knows(control: Control, capsys: pytest.CaptureFixture[str]) -> None:
-    """With --json a script gets the service and each disk, with nothing added or left out."""
+    """JSON has the service and each disk as the service describes them, with nothing added or left out."""
     assert 0 == main(["status", "--json", "--socket", control.path])
 
     assert {
@@ -82,7 +82,7 @@ def test_json_is_all_that_the_service_knows(control: Control, capsys: pytest.Cap
 def test_piped_it_is_one_line_for_each_disk(
     control: Control, service: Service, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A script finds a word in each column, whatever the terminal's width, and the whole chain in one line."""
+    """In a pipe each disk has one line, with a word in each column and the whole chain, at any terminal width."""
     monkeypatch.setenv("COLUMNS", "40")
     chain = f"aio:/img/\x1b[2J{'x' * 300}"
     later = moved(disk(), reads=50, read_bytes=8192, latency_samples=10, latency_ns=1_000_000)
@@ -102,7 +102,7 @@ def test_piped_it_is_one_line_for_each_disk(
 def test_why_a_disk_is_not_served_stands_in_its_line(
     control: Control, service: Service, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A pause, and whose; what holds the disk; orders that are under way: a word in its column, and the sentence."""
+    """The line says in a word and in sentences who paused a disk, what holds it, and which orders are under way."""
     paused = disk(paused=True, paused_by="uid 0, pid 7 (bash)", under_way=[{"order": 18, "verb": "set"}])
     waits = {**OTHER, "reason": "flush-failed", "error": "a flush failed: EIO", "waits_s": 12.3, "waits_for": "storage"}
     makes = {**OTHER, "reason": "key", "error": "the key is being derived", "waits_s": 61, "waits_for": "key"}
@@ -120,7 +120,7 @@ def test_why_a_disk_is_not_served_stands_in_its_line(
 def test_a_name_that_means_another_file_stands_in_the_line(
     control: Control, service: Service, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Where a name of a disk's files has come to mean another file, or none, its line says so, and what is served."""
+    """If a file name of a disk now leads to another file, or to none, the line says so and which file is served."""
     files = [
         {"file": "/same", "now": "same", "difference": ""},
         {"file": "/img", "now": "other", "difference": "it is another file, inode 9 and not 2"},
@@ -147,14 +147,14 @@ def test_a_name_that_means_another_file_stands_in_the_line(
 def test_only_the_disks_that_are_named(
     control: Control, capsys: pytest.CaptureFixture[str], names: list[str], found: list[str]
 ) -> None:
-    """A disk may be named by domain or guest, in any spelling."""
+    """Disks may be named by domain or guest, in any spelling."""
     assert 0 == main(["status", *names, "--json", "--socket", control.path])
 
     assert found == [each["vbd"] for each in json.loads(capsys.readouterr().out)["vbds"]]
 
 
 def test_a_disk_that_is_not_served_is_a_mistake(control: Control, capsys: pytest.CaptureFixture[str]) -> None:
-    """It is told, with those that are."""
+    """A disk that is not in service is refused with status 2 and a list of those that are."""
     assert 2 == main(["status", "7/xvda", "--socket", control.path])
     assert "there is no disk 7/xvda in service; there are 5/xvda, 6/xvdb" in capsys.readouterr().err
 
@@ -162,7 +162,7 @@ def test_a_disk_that_is_not_served_is_a_mistake(control: Control, capsys: pytest
 @pytest.mark.parametrize(("key", "found"), [("disk", "56"), ("reads", "65"), ("chain", "56"), ("guest", "56"),
                                             ("latency", "65"), ("errors", "56")])  # fmt: skip
 def test_sorting(control: Control, service: Service, capsys: pytest.CaptureFixture[str], key: str, found: str) -> None:
-    """The busiest, slowest or most faulty disk comes first; names are in their order."""
+    """The busiest, slowest or most faulty disk comes first; names are sorted in ascending order."""
     other = {**OTHER, "counters": {**OTHER["counters"], "errors": 0}}
     service.pictures = [[disk(), other], [disk(), moved(other, reads=9, latency_samples=9, latency_ns=9000)]]
     main(["status", "--sort", key, "--socket", control.path])
@@ -175,7 +175,7 @@ def test_sorting(control: Control, service: Service, capsys: pytest.CaptureFixtu
 def test_watching_faster_than_counters_change_is_refused(
     capsys: pytest.CaptureFixture[str], text: str, sentence: str
 ) -> None:
-    """Two looks within one sum of the workers' would show nothing, then a jump."""
+    """An interval shorter than that of the workers' sums is refused: counters would stand still, then jump."""
     with pytest.raises(SystemExit) as end:
         main(["status", "--watch", text])
 
@@ -187,7 +187,7 @@ def test_watching_faster_than_counters_change_is_refused(
 def test_watching_into_a_pipe_is_written_at_once(
     control: Control, monkeypatch: pytest.MonkeyPatch, form: list[str]
 ) -> None:
-    """Each look is out before the next one is waited for, until the reader or the operator ends it."""
+    """Each look is flushed before the next one is waited for, until the reader or the operator ends it."""
     seen: list[str] = []
     written = io.StringIO()
     flushed = io.StringIO()
@@ -206,6 +206,6 @@ def test_watching_into_a_pipe_is_written_at_once(
 
 
 def test_no_service_is_told_with_how_to_start_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Where nothing listens the operator reads how to start the service, and the exit status is 1."""
+    """If no service answers, the exit status is 1 and the message says how to start one."""
     assert 1 == main(["status", "--socket", str(tmp_path / "none")])
     assert "systemctl start xenbackend" in capsys.readouterr().err

@@ -30,7 +30,7 @@ OTHER = disk(vbd="6/xvdb", node="vbd/6/51728", domid=6, guest="web", device="xvd
 def test_a_table_on_a_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In 80 columns no word but the chain is broken, nothing moves the cursor, and the service has its line."""
+    """In 80 columns only the chain is broken, nothing moves the cursor, and the service has its line."""
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     monkeypatch.setenv("TERM", "dumb")
@@ -69,7 +69,7 @@ def test_a_table_on_a_terminal(
 
 
 def moved(known: dict[str, Any], **counts: int) -> dict[str, Any]:
-    """Return a description as it is once so much more has been counted."""
+    """Return a description with these counts added."""
     later = deepcopy(known)
     later["latency_histogram"][17] += counts.get("latency_samples", 0)
     for name, count in counts.items():
@@ -78,12 +78,12 @@ def moved(known: dict[str, Any], **counts: int) -> dict[str, Any]:
 
 
 def picture(*disks: dict[str, Any], at: float = 0.0) -> Picture:
-    """Return what the service said at a moment."""
+    """Return what the service said at a certain time."""
     return Picture(typed_service(), [typed_disk(each) for each in disks], at)
 
 
 def shown(before: Picture, after: Picture, height: int = 100) -> str:
-    """Return what a terminal of so many lines has with --watch."""
+    """Return what `status --watch` shows on a terminal of this height."""
     from rich.console import Console
 
     stream = io.StringIO()
@@ -93,7 +93,7 @@ def shown(before: Picture, after: Picture, height: int = 100) -> str:
 
 
 def test_the_first_picture_has_no_rates() -> None:
-    """What was never looked at before has a dash and no zero, and so has a disk that has just come."""
+    """A disk that was not seen before has a dash for each rate, not a zero."""
     first = picture(disk())
     later = picture(moved(disk(), reads=100), OTHER, at=2.0)
 
@@ -105,7 +105,7 @@ def test_the_first_picture_has_no_rates() -> None:
 
 @pytest.mark.parametrize("error", ["", "it is so\n" * 3])
 def test_a_picture_is_no_higher_than_the_terminal(error: str) -> None:
-    """What does not fit is left out as a whole, with what is said of it, and counted."""
+    """Disks that do not fit are left out together with their notes, and counted."""
     all_ = picture(*(disk(vbd=f"{number}/xvda", node=f"vbd/{number}/51712", domid=number, error=error, paused=True)
                      for number in range(20)))  # fmt: skip
     lines = shown(all_, all_, 24).splitlines()

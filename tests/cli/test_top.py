@@ -1,4 +1,4 @@
-"""`xenbackend top` in a terminal, which is a real one, and into a pipe."""
+"""`xenbackend top` on a real terminal, and into a pipe."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ DISKS = [
 
 
 class Service:
-    """Says of two disks that they go on and on; of none that it can be asked, once `hangs`."""
+    """A service whose two disks count up with each look; once `hangs` is set, it does not answer."""
 
     def __init__(self) -> None:
         self.hangs = False
@@ -64,12 +64,12 @@ class Service:
         return Answer(Code.OK, disks)
 
 
-# Without what says how large another terminal is, as each process of a parallel run is told.
+# Without the size of another terminal, which each process of a parallel run finds in its environment.
 _ENV = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
 
 
 class Screen:
-    """A terminal of some size, the program in it, and what it shows."""
+    """A terminal of some size with the program in it, and what it shows."""
 
     def __init__(self, control: str, size: tuple[int, int], *words: str, **environment: str) -> None:
         self.rows: dict[int, str] = {}
@@ -85,7 +85,7 @@ class Screen:
         self.far = far
 
     def resize(self, columns: int, lines: int) -> None:
-        """Have another size."""
+        """Change the terminal's size."""
         fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
 
     def type(self, keys: str) -> None:
@@ -94,11 +94,11 @@ class Screen:
 
     @property
     def text(self) -> str:
-        """The picture."""
+        """The text on the screen."""
         return "\n".join(self.rows[number].rstrip() for number in sorted(self.rows))
 
     def wait(self, is_there: Callable[[str], bool]) -> str:
-        """Wait for a picture. Raises: AssertionError, with the last one."""
+        """Wait until the screen matches. Raises: AssertionError, with the last screen."""
         end = time.monotonic() + PATIENCE_S
         while not is_there(self.text):
             assert time.monotonic() < end, f"{self.text}\n{self.said[-500:]!r}"
@@ -107,7 +107,7 @@ class Screen:
         return self.text
 
     def frames(self, seconds: float) -> int:
-        """Return how many pictures come within that time."""
+        """Return how many frames are drawn within that time."""
         end = time.monotonic() + seconds
         count = 0
         while (left_s := end - time.monotonic()) > 0:
@@ -135,7 +135,7 @@ class Screen:
 
 @pytest.fixture
 def service() -> Service:
-    """What the service knows."""
+    """The service that answers."""
     return Service()
 
 
@@ -148,7 +148,7 @@ def control(tmp_path: Path, service: Service) -> Iterator[Control]:
 
 @contextmanager
 def screen(control: Control, size: tuple[int, int] = (160, 12), *words: str, **environment: str) -> Iterator[Screen]:
-    """Have the program in a terminal, until it ends."""
+    """Run the program in a terminal until the block ends."""
     made = Screen(control.path, size, *words, **environment)
     try:
         yield made
@@ -160,12 +160,12 @@ def screen(control: Control, size: tuple[int, int] = (160, 12), *words: str, **e
 
 
 def order(text: str) -> list[str]:
-    """Return the disks of a picture in their order."""
+    """Return the disks of a screen in their order."""
     return re.findall(r"^(\d/xvd[ab])", text, re.MULTILINE)
 
 
 def test_a_session(control: Control) -> None:
-    """Rates come with the second look; keys sort, filter, show layers, and end it; the terminal is as it was before."""
+    """Rates appear with the second look; keys sort, filter, show layers and quit; then the terminal is restored."""
     with screen(control) as shown:
         shown.wait(lambda text: "5/xvda" in text)
         shown.wait(lambda text: "█" in text and re.search(r"5/xvda .* 1\d{3} |5/xvda .* \d{3,4} ", text) is not None)
@@ -189,7 +189,7 @@ def test_a_session(control: Control) -> None:
 
 
 def test_any_size_and_another_one_meanwhile(control: Control) -> None:
-    """It fits into 20 by 5, and into what that becomes, at once."""
+    """The screen fits into 20 by 5, and into another size as soon as the terminal has it."""
     with screen(control, (20, 5)) as shown:
         shown.wait(lambda text: "5/xvda" in text)
         assert max(shown.rows) <= 5
@@ -198,11 +198,11 @@ def test_any_size_and_another_one_meanwhile(control: Control) -> None:
         shown.process.send_signal(signal.SIGWINCH)
         shown.wait(lambda text: "log:|aio:/img" in text and "q quit" in text)
         assert 30 == max(shown.rows)
-        assert shown.frames(1.0) < 10  # it does not go round and round
+        assert shown.frames(1.0) < 10  # it does not redraw all the time
 
 
 def test_a_service_that_hangs_takes_no_keys_away(control: Control, service: Service) -> None:
-    """What was seen stays, it is said that nobody answers, and `q` ends it."""
+    """If the service hangs, the last picture stays with a note, and `q` still quits."""
     with screen(control) as shown:
         shown.wait(lambda text: "5/xvda" in text)
         service.hangs = True
@@ -213,7 +213,7 @@ def test_a_service_that_hangs_takes_no_keys_away(control: Control, service: Serv
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_terminal_gets_back_what_it_had(control: Control, number: signal.Signals) -> None:
-    """However it is ended, the next prompt is echoed, and has its cursor."""
+    """Whichever signal ends the program, the terminal is restored."""
     with screen(control) as shown:
         shown.wait(lambda text: "5/xvda" in text)
         shown.process.send_signal(number)
@@ -226,7 +226,7 @@ def test_a_terminal_gets_back_what_it_had(control: Control, number: signal.Signa
 
 
 def test_a_suspended_view_comes_back(control: Control) -> None:
-    """Ctrl-Z gives the terminal back, and with `fg` the picture is there again."""
+    """Ctrl-Z restores the terminal; `fg` draws the screen again."""
     with screen(control) as shown:
         shown.wait(lambda text: "5/xvda" in text)
         shown.process.send_signal(signal.SIGTSTP)
@@ -242,27 +242,27 @@ def test_a_suspended_view_comes_back(control: Control) -> None:
 
 
 def test_where_nothing_can_be_drawn(control: Control) -> None:
-    """Without a terminal's kind the way for scripts is named."""
+    """Without a known kind of terminal, the error names the way for scripts."""
     with screen(control, TERM="dumb") as shown:
         assert 2 == shown.end()
         assert "nothing can be drawn there; use --once" in shown.said
 
 
 def test_a_disk_that_is_not_there_is_told_at_once(control: Control) -> None:
-    """Nobody watches an empty screen for it."""
+    """An unknown disk ends the program at once, with status 2."""
     with screen(control, (160, 12), "9/xvda") as shown:
         assert 2 == shown.end()
         assert "there is no disk 9/xvda in service" in shown.said
 
 
 def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
-    """Return what was printed."""
+    """Return the lines that were printed."""
     return capsys.readouterr().out.splitlines()
 
 
 @pytest.fixture
 def no_time(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """A world where nobody sleeps, and where a second has passed since."""
+    """Replace sleeping by a clock that moves on by a second."""
     slept: list[float] = []
     monkeypatch.setattr(time, "sleep", slept.append)
     monkeypatch.setattr(top.time, "monotonic", lambda: float(len(slept)))
@@ -270,7 +270,7 @@ def no_time(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_once_for_scripts(control: Control, capsys: pytest.CaptureFixture[str], no_time: list[float]) -> None:
-    """One interval, a line for each disk below the headings, its layers below it where they are wanted."""
+    """`--once` prints one interval: a line for each disk below the headings, and its layers below it on request."""
     assert 0 == main(["top", "--once", "--layers", "--interval", "3", "--socket", control.path])
     heading, first, layer, second = lines(capsys)
 
@@ -297,7 +297,7 @@ def test_once_for_scripts(control: Control, capsys: pytest.CaptureFixture[str], 
 def test_json_has_the_rates_worked_out(
     control: Control, capsys: pytest.CaptureFixture[str], no_time: list[float]
 ) -> None:
-    """One object for each interval, the disks in the order and with the filter that are wanted."""
+    """JSON has one object for each interval, with the disks in the requested order and filtered as requested."""
     assert 0 == main(["top", "--json", "--count", "2", "--sort", "reads", "--socket", control.path])
     assert 0 == main(["top", "--json", "--once", "--filter", "web", "--socket", control.path])
     first, second, only = map(json.loads, lines(capsys))
@@ -308,7 +308,7 @@ def test_json_has_the_rates_worked_out(
 
 
 def test_a_reader_who_has_seen_enough_ends_it(control: Control) -> None:
-    """Into `head` it is written at once, and ends without a word when that has gone."""
+    """Output into `head` is written at once, and ends silently when `head` has gone."""
     command = f"{' '.join(PROGRAM)} --interval 1 --socket {control.path} | head -n 1"
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
 
@@ -317,7 +317,7 @@ def test_a_reader_who_has_seen_enough_ends_it(control: Control) -> None:
 
 @pytest.mark.parametrize("word", ["0", "-1", "many"])
 def test_a_number_of_intervals_is_one(word: str) -> None:
-    """Nothing else is taken for it."""
+    """A number of intervals that is not a positive integer is refused."""
     with pytest.raises(SystemExit) as end:
         main(["top", f"--count={word}"])
 
@@ -325,7 +325,7 @@ def test_a_number_of_intervals_is_one(word: str) -> None:
 
 
 def test_keys_change_the_interval() -> None:
-    """By steps, within bounds; from one that is none of them to the next one."""
+    """Keys change the interval by fixed steps within bounds; from a value between two steps to the next step."""
     assert [2.0, 1.0, 60.0, 10.0] == [
         top._other_interval(now, step) for now, step in ((1.0, 1), (1.0, -1), (60.0, 1), (4.0, 1))
     ]

@@ -1,4 +1,4 @@
-"""Rows of the live view: what moved, and how that went on before."""
+"""Rows of the live view: what changed, and how the latency developed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OTHER = {**deepcopy(DISK), "vbd": "6/xvdb", "node": "vbd/6/51728", "domid": 6, "
 
 
 def after(known: dict[str, Any], **counts: int) -> dict[str, Any]:
-    """Return a disk as it is once so much more has been counted."""
+    """Return a disk with these counts added."""
     later = deepcopy(known)
     later["latency_histogram"][17] += counts.get("latency_samples", 0)
     for name, count in counts.items():
@@ -25,12 +25,12 @@ def after(known: dict[str, Any], **counts: int) -> dict[str, Any]:
 
 
 def picture(*disks: dict[str, Any], at: float = 0.0) -> Picture:
-    """Return what the service said at a moment."""
+    """Return what the service said at a certain time."""
     return Picture(typed_service(), [typed_disk(each) for each in disks], at)
 
 
 def test_latency_is_of_each_interval_and_remembered() -> None:
-    """Each look adds the mean of its own interval; a disk that comes anew begins anew, one that went is forgotten."""
+    """Each look adds the mean of its own interval to the history; a disk that goes and comes back starts a new one."""
     history = History()
     known = deepcopy(DISK)
     [first] = history.take(picture(known))
@@ -47,7 +47,7 @@ def test_latency_is_of_each_interval_and_remembered() -> None:
 
 
 def test_only_so_much_is_remembered() -> None:
-    """A view that runs for days takes no more memory."""
+    """The history has a limit: a view that runs for days takes no more memory."""
     history = History()
     for at in range(3 * top_rows.REMEMBERED):
         [row] = history.take(picture(DISK, at=float(at)))
@@ -68,7 +68,7 @@ def test_only_so_much_is_remembered() -> None:
     ],
 )
 def test_order_and_filter(view: View, found: list[str]) -> None:
-    """The filter looks at names, states and chains, in any case of letters."""
+    """The filter looks at names, states and chains, ignoring case."""
     rows = History().take(picture(DISK, after(OTHER, in_flight=9)))
 
     assert found == [row.known.vbd for row in arranged(rows, view)]
@@ -76,7 +76,7 @@ def test_order_and_filter(view: View, found: list[str]) -> None:
 
 
 def test_every_order_comes_round() -> None:
-    """A key leads through all orders, in both directions."""
+    """The sort key goes through all orders, in both directions."""
     view = View()
     seen = [(view := view.next_sort()).sort for _ in top_rows.SORTS]
 
@@ -86,7 +86,7 @@ def test_every_order_comes_round() -> None:
 
 
 def test_sparklines() -> None:
-    """The greatest value is the tallest bar, nothing is a space, the latest is at the right, zero is no fault."""
+    """The greatest value is the tallest bar, a missing one a space; the latest is at the right; zeros are allowed."""
     assert "  ▁█ ▅" == sparkline([0.0, 800.0, None, 400.0], 6)
     assert "*%" == sparkline([900.0, 100.0, 140.0], 2, top_rows.PLAIN_BARS)
     assert "▁▁" == sparkline([0.0, 0.0], 2)
@@ -95,7 +95,7 @@ def test_sparklines() -> None:
 
 
 def test_layers_and_values() -> None:
-    """A layer's line has what it counts, and moves no cursor; scripts get the rates worked out, and null for none."""
+    """A layer's line shows its figures and escapes control characters; JSON has rates, and null if there are none."""
     layer = {"layer": "throttle:iops=5\x1b", "figures": {"held": 3}}
     row = Row(typed_disk(layers=[layer, {"layer": "aio:/img", "figures": {}}]), Speed())
 

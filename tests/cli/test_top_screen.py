@@ -1,4 +1,4 @@
-"""The live view's picture: it fits into any terminal."""
+"""The screen of the live view: it fits into any terminal."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def shown(frame: Frame, width: int = 160, height: int = 12) -> list[str]:
 
 
 def test_a_picture() -> None:
-    """Rates, requests under way, latency, how that went, the chain; above it the service and the order."""
+    """A row has rates, queue, latency, its history and the chain; the first line has the service and the sort order."""
     above, heading, first, *_, last = shown(Frame(ROWS, View(sort="reads"), "service 0.1.0", with_keys=True), 200)
 
     assert "service 0.1.0; by reads" == above
@@ -34,7 +34,7 @@ def test_a_picture() -> None:
 @pytest.mark.parametrize("height", [1, 2, 3, 5, 24, 100])
 @pytest.mark.parametrize("width", [1, 5, 20, 40, 80, 132])
 def test_it_fits_into_any_terminal(width: int, height: int) -> None:
-    """As many lines as there are, none wider than the terminal, whatever guests are called."""
+    """The screen has exactly the terminal's lines, none wider than the terminal, whatever guests are called."""
     found = lines(
         Frame(ROWS, View(with_layers=True), "service", note="a note that is long", typing=None), width, height
     )
@@ -44,13 +44,13 @@ def test_it_fits_into_any_terminal(width: int, height: int) -> None:
 
 
 def test_what_matters_most_stays_in_a_narrow_one() -> None:
-    """In 20 columns a disk's name and what there is room for; in 40 its state."""
+    """In 20 columns a disk's name is shown, in 40 its state too."""
     assert "0/xvda" in shown(Frame(ROWS, View(), "s"), 20, 5)[2]
     assert "Connected" in shown(Frame(ROWS, View(), "s"), 40, 5)[2]
 
 
 def test_what_is_wrong_stands_below_its_disk() -> None:
-    """The sentence of a disk that is not served, and on request each layer with what it counts."""
+    """Below a disk's row come the sentence if it is not served, and on request each layer with its figures."""
     layer = {"layer": "throttle:iops=1", "figures": {"held": 7}}
     known = typed_disk(reason="storage", error="it does not answer", layers=[layer])
     _, _, row, why, layer, *_ = shown(Frame([Row(known, Speed())], View(with_layers=True), "s"))
@@ -61,7 +61,7 @@ def test_what_is_wrong_stands_below_its_disk() -> None:
 
 
 def test_scrolling_filter_and_notes() -> None:
-    """The first row is where somebody has scrolled to; what is typed, and what went wrong, is in the last line."""
+    """The rows begin at the scroll position; the last line shows the filter being typed, or an error."""
     assert "7/xvda" in shown(Frame(ROWS, View(), "s", first=7))[2]
     assert "filter: ma_" == shown(Frame(ROWS, View(), "s", typing="ma"))[-1]
     assert r"no\x1b" == shown(Frame(ROWS, View(), "s", note="no\x1b"))[-1]

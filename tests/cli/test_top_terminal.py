@@ -17,13 +17,13 @@ from xenbackend.errors import ConfigError
     ],
 )  # fmt: skip
 def test_keys(typed: str, keys: list[str]) -> None:
-    """Several at once are told apart, and a key that nobody knows is dropped whole."""
+    """Several keys in one read are separated, and an unknown key sequence is dropped as a whole."""
     assert keys == split(typed)
 
 
 @pytest.mark.parametrize("kind", ["", "dumb", "unknown"])
 def test_a_terminal_that_cannot_be_drawn_on(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    """Under cron, or in an editor's shell, one hears what to do instead."""
+    """On a terminal that cannot draw, as under cron, the error names `--once`."""
     monkeypatch.setenv("TERM", kind)
     with pytest.raises(ConfigError, match="--once"):
         check()

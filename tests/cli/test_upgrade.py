@@ -26,8 +26,8 @@ WAITS = [{"vbd": f"5/xvd{letter}", "for": "xenstore, which must be told"} for le
 def test_stop_says_what_it_waits_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, waits: list[Any] | None
 ) -> None:
-    """On a terminal the seconds stand beside the disks that the service waits for, and what for, the first of many; a
-    service that does not say costs nothing but that.
+    """On a terminal, `stop` shows the seconds and the first of the disks that the service waits for, with the reason;
+    an older service tells none.
     """
     monkeypatch.setattr(client, "TICK_S", 0.01)
     monkeypatch.setattr(waiting, "PATIENCE_S", 0.0)
@@ -41,7 +41,7 @@ def test_stop_says_what_it_waits_for(
             asked.set()
             return Answer(Code.OK, {} if waits is None else {"waits": waits})
         asked.wait(10)
-        threading.Event().wait(0.3)  # so that the picture is drawn
+        threading.Event().wait(0.3)  # long enough for the progress line to be drawn
         return working(request)
 
     with answering(tmp_path / "x", answer) as control:
@@ -58,7 +58,7 @@ def test_stop_says_what_it_waits_for(
 def test_a_stop_that_nobody_waits_for_says_what_is_missing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], *, is_json: bool
 ) -> None:
-    """Whoever gives --timeout hears what the service still waits for, scripts too."""
+    """With --timeout the command reports what the service still waits for, in JSON too."""
     late = Answer(Code.UNDER_WAY, {"pid": 11, "waits": WAITS[:1]}, "it is still under way", 17)
     with answering(tmp_path / "x", lambda _: late) as control:
         status = main(["stop", "--timeout", "0", "--socket", control.path, *["--json"] * is_json])
@@ -73,7 +73,7 @@ def test_a_stop_that_nobody_waits_for_says_what_is_missing(
 
 @pytest.mark.slow
 def test_stop_ends_everything_in_order(tmp_path: Path) -> None:
-    """Nothing serves the disk afterwards, nothing of the guest's is mapped, and the next service serves it on."""
+    """After `stop` the disk has no worker and nothing of the guest is mapped; the next service continues serving it."""
     image = tmp_path / "image"
     image.write_bytes(bytes(1 << 20))
     with Machine() as machine, closing(machine.create_guest(5)) as guest:

@@ -1,4 +1,4 @@
-"""An order is waited for, over a restart of the service, too, and the operator sees that."""
+"""An order is waited for, even over a restart of the service, and the operator sees that."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ OPEN = {**ENTRY, "ended": None, "code": "under-way"}
 def test_waiting_is_shown_on_a_terminal_only(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, is_terminal: bool
 ) -> None:
-    """An order that takes its time says so on standard error where somebody looks, and never on standard output."""
+    """An order that takes long is shown on standard error if that is a terminal, and never on standard output."""
     monkeypatch.setattr(client, "TICK_S", 0.01)
     monkeypatch.setattr(waiting, "PATIENCE_S", 0.0)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr("sys.stderr.isatty", lambda: is_terminal, raising=False)
     if not is_terminal:
-        monkeypatch.setitem(sys.modules, "rich.console", None)  # whoever imports it now fails
+        monkeypatch.setitem(sys.modules, "rich.console", None)  # importing it now fails
 
     def answer(request: dict[str, Any]) -> Answer:
-        threading.Event().wait(0.05)  # what takes its time
+        threading.Event().wait(0.05)  # the order takes this long
         return working(request)
 
     with answering(tmp_path / "x", answer) as control:
@@ -70,9 +70,9 @@ def test_an_order_is_waited_for_over_a_restart_of_the_service(
     status: int,
     said: str,
 ) -> None:
-    """What the next service says is the answer; where it knows nothing, or none comes, nobody says that it failed.
+    """The next service tells how the order ended; if it cannot, or none comes, the order is not reported as failed.
 
-    A service that was killed has told no number: the order is the one with the token that it was given with.
+    A service that was killed gave no order number: the order is found by the token that it was given with.
     """
     monkeypatch.setattr(following, "LOOK_S", 0.0)
     monkeypatch.setattr(following, "RETURN_S", 0.0 if later == [AWAY] else 60.0)
@@ -99,7 +99,7 @@ def test_an_order_is_waited_for_over_a_restart_of_the_service(
 
 @pytest.mark.parametrize("more", [["--timeout", "9"], ["--dry-run"]])
 def test_what_is_not_waited_for_over_a_restart(tmp_path: Path, more: list[str]) -> None:
-    """Whoever has set a time limit does not wait for the next service, nor does a look, of which no service knows."""
+    """An order with a time limit is not followed over a restart, nor is a dry run, which no service records."""
 
     def answer(request: dict[str, Any]) -> Answer:
         return working(request) if request["verb"] == "ping" else LEFT

@@ -1,4 +1,4 @@
-"""The command xl, with a real process in xl's place that says what it got."""
+"""The command xl, with a real process in xl's place that prints its arguments."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SAYS = '#!/bin/sh\nprintf "%s\\n" "$@"\n'
 
 @pytest.fixture
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return a folder where xl is found; vm.cfg in it has a disk of ours."""
+    """A folder where xl is found; vm.cfg in it has a disk of ours."""
     (tmp_path / "vm.cfg").write_text("disk=['tap2:log:|aio:/img,xvda,w']\n")
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     return tmp_path
@@ -44,13 +44,13 @@ def run(host: Path, *words: str, xl: str = SAYS, stdin: str = "") -> subprocess.
     ],
 )
 def test_xl_gets_every_word_as_it_is(host: Path, words: list[str]) -> None:
-    """No option is ours, no word is lost or split, whatever it looks like."""
+    """Every argument reaches xl unchanged, whatever it looks like; none is taken as an option of ours."""
     assert words == run(host, *words).stdout.split("\n")[: len(words)]
 
 
 @pytest.mark.slow
 def test_a_disk_of_ours_is_rewritten_for_the_version(host: Path) -> None:
-    """A new guest's command gets one setting more; --xen-version says for which Xen, and is not xl's."""
+    """`create` gets one more setting; --xen-version names the Xen that it is for, and does not reach xl."""
     file = str(host / "vm.cfg")
 
     assert f"create\n{file}\ndisk=['{LINE}']\n" == run(host, "--xen-version", "4.17", "create", file).stdout
@@ -60,7 +60,7 @@ def test_a_disk_of_ours_is_rewritten_for_the_version(host: Path) -> None:
 
 @pytest.mark.slow
 def test_a_file_for_xl_ends_with_xl(host: Path) -> None:
-    """Where a whole file is needed xl can open it as a plain one, also behind a shell, and none is left behind."""
+    """If xl needs a whole file, it can open that as a regular one, even behind a shell, and none is left behind."""
     before = set(host.iterdir())
     xl = '#!/bin/sh\n# a wrapper\nexec sh -c \'stat -Lc %F "$3"; cat "$3"; readlink "$3"\' sh "$@"\n'
     said = run(host, "restore", str(host / "vm.cfg"), "save", xl=xl).stdout.splitlines()
@@ -71,7 +71,7 @@ def test_a_file_for_xl_ends_with_xl(host: Path) -> None:
 
 @pytest.mark.slow
 def test_what_becomes_of_xl_is_what_becomes_of_us(host: Path) -> None:
-    """Standard input, exit status and signals are xl's, and it ignores none because of us."""
+    """Standard input, exit status and signals are those of xl, and xl ignores no signal because of us."""
     assert "typed" == run(host, "console", "1", xl="#!/bin/sh\ncat", stdin="typed").stdout
     assert 7 == run(host, "list", xl="#!/bin/sh\nexit 7").returncode
     assert -signal.SIGTERM == run(host, "list", xl="#!/bin/sh\nkill -TERM $$").returncode
@@ -98,6 +98,6 @@ def test_help_is_ours_where_xl_has_none(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_a_wrong_version_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    """A version that is none is the operator's mistake."""
+    """An invalid version of Xen is refused with status 2."""
     assert main(["xl", "--xen-version", "new", "list"]) == 2
     assert "'new' is not a version of Xen" in capsys.readouterr().err
