@@ -46,7 +46,7 @@ class Taken:
         self.pid = pid
 
     def open(self, chain: str) -> messages.Standing:
-        """Open the chain."""
+        """Send Open with the chain, and return the standing."""
         memory = memfd.make("journal", journal.SIZE)
         order = messages.Open(1, "vbd/5/51712", HOST, 5, chain, read_only=False)
         openers = Openers()
@@ -60,7 +60,7 @@ class Taken:
                 return said
 
     def escape(self, at: canary.Surroundings) -> set[str]:
-        """Return the names of all that the canary got."""
+        """Return the names of the attempts that succeeded."""
         command = messages.Command("0", "escape", [at.place, str(at.neighbour), str(at.page)])
         self._near.send(codec.encode(messages.Ask(1, command)))
         while True:
@@ -75,7 +75,7 @@ SELDOM_OFFERED = {"see the network's devices", "read a neighbour's memory"}  # D
 
 @contextmanager
 def taken(place: Path, walls: str, word: str) -> Iterator[Taken]:
-    """Start a worker in a mount namespace of its own, which finds the canaries as third parties' drivers."""
+    """Start a worker in a mount namespace of its own, in which the canaries are installed as third parties' drivers."""
     package = place / "packages" / "canaries-1.dist-info"
     package.mkdir(parents=True)
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: canaries\nVersion: 1\n")
@@ -99,8 +99,9 @@ def taken(place: Path, walls: str, word: str) -> Iterator[Taken]:
 
 
 def what_root_may(place: Path) -> set[str]:
-    """Return what a program of root's gets in a mount namespace of its own: dom0 may have no network card, or a kernel
-    that lacks something.
+    """Return the attempts that succeed for a program of root's in its own mount namespace, as a measure of this host.
+
+    Dom0 may have no network card, or a kernel that lacks something.
     """
     place.mkdir()
     with canary.surroundings(place) as at:
@@ -112,7 +113,7 @@ def what_root_may(place: Path) -> set[str]:
 
 @pytest.fixture
 def at(tmp_path: Path) -> Iterator[canary.Surroundings]:
-    """What there is to get at."""
+    """What a canary tries to reach."""
     place = tmp_path / "place"
     place.mkdir()
     with canary.surroundings(place) as made:
@@ -121,7 +122,7 @@ def at(tmp_path: Path) -> Iterator[canary.Surroundings]:
 
 @pytest.mark.rows("R20")
 def test_a_canary_gets_nothing(tmp_path: Path, at: canary.Surroundings) -> None:
-    """As a layer of a chain, in a worker behind its walls, it gets 0 of everything; root sees nothing amiss.
+    """No attempt of a canary in a worker behind its walls succeeds, and root finds nothing amiss.
 
     The count is left for the scoreboard.
     """
@@ -138,7 +139,7 @@ def test_a_canary_gets_nothing(tmp_path: Path, at: canary.Surroundings) -> None:
 
 
 def test_a_canary_without_walls_gets_everything(tmp_path: Path, at: canary.Surroundings) -> None:
-    """The same driver in a worker without walls: what it tries does work, as far as this host lets root do it."""
+    """Without walls the same driver's attempts succeed, as far as this host allows them to root."""
     with taken(tmp_path, "off", "canary") as worker:
         worker.open("canary:")
         got = worker.escape(at)
@@ -159,7 +160,7 @@ def test_a_canary_without_walls_gets_everything(tmp_path: Path, at: canary.Surro
 def test_what_a_driver_needs_it_gets_and_no_more(
     tmp_path: Path, at: canary.Surroundings, word: str, expected: set[str]
 ) -> None:
-    """A third party's driver that declares a need has that left open, and the standing says so."""
+    """A third party's driver gets what it declares as a need and nothing more, and the standing names the need."""
     with taken(tmp_path, "on", word) as worker:
         standing = worker.open(f"{word}:")
         got = worker.escape(at)
@@ -169,7 +170,7 @@ def test_what_a_driver_needs_it_gets_and_no_more(
 
 
 def test_a_chain_cannot_bring_a_driver_in_later(tmp_path: Path) -> None:
-    """What a third party wrote runs as root while it is imported: no worker imports it once it is behind walls."""
+    """A worker behind its walls imports no third party's driver, whose code would run as root while imported."""
     with taken(tmp_path, "on", "") as worker:
         standing = worker.open("canary:")
 

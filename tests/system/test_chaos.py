@@ -12,8 +12,8 @@ from tests.chaos.__main__ import run
 
 @pytest.mark.slow
 def test_guests_notice_nothing_but_a_pause(request: pytest.FixtureRequest) -> None:
-    """Guests under verified load see no error, no wrong sector and no second answer, whatever dies below them; and
-    administrators who order things of their disks meanwhile are told the truth.
+    """Guests under verified load see no error, no wrong sector and no second answer, whatever dies below them; orders
+    given meanwhile are answered truthfully.
     """
     args = Namespace(kills=12, hours=None, guests=4, engine="", seed=request.config.getoption("--seed"), only=None)
     figures = run(args, Console(quiet=True))

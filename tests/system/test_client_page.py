@@ -19,7 +19,7 @@ PAGE = pages.ROOT / "docs/client.md"
 def test_the_programs_of_the_page_do_what_they_say(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each block goes on where the one before has ended; the socket is found by the environment."""
+    """Each program of the page continues where the one before ended; the environment names the socket."""
     (tmp_path / "guest.raw").write_bytes(bytes(1 << 20))
     names: dict[str, Any] = {}
     with Machine() as machine, closing(machine.create_guest(5)) as guest:

@@ -1,7 +1,7 @@
-"""Storage that does not answer, as of an NFS server that has gone: one disk waits, and nobody else notices.
+"""Storage that does not answer, as of an NFS server that has gone: one disk waits, and no other is affected.
 
-The file system is real, and its server stops: processes that wait for it are in the kernel, and cannot be killed where
-the server has read what they want.
+The file system is real, and its server stops. Processes that wait for it hang in the kernel, and cannot be killed if
+the server has read their request.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ pytestmark = [
 ]
 SIZE = 1 << 20
 DATA = b"d" * 4096
-MANY = openers.MOST + 2  # disks: more than openers work at once
-USUAL_S = 5.0  # for what takes a tenth of it, on a host that is busy
+MANY = openers.MOST + 2  # disks: more than there are openers at work at once
+USUAL_S = 5.0  # ten times what it takes, as the host may be busy
 MOMENTS = {"lookup": fuse.LOOKUP, "stat": fuse.GETATTR, "open": fuse.OPEN}
 
 
 @contextmanager
 def within(limit_s: float) -> Iterator[None]:
-    """See that something takes no longer."""
+    """Assert that the block takes no longer than `limit_s`."""
     begun = time.monotonic()
     yield
     assert time.monotonic() - begun < limit_s
 
 
 class Host:
-    """A machine with a guest that has a disk on storage that may die, and another guest's on storage that lives."""
+    """A machine with one guest's disk on storage that may die, and another guest's on storage that lives."""
 
     def __init__(self, home: Path, stack: ExitStack) -> None:
         self.home = home
@@ -102,7 +102,7 @@ class Host:
         return worker
 
     def hanging(self) -> int:
-        """Return how many processes of the service are in a call that does not come back."""
+        """Return how many processes of the service are in uninterruptible sleep."""
         found = 0
         for each in _descendants(self.machine.service_pid):
             try:
@@ -113,7 +113,7 @@ class Host:
         return found
 
     def see_others_served(self) -> None:
-        """See that the other disk, another one and the service answer in their usual time."""
+        """Assert that the second disk, a newly attached one and the service answer in their usual time."""
         with within(USUAL_S):
             self.frontend.write(0, DATA)
             assert self.frontend.read(0, 8) == DATA
@@ -148,7 +148,7 @@ def host(tmp_path: Path) -> Iterator[Host]:
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_one_disk_waits_and_no_other(host: Host, moment: str) -> None:
-    """A disk whose storage hangs when it is attached says so; the others are attached, served, ordered; it goes on."""
+    """A disk whose storage hangs during the attach says so; other disks are attached, served and ordered meanwhile."""
     host.server.hold(MOMENTS[moment])
     attached: list[object] = []
     attaching = threading.Thread(target=lambda: attached.append(host.attach(5, "xvda", host.remote)))
@@ -169,7 +169,7 @@ def test_one_disk_waits_and_no_other(host: Host, moment: str) -> None:
 
 
 def test_a_successor_waits_and_goes_on(host: Host) -> None:
-    """A guest whose worker is killed meanwhile is served when the storage is back, and status says why not now."""
+    """If a worker is killed while its storage hangs, status says why the guest waits; later the guest is served."""
     path = host.attach(5, "xvda", host.remote)
     disk = host.connect(path)
     disk.write(0, DATA)
@@ -188,7 +188,7 @@ def test_a_successor_waits_and_goes_on(host: Host) -> None:
 
 
 def output_of(words: list[str], limit_s: float) -> tuple[int, dict[str, Any]]:
-    """Run a command of ours; return its exit status, and all that anybody writes to its output, by then."""
+    """Run a command of ours; return its exit status and all of its output. Raises: AssertionError after `limit_s`."""
     process = subprocess.Popen([sys.executable, "-m", "xenbackend", *words], stdout=subprocess.PIPE)
     assert process.stdout is not None
     said, give_up = b"", time.monotonic() + limit_s
@@ -206,8 +206,8 @@ def output_of(words: list[str], limit_s: float) -> tuple[int, dict[str, Any]]:
 
 @pytest.mark.parametrize("command", ["doctor", "report"])
 def test_who_looks_what_is_the_matter_does_not_wait_for_it(host: Host, command: str) -> None:
-    """`doctor` and `report` end in their usual time, also for who waits for all of their output; the disk is told, its
-    image as one that could not be looked at, and the other disk is well.
+    """`doctor` and `report` end in their usual time although storage hangs, children that hold their output included;
+    the file of the waiting disk is unknown, and the other disk is well.
     """
     path = host.attach(5, "xvda", host.remote)
     disk = host.connect(path)
@@ -233,7 +233,7 @@ def test_who_looks_what_is_the_matter_does_not_wait_for_it(host: Host, command: 
 
 
 def test_processes_that_hang_are_few(host: Host) -> None:
-    """However often the worker is killed, no more than two openers of a disk and one more hang; then it goes on."""
+    """However often the worker is killed, at most two openers of its disk and one more process hang; it recovers."""
     disk = host.connect(host.attach(5, "xvda", host.remote))
     host.server.hold(fuse.OPEN)
     most = 0
@@ -254,7 +254,7 @@ def test_processes_that_hang_are_few(host: Host) -> None:
 
 
 def test_many_that_wait_do_not_hold_up_one_that_need_not(host: Host) -> None:
-    """More openers hang than may work at once: a disk on other storage has its successor all the same, and soon."""
+    """If more openers hang than may work at once, a disk on other storage still gets its successor soon."""
     guest = host.machine.create_guest(7)
     names = [f"7/xvd{chr(ord('a') + number)}" for number in range(MANY)]
     disks = []
@@ -279,7 +279,7 @@ def test_many_that_wait_do_not_hold_up_one_that_need_not(host: Host) -> None:
 
 @pytest.mark.parametrize("stops", [True, False], ids=["not read", "read"])
 def test_a_disk_that_waits_is_detached_at_once(host: Host, stops: bool) -> None:
-    """The toolstack takes it away while it waits, whether its opener can be killed or not."""
+    """A waiting disk can be detached at once, whether its opener can be killed or not."""
     path = host.attach(5, "xvda", host.remote)
     host.connect(path)
     if stops:
@@ -290,12 +290,12 @@ def test_a_disk_that_waits_is_detached_at_once(host: Host, stops: bool) -> None:
     until(host.waits)
     with within(2 * USUAL_S):
         detach(host.machine.store, path, USUAL_S, force=True)
-        until(lambda: {} == host.status())  # which has to read xenstore, too
+        until(lambda: {} == host.status())  # the service has to read xenstore for that
     host.server.go_on()
 
 
 def test_the_service_ends_while_disks_wait(host: Host) -> None:
-    """`stop` ends in bounded time, and leaves no process but those that cannot end."""
+    """`stop` ends in bounded time while disks wait for their storage."""
     host.attach(5, "xvda", host.remote)
     host.server.hold(fuse.OPEN)
     host.kill()
@@ -305,7 +305,7 @@ def test_the_service_ends_while_disks_wait(host: Host) -> None:
 
 
 def test_an_order_does_not_hold_up_the_guest_for_long(host: Host) -> None:
-    """A chain on storage that hangs is refused for a disk whose own storage lives, which is served on."""
+    """`set` to a chain on storage that hangs is refused; the disk stays in service."""
     host.server.hold(fuse.OPEN)
     with within(20), pytest.raises(XenbackendError, match="has not answered"):
         host.machine.ask({"verb": "set", "vbd": "6/xvda", "chain": f"aio:{host.remote}", "replace": True})
@@ -316,7 +316,7 @@ def test_an_order_does_not_hold_up_the_guest_for_long(host: Host) -> None:
 
 @pytest.mark.parametrize("moment", ["stat", "open"])
 def test_a_file_that_the_server_has_lost_pauses_the_disk(host: Host, moment: str) -> None:
-    """ESTALE from the server itself: the guest waits, the reason is a sentence, and a resume tries again."""
+    """On ESTALE from the server the guest waits, the reason names the file, and `resume` tries again."""
     disk = host.connect(host.attach(5, "xvda", host.remote))
     host.server.fail(errno.ESTALE, MOMENTS[moment])
     host.kill()

@@ -1,4 +1,4 @@
-"""What the processes of a service would hand on to a program that they start: nothing but standard streams."""
+"""A program started by any process of a service would inherit nothing but the standard streams."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ def machine() -> Iterator[Machine]:
 
 
 def family(pid: int) -> Iterator[int]:
-    """Yield a process and all that descend from it."""
+    """Yield a process and all its descendants."""
     yield pid
     for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
         yield from family(int(child))
 
 
 def inherited(pid: int) -> list[str]:
-    """Return the descriptors of a process, but for the standard streams, that stay open at exec."""
+    """Return the descriptors of a process that stay open at exec, without the standard streams."""
     left = []
     for info in Path(f"/proc/{pid}/fdinfo").iterdir():
         try:
             flags = next(line.split()[1] for line in info.read_text().splitlines() if line.startswith("flags:"))
             name = str(Path(f"/proc/{pid}/fd/{info.name}").readlink())
-        except FileNotFoundError:  # it was closed meanwhile
+        except FileNotFoundError:  # closed in the meantime
             continue
         if int(info.name) > 2 and not int(flags, 8) & os.O_CLOEXEC:
             left.append(name)
@@ -59,7 +59,7 @@ def worker_of(machine: Machine) -> int:
 
 
 def wait_for_another(machine: Machine, service: int) -> None:
-    """Return when another service answers."""
+    """Return when another service than this process answers."""
     while True:
         with suppress(XenbackendError):
             if machine.service_pid != service:
@@ -67,8 +67,9 @@ def wait_for_another(machine: Machine, service: int) -> None:
 
 
 def test_no_process_hands_a_descriptor_on(machine: Machine, tmp_path: Path) -> None:
-    """Parent, service, zygote and workers close everything at exec, also where a second service has taken over, with a
-    guest on their rings, an exported disk's socket, memories, a record's file and an image.
+    """Parent, service, zygote and worker have close-on-exec set on every descriptor, also after an upgrade.
+
+    The guest has rings, an exported disk's socket, memories, a record's file and an image.
     """
     qemu_img("create", "-q", "-f", "qcow2", f"{tmp_path}/image", "8M")
     machine.store.write("/libxl/5/type", "hvm")
@@ -85,10 +86,10 @@ def test_no_process_hands_a_descriptor_on(machine: Machine, tmp_path: Path) -> N
     give_up = time.monotonic() + 10
     found: dict[int, tuple[str, list[str]]] = {}
     while time.monotonic() < give_up:
-        with suppress(FileNotFoundError, ProcessLookupError):  # an opener, which ends meanwhile
-            pids = {*family(machine.service.pid), worker_of(machine)}  # it is no child of this service's
+        with suppress(FileNotFoundError, ProcessLookupError):  # an opener that has just ended
+            pids = {*family(machine.service.pid), worker_of(machine)}  # the worker is not a child of this service
             found = {pid: (command(pid), inherited(pid)) for pid in pids}
-            if len(found) == 4 and not any(fds for _, fds in found.values()):  # else a zygote is still starting
+            if len(found) == 4 and not any(fds for _, fds in found.values()):  # else wait: a zygote is still starting
                 break
     frontend.close()
     guest.close()

@@ -1,4 +1,4 @@
-"""`xenbackend doctor` on a simulated host, on which one thing after another is broken: each is one finding."""
+"""`xenbackend doctor` on a simulated host in which one thing after another is broken: each is one finding."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from xenbackend.rig.frontend import Wishes
 
 pytestmark = pytest.mark.slow
 DISK = "5/xvda"
-LIMIT_S = 45.0  # of a look at everything, on a host under load; the looks themselves have seconds
+LIMIT_S = 45.0  # for a whole examination on a loaded host; each look has seconds
 Found = dict[str, Any]
 AS_NOBODY = """
 import difflib, encodings.ascii, os, shutil, sys, tomllib  # while Python can be read
@@ -44,7 +44,7 @@ class Host:
         self.machine, self.image = machine, image
 
     def doctor(self, *words: str) -> tuple[int, list[Found]]:
-        """Return the exit status and what is not well."""
+        """Return the exit status and the findings that are not well."""
         begun = time.monotonic()
         command = [sys.executable, "-m", "xenbackend", "doctor", "--json", "--socket", self.machine.control, *words]
         result = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
@@ -58,7 +58,7 @@ class Host:
 
 
 def not_well(text: str) -> list[Found]:
-    """Return the findings that are not well, of JSON that has what docs/json.md says."""
+    """Return the findings that are not well, of JSON that has the keys of docs/json.md."""
     values = json.loads(text)
     assert documented("doctor")[0] == keys(values, set())
     return [each for each in values["findings"] if each["verdict"] != "ok"]
@@ -66,7 +66,7 @@ def not_well(text: str) -> list[Found]:
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
-    """One for all that can be mended again."""
+    """A host that the tests share: each repairs what it breaks."""
     image = tmp_path_factory.mktemp("host") / "img"
     image.write_bytes(bytes(1 << 20))
     config = image.with_name("x.toml")
@@ -82,14 +82,14 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
 
 
 def test_a_host_that_is_well(host: Host) -> None:
-    """Nothing is found, of the host or of a disk, and the exit status is 0."""
+    """On a sound host nothing is found, of the host or of a disk, and the exit status is 0."""
     assert (0, []) == host.doctor()
     assert (0, []) == host.doctor(DISK)
 
 
 @contextmanager
 def stopped(pid: int) -> Iterator[None]:
-    """Have a process stopped by a signal."""
+    """Keep a process stopped by SIGSTOP."""
     os.kill(pid, signal.SIGSTOP)
     try:
         yield
@@ -99,7 +99,7 @@ def stopped(pid: int) -> Iterator[None]:
 
 @contextmanager
 def silent_store(machine: Machine) -> Iterator[None]:
-    """Have a xenstored that says nothing."""
+    """Keep xenstored stopped, so that it does not answer."""
     goes_on = threading.Event()
     thread = threading.Thread(target=lambda: machine.xenstored._on_thread(goes_on.wait))
     thread.start()
@@ -112,7 +112,7 @@ def silent_store(machine: Machine) -> Iterator[None]:
 
 @contextmanager
 def paused(host: Host) -> Iterator[None]:
-    """Have the disk paused."""
+    """Keep the disk paused."""
     host.machine.ask({"verb": "pause", "vbd": DISK})
     try:
         yield
@@ -132,7 +132,7 @@ def paused(host: Host) -> Iterator[None]:
 def test_each_thing_that_is_broken_is_one_finding(
     host: Host, breaks: Callable[[Host], Any], check: str, words: str
 ) -> None:
-    """It is told, with a command, and the exit status is 1; nothing that follows from it is told as wrong, too."""
+    """A fault is one finding, with a command and exit status 1; its consequences are no findings of their own."""
     with breaks(host):
         status, found = host.doctor(DISK)
     assert 1 == sum(each["verdict"] == "wrong" for each in found), found
@@ -144,14 +144,12 @@ def test_each_thing_that_is_broken_is_one_finding(
 
 
 def test_a_member_of_the_group_learns_what_the_service_knows(host: Host) -> None:
-    """Xenstore and the service's descriptors are root's to look at: the service's word counts, or nobody knows; `top`
-    shows all.
-    """
+    """A member of the group sees what the service tells; what only root may read is unknown. `top` shows everything."""
     if os.geteuid() != 0:
         pytest.skip("needs root to be somebody else")
     machine = host.machine
     for each in (machine.directory, *machine.directory.parents):
-        if not each.stat().st_mode & 0o001:  # of this test, or of all that run with it
+        if not each.stat().st_mode & 0o001:  # the directory of this test or of the whole run
             each.chmod(0o711)
     words = {"doctor": ["--json"], "top": ["--json", "--once", "--interval", "1"]}
     texts = {}
@@ -170,10 +168,10 @@ def test_a_member_of_the_group_learns_what_the_service_knows(host: Host) -> None
 
 
 def test_who_has_to_move(host: Host) -> None:
-    """A disk that the guest does not take is waited for; one that is not there is told with those that are."""
+    """A disk that the guest has not connected yet is waited for; an unknown disk is reported with the known ones."""
     path = host.machine.attach(5, "xvdb", "ram:1M")
     try:
-        assert (0, []) == host.doctor("5/xvdb")  # it has half a minute
+        assert (0, []) == host.doctor("5/xvdb")  # a guest has half a minute to connect
     finally:
         host.machine.detach(path)
     status, [wrong] = host.doctor("5/xvdz")
@@ -183,8 +181,8 @@ def test_who_has_to_move(host: Host) -> None:
 
 
 def test_without_a_service_xenstore_tells(tmp_path: Path) -> None:
-    """A disk that was to be attached while no service ran: that is what is wrong, and who has the image, if somebody
-    has; the service's own part is not known.
+    """Without a service, a disk waiting in xenstore is reported with that cause and with who has its image; the
+    service's own state is unknown.
     """
     image = tmp_path / "img"
     image.write_bytes(bytes(1 << 20))

@@ -1,4 +1,4 @@
-"""What ends out of turn: a worker, the service, the host below them; nothing keeps a disk that nobody serves."""
+"""A worker, the service or the host below them ends out of turn: no disk without a worker is kept from service."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from xenbackend.embedded.machine import Machine
 from xenbackend.errors import XenbackendError
 from xenbackend.rig.frontend import Wishes
 
-PATIENCE_S = 20.0  # for what must happen; a failed test takes this long, a passed one does not
+PATIENCE_S = 20.0  # limit for events that must happen; only a failing test takes this long
 _PAGE = 4096
 _DYING_HOST = """
 import os, signal
@@ -47,7 +47,7 @@ def _known(machine: Machine) -> dict[str, Any]:
 def _until_ended(pid: int) -> None:
     try:
         end = os.pidfd_open(pid)
-    except ProcessLookupError:  # whoever took it over has heard of its end already
+    except ProcessLookupError:  # the process that adopted it has already reaped it
         return
     assert select.select([end], [], [], PATIENCE_S)[0]
     os.close(end)
@@ -68,8 +68,9 @@ def _kill_service(machine: Machine) -> None:
 
 @pytest.mark.slow
 def test_a_second_kernel_may_have_fewer_rings() -> None:
-    """A kernel that is started after a crash, as by kdump, on one CPU is served by its own ring, not by those of the
-    kernel before, of whose keys it writes only those that it needs.
+    """A kernel started after a crash with fewer rings than the one before is served by its own ring.
+
+    It writes only the keys that it needs, so keys of the former kernel are still in xenstore, as after kdump.
     """
     with Machine() as machine, closing(machine.create_guest(5)) as guest:
         path = machine.attach(5, "xvda", "ram:1M")
@@ -89,8 +90,8 @@ def test_a_second_kernel_may_have_fewer_rings() -> None:
 
 
 def test_a_worker_that_dies_is_no_more_than_a_pause(tmp_path: Path) -> None:
-    """Of a worker that is killed under load a guest sees nothing but a delay: every request is answered, what was
-    written is there, and our state stays Connected.
+    """If a worker is killed under load the guest sees a pause only: each request is answered, its data are there, and
+    our state stays Connected.
     """
     image = tmp_path / "img"
     image.write_bytes(bytes(1 << 20))
@@ -116,7 +117,7 @@ def test_a_worker_that_dies_is_no_more_than_a_pause(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("who", ["worker", "service", "both"])
 def test_the_dirty_map_outlives_everybody(tmp_path: Path, who: str) -> None:
-    """Marks of what was written are still there for the next worker of the next service."""
+    """After a worker, the service or both are killed, `log:` still knows all ranges that were written."""
     image = tmp_path / "img"
     image.write_bytes(bytes(1 << 20))
     with Machine() as machine, closing(machine.create_guest(5)) as guest:
@@ -139,7 +140,7 @@ def test_the_dirty_map_outlives_everybody(tmp_path: Path, who: str) -> None:
 
 @pytest.mark.slow
 def test_a_service_that_is_replaced_is_no_pause_at_all(tmp_path: Path) -> None:
-    """The same worker serves on while one service takes over from another: requests are answered meanwhile."""
+    """While one service takes over from another the same worker serves on, and requests are answered."""
     image = tmp_path / "img"
     image.write_bytes(bytes(1 << 20))
     with Machine() as machine, closing(machine.create_guest(5)) as guest:
@@ -164,7 +165,7 @@ def test_a_service_that_is_replaced_is_no_pause_at_all(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_another_process_takes_over_what_is_held_back(tmp_path: Path) -> None:
-    """A worker that is upgraded answers nothing with an error that its successor could still do."""
+    """A request held after a failed flush is not answered with an error by an upgrade; the successor completes it."""
     image = tmp_path / "img"
     image.write_bytes(bytes(1 << 20))
     with Machine() as machine, closing(machine.create_guest(5)) as guest:
@@ -189,7 +190,7 @@ def test_another_process_takes_over_what_is_held_back(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_map_that_is_lost_says_that_all_is_dirty(tmp_path: Path) -> None:
-    """The next service does not have the map of the one before: for a disk in use it must not say that all is clean."""
+    """If the next service has lost the dirty map of a disk in use, all of the disk counts as dirty."""
     image = tmp_path / "img"
     image.write_bytes(bytes(1 << 20))
     with Machine() as machine, closing(machine.create_guest(5)) as guest:
@@ -210,7 +211,7 @@ def test_a_map_that_is_lost_says_that_all_is_dirty(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("is_killed", [False, True])
 def test_the_next_service_goes_on_with_the_same_rings(is_killed: bool, tmp_path: Path) -> None:
-    """A service that was stopped, or killed with its keeper, has a successor that answers what came meanwhile."""
+    """After the service was stopped, or killed with its keeper, the next one answers the requests made meanwhile."""
     image = tmp_path / "img"
     image.write_bytes(bytes(1 << 20))
     with Machine() as machine, closing(machine.create_guest(5)) as guest:
@@ -238,8 +239,10 @@ def test_the_next_service_goes_on_with_the_same_rings(is_killed: bool, tmp_path:
 @pytest.mark.slow
 @pytest.mark.parametrize("dies", ["paused, before the stop", "while it is drained"])
 def test_a_stop_ends_no_request_that_a_dead_worker_had_taken(tmp_path: Path, dies: str) -> None:
-    """Answers of requests that were done out of turn lie in the ring where those that are left stood: only the journal
-    tells them apart, and the next service has none.
+    """Requests in flight at a dead worker survive a stop of the service.
+
+    Responses that were given out of order lie in the ring where requests still in flight stood. Only the journal tells
+    them apart, and the next service does not have it.
     """
     image = tmp_path / "img"
     image.write_bytes(bytes(1 << 20))
@@ -266,8 +269,8 @@ def test_a_stop_ends_no_request_that_a_dead_worker_had_taken(tmp_path: Path, die
 
 @pytest.mark.slow
 def test_the_next_service_pauses_a_paused_disk_again(tmp_path: Path) -> None:
-    """After a failed flush the operator is told, by the next service too, although nothing but xenstore knows of it;
-    the guest is served on once somebody says so.
+    """A disk that is paused after a failed flush is paused again by the next service, which learns of it from xenstore;
+    `resume` continues it.
     """
     image = tmp_path / "img"
     image.write_bytes(bytes(1 << 20))
@@ -295,8 +298,8 @@ def test_the_next_service_pauses_a_paused_disk_again(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_last_flush_that_fails_is_not_forgotten(tmp_path: Path) -> None:
-    """A service that is stopped below a guest, and cannot make durable what the guest wrote, leaves word of it: the
-    guest's next flush is not answered as if nothing had happened.
+    """If the last flush fails when the service is stopped below a guest, the next service pauses the disk: the guest's
+    next flush is not answered before `resume`.
     """
     image = tmp_path / "img"
     image.write_bytes(bytes(1 << 20))
@@ -322,7 +325,7 @@ def test_a_last_flush_that_fails_is_not_forgotten(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_no_worker_outlives_its_service_although_the_host_refuses() -> None:
-    """Where neither grants nor ports can be given back any more, a worker closes its chain and ends all the same."""
+    """When a service is killed and neither grants nor ports can be given back, its workers still end."""
     host = subprocess.run([sys.executable, "-c", _DYING_HOST], capture_output=True, text=True, check=False)
     directory, keeper, service, *workers = host.stdout.split()
     shutil.rmtree(directory)

@@ -67,7 +67,7 @@ def test_producer_far_ahead_halts_that_ring_only(victim: Driven, ahead: str, sta
 
 @pytest.mark.rows("B8")
 def test_halted_ring_is_closed_and_served_anew(victim: Driven) -> None:
-    """B8 (XSA-374): a ring that was stopped bears events and a disconnect, and the next connection is a new start."""
+    """B8 (XSA-374): a halted ring still takes events and a disconnect, and the next connection starts afresh."""
     for _ in range(3):
         frontend = victim.connect(RAM) if not hasattr(victim, "frontend") else victim.attach(Wishes())
         frontend.write(0, b"h" * PAGE)
@@ -84,7 +84,7 @@ def test_halted_ring_is_closed_and_served_anew(victim: Driven) -> None:
 
 @pytest.mark.rows("B2", "R3")
 def test_other_indices_are_not_believed(victim: Driven) -> None:
-    """B2 (XSA-86): whatever a guest writes to the three other indices, each request is done once and nothing else."""
+    """B2 (XSA-86): whatever a guest writes to the three other indices, each request is done exactly once."""
     frontend = victim.connect(RAM, Wishes(queues=2))
     evil = Evil(victim, 1)
     gref, _ = evil.page()
@@ -111,7 +111,7 @@ def test_other_indices_are_not_believed(victim: Driven) -> None:
 
 @pytest.mark.rows("B2")
 def test_random_indices_stop_the_ring_at_worst(victim: Driven) -> None:
-    """B2 (XSA-86): random numbers in all four indices stop the ring or are served; the other ring has right data."""
+    """B2 (XSA-86): random numbers in all four indices stop the ring at worst; the other ring's data stay right."""
     frontend = victim.connect(RAM, Wishes(queues=2))
     random = Random(2)
     model = make_model(2, SECTORS)
@@ -130,7 +130,7 @@ def test_random_indices_stop_the_ring_at_worst(victim: Driven) -> None:
 
 @pytest.mark.rows("B9")
 def test_guest_that_reads_no_answers_costs_no_memory(victim: Driven) -> None:
-    """B9 (XSA-392): answers that are never taken are overwritten; the worker's memory stays as it is."""
+    """B9 (XSA-392): a guest that never takes its responses costs the worker no memory; they are overwritten."""
     victim.connect(RAM)
     evil = Evil(victim)
     gref, _ = evil.page()
@@ -156,7 +156,7 @@ def test_guest_that_reads_no_answers_costs_no_memory(victim: Driven) -> None:
 @pytest.mark.parametrize("chain", [RAM, "aio"])
 @pytest.mark.rows("A4", "A14", "R5")
 def test_read_only_disk_is_not_altered(victim: Driven, tmp_path: Path, chain: str) -> None:
-    """A4, A14 (CVE-2013-2140, XSA-142): nothing that alters passes a read-only disk; its image is open for reading."""
+    """A4, A14 (CVE-2013-2140, XSA-142): no request alters a read-only disk, and its image is open for reading only."""
     image = tmp_path / "image"
     image.write_bytes(b"r" * SECTORS * SECTOR)
     victim.connect(f"aio:{image}" if chain == "aio" else f"ram:{image}", Wishes(indirect=32), read_only=True)
@@ -182,7 +182,7 @@ def test_read_only_disk_is_not_altered(victim: Driven, tmp_path: Path, chain: st
 @pytest.mark.parametrize("layout", [X86_64, X86_32])
 @pytest.mark.rows("A6", "R4")
 def test_sectors_beyond_the_end_are_refused(victim: Driven, layout: Layout) -> None:
-    """A6 (CVE-2008-0928): every operation at every edge succeeds exactly where all its sectors are on the disk."""
+    """A6 (CVE-2008-0928): every operation at every edge succeeds exactly if all its sectors are on the disk."""
     victim.connect(RAM, Wishes(layout=layout, indirect=256))
     evil = Evil(victim)
     gref, _ = evil.page()
@@ -236,7 +236,7 @@ def test_what_no_frontend_sends_is_refused(victim: Driven) -> None:
 
 @pytest.mark.rows("B10", "R7")
 def test_random_slots_get_one_answer_each(victim: Driven) -> None:
-    """B10: any bytes at all in a slot get exactly one response, with their own id, and do no harm."""
+    """B10: any bytes in a slot get exactly one response, with their own id, and do no harm."""
     victim.connect(RAM)
     evil = Evil(victim)
     random = Random(3)
@@ -253,7 +253,7 @@ def test_random_slots_get_one_answer_each(victim: Driven) -> None:
 @pytest.mark.parametrize("field", ["operation", "count", "sector", "grant", "segment", "everything"])
 @pytest.mark.rows("A8", "B3", "R1")
 def test_slot_that_changes_while_it_is_read(victim: Driven, field: str) -> None:
-    """A8, B3 (XSA-155, XSA-166): a slot is fetched once; what another process writes meanwhile opens no gap."""
+    """A8, B3 (XSA-155, XSA-166): a slot is fetched once, so changing it while it is read gets past no check."""
     frontend = victim.connect(RAM, Wishes(queues=2))
     frontend.write(0, b"0" * PAGE)
     frontend.write(8, b"8" * PAGE)
@@ -283,7 +283,7 @@ def test_slot_that_changes_while_it_is_read(victim: Driven, field: str) -> None:
 @pytest.mark.parametrize("persistent", [False, True])
 @pytest.mark.rows("A10", "R1")
 def test_segments_that_change_while_they_are_read(victim: Driven, persistent: bool) -> None:
-    """A10 (XSA-197): the pages of an indirect request are fetched once; a change meanwhile opens no gap."""
+    """A10 (XSA-197): the pages of an indirect request are fetched once, so changing them gets past no check."""
     victim.connect(RAM, Wishes(indirect=256, persistent=persistent))
     evil = Evil(victim)
     gref, page = evil.page()
@@ -304,7 +304,7 @@ def test_segments_that_change_while_they_are_read(victim: Driven, persistent: bo
 @pytest.mark.parametrize("layout", [X86_64, X86_32])
 @pytest.mark.rows("A11", "R6")
 def test_padding_of_responses_is_zero(victim: Driven, layout: Layout) -> None:
-    """A11 (XSA-216): no byte of a response says more than the response, whatever its status."""
+    """A11 (XSA-216): the padding of a response is zero, whatever its status, so that it leaks nothing."""
     victim.connect(RAM, Wishes(layout=layout))
     evil = Evil(victim)
     gref, _ = evil.page()
@@ -314,14 +314,14 @@ def test_padding_of_responses_is_zero(victim: Driven, layout: Layout) -> None:
         end = layout.segments_at + 8
         slots.append(slot[:end] + b"\xaa" * (layout.slot_size - end))
 
-    answers = evil.send(*slots)  # which compares each with a response whose padding is zero
+    answers = evil.send(*slots)  # `send` compares each with a response whose padding is zero
     assert sorted([UNSUPPORTED, OK, ERROR, UNSUPPORTED, OK]) == sorted(status for _, _, status in answers)
 
 
 @pytest.mark.rows("A5", "R17")
 @pytest.mark.parametrize("kind", ["qcow2", "qcow", "vhd", "vmdk", "vdi", "luks"])
 def test_raw_stays_raw(victim: Driven, tmp_path: Path, kind: str) -> None:
-    """A header that a guest writes into its raw disk is data: nothing that it names is opened, ever (XSA-48)."""
+    """A header that a guest writes into its raw disk is data: nothing that it names is ever opened (XSA-48)."""
     canary, path = tmp_path / "canary", tmp_path / "raw.img"
     canary.write_bytes(b"secret" * 4096)
     path.write_bytes(bytes(SECTORS * SECTOR))

@@ -56,7 +56,7 @@ def test_bad_grants_leave_nothing_behind(victim: Driven, persistent: bool) -> No
     assert bytes(SECTORS * SECTOR) == b"".join(victim.frontend.read(at, 88) for at in range(0, 2024, 88)) + bytes(
         24 * SECTOR
     )
-    assert victim.xen.held()["pins"] <= mapped + 2 + 11  # what is good may stay mapped, once
+    assert victim.xen.held()["pins"] <= mapped + 2 + 11  # valid pages may stay mapped, once each
     assert [OK] * 32 == evil.statuses(
         *[encode_direct(X86_64, BLKIF_OP_READ, number, 0, [(gref, 0, 7)] * 11) for number in range(32)]
     )
@@ -174,7 +174,7 @@ def test_toggling_leaves_nothing_behind(victim: Driven) -> None:
     toggle(1000)
     after = resident(victim), descriptors(victim)
 
-    assert after[1] - before[1] < 32  # those of the last few milliseconds
+    assert after[1] - before[1] < 32  # from the last few milliseconds
     assert after[0] - before[0] < 2 << 20
 
 

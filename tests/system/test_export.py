@@ -1,4 +1,4 @@
-"""A worker's NBD export with the clients that people have, and what happens when the guest's own driver takes over."""
+"""A worker's NBD export, used by common clients, and the moment when the guest's own driver takes over."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ PAGE = 4096
 
 
 def needs(*tools: str) -> pytest.MarkDecorator:
-    """Skip a test where one of the tools is missing."""
+    """Skip a test if one of the tools is missing."""
     missing = [tool for tool in tools if shutil.which(tool) is None]
     return pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)}")
 
 
 class Booting:
-    """A worker that exports its disk, as for a guest that has not started its own driver yet."""
+    """A worker that exports its disk, as for a guest whose own driver has not started yet."""
 
     def __init__(self, directory: Path, driven: Driven) -> None:
         self.directory = directory
@@ -50,13 +50,13 @@ class Booting:
         return self.driven.open(chain, read_only=read_only, export=str(self.path))
 
     def run(self, *command: str) -> str:
-        """Run a tool that has to succeed, and return what it said."""
+        """Run a tool, which must succeed, and return its output."""
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     def client(self) -> socket.socket:
-        """Return a connection behind its handshake."""
+        """Return a connection after its handshake."""
         connection = socket.socket(socket.AF_UNIX)
         self.clients.append(connection)
         connection.connect(str(self.path))
@@ -67,7 +67,7 @@ class Booting:
 
 @pytest.fixture
 def booting(tmp_path: Path) -> Iterator[Booting]:
-    """A worker that has a disk and no frontend; it ends in order, with nothing said that an administrator must read."""
+    """A worker with a disk and no frontend; it ends in order, and must log nothing that an administrator must read."""
     with Driven(tmp_path, drivers={"clumsy": "tests.helpers_block:Clumsy"}) as driven:
         booting = Booting(tmp_path, driven)
         yield booting
@@ -82,17 +82,17 @@ def ask(client: socket.socket, kind: int, offset: int = 0, length: int = 0, data
 
 
 def reply(client: socket.socket) -> tuple[int, int] | None:
-    """Return error and cookie of the next reply, or None where the server has hung up."""
+    """Return error and cookie of the next reply, or None if the server has hung up."""
     try:
         head = client.recv(REPLY.size, socket.MSG_WAITALL)
-    except ConnectionResetError:  # it left something unread
+    except ConnectionResetError:  # the server left data unread
         head = b""
     return REPLY.unpack(head)[1:] if len(head) == REPLY.size else None
 
 
 @needs("nbdinfo")
 def test_nbdinfo_sees_what_is_offered(booting: Booting) -> None:
-    """Size, flags and block sizes, read by libnbd, without a warning."""
+    """Libnbd reads size, flags and block sizes without a warning."""
     booting.open()
     said = booting.run("nbdinfo", booting.url)
 
@@ -105,7 +105,7 @@ def test_nbdinfo_sees_what_is_offered(booting: Booting) -> None:
 
 @needs("nbdcopy", "qemu-img")
 def test_disk_is_copied_whole(booting: Booting) -> None:
-    """What libnbd by several connections and QEMU read is every byte of the image."""
+    """Copies made by libnbd over several connections and by QEMU equal the image byte for byte."""
     booting.open()
     copy = booting.directory / "copy"
     booting.run("nbdcopy", booting.url, str(copy))
@@ -116,7 +116,7 @@ def test_disk_is_copied_whole(booting: Booting) -> None:
 
 @needs("qemu-img")
 def test_disk_is_written_whole(booting: Booting) -> None:
-    """QEMU writes an image into the disk, and it is in the file once the worker has ended."""
+    """An image that QEMU writes into the disk is in the file once the worker has ended."""
     booting.open()
     source = booting.directory / "source"
     source.write_bytes(booting.content[::-1])
@@ -129,11 +129,11 @@ def test_disk_is_written_whole(booting: Booting) -> None:
 
 @needs("qemu-io")
 def test_every_command_of_qemu_io(booting: Booting) -> None:
-    """Reads, writes, FUA, flushes and discards of odd places and sizes do what they say."""
+    """Reads, writes, FUA, flushes and discards at odd offsets and sizes have their effects."""
     booting.open()
     commands = ["write -P 7 4096 3M", "write -f -P 8 512 512", "flush", "discard 4M 1M", "read -P 8 512 512"]
     commands += ["read -P 7 4096 3M", "read -P 0 4M 1M", "aio_write -P 9 8M 64k", "aio_flush", "read -P 9 8M 64k"]
-    commands += ["write -P 5 100 1000", "read -P 5 100 1000"]  # QEMU cuts them to our blocks
+    commands += ["write -P 5 100 1000", "read -P 5 100 1000"]  # QEMU aligns them to our blocks
     arguments = [word for command in commands for word in ("-c", command)]
 
     said = booting.run("qemu-io", "-f", "raw", *arguments, booting.url)
@@ -144,7 +144,7 @@ def test_every_command_of_qemu_io(booting: Booting) -> None:
 
 @needs("qemu-img", "qemu-io")
 def test_a_file_that_ends_inside_a_sector(booting: Booting) -> None:
-    """Its last sector is whole for clients, too."""
+    """If a file ends inside a sector, clients read that sector whole, filled with zeros."""
     booting.image.write_bytes(booting.content[:-100])
     booting.open(f"aio:{booting.image}", read_only=True)
     booting.run("qemu-io", "-r", "-f", "raw", "-c", f"read -P 0 {SIZE - 100} 100", booting.url)
@@ -156,7 +156,7 @@ def test_a_file_that_ends_inside_a_sector(booting: Booting) -> None:
 
 @needs("qemu-io")
 def test_disk_that_is_only_read(booting: Booting) -> None:
-    """A client that wants to write is refused by what the export says, one that reads is served."""
+    """The export says that it is read-only, so a client that wants to write is refused; one that reads is served."""
     booting.image.write_bytes(booting.content)
     booting.open(f"aio:{booting.image}", read_only=True)
     booting.run("qemu-io", "-r", "-f", "raw", "-c", "read 0 1M", booting.url)
@@ -170,7 +170,7 @@ def test_disk_that_is_only_read(booting: Booting) -> None:
 
 @needs("fio")
 def test_fio_finds_no_fault(booting: Booting) -> None:
-    """Random writes of many in flight, read back and verified, by two clients at once."""
+    """Random writes, many in flight and by two clients at once, are read back and verified without a fault."""
     booting.open()
     job = [
         "fio",
@@ -188,7 +188,7 @@ def test_fio_finds_no_fault(booting: Booting) -> None:
 
 @needs("qemu-system-x86_64")
 def test_seabios_boots_from_it(booting: Booting) -> None:
-    """A PC's firmware loads the first sector by an emulated IDE disk; its program reads another one and says so."""
+    """A PC's firmware boots the first sector from an emulated IDE disk; the program there prints another sector."""
     program = bytes.fromhex(
         "fa31c08ed88ec08ed0bc007c"  # no interrupts; all segments 0, the stack below us
         "be247cb442cd13"  # int 13h, ah = 42h: read by the packet at the end, from the drive in dl
@@ -212,7 +212,7 @@ def test_seabios_boots_from_it(booting: Booting) -> None:
 
 
 def test_guests_driver_takes_over(booting: Booting) -> None:
-    """A ring connected ends the export: what was written by it is read by the ring, and its socket is gone."""
+    """Once a ring is connected the export has ended: the ring reads what was written by it, and its socket is gone."""
     opened = booting.open("ram:1M")
     client = booting.client()
     ask(client, CMD_WRITE, 4096, PAGE, b"e" * PAGE)
@@ -222,7 +222,7 @@ def test_guests_driver_takes_over(booting: Booting) -> None:
     assert str(booting.path) == opened.export
     assert b"e" * PAGE == frontend.read(8, 8)
     assert b"" == client.recv(1)
-    assert not booting.driven.worker.stand().export  # so that the service removes the socket
+    assert not booting.driven.worker.stand().export  # so the service removes the socket
     with socket.socket(socket.AF_UNIX) as late, pytest.raises(ConnectionRefusedError):
         late.connect(str(booting.path))
     booting.driven.reconnect()
@@ -231,7 +231,7 @@ def test_guests_driver_takes_over(booting: Booting) -> None:
 
 @pytest.mark.parametrize("told", [None, messages.Leave, messages.Close])
 def test_take_over_answers_what_is_in_flight(booting: Booting, told: type[messages.Order] | None) -> None:
-    """What the chain has is answered before the ring is served, or the export is left."""
+    """Requests in the chain are answered before the ring is served, or before the worker leaves the export."""
     booting.open("delay:write=200ms|ram:1M")
     client = booting.client()
     ask(client, CMD_WRITE, 4096, PAGE, b"f" * PAGE)
@@ -257,7 +257,7 @@ def test_take_over_answers_what_is_in_flight(booting: Booting, told: type[messag
 
 @pytest.mark.parametrize("chain", ["ram:16M", "image"])
 def test_no_acknowledged_write_is_lost_over_the_take_over(booting: Booting, chain: str) -> None:
-    """Clients that write without pause until they are hung up on: each write that was answered is there afterwards."""
+    """Clients write until the server hangs up: every write that was answered is on the disk afterwards."""
     booting.open("" if chain == "image" else chain)
     clients = [booting.client() for _ in range(3)]
     answered: list[int] = []
@@ -278,7 +278,7 @@ def test_no_acknowledged_write_is_lost_over_the_take_over(booting: Booting, chai
 
 
 def test_end_makes_durable(booting: Booting) -> None:
-    """What a device model wrote and could not flush any more is flushed by us; that this failed is said."""
+    """When the export ends the worker flushes what the device model wrote, and logs it if that fails."""
     booting.open("fault:op=flush|ram:1M")
     client = booting.client()
     ask(client, CMD_WRITE, 0, 512, b"g" * 512)
@@ -291,7 +291,7 @@ def test_end_makes_durable(booting: Booting) -> None:
 
 @pytest.mark.parametrize("at", ["submit", "complete"])
 def test_layers_bug_under_the_export(booting: Booting, at: str) -> None:
-    """D8: it is answered with EIO, said with the layer's name and counted, and a ring can be served after it."""
+    """D8: a layer's bug is answered with EIO, logged with the layer's name and counted; rings can be served later."""
     booting.open(f"clumsy:at={at}|ram:1M")
     client = booting.client()
     ask(client, CMD_WRITE, 0, 512, b"h" * 512)
@@ -316,7 +316,7 @@ def choose_long_path(booting: Booting) -> None:
 
 @pytest.mark.parametrize("spoil", [spoil_directory, choose_long_path])
 def test_disk_without_its_export(booting: Booting, spoil: Callable[[Booting], None]) -> None:
-    """Where there can be no socket it is said, and the disk is served to the guest's own driver all the same."""
+    """If there can be no socket a line is logged, and the disk is still served to the guest's own driver."""
     spoil(booting)
     opened = booting.open("ram:1M")
     booting.driven.attach(Wishes()).write(0, b"i" * PAGE)
@@ -327,7 +327,7 @@ def test_disk_without_its_export(booting: Booting, spoil: Callable[[Booting], No
 
 
 def test_flush_reaches_the_medium(booting: Booting) -> None:
-    """A flush is answered once the layers have done it."""
+    """A flush is answered with success once the layers have done it."""
     booting.open()
     client = booting.client()
     ask(client, CMD_FLUSH)

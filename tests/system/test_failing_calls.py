@@ -1,7 +1,7 @@
 """A worker's n-th call of the kernel fails, for each n: nothing is lost or left, and the guest's answer is right.
 
-`tests.failing_calls` has the table of calls. With ``--long`` the worker's beginning, its end and a recovery have their
-turn too, which take a process for each n.
+`tests.failing_calls` has the table of calls. With ``--long`` the worker's beginning, its end and a recovery are
+included, which take a process for each n.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ SIZE = 4 << 20
 POLICY = "enospc=report,read=retry 3 every 0.01s,write=retry 3 every 0.01s"
 NOTHING = {"mappings": 0, "pins": 0, "ports": 0}
 FLUSHES = (BLKIF_OP_FLUSH_DISKCACHE, BLKIF_OP_WRITE_BARRIER)
-MANY = 400  # calls that one step may make
-SHARES = 8  # of the longest sweep: each is a test
+MANY = 400  # most calls that one step may make
+SHARES = 8  # the longest sweep is divided into this many tests
 
 
 class Bed:
-    """A worker whose calls fail when told, and what it has open when nobody is served."""
+    """A worker whose calls fail when told, and what it has open while it serves no guest."""
 
     def __init__(self, directory: Path, *, is_long: bool = False) -> None:
         self.control = Control(directory / "control")
@@ -54,7 +54,7 @@ class Bed:
         self.driven = Driven(directory, command=["python", "-m", "tests.failing_calls", str(directory / "control")])
         if is_long:
             self.control.fail_slow_ones_too()
-        self.failed: list[str] = []  # calls, in their order
+        self.failed: list[str] = []  # the calls that failed, in order
 
     def chain(self, image: int = 0) -> str:
         return f"aio:{self.images[image]}"
@@ -77,14 +77,14 @@ class Bed:
         return sorted(str(each.readlink()) for each in folder.iterdir())
 
     def mapped(self) -> int:
-        """Return the bytes of address space, in MiB."""
+        """Return the worker's address space in MiB."""
         text = Path(f"/proc/{self.driven.worker.process.pid}/status").read_text()
         return int(text.split("VmSize:")[1].split()[0]) >> 10
 
     def sweep(self, act: Callable[[int], object], mend: Callable[[], object] = lambda: None, step: int = 1) -> int:
-        """Do something again and again, until no call has failed; return how many calls it makes.
+        """Repeat an action, in which the n-th call fails, until no call has failed; return how many calls it makes.
 
-        `act` gets the number of the call that fails; `mend` brings back what it began with.
+        `act` gets n; `mend` restores the state that it began with.
         """
         for number in range(1, MANY, step):
             self.control.arm(number)
@@ -102,7 +102,7 @@ class Bed:
 
 
 class Sender:
-    """Sends one request at a time and sees that its answer is right, whichever call has failed meanwhile."""
+    """Sends one request at a time and checks that its answer is right, whichever call failed meanwhile."""
 
     def __init__(self, bed: Bed, frontend: Frontend) -> None:
         self.bed = bed
@@ -110,7 +110,7 @@ class Sender:
         self.content = {0: frontend.read(0, 8)}
 
     def do(self, operation: int, number: int, count: int, sector: int) -> None:
-        """Send a request of `count` sectors; what it wrote, or what was there before, is read back."""
+        """Send a request of `count` sectors; check that a write's data are there, or the former data if it failed."""
         data = b"" if operation in (BLKIF_OP_READ, BLKIF_OP_DISCARD) else bytes([97 + number % 26]) * count * 512
         request = self.frontend.submit(operation, sector, count, data)
         self.finish(request)
@@ -118,13 +118,13 @@ class Sender:
         if operation == BLKIF_OP_READ and is_done:
             assert self.content[sector] == request.data[:PAGE]
         if data:
-            self.bed.control.pause()  # what is looked at now must not fail
+            self.bed.control.pause()  # the check itself must not fail
             found = self.frontend.read(sector, 8)
             assert found == data[:PAGE] or (not is_done and found == self.content[sector])
             self.content[sector] = found
 
     def finish(self, request: Submitted) -> None:
-        """Wait for the answer, as an administrator who resumes a disk whose flush has failed."""
+        """Wait for the answer; resume the disk if a flush has failed, as an administrator would."""
         worker = self.bed.driven.worker
         give_up = time.monotonic() + 10
         while request.status is None:
@@ -138,7 +138,7 @@ class Sender:
 
 @pytest.fixture
 def bed(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Bed]:
-    """A worker that has opened an image; in the end it closes in order."""
+    """A worker that has opened an image; at the end it closes in order."""
     bed = Bed(tmp_path, is_long=request.config.getoption("--long"))
     with bed.driven:
         bed.open(getattr(request, "param", "aio"))
@@ -150,7 +150,7 @@ def bed(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Bed]:
 @pytest.mark.parametrize("wishes", [Wishes(), Wishes(persistent=True, queues=2, ring_order=1)], ids=["copy", "map"])
 @pytest.mark.rows("A26", "A27")
 def test_connect_and_leave(bed: Bed, wishes: Wishes) -> None:
-    """A connect whose n-th call fails leaves nothing behind and can be repeated; a leave lets go of everything."""
+    """A connect whose n-th call fails leaves nothing behind and can be repeated; a leave releases everything."""
     driven = bed.driven
     driven.attach(wishes)
     driven.disconnect()
@@ -191,7 +191,7 @@ def test_connect_and_leave(bed: Bed, wishes: Wishes) -> None:
 @pytest.mark.parametrize("persistent", [False, True], ids=["copy", "map"])
 @pytest.mark.rows("A27")
 def test_requests(bed: Bed, persistent: bool, pytestconfig: pytest.Config) -> None:
-    """Each kind of request whose n-th call fails is tried again, or ends with an error; what it says is so."""
+    """A request whose n-th call fails is retried or ends with an error, and its answer is true."""
     driven = bed.driven
     if ("qcow2" in driven.worker.stand().chain) != persistent and not pytestconfig.getoption("--long"):
         pytest.skip("has its turn with --long")
@@ -212,7 +212,7 @@ def test_requests(bed: Bed, persistent: bool, pytestconfig: pytest.Config) -> No
 
 
 def test_exchange(bed: Bed, pytestconfig: pytest.Config) -> None:
-    """An exchange whose n-th call fails is done or not done, and the guest reads from the chain that is said."""
+    """An exchange whose n-th call fails is done or not done, and the guest reads from the chain that is reported."""
     driven = bed.driven
     frontend = driven.attach(Wishes())
     letter = {bed.chain(place): bytes([65 + place]) for place in (0, 1)}
@@ -254,7 +254,7 @@ def test_exchange(bed: Bed, pytestconfig: pytest.Config) -> None:
 @pytest.mark.rows("A27")
 @pytest.mark.parametrize("first", range(1, SHARES + 1))
 def test_recovery(bed: Bed, first: int, pytestconfig: pytest.Config) -> None:
-    """A successor whose n-th call fails goes on, or leaves everything to the next: the guest gets its one answer."""
+    """A successor whose n-th call fails goes on, or leaves everything to the next; the guest gets just one answer."""
     if not pytestconfig.getoption("--long"):
         pytest.skip("two processes for each n")
     driven = bed.driven
@@ -298,7 +298,7 @@ def _succeed(driven: Driven, chain: str) -> bool:
 
 
 def test_every_call_is_in_the_table() -> None:
-    """Each call of the kernel in a worker's code can be made to fail, or has a reason why it is left alone."""
+    """Each call of the kernel in a worker's code can be made to fail, or is listed with a reason as an exception."""
     modules = ("os", "fcntl", "mmap", "select", "socket", "signal")
     unknown = set()
     for room in ("worker", "kernel", "loop", "block"):

@@ -39,13 +39,13 @@ class LoadedDisk:
         self.done = 0
 
     def push(self) -> None:
-        """Submit until DEPTH requests are in flight."""
+        """Submit requests until DEPTH are in flight."""
         while len(self.in_flight) < DEPTH and (step := self.model.next_step()) is not None:
             request = self.frontend.submit(step.operation, step.sector, step.count, step.data)
             self.in_flight.append((request, step))
 
     def reap(self) -> None:
-        """Wait for all of them, and verify."""
+        """Wait for all requests, and verify them."""
         self.frontend.wait([request for request, _ in self.in_flight])
         for request, step in self.in_flight:
             assert request.status is not None
@@ -71,7 +71,7 @@ def _wait_for_zygote(machine: Machine) -> None:
 @pytest.mark.slow
 def test_fifty_disks_are_served_at_once_and_leave_nothing(tmp_path: Path) -> None:
     """50 vbds attach, run verified load at once and detach on one service; no process, descriptor, page, port or node
-    is left of them.
+    of them is left.
     """
     with Machine() as machine:
         _wait_for_zygote(machine)
@@ -100,7 +100,7 @@ def test_fifty_disks_are_served_at_once_and_leave_nothing(tmp_path: Path) -> Non
             guest.close()
             machine.store.remove(f"/local/domain/{guest.domid}")
         give_up = time.monotonic() + 10
-        while time.monotonic() < give_up:  # the last workers' last words, and our own connection, are on their way
+        while time.monotonic() < give_up:  # wait for the last workers' messages and our connection's end
             left = _descriptors_after_an_answer(machine)
             new = {path for path, _ in machine.xenstored.dump()} - {path for path, _ in nodes}
             status = {path for path in new if path.startswith("/local/domain/0/xenbackend/vbd/")}
@@ -117,8 +117,8 @@ def test_fifty_disks_are_served_at_once_and_leave_nothing(tmp_path: Path) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("signal_number", [signal.SIGHUP, signal.SIGKILL], ids=["replaced", "killed"])
 def test_workers_that_die_together_have_successors(tmp_path: Path, signal_number: signal.Signals) -> None:
-    """More die at once than openers work at a time, and the service is replaced or killed while some wait for theirs:
-    every guest has its answer.
+    """More workers are killed at once than openers work at a time, and the service is replaced or killed while some
+    wait: every guest gets its answer.
     """
     count = openers.MOST + 6
     with Machine() as machine:

@@ -1,4 +1,4 @@
-"""A newer service over the last release: guests under load notice nothing, whatever is killed meanwhile."""
+"""A newer service takes over from the last release: guests under load notice nothing, whatever is killed meanwhile."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed"),
 ]
 SECTORS = 4096
-NEXT = ("xenbackend/protocol/messages.py", "\nVERSION = 5\n", "\nVERSION = 6\n")  # what a later release may change
+NEXT = ("xenbackend/protocol/messages.py", "\nVERSION = 5\n", "\nVERSION = 6\n")  # how a later release may differ
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +40,7 @@ def former(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Host:
-    """A machine whose service is of the last release at first, with a disk under load."""
+    """A machine that starts with a service of the last release, with a disk under load."""
 
     def __init__(self, machine: Machine, site: Site, image: Path, seed: int, driver: str = "aio") -> None:
         """Give guest 5 the disk, and connect it."""
@@ -56,17 +56,17 @@ class Host:
         self.load.run(300)
 
     def status(self) -> dict[str, Any]:
-        """Return what the service says of the disk; nothing before it has that."""
+        """Return what the service says of the disk, or an empty dict if it does not know the disk yet."""
         return (ask(self.machine.control, {"verb": "status"}) or [{}])[0]  # type: ignore[no-any-return]
 
     def service(self) -> int:
         """Return the service's process."""
-        # One goes and another one comes; whoever asks meanwhile waits.
+        # One service ends and another starts; until then the question is repeated.
         found = until(lambda: ask(self.machine.control, {"verb": "ping"}), "there is no service")
         return int(found["pid"])
 
     def replace(self, program: Path = ROOT) -> None:
-        """Install a program and have its service take the place of the one that runs."""
+        """Install a program, and have its service take the place of the running one."""
         pidfd = os.pidfd_open(self.service())
         self.site.install(program)
         self.load.top_up()
@@ -75,13 +75,13 @@ class Host:
         os.close(pidfd)
 
     def upgrade(self, program: Path = ROOT) -> None:
-        """Do so, and keep the rings full until another worker serves the disk."""
+        """Replace the program, and keep the rings full until another worker serves the disk."""
         worker = self.status()["worker"]
         self.replace(program)
         self.work_until(lambda: self.status().get("worker") not in (None, worker))
 
     def work_until(self, condition: Callable[[], object]) -> None:
-        """Keep the rings full until something holds, which may wait for a service."""
+        """Keep the rings full until a condition holds; the condition may wait for a service."""
         is_over, end = Event(), time.monotonic() + PATIENCE_S
         held: list[object] = []
 
@@ -101,7 +101,7 @@ class Host:
         assert held, "it never happened"
 
     def finish(self) -> None:
-        """Go on for a while, then see that nothing failed and every sector is what it has to be."""
+        """Run the load a little longer, then check that nothing failed and every sector is right."""
         self.load.run(1000)
         self.load.finish()
         assert 0 == self.model.failures
@@ -127,8 +127,8 @@ def host(
 
 
 def test_the_service_is_replaced_under_load(host: Host) -> None:
-    """The disk goes on with another worker, by its journal: no request fails, none is lost, the counters go on."""
-    host.work_until(lambda: host.status()["counters"]["writes"])  # a worker tells once a second
+    """Under load the disk gets another worker, by its journal: no request fails or is lost; the counters continue."""
+    host.work_until(lambda: host.status()["counters"]["writes"])  # a worker reports once a second
     before = host.status()
     host.upgrade()
     host.finish()
@@ -137,11 +137,11 @@ def test_the_service_is_replaced_under_load(host: Host) -> None:
     assert before["worker"] != after["worker"]
     assert before["counters"]["writes"] <= after["counters"]["writes"]
     assert ("serving", before["chain"]) == (after["phase"], after["chain"])
-    assert host.machine.written_ranges("5/xvda")  # what the former worker had seen written is known
+    assert host.machine.written_ranges("5/xvda")  # the former worker's dirty map was kept
 
 
 def test_the_worker_is_killed_meanwhile(host: Host) -> None:
-    """Neither service saw it die in order: its journal is all there is."""
+    """If the worker is killed just before the service is replaced, its journal is enough for the new service."""
     worker = host.status()["worker"]
     host.load.top_up()
     os.kill(worker, signal.SIGKILL)
@@ -151,7 +151,7 @@ def test_the_worker_is_killed_meanwhile(host: Host) -> None:
 
 
 def test_new_services_are_killed_meanwhile(host: Host) -> None:
-    """A new service that dies on its way leaves enough for the next one, as often as that happens."""
+    """However often a new service is killed while it takes over, the next one can continue."""
     former = host.service()
     host.replace()
     for _ in range(4):
@@ -167,14 +167,14 @@ def test_new_services_are_killed_meanwhile(host: Host) -> None:
 
 
 def test_what_an_administrator_had_ordered_holds(host: Host) -> None:
-    """A pause and a policy of the last release's are this one's; the guest's requests wait, and go on."""
+    """A pause and a policy given to the last release hold in this one; the guest's requests wait until `resume`."""
     assert ask(host.machine.control, {"verb": "policy", "vbd": "5/xvda", "policy": "write=report"})
     host.load.finish()
     assert ask(host.machine.control, {"verb": "pause", "vbd": "5/xvda"})
     host.load.top_up()
     host.replace()
     until(lambda: host.status().get("phase") == "serving")
-    with pytest.raises(TimeoutError):  # what was asked for since then waits
+    with pytest.raises(TimeoutError):  # requests made since then wait
         host.frontend.wait_for_any(0.2)
     assert "write=report" in str(ask(host.machine.control, {"verb": "policy", "vbd": "5/xvda", "policy": ""}))
     assert ask(host.machine.control, {"verb": "resume", "vbd": "5/xvda"})
@@ -182,7 +182,7 @@ def test_what_an_administrator_had_ordered_holds(host: Host) -> None:
 
 
 def test_an_older_service_leaves_a_newer_one_s_disks_alone(host: Host, tmp_path: Path) -> None:
-    """It refuses to start, and says why; the guest is served on, and the newer service takes all of it over again."""
+    """An older service refuses to start and says why; the guest is served on, and the newer service returns to it."""
     later = tmp_path / "later"
     shutil.copytree(ROOT / "xenbackend", later / "xenbackend", ignore=shutil.ignore_patterns("__pycache__"))
     changed = later / NEXT[0]
@@ -192,7 +192,7 @@ def test_an_older_service_leaves_a_newer_one_s_disks_alone(host: Host, tmp_path:
     host.upgrade()
     host.upgrade(later)
     worker = host.status()["worker"]
-    host.replace(ROOT)  # from here on nobody is there but the worker
+    host.replace(ROOT)  # from here on only the worker runs
     host.work_until(lambda: "is served by a newer version of xenbackend" in host.machine.log.read_text())
     host.load.run(300)
     host.site.install(later)
@@ -205,9 +205,9 @@ def test_an_older_service_leaves_a_newer_one_s_disks_alone(host: Host, tmp_path:
 def test_a_disk_with_parents_goes_on(
     former: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    """What a disk of the last release has open stays allowed, and its images are marked: also its next start finds it.
+    """A disk with parents that the last release has open stays allowed; its images are marked, so that it starts again.
 
-    Images of that release that nobody has open have to be trusted: each of them is refused until then.
+    Images of that release that were not open are refused until they are trusted.
     """
     site = Site(tmp_path / "site", former)
     image = tmp_path / "base"

@@ -1,4 +1,4 @@
-"""A file system that fills up below a guest's disk: the guest waits, and goes on when there is room again."""
+"""If the file system below a guest's disk fills up, the guest waits, and goes on when there is room again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PAGE = 4096
 
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB, half of which is taken; the file `ballast` takes it."""
+    """A file system of 1 MiB, half of which the file `ballast` takes."""
     place = tmp_path / "small"
     place.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "tmpfs", place], check=False).returncode:
@@ -36,7 +36,7 @@ def small(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_no_space_is_a_pause(small: Path) -> None:
-    """ENOSPC is told once, in status, xenstore and log; reads go on; with room again every write succeeds, late."""
+    """ENOSPC is reported once, in status, xenstore and log; reads go on, and delayed writes succeed later."""
     image = small / "image"
     image.touch()
     os.truncate(image, 2 << 20)
@@ -70,7 +70,7 @@ def test_no_space_is_a_pause(small: Path) -> None:
 
 
 def test_the_policy_may_report_it(small: Path) -> None:
-    """Where the policy says so, the guest gets the error at once."""
+    """With the policy `enospc=report` the guest gets the error at once."""
     image = small / "image"
     image.touch()
     os.truncate(image, 2 << 20)

@@ -1,7 +1,7 @@
-"""A disk stays the file that it was when it was attached, whatever its names come to mean below a guest that goes on.
+"""A disk keeps the file that it had when it was attached, whatever its name comes to mean below a running guest.
 
-Each way in which a name can change its meaning, for each file of a chain, met with each way in which the chain is
-opened once more: the guest goes on with the same inode, or waits and an administrator reads why.
+Every way in which a name can change its meaning, for every file of a chain, is tried with every way in which the chain
+is opened again: the guest goes on with the same inode, or waits and an administrator reads why.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ DOMIDS = count(5)
 
 
 class Disk:
-    """A disk that a guest uses, and what is done to its files.
+    """A disk that a guest uses, and its files.
 
     home    directory of its files
     image   what the chain names
@@ -54,14 +54,14 @@ class Disk:
         return found  # type: ignore[no-any-return]
 
     def order(self, verb: str, **words: object) -> dict[str, Any]:
-        """Give an order, and return its answer, also where it was refused."""
+        """Give an order, and return its answer, even if it was refused."""
         try:
             return self.machine.ask({"verb": verb, "vbd": self.name, **words})
         except ServiceError as problem:
             return {"code": problem.answer.code.value, "sentence": problem.answer.sentence}
 
     def kill(self) -> None:
-        """Kill its worker; a successor comes, or does not."""
+        """Kill its worker; a successor may follow."""
         worker = self.status()["worker"]
         os.kill(worker, signal.SIGKILL)
         until(lambda: self.status()["worker"] != worker)
@@ -71,7 +71,7 @@ class Disk:
         return bool(self.status()["phase"] == "serving")
 
     def goes_on(self, held: int) -> None:
-        """See that the guest reads and writes the file behind a descriptor, and no other one."""
+        """Assert that the guest reads and writes the file behind a descriptor, and no other."""
         data = os.urandom(4096)
         assert OURS[:4096] == self.frontend.read(0, 8)
         self.frontend.write(64, data)
@@ -80,7 +80,7 @@ class Disk:
         assert "" == self.status()["error"]
 
     def waits(self, reason: str, *words: str) -> None:
-        """See that no request of the guest's is answered, and that an administrator reads these words."""
+        """Assert that the disk has no worker, for this reason, and that its error has these words."""
         until(lambda: self.status()["phase"] == "none" and self.status()["error"], self.status)
         found = self.status()
         assert reason == found["reason"], found
@@ -91,14 +91,14 @@ class Disk:
 
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    """One machine for all of them: each has a guest of its own."""
+    """One machine for all tests, each of which has a guest of its own."""
     with Machine(log=tmp_path_factory.mktemp("log") / "log") as machine:
         yield machine
 
 
 @contextmanager
 def serving(machine: Machine, home: Path, chain: str) -> Iterator[Disk]:
-    """Have a guest that uses a chain."""
+    """Attach a chain to a new guest while the block lasts."""
     with closing(machine.create_guest(next(DOMIDS))) as guest:
         path = machine.attach(guest.domid, "xvda", chain)
         frontend = guest.connect(path, Wishes())
@@ -114,7 +114,7 @@ def serving(machine: Machine, home: Path, chain: str) -> Iterator[Disk]:
 
 @contextmanager
 def held(path: Path) -> Iterator[int]:
-    """Have a descriptor of what a name means now."""
+    """Open the file that a name means now while the block lasts."""
     fd = os.open(path, os.O_RDWR)
     try:
         yield fd
@@ -122,11 +122,11 @@ def held(path: Path) -> Iterator[int]:
         os.close(fd)
 
 
-# What becomes of a name.
+# What happens to a name.
 
 
 def replace(name: Path) -> None:
-    """Put another file in its place, as a restored backup is."""
+    """Put another file in its place, as when a backup is restored."""
     new = name.with_name("new")
     new.write_bytes(THEIRS)
     new.rename(name)
@@ -143,7 +143,7 @@ def delete(name: Path) -> None:
 
 
 def link_anew(name: Path) -> None:
-    """Let a symbolic link lead to another file."""
+    """Make a symbolic link lead to another file."""
     other = name.with_name("other")
     other.write_bytes(THEIRS)
     name.unlink()
@@ -151,35 +151,35 @@ def link_anew(name: Path) -> None:
 
 
 def shrink(name: Path) -> None:
-    """Cut the file itself short."""
+    """Truncate the file itself."""
     os.truncate(name, SIZE // 2)
 
 
-# What has the chain opened once more. Each returns the answer of an order, None where it is none.
+# What makes the chain open again. Each returns the answer of its order, or None if it gives no order.
 
 
 def kill(disk: Disk) -> None:
-    """A worker's death."""
+    """Kill the worker."""
     disk.kill()
 
 
 def upgrade(disk: Disk) -> dict[str, Any]:
-    """Another process."""
+    """Replace the worker by another process."""
     return disk.order("upgrade")
 
 
 def put_a_filter_in(disk: Disk) -> dict[str, Any]:
-    """Another chain over the same files."""
+    """Set another chain over the same files."""
     return disk.order("set", chain=f"delay:read=0ms|{disk.chain}")
 
 
 def resize(disk: Disk) -> dict[str, Any]:
-    """The same chain, with the size that it has become."""
+    """Open the same chain again, for a size that may have changed."""
     return disk.order("resize")
 
 
 def replace_service(disk: Disk) -> None:
-    """A new service, which adopts the worker; then that dies."""
+    """Let a new service adopt the worker, and then kill the worker."""
     before = disk.machine.service_pid
     disk.machine.replace_service()
     until(lambda: _service_of(disk.machine) not in (0, before))
@@ -188,7 +188,7 @@ def replace_service(disk: Disk) -> None:
 
 
 def stop_and_start(disk: Disk) -> None:
-    """A service that keeps nothing for the next one."""
+    """Stop the service, which keeps nothing for the next one, and start it."""
     disk.machine.stop_service()
     disk.machine.start_service()
 
@@ -196,7 +196,7 @@ def stop_and_start(disk: Disk) -> None:
 def _service_of(machine: Machine) -> int:
     try:
         return machine.service_pid
-    except XenbackendError:  # it is between two services
+    except XenbackendError:  # no service answers at the moment
         return 0
 
 
@@ -237,8 +237,9 @@ CASES = [
 def test_an_image(
     machine: Machine, tmp_path: Path, change: Callable[[Path], None], act: Callable[[Disk], dict[str, Any] | None]
 ) -> None:
-    """Whatever becomes of an image's name, the guest goes on with the same inode where that was kept. Where it was not,
-    or has shrunk, the guest waits, nothing is written to another file, and the sentence says what to do.
+    """Whatever becomes of an image's name, the guest goes on with the same inode if that was kept.
+
+    If it was not kept, or has shrunk, the guest waits, no other file is written to, and the sentence says what to do.
     """
     image, wanted = tmp_path / "image", WANTED[change][act]
     image.write_bytes(OURS)
@@ -264,9 +265,7 @@ def test_an_image(
 
 
 def test_an_administrator_takes_what_is_there(machine: Machine, tmp_path: Path) -> None:
-    """After a stop the disk waits where its name means another file; `resume` serves it from that one, and a worker
-    that dies then is followed by one with the same file.
-    """
+    """If the name means another file after a stop, the disk waits; `resume` serves that file, as do later workers."""
     image = tmp_path / "image"
     image.write_bytes(OURS)
     with serving(machine, tmp_path, f"aio:{image}") as disk:
@@ -282,8 +281,9 @@ def test_an_administrator_takes_what_is_there(machine: Machine, tmp_path: Path) 
 
 
 def test_an_administrator_names_another_chain(machine: Machine, tmp_path: Path) -> None:
-    """A disk that waits since its name means another file is served from what `set --replace` names, and says so where
-    that is left out; a request that no worker lived to answer is answered from there.
+    """A disk that waits as its name means another file is served from the chain given to `set --replace`.
+
+    Without --replace the order is refused, with a hint. Requests that were in flight are answered from the new chain.
     """
     image, other = tmp_path / "image", tmp_path / "restored"
     image.write_bytes(OURS)
@@ -308,8 +308,8 @@ def test_an_administrator_names_another_chain(machine: Machine, tmp_path: Path) 
 
 
 def test_another_parent_has_to_be_trusted_first(machine: Machine, tmp_path: Path) -> None:
-    """An image that is marked for its parent is not opened with another one, whatever is replaced: the refusal names
-    the command that says so, and then it is.
+    """An image marked for its parent is not opened with another one, even by `set --replace`, until `image trust`
+    allows it; the refusal names that command.
     """
     parent, other, leaf = (tmp_path / f"{each}.qcow2" for each in ("parent", "other", "leaf"))
     for raw, image, content in (("a", parent, OURS), ("b", other, THEIRS)):
@@ -329,7 +329,7 @@ def test_another_parent_has_to_be_trusted_first(machine: Machine, tmp_path: Path
 
 
 def test_the_former_file_may_be_put_back(machine: Machine, tmp_path: Path) -> None:
-    """Where the former file has its name again after a stop, `resume` goes on with it."""
+    """If the former file has its name again after a stop, `resume` continues with it."""
     image = tmp_path / "image"
     image.write_bytes(OURS)
     with held(image) as fd, serving(machine, tmp_path, f"aio:{image}") as disk:
@@ -344,7 +344,7 @@ def test_the_former_file_may_be_put_back(machine: Machine, tmp_path: Path) -> No
 
 
 def test_what_was_cut_short_is_served_once_it_is_whole(machine: Machine, tmp_path: Path) -> None:
-    """A file that has shrunk under a guest is served again when it is as large as before, after `resume`."""
+    """A file that has shrunk below a guest is served again after `resume`, once it is as large as before."""
     image = tmp_path / "image"
     image.write_bytes(OURS)
     with held(image) as fd, serving(machine, tmp_path, f"aio:{image}") as disk:
@@ -365,10 +365,10 @@ def test_what_was_cut_short_is_served_once_it_is_whole(machine: Machine, tmp_pat
 def test_a_parent(
     machine: Machine, tmp_path: Path, image_format: str, by: str, act: Callable[[Disk], dict[str, Any] | None]
 ) -> None:
-    """A parent that is replaced stays the one that the disk was opened with, or the disk waits.
+    """If a parent is replaced, the disk keeps the one that it was opened with, or waits.
 
-    Where any file at its place may be the parent, an administrator may have the other one; where it is the image's mark
-    that says which one it is, he has to say first that the other one may be.
+    With `parents=` any file in that place may be the parent, so an administrator can accept another one; if the image's
+    mark names the parent, the other one must be trusted first.
     """
     parent, other, leaf = (tmp_path / f"{each}.{image_format}" for each in ("parent", "other", "leaf"))
     for raw, image, content in (("a", parent, OURS), ("b", other, THEIRS)):
@@ -397,7 +397,7 @@ def test_a_parent(
 
 @pytest.mark.parametrize("act", [kill, upgrade, stop_and_start], ids=lambda act: act.__name__)
 def test_a_record(machine: Machine, tmp_path: Path, act: Callable[[Disk], dict[str, Any] | None]) -> None:
-    """The file that `log:` records into stays the one that it was, as does an image."""
+    """`log:` keeps recording into the file that it had opened, as an image is kept."""
     image, record = tmp_path / "image", tmp_path / "record"
     image.write_bytes(OURS)
     with serving(machine, tmp_path, f"log:{record},track=off|aio:{image}") as disk:
@@ -412,14 +412,14 @@ def test_a_record(machine: Machine, tmp_path: Path, act: Callable[[Disk], dict[s
             before = os.fstat(fd).st_size
             disk.frontend.write(8, b"2" * 4096)
             disk.frontend.flush()
-            assert "ok" == disk.order("resize")["code"]  # what was recorded is in the file
+            assert "ok" == disk.order("resize")["code"]  # this flushes the record to its file
             assert before < os.fstat(fd).st_size
             assert 0 == record.stat().st_size
 
 
 @pytest.mark.parametrize("act", [kill, upgrade, resize], ids=lambda act: act.__name__)
 def test_a_device_behind_a_link(machine: Machine, tmp_path: Path, act: Callable[[Disk], dict[str, Any] | None]) -> None:
-    """A link in /dev/disk that leads to another device by now changes nothing for the guest."""
+    """If a link leads to another device, the guest still uses the device that was attached."""
     link = tmp_path / "by-id"
     with ExitStack() as devices:
         (one, file), (two, other) = (
@@ -447,8 +447,9 @@ def test_a_device_behind_a_link(machine: Machine, tmp_path: Path, act: Callable[
 def test_a_device_with_another_medium(
     machine: Machine, tmp_path: Path, act: Callable[[Disk], dict[str, Any] | None]
 ) -> None:
-    """A loop device that was given to another file is another disk, although its number and its node are the same: the
-    guest waits, and nothing is written to the other file until an administrator wants that.
+    """A loop device that was given another file counts as another disk, although its number and node are the same.
+
+    The guest waits, and nothing is written to the other file before `resume`.
     """
     other = tmp_path / "other"
     other.write_bytes(THEIRS)
@@ -474,7 +475,7 @@ def test_a_device_with_another_medium(
 
 
 def test_a_snapshot_is_over_the_file_in_service(machine: Machine, tmp_path: Path) -> None:
-    """Where the image's name means another file by now a snapshot is refused: its new image would be over that one."""
+    """If the image's name means another file, a snapshot is refused: its new image would have that one as parent."""
     image, new = tmp_path / "image", tmp_path / "new.qcow2"
     image.write_bytes(OURS)
     with held(image) as fd, serving(machine, tmp_path, f"aio:{image}") as disk:
@@ -488,9 +489,7 @@ def test_a_snapshot_is_over_the_file_in_service(machine: Machine, tmp_path: Path
 
 
 def test_another_file_takes_the_place_by_an_administrators_word(machine: Machine, tmp_path: Path) -> None:
-    """`set --replace` serves what the name means now, also where the chain's text is the same, and so does every worker
-    that comes later. One that dies just then leaves no doubt about which file has the guest's data.
-    """
+    """`set --replace` serves the file that the name means now, even with the same chain, as do later workers."""
     image = tmp_path / "image"
     image.write_bytes(OURS)
     with serving(machine, tmp_path, f"aio:{image}") as disk:
@@ -510,7 +509,7 @@ def test_another_file_takes_the_place_by_an_administrators_word(machine: Machine
 def test_status_says_what_a_name_means_by_now(
     machine: Machine, tmp_path: Path, change: Callable[[Path], None], now: str
 ) -> None:
-    """An administrator who asks reads that a name leads elsewhere by now, while the guest goes on."""
+    """`status` says that a name now leads to another file, or to none, while the guest goes on."""
     image = tmp_path / "image"
     image.write_bytes(OURS)
     with held(image) as fd, serving(machine, tmp_path, f"aio:{image}") as disk:

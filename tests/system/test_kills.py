@@ -35,14 +35,14 @@ WISHES = {
 
 @pytest.fixture
 def driven(tmp_path: Path) -> Iterator[Driven]:
-    """A worker on a rig of its own."""
+    """A worker on its own rig."""
     with Driven(tmp_path) as driven:
         yield driven
 
 
 @pytest.mark.parametrize("wishes", WISHES.values(), ids=WISHES)
 def test_killed_under_load(driven: Driven, tmp_path: Path, wishes: Wishes, request: pytest.FixtureRequest) -> None:
-    """A worker killed at any moment is followed by one that answers each request once; no write is lost."""
+    """After a worker is killed at any moment its successor answers each request once; no write is lost."""
     seed = request.config.getoption("--seed")
     random = Random(seed)
     image = tmp_path / "image"
@@ -66,7 +66,7 @@ def test_killed_under_load(driven: Driven, tmp_path: Path, wishes: Wishes, reque
 
 
 def test_a_worker_that_is_killed_while_it_recovers(driven: Driven) -> None:
-    """What a first successor had not finished a second one does."""
+    """If a successor is killed too, the next one finishes the requests."""
     chain = "delay:write=100ms|ram:1M"
     frontend = driven.connect(chain)
     writes = [frontend.submit(BLKIF_OP_WRITE, 8 * place, data=bytes([place + 1]) * 4096) for place in range(20)]
@@ -81,7 +81,7 @@ def test_a_worker_that_is_killed_while_it_recovers(driven: Driven) -> None:
 
 
 def test_a_ring_that_the_guest_broke_meanwhile_is_stopped(driven: Driven) -> None:
-    """A response index that the guest moved while nobody was there stops that ring, and nothing else happens."""
+    """If a guest moves a response index while no worker runs, the successor stops that ring and does nothing else."""
     frontend = driven.connect("ram:1M")
     frontend.write(0, b"x" * 4096)
     driven.kill()
@@ -94,7 +94,7 @@ def test_a_ring_that_the_guest_broke_meanwhile_is_stopped(driven: Driven) -> Non
 
 
 def test_a_failed_flush_is_not_forgotten(driven: Driven) -> None:
-    """A successor holds what was held, and does no flush again that it could not trust, until it is told to resume."""
+    """After a failed flush a successor keeps holding the requests, and completes the flush only after `resume`."""
     chain = "fault:op=flush,limit=1|ram:1M"
     frontend = driven.connect(chain)
     flush = frontend.submit(BLKIF_OP_FLUSH_DISKCACHE)
@@ -112,7 +112,7 @@ def test_a_failed_flush_is_not_forgotten(driven: Driven) -> None:
 
 
 def test_without_an_agreement_there_is_nothing_to_rejoin(driven: Driven) -> None:
-    """A worker that is told to rejoin rings which nobody connected says so."""
+    """A worker that is told to rejoin rings although none were agreed on reports a failure."""
     driven.open("ram:1M")
     driven.worker.tell(messages.Serve, None)
 

@@ -1,4 +1,4 @@
-"""What is left when a connection, a worker, or an attempt at either has ended: nothing, however it ended."""
+"""Nothing is left when a connection, a worker, or an attempt at either has ended, however it ended."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def driven(tmp_path: Path) -> Iterator[Driven]:
 
 
 def descriptors(pid: int) -> list[str]:
-    """Return what a process has open, by what it points to, without the numbers of anonymous things.
+    """Return what the descriptors of a process point to, without the numbers of anonymous files.
 
-    In our own what earlier tests left to the collector is gone first: it would vanish between two looks.
+    Garbage of earlier tests is collected first: in our own process its descriptors would vanish between two looks.
     """
     gc.collect()
     names = []
     for fd in Path(f"/proc/{pid}/fd").iterdir():
         try:
             names.append(str(fd.readlink()).partition(":[")[0])
-        except FileNotFoundError:  # the one that lists them
+        except FileNotFoundError:  # the descriptor by which they are listed
             continue
     return sorted(names)
 
@@ -50,14 +50,14 @@ def rig_mappings(driven: Driven) -> list[str]:
 
 
 def use(driven: Driven) -> None:
-    """Do a little of everything."""
+    """Use the frontend a little in every way."""
     driven.frontend.write(0, b"u" * 4096 * 11)
     driven.frontend.read(0, 88)
     driven.frontend.flush()
 
 
 def test_disconnect_and_close_leave_nothing(driven: Driven, tmp_path: Path) -> None:
-    """After Disconnect nothing of the guest's is mapped or open; after Close the process is gone, on our side too."""
+    """After Disconnect nothing of the guest is mapped or open; after Close the process is gone, on our side too."""
     ours = descriptors(os.getpid())
     driven.connect(f"aio:{tmp_path}/image")
     driven.disconnect()
@@ -81,7 +81,7 @@ def test_disconnect_and_close_leave_nothing(driven: Driven, tmp_path: Path) -> N
 
 
 def test_killed_worker_leaves_nothing(driven: Driven, tmp_path: Path) -> None:
-    """SIGKILL at any moment leaves no map, no port and no lock; a successor finds the image free."""
+    """After SIGKILL at any moment no mapping, port or lock is left; a successor finds the image free."""
     driven.connect(f"aio:{tmp_path}/image", WISHES)
     use(driven)
     for _ in range(20):
@@ -102,7 +102,7 @@ def test_killed_worker_leaves_nothing(driven: Driven, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("persistent", [False, True])
 def test_failed_connects_leave_nothing(driven: Driven, persistent: bool) -> None:
-    """A connect that fails at any ring, over its pages or its port, is taken back whole; the next one succeeds."""
+    """A connect that fails for any ring's page or port is undone completely, and the next one succeeds."""
     frontend = driven.connect("ram:1M", Wishes(queues=3, ring_order=1, persistent=persistent))
     driven.disconnect()
     before = descriptors(driven.worker.process.pid)
@@ -127,7 +127,7 @@ def test_failed_connects_leave_nothing(driven: Driven, persistent: bool) -> None
     "chain", ["aio:/nonexistent", "log:/nonexistent/record|aio:{image}", "delay:|ram:0", "fault:every=0|ram:1M"]
 )
 def test_failed_opens_leave_nothing(driven: Driven, tmp_path: Path, chain: str) -> None:
-    """A chain that cannot be opened leaves no file open, and with that no lock, and the worker ends in order."""
+    """A chain that cannot be opened leaves no file open, and so no lock, and the worker ends in order."""
     image = tmp_path / "image"
     answer = driven.worker.open(chain.format(image=image))
 

@@ -1,4 +1,4 @@
-"""Encrypted disks of whole services: where the key is and is not, who makes it, and how long a guest waits."""
+"""Encrypted disks in whole services: where the key is and is not, who derives it, and how long a guest waits."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def status_of(machine: Machine, disk: str = "5/xvda") -> dict[str, Any]:
 
 
 def argon2_image(made: Made, memory_kib: int, passes: int) -> bytes:
-    """Return an image whose key is made by Argon2."""
+    """Return an image whose key is derived by Argon2."""
     from argon2 import low_level
 
     data_at = -(-(SLOTS_2 + made.area) // 4096) * 4096
@@ -60,14 +60,14 @@ def processes_of(machine: Machine) -> list[int]:
     while new:
         pid = new.pop()
         found.append(pid)
-        with suppress(OSError):  # it ends
+        with suppress(OSError):  # it is ending
             for task in Path(f"/proc/{pid}/task").glob("*/children"):
                 new += [int(child) for child in task.read_text().split()]
     return found
 
 
 def said_by(machine: Machine) -> dict[str, bytes]:
-    """Return everything that the service and its processes say, or that others can read of them."""
+    """Return all that the service and its processes say, or that others can read of them."""
     said = {"log": machine.log.read_bytes(), "xenstore": str(list(tree(machine, ""))).encode()}
     for verb in ("status", "orders"):
         said[verb] = json.dumps(machine.ask({"verb": verb})).encode()
@@ -84,7 +84,7 @@ def said_by(machine: Machine) -> dict[str, bytes]:
 
 
 def tree(machine: Machine, path: str) -> Iterator[tuple[str, str]]:
-    """Yield what stands in xenstore."""
+    """Yield the paths and values in xenstore."""
     for name in machine.store.directory(path or "/"):
         below = f"{path}/{name}"
         yield below, machine.store.read_optional(below) or ""
@@ -92,7 +92,7 @@ def tree(machine: Machine, path: str) -> Iterator[tuple[str, str]]:
 
 
 def memories_of(pid: int) -> list[int]:
-    """Return descriptors of the memories that a process has."""
+    """Yield descriptors of the memories that a process has."""
     found = []
     for each in Path(f"/proc/{pid}/fd").iterdir():
         with suppress(OSError):
@@ -102,7 +102,7 @@ def memories_of(pid: int) -> list[int]:
 
 
 def holds(fd: int, secret: bytes) -> bool:
-    """Return whether a memory has a secret in it."""
+    """Return whether a memory contains a secret."""
     return secret in os.pread(fd, os.fstat(fd).st_size, 0)
 
 
@@ -113,9 +113,10 @@ def key(tmp_path: Path) -> Path:
 
 
 def test_the_key_is_made_once_and_is_nowhere_else(tmp_path: Path, key: Path) -> None:
-    """E2: attached, killed, killed with the service, upgraded: served without the passphrase, which is removed after
-    the attach; neither it nor the key is in a log, an answer, xenstore, an environment or a command line; and the
-    memory with the key is wiped at the detach.
+    """E2: after kills of worker and service and after an upgrade the disk is served without its passphrase's file.
+
+    That file is removed after the attach. Neither passphrase nor key is in a log, an answer, xenstore, an environment
+    or a command line; the memory with the key is wiped at the detach.
     """
     made = Made(Random(1).randbytes(SIZE), passphrases=[PASSPHRASE])
     image = tmp_path / "img"
@@ -165,7 +166,7 @@ def test_the_key_is_made_once_and_is_nowhere_else(tmp_path: Path, key: Path) -> 
 
 
 def test_what_cannot_be_unlocked_is_not_attached(tmp_path: Path, key: Path) -> None:
-    """E1: the toolstack hears why at once: no file, another passphrase, a header that is damaged."""
+    """E1: if the key file is missing, the passphrase wrong or the header damaged, the attach fails with the reason."""
     image = tmp_path / "img"
     image.write_bytes(luks2(Made(bytes(SIZE), passphrases=[b"another one"])))
     with Machine() as machine, closing(machine.create_guest(5)):
@@ -182,7 +183,7 @@ def test_what_cannot_be_unlocked_is_not_attached(tmp_path: Path, key: Path) -> N
 
 
 def test_a_credential_of_the_service_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The opener finds a credential where systemd has told the service that they are."""
+    """The opener finds a credential in the directory that systemd has named to the service."""
     made = Made(Random(2).randbytes(65536), passphrases=[PASSPHRASE])
     (tmp_path / "img").write_bytes(luks2(made))
     (tmp_path / "credentials").mkdir()
@@ -196,8 +197,9 @@ def test_a_credential_of_the_service_opens(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_argon2_takes_time_and_a_successor_none(tmp_path: Path, key: Path) -> None:
-    """E2: four disks at once, each of which takes long, are unlocked one after the other, by no worker and while the
-    service answers; a killed worker's successor takes none of that time.
+    """E2: four disks with slow keys are unlocked one after the other, not in a worker, and while the service answers.
+
+    A killed worker's successor takes none of that time.
     """
     pytest.importorskip("argon2")
     made = [Made(bytes([65 + number]) * 65536) for number in range(4)]
@@ -240,7 +242,7 @@ def test_argon2_takes_time_and_a_successor_none(tmp_path: Path, key: Path) -> No
 
 
 def _is_making(pid: int) -> bool:
-    """Return whether a process has the memory that Argon2 takes here."""
+    """Return whether a process uses as much memory as deriving this key takes."""
     with suppress(OSError, ValueError, IndexError):
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * mmap.PAGESIZE > 100 << 20
     return False

@@ -1,4 +1,4 @@
-"""Every way that a frontend may choose to talk, with verified data, through one real worker that is connected anew."""
+"""Every way in which a frontend may connect, with verified data, on one real worker that is reconnected each time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REQUESTS = 300
 
 @pytest.fixture(scope="module")
 def driven(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driven]:
-    """A worker with a disk of 8 MiB and somebody connected to it."""
+    """A worker with a disk of 8 MiB."""
     with Driven(tmp_path_factory.mktemp("rig")) as driven:
         driven.connect(f"ram:{SECTORS * 512}")
         yield driven
@@ -39,7 +39,7 @@ def test_data_is_right(
     queues: int,
     order: int,
 ) -> None:
-    """Whatever layout, ring, number of rings, kind of grants and of requests is agreed, the disk holds what it must."""
+    """With every layout, ring, number of rings, kind of grants and of requests, the disk holds the right data."""
     start = 2**32 - 5 if queues == 1 else 0
     wishes = Wishes(
         layout=layout, ring_order=order, queues=queues, persistent=persistent, indirect=indirect, start_index=start
@@ -56,7 +56,7 @@ def test_data_is_right(
 
 @pytest.mark.slow
 def test_any_numbers_of_queues_and_orders(driven: Driven) -> None:
-    """Each number of rings and each size of a ring is served."""
+    """Each number of rings and each ring size is served."""
     for queues, order in [(2, 1), (3, 2), (8, 3), (8, 0)]:
         frontend = driven.reconnect(Wishes(queues=queues, ring_order=order, start_index=2**32 - 5))
         frontend.discard(0, SECTORS)

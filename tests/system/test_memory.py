@@ -1,4 +1,4 @@
-"""What a guest can make its worker use of the host's memory: at most what the manual's formula says."""
+"""What a guest can make its worker use of the host's memory is at most what the manual's formula says."""
 
 from __future__ import annotations
 
@@ -23,38 +23,38 @@ pytestmark = pytest.mark.slow  # each starts a process
 
 
 def bound(rings: int, slots: int, *, segments: int = 1, pages: int = 0) -> int:
-    """Return the bytes of `docs/performance.md`, "Memory for guests", without arena and `log:`."""
+    """Return the bytes by the formula in `docs/performance.md`, "Memory for guests", without arena and `log:`."""
     return 4 * MIB + rings * slots * (5 * KIB + segments * 320) + pages * 3 * KIB
 
 
 @pytest.fixture
 def victim(tmp_path: Path) -> Iterator[Driven]:
-    """A worker that need not live on."""
+    """A worker that need not survive the test."""
     with Driven(tmp_path) as driven:
         yield driven
         driven.kill()
 
 
 def anonymous(driven: Driven) -> int:
-    """Return the bytes of memory that are the worker's alone: no guest's pages."""
+    """Return the bytes of memory that are the worker's alone, without the guest's pages."""
     status = Path(f"/proc/{driven.worker.process.pid}/status").read_text()
     return int(status.split("RssAnon:")[1].split()[0]) * KIB
 
 
 def taken(driven: Driven, ring: int) -> int:
-    """Return how many requests of a ring the worker has taken."""
+    """Return how many requests of a ring the worker has fetched."""
     words = journal.RingJournal(driven.worker.journal, ring, journal.SLOT).words
     return int(words[journal.REQ_CONS])
 
 
 def wait_until_taken(driven: Driven, wanted: list[int]) -> None:
-    """Return when as many requests of each ring were taken."""
+    """Return once the worker has fetched this many requests of each ring."""
     until(lambda: [taken(driven, ring) for ring in range(len(wanted))] == wanted, "they are not taken")
 
 
 @pytest.mark.rows("R12")
 def test_requests_one_at_a_time(victim: Driven) -> None:
-    """R12, L5: on eight rings of the largest order, all slots taken one by one cost what the formula says."""
+    """R12, L5: on eight rings of the largest order, requests in all slots cost no more than the formula says."""
     victim.connect(SLOW.replace("1s", "30s"), Wishes(queues=RINGS, ring_order=ORDER, persistent=True))
     rings = [Evil(victim, ring) for ring in range(RINGS)]
     size = rings[0].ring.ring.size
@@ -73,8 +73,9 @@ def test_requests_one_at_a_time(victim: Driven) -> None:
 @pytest.mark.parametrize("operation", [BLKIF_OP_READ, BLKIF_OP_WRITE])
 @pytest.mark.rows("R12", "A29")
 def test_ragged_requests_on_mapped_pages(victim: Driven, operation: int, segments: int) -> None:
-    """R12, A29: the longest requests whose segments leave gaps, in all slots of all rings, on a disk that stalls: those
-    of up to 32 segments are all taken, longer ones as many as the arena has room for.
+    """R12, A29: longest requests with gaps between segments, in all slots of all rings, on a disk that stalls.
+
+    Those of up to 32 segments are all taken, longer ones as far as the arena has room.
     """
     wishes = Wishes(queues=RINGS, ring_order=ORDER, indirect=256, persistent=True)
     victim.connect(SLOW, wishes)
@@ -100,7 +101,7 @@ def test_ragged_requests_on_mapped_pages(victim: Driven, operation: int, segment
 
 @pytest.mark.rows("R12", "A21")
 def test_pages_that_stay_mapped(victim: Driven) -> None:
-    """R12: what is noted about each page of the guest that stays mapped, one by one, is bounded with their number."""
+    """R12: the memory for each page of the guest that stays mapped is bounded, and so is the number of such pages."""
     victim.connect(RAM, Wishes(persistent=True))
     evil = Evil(victim)
     grefs = [evil.page()[0] for _ in range(MAX_PERSISTENT + 32)]

@@ -1,4 +1,4 @@
-"""A long random mix of all operations against a model of the disk: `--requests` says how long, `--seed` which one."""
+"""A long random mix of all operations against a model of the disk; `--requests` sets its length, `--seed` the mix."""
 
 from __future__ import annotations
 

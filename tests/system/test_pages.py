@@ -1,4 +1,4 @@
-"""The commands of README.md and docs/, each page's in their order, in a shell on a simulated host."""
+"""The commands of README.md and docs/ are run in order, page by page, in a shell on a simulated host."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ exec {python} -m xenbackend "$@"
 
 
 class Host:
-    """A simulated host with the files of the pages, `xenbackend` on its PATH, and a guest once a page needs it."""
+    """A simulated host with the pages' files, `xenbackend` on its PATH, and a guest once a page needs one."""
 
     def __init__(self, machine: Machine, directory: Path) -> None:
         self._machine, self._directory = machine, directory
@@ -64,7 +64,7 @@ class Host:
         program.chmod(0o755)
 
     def do(self, line: str) -> None:
-        """Do what a line says; a guest is there when the line speaks of it."""
+        """Run a line of a page, after creating a guest if the line needs one."""
         if self._guest is None and re.search(rf"\b({NAME}|{DOMID})(/| |$)", line.replace("xl create", "")):
             self._create()
         if line.startswith(pages.TOOLSTACK):
@@ -139,7 +139,7 @@ class Host:
 
 @pytest.fixture
 def host(tmp_path: Path) -> Iterator[Host]:
-    """A host with a directory of its own for /img and /backup."""
+    """A host with its own directory for /img and /backup."""
     with ExitStack() as stack:
         machine = stack.enter_context(Machine())
         host = Host(machine, tmp_path)
@@ -149,9 +149,9 @@ def host(tmp_path: Path) -> Iterator[Host]:
 
 @pytest.mark.parametrize("page", WITH_COMMANDS, ids=lambda page: page.relative_to(pages.ROOT).as_posix())
 def test_the_commands_of_a_page_do_what_they_say(page: Path, host: Host) -> None:
-    """Each command of a page ends with status 0, one after the other, but for those that `NOT_RUN` gives a reason for.
+    """Each command of a page ends with status 0, in order, except those for which `NOT_RUN` gives a reason.
 
-    What xl does with a disk the simulated toolstack does.
+    The simulated toolstack does what xl would do with a disk.
     """
     for line in pages.commands(page):
         if not pages.why_not_run(line):

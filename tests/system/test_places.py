@@ -1,6 +1,6 @@
-"""Places in xenstore that are used again at once: by the same guest's disk, or by another guest with the same domid.
+"""A place in xenstore is used again at once: for the same guest's disk, or for another guest with the same domid.
 
-Each disk has one path, one worker and one life; nothing of a former life reaches the next, and nobody waits in vain.
+Each disk has one path, one worker and one life; nothing of a former life reaches the next, and no one waits forever.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DATA = b"x" * 4096
 
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
-    """An image."""
+    """An image file."""
     image = tmp_path / "disk.img"
     image.write_bytes(bytes(1 << 20))
     return image
@@ -41,7 +41,7 @@ def image(tmp_path: Path) -> Path:
 
 @contextmanager
 def stopped(pid: int) -> Iterator[None]:
-    """Keep a process from doing anything."""
+    """Keep a process stopped by SIGSTOP."""
     os.kill(pid, signal.SIGSTOP)
     try:
         yield
@@ -51,7 +51,7 @@ def stopped(pid: int) -> Iterator[None]:
 
 
 def users(file: Path) -> set[int]:
-    """Return the processes that have a file open; whoever only keeps it (O_PATH) holds up nobody."""
+    """Return the processes that have a file open for I/O; a descriptor with O_PATH does not count."""
     found = set()
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         with suppress(OSError):
@@ -82,7 +82,7 @@ def serve(machine: Machine, guest: GuestDomain, chain: str) -> tuple[VbdPath, Fr
 
 @pytest.mark.parametrize("who", ["the guest", "the toolstack", "force"])
 def test_a_disk_is_closed_when_its_image_is_free(image: Path, who: str) -> None:
-    """Whichever side lets go first, and however long the worker takes: Closed means that nobody has the image."""
+    """Whichever side closes first, and however slow the worker is, nobody has the image open once it is Closed."""
     seen: list[set[int]] = []
 
     def observe(path: str, value: bytes | None) -> None:
@@ -117,8 +117,9 @@ def test_a_disk_is_closed_when_its_image_is_free(image: Path, who: str) -> None:
 
 @pytest.mark.parametrize("is_quiet", [True, False])
 def test_a_disk_that_is_taken_away_is_flushed(image: Path, *, is_quiet: bool) -> None:
-    """A driver whose directory is removed by force may still have to write and flush: it gets its answers until it has
-    been quiet for a moment, and one that never is for a few seconds. Closed comes then, before a toolstack gives up.
+    """A guest whose disk is removed by force is answered until it was quiet for a moment, for some seconds at most.
+
+    Its driver may have to write and flush. Closed follows before a toolstack would give up.
     """
     with Machine() as machine, closing(machine.create_guest(5)) as guest:
         path, frontend = serve(machine, guest, f"aio:{image}")
@@ -133,7 +134,7 @@ def test_a_disk_that_is_taken_away_is_flushed(image: Path, *, is_quiet: bool) ->
         thread.start()
         until(lambda: not guest.store.directory(path.frontend))
         count = 0
-        with suppress(TimeoutError):  # when it is over nobody answers
+        with suppress(TimeoutError):  # once the disk is closed nobody answers
             while count < 50 or not is_quiet:
                 count += 1
                 frontend.wait([frontend.submit(BLKIF_OP_WRITE, 8 * (count % 100), 8, DATA)], 2)
@@ -148,8 +149,8 @@ def test_a_disk_that_is_taken_away_is_flushed(image: Path, *, is_quiet: bool) ->
 
 
 def test_a_place_is_attached_again_at_once(image: Path, pytestconfig: pytest.Config) -> None:
-    """However soon a disk is attached where one was just detached: each attach is answered, and serves the guest; when
-    the last one is detached nobody has the image.
+    """However soon a disk is attached again in the same place, each attach is answered and serves the guest; after the
+    last detach nobody has the image open.
     """
     dice = random.Random(pytestconfig.getoption("--seed"))
     with Machine(log=image.with_name("log")) as machine, closing(machine.create_guest(5)) as guest:
@@ -170,8 +171,9 @@ def test_a_place_is_attached_again_at_once(image: Path, pytestconfig: pytest.Con
 @pytest.mark.parametrize("is_killed", [False, True], ids=["busy", "killed"])
 @pytest.mark.rows("C6")
 def test_a_domid_that_is_used_again_at_once(tmp_path: Path, is_killed: bool) -> None:
-    """Nothing that an administrator had ordered for the guest that died holds for the next one, whose disk is served
-    with its own chain, also where the service was away, or died, meanwhile.
+    """C6: no order given for a dead guest's disk holds for the next guest with that domid, which gets its own chain.
+
+    The service may have been busy, or killed, meanwhile.
     """
     with Machine(log=tmp_path / "log") as machine:
         guest = machine.create_guest(6)
@@ -213,7 +215,7 @@ def test_a_domid_that_is_used_again_at_once(tmp_path: Path, is_killed: bool) -> 
 
 
 def kill(pid: int) -> None:
-    """Kill a process, and wait for its end."""
+    """Kill a process, and wait until it has ended."""
     end = os.pidfd_open(pid)
     os.kill(pid, signal.SIGKILL)
     assert select.select([end], [], [], 20)[0]

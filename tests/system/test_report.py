@@ -1,4 +1,4 @@
-"""`xenbackend report` on a host full of secrets: none of them is in it."""
+"""`xenbackend report` on a host full of secrets contains none of them."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ FORMS = [bytes, lambda data: data.hex().encode()]
 
 @pytest.fixture
 def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where the secrets are, with an environment that has one, too."""
+    """The directory with the secrets, one of which is in the environment too."""
     monkeypatch.setenv("XENBACKEND_TEST_NOTE", ENVIRONMENT)
     return tmp_path
 
 
 def pieces_of(path: Path) -> dict[str, bytes]:
-    """Return the files of an archive by name."""
+    """Return the files of an archive, by name."""
     with tarfile.open(path) as archive:
         files = {each.name: archive.extractfile(each) for each in archive.getmembers()}
         return {name.partition("/")[2]: file.read() for name, file in files.items() if file is not None}
 
 
 def test_no_secret_is_in_it(directory: Path) -> None:
-    """Neither a passphrase, the key that was made of it, what a guest has written, an environment, what others keep in
-    xenstore, nor what somebody has written into a log, an order or a comment; and what helps is there.
+    """The report contains no passphrase, key, guest data, environment, foreign part of xenstore, nor a secret from a
+    log, order or comment; it contains what helps.
     """
     made = Made(os.urandom(SIZE), passphrases=[PASSPHRASE])
     image, key, config, log = (directory / each for each in ("img", "key", "x.toml", "service.log"))
@@ -61,7 +61,7 @@ def test_no_secret_is_in_it(directory: Path) -> None:
         frontend.write(0, GUESTS_DATA.ljust(4096, b"."))
         frontend.flush()
         machine.store.write("/local/domain/5/console/vnc-pass", IN_STORE)
-        machine.store.write("/local/domain/5/data/note", IN_STORE)  # whose name tells nothing
+        machine.store.write("/local/domain/5/data/note", IN_STORE)  # its name does not look like a secret's
         with pytest.raises(ServiceError, match=IN_ADDRESS):
             machine.ask({"verb": "set", "vbd": "5/xvda", "chain": f"nbd:nbd://me:{IN_ADDRESS}@127.0.0.1:1/x"})
         with log.open("a") as file:

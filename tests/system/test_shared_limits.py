@@ -20,7 +20,7 @@ IOPS = 40  # few, so that a busy host can do them
 
 
 class Guest(threading.Thread):
-    """Reads one sector after the other, for as long as it is to; `done` counts."""
+    """Reads one sector after the other until it is ended; `done` counts the reads."""
 
     def __init__(self, frontend: Frontend) -> None:
         super().__init__()
@@ -36,13 +36,13 @@ class Guest(threading.Thread):
             self.done += 1
 
     def end(self) -> None:
-        """Read no more."""
+        """Stop reading."""
         self.ends = True
         self.join()
 
 
 def rates(guests: list[Guest], seconds: float) -> list[float]:
-    """Return how much each does a second."""
+    """Return each guest's reads per second."""
     begun, before = time.monotonic(), [each.done for each in guests]
     threading.Event().wait(seconds)
     took = time.monotonic() - begun
@@ -50,8 +50,8 @@ def rates(guests: list[Guest], seconds: float) -> list[float]:
 
 
 def test_two_disks_share_a_limit(tmp_path: Path) -> None:
-    """Both together do no more than the limit, and alike, also when a worker and the service are killed; one alone does
-    almost all of it.
+    """Two disks stay within their common limit and share it evenly, also after a worker and the service are killed; one
+    alone gets almost all of it.
     """
     with Machine(log=tmp_path / "log") as machine, ExitStack() as opened:
         guests: list[Guest] = []

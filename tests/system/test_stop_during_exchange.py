@@ -1,4 +1,4 @@
-"""A service that is stopped while a disk's chain is exchanged: what the guest has written is there afterwards."""
+"""If a service is stopped while a disk's chain is exchanged, what the guest has written is there afterwards."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from xenbackend.rig.frontend import Wishes
 
 pytestmark = pytest.mark.slow
 
-PATIENCE_S = 30.0  # for what must happen; a failed test takes this long, a passed one does not
+PATIENCE_S = 30.0  # limit for events that must happen; only a failing test takes this long
 _PAGE = 4096
 
 
@@ -47,7 +47,7 @@ def _ask_to_stop(machine: Machine) -> None:
 
 
 def _stop(machine: Machine, how: str) -> None:
-    """Begin to end the service, as `systemctl stop` or `xenbackend stop` do, and return once it has begun."""
+    """Start to stop the service by SIGTERM or by the order `stop`, and return once it has begun."""
     if how == "SIGTERM":
         os.kill(machine.service_pid, signal.SIGTERM)
     else:
@@ -58,8 +58,9 @@ def _stop(machine: Machine, how: str) -> None:
 @pytest.mark.parametrize("how", ["SIGTERM", "stop"])
 @pytest.mark.parametrize("phase", ["asked", "drains", "flushes", "done"])
 def test_a_service_that_is_stopped_loses_no_chain(tmp_path: Path, phase: str, how: str) -> None:
-    """Nothing that is kept comes to the next service, which serves the chain all the same that has the guest's last
-    write, in whichever step of the exchange the service was told to stop.
+    """In whatever step of an exchange a service is stopped, the next one serves the chain with the guest's last write.
+
+    Nothing is kept for the next service.
     """
     image, new = tmp_path / "img", tmp_path / "new"
     for each in (image, new):

@@ -1,6 +1,6 @@
-"""A worker that was taken over, against the service that runs it: whatever it says or writes, the others are served on.
+"""Whatever a worker that was taken over says or writes, its service keeps serving the others.
 
-What it can say at all is in tests/protocol and tests/supervisor; here it is the whole service that has to live with it.
+The messages themselves are tested in tests/protocol and tests/supervisor; here the whole service has to survive them.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Disk:
         return found  # type: ignore[no-any-return]
 
     def run(self, program: str) -> None:
-        """Run a program in the worker, which may be killed for it."""
+        """Run a program in the worker, which may be killed because of it."""
         request = {"verb": "command", "vbd": self._name, "layer": "evil", "command": "run", "arguments": [program]}
         with suppress(XenbackendError):
             self._machine.ask(request)
@@ -94,7 +94,7 @@ class Disk:
         assert CHAIN == self.status()["chain"]
 
     def check(self) -> None:
-        """See that the guest reads what it wrote."""
+        """Assert that the guest reads what it wrote."""
         assert b"x" * 4096 == self.frontend.read(0, 8)
 
     def close(self) -> None:
@@ -104,7 +104,7 @@ class Disk:
 
 
 class Host:
-    """A machine with a neighbour who is served all the while."""
+    """A machine with a neighbour that is served all the time."""
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
@@ -113,15 +113,15 @@ class Host:
         self.service = machine.service_pid
 
     def give_disk(self, chain: str = CHAIN) -> Disk:
-        """Create a guest that uses a disk."""
+        """Create a guest with a disk."""
         return Disk(self.machine, next(self._domids), chain)
 
     def breaches(self) -> int:
-        """Return how many workers were killed for what they said."""
+        """Return how many workers were killed for a breach."""
         return int(self.machine.ask({"verb": "ping"})["data"]["breaches"])
 
     def check(self) -> None:
-        """See that the service is the one that it was, has found no bug, and serves the neighbour."""
+        """Assert that the same service runs, has found no bug, and serves the neighbour."""
         ping = self.machine.ask({"verb": "ping"})["data"]
         self.neighbour.frontend.write(8, b"y" * 4096)
 
@@ -132,7 +132,7 @@ class Host:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory with the layer that can be taken over, for whoever is started."""
+    """A directory with the layer that can be taken over, for every process that is started."""
     taken_over.offer(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.syspath_prepend(tmp_path)
@@ -141,7 +141,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def host(place: Path) -> Iterator[Host]:
-    """A host on which layers can be taken over, and no wall keeps them from what they try on the service."""
+    """A host whose workers have the layer that can be taken over, and no walls between it and the service."""
     (place / "config").write_text('walls = "off"\n')
     with Machine(log=place / "log", config=place / "config") as machine:
         host = Host(machine)
@@ -151,7 +151,7 @@ def host(place: Path) -> Iterator[Host]:
 
 @pytest.mark.rows("R24")
 def test_a_worker_that_breaks_the_protocol_is_replaced(host: Host) -> None:
-    """It is killed, counted once and said once; its guest is served by the next one, through the chain that it had."""
+    """A worker that breaks the protocol is killed, counted and logged once; its successor has the same chain."""
     for what, program in MESSAGES.items():
         before = host.breaches()
         with closing(host.give_disk()) as disk:
@@ -166,9 +166,9 @@ def test_a_worker_that_breaks_the_protocol_is_replaced(host: Host) -> None:
 
 
 def test_a_worker_that_spoils_its_memories_and_dies(host: Host) -> None:
-    """Whatever it leaves, the service reads it and starts another one, with the chain that was in service.
+    """Whatever a dying worker leaves in its memories, the service reads it and starts another with the same chain.
 
-    The guest may wait for ever: what it had in flight was the journal's to know.
+    The guest may wait forever: only the journal knew its requests in flight.
     """
     for program in MEMORIES.values():
         with closing(host.give_disk()) as disk:
@@ -178,7 +178,7 @@ def test_a_worker_that_spoils_its_memories_and_dies(host: Host) -> None:
 
 
 def test_whatever_was_said_and_left_while_no_service_ran(host: Host, tmp_path: Path) -> None:
-    """The next service finds all of it when it starts: messages that wait, and memories of workers that died, too."""
+    """The next service copes with messages sent, and memories spoilt, while no service ran."""
     with ExitStack() as stack:
         disks = [stack.enter_context(closing(host.give_disk())) for _ in [*MESSAGES, *MEMORIES]]
         for number, (disk, program) in enumerate(zip(disks, [*MESSAGES.values(), *MEMORIES.values()], strict=True)):
@@ -214,7 +214,7 @@ threading.Thread(target=attack, daemon=True).start()"""
 
 
 def find_service(machine: Machine) -> int:
-    """Return the process of the service, 0 while there is none."""
+    """Return the process of the service, 0 if there is none."""
     with suppress(XenbackendError):
         return machine.service_pid
     return 0

@@ -38,7 +38,7 @@ class Disk:
         return found  # type: ignore[no-any-return]
 
     def order(self, verb: str, **words: object) -> dict[str, Any]:
-        """Give an order, and return its answer, also where it was refused."""
+        """Give an order, and return its answer, even if it was refused."""
         try:
             return self.machine.ask({"verb": verb, "vbd": self.name, **words})
         except ServiceError as problem:
@@ -51,7 +51,7 @@ class Disk:
         until(lambda: self.status()["worker"] not in (worker, None) and self.status()["phase"] == "serving")
 
     def has_written(self) -> bool:
-        """Return whether the guest finds what it wrote, and the image around it."""
+        """Return whether the guest reads what it wrote, with the image around it."""
         return [OURS, BASE[:4096]] == [self.frontend.read(64, 8), self.frontend.read(0, 8)]
 
 
@@ -74,7 +74,7 @@ def machine(tmp_path: Path, scratch: Path) -> Iterator[Machine]:
 
 @contextmanager
 def serving(machine: Machine, tmp_path: Path) -> Iterator[Disk]:
-    """Have a guest that has written to its disk."""
+    """Attach the disk to a guest that has written to it."""
     with closing(machine.create_guest(5)) as guest:
         path = machine.attach(guest.domid, "xvda", f"cow:block=8K|aio:{tmp_path}/base")
         disk = Disk(machine, path, guest.connect(path, Wishes()))
@@ -86,7 +86,7 @@ def serving(machine: Machine, tmp_path: Path) -> Iterator[Disk]:
 
 
 def room(scratch: Path) -> int:
-    """Return the bytes of the unnamed files of a directory that processes have open."""
+    """Return the bytes of the unnamed files in a directory that processes have open."""
     found = {}
     for fd in Path("/proc").glob("[0-9]*/fd/*"):
         try:
@@ -98,9 +98,7 @@ def room(scratch: Path) -> int:
 
 
 def test_it_is_kept_until_it_is_detached(machine: Machine, tmp_path: Path, scratch: Path) -> None:
-    """D2: over kills of the worker, of the service and of both, and an upgrade, nothing that was answered is lost. Then
-    nothing is left.
-    """
+    """D2: no kill of the worker, the service or both, and no upgrade, loses data; after the detach nothing is left."""
     with serving(machine, tmp_path) as disk:
         disk.kill()
         assert disk.has_written()
@@ -122,7 +120,7 @@ def test_it_is_kept_until_it_is_detached(machine: Machine, tmp_path: Path, scrat
 
 
 def test_a_stop_does_not_lose_it_by_mistake(machine: Machine, tmp_path: Path) -> None:
-    """It is refused and names the disk; with --force the disk waits for good afterwards, whatever `resume` wants."""
+    """`stop` is refused and names the disk; after `stop --force` the disk waits for good, even after `resume`."""
     with serving(machine, tmp_path) as disk:
         with pytest.raises(ServiceError, match=r"the guests of 5/xvda .* --force"):
             machine.ask({"verb": "stop"})
@@ -138,7 +136,7 @@ def test_a_stop_does_not_lose_it_by_mistake(machine: Machine, tmp_path: Path) ->
 
 
 def test_what_was_written_gets_a_name(machine: Machine, tmp_path: Path, scratch: Path) -> None:
-    """The guest goes on, the file has what it wrote, and no other file is written over; killed, it goes on too."""
+    """`cow keep` gives the data a name while the guest goes on, also after kills; no existing file is overwritten."""
     kept = scratch / "kept.cow"
     with serving(machine, tmp_path) as disk:
         (scratch / "taken").write_bytes(b"precious")
@@ -163,7 +161,7 @@ def test_what_was_written_gets_a_name(machine: Machine, tmp_path: Path, scratch:
 
 
 def test_a_name_that_was_given_by_half_is_given(machine: Machine, tmp_path: Path, scratch: Path) -> None:
-    """Killed once the file had its name, and before anybody was told so, the order comes to the same good end again."""
+    """If the service was killed after naming the file but before recording that, the same order succeeds again."""
     kept = scratch / "kept.cow"
     with serving(machine, tmp_path) as disk:
         held = (fd for fd in Path(f"/proc/{machine.service_pid}/fd").iterdir())
@@ -181,7 +179,7 @@ def test_a_name_that_was_given_by_half_is_given(machine: Machine, tmp_path: Path
 
 
 def test_what_was_written_can_be_dropped(machine: Machine, tmp_path: Path) -> None:
-    """A guest that uses the disk is not given another one by mistake; then it is the image again, and stays so."""
+    """`cow drop` on a disk in use needs --force; afterwards the guest reads the image again."""
     with serving(machine, tmp_path) as disk:
         assert "a guest uses the disk" in disk.order("drop")["sentence"]
         assert disk.has_written()

@@ -1,4 +1,4 @@
-"""Orders of several administrators at once, and orders that take long: what each is told is what happens."""
+"""Several administrators give orders at once, and orders take long: each is told what really happens."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Site:
         return found  # type: ignore[no-any-return]
 
     def under_way(self) -> list[str]:
-        """Return the verbs of orders without an answer."""
+        """Return the verbs of orders that have no answer yet."""
         return [each["verb"] for each in self.status()["under_way"]]
 
     def run(self, *words: str) -> tuple[int, str, str]:
@@ -55,14 +55,14 @@ class Site:
         return status, out.getvalue(), errors.getvalue()
 
     def look_again(self) -> None:
-        """Have the service look at the disk's directory, and see what it makes of it."""
+        """Have the service read the disk's directory again, and wait until it has."""
         self.machine.store.write(f"{self.path.backend}/poke", "1")
         for _ in range(3):
             self.machine.ask({"verb": "ping"})
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """Keep the worker from doing anything."""
+        """Keep the worker stopped by SIGSTOP."""
         worker = self.status()["worker"]
         os.kill(worker, signal.SIGSTOP)
         try:
@@ -73,7 +73,7 @@ class Site:
 
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[Site]:
-    """A guest that has written to its disk."""
+    """A machine whose guest has written to its disk."""
     for name in ("one", "two"):
         (tmp_path / name).write_bytes(bytes(SIZE))
     with Machine(log=tmp_path / "log") as machine, closing(machine.create_guest(5)) as guest:
@@ -85,7 +85,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
 
 
 def give(site: Site, request: dict[str, Any]) -> tuple[threading.Thread, list[client.Answer]]:
-    """Give an order, and return where its one answer will be."""
+    """Give an order in a thread, and return the thread and the list that will hold its one answer."""
     answers: list[client.Answer] = []
 
     def ask() -> None:
@@ -101,7 +101,10 @@ def give(site: Site, request: dict[str, Any]) -> tuple[threading.Thread, list[cl
 
 @pytest.mark.parametrize("first", ["set", "snapshot"])
 def test_a_set_and_a_snapshot_that_fails(site: Site, first: str) -> None:
-    """Each is told how it ended, and not how the other did. The guest goes on with the chain that the set was told."""
+    """A `set` and a failing `snapshot` at once: the second is refused as busy, and each caller gets its own outcome.
+
+    The guest goes on with the chain that `set` reported.
+    """
     taken = site.directory / "taken"
     taken.write_bytes(b"something")
     chains = {name: f"aio:{site.directory}/{name}" for name in ("one", "two")}
@@ -133,7 +136,7 @@ def test_a_set_and_a_snapshot_that_fails(site: Site, first: str) -> None:
 
 
 def test_an_order_is_waited_for_longer_than_any_question(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However long the disk takes, whoever orders hears how it ended, and gets the chain for vm.cfg."""
+    """However long the disk takes, the caller waits for the outcome and gets the chain for vm.cfg."""
     monkeypatch.setattr(client, "TIMEOUT_S", 0.2)
     results = []
     words = ("snapshot", "5/xvda", str(site.directory / "new.qcow2"))
@@ -166,7 +169,7 @@ def test_whoever_gives_up_learns_later_what_became_of_it(site: Site) -> None:
 
 
 def test_an_order_outlives_the_service_that_took_it(site: Site) -> None:
-    """A service that is killed in the middle leaves the order to the next one, which tells how it ended."""
+    """If the service is killed during an order, the next service finishes the order and tells how it ended."""
     results = []
     words = ("set", "5/xvda", f"aio:{site.directory}/two", "--replace")
     thread = threading.Thread(target=lambda: results.append(site.run(*words)))
@@ -191,7 +194,7 @@ def test_an_order_outlives_the_service_that_took_it(site: Site) -> None:
 
 
 def test_two_who_measure(site: Site) -> None:
-    """The second one is refused, and may end the first one's, who gets the times until then."""
+    """A second measurement is refused; its caller may end the first one, whose caller gets the times until then."""
     first, measured = give(site, {"verb": "measure", "seconds": 3600})
     until(lambda: site.under_way() == ["measure"])
     refused, busy = give(site, {"verb": "measure", "seconds": 1})
@@ -211,7 +214,7 @@ def test_two_who_measure(site: Site) -> None:
 
 @pytest.mark.parametrize("end", ["Ctrl-C", "--timeout", "SIGKILL of the service"])
 def test_nobody_measures_for_nobody(site: Site, end: str) -> None:
-    """However a measurement loses who has ordered it, it is over before its hour is, and the next one can begin."""
+    """If the caller of a measurement is lost, the measurement ends early, and the next one can begin."""
     command = [sys.executable, "-m", "xenbackend", "latency", "5/xvda", "--layers", "--interval", "3600"]
     if end == "--timeout":
         with pytest.raises(UnderWay) as pending:

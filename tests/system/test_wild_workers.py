@@ -1,4 +1,4 @@
-"""Workers that somebody has taken over, against their own service: `tests.supervisor.wild_worker` says how."""
+"""Workers that were taken over, against their own service; `tests.supervisor.wild_worker` has what they do."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Bed:
         self.longest_s = 0.0
         self.service = int(self.ask({"verb": "ping"})["pid"])
         assert machine.service is not None
-        self.processes = (self.service, machine.service.pid)  # and what keeps its descriptors
+        self.processes = (self.service, machine.service.pid)  # and the keeper of its descriptors
         self.guest = machine.create_guest(NEIGHBOUR)
         self.frontend = self.guest.connect(machine.attach(NEIGHBOUR, "xvda", f"log:|aio:{image}"), Wishes())
         self.model = make_model(seed, SECTORS)
@@ -61,21 +61,21 @@ class Bed:
         store.close()
 
     def ask(self, request: dict[str, Any]) -> Any:
-        """Ask the service, which has to answer soon."""
+        """Ask the service, which must answer soon."""
         begin = time.monotonic()
         answer = self.machine.ask(request)["data"]
         self.longest_s = max(self.longest_s, time.monotonic() - begin)
         return answer
 
     def until(self, condition: Callable[[], Any]) -> None:
-        """Wait for something, while the neighbour's guest works."""
+        """Wait for a condition while the neighbour's guest works."""
         give_up = time.monotonic() + PATIENCE_S
         while not condition():
             assert time.monotonic() < give_up, "it never happened"
             self.load.run(64)
 
     def are_served(self) -> bool:
-        """Return whether all disks are; one that awaits an administrator has one."""
+        """Return whether all disks are served; resume those that wait for an administrator."""
         phases = {each["vbd"]: each["phase"] for each in self.ask({"verb": "status"})}
         assert DISKS + 1 == len(phases)
         for vbd, phase in phases.items():
@@ -85,12 +85,12 @@ class Bed:
         return {"serving"} == {*phases.values()}
 
     def has_openers(self) -> bool:
-        """Return whether each wild worker's opener has had its turn to begin; none of them is ever let go."""
+        """Return whether each wild worker's opener has begun; none of them is let go."""
         children = Path(f"/proc/{self.service}/task/{self.service}/children").read_text().split()
         return 2 * DISKS + 2 == len(children)  # and the zygote, and the neighbour's worker
 
     def descriptors(self) -> list[Counter[str]]:
-        """Return what descriptors the service and its keeper have, but for a client's that has just been answered."""
+        """Return what descriptors the service and its keeper have, without those of clients that were just answered."""
         looks = [self._descriptors() for _ in range(_LOOKS)]
         return [reduce(and_, each) for each in zip(*looks, strict=True)]
 
@@ -99,7 +99,7 @@ class Bed:
         return [Counter(_kinds(pid)) for pid in self.processes]
 
     def memory(self) -> int:
-        """Return the KiB of memory that the service has."""
+        """Return the KiB of memory that the service uses."""
         status = Path(f"/proc/{self.service}/status").read_text()
         return int(status.partition("VmRSS:")[2].split()[0])
 
@@ -111,7 +111,7 @@ def _kinds(pid: int) -> Iterator[str]:
 
 
 def _order(machine: Machine, random: Random, is_over: threading.Event) -> None:
-    """Be an administrator, who asks wild workers something all the time."""
+    """Give orders for wild disks all the time, as an administrator."""
     requests: list[dict[str, Any]] = [
         {"verb": "pause"}, {"verb": "resume"}, {"verb": "policy", "policy": "read=report"}, {"verb": "upgrade"},
         {"verb": "command", "layer": "0", "command": "get"}, {"verb": "set", "chain": "null:1G"},
@@ -126,9 +126,10 @@ def _order(machine: Machine, random: Random, is_over: threading.Event) -> None:
 def test_any_bytes_of_a_worker_harm_nobody_else(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Messages, descriptors, memories, silence: whoever breaks the protocol is killed, told once, and replaced.
-    Meanwhile the service answers and a neighbour reads what it wrote; in the end nothing is left over. `--requests`
-    makes more of it: half as many messages as that says.
+    """Whatever a worker sends or leaves, it is killed, logged once and replaced if it breaks the protocol.
+
+    Meanwhile the service answers and a neighbour reads what it wrote; at the end nothing is left over. `--requests`
+    sets the length: half as many messages as it says.
     """
     count, seed = request.config.getoption("--requests") // 2, request.config.getoption("--seed")
     image, log = tmp_path / "disk.img", tmp_path / "log"
@@ -156,7 +157,7 @@ def test_any_bytes_of_a_worker_harm_nobody_else(
                 bed.load.run(64)
                 bed.ask({"verb": "ping"})
                 bed.are_served()
-                is_over.wait(0.02)  # the others' turn
+                is_over.wait(0.02)  # let other threads run
         finally:
             is_over.set()
             administrator.join()
@@ -176,7 +177,7 @@ def test_any_bytes_of_a_worker_harm_nobody_else(
 
 
 def _look(log: Path, known: dict[str, Any], words: Words, passed_s: float, bed: Bed) -> None:
-    """Compare what the service has said with what was done."""
+    """Compare what the service has logged with what was done."""
     lines = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
     broken = [line["worker"] for line in lines if line["event"].startswith("a worker broke the protocol")]
     said = Counter[str]()  # bytes, by disk
@@ -192,7 +193,7 @@ def _look(log: Path, known: dict[str, Any], words: Words, passed_s: float, bed: 
     assert 0 == known["bugs"], [line for line in lines if "bug" in line["event"]][:3]
     assert [] == [line for line in lines if "a bug" in line["event"]]
     assert len(broken) == len(set(broken))
-    assert DISKS <= len(broken) <= known["breaches"]  # as many as a disk's budget has room for
+    assert DISKS <= len(broken) <= known["breaches"]  # the log has as many as each disk's budget allows
     assert 0 == bed.model.failures
     assert bed.longest_s < MAX_ANSWER_S
     assert max(said.values()) <= PER_HOUR

@@ -1,4 +1,4 @@
-"""A worker makes no call that takes a path, nor one that opens anything, from its first message to its last."""
+"""From its first message to its last a worker makes no call that takes a path, nor one that opens anything."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from xenbackend.units import PAGE
 
 SIZE = 4 << 20
 DATA = b"d" * PAGE
-# As the zygote's children begin: everything is imported. What has no audit event is replaced by what has.
+# As in the zygote's children, everything is imported first. Calls without an audit event are replaced by ones with it.
 PROGRAM = """
 import functools, os, socket, sys
 from xenbackend.worker import main, preload
@@ -54,7 +54,7 @@ worker.run()
 
 
 class Watched(Driven):
-    """A disk whose workers are watched; `told` is what they did that they must not do."""
+    """A disk whose workers are watched; `told` lists the forbidden calls that they made."""
 
     def __init__(self, directory: Path, how: str = "") -> None:
         super().__init__(directory)
@@ -78,7 +78,7 @@ class Watched(Driven):
 
 @pytest.fixture
 def watched(tmp_path: Path) -> Iterator[Watched]:
-    """Return a disk whose workers are watched."""
+    """A disk whose workers are watched."""
     (tmp_path / "rig").mkdir()
     with Watched(tmp_path / "rig") as watched:
         yield watched
@@ -87,7 +87,7 @@ def watched(tmp_path: Path) -> Iterator[Watched]:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["aio", "qcow2", "vhd"])
 def test_from_attach_to_close(watched: Watched, tmp_path: Path, kind: str) -> None:
-    """Opened with a record and a parent, connected, snapshotted, set, commanded, killed, succeeded, left, closed."""
+    """No such call is made while a disk with a record and a parent goes through its life, from open to close."""
     data = {
         "aio": bytes(SIZE),
         "qcow2": qcow2(SIZE, backing=b"base", backing_format=b"raw"),
@@ -123,7 +123,7 @@ def test_from_attach_to_close(watched: Watched, tmp_path: Path, kind: str) -> No
 
 @pytest.mark.slow
 def test_filters_with_files_and_tables(watched: Watched, tmp_path: Path) -> None:
-    """A file that is made for what is written, a table that is read, a limit: opened, killed, exchanged, closed."""
+    """No such call is made by filters with files, tables or limits: opened, killed, exchanged, closed."""
     (tmp_path / "disk").write_bytes(mbr(2 * SIZE, {1: (0x83, 64, SIZE // 512)}))
     below = f"cow:{tmp_path}/cow|readahead:|partition:1|aio:{tmp_path}/disk"
     worker = watched.worker
@@ -145,7 +145,7 @@ def test_filters_with_files_and_tables(watched: Watched, tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_encrypted(watched: Watched, tmp_path: Path) -> None:
-    """A volume: its key found, killed, succeeded without the passphrase, exchanged, its key found anew, closed."""
+    """An encrypted volume makes no such call: opened, killed, continued without its passphrase, exchanged, closed."""
     passphrases = [b"other", luks_images.PASSPHRASE]
     made = luks_images.Made(bytes(SIZE), passphrases, os.urandom(32), "cbc-essiv:sha256")
     (tmp_path / "disk").write_bytes(luks_images.luks1(made))
@@ -173,7 +173,7 @@ def test_encrypted(watched: Watched, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_watch_sees(tmp_path: Path) -> None:
-    """What it looks for it would see: a worker that opens or looks at a path is told of."""
+    """The watch reports a worker that opens a path or looks at one."""
     with Watched(tmp_path, "opens") as watched:
         watched.open("null:1M")
         told = " ".join(watched.told)
