@@ -25,11 +25,11 @@ def driven(tmp_path: Path) -> Iterator[Driven]:
 
 
 def quiet(_: Phase) -> None:
-    """Take progress, and say nothing."""
+    """Ignore a report of progress."""
 
 
 def test_a_good_disk_is_verified_and_put_back(driven: Driven, tmp_path: Path) -> None:
-    """After all phases the file holds what it held before, and everything moved was counted."""
+    """After all phases the file holds its former contents, and all data moved were counted."""
     image = tmp_path / "disk.img"
     before = bytes(range(256)) * (2 * AREA // 256)
     image.write_bytes(before)
@@ -49,7 +49,7 @@ def test_a_good_disk_is_verified_and_put_back(driven: Driven, tmp_path: Path) ->
 
 
 def test_a_disk_that_forgets_is_found(driven: Driven) -> None:
-    """A disk of zeros that takes every write is caught by the first read back."""
+    """A disk that takes every write but reads zeros is found out by the first read."""
     exercise = Exercise(driven.connect("null:1M", WISHES), AREA, 1, quiet)
     exercise.fill()
     with pytest.raises(WrongData, match="holds zeros where generation"):

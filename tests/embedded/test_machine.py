@@ -1,4 +1,4 @@
-"""The embedded host: it boots, serves, and leaves nothing."""
+"""The embedded host: it boots, serves disks, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_guest_reads_what_it_wrote_and_nothing_is_left(tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_mistakes_are_told_in_sentences() -> None:
-    """A chain that cannot be, and an image that is not there, are refused in words, and nothing is left of them."""
+    """An invalid chain and a missing image are refused with a sentence, and nothing of them is left."""
     with Machine() as machine:
         guest = machine.create_guest(1)
         with pytest.raises(ChainError, match="unknown driver"):
@@ -59,15 +59,17 @@ def test_mistakes_are_told_in_sentences() -> None:
         guest.close()
         give_up = time.monotonic() + 10
         while "/51712" in str(machine.xenstored.dump()) and time.monotonic() < give_up:
-            machine.ask({"verb": "ping"})  # the service tidies up after the last step that a toolstack waits for
+            machine.ask({"verb": "ping"})  # the service cleans up after it has answered the toolstack
 
         assert "/51712" not in str(machine.xenstored.dump())
 
 
 @pytest.mark.slow
 def test_a_disk_that_is_made_anew_while_its_worker_ends(tmp_path: Path) -> None:
-    """Both are seen in one turn of the service. The script has its answer, one worker has the image, and when the
-    disk is detached nobody has it.
+    """A disk may be attached anew before the service has seen that its former worker ended.
+
+    The service sees both in one turn. The script gets its answer, one worker has the image, and after the detach nobody
+    has it.
     """
     image = tmp_path / "disk.img"
     image.write_bytes(bytes(1 << 20))
@@ -78,7 +80,7 @@ def test_a_disk_that_is_made_anew_while_its_worker_ends(tmp_path: Path) -> None:
         [known] = machine.ask({"verb": "status"})["data"]
         worker, service = known["worker"], machine.service_pid
         end = os.pidfd_open(worker)
-        os.kill(worker, signal.SIGSTOP)  # it takes a moment to close its image
+        os.kill(worker, signal.SIGSTOP)  # so that it keeps its image open for now
         machine.store.transact(lambda nodes: toolstack._remove(nodes, path))
         until(lambda: machine.ask({"verb": "status"})["data"][0]["phase"] != known["phase"])
         os.kill(service, signal.SIGSTOP)
@@ -106,7 +108,7 @@ def test_a_disk_that_is_made_anew_while_its_worker_ends(tmp_path: Path) -> None:
 
 
 def _who_has(file: Path) -> list[int]:
-    """Return the processes that have a file open, which who only keeps it (O_PATH) does not."""
+    """Return the processes that have a file open for I/O; descriptors with O_PATH do not count."""
     found = set()
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         with suppress(OSError):
@@ -119,7 +121,7 @@ def _who_has(file: Path) -> list[int]:
 
 
 def test_a_service_that_does_not_start_says_why(tmp_path: Path) -> None:
-    """The service's own last words are in the error."""
+    """The error quotes the last line of a service that does not start."""
     machine = Machine(log=tmp_path / "log")
     machine.control = str(tmp_path / ("x" * 200))
     with pytest.raises(XenbackendError, match="the service did not start: "), machine:

@@ -21,7 +21,7 @@ def ring() -> Iterator[Aio]:
 
 
 def test_waiting_is_limited(ring: Aio) -> None:
-    """A wait without anything in flight ends when its time is up, and a descriptor ends it at once."""
+    """A wait with nothing in flight ends after its timeout, and at once when a descriptor becomes ready."""
     near, far = os.pipe()
     ring.queue_poll(near, 5)
     ring.wait(0.001)
@@ -35,7 +35,7 @@ def test_waiting_is_limited(ring: Aio) -> None:
 
 
 def test_what_the_kernel_does_not_take_waits(ring: Aio) -> None:
-    """Nobody sleeps for ever where the context is full: what is queued beyond it goes when there is room again."""
+    """If the context is full no wait blocks forever: operations beyond it are submitted once there is room."""
     pipes: list[tuple[int, int]] = []
     while not ring.queued:  # the kernel makes a context larger than asked for
         pipes.append(os.pipe())
@@ -57,7 +57,7 @@ def test_what_the_kernel_does_not_take_waits(ring: Aio) -> None:
 
 
 def test_a_refused_operation_costs_no_other(ring: Aio, tmp_path: Path) -> None:
-    """What the kernel does not even begin comes back with its error; what was queued behind it is done."""
+    """An operation that the kernel refuses comes back with its error; the one queued behind it is done."""
     file = tmp_path / "file"
     file.write_bytes(b"x" * 4096)
     fd = os.open(file, os.O_RDONLY)
@@ -74,7 +74,7 @@ def test_a_refused_operation_costs_no_other(ring: Aio, tmp_path: Path) -> None:
 
 
 def test_a_context_that_is_not_to_be_had_is_a_clean_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the kernel has no AIO for us, making a context raises KernelError."""
+    """If the kernel has no AIO, making a context raises KernelError."""
     monkeypatch.setattr(aio, "_SYS_SETUP", 100_000)
 
     with pytest.raises(KernelError, match="Function not implemented") as caught:
@@ -84,7 +84,7 @@ def test_a_context_that_is_not_to_be_had_is_a_clean_answer(monkeypatch: pytest.M
 
 
 def test_close_leaves_nothing_mapped() -> None:
-    """A closed context leaves no mapping behind, though a look at a descriptor was in flight."""
+    """A closed context leaves no mapping behind, even if a poll was in flight."""
 
     def mapped() -> int:
         return Path("/proc/self/maps").read_text().count("[aio]")

@@ -31,7 +31,7 @@ def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Serve:
 
 
 def test_a_device_that_the_kernel_serves(serve: Serve) -> None:
-    """The numbers are hexadecimal, as the kernel writes them; a vbd without a device, and other kinds, are none."""
+    """Device numbers are hexadecimal, as the kernel writes them; vbds without a device and other kinds do not count."""
     number = os.makedev(0x1FD, 0x1A)
     serve("vbd-5-51712", number)
     serve("vbd-6-51728", os.makedev(8, 1))
@@ -46,7 +46,7 @@ def test_a_device_that_the_kernel_serves(serve: Serve) -> None:
 
 @pytest.mark.parametrize(("mode", "by_writers"), [("r", []), ("w", ["5/xvda"]), ("w!", ["5/xvda"])])
 def test_who_only_reads(serve: Serve, mode: str, by_writers: list[str]) -> None:
-    """Guests that only read are in the way of a writer alone."""
+    """Guests that only read are in the way of writers only."""
     serve("vbd-5-51712", os.makedev(8, 1), mode)
 
     assert ["5/xvda"] == list(blkback.disks_on(os.makedev(8, 1)))
@@ -54,7 +54,7 @@ def test_who_only_reads(serve: Serve, mode: str, by_writers: list[str]) -> None:
 
 
 def test_partitions_and_disks(serve: Serve, tmp_path: Path) -> None:
-    """A disk is served where a partition of it is, and the other way round."""
+    """A partition in use counts for its disk, and a disk for its partitions."""
     with loops.loop(tmp_path / "disk", 16 << 20, sector_size=512) as (device, _), loops.partition(device) as part:
         disk_number, part_number = (Path(each).stat().st_rdev for each in (device, part))
         serve("vbd-5-51712", part_number)
@@ -64,6 +64,6 @@ def test_partitions_and_disks(serve: Serve, tmp_path: Path) -> None:
 
 
 def test_a_host_without_xen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there is no such bus nothing is served."""
+    """Without Xen's bus nothing is served."""
     monkeypatch.setattr(blkback, "BUS", str(tmp_path / "bus"))
     assert [] == list(blkback.disks_on(os.makedev(8, 1)))

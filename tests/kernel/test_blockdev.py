@@ -1,4 +1,4 @@
-"""Tests of `xenbackend.kernel.blockdev` on real files; block devices where the machine lets us look at one."""
+"""Tests of `xenbackend.kernel.blockdev` on real files, and on block devices if the machine has them."""
 
 import os
 import subprocess
@@ -26,14 +26,14 @@ def image(tmp_path: Path) -> Iterator[tuple[int, str]]:
 
 
 def test_file(image: tuple[int, str]) -> None:
-    """A regular file has its size, sectors of 512 bytes, and is no device."""
+    """A regular file has its size and sectors of 512 bytes, and is not a device."""
     medium = examine(*image, read_only=False)
 
     assert (medium.size, medium.sector_size, medium.is_device) == (1 << 20, 512, False)
 
 
 def test_discard_is_offered_where_holes_work(image: tuple[int, str]) -> None:
-    """Discard is offered for a file that can have holes, in its file system's blocks, and then makes zeros."""
+    """Discard is offered for a file that can have holes, in its file system's blocks, and makes zeros."""
     medium = examine(*image, read_only=False)
     if not medium.can_discard:
         pytest.skip("no holes in this file system")
@@ -45,14 +45,14 @@ def test_discard_is_offered_where_holes_work(image: tuple[int, str]) -> None:
 
 
 def test_read_only_image_cannot_discard(image: tuple[int, str]) -> None:
-    """What is opened for reading only offers no discard."""
+    """An image opened for reading only offers no discard."""
     medium = examine(*image, read_only=True)
 
     assert (medium.can_discard, medium.discard_granularity) == (False, 0)
 
 
 def test_an_empty_file_is_no_disk(tmp_path: Path) -> None:
-    """A file that is empty is refused, with a sentence that says so."""
+    """An empty file is refused with a sentence."""
     path = tmp_path / "image"
     path.write_bytes(b"")
     with path.open("rb") as file, pytest.raises(DriverError, match="is empty; an image needs at least one sector"):
@@ -63,7 +63,7 @@ def test_an_empty_file_is_no_disk(tmp_path: Path) -> None:
     ("size", "asked", "whole"), [(1, 0, 512), (1000, 0, 1024), (1000, 4096, 4096), (4608, 4096, 8192)]
 )
 def test_part_of_a_sector(tmp_path: Path, size: int, asked: int, whole: int) -> None:
-    """For readers the last sector is whole, though the file ends inside it; a writer is told what makes it so."""
+    """If a file ends inside a sector, readers see that sector whole; a writer is told how to make it so."""
     path = tmp_path / "image's file"
     path.write_bytes(bytes(size))
     with path.open("r+b") as file:
@@ -81,7 +81,7 @@ def test_part_of_a_sector(tmp_path: Path, size: int, asked: int, whole: int) -> 
 
 
 def test_sectors_that_are_asked_for(image: tuple[int, str]) -> None:
-    """A disk has the sectors that are asked for; the medium writes no less at once than one of them."""
+    """A disk has the sector size that was asked for, and a physical sector of at least that size."""
     found = [examine(*image, read_only=False, sector_size=size) for size in (0, 512, 4096)]
 
     assert [512, 512, 4096] == [medium.sector_size for medium in found]
@@ -92,7 +92,7 @@ def test_sectors_that_are_asked_for(image: tuple[int, str]) -> None:
 def test_what_a_file_system_writes_at_once(
     image: tuple[int, str], monkeypatch: pytest.MonkeyPatch, stated: int | None, physical: int
 ) -> None:
-    """A file's physical sector is what its file system demands of direct I/O, where that can be one."""
+    """A file's physical sector is the unit that its file system demands for direct I/O, if that is a valid size."""
     monkeypatch.setattr(blockdev, "_stated_alignment", lambda _fd: stated and Alignment(512, stated))
 
     assert physical == examine(*image, read_only=False).physical_sector_size
@@ -110,7 +110,7 @@ def test_files_that_end_anywhere(tmp_path: Path) -> None:
     ("kind", "words"), [("directory", "is a directory"), ("pipe", "is a pipe"), ("zero", "is a character device")]
 )
 def test_kinds_that_are_no_image(tmp_path: Path, kind: str, words: str) -> None:
-    """A directory, a pipe and a character device are refused, each by its name."""
+    """A directory, a pipe and a character device are refused, each by its kind."""
     os.mkfifo(tmp_path / "pipe")
     path = {"directory": str(tmp_path), "pipe": str(tmp_path / "pipe"), "zero": "/dev/zero"}[kind]
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -121,7 +121,7 @@ def test_kinds_that_are_no_image(tmp_path: Path, kind: str, words: str) -> None:
 
 
 def test_tmpfs_is_not_direct() -> None:
-    """A file system that has only a page cache is not taken for direct, even if it tolerates the flag."""
+    """A file system that only has a page cache does not count as direct, even if it accepts the flag."""
     fd = os.memfd_create("image")
     os.ftruncate(fd, 1 << 20)
 
@@ -130,12 +130,12 @@ def test_tmpfs_is_not_direct() -> None:
 
 
 def test_tolerating_is_not_direct(image: tuple[int, str]) -> None:
-    """A file that reads a single byte to an odd address goes through the page cache, whatever its flags say."""
+    """A file from which one byte can be read to an odd address goes through the page cache, whatever its flags say."""
     assert blockdev._tried_alignment(image[0], examine(*image, read_only=False)) is None
 
 
 def test_stated_and_tried_alignment_agree() -> None:
-    """What reading finds out is no less than what the file system states, so either can be relied upon."""
+    """The alignment found by reading is at least the one that the file system states, so either can be used."""
     fd = os.open("/var/tmp", os.O_RDWR | os.O_TMPFILE)
     os.pwrite(fd, bytes(1 << 20), 0)
     medium = examine(fd, "image", read_only=False)
@@ -150,7 +150,7 @@ def test_stated_and_tried_alignment_agree() -> None:
 
 
 def test_tail_that_direct_io_cannot_write(image: tuple[int, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """An image whose end is no multiple of the medium's block stays cached: its tail could not be written alone."""
+    """An image whose end is not a multiple of the medium's block stays cached: direct I/O could not write its tail."""
     monkeypatch.setattr(blockdev, "_stated_alignment", lambda _fd: Alignment(4096, 4096))
     medium = replace(examine(*image, read_only=False), end=(1 << 20) - 512)
 
@@ -161,7 +161,7 @@ def test_tail_that_direct_io_cannot_write(image: tuple[int, str], monkeypatch: p
 def test_what_a_device_writes_at_once(
     image: tuple[int, str], monkeypatch: pytest.MonkeyPatch, said: int, physical: int
 ) -> None:
-    """A device's physical sector is what it says, where a guest can make sense of that."""
+    """A device's physical sector is the one that it states, if a guest can use that."""
     answers = {
         blockdev.BLKGETSIZE64: (1 << 20).to_bytes(8, sys.byteorder),
         blockdev.BLKSSZGET: (512).to_bytes(4, sys.byteorder),
@@ -179,7 +179,7 @@ def test_what_a_device_writes_at_once(
 def test_what_is_tried(
     image: tuple[int, str], monkeypatch: pytest.MonkeyPatch, unit: int, sector: int, end: int, offset: int | None
 ) -> None:
-    """Reads are tried that the medium has for certain, whatever sectors its disk shows, and none past its end."""
+    """Trial reads use only ranges that the medium has for certain, whatever sectors its disk shows."""
     monkeypatch.setattr(blockdev, "_reads", lambda _fd, shift, length: not shift and length >= 512)
     medium = replace(examine(*image, read_only=False), unit=unit, sector_size=sector, end=end)
     found = blockdev._tried_alignment(image[0], medium)
@@ -188,7 +188,7 @@ def test_what_is_tried(
 
 
 def test_block_device() -> None:
-    """A block device has the size and the sectors that the kernel says, and is a device."""
+    """A block device has the size and the sectors that the kernel states, and is a device."""
     for device in sorted(Path("/sys/block").glob("[vsn]*")):
         try:
             fd = os.open(f"/dev/{device.name}", os.O_RDONLY)
@@ -207,7 +207,7 @@ def test_block_device() -> None:
 
 @pytest.mark.slow
 def test_a_device_with_large_sectors(tmp_path: Path) -> None:
-    """A device of 4096 byte sectors says so; a disk of 512 byte sectors can be made of it, which it writes by eight."""
+    """A device with 4096-byte sectors says so; as a disk with 512-byte sectors it is written in units of eight."""
     with loop(tmp_path / "disk", 1 << 20, sector_size=4096) as (device, _):
         fd = os.open(device, os.O_RDWR)
         own, shown = examine(fd, device, read_only=False), examine(fd, device, read_only=False, sector_size=512)
@@ -219,7 +219,7 @@ def test_a_device_with_large_sectors(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_discards_of_a_device_with_large_sectors(tmp_path: Path) -> None:
-    """Of a discard, a device's own whole sectors are discarded; what fills none of them is no error, and stays."""
+    """Only whole sectors of the device are discarded; a discard that covers none is no error, and changes nothing."""
     with loop(tmp_path / "disk", 1 << 20, sector_size=4096) as (device, path):
         fd = os.open(device, os.O_RDWR)
         os.pwrite(fd, b"x" * 32768, 0)

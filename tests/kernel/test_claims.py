@@ -1,4 +1,4 @@
-"""Tests of `xenbackend.kernel.claims`; who refuses whom stands in worker/test_in_use.py."""
+"""Tests of `xenbackend.kernel.claims`; worker/test_in_use.py has the rules of who excludes whom."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from xenbackend.kernel import claims
 
 @contextmanager
 def node(path: str | Path) -> Iterator[int]:
-    """Have a descriptor that only names a file."""
+    """Open a descriptor that only names a file, while the block lasts."""
     fd = os.open(path, os.O_PATH)
     try:
         yield fd
@@ -26,7 +26,7 @@ def node(path: str | Path) -> Iterator[int]:
 
 
 def test_files_are_not_claimed(tmp_path: Path) -> None:
-    """A file is opened as it is, for one writer as for the next; the flags are those that were asked for."""
+    """Files are opened without a claim, by any number of writers, with the flags that were asked for."""
     (tmp_path / "file").touch()
     with node(tmp_path / "file") as named:
         before = open_descriptors()
@@ -39,7 +39,7 @@ def test_files_are_not_claimed(tmp_path: Path) -> None:
 
 
 def test_the_file_is_the_one_that_was_named(tmp_path: Path) -> None:
-    """What the descriptor names is opened, whatever the name means by now."""
+    """The file behind the descriptor is opened, whatever its name means now."""
     (tmp_path / "file").write_bytes(b"old")
     with node(tmp_path / "file") as named:
         (tmp_path / "file").rename(tmp_path / "other")
@@ -50,7 +50,7 @@ def test_the_file_is_the_one_that_was_named(tmp_path: Path) -> None:
 
 
 def test_a_claim_within_one_process(tmp_path: Path) -> None:
-    """A second claim fails although the first one is ours; whoever refuses leaves no descriptor open."""
+    """A second claim is refused even within one process, and a refusal leaves no descriptor open."""
     with loops.loop(tmp_path / "disk", 1 << 20, sector_size=512) as (device, _), node(device) as named:
         writer = claims.open_medium(named, read_only=False)
         before = open_descriptors()
@@ -68,7 +68,7 @@ def test_a_claim_within_one_process(tmp_path: Path) -> None:
 
 
 def test_who_cannot_write_does_not_disturb_readers(tmp_path: Path) -> None:
-    """A claim on a device that can only be read is no matter to a reader."""
+    """A claim on a device that can only be read does not exclude a reader."""
     path = tmp_path / "disk"
     path.write_bytes(bytes(1 << 20))
     with loops.over(path, "--read-only") as device, node(device) as named:

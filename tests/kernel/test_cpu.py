@@ -1,4 +1,4 @@
-"""What a process got of the CPUs, from the running kernel."""
+"""The CPU time that a process got, and wanted, from the running kernel."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ print(after.ran_ns - before.ran_ns, after.waited_ns - before.waited_ns, end - be
 
 
 def watched(cpu: int) -> subprocess.Popen[str]:
-    """Start a process that wants one CPU for 0.3 s, and says what it got of it."""
+    """Start a process that wants one CPU for 0.3 s, and prints what it got."""
     return subprocess.Popen([sys.executable, "-c", _WATCHED, str(cpu)], stdout=subprocess.PIPE, text=True)
 
 
 def test_who_shares_a_cpu_waits_as_long_as_it_runs() -> None:
-    """Two processes that want the same CPU each get a part, and know how long they wanted more."""
+    """Two processes that want the same CPU each know how long they ran and how long they waited."""
     cpu = min(os.sched_getaffinity(0))
     found = [[int(word) for word in each.communicate()[0].split()] for each in [watched(cpu), watched(cpu)]]
 
@@ -41,7 +41,7 @@ def test_who_shares_a_cpu_waits_as_long_as_it_runs() -> None:
 
 
 def test_times_go_on() -> None:
-    """What ran is counted in nanoseconds, and the host's ticks are of all CPUs."""
+    """The process's own time is counted in nanoseconds; the host's ticks are of all CPUs."""
     cpu = Cpu()
     try:
         before, end = cpu.times(), time.process_time() + 0.05
@@ -57,7 +57,7 @@ def test_times_go_on() -> None:
 
 
 def test_which_numbers_these_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stolen is the eighth number of all CPUs; a guest's time, which follows, is in the first and second already."""
+    """Stolen time is the eighth number; a guest's time, which follows, is already contained in the first two."""
     cpu = Cpu()
     texts = {cpu._own: b"12 34 56\n", cpu._host: b"cpu  1 2 3 4 5 6 7 8 1 2\ncpu0 1 2 3 4 5 6 7 8 1 2\n"}
     monkeypatch.setattr(os, "pread", lambda fd, _length, _offset: texts[fd])
@@ -68,7 +68,7 @@ def test_which_numbers_these_are(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_files_stay_open_and_are_closed() -> None:
-    """Reading opens nothing: a process that may open no files any more reads on. Nothing is left behind."""
+    """Reading opens no file, so that a process at its limit of descriptors can read on; closing leaves nothing."""
     before = open_descriptors()
     cpu = Cpu()
     opened = open_descriptors()
@@ -80,7 +80,7 @@ def test_files_stay_open_and_are_closed() -> None:
 
 
 def test_a_kernel_that_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without schedstats and delay accounting the file is there and has zeros; that is as good as none."""
+    """Without schedstats and delay accounting the kernel's file has zeros, which counts as no support."""
     before = open_descriptors()
     monkeypatch.setattr(os, "pread", lambda *_: b"0 0 0\n")
     with pytest.raises(OSError, match="does not count"):

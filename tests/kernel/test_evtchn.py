@@ -38,7 +38,7 @@ def test_numbers_and_layout() -> None:
 
 
 def test_ports_are_read_and_written_back(events: Evtchn) -> None:
-    """Unmasking writes the port as a native 32-bit number, pending reads such numbers, and never blocks."""
+    """Unmasking writes the port as a native 32-bit number; pending reads such numbers, and never blocks."""
     events.unmask(3)
     events.unmask(70)
 
@@ -48,7 +48,7 @@ def test_ports_are_read_and_written_back(events: Evtchn) -> None:
 
 
 def test_a_port_that_was_unbound_is_not_told_of(events: Evtchn) -> None:
-    """A device that was used before may still tell of a port of then; nobody is served for it."""
+    """An event of a port that was unbound meanwhile is ignored."""
     events.unmask(70)
     del events._ports[70]
 
@@ -57,7 +57,7 @@ def test_a_port_that_was_unbound_is_not_told_of(events: Evtchn) -> None:
 
 
 def test_overflow_means_any_port(events: Evtchn, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When more ports fired than the kernel could note, its list is reset and every bound port counts as pending."""
+    """After an overflow the kernel's list is reset, and every bound port counts as pending."""
     calls = []
 
     def overflow(_fd: int, _size: int) -> bytes:
@@ -88,7 +88,7 @@ def test_refusals_are_kernel_errors(tmp_path: Path, events: Evtchn) -> None:
 
 
 def test_restriction_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The device is restricted to its domain, but not to domain 0, and a kernel without restrictions will do."""
+    """The device is restricted to its domain, but not to domain 0; a kernel without restrictions is accepted."""
     os.mkfifo(tmp_path / "evtchn")
     asked = []
 

@@ -1,6 +1,6 @@
 """Tests of `xenbackend.kernel.fence`.
 
-That it orders memory is not tested here: a call of any Python function takes so long that a race no longer shows.
+Its effect on memory is not tested: a call of any Python function takes so long that no race would show.
 """
 
 import ctypes.util
@@ -21,7 +21,7 @@ def test_x86_uses_a_lock() -> None:
 
 
 def test_other_machines_use_a_library() -> None:
-    """On a machine that reorders more, the fence is a library's, and the text says which."""
+    """On a machine that reorders more, a library makes the fence, and the text names it."""
     if ctypes.util.find_library("atomic") is None:
         pytest.skip("no libatomic here")
     barrier, how = find_fence("aarch64")
@@ -31,7 +31,7 @@ def test_other_machines_use_a_library() -> None:
 
 
 def test_no_fence_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there is no fence the error says what to install; there is no silent way on without one."""
+    """Without a fence the error says what to install; nothing continues without one."""
     monkeypatch.setattr(fence, "_LIBRARIES", (("libnothing.so.1", "atomic_thread_fence"),))
 
     with pytest.raises(KernelError, match="fence for riscv64"):
@@ -40,5 +40,5 @@ def test_no_fence_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("machine", "expected"), [("x86_64", True), ("aarch64", False), ("riscv64", False)])
 def test_only_x86_keeps_its_order(machine: str, *, expected: bool) -> None:
-    """Loads among loads and stores among stores stay in order on x86 and, for all we know, nowhere else."""
+    """Loads stay in order among loads, and stores among stores, only on x86, as far as we know."""
     assert expected is fence.is_strongly_ordered(machine)

@@ -14,7 +14,7 @@ from xenbackend.units import PAGE
 
 @pytest.fixture
 def pages():
-    """A file of 8 pages, each full of its own number."""
+    """A file of 8 pages, each filled with its own number."""
     fd = os.memfd_create("pages")
     os.write(fd, b"".join(bytes([number]) * PAGE for number in range(8)))
     yield fd
@@ -23,7 +23,7 @@ def pages():
 
 @pytest.mark.parametrize("frames", [[0], [1, 2, 3], [5, 4, 7, 0], [6, 6], [2, 3, 0, 1, 7]])
 def test_order_is_kept(pages: int, frames: list[int]) -> None:
-    """The pages lie in the order asked for, neighbours or not, the same one twice or not."""
+    """The pages lie in the order asked for, adjacent or not, repeated or not."""
     view, address, release = map_pages(pages, frames, writable=True)
 
     assert b"".join(bytes([number]) * PAGE for number in frames) == bytes(view)
@@ -41,7 +41,7 @@ def test_writes_reach_the_file(pages: int) -> None:
 
 
 def test_read_only_view(pages: int) -> None:
-    """A read-only mapping refuses a store by its view, before the processor would."""
+    """A store to a read-only mapping is refused by its view, before the processor would trap."""
     view, _, release = map_pages(pages, [1], writable=False)
     with pytest.raises(TypeError):
         view[0] = 1
@@ -49,7 +49,7 @@ def test_read_only_view(pages: int) -> None:
 
 
 def test_failure_leaves_nothing_mapped(pages: int) -> None:
-    """A mapping that fails at any page is an error, and no part of it stays behind."""
+    """If mapping any page fails it is an error, and no part of the mapping stays."""
     read_only = os.open(f"/proc/self/fd/{pages}", os.O_RDONLY)
     before = address_space()
     with pytest.raises(KernelError):

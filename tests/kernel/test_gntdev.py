@@ -92,7 +92,7 @@ def test_copy_segment_layout(to_guest: bool) -> None:
 
 
 def test_each_status_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A segment that the kernel did not touch, or failed, is not okay although the call returned 0."""
+    """A segment that the kernel did not process, or that failed, is not okay even if the call returned 0."""
     table = Gntdev(5, gntdev.open_device("/dev/null"))
 
     def kernel(_fd: int, _request: int, _argument: bytes, _operation: str) -> int:
@@ -109,7 +109,7 @@ def test_each_status_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_device() -> None:
-    """Where there is no gntdev the error says what could not be opened, and where it is no gntdev what was tried."""
+    """Without gntdev the error names the device, and for another device the operation that was tried."""
     with pytest.raises(KernelError, match="open /dev/xen/nothing: No such file"):
         gntdev.open_device("/dev/xen/nothing")
     table = Gntdev(1, gntdev.open_device("/dev/null"))
@@ -122,7 +122,7 @@ def test_no_device() -> None:
 
 @pytest.mark.rows("A28")
 def test_a_map_that_fails_is_given_back_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A map that fails half-way gives its reservation back, and is not tried again: old kernels leak with each try."""
+    """A map that fails half-way gives back its reservation once: old kernels leak with each further try."""
     table = Gntdev(5, gntdev.open_device("/dev/null"))
     calls = []
 
@@ -140,7 +140,7 @@ def test_a_map_that_fails_is_given_back_once(monkeypatch: pytest.MonkeyPatch) ->
 
 
 class Kernel:
-    """What the kernel knows of one open gntdev; its n-th call fails, counted from 1."""
+    """A model of the kernel's state for one open gntdev, whose n-th call fails, counted from 1."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: int) -> None:
         self.reserved: list[bytes] = []
@@ -171,14 +171,14 @@ class Kernel:
         return 4096
 
     def _unmap(self, *_: object) -> None:
-        self.mapped -= 1  # the last one may fail, and nothing is left of it all the same
+        self.mapped -= 1  # even if a call fails later, this mapping is gone
         self._count()
 
 
 @pytest.mark.rows("A27")
 @pytest.mark.parametrize("fails", range(1, 14))
 def test_whatever_fails_the_device_is_closed(monkeypatch: pytest.MonkeyPatch, fails: int) -> None:
-    """Of maps, one of them released, and a close, any call may fail: no other mapping stays, nor the descriptor."""
+    """Whichever call fails while grants are mapped, released and closed, no other mapping stays, nor the descriptor."""
     table = Gntdev(5, gntdev.open_device("/dev/null"))
     fd = table._fd
     kernel = Kernel(monkeypatch, fails)
@@ -192,7 +192,7 @@ def test_whatever_fails_the_device_is_closed(monkeypatch: pytest.MonkeyPatch, fa
         table.close()
 
     assert 0 == kernel.mapped
-    assert sum(map(bool, kernel.reserved)) <= 1  # the one whose own release was refused
+    assert sum(map(bool, kernel.reserved)) <= 1  # only the one whose release was refused
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(fd)
     assert (kernel.calls >= fails) == (fails <= 12)

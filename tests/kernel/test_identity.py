@@ -1,4 +1,4 @@
-"""Tests of `xenbackend.kernel.identity` on real files; loop devices and partitions where the machine has them."""
+"""Tests of `xenbackend.kernel.identity` on real files, and on loop devices and partitions if the machine has them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PART = DeviceIdentity(number=os.makedev(8, 3), sequence=40, start=1 << 20, size=
 
 @contextmanager
 def opened(path: str | Path, flags: int = os.O_PATH) -> Iterator[int]:
-    """Have a descriptor of a file."""
+    """Open a file while the block lasts."""
     fd = os.open(path, flags)
     try:
         yield fd
@@ -50,7 +50,7 @@ def of(path: str | Path, flags: int = os.O_PATH) -> Identity:
 
 @pytest.fixture(params=[*places.OUTSIDE[:2]], ids=["memory", "disk"])
 def home(request: pytest.FixtureRequest) -> Iterator[Path]:
-    """Return a directory in memory, and one on a disk."""
+    """A directory in memory, and one on a disk."""
     with places.directory(request.param) as path:
         yield path
 
@@ -62,14 +62,14 @@ def make(path: Path, text: str = "x") -> Path:
 
 
 def test_the_way_of_opening_makes_no_difference(home: Path) -> None:
-    """A descriptor by O_PATH and one that reads and writes have the same identity."""
+    """Descriptors opened with O_PATH and for I/O have the same identity."""
     path = make(home / "image")
 
     assert of(path) == of(path, os.O_RDWR) == of(path, os.O_RDONLY)
 
 
 def test_every_name_of_a_file_has_its_identity(home: Path) -> None:
-    """A hard link, a symbolic link and a new name lead to the same identity, also after a change of the content."""
+    """A hard link, a symbolic link and a new name lead to the same identity, even after a change of the contents."""
     path, before = make(home / "image"), of(home / "image")
     os.link(path, home / "hard")
     (home / "soft").symlink_to(path)
@@ -82,7 +82,7 @@ def test_every_name_of_a_file_has_its_identity(home: Path) -> None:
 
 
 def test_a_deleted_file_has_its_identity_still(home: Path) -> None:
-    """A file without a name has the identity that it had."""
+    """A file without a name keeps its identity."""
     path = make(home / "image")
     with opened(path) as fd:
         before = identify(fd)
@@ -92,7 +92,7 @@ def test_a_deleted_file_has_its_identity_still(home: Path) -> None:
 
 
 def test_a_copy_is_another_file(home: Path) -> None:
-    """A file with the same content has another identity, and the sentence names both inodes."""
+    """A copy with the same contents has another identity, and the sentence names both inodes."""
     one, two = of(make(home / "one")), of(make(home / "two"))
     assert isinstance(one, FileIdentity)
     assert isinstance(two, FileIdentity)
@@ -101,7 +101,7 @@ def test_a_copy_is_another_file(home: Path) -> None:
 
 
 def test_a_file_with_the_inode_of_a_former_one_is_another(home: Path) -> None:
-    """A file that is made anew is another one, although the file system gives it device and inode of the former one."""
+    """A file made anew has another identity, even if the file system reuses the device and inode numbers."""
     path, seen = home / "image", []
     for _ in range(64):
         seen.append(of(make(path)))
@@ -111,16 +111,16 @@ def test_a_file_with_the_inode_of_a_former_one_is_another(home: Path) -> None:
 
 
 def test_a_file_of_a_file_system_without_handles_is_told_by_its_birth() -> None:
-    """Where there is no handle, the time of birth tells a file from the next one with the same inode."""
+    """Without file handles the time of birth tells a file from a later one with the same inode."""
     one = FileIdentity(device=1, inode=2, born=1000)
 
     assert difference(one, replace(one)) == ""
     assert "made again with the inode number 2" in difference(one, replace(one, born=1001))
-    assert difference(one, replace(one, born=0)) == ""  # nothing is known that differs
+    assert difference(one, replace(one, born=0)) == ""  # no known part differs
 
 
 def test_an_identity_can_be_stored_as_a_text(home: Path) -> None:
-    """What was stored as a text and read again is the same identity."""
+    """An identity stored as a text is read back equal."""
     for identity in (of(make(home / "image")), FILE, replace(FILE, handle="", born=5), DEVICE, PART):
         assert from_text(to_text(identity)) == identity
 
@@ -143,7 +143,7 @@ def test_an_identity_can_be_stored_as_a_text(home: Path) -> None:
     ],
 )
 def test_no_other_text_is_an_identity(text: str) -> None:
-    """A text that no identity was stored as is refused."""
+    """A text that is no stored identity is refused."""
     with pytest.raises(ValueError, match="not an identity"):
         from_text(text)
 
@@ -185,12 +185,12 @@ def test_no_other_text_is_an_identity(text: str) -> None:
     ],
 )
 def test_the_difference_is_named(noted: Identity, found: Identity, sentence: str) -> None:
-    """Each part of an identity that differs is named with what it is and what it was."""
+    """Each part of an identity that differs is named with its new and its old value."""
     assert difference(noted, found) == sentence
 
 
 def test_a_partition_may_grow() -> None:
-    """Only a partition that begins where it did on the same disk, and is larger, has grown."""
+    """A partition may only have grown: it must begin at the same place on the same disk, and be larger."""
     larger = replace(PART, size=PART.size + 512)
 
     assert has_grown(PART, larger)
@@ -205,7 +205,7 @@ def test_a_partition_may_grow() -> None:
 
 @pytest.mark.parametrize("kind", ["directory", "pipe", "character device"])
 def test_nothing_else_has_an_identity(home: Path, kind: str) -> None:
-    """A directory, a pipe and a character device are refused, and none of them is opened for that."""
+    """A directory, a pipe and a character device are refused without being opened."""
     path = home / "it"
     match kind:
         case "directory":
@@ -221,7 +221,7 @@ def test_nothing_else_has_an_identity(home: Path, kind: str) -> None:
 
 
 def test_a_device_is_the_same_until_its_medium_is_another(tmp_path: Path) -> None:
-    """A loop device that grows is the same device; one that was given another file is not, though its name is."""
+    """A loop device that grows stays the same device; one that was given another file does not, despite its name."""
     other = tmp_path / "other"
     with loop(tmp_path / "one", 1 << 20, sector_size=512) as (device, file):
         before = of(device)
@@ -238,7 +238,7 @@ def test_a_device_is_the_same_until_its_medium_is_another(tmp_path: Path) -> Non
 
 
 def test_a_partition_is_the_same_only_in_its_place(tmp_path: Path) -> None:
-    """A partition that was made anew in another place, under the same name, is another one; its disk is the same."""
+    """A partition that was made anew in another place is another one, despite its name; its disk is the same."""
     if not shutil.which("addpart"):
         pytest.skip("addpart is not installed (Debian: util-linux-extra)")
     with ExitStack() as undo, loop(tmp_path / "disk", 8 << 20, sector_size=512) as (device, _):

@@ -1,4 +1,4 @@
-"""Processes that take turns."""
+"""Processes that take turns by a lock file."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ with in_turn(sys.argv[1]):
 
 
 def start(path: Path) -> subprocess.Popen[bytes]:
-    """Start a process that wants its turn."""
+    """Start a process that takes a turn."""
     return subprocess.Popen([sys.executable, "-c", PROGRAM, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
 def test_one_after_the_other(tmp_path: Path) -> None:
-    """Who has the turn keeps the next one waiting until it ends, killed or not; the file is its owner's alone."""
+    """A process waits until the one with the turn ends, even if that is killed; only its owner may access the file."""
     path = tmp_path / "turns"
     first, others = start(path), []
     assert first.stdout is not None
@@ -56,7 +56,7 @@ def test_one_after_the_other(tmp_path: Path) -> None:
 
 
 def test_alone_and_by_no_link(tmp_path: Path) -> None:
-    """Without a file there is nobody else; a link in its place is not followed; nothing is left open."""
+    """Without a file there is no lock; a symbolic link is not followed; no descriptor is left open."""
     before = open_descriptors()
     with in_turn(""):
         assert before == open_descriptors()
@@ -82,13 +82,13 @@ for _ in range(int(sys.argv[3])):
 
 
 def again(path: Path, log: Path, times: int, letter: str) -> subprocess.Popen[bytes]:
-    """Start a process that wants so many turns, and writes a letter in each, which lasts until it reads a byte."""
+    """Start a process that takes `times` turns and writes a letter in each; a turn lasts until it reads a byte."""
     command = [sys.executable, "-c", AGAIN, str(path), str(log), str(times), letter]
     return subprocess.Popen(command, stdin=subprocess.PIPE)
 
 
 def test_who_comes_again_and_again_keeps_nobody_waiting(tmp_path: Path) -> None:
-    """Whoever waits has the next turn, however quick the one before is to want another."""
+    """A waiting process gets the next turn, however soon the one before asks for another."""
     path, log = tmp_path / "turns", tmp_path / "log"
     for _ in range(3):
         log.write_bytes(b"")
@@ -99,7 +99,7 @@ def test_who_comes_again_and_again_keeps_nobody_waiting(tmp_path: Path) -> None:
         while not _waits_for(waiting.pid, path):
             assert waiting.poll() is None
         assert waiting.stdin is not None
-        waiting.stdin.write(b"x")  # its turn is a short one
+        waiting.stdin.write(b"x")  # ends its turn at once
         waiting.stdin.flush()
         greedy.communicate(b"x" * 200)
         waiting.communicate()
@@ -109,7 +109,7 @@ def test_who_comes_again_and_again_keeps_nobody_waiting(tmp_path: Path) -> None:
 
 
 def test_one_waits_for_the_turn_and_the_others_at_the_door(tmp_path: Path) -> None:
-    """So nobody who comes later can be quicker than the one who has waited for longest."""
+    """One process waits for the turn and the others for its place, so that the longest waiting one is next."""
     path, log = tmp_path / "turns", tmp_path / "log"
     log.write_bytes(b"")
     holder = again(path, log, 1, "h")

@@ -1,4 +1,4 @@
-"""Landlock: nothing is opened by its name any more, whoever asks."""
+"""Landlock: nothing can be opened by its name any more."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ print([opens(f"{place}/kept", os.O_RDONLY), opens(place, os.O_RDONLY), opens(f"{
 
 @pytest.mark.parametrize(("kept", "first"), [("nothing", ["Permission denied"] * 2), ("reading", ["opened"] * 2)])
 def test_names_lead_nowhere(tmp_path: Path, kept: str, first: list[str]) -> None:
-    """Neither file nor directory is opened, but to read where that is kept; what is open keeps all of its rights."""
+    """No file or directory can be opened, except for reading if that is kept; open descriptors keep their rights."""
     (tmp_path / "kept").write_bytes(b"old")
     command = [sys.executable, "-c", _RESTRICTED, str(tmp_path), kept]
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=20)
@@ -45,7 +45,7 @@ def test_names_lead_nowhere(tmp_path: Path, kept: str, first: list[str]) -> None
 
 @pytest.mark.parametrize(("version", "words"), [(1, 1), (3, 1), (4, 2), (5, 2), (6, 3), (9, 3)])
 def test_an_older_kernel_is_asked_for_what_it_knows(version: int, words: int) -> None:
-    """A kernel refuses a structure with rights that it does not know; each version has its own."""
+    """The structure has only the rights of the kernel's version, as the kernel would refuse unknown ones."""
     attributes = landlock._attributes(version, network=False, reading=False)
 
     assert 8 * words == len(attributes)

@@ -1,4 +1,4 @@
-"""Tests of `xenbackend.kernel.locks`: who may have an image beside whom, ours and QEMU's."""
+"""Tests of `xenbackend.kernel.locks`: who may use an image beside whom, among our processes and QEMU's."""
 
 import errno
 import fcntl
@@ -35,7 +35,7 @@ def image(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def opened(image: Path) -> Iterator[Open]:
-    """Return what opens it, each time with a description of its own."""
+    """Return a function that opens the image, each time with a file description of its own."""
     fds: list[int] = []
 
     def open_once() -> int:
@@ -56,14 +56,14 @@ def held(path: Path) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize(("first", "second"), PAIRS)
 def test_who_may_have_an_image_beside_whom(opened: Open, first: str, second: str) -> None:
-    """Readers go beside readers, who shares beside who shares, and a writer beside nobody; in any order."""
+    """Readers go with readers, sharers with sharers, and a writer with nobody, in any order."""
     assert locks.take(opened(), ALL[first])
     assert (frozenset({first, second}) in TOGETHER) == locks.take(opened(), ALL[second])
 
 
 @pytest.mark.parametrize(("name", "options"), [("write", []), ("read", ["-r"])])
 def test_the_bytes_are_those_of_qemu(image: Path, opened: Open, name: str, options: list[str]) -> None:
-    """We have the bytes that QEMU has for an image in a format that it writes to, or reads."""
+    """We lock the same bytes as QEMU does for an image in a format that it writes or reads."""
     foreign = image.with_name("foreign")
     qemu.qemu_img("create", "-q", "-f", "qcow2", foreign, "1M")
     with qemu.held_open("qcow2", foreign, *options):
@@ -76,7 +76,7 @@ def test_the_bytes_are_those_of_qemu(image: Path, opened: Open, name: str, optio
 
 @pytest.mark.parametrize(("first", "second"), PAIRS)
 def test_byte_locks_alone_keep_apart_what_must_be(image: Path, first: str, second: str) -> None:
-    """Without the flock, as QEMU comes, the same pairs are refused, but for `qemu-img -U`, which reads all the same."""
+    """Byte locks alone, as QEMU has them, refuse the same pairs, except `qemu-img -U`, which reads anyway."""
     with image.open("r+b") as one, image.open("r+b") as other:
         assert locks.take(one.fileno(), ALL[first])
         fcntl.flock(one, fcntl.LOCK_UN)
@@ -86,7 +86,7 @@ def test_byte_locks_alone_keep_apart_what_must_be(image: Path, first: str, secon
 
 
 def test_who_is_refused_leaves_no_byte(image: Path, opened: Open) -> None:
-    """A try that fails leaves the bytes of the other one alone, and none of its own."""
+    """A failed try leaves none of its own byte locks, and the other's as they were."""
     first = opened()
     assert locks.take(first, locks.WRITE)
     before = held(image)
@@ -98,7 +98,7 @@ def test_who_is_refused_leaves_no_byte(image: Path, opened: Open) -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_lock_on_the_whole_file_is_no_word_of_qemus(image: Path, opened: Open, name: str) -> None:
-    """A byte lock on more than QEMU's bytes, as NFS makes of a flock, is not taken for a permission."""
+    """A lock on the whole file, as NFS makes of a flock, is not taken for QEMU's locks."""
     script = "import fcntl,sys; f=open(sys.argv[1],'r+b'); fcntl.lockf(f, fcntl.LOCK_SH); print(1,flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", script, image], stdin=-1, stdout=-1) as other:
         assert other.stdout
@@ -110,7 +110,7 @@ def test_a_lock_on_the_whole_file_is_no_word_of_qemus(image: Path, opened: Open,
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
 def test_a_file_system_without_byte_locks(opened: Open, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """Where there are no byte locks the flock alone decides; any other error is one."""
+    """Without byte locks the flock alone decides."""
 
     def refuse(*_: object) -> bytes:
         raise OSError(number, os.strerror(number))
@@ -121,7 +121,7 @@ def test_a_file_system_without_byte_locks(opened: Open, monkeypatch: pytest.Monk
 
 
 def test_another_error_of_a_lock_is_one(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only "there are no such locks" is passed over."""
+    """Only errors that mean "no such locks" are ignored."""
 
     def refuse(*_: object) -> bytes:
         raise OSError(errno.EIO, os.strerror(errno.EIO))

@@ -1,4 +1,4 @@
-"""Tests of `xenbackend.kernel.loops`: an image is found by all of its faces, and nobody else's is."""
+"""Tests of `xenbackend.kernel.loops`: an image is found by its file and each loop device over it, and no other is."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from xenbackend.kernel.loops import faces
 
 
 def paths(path: str | Path) -> list[str]:
-    """Return the other faces of an image."""
+    """Return the other files and loop devices that show the same image."""
     fd = os.open(path, os.O_RDONLY)
     try:
         with faces(fd) as found:
@@ -24,7 +24,7 @@ def paths(path: str | Path) -> list[str]:
 
 
 def test_all_faces_are_found_from_each(tmp_path: Path) -> None:
-    """Near and far, up and down; the descriptors are closed again."""
+    """All of them are found from each one, in both directions; the descriptors are closed again."""
     image, other = tmp_path / "image", tmp_path / "other"
     for path in (image, other):
         path.write_bytes(bytes(1 << 20))

@@ -1,4 +1,4 @@
-"""Memory that processes share, and that none of them can take away from the others."""
+"""Memory that processes share, and that none of them can shrink under the others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from xenbackend.units import PAGE
 
 
 def unsealed(size: int, content: bytes = b"", flags: int = os.MFD_CLOEXEC) -> int:
-    """Return a memory as anybody makes one."""
+    """Return a memory as any program would make one."""
     fd = os.memfd_create("test", flags)
     os.ftruncate(fd, size)
     os.pwrite(fd, content, 0)
@@ -23,7 +23,7 @@ def unsealed(size: int, content: bytes = b"", flags: int = os.MFD_CLOEXEC) -> in
 
 
 def test_what_is_made_has_its_size_for_good() -> None:
-    """Neither shorter, nor longer, nor may the seals change: whoever has it mapped can touch all of it."""
+    """A memory's size and seals cannot be changed, so whoever maps it can touch all of it."""
     fd = memfd.make("test", 3 * PAGE)
     memory = memfd.map_sealed(fd, 3 * PAGE)
     for size in (0, PAGE, 4 * PAGE):
@@ -42,7 +42,7 @@ def test_what_is_made_has_its_size_for_good() -> None:
     "what", ["unsealed", "half sealed", "open seals", "smaller", "larger", "file", "socket", "closed"]
 )
 def test_what_could_be_cut_short_is_not_mapped(what: str) -> None:
-    """A descriptor that is no memory, not sealed whole, or of another size, is refused."""
+    """A descriptor that is not a memory, not fully sealed, or of another size, is refused."""
     near, far = socket.socketpair()
     fd = {
         "unsealed": lambda: unsealed(PAGE),
@@ -56,7 +56,7 @@ def test_what_could_be_cut_short_is_not_mapped(what: str) -> None:
     }[what]()
     if what == "half sealed":
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-    if what == "open seals":  # somebody could still seal it against writing, and fail every later mapping
+    if what == "open seals":  # sealing it against writing would make every later mapping fail
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
     with pytest.raises(KernelError, match="cut short"):
         memfd.map_sealed(fd, PAGE)
@@ -71,7 +71,7 @@ def test_what_could_be_cut_short_is_not_mapped(what: str) -> None:
 
 @pytest.mark.parametrize("size", [2**63, 2**70, -1])
 def test_a_size_that_cannot_be_is_an_error(size: int) -> None:
-    """What the kernel refuses is said, and nothing is left open."""
+    """If the kernel refuses the size, an error says so, and nothing is left open."""
     before = os.listdir("/proc/self/fd")
     with pytest.raises(KernelError, match="make a memory"):
         memfd.make("test", size)
@@ -80,7 +80,7 @@ def test_a_size_that_cannot_be_is_an_error(size: int) -> None:
 
 
 def test_what_was_written_protected_is_an_error() -> None:
-    """A memory that was sealed against writing, too, cannot be mapped; whoever needs it hears that."""
+    """A memory that is also sealed against writing cannot be mapped, and the error says so."""
     fd = unsealed(PAGE, flags=os.MFD_ALLOW_SEALING)
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, memfd.SEALS | fcntl.F_SEAL_WRITE)
     with pytest.raises(KernelError, match="map a memory"):
@@ -89,7 +89,7 @@ def test_what_was_written_protected_is_an_error() -> None:
 
 
 def test_a_copy_is_sealed_and_as_sparse() -> None:
-    """What lies in an unsealed memory is in the copy at the same places; holes take no room."""
+    """A copy has the contents at the same places, is sealed, and is as sparse."""
     size = 3 << 30
     fd = unsealed(size, b"first")
     os.pwrite(fd, b"last", size - 4)
@@ -106,7 +106,7 @@ def test_a_copy_is_sealed_and_as_sparse() -> None:
 
 @pytest.mark.parametrize("content", [b"", b"x" * 4097])
 def test_a_copy_has_a_limit(content: bytes) -> None:
-    """A memory of no bytes, or one that holds more than there is room for, is not copied."""
+    """An empty memory, or one with more contents than the limit, is not copied."""
     fd = unsealed(len(content), content)
     with pytest.raises(KernelError) as problem:
         memfd.copy(fd, "test", 4096)
@@ -116,7 +116,7 @@ def test_a_copy_has_a_limit(content: bytes) -> None:
 
 
 def test_what_is_shorter_than_expected_leaves_the_rest() -> None:
-    """A memory that ends early, or is cut short, is read as far as it goes: no reader dies of it."""
+    """A memory that is shorter than expected, or is truncated, is read as far as it goes; the reader survives."""
     fd = unsealed(PAGE + 3, b"a" * (PAGE + 3))
     target = memoryview(bytearray(b"-" * 2 * PAGE))
     memfd.read_into(fd, 1, target)
@@ -128,7 +128,7 @@ def test_what_is_shorter_than_expected_leaves_the_rest() -> None:
 
 
 def test_a_small_memory_is_wiped() -> None:
-    """Who has a page mapped sees zeros once it is wiped; a larger memory is none that may hold a key, and stays."""
+    """A memory of one page is wiped, also for those that map it; a larger one cannot hold a key, and is kept."""
     for size, left in ((PAGE, b"\0"), (2 * PAGE, b"k")):
         fd = memfd.make("test", size)
         view = memfd.map_sealed(fd, size)

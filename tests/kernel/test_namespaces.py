@@ -1,4 +1,4 @@
-"""Empty namespaces: what enters them sees no file, no network and no process; `tests/walls` looks at the whole."""
+"""Empty namespaces: a process in them sees no file, no network and no process; `tests/walls` has all walls together."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root makes names
 
 @needs_root
 def test_an_empty_set_is_entered_by_many() -> None:
-    """Each finds a root without a file, in which none can be made; one that is numbered anew is the first process."""
+    """Several processes enter one set and find an empty read-only root; one with a new pid namespace is number 1."""
     done = subprocess.run([sys.executable, "-c", _ENTERED], check=True, capture_output=True, text=True, timeout=20)
 
     there = "([], '/', 'Read-only file system', "
@@ -47,7 +47,7 @@ def test_an_empty_set_is_entered_by_many() -> None:
 
 @needs_root
 def test_nothing_is_left_of_a_set() -> None:
-    """Its descriptors are closed with it, and the process that made it has gone."""
+    """When a set is closed its descriptors are closed, and the process that made it has gone."""
     before = open_descriptors()
     empty = EmptySet()
     assert 4 == len(empty.descriptors)
@@ -61,7 +61,7 @@ def test_nothing_is_left_of_a_set() -> None:
 
 @needs_root
 def test_who_may_not_make_them_hears_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The child's failure is its parent's KernelError, and no descriptor is left."""
+    """If namespaces cannot be made, the child's reason is raised as KernelError and no descriptor is left."""
     before = open_descriptors()
     monkeypatch.setattr(namespaces, "NETWORK", 2)  # no kind that unshare(2) knows
 

@@ -20,7 +20,7 @@ from xenbackend.walls.calls import MACHINES
 
 @pytest.fixture
 def top(tmp_path: Path) -> Iterator[tuple[int, Path]]:
-    """Return a directory with a file two levels down, and links of every kind; and a descriptor of it."""
+    """Return a descriptor and the path of a directory with a file two levels down, and links of every kind."""
     path = tmp_path / "top"
     (path / "sub").mkdir(parents=True)
     (path / "sub" / "file").write_bytes(b"inside")
@@ -35,7 +35,7 @@ def top(tmp_path: Path) -> Iterator[tuple[int, Path]]:
 
 
 def test_what_is_beneath_is_found(top: tuple[int, Path]) -> None:
-    """The descriptor reads nothing itself, and what it is reopened as is that file, whatever the name means by then."""
+    """The descriptor itself cannot be read; reopened, it is the same file, whatever its name means by then."""
     directory, path = top
     fd = openat.open_beneath(directory, "sub/file")
     (path / "sub" / "file").rename(path / "moved")
@@ -67,7 +67,7 @@ def test_what_is_beneath_is_found(top: tuple[int, Path]) -> None:
     ],
 )
 def test_nothing_leads_out(top: tuple[int, Path], name: str, code: int) -> None:
-    """Neither a name nor a link leads out of the directory, and no link is followed at all."""
+    """No name and no link leads out of the directory, and no link is followed at all."""
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(OSError, match=r"\w") as caught:
         openat.open_beneath(top[0], name)
@@ -77,7 +77,7 @@ def test_nothing_leads_out(top: tuple[int, Path], name: str, code: int) -> None:
 
 
 def test_magic_links_lead_nowhere(top: tuple[int, Path]) -> None:
-    """What another process has open cannot be got at beneath /proc, where that was allowed as a directory."""
+    """Files that another process has open cannot be reached beneath /proc, even if that directory is allowed."""
     proc = openat.open_place("/proc")
     with pytest.raises(OSError, match=r"\w") as caught:
         openat.open_beneath(proc, f"{os.getpid()}/fd/{top[0]}")
@@ -102,7 +102,7 @@ sys.stdout.buffer.write(os.read(openat.reopen(fd, os.O_RDONLY), 100))
 
 @pytest.mark.skipif(platform.machine() not in MACHINES, reason="no filter is known for this machine")
 def test_it_works_where_systemd_hides_openat2(top: tuple[int, Path]) -> None:
-    """In a unit with RestrictSUIDSGID, as ours is, systemd has openat2 answered with ENOSYS: names are opened there."""
+    """If openat2 is answered with ENOSYS, as by systemd for RestrictSUIDSGID, files are still opened."""
     command = [sys.executable, "-c", _WITHOUT_OPENAT2, str(top[1])]
     done = subprocess.run(command, capture_output=True, check=False, cwd=Path(__file__).parents[2], timeout=60)
 
@@ -111,7 +111,7 @@ def test_it_works_where_systemd_hides_openat2(top: tuple[int, Path]) -> None:
 
 @pytest.mark.parametrize("exchanged", ["sub", "sub/file"])
 def test_what_is_exchanged_meanwhile_leads_nowhere(top: tuple[int, Path], exchanged: str) -> None:
-    """While a name is exchanged for a link that leads out, again and again, it is either what was there or refused."""
+    """While a name is repeatedly exchanged for a link that leads out, the original file is opened, or none."""
     directory, path = top
     (path.parent / "file").write_bytes(b"outside")
     (path / exchanged).rename(path / "kept")

@@ -26,7 +26,7 @@ print([" ".join(status[key].split()) for key in keys])
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes somebody else")
 def test_nothing_is_left() -> None:
-    """One user and group, no other group, no capability of any kind, and none to come."""
+    """Nothing is left but one user and group: no other group and no capability of any kind, now or later."""
     done = subprocess.run([sys.executable, "-c", _GIVEN_UP], check=True, capture_output=True, text=True, timeout=20)
 
     who, none = " ".join(["1879048193"] * 4), "0" * 16
@@ -34,7 +34,7 @@ def test_nothing_is_left() -> None:
 
 
 def test_what_is_refused_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the kernel refuses, the error says what was to be done."""
+    """If the kernel refuses, the error says what was to be done."""
 
     def refuse(*_: int) -> None:
         raise PermissionError(1, "no")

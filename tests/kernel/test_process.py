@@ -1,4 +1,4 @@
-"""A process's place among others."""
+"""A process and its relation to others."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ for orphan in (ours, theirs):
 
 @pytest.mark.slow
 def test_orphans_come_to_who_adopts_them() -> None:
-    """Who adopts orphans waits for a grandchild whose parent has ended; who does not any more knows nothing of it."""
+    """A process that adopts orphans reaps a grandchild whose parent has ended; one that has stopped that does not."""
     said = subprocess.run([sys.executable, "-c", _PROGRAM], stdout=subprocess.PIPE, text=True, check=True).stdout
 
     assert ["7", "another's"] == said.split("\n")[:2]
@@ -53,7 +53,7 @@ _FOLLOWER = "print(flush=True); input()"
 
 
 def _nice_values(pid: int) -> set[int]:
-    """Return those of all its threads beside ours, and that of its session's group where there are such groups."""
+    """Return the nice values of all its threads relative to ours, and of its session's autogroup if there is one."""
     ours = os.getpriority(os.PRIO_PROCESS, 0)
     values = {os.getpriority(os.PRIO_PROCESS, int(each.name)) - ours for each in Path(f"/proc/{pid}/task").iterdir()}
     group = Path(f"/proc/{pid}/autogroup")
@@ -65,7 +65,7 @@ def _nice_values(pid: int) -> set[int]:
 @pytest.mark.skipif(not MAY_COME_FIRST, reason="we may not come before others")
 @pytest.mark.parametrize("leads", [True, False])
 def test_who_hurries_comes_first_as_a_whole(leads: bool) -> None:
-    """Every thread does, and the group of a session that it leads, but nobody else; then all are as they were."""
+    """A boost raises all threads, and the autogroup of a session that it leads, but nobody else; it can be undone."""
     ours, group = os.getpriority(os.PRIO_PROCESS, 0), Path("/proc/self/autogroup")
     before = group.read_text() if group.exists() else ""
     with subprocess.Popen(
@@ -87,7 +87,7 @@ def test_who_hurries_comes_first_as_a_whole(leads: bool) -> None:
 
 
 def test_who_has_gone_hurries_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That is no error; nor is it we who boost, for whom the kernel would take a process without a number."""
+    """Boosting a process that has ended is no error; number 0, which would mean ourselves, is ignored."""
     with subprocess.Popen(["true"]) as child:
         pass
     boost(child.pid)
@@ -97,7 +97,7 @@ def test_who_has_gone_hurries_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_a_process_has_open(tmp_path: Path) -> None:
-    """Files with a name are told: where they are by now, on which file system, and their number there."""
+    """Files with a name are listed by their present path, file system and inode."""
     image = tmp_path / "an \n image"
     image.write_bytes(b"x")
     with image.open() as file:
@@ -117,14 +117,14 @@ def test_what_a_process_has_open(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("parent", "status"), [("os.getppid()", 0), ("os.getpid()", -signal.SIGTERM)])
 def test_a_process_ends_with_its_parent(parent: str, status: int) -> None:
-    """One whose parent has ended before it could ask for that gets the signal at once; another one goes on."""
+    """A process whose parent has ended before it asked for a signal gets it at once; otherwise it goes on."""
     program = f"import os; from xenbackend.kernel.process import end_with; end_with({parent}, 15)"
 
     assert status == subprocess.run([sys.executable, "-c", program], check=False).returncode
 
 
 def test_a_process_has_a_state() -> None:
-    """One that sleeps, was stopped, has ended and is not waited for, and one that is not there."""
+    """The state tells a running, stopped and unreaped process apart; it is empty if there is none."""
     with subprocess.Popen(["sleep", "60"]) as sleeper:
         sleeper.send_signal(signal.SIGSTOP)
         os.waitid(os.P_PID, sleeper.pid, os.WSTOPPED | os.WNOWAIT)

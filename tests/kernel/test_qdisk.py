@@ -33,7 +33,7 @@ QEMU = "xen-qemu-system-i386"  # Debian's; the kernel keeps 15 characters
 
 @pytest.fixture
 def bus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return the bus, where the kernel shows a disk of QEMU's."""
+    """Return the bus on which the kernel shows a disk of QEMU's."""
     bus = tmp_path / "bus"
     (bus / "qdisk-5-51712").mkdir(parents=True)
     monkeypatch.setattr(blkback, "BUS", str(bus))
@@ -51,7 +51,7 @@ def image(tmp_path: Path) -> Path:
 
 @contextmanager
 def opened_by(name: str, path: Path | str, mode: str = "w") -> Iterator[int]:
-    """Have a process of this name hold a file open, without a lock; give its number."""
+    """Let a process of this name hold a file open without a lock, and yield its number."""
     with subprocess.Popen([sys.executable, "-c", _HOLDS, name, path, mode], stdin=-1, stdout=-1) as process:
         assert process.stdout
         assert process.stdin
@@ -64,14 +64,14 @@ def opened_by(name: str, path: Path | str, mode: str = "w") -> Iterator[int]:
 
 
 def users_of(path: Path | str, *, by_writers: bool = False) -> list[str]:
-    """Return who uses a file."""
+    """Return the descriptions of those who use a file."""
     with open(path, "rb") as file:  # noqa: PTH123 - or a device's name
         return list(qdisk.users_of(file.fileno(), by_writers=by_writers))
 
 
 @pytest.mark.slow
 def test_an_image_that_qemu_serves(bus: Path, image: Path, tmp_path: Path) -> None:
-    """QEMU is named for as long as it has this very file open; another file and another program do not count."""
+    """QEMU is named while it has this file open; other files and other programs do not count."""
     other = tmp_path / "other"
     other.write_bytes(b"")
     with opened_by(QEMU, image) as pid, opened_by(QEMU, other), opened_by("editor", image):
@@ -82,14 +82,14 @@ def test_an_image_that_qemu_serves(bus: Path, image: Path, tmp_path: Path) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize(("mode", "count"), [("r", 0), ("w", 1), ("o", 1)])
 def test_who_only_reads(bus: Path, image: Path, mode: str, count: int) -> None:
-    """QEMU that only reads is in the way of a writer alone."""
+    """QEMU that only reads is in the way of writers only."""
     with opened_by(QEMU, image, mode):
         assert (1, count) == (len(users_of(image)), len(users_of(image, by_writers=True)))
 
 
 @pytest.mark.slow
 def test_a_device_by_another_node(bus: Path, image: Path, tmp_path: Path) -> None:
-    """A block device is known by its number: by another node it is the same, and another device is another."""
+    """A block device is recognised by its number, whatever node is used; another device is not taken for it."""
     other = tmp_path / "other"
     other.write_bytes(bytes(1 << 20))
     node = Path("/dev/xenbackend-test-node")
@@ -106,9 +106,7 @@ def test_a_device_by_another_node(bus: Path, image: Path, tmp_path: Path) -> Non
 def test_what_the_kernel_says_of_inodes(
     bus: Path, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inode: str, count: int
 ) -> None:
-    """Linux before 5.14 says nothing, and each file is looked at; a file of another file system may have the number of
-    this one, and is another.
-    """
+    """Before Linux 5.14 the kernel tells no inode, so each file is examined; another file system's inode differs."""
     held = image if inode == "none" else tmp_path / "other"
     held.touch()
     said = "" if inode == "none" else f"ino:\t{image.stat().st_ino}"
@@ -120,7 +118,7 @@ def test_what_the_kernel_says_of_inodes(
 
 @pytest.mark.slow
 def test_a_device_of_characters_is_no_disk(bus: Path) -> None:
-    """Its number may be that of a disk: /dev/null, which any QEMU may have, has the third RAM disk's."""
+    """A character device such as /dev/null may have the number of a disk, but is not taken for it."""
     node = Path("/dev/xenbackend-test-ram")
     try:
         os.mknod(node, stat.S_IFBLK | 0o600, Path("/dev/null").stat().st_rdev)
@@ -137,7 +135,7 @@ def test_a_device_of_characters_is_no_disk(bus: Path) -> None:
 
 @pytest.mark.slow
 def test_what_ends_meanwhile_is_no_user(bus: Path, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes end and files are closed between two looks; the others are found all the same."""
+    """A process or descriptor that vanishes during the search is skipped; the others are found."""
     names = os.listdir
 
     def with_gone(path: str) -> list[str]:
@@ -153,7 +151,7 @@ def test_what_ends_meanwhile_is_no_user(bus: Path, image: Path, monkeypatch: pyt
 def test_no_other_file_of_qemu_is_asked_for(
     bus: Path, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ours: str
 ) -> None:
-    """It may lie on storage that does not answer: its number, or its name, tells already that it is another."""
+    """Other files that QEMU has open are not touched if number or name already differ: their storage may hang."""
     other = tmp_path / "other"
     other.write_bytes(b"")
     asked: list[object] = []
@@ -176,7 +174,7 @@ def test_no_other_file_of_qemu_is_asked_for(
 
 @pytest.mark.slow
 def test_where_there_is_no_sign_of_qemu(bus: Path, image: Path, tmp_path: Path) -> None:
-    """Nobody is looked at where the bus shows no disk of QEMU's and there is no socket of libxl's, nor without Xen."""
+    """No process is examined if the bus shows no disk of QEMU's and libxl has no socket, or without Xen."""
     sockets = tmp_path / "sockets"
     with opened_by(QEMU, image):
         (bus / "qdisk-5-51712").rename(bus / "vbd-5-51712")
@@ -196,8 +194,9 @@ def test_where_there_is_no_sign_of_qemu(bus: Path, image: Path, tmp_path: Path) 
 @pytest.mark.parametrize("mode", ["r", "w"])
 @pytest.mark.parametrize("place", ["file", "device"])
 def test_a_disk_of_ours_is_refused(bus: Path, image: Path, mode: str, place: str) -> None:
-    """Who writes is refused beside QEMU that reads, and who reads beside QEMU that writes, by the file and by a loop
-    device over it; the error names QEMU. Two readers go together, and so does `share=on` in the layer.
+    """A writer is refused beside a QEMU that reads, and a reader beside one that writes; the error names QEMU.
+
+    That holds for the file and for a loop device over it. Two readers are allowed, and so is `share=on` in the layer.
     """
     with loops.over(image) as device, opened_by(QEMU, image, mode), closing(Reactor()) as reactor:
         ours = device if place == "device" else str(image)

@@ -1,4 +1,4 @@
-"""What the kernel's two ways of asynchronous I/O have in common, against the real one; skipped where it has none."""
+"""What the kernel's two interfaces of asynchronous I/O have in common, on the real kernel; skipped if it lacks one."""
 
 import errno
 import os
@@ -15,7 +15,7 @@ from xenbackend.kernel.aio import Aio
 from xenbackend.kernel.uring import Uring
 
 Ring = Aio | Uring
-PATIENCE_S = 60.0  # for a real disk, of which others may want much
+PATIENCE_S = 60.0  # long, as the disk may be busy
 
 
 @pytest.fixture(params=[Aio, Uring])
@@ -31,7 +31,7 @@ def ring(request: pytest.FixtureRequest) -> Iterator[Ring]:
 
 @pytest.fixture
 def fd(tmp_path: Path) -> Iterator[int]:
-    """Return a file with 64 KiB, each 4 KiB of its own byte."""
+    """A file with 64 KiB, each 4 KiB filled with its own byte."""
     path = tmp_path / "file"
     path.write_bytes(b"".join(bytes([number]) * 4096 for number in range(16)))
     opened = os.open(path, os.O_RDWR)
@@ -40,7 +40,7 @@ def fd(tmp_path: Path) -> Iterator[int]:
 
 
 def wait_for(ring: Ring, count: int) -> dict[int, int]:
-    """Return the results of `count` operations by their user_data; a wait may be interrupted."""
+    """Return the results of `count` operations by their user_data; an interrupted wait is repeated."""
     done: dict[int, int] = {}
     give_up = time.monotonic() + PATIENCE_S
     while len(done) < count:
@@ -68,7 +68,7 @@ def test_read_and_write(ring: Ring, fd: int) -> None:
 
 
 def test_vectors(ring: Ring, fd: int) -> None:
-    """Several pieces of memory are one operation, in both directions."""
+    """Several pieces of memory are one operation, for reads and writes."""
     arena = memory.allocate(4 * 4096)
     arena.view[:512] = b"a" * 512
     arena.view[4096:5120] = b"b" * 1024
@@ -82,7 +82,7 @@ def test_vectors(ring: Ring, fd: int) -> None:
 
 
 def test_full_queue_is_entered(ring: Ring, fd: int) -> None:
-    """More operations than the submission queue holds are all done, and more than the other queue holds come back."""
+    """More operations than either queue holds are all done, and all results come back."""
     arena = memory.allocate(4096)
     count = 500
     for number in range(count):
@@ -92,7 +92,7 @@ def test_full_queue_is_entered(ring: Ring, fd: int) -> None:
 
 
 def test_iovecs_that_run_out(ring: Ring, fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Vectors that do not fit beside those already queued wait for nothing and overwrite none of them."""
+    """Vectors that do not fit beside those already queued are submitted without waiting, and overwrite none."""
     arena = memory.allocate(16 * 4096)
     ring._iovecs = ring._iovecs[:4]
     for number in range(16):
@@ -104,7 +104,7 @@ def test_iovecs_that_run_out(ring: Ring, fd: int, monkeypatch: pytest.MonkeyPatc
 
 
 def test_sync(ring: Ring, fd: int) -> None:
-    """An fdatasync ends with 0."""
+    """An fdatasync has the result 0."""
     ring.queue_sync(fd, 1)
 
     assert wait_for(ring, 1) == {1: 0}
@@ -118,7 +118,7 @@ def test_errors_are_results(ring: Ring) -> None:
 
 
 def test_indices_wrap(ring: Ring, fd: int) -> None:
-    """Rounds without number leave nothing behind: the ring's own indices only ever grow, modulo their size."""
+    """Many operations one after the other, more than a queue holds, each get their own result."""
     arena = memory.allocate(4096)
     for number in range(300):
         ring.queue(ring.single[0], fd, 4096 * (number % 16), arena.address, 4096, number)

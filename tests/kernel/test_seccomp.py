@@ -1,4 +1,4 @@
-"""seccomp: a program holds for every thread, for good."""
+"""Seccomp: a program holds for every thread, for good."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ print(said, os.getpid() > 0)
 
 
 def test_a_program_holds_for_threads_that_run_already() -> None:
-    """A thread that was started before is refused what the program refuses."""
+    """A thread that was running before is bound by the program as well."""
     done = subprocess.run([sys.executable, "-c", _FILTERED], check=True, capture_output=True, text=True, timeout=20)
 
     assert "['Operation not permitted'] True\n" == done.stdout
 
 
 def test_what_is_no_program_is_refused() -> None:
-    """The kernel's answer is an error, and nothing is filtered."""
+    """If the kernel does not accept the program, its answer is raised, and nothing is filtered."""
     with pytest.raises(KernelError, match=r"filter system calls \(seccomp\)"):
         seccomp.load(bytes(seccomp.INSTRUCTION))
 
 
 def test_another_machine_has_no_filter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the number of seccomp(2) is not known, nothing is called."""
+    """On a machine whose number of seccomp(2) is unknown, nothing is called."""
     monkeypatch.setattr(seccomp.platform, "machine", lambda: "riscv64")
 
     with pytest.raises(KernelError, match="filter system calls on riscv64: Function not implemented"):

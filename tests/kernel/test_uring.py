@@ -16,7 +16,7 @@ from xenbackend.kernel.uring import Uring
 
 
 def test_absent_io_uring_is_a_clean_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the kernel has no io_uring for us, making a ring raises KernelError and leaves no descriptor behind."""
+    """If the kernel has no io_uring, making a ring raises KernelError and leaves no descriptor open."""
     before = open_descriptors()
     monkeypatch.setattr(uring, "_SYS_SETUP", 100_000)
 
@@ -28,7 +28,7 @@ def test_absent_io_uring_is_a_clean_answer(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_close_leaves_nothing_mapped() -> None:
-    """A closed ring leaves no mapping behind: one would keep the ring, and with it what is in flight, alive."""
+    """A closed ring leaves no mapping behind, which would keep the ring and its operations alive."""
     try:
         Uring(2).close()
     except KernelError as error:
@@ -39,7 +39,7 @@ def test_close_leaves_nothing_mapped() -> None:
 
 @pytest.mark.parametrize("operation", [5, 18, 45, 16])  # FIXED, OPENAT, SOCKET, CONNECT: linux/io_uring.h
 def test_a_ring_does_what_it_is_for_and_nothing_else(operation: int) -> None:
-    """What could open a file or a socket past a filter of system calls is refused by the ring itself."""
+    """The ring itself refuses operations that open a file or a socket, which a filter of system calls would not see."""
     try:
         ring = Uring(2)
     except KernelError as error:
@@ -52,7 +52,7 @@ def test_a_ring_does_what_it_is_for_and_nothing_else(operation: int) -> None:
 
 
 def _bounds() -> tuple[int, int]:
-    """Return how many threads the kernel may start for this thread's rings: for files, and for everything else."""
+    """Return the limits of the kernel's threads for this thread's rings: for files, and for everything else."""
     fd, _ = uring._setup(2)
     found = array.array("I", (0, 0))  # 0 changes nothing
     address, count = found.buffer_info()
@@ -66,7 +66,7 @@ def _bounds() -> tuple[int, int]:
 
 @pytest.mark.rows("R20")
 def test_the_kernel_starts_few_threads_for_a_ring() -> None:
-    """Its threads are bounded before the ring can be used, and the bound cannot be taken back."""
+    """The kernel's threads are limited before the ring can be used, and the limit cannot be raised again."""
     found: list[tuple[int, int]] = []
     problems: list[KernelError] = []
 
@@ -81,7 +81,7 @@ def test_the_kernel_starts_few_threads_for_a_ring() -> None:
         except KernelError as error:
             problems.append(error)
 
-    looking = threading.Thread(target=look)  # the bounds are those of a thread: one that has had no ring yet
+    looking = threading.Thread(target=look)  # the limits are per thread: use one that has had no ring yet
     looking.start()
     looking.join()
     if problems:

@@ -1,4 +1,4 @@
-"""Tests of `xenbackend.kernel.users`: who uses an image is named, and nobody is waited for."""
+"""Tests of `xenbackend.kernel.users`: who uses an image is named without waiting for anything."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ WAYS = {
 
 @contextmanager
 def locked(path: Path, way: str, name: str = "") -> Iterator[int]:
-    """Have another process hold a lock; give its number."""
+    """Let another process hold a lock, and yield its number."""
     command = [sys.executable, "-c", _LOCKS.format(WAYS[way]), path, name]
     with subprocess.Popen(command, stdin=-1, stdout=-1) as process:
         assert process.stdout
@@ -59,7 +59,7 @@ def image(tmp_path: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_a_process_with_a_lock(image: Path, way: str) -> None:
-    """Whatever lock it has, it is named by its command, cut short, and its number; as long as it has the lock."""
+    """A process with any kind of lock is named by its shortened command and its number while it has the lock."""
     with image.open("rb") as file:
         with locked(image, way) as pid:
             said = users.users_of(file.fileno())
@@ -71,13 +71,13 @@ def test_a_process_with_a_lock(image: Path, way: str) -> None:
 
 @pytest.mark.slow
 def test_a_worker_is_called_by_its_disk(image: Path) -> None:
-    """A process of ours goes by the name of its disk."""
+    """A worker is named by its disk."""
     with image.open("rb") as file, locked(image, "both", f"{users.WORKER}12345/xvdaa") as pid:
         assert f"the disk 12345/xvdaa (process {pid})" == users.users_of(file.fileno())
 
 
 def test_neither_ourselves_nor_who_only_has_it_open(image: Path) -> None:
-    """Our own lock is none of somebody else, and whoever has no lock on a file is not in the way."""
+    """Our own lock does not count, nor does a process that has the file open without a lock."""
     with image.open("rb") as file, image.open("rb") as other:
         fcntl.flock(file, fcntl.LOCK_SH)
         with subprocess.Popen(["sleep", "60"], stdin=other) as reader:
@@ -86,7 +86,7 @@ def test_neither_ourselves_nor_who_only_has_it_open(image: Path) -> None:
 
 
 def test_a_file_that_is_gone(image: Path) -> None:
-    """There is no error, not even for a descriptor that is none."""
+    """For a file that is gone, or an invalid descriptor, nobody is named and nothing is raised."""
     with image.open("rb") as file:
         image.unlink()
         assert "" == users.users_of(file.fileno())
@@ -94,7 +94,7 @@ def test_a_file_that_is_gone(image: Path) -> None:
 
 
 def test_users_of_a_device(tmp_path: Path) -> None:
-    """A mount names its place, also by the disk and by the partition; a process that has a device open is named."""
+    """A mount of the disk or of a partition is named by its place; a process that has a device open is named."""
     with loops.loop(tmp_path / "disk", 16 << 20, sector_size=512) as (device, _), loops.partition(device) as part:
         place = tmp_path / "two words"
         disk_fd, part_fd = os.open(device, os.O_RDONLY), os.open(part, os.O_RDONLY)
@@ -111,7 +111,7 @@ def test_users_of_a_device(tmp_path: Path) -> None:
 
 
 def test_a_name_is_a_processes_own() -> None:
-    """`rename` is what ps shows; 15 bytes of it."""
+    """`rename` sets the name that ps shows, up to 15 bytes of it."""
     before = Path("/proc/self/comm").read_text().rstrip("\n")
     try:
         rename("xb 12345/xvdaaaaaaaaa")

@@ -9,7 +9,7 @@ from xenbackend.kernel.ports import open_host
 
 
 def test_host_is_found_by_its_text() -> None:
-    """`open_host` finds the real host by its module's name; it has a fence and gives page-aligned memory."""
+    """`open_host` finds the real host by its module's name; it has a fence and page-aligned memory."""
     host = open_host("xenbackend.kernel.xen")
 
     assert host.fence() is None
@@ -17,7 +17,7 @@ def test_host_is_found_by_its_text() -> None:
 
 
 def test_devices_that_are_absent_are_said() -> None:
-    """On a machine without Xen, opening a device names it."""
+    """On a machine without Xen the error names the device that cannot be opened."""
     if Path("/dev/xen/gntdev").exists():
         pytest.skip("this is a Xen host")
     host = open_host("xenbackend.kernel.xen")

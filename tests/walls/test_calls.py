@@ -18,7 +18,7 @@ HEADERS = {
 
 @pytest.mark.parametrize("machine", HEADERS)
 def test_numbers_are_the_kernels(machine: str) -> None:
-    """Each call that a policy names has the number that the kernel's own header gives, or none where it has none."""
+    """Each call in a policy has the number of the kernel's own header, or none if the header has none."""
     if not HEADERS[machine].exists():
         pytest.skip("the kernel's headers are not installed")
     found = {
@@ -33,7 +33,7 @@ def test_numbers_are_the_kernels(machine: str) -> None:
 
 
 def test_nothing_is_named_in_vain() -> None:
-    """What has a number is used by a policy."""
+    """Every name with a number is used by a policy."""
     words = {
         word
         for file in DIRECTORY.iterdir()

@@ -1,4 +1,4 @@
-"""Filters: what a program answers to each call, by an interpreter of the few instructions that it is made of."""
+"""Filters: what a program answers to each call, by an interpreter of the few instructions that it uses."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def machine(request: pytest.FixtureRequest) -> str:
 
 
 def test_what_a_policy_names_is_allowed_and_nothing_else(machine: str) -> None:
-    """Of all numbers that there are, exactly those without a condition are allowed whatever the arguments are."""
+    """Exactly the calls that a policy names without a condition are allowed with any arguments."""
     policy = load([WORKER])
     program = compile_policy(policy, machine)
     allowed = {
@@ -66,14 +66,14 @@ def test_what_a_policy_names_is_allowed_and_nothing_else(machine: str) -> None:
         ("mmap", (0, 4096, 7), REFUSED),
         ("mprotect", (0, 4096, 5), REFUSED),
         ("clone", (0x3D0F00,), ALLOW),
-        ("clone", (0x3D0F00 | 0x10000000,), REFUSED),  # with a namespace of users
+        ("clone", (0x3D0F00 | 0x10000000,), REFUSED),  # a new user namespace
         ("clone", (17,), REFUSED),  # fork
         ("clone3", (), REFUSE | errno.ENOSYS),
         ("ioctl", (3, VALUES["EVTCHN_NOTIFY"]), ALLOW),
         ("ioctl", (3, VALUES["BLKDISCARD"]), ALLOW),
         ("ioctl", (3, VALUES["FIONCLEX"]), ALLOW),
         ("ioctl", (3, 0x5412), REFUSE | errno.ENOTTY),  # TIOCSTI
-        ("ioctl", (3, 1 << 32 | VALUES["EVTCHN_NOTIFY"]), ALLOW),  # of which the kernel looks at the lower half
+        ("ioctl", (3, 1 << 32 | VALUES["EVTCHN_NOTIFY"]), ALLOW),  # the kernel looks at the lower half only
         ("fcntl", (3, VALUES["F_SETFL"]), ALLOW),
         ("fcntl", (3, 8), REFUSED),  # F_SETOWN
         ("prlimit64", (0,), ALLOW),
@@ -83,14 +83,14 @@ def test_what_a_policy_names_is_allowed_and_nothing_else(machine: str) -> None:
     ],
 )
 def test_arguments_decide(machine: str, call: str, arguments: tuple[int, ...], expected: int) -> None:
-    """A condition holds for its own argument, and what it does not allow is refused by the error of its call."""
+    """A condition is tested on its own argument; a call that fails it is refused with the call's error."""
     program = compile_policy(load([WORKER]), machine)
 
     assert expected == answer(program, MACHINES[machine], NUMBERS[machine][call] or 0, *arguments)
 
 
 def test_a_need_adds_to_what_is_allowed_before() -> None:
-    """Two policies that name one call allow what either does."""
+    """If two policies name one call, it is allowed if either allows it."""
     program = compile_policy(load([WORKER, "network", "files"]), "x86_64")
     numbers = NUMBERS["x86_64"]
 
@@ -103,7 +103,7 @@ def test_a_need_adds_to_what_is_allowed_before() -> None:
 
 
 def test_calls_of_another_machine_end_the_process() -> None:
-    """The same number means another call there: 32-bit ones, and those of x86's third interface."""
+    """Calls of another machine end the process, as their numbers mean other calls: 32-bit and x32."""
     program = compile_policy(load([WORKER]), "x86_64")
 
     assert KILL == answer(program, 0x40000003, NUMBERS["x86_64"]["read"] or 0)  # AUDIT_ARCH_I386
@@ -111,6 +111,6 @@ def test_calls_of_another_machine_end_the_process() -> None:
 
 
 def test_a_machine_that_is_not_known_has_no_program() -> None:
-    """Numbers are never guessed."""
+    """For an unknown machine no program is made, and no number is guessed."""
     with pytest.raises(KernelError, match="riscv64, whose numbers are not known"):
         compile_policy({}, "riscv64")

@@ -12,7 +12,7 @@ from xenbackend.walls import policy
 from xenbackend.walls.policy import DIRECTORY, WORKER, Policy, Rule, Test, load, parse
 
 Test.__test__ = False  # type: ignore[attr-defined]  # a class of policies, not of tests
-NEVER = {  # what no worker of any kind may do
+NEVER = {  # calls that no worker may make
     "execve", "execveat", "fork", "vfork", "ptrace", "kill", "tkill", "tgkill", "pidfd_open", "mount", "unshare",
     "setns", "io_uring_setup", "io_uring_register", "socketpair", "chroot", "bpf", "keyctl", "userfaultfd", "setuid",
     "capset",
@@ -20,30 +20,30 @@ NEVER = {  # what no worker of any kind may do
 
 
 def test_there_is_a_policy_for_each_need() -> None:
-    """A driver can declare exactly what there is a policy for."""
+    """There is a policy for each need that a driver can declare, and no other."""
     assert {WORKER, *NEEDS} == {file.stem for file in DIRECTORY.iterdir()}
 
 
 @pytest.mark.parametrize("kinds", [[WORKER], [WORKER, *sorted(NEEDS)]])
 def test_no_policy_lets_a_process_out(kinds: list[str]) -> None:
-    """However much a driver needs, it starts no program, touches no process, and makes no ring."""
+    """No policy, not even all together, allows to start a program, touch another process or make a ring."""
     assert set() == NEVER & load(kinds).keys()
 
 
 def test_only_what_needs_files_opens_some() -> None:
-    """The worker of any other disk gets its descriptors, and opens nothing."""
+    """Only a driver that needs files may open some; all other workers get their descriptors."""
     assert not {"open", "openat", "connect", "socket"} & load([WORKER]).keys()
     assert "openat" not in load([WORKER, "network"])
     assert "socket" not in load([WORKER, "files"])
 
 
 def test_cephs_library_needs_little() -> None:
-    """Beside the network it makes event loops and pipes, and no connection by itself."""
+    """Apart from the network, Ceph's library needs only event loops and pipes."""
     assert {"epoll_create", "pipe2"} == load([WORKER, "ceph"]).keys() - load([WORKER]).keys()
 
 
 def test_a_line_is_a_call_and_a_condition() -> None:
-    """Always, on an argument's value or bits, or refused by another error; a call may have several lines."""
+    """A line allows a call always, or by an argument's value or bits, or sets its error; a call may have several."""
     found: Policy = {}
     parse(
         "read  # all of it\n\nioctl arg1 in FIONBIO FIOCLEX\nioctl no ENOTTY\nmmap arg2 lacks PROT_EXEC\n", "p", found
@@ -68,13 +68,13 @@ def test_a_line_is_a_call_and_a_condition() -> None:
     ],
 )
 def test_a_mistake_is_named_by_its_line(line: str, problem: str) -> None:
-    """Who writes a policy is told where it is wrong, and nothing is allowed by mistake."""
+    """A mistake is reported with its file and line."""
     with pytest.raises(ConfigError, match=rf"my\.policy:2: .*{problem}"):
         parse(f"write\n{line}\n", "my.policy", {})
 
 
 def test_a_policy_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An installation without its policies says which file is missing."""
+    """If a policy's file is missing, the error names it."""
     monkeypatch.setattr(policy, "DIRECTORY", DIRECTORY / "gone")
 
     with pytest.raises(ConfigError, match=r"gone/worker\.policy: there is no such policy"):

@@ -1,4 +1,4 @@
-"""What a process behind walls can reach: nothing; and what it could, were one of them missing."""
+"""What a process behind walls can reach: nothing. What it could reach if one of them were missing."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from xenbackend.walls import raising
 from xenbackend.walls.raising import FIRST_USER, Raised, Wall, Walls, describe
 
 pytestmark = [
-    pytest.mark.xdist_group("canary"),  # what it got is looked at by many tests, and takes seconds to find out
+    pytest.mark.xdist_group("canary"),  # the result is shared by many tests, as it takes seconds
     pytest.mark.skipif(
         os.geteuid() != 0 or platform.machine() != "x86_64",
         reason="the canary is root, and calls by numbers of x86_64",
     ),
 ]
 
-# What each wall alone stands before, once the filter of system calls, which would hide most of it, is left out.
+# What each wall alone prevents, if the filter of system calls, which would prevent most of it too, is left out.
 ONLY = {
     Wall.DESCRIPTORS: {"have other descriptors", "standard descriptors"},
     Wall.ENVIRONMENT: {"have an environment"},
@@ -41,7 +41,7 @@ ONLY = {
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What the canary got, by the walls that were left out."""
+    """What the canary got, by the set of walls that were left out."""
     place = tmp_path_factory.mktemp("canary")
     done = subprocess.run(
         [sys.executable, "-m", "tests.behind_walls", str(place)],
@@ -56,12 +56,12 @@ def _all_of(what: Any) -> set[str]:
 
 @pytest.mark.rows("R20", "R21", "B16")
 def test_behind_all_walls_nothing_succeeds(found: Any) -> None:
-    """The canary gets 0 of everything, nothing is amiss as root sees it, and no wall is missing."""
+    """No attempt of the canary succeeds, root finds nothing amiss, and no wall is missing."""
     assert {"got": [], "seen": [], "down": {}} == found["",]
 
 
 def test_without_walls_everything_succeeds(found: Any) -> None:
-    """An attempt that fails anyhow would prove nothing: without walls root gets each of them."""
+    """Without walls every attempt succeeds for root; an attempt that fails anyhow would prove nothing."""
     tried = set(attempts(Surroundings("", 1, 0)))
 
     assert set() == tried - set(found["all",]["got"])
@@ -70,28 +70,28 @@ def test_without_walls_everything_succeeds(found: Any) -> None:
 @pytest.mark.rows("R20", "R21", "B16")
 @pytest.mark.parametrize("wall", ONLY)
 def test_each_wall_stands_before_something(found: Any, wall: Wall) -> None:
-    """With one wall taken out the canary gets what no other wall but the filter would keep from it."""
+    """Without one wall and the filter, the canary gets what only that wall prevents."""
     missed = _all_of(found[wall, Wall.CALLS]) - _all_of(found[Wall.CALLS,])
 
     assert ONLY[wall] <= missed
 
 
 def test_no_dumps_of_a_process_that_stays_who_it_is(found: Any) -> None:
-    """Who changes the user is not dumped as it is; for a service that is not root's the wall has to do it."""
+    """A process that changes its user cannot be dumped anyway; for one that keeps its user the wall prevents it."""
     missed = _all_of(found[Wall.USER, Wall.DUMPS, Wall.CALLS]) - _all_of(found[Wall.USER, Wall.CALLS])
 
     assert {"be dumped"} == missed
 
 
 def test_the_filter_stands_before_what_no_other_wall_does(found: Any) -> None:
-    """The kernel offers more than files and processes: without the filter, each is an attack surface."""
+    """Without the filter the kernel offers calls that no other wall prevents."""
     offered = {"fork", "socket of netlink", "make an io_uring", "keys", "make memory executable", "namespace of users"}
 
     assert offered <= set(found[Wall.CALLS,]["got"])
 
 
 def test_a_wall_that_cannot_be_raised_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The others are raised all the same, and the reason is the kernel's own."""
+    """If a wall cannot be raised the others are, and the kernel's reason is reported."""
     _pretend(monkeypatch)
     raised = Raised()
     Walls("off").raise_all(1, raised)
@@ -105,7 +105,7 @@ def test_a_wall_that_cannot_be_raised_is_told(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_required_walls_are_all_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With "require" a wall that is missing is a sentence, by which the disk is refused."""
+    """With "require" a missing wall is a sentence, with which the disk is refused."""
     _pretend(monkeypatch)
     raised = Raised()
     _walls("require").raise_all(1, raised)
@@ -117,7 +117,7 @@ def test_required_walls_are_all_or_nothing(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_no_two_processes_have_one_user(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The user follows from the process's number, and any number that Linux gives fits below 2^31."""
+    """The user is derived from the process's number, and stays below the users of systemd for any number."""
     users = _pretend(monkeypatch)
     for pid in (1, 2, 1 << 22):
         _walls("on").raise_all(pid, Raised())
@@ -127,7 +127,7 @@ def test_no_two_processes_have_one_user(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_what_a_driver_needs_is_left_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A need opens its own part of the filter and of Landlock, and nothing else."""
+    """A need opens its own part of Landlock, and nothing else."""
     _pretend(monkeypatch)
     restricted = []
     monkeypatch.setattr(landlock, "restrict", lambda **kept: restricted.append(kept))
@@ -138,7 +138,7 @@ def test_what_a_driver_needs_is_left_open(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_one_reason_is_told_once() -> None:
-    """Walls that are down for one reason are named together."""
+    """Walls that are missing for the same reason are named together."""
     assert "user, limits (no); calls (never)" == describe({"user": "no", "calls": "never", "limits": "no"})
 
 
@@ -150,7 +150,7 @@ def _walls(mode: str) -> Walls:
 
 
 def _pretend(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Raise nothing that would hold for this process; return the users that it would have become."""
+    """Replace all walls by stubs, and return the list of users that would be set."""
     users: list[int] = []
     monkeypatch.setattr(raising, "_limit", lambda: None)
     for name in ("drop_capabilities", "refuse_new_privileges", "refuse_dumps"):
