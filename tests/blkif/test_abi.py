@@ -51,19 +51,19 @@ def offsets(struct: Struct) -> list[int]:
 
 
 def can_compile() -> bool:
-    """Return whether this machine has what dump_abi.py needs."""
+    """Return whether this machine has the tools and headers that dump_abi.py needs."""
     return dump_abi.HEADER.exists() and all(shutil.which(program) for program in dump_abi.NEEDED)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not can_compile(), reason="no gcc, objcopy or libxen-dev here")
 def test_data_is_what_the_headers_say() -> None:
-    """The committed numbers and bytes are those that the compiler and the headers of this machine give."""
+    """The committed numbers and bytes are those that this machine's compiler and headers give."""
     assert HEADERS == dump_abi.dump()
 
 
 def test_every_layout_of_the_headers_is_known() -> None:
-    """There is one table for each protocol that was compiled, under the name that a frontend writes."""
+    """Each protocol that was compiled has one table, under the name that a frontend writes."""
     assert set(HEADERS) == set(LAYOUTS)
 
 
@@ -88,7 +88,7 @@ def test_offsets(layout: Layout, table: str) -> None:
 
 @each_layout
 def test_offsets_of_what_repeats(layout: Layout) -> None:
-    """Segments and indirect grant references lie side by side from where the compiler puts the first."""
+    """Segments and indirect grant refs lie side by side, from the place where the compiler puts the first."""
     in_headers = numbers(layout)
     first = in_headers["blkif_request.seg"]
     within = [in_headers[f"blkif_request_segment.{field}"] for field in ("gref", "first_sect", "last_sect")]
@@ -116,7 +116,7 @@ def test_sizes(layout: Layout) -> None:
 
 @each_layout
 def test_rings(layout: Layout) -> None:
-    """The header of a ring and the slots of each order are what the compiler makes of the macros."""
+    """The header of a ring and the slots of each order have the layout that the macros give."""
     in_headers = numbers(layout)
     words = [in_headers[f"blkif_sring.{index}"] // 4 for index in ("req_prod", "req_event", "rsp_prod", "rsp_event")]
 
@@ -128,7 +128,7 @@ def test_rings(layout: Layout) -> None:
 
 @each_layout
 def test_bytes_of_a_request(layout: Layout) -> None:
-    """The compiler's bytes of a request with eleven segments are read as what was put in, and made again."""
+    """A request with eleven segments is decoded from the compiler's bytes, and encoded to the same bytes."""
     slot = sample(layout, "request")
     head = (abi.BLKIF_OP_WRITE, 11, HANDLE, ID, SECTOR)
     spans = [(0, 7), (1, 6), (2, 5), (3, 4), (4, 4), (5, 5), (6, 6), (7, 7), (0, 0), (0, 1), (0, 2)]
@@ -143,7 +143,7 @@ def test_bytes_of_a_request(layout: Layout) -> None:
 
 @each_layout
 def test_bytes_of_the_other_kinds(layout: Layout) -> None:
-    """The compiler's bytes of a discard, an indirect request and a response are ours, padding and all."""
+    """A discard, an indirect request and a response are encoded to the compiler's bytes, padding included."""
     discard = layout.discard.pack(
         abi.BLKIF_OP_DISCARD, abi.BLKIF_DISCARD_SECURE, HANDLE, ID, SECTOR, 0x123456789ABCDEF0
     )
@@ -158,7 +158,7 @@ def test_bytes_of_the_other_kinds(layout: Layout) -> None:
 
 @each_layout
 def test_a_whole_page_is_known_by_its_bytes(layout: Layout) -> None:
-    """The four bytes that mark a whole page are those after the grant reference of a segment from sector 0 to 7."""
+    """The four bytes that mark a whole page are those that follow the grant ref of a segment from sector 0 to 7."""
     segment = layout.one.pack(0, 1, 0, 0, 0, 0xFFFFFFFF, 0, abi.LAST_SECTOR_OF_PAGE)[layout.segments_at :]
 
     assert segment[4 : abi.SEGMENT_SIZE] == abi.WHOLE_PAGE

@@ -21,7 +21,7 @@ from xenbackend.blkif.features import (
 
 SIMPLE = {"ring-ref": "8", "event-channel": "15"}
 LARGEST = str(2**32 - 1)
-# texts that are no decimal number without a sign (R14), however int() sees them
+# texts that are not unsigned decimal numbers (R14), even if int() accepts them
 NO_NUMBERS = [
     "",
     " ",
@@ -40,21 +40,21 @@ NO_NUMBERS = [
     "\u00b2",
     "9" * 11,
 ]
-NO_NUMBERS += ["9" * 5000]  # more digits than int() takes
+NO_NUMBERS += ["9" * 5000]  # more digits than int() accepts
 
 
 def parse(keys: dict[str, str], limits: Limits | None = None) -> Frontend:
-    """Return what is understood of a frontend's keys."""
+    """Return what is parsed from a frontend's keys."""
     return parse_frontend(keys.get, limits or Limits())
 
 
 def test_simplest_frontend() -> None:
-    """Who writes a ring and a port only has one page, one queue, the native layout, no persistent grants."""
+    """A frontend that writes only a ring and a port has one page, one queue, the native layout, nothing persistent."""
     assert Frontend("x86_64-abi", [FrontendRing([8], 15)], persistent=False) == parse(SIMPLE)
 
 
 def test_everything_at_once() -> None:
-    """Queues, pages and protocol are found where io/blkif.h puts them."""
+    """Queues, pages and protocol are read from the keys that io/blkif.h defines."""
     keys = {"multi-queue-num-queues": "2", "ring-page-order": "1", "protocol": "x86_32-abi", "feature-persistent": "1"}
     for queue in range(2):
         keys |= {f"queue-{queue}/ring-ref{page}": str(10 * queue + page) for page in range(2)}
@@ -70,7 +70,7 @@ def test_everything_at_once() -> None:
     [(None, "x86_64-abi"), ("x86_64-abi", "x86_64-abi"), ("x86_32-abi", "x86_32-abi"), ("arm-abi", "x86_64-abi")],
 )
 def test_protocols(written: str | None, understood: str) -> None:
-    """Each protocol of io/protocols.h has its table; a frontend that names none means the native one."""
+    """Each protocol of io/protocols.h has its table; without the key the protocol is the native one."""
     keys = SIMPLE if written is None else {**SIMPLE, "protocol": written}
 
     assert understood == parse(keys).protocol
@@ -79,7 +79,7 @@ def test_protocols(written: str | None, understood: str) -> None:
 
 @pytest.mark.parametrize("written", ["", "x86_64", "X86_64-ABI", "x86_64-abi ", "ppc64-abi", "x" * 100_000])
 def test_odd_protocols(written: str) -> None:
-    """A protocol that we do not know is refused, never guessed; the sentence stays short."""
+    """An unknown protocol is refused, and the sentence stays short."""
     with pytest.raises(BadFrontend, match=r"protocol .* is unknown") as refused:
         parse({**SIMPLE, "protocol": written})
 
@@ -87,7 +87,7 @@ def test_odd_protocols(written: str) -> None:
 
 
 def test_what_a_guest_wrote_is_shown_harmless() -> None:
-    """R13: a sentence about a guest's text has nothing in it that a terminal or a log would obey."""
+    """R13: a sentence that quotes a guest's text contains nothing that a terminal or a log would obey."""
     for key, value in {"protocol": "\x1b[2J\n\r\u202e", "ring-ref": "\x1b]0;\x07\n"}.items():
         with pytest.raises(BadFrontend) as refused:
             parse({**SIMPLE, key: value})
@@ -100,14 +100,14 @@ def test_what_a_guest_wrote_is_shown_harmless() -> None:
 @pytest.mark.parametrize("key", ["ring-ref", "event-channel", "multi-queue-num-queues", "ring-page-order"])
 @pytest.mark.rows("R14")
 def test_grammar_of_numbers(key: str, text: str) -> None:
-    """R14: wherever a number is due, anything but a decimal one without a sign is refused by the key's name."""
+    """R14: wherever a number is due, anything but an unsigned decimal is refused, and the sentence names the key."""
     with pytest.raises(BadFrontend, match=f"the frontend's {key} is"):
         parse({**SIMPLE, key: text})
 
 
 @pytest.mark.parametrize("key", ["ring-ref", "event-channel"])
 def test_range_of_references_and_ports(key: str) -> None:
-    """Grant references and ports have 32 bits: the largest is taken, the next number is not."""
+    """Grant refs and ports have 32 bits: the largest number is accepted, the next one is not."""
     ring = parse({**SIMPLE, key: LARGEST}).rings[0]
 
     assert int(LARGEST) in {ring.grefs[0], ring.event_channel}
@@ -117,14 +117,14 @@ def test_range_of_references_and_ports(key: str) -> None:
 
 @pytest.mark.parametrize("key", ["ring-ref", "event-channel"])
 def test_what_must_be_there(key: str) -> None:
-    """A ring without a page or a port is refused by the name of the missing key."""
+    """A ring without a page or a port is refused, and the sentence names the missing key."""
     with pytest.raises(BadFrontend, match=f"has not written {key}"):
         parse({name: value for name, value in SIMPLE.items() if name != key})
 
 
 @pytest.mark.parametrize("limit", [1, 4, 8])
 def test_queues_beyond_the_offer(limit: int) -> None:
-    """As many queues as offered are served; none, or one more, is refused before a ring is looked for."""
+    """As many queues as offered are accepted; none, or one more, is refused before any ring is read."""
     keys = {f"queue-{queue}/{key}": value for queue in range(10) for key, value in SIMPLE.items()} | SIMPLE
     limits = Limits(max_queues=limit)
 
@@ -135,20 +135,20 @@ def test_queues_beyond_the_offer(limit: int) -> None:
 
 
 def test_a_queue_without_its_keys() -> None:
-    """With several queues each has its own ring; one that is missing is named."""
+    """With several queues each has its own ring; a missing one is named."""
     keys = {**SIMPLE, "multi-queue-num-queues": "2", "queue-0/ring-ref": "1", "queue-0/event-channel": "2"}
     with pytest.raises(BadFrontend, match="has not written queue-1/ring-ref"):
         parse(keys)
 
 
 def test_one_queue_lies_flat() -> None:
-    """A frontend that says one queue writes its ring in its own directory, as Linux does."""
+    """A frontend with one queue writes its ring's keys into its own directory, as Linux does."""
     assert [FrontendRing([8], 15)] == parse({**SIMPLE, "multi-queue-num-queues": "1", "queue-0/ring-ref": "77"}).rings
 
 
 @pytest.mark.parametrize("limit", [0, 2, 4])
 def test_order_beyond_the_offer(limit: int) -> None:
-    """Rings of every offered order are served; a larger one is refused before a page is looked for."""
+    """Every ring order offered is accepted; a larger one is refused before any page is read."""
     keys = {f"ring-ref{page}": str(page) for page in range(64)} | {"event-channel": "1"}
     limits = Limits(max_ring_order=limit)
     for order in range(limit + 1):
@@ -159,7 +159,7 @@ def test_order_beyond_the_offer(limit: int) -> None:
 
 
 def test_a_page_is_missing() -> None:
-    """Each page of a ring must be there, under its number."""
+    """Each page of a ring must be there, under its number; a missing one is named."""
     with pytest.raises(BadFrontend, match="has not written ring-ref1"):
         parse({"ring-page-order": "1", "ring-ref0": "1", "ring-ref": "9", "event-channel": "1"})
 
@@ -175,13 +175,13 @@ def test_a_page_is_missing() -> None:
     ],
 )
 def test_names_of_a_single_page(keys: dict[str, str], gref: int) -> None:
-    """Without an order the page is `ring-ref`; frontends that write order 0 call it `ring-ref0`, some `ring-ref`."""
+    """Without an order the page's key is `ring-ref`; with order 0 it is `ring-ref0`, or `ring-ref` in some guests."""
     assert [gref] == parse({**keys, "event-channel": "1"}).rings[0].grefs
 
 
 @pytest.mark.parametrize("text", [None, "0", "2", "true", "", "\u0661", *NO_NUMBERS])
 def test_persistent_only_if_said_so(text: str | None) -> None:
-    """R14: only "1" turns persistent grants on; any other value of the feature means that it is absent."""
+    """R14: only "1" turns persistent grants on; any other value counts as absent."""
     keys = SIMPLE if text is None else {**SIMPLE, "feature-persistent": text}
 
     assert parse(keys).persistent is False
@@ -189,7 +189,7 @@ def test_persistent_only_if_said_so(text: str | None) -> None:
 
 @pytest.mark.rows("C5")
 def test_what_is_published_at_probe() -> None:
-    """Before InitWait a frontend finds the most that it may choose."""
+    """Before InitWait the limits of what a frontend may choose are published."""
     limits = Limits(max_queues=3, max_ring_order=2, max_segments=64)
 
     assert {
@@ -202,7 +202,7 @@ def test_what_is_published_at_probe() -> None:
 
 @pytest.mark.rows("C5")
 def test_what_is_published_at_connect() -> None:
-    """Sectors are counted in 512 bytes whatever the sector size; what the disk cannot do is said as 0."""
+    """`sectors` counts units of 512 bytes for every sector size; a feature that the disk lacks is published as 0."""
     disk = Disk(size=1 << 20, sector_size=4096, read_only=False, can_flush=False, can_discard=False)
 
     assert {
@@ -218,14 +218,14 @@ def test_what_is_published_at_connect() -> None:
 
 @pytest.mark.parametrize(("sector", "physical", "shown"), [(512, 0, "512"), (512, 4096, "4096"), (4096, 512, "4096")])
 def test_what_is_published_of_sectors(sector: int, physical: int, shown: str) -> None:
-    """What the medium writes at once is the medium's own, where that is known, and never less than a sector."""
+    """The physical sector is the medium's, if that is known, and never less than a sector."""
     keys = publish_at_connect(Disk(1 << 20, sector, False, True, False, physical_sector_size=physical))
 
     assert (str(sector), shown) == (keys["sector-size"], keys["physical-sector-size"])
 
 
 def test_what_is_published_of_discard() -> None:
-    """A disk that can discard says its granularity, or its sector size, and offers no secure discard."""
+    """A disk that can discard publishes its granularity, or else its sector size, and offers no secure discard."""
     for granularity, expected in ((0, "512"), (65536, "65536")):
         disk = Disk(
             size=1 << 20, sector_size=512, read_only=False, can_flush=True, can_discard=True,
@@ -251,7 +251,7 @@ def test_info_bits(cdrom: bool, removable: bool, read_only: bool) -> None:
 
 
 def test_any_values_are_a_frontend_or_refused(request: pytest.FixtureRequest) -> None:
-    """Whatever a frontend writes, and whatever it leaves out: it is served within limits, or refused by a sentence."""
+    """Whatever a frontend writes or leaves out, it is accepted within the limits or refused with a sentence."""
     chance, limits = Random(request.config.getoption("--seed")), Limits(max_queues=4)
     names = ["protocol", "multi-queue-num-queues", "ring-page-order", "feature-persistent", "ring-ref", "event-channel"]
     names += [f"ring-ref{page}" for page in range(16)]

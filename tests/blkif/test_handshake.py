@@ -1,4 +1,4 @@
-"""The table of states: total, and right where a mistake would cost a guest its disk."""
+"""The table of states is complete, and right where a mistake would cost a guest its disk."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_every_pair_has_a_step() -> None:
 
 
 def test_a_new_vbd_is_offered_at_once() -> None:
-    """Whatever the frontend shows, a vbd in Initialising is offered: libxl waits for exactly InitWait."""
+    """Whatever state the frontend shows, a vbd in Initialising is offered: libxl waits for InitWait exactly."""
     assert {Step.OFFER} == {STEPS[S.INITIALISING, theirs] for theirs in S}
 
 
@@ -39,7 +39,7 @@ def test_a_new_vbd_is_offered_at_once() -> None:
     ],
 )
 def test_steps_of_the_life_cycle(ours: S, theirs: S, step: Step) -> None:
-    """The pairs that every guest goes through lead where Linux blkback leads them."""
+    """The pairs of states that every guest goes through lead to the same steps as in Linux blkback."""
     assert step == STEPS[ours, theirs]
 
 
@@ -50,7 +50,7 @@ def test_only_a_connectable_frontend_is_served() -> None:
 
 @pytest.mark.parametrize("text", [None, "", "9", "-1", "+4", "04", "4 ", "four", "\u0664", "4" * 5000])
 def test_what_is_no_state_is_unknown(text: str | None) -> None:
-    """R14: a guest may write anything as its state; whatever is not one of the nine numbers counts as none."""
+    """R14: a guest may write anything as its state; all but the nine numbers count as unknown."""
     assert S.UNKNOWN == parse_state(text)
 
 
@@ -60,7 +60,7 @@ def test_states_are_decimal_digits() -> None:
 
 
 def test_the_diagram_shows_the_table() -> None:
-    """The diagram for people has a row per state of ours and every step in its place."""
+    """The diagram has a row for each state of ours and every step in its place."""
     lines = states().splitlines()
     row = lines[1 + S.CONNECTED].split()
 

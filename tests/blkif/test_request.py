@@ -68,7 +68,7 @@ FIELDS = [field for field in RingRequest.__slots__ if field not in ("entry", "ow
 
 
 def make_decoder(layout: Layout = NATIVE, sectors: int = SECTORS, **abilities: Any) -> Decoder:
-    """Return a decoder for a writable disk that can do everything, but for what `abilities` says."""
+    """Return a decoder for a writable disk with all features, changed by `abilities`."""
     agreed = {"read_only": False, "can_flush": True, "can_discard": True, "max_segments": MAX_SEGMENTS, **abilities}
     return Decoder(layout, sectors, **agreed)
 
@@ -86,7 +86,7 @@ def decode(decoder: Decoder, slot: bytes) -> RingRequest:
 
 
 def state(record: RingRequest) -> list[Any]:
-    """Return what a record says, to compare it with another one."""
+    """Return what a record contains, to compare it with another one."""
     return [type(record.refused), *(getattr(record, field) for field in FIELDS)]
 
 
@@ -96,7 +96,7 @@ def segments_of(count: int, span: tuple[int, int] = WHOLE) -> list[tuple[int, in
 
 
 def random_slot(chance: random.Random, layout: Layout) -> bytes:
-    """Return bytes of a kind: pure noise, or a request of which some parts are right and some are not."""
+    """Return random bytes of some kind: pure noise, or a request with some valid and some invalid parts."""
     if chance.random() < 0.2:
         return chance.randbytes(layout.slot_size)
     sector = chance.choice([chance.randrange(SECTORS), chance.choice(ODD), chance.getrandbits(64)])
@@ -119,7 +119,7 @@ def random_slot(chance: random.Random, layout: Layout) -> bytes:
 
 
 def check_law(layout: Layout, slot: bytes, record: RingRequest) -> None:
-    """Assert that a record of whatever slot is a valid operation or refused, and can be answered."""
+    """Assert that a record is a valid operation or refused, and can be answered, whatever the slot was."""
     operation, inner = slot[0], slot[1]
     assert int.from_bytes(slot[layout.segments_at - 16 : layout.segments_at - 8], "little") == record.guest_id
     assert (inner if operation == INDIRECT else operation) == record.operation
@@ -154,7 +154,7 @@ def check_valid(record: RingRequest) -> None:
 @pytest.mark.slow
 @each_layout
 def test_garbage_law(layout: Layout) -> None:
-    """For any bytes in a slot there is a valid operation or a refusal; nothing is raised, and it can be answered."""
+    """For any bytes in a slot the record is a valid operation or a refusal that can be answered; nothing is raised."""
     chance = random.Random(SEED)
     decoder = make_decoder(layout)
     accepted = 0
@@ -167,12 +167,12 @@ def test_garbage_law(layout: Layout) -> None:
             accepted += record.refused is None
         assert all(state(record)[0] is type(None) for record in records) or not plain
 
-    assert 10_000 < accepted < 90_000  # both outcomes were tried in earnest
+    assert 10_000 < accepted < 90_000  # both outcomes were common
 
 
 @pytest.mark.slow
 def test_garbage_law_of_indirect_pages() -> None:
-    """For any bytes in indirect pages there is a valid operation or a refusal."""
+    """For any bytes in indirect pages the record is a valid operation or a refusal."""
     chance = random.Random(SEED)
     decoder = make_decoder()
     for _ in range(3_000):
@@ -193,7 +193,7 @@ def test_garbage_law_of_indirect_pages() -> None:
 @pytest.mark.slow
 @each_layout
 def test_nothing_is_left_of_an_earlier_use(layout: Layout) -> None:
-    """Records that were used for anything, and were reset where not plain, decode a slot as fresh ones do."""
+    """Records that were used before, and were reset unless plain, decode a slot as fresh ones do."""
     chance = random.Random(SEED)
     decoder = make_decoder(layout)
     used = make_records(8)
@@ -215,7 +215,7 @@ def test_nothing_is_left_of_an_earlier_use(layout: Layout) -> None:
 
 
 def test_reset_makes_a_record_plain() -> None:
-    """A record that was reset names no page, no span and no broken rule."""
+    """A record that was reset has no page, no span and no refusal."""
     record = decode(make_decoder(), encode_direct(NATIVE, WRITE, 1, SECTORS, segments_of(3)))
     record.reset()
 
@@ -248,7 +248,7 @@ def slot_of(layout: Layout, operation: int, sector: int, length: int) -> bytes:
 @each_layout
 @pytest.mark.parametrize("operation", [READ, WRITE, BARRIER, FLUSH, DISCARD])
 def test_boundary_grid(layout: Layout, operation: int) -> None:
-    """A request is accepted exactly if all of its sectors are on the disk, wherever 64-bit arithmetic would wrap."""
+    """A request is accepted exactly if all its sectors are on the disk, also where 64-bit arithmetic would wrap."""
     decoder = make_decoder(layout)
     for sector, length in edges():
         if operation in {BARRIER, FLUSH} and length > 88:
@@ -262,7 +262,7 @@ def test_boundary_grid(layout: Layout, operation: int) -> None:
 
 
 def test_growing_disk() -> None:
-    """A disk that grew is readable to its new end, for the next request already."""
+    """When a disk has grown, the next request may already reach its new end."""
     decoder = make_decoder()
     slot = encode_direct(NATIVE, READ, 1, SECTORS, segments_of(1))
     before = decode(decoder, slot)
@@ -284,7 +284,7 @@ def test_growing_disk() -> None:
     ids=["able", "read-only", "no flush", "no discard"],
 )
 def test_operations_by_ability(layout: Layout, abilities: dict[str, bool], refused: dict[Any, type]) -> None:
-    """What was not offered is not supported, and nothing alters a read-only disk, directly or indirectly."""
+    """An operation that was not offered is unsupported; no write to a read-only disk passes, direct or indirect."""
     decoder = make_decoder(layout, **abilities)
     slots: dict[Any, bytes] = {op: encode_direct(layout, op, 1, 0, segments_of(1)) for op in (READ, WRITE, BARRIER)}
     slots["data flush"] = encode_direct(layout, FLUSH, 1, 0, segments_of(1))
@@ -308,7 +308,7 @@ def test_read_only_holds_for_indirect_writes() -> None:
 
 @each_layout
 def test_unknown_operations(layout: Layout) -> None:
-    """Every number that is no operation is answered as not supported, which is how a frontend learns of it."""
+    """Every unknown operation is answered as unsupported, which is how a frontend learns of it."""
     decoder = make_decoder(layout)
     for operation in set(range(256)) - {READ, WRITE, BARRIER, FLUSH, DISCARD, INDIRECT}:
         record = decode(decoder, encode_direct(layout, operation, 3, 0, segments_of(1)))
@@ -319,7 +319,7 @@ def test_unknown_operations(layout: Layout) -> None:
 
 @each_layout
 def test_indirect_requests_read_or_write(layout: Layout) -> None:
-    """Only reads and writes can be indirect; the record names the inner operation, which the answer must carry."""
+    """Only reads and writes can be indirect; the record has the inner operation, which the response must carry."""
     decoder = make_decoder(layout)
     for operation in range(256):
         record = decode(decoder, encode_indirect(layout, operation, 4, 0, 1, [77]))
@@ -330,7 +330,7 @@ def test_indirect_requests_read_or_write(layout: Layout) -> None:
 
 @each_layout
 def test_direct_segment_counts(layout: Layout) -> None:
-    """One to eleven segments are possible in a slot; none is too few for data, and more are never looked at."""
+    """A slot has one to eleven segments; data with none are refused, and no more are ever read."""
     decoder = make_decoder(layout)
     for count in range(256):
         slot = bytearray(encode_direct(layout, READ, 1, 0, segments_of(min(count, 11), (1, 2))))
@@ -363,7 +363,7 @@ def test_segment_spans() -> None:
 
 @each_layout
 def test_whole_pages_stay_plain(layout: Layout) -> None:
-    """A batch of reads and writes of one whole page each stays plain; one other request among them is told."""
+    """A batch of reads and writes of one whole page each is reported as plain; one with any other request is not."""
     decoder = make_decoder(layout)
     pages = [encode_direct(layout, number % 2, number, 8 * number, [(70 + number, *WHOLE)]) for number in range(32)]
     records = make_records(32)
@@ -377,7 +377,7 @@ def test_whole_pages_stay_plain(layout: Layout) -> None:
 
 @each_layout
 def test_each_record_gets_its_own_slot(layout: Layout) -> None:
-    """In a batch of odd requests each record is decoded from its own slot, also where the records start anywhere."""
+    """In a batch of requests each record is decoded from its own slot, whatever entry the records begin at."""
     slots = [encode_direct(layout, READ, 10 + number, number, segments_of(number, (2, 3))) for number in range(1, 9)]
     records = [RingRequest(entry, None, None) for entry in range(500, 508)]
     make_decoder(layout).decode(memoryview(b"".join(slots)), records)
@@ -389,14 +389,14 @@ def test_each_record_gets_its_own_slot(layout: Layout) -> None:
 
 @each_layout
 def test_indirect_round_trip(layout: Layout) -> None:
-    """Indirect requests of 1 to the agreed number of segments come out as encoded; one more do not."""
+    """Indirect requests of up to the agreed number of segments are decoded as encoded; one more is refused."""
     decoder = make_decoder(layout)
     for count in range(1, MAX_SEGMENTS + 1):
         for span in (WHOLE, (0, 6)):
             segments = segments_of(count, span)
             record = decode(decoder, encode_indirect(layout, WRITE, count, 0, count, [77]))
             assert ([77], count, None) == (list(record.indirect), record.segment_count, record.refused)
-            room = encode_segments(segments).ljust(4096, b"\xff")  # what lies behind is none of our business
+            room = encode_segments(segments).ljust(4096, b"\xff")  # what follows the segments must be ignored
             decoder.decode_indirect(record, memoryview(room))
 
             length = count * SECTOR * (span[1] + 1)
@@ -409,7 +409,7 @@ def test_indirect_round_trip(layout: Layout) -> None:
 
 
 def test_indirect_pages_by_count() -> None:
-    """Each 512 segments take one more page of segments, and only the pages that are needed are named."""
+    """Each 512 segments need another page of segments, and only the pages that are needed are listed."""
     decoder = make_decoder(max_segments=4096)
     for count, pages in ((1, 1), (512, 1), (513, 2), (1024, 2), (4096, 8)):
         record = decode(decoder, encode_indirect(NATIVE, READ, 1, 0, count, range(50, 58)))
@@ -418,7 +418,7 @@ def test_indirect_pages_by_count() -> None:
 
 
 def test_padding_of_segments_is_ignored() -> None:
-    """A frontend need not zero the padding of a segment: whole pages with padding are whole pages still."""
+    """The padding of a segment is ignored: a whole page stays one, whatever its padding contains."""
     decoder = make_decoder()
     pages = bytearray(encode_segments(segments_of(4)))
     pages[6::SEGMENT_SIZE] = b"\xee" * 4
@@ -430,7 +430,7 @@ def test_padding_of_segments_is_ignored() -> None:
 
 @each_layout
 def test_discards(layout: Layout) -> None:
-    """A discard is a range of sectors; secure ones were not offered, and one of nothing is refused."""
+    """A discard is a range of sectors; a secure discard, which was not offered, and an empty one are refused."""
     decoder = make_decoder(layout)
     record = decode(decoder, encode_discard(layout, 6, 100, 50))
 
@@ -443,7 +443,7 @@ def test_discards(layout: Layout) -> None:
 
 @each_layout
 def test_flush_and_empty_barrier(layout: Layout) -> None:
-    """A flush and a barrier without data have no length and no range, whatever sector they name, even read-only."""
+    """A flush and an empty barrier have no length and no range, whatever sector they name, even on a read-only disk."""
     for read_only in (False, True):
         decoder = make_decoder(layout, read_only=read_only)
         for operation in (FLUSH, BARRIER):
@@ -455,7 +455,7 @@ def test_flush_and_empty_barrier(layout: Layout) -> None:
 @each_layout
 @pytest.mark.parametrize("operation", [READ, WRITE, BARRIER, FLUSH])
 def test_direct_round_trip(layout: Layout, operation: int) -> None:
-    """What `encode_direct` puts into a slot is what the decoder finds there, for every number of segments."""
+    """For every number of segments the decoder finds in a slot what `encode_direct` has put there."""
     decoder = make_decoder(layout)
     for count in range(1, 12):
         segments: Sequence[tuple[int, int, int]] = [(2**32 - 1 - n, n % 4, 4 + n % 4) for n in range(count)]

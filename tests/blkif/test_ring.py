@@ -37,7 +37,7 @@ def no_fence() -> None:
 
 @dataclass
 class Ends:
-    """Both ends of one ring; what is named `at_...` runs inside each fence of that end, as another processor could."""
+    """Both ends of one ring; the functions `at_...` run inside each fence of that end, as on another processor."""
 
     pages: memoryview
     size: int
@@ -49,26 +49,26 @@ class Ends:
         self.front = FrontRing(self.pages, self.layout, self.size, self.fence_front)
 
     def begin(self, start: int) -> None:
-        """Let the frontend begin at an index, and the backend find the ring so."""
+        """Set the index at which both ends begin."""
         self.front.start_at(start)
         self.back = BackRing(self.pages, self.layout, self.size, self.fence_back)
 
     def fence_front(self) -> None:
-        """Run what is to happen in a fence of the frontend."""
+        """Run what is to happen inside a fence of the frontend."""
         self.at_front_fence()
 
     def fence_back(self) -> None:
-        """Run what is to happen in a fence of the backend."""
+        """Run what is to happen inside a fence of the backend."""
         self.at_fence()
 
     def ask(self, count: int) -> bool:
-        """Put and push `count` requests whose ids are their numbers; True if the backend must be notified."""
+        """Put and push `count` requests with their numbers as ids; return whether the backend must be notified."""
         for _ in range(count):
             self.front.put(encode_direct(self.front.layout, 0, self.front.produced & MASK, 0, [(1, 0, 7)]))
         return self.front.push()
 
     def take(self, count: int) -> list[int]:
-        """Take `count` requests, around the end of the ring if need be, and return their ids."""
+        """Take `count` requests, around the end of the ring if necessary, and return their ids."""
         ids = []
         while count:
             some = min(count, self.back.until_wrap())
@@ -79,7 +79,7 @@ class Ends:
         return ids
 
     def answer(self, ids: list[int]) -> bool:
-        """Answer and publish; True if the frontend must be notified."""
+        """Answer and publish; return whether the frontend must be notified."""
         for place, guest_id in enumerate(ids, self.back.answered):
             self.back.put_response(place, guest_id, 0, 0)
         return self.back.publish(self.back.answered + len(ids))
@@ -99,7 +99,7 @@ def make_ends(size: int = 32, start: int = 0, layout: Layout = NATIVE) -> Ends:
 
 @dataclass
 class Trace:
-    """Stands where a ring keeps its view of the shared indices, and writes down each access."""
+    """Replaces a ring's view of the shared indices and records each access."""
 
     index: memoryview
     log: list[str] = field(default_factory=list)
@@ -114,12 +114,12 @@ class Trace:
         self.index[place] = value
 
     def fence(self) -> None:
-        """Write down that the ring asked for a fence."""
+        """Record that the ring asked for a fence."""
         self.log.append("fence")
 
 
 def traced(ends: Ends) -> list[str]:
-    """Return the list that the backend's accesses to the indices are written to from now on."""
+    """Return the list in which the backend's accesses to the indices are recorded from now on."""
     trace = Trace(ends.back._index)
     ends.back._index = trace
     ends.at_fence = trace.fence
@@ -157,7 +157,7 @@ def test_r1_slot_is_the_index_modulo_size(start: int) -> None:
 
 
 def test_r2_the_producer_index_is_loaded_once_a_look() -> None:
-    """R2, R10: a look loads the frontend's producer index exactly once; taking slots does not touch the indices."""
+    """R2, R10: a look loads the frontend's producer index exactly once; taking slots does not access the indices."""
     ends = make_ends()
     ends.ask(3)
     log = traced(ends)
@@ -170,7 +170,7 @@ def test_r2_the_producer_index_is_loaded_once_a_look() -> None:
 @both_starts
 @pytest.mark.parametrize("size", SIZES)
 def test_r3_more_than_the_ring_holds_is_an_overflow(size: int, start: int) -> None:
-    """R3: a claim of up to as many requests as slots are free is believed; every larger one, or one back, is not."""
+    """R3: as many requests as slots are free may be announced; a larger number, or a step back, is an overflow."""
     for taken in {0, 1, size}:
         ends = make_ends(size, start)
         ends.ask(taken)
@@ -189,7 +189,7 @@ def test_r3_more_than_the_ring_holds_is_an_overflow(size: int, start: int) -> No
 
 
 def test_r3_answers_make_room_again() -> None:
-    """R3: slots count as free again when their responses were published, and not before."""
+    """R3: a slot is free again once its response has been published, and not before."""
     ends = make_ends(2)
     ends.ask(2)
     ids = ends.take(2)
@@ -202,7 +202,7 @@ def test_r3_answers_make_room_again() -> None:
 
 
 def test_r4_the_copy_is_not_the_ring() -> None:
-    """R4: what the frontend scribbles over a slot after it was taken does not reach the copy."""
+    """R4: what the frontend writes to a slot after it was copied does not change the copy."""
     ends = make_ends()
     ends.ask(1)
     copy = memoryview(bytearray(NATIVE.slot_size))
@@ -215,7 +215,7 @@ def test_r4_the_copy_is_not_the_ring() -> None:
 
 @both_starts
 def test_r4_neighbours_are_taken_up_to_the_end(start: int) -> None:
-    """R4: slots that lie side by side are counted up to the end of the ring, where the next one is the first again."""
+    """R4: adjacent slots are counted up to the end of the ring, where the first one follows."""
     ends = make_ends(8, start)
     found = []
     for _ in range(8):
@@ -229,7 +229,7 @@ def test_r4_neighbours_are_taken_up_to_the_end(start: int) -> None:
 
 @both_starts
 def test_r5_responses_are_hidden_until_they_are_published(start: int) -> None:
-    """R5: the response lies whole in its slot before the producer index moves, which is what shows it."""
+    """R5: the response is complete in its slot before the producer index that shows it is moved."""
     ends = make_ends(32, start)
     ends.ask(2)
     ids = ends.take(2)
@@ -256,7 +256,7 @@ def test_r5_padding_of_a_response_is_zero() -> None:
 @both_starts
 @pytest.mark.parametrize("size", [8, 512])
 def test_r6_an_event_is_due_when_the_index_passes_it(size: int, start: int) -> None:
-    """R6: a response at the event index is notified, one before it or long after it is not."""
+    """R6: a response at the event index makes a notification due; one before it or long after it does not."""
     for event in range(-3, 8):
         ends = make_ends(size, start)
         ends.ask(5)
@@ -269,7 +269,7 @@ def test_r6_an_event_is_due_when_the_index_passes_it(size: int, start: int) -> N
 
 @both_starts
 def test_r6_the_event_index_is_loaded_after_the_fence(start: int) -> None:
-    """R6: publishing stores the index, fences, and only then loads the event index, so that a late wish is seen."""
+    """R6: publishing stores the index, fences, and only then loads the event index, so that a late change is seen."""
     ends = make_ends(32, start)
     ends.ask(1)
     ids = ends.take(1)
@@ -288,7 +288,7 @@ def test_r6_the_event_index_is_loaded_after_the_fence(start: int) -> None:
 
 @both_starts
 def test_r7_the_last_look_is_after_the_fence(start: int) -> None:
-    """R7: before sleeping the wish for an event is stored, then the fence, then one more look at the producer index."""
+    """R7: before sleeping the event index is stored, then comes the fence, then one more look at the producer index."""
     ends = make_ends(32, start)
     wanted = []
     ends.at_fence = lambda: wanted.append(ends.ask(1))
@@ -311,7 +311,7 @@ def test_r6_r7_accesses_in_their_order() -> None:
 
 @both_starts
 def test_r9_what_was_published_is_never_read_back(start: int) -> None:
-    """R9: the frontend may overwrite our producer index; we go on from our own count."""
+    """R9: the frontend may overwrite our producer index; the backend continues from its own count."""
     ends = make_ends(32, start)
     ends.ask(3)
     ids = ends.take(3)
@@ -324,7 +324,7 @@ def test_r9_what_was_published_is_never_read_back(start: int) -> None:
 
 
 def test_r10_indices_are_aligned_words() -> None:
-    """R10: both ends reach the indices as native 32-bit words at multiples of four bytes."""
+    """R10: both ends access the indices as native 32-bit words at multiples of four bytes."""
     ends = make_ends()
     for index in (ends.back._index, ends.front.index):
         assert ("I", 4) == (index.format, index.itemsize)
@@ -335,7 +335,7 @@ def test_r10_indices_are_aligned_words() -> None:
 
 @both_starts
 def test_a_new_backend_goes_on_where_the_ring_stands(start: int) -> None:
-    """A backend that is started anew takes the requests after the last published response."""
+    """A backend that starts on a ring in use takes the requests after the last published response."""
     ends = make_ends(32, start)
     ends.ask(3)
     ends.answer(ends.take(2))
@@ -347,7 +347,7 @@ def test_a_new_backend_goes_on_where_the_ring_stands(start: int) -> None:
 
 @both_starts
 def test_has_moved_is_true_whenever_there_is_more(start: int) -> None:
-    """A cheap look says whether the frontend's index differs from what was taken, whichever way it went."""
+    """A cheap look tells whether the frontend's index differs from what was taken, in either direction."""
     ends = make_ends(32, start)
     before = ends.back.has_moved()
     ends.ask(2)
@@ -368,7 +368,7 @@ def test_a_new_ring_is_as_the_header_says() -> None:
 
 
 def test_frontend_counts_its_free_slots() -> None:
-    """A slot is taken from the moment a request is put until its response was taken."""
+    """A slot is in use from when a request is put until its response was taken."""
     ends = make_ends(4)
     found = [ends.front.free()]
     ends.ask(3)
@@ -382,7 +382,7 @@ def test_frontend_counts_its_free_slots() -> None:
 
 
 def test_ends_let_go_of_the_pages() -> None:
-    """After both ends released their views the memory below can be unmapped."""
+    """After both ends have released their views the memory can be unmapped."""
     memory = bytearray(4096)
     pages = memoryview(memory)
     front = FrontRing(pages, NATIVE, 32, no_fence)
@@ -404,7 +404,7 @@ def test_ring_sizes_are_the_largest_that_fit() -> None:
 
 
 class Party:
-    """One side of the two-sided model: it sleeps only after a last look, and wakes only by a notification."""
+    """One side of the model: it sleeps only after a last look, and wakes only by a notification."""
 
     def __init__(self, look: Callable[[], int], last_look: Callable[[], int], work: Callable[[int], None]) -> None:
         self.look, self.last_look, self.work = look, last_look, work
@@ -416,7 +416,7 @@ class Party:
         return self.asleep and not self.is_notified
 
     def step(self) -> None:
-        """Do some of the waiting work, or fall asleep."""
+        """Do some of the waiting work, or go to sleep."""
         if self.sleeps():
             return
         self.asleep = self.is_notified = False
@@ -428,7 +428,7 @@ class Party:
 
 
 class Model:
-    """Two parties that work the ring in any order; at a fence the other one may get a step in between."""
+    """Two parties that work on the ring in any order; inside a fence the other one may take a step."""
 
     def __init__(self, chance: random.Random, ends: Ends, total: int) -> None:
         self.chance, self.ends, self.left = chance, ends, total
@@ -441,14 +441,14 @@ class Model:
         ends.at_front_fence = lambda: self.interrupt([self.answer, self.backend.step])
 
     def interrupt(self, steps: list[Callable[[], None]]) -> None:
-        """Let the other party do something, but not within what it does within a fence itself."""
+        """Let the other party take a step, but not inside a fence of such a step."""
         if not self.is_inside and self.chance.random() < 0.5:
             self.is_inside = True
             self.chance.choice(steps)()
             self.is_inside = False
 
     def step(self) -> None:
-        """Let one party do one thing, and look whether someone sleeps who has work (R6, R7)."""
+        """Let one party take a step, and assert that no party with work sleeps (R6, R7)."""
         self.chance.choice([self.ask, self.answer, self.backend.step, self.frontend.step])()
 
         assert not (self.backend.sleeps() and self.ends.back.available())
@@ -464,7 +464,7 @@ class Model:
         self.collected += [self.ends.front.take()[0] for _ in range(self.chance.randint(1, waiting))]
 
     def ask(self) -> None:
-        """Ask for as much as there is room and need for, or for less."""
+        """Put as many requests as there is room and need for, or fewer."""
         count = self.chance.randint(0, min(self.left, self.ends.front.free()))
         self.left -= count
         if self.ends.ask(count):
@@ -481,7 +481,7 @@ class Model:
 @both_starts
 @pytest.mark.parametrize("size", SIZES)
 def test_no_wake_up_is_lost(size: int, start: int) -> None:
-    """R6 to R9: however the two ends interleave, at fences too, neither sleeps while it has work.
+    """R6 to R9: however the ends' steps interleave, even inside fences, neither sleeps while it has work.
 
     Each request is answered exactly once, in any order within what was taken.
     """
@@ -498,8 +498,9 @@ def test_no_wake_up_is_lost(size: int, start: int) -> None:
 
 @pytest.mark.parametrize("strong", [True, False])
 def test_weak_machines_get_fences_of_their_own(*, strong: bool) -> None:
-    """R2, R5: where memory is weakly ordered a fence stands behind the load of their index, and before the store
-    of ours; x86 does without.
+    """R2, R5: on weakly ordered machines a fence follows the load of their index and precedes the store of ours.
+
+    On x86 no fence is needed there.
     """
     fences: list[str] = []
     pages = memoryview(bytearray(4096))

@@ -1,4 +1,4 @@
-"""The steps that make a host take in what was installed."""
+"""The steps by which a host activates what was installed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from xenbackend.host import activate
 
 
 def programs(directory: Path, monkeypatch: pytest.MonkeyPatch, **endings: str) -> None:
-    """Let only these programs be found; each notes how it was called, and ends so."""
+    """Make only these programs available; each records how it was called, and ends as given."""
     for name, ending in endings.items():
         path = directory / name.replace("_", "-")
         path.write_text(f'#!/bin/sh\necho "${{0##*/}} $*" >> {directory}/calls\n{ending}\n')
@@ -21,7 +21,7 @@ def programs(directory: Path, monkeypatch: pytest.MonkeyPatch, **endings: str) -
 
 
 def test_the_steps_are_taken_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The group is there before the rules that name it, the unit is known before it is enabled; each step is told."""
+    """The group is made before the rules that name it, the unit loaded before it is enabled; each step is reported."""
     programs(tmp_path, monkeypatch, systemd_sysusers="", udevadm="", systemctl="")
     told: list[activate.Command] = []
     activate.run(activate.starting(starts=True), told.append)
@@ -33,7 +33,7 @@ def test_the_steps_are_taken_in_order(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_without_a_start_the_service_is_enabled_only() -> None:
-    """`--no-start` is about now: with the next boot the service comes."""
+    """With `--no-start` the service is enabled, so that it starts at the next boot, but not started."""
     assert ("systemctl", "enable", "xenbackend.service") == activate.starting(starts=False)[-1]
 
 
@@ -47,7 +47,7 @@ def test_without_a_start_the_service_is_enabled_only() -> None:
 def test_a_step_that_fails_is_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, sentence: str
 ) -> None:
-    """The first step that fails ends the run with the program's own first line, and where to look."""
+    """The first step that fails ends the run with the first line of its output and a command that shows more."""
     programs(tmp_path, monkeypatch, systemctl=ending)
     with pytest.raises(XenbackendError) as error:
         activate.run(activate.stopping(), lambda _step: None)
@@ -56,14 +56,14 @@ def test_a_step_that_fails_is_one_sentence(
 
 
 def test_a_program_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without udev there is a sentence, not a traceback."""
+    """A missing program is named in a sentence."""
     programs(tmp_path, monkeypatch)
     with pytest.raises(XenbackendError, match="udevadm is not installed"):
         activate.run(activate.forgetting(), lambda _step: None)
 
 
 def test_whether_it_serves_is_systemds_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Active is what systemctl says is active."""
+    """The service counts as active if systemctl says so."""
     programs(tmp_path, monkeypatch, systemctl="exit 3")
     assert not activate.is_serving()
     programs(tmp_path, monkeypatch, systemctl="exit 0")
@@ -72,13 +72,13 @@ def test_whether_it_serves_is_systemds_word(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.skipif(not activate.is_possible(), reason="systemd does not run here")
 def test_the_programs_are_there() -> None:
-    """Where systemd runs, every program of the steps is one that can be asked for its version."""
+    """Where systemd runs, every program of the steps exists and answers --version."""
     for name in {step[0] for step in [*activate.starting(starts=True), *activate.forgetting()]}:
         assert 0 == subprocess.run([name, "--version"], capture_output=True, check=False).returncode
 
 
 def test_what_systemd_says_of_the_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its properties by name; nothing where it does not run this host, is not there, or does not answer in time."""
+    """The unit's properties by name; none if systemd does not run, is missing, or does not answer in time."""
     monkeypatch.setattr(activate, "is_possible", lambda: True)
     programs(tmp_path, monkeypatch, systemctl="printf 'ActiveState=active\\nStatusText=a=b\\n\\n'")
     known = activate.unit_facts(10)

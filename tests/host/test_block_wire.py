@@ -1,4 +1,4 @@
-"""What the hotplug script makes of the service's answers."""
+"""How the hotplug script reads the service's answers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BACKEND = "/local/domain/0/backend/vbd/5/51712"
 
 
 def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: Answer | bytes) -> list[dict[str, object]]:
-    """Let the script ask a service that answers so, and return what it asked."""
+    """Run the script's request against a service with this answer, and return the requests."""
     monkeypatch.setattr(block_xenbackend, "SETTINGS", str(tmp_path / "none"))
     with answering(tmp_path / "x", lambda _: answer) as control:
         monkeypatch.setattr(block_xenbackend, "SOCKET", control.path)
@@ -29,7 +29,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: Answer | byte
     [Answer(Code.OK), Answer(Code.OK, "connected"), Answer(Code.OK, order=17), b'{"data": "connected"}\n'],
 )
 def test_a_disk_that_is_open_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: Answer | bytes) -> None:
-    """Of this service, and of one that ran before this script was installed."""
+    """Answers of this service, and of one older than the script, count as success."""
     assert [{"verb": "hotplug", "action": "add", "path": BACKEND}] == asked(tmp_path, monkeypatch, answer)
 
 
@@ -38,7 +38,7 @@ def test_a_disk_that_is_open_is_served(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_no_is_one_whatever_it_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: Code, sentence: str
 ) -> None:
-    """The toolstack reads the service's own sentence; none can look like a yes."""
+    """Every other code is a refusal with the service's own sentence, even if that looks like success."""
     with pytest.raises(Refused) as caught:
         asked(tmp_path, monkeypatch, Answer(code, {"said": sentence}, sentence))
 
@@ -46,6 +46,6 @@ def test_a_no_is_one_whatever_it_says(
 
 
 def test_a_service_that_ends_is_asked_once_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next one takes the request from the same socket; where that ends too, the toolstack is told."""
+    """If the service ends before it answers, the request is repeated once; if that fails too, the error says so."""
     with pytest.raises(NoService, match="ended before it answered"):
         asked(tmp_path, monkeypatch, b"")

@@ -1,4 +1,4 @@
-"""The hotplug script as libxl starts it: its own process, a real service's socket, the real xenstore-write."""
+"""The hotplug script as libxl starts it: its own process, a real service's socket, and the real xenstore-write."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ def script(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def scripts() -> list[str]:
-    """The names of scripts that are ours."""
+    """The script names that count as ours."""
     return Settings().scripts
 
 
 @pytest.fixture
 def service(xenstored: Xenstored, tmp_path: Path, scripts: list[str]) -> Iterator[None]:
-    """A registry that listens where the settings say, in a thread of its own."""
+    """A registry that listens at the socket of the settings, in its own thread."""
     settings = Settings(scripts=scripts)
     stepped = Stepped(xenstored.address, settings, socket=f"{tmp_path}/control.sock", runs_script=False)
     is_over = threading.Event()
@@ -88,7 +88,7 @@ def _run(script: Path, xenstored: Xenstored, *arguments: str, **more: str) -> su
 
 
 def test_it_knows_where_the_service_listens() -> None:
-    """The script cannot import our package: what it repeats of it is the same."""
+    """The script cannot import our package, so it repeats two paths: they are the same."""
     assert (str(SETTINGS), DEFAULT_SOCKET) == (block_xenbackend.SETTINGS, block_xenbackend.SOCKET)
 
 
@@ -109,7 +109,7 @@ def test_a_disk_that_opens(script: Path, xenstored: Xenstored, toolstack: Store)
 def test_it_costs_little_more_than_an_interpreter(
     script: Path, xenstored: Xenstored, toolstack: Store, tmp_path: Path
 ) -> None:
-    """With the settings that we install a disk that opens needs none of the modules that would double the cost."""
+    """With the installed settings, attaching a disk imports none of the modules that would double the script's cost."""
     write_like_libxl(toolstack)
     (tmp_path / "settings.toml").write_text(example())
     text = script.read_text().replace(DEFAULT_SOCKET, f"{tmp_path}/control.sock")
@@ -125,7 +125,7 @@ def test_it_costs_little_more_than_an_interpreter(
 def test_a_socket_that_was_moved(
     script: Path, xenstored: Xenstored, toolstack: Store, tmp_path: Path, line: str
 ) -> None:
-    """However the settings write it, the script finds the service where they say."""
+    """The script finds the socket that the settings name, however they write it."""
     write_like_libxl(toolstack)
     (tmp_path / "settings.toml").write_text(line.format(tmp_path / "control.sock") + "\n" + example())
 
@@ -134,7 +134,7 @@ def test_a_socket_that_was_moved(
 
 @pytest.mark.usefixtures("service")
 def test_a_chain_that_does_not_open(script: Path, xenstored: Xenstored, toolstack: Store) -> None:
-    """The service's sentence is on stderr and where libxl looks for it."""
+    """The service's sentence is on stderr and in the node that libxl reads."""
     write_like_libxl(toolstack, params="null:2G")
     ended = _run(script, xenstored, "add")
 
@@ -144,7 +144,7 @@ def test_a_chain_that_does_not_open(script: Path, xenstored: Xenstored, toolstac
 
 @pytest.mark.usefixtures("service")
 def test_a_disk_of_somebody_else(script: Path, xenstored: Xenstored, toolstack: Store) -> None:
-    """A disk whose script is not ours is refused, and nothing is written into its directory."""
+    """A disk with another script is refused, and nothing is written to its directory."""
     write_like_libxl(toolstack, script="/etc/xen/scripts/block")
     before = toolstack.dictionary(PATH.backend)
     ended = _run(script, xenstored, "add")
@@ -159,7 +159,7 @@ def test_a_disk_of_somebody_else(script: Path, xenstored: Xenstored, toolstack: 
 @pytest.mark.parametrize("scripts", [["block-xenbackend", "block-tap"]])
 @pytest.mark.usefixtures("service")
 def test_a_disk_whose_script_has_xens_own_name(script: Path, xenstored: Xenstored, toolstack: Store) -> None:
-    """A link with the name that libxl runs for libvirt is our script, where the settings have that name too."""
+    """A link with the name that libxl uses for libvirt is our script, if the settings list that name."""
     path = VbdPath("vbd3", 0, 5, 51712)
     write_like_libxl(toolstack, path, script="/etc/xen/scripts/block-tap", params="aio:null:1G")
     link = script.with_name("block-tap")
@@ -174,7 +174,7 @@ def test_a_disk_whose_script_has_xens_own_name(script: Path, xenstored: Xenstore
 
 @pytest.mark.skipif(shutil.which("xenstore-write") is None, reason="xenstore-utils is not installed")
 def test_no_service(script: Path, xenstored: Xenstored, toolstack: Store) -> None:
-    """Without a service `add` fails at once, and leaves its sentence itself, by xenstore's own tool."""
+    """Without a service `add` fails at once, and writes its sentence with xenstore's own tool."""
     write_like_libxl(toolstack)
     ended = _run(script, xenstored, "add")
 
@@ -189,7 +189,7 @@ def test_no_service(script: Path, xenstored: Xenstored, toolstack: Store) -> Non
 def test_a_service_that_goes_by_former_settings(
     script: Path, xenstored: Xenstored, toolstack: Store, tmp_path: Path
 ) -> None:
-    """Where nobody listens at the place that the settings name, the service may at the default one."""
+    """If nobody listens at the settings' socket the script tries the default: the service may have other settings."""
     write_like_libxl(toolstack)
     (tmp_path / "settings.toml").write_text('socket = "/nowhere/control.sock"\n')
     script.write_text(script.read_text().replace(DEFAULT_SOCKET, f"{tmp_path}/control.sock"))
@@ -198,7 +198,7 @@ def test_a_service_that_goes_by_former_settings(
 
 
 def test_a_path_that_is_none(script: Path, xenstored: Xenstored) -> None:
-    """A path that would not come through as it is, is refused before anybody is asked."""
+    """A path that would have to be escaped is refused before the service is asked."""
     ended = _run(script, xenstored, "add", XENBUS_PATH='backend/"}')
 
     assert (1, """block-xenbackend: XENBUS_PATH='backend/"}' is not a path in xenstore\n""") == (
@@ -208,7 +208,7 @@ def test_a_path_that_is_none(script: Path, xenstored: Xenstored) -> None:
 
 
 def test_by_hand(script: Path, xenstored: Xenstored) -> None:
-    """Who starts it by hand is told what it is."""
+    """If it is started by hand, it says what it is for."""
     statuses = [_run(script, xenstored).returncode, _run(script, xenstored, "add", XENBUS_PATH="").returncode]
 
     assert [2, 2] == statuses

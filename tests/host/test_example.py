@@ -10,7 +10,7 @@ from xenbackend.supervisor.service.settings import Settings, load
 
 
 def test_the_example_changes_nothing(tmp_path: Path) -> None:
-    """As it is installed, the file means the defaults."""
+    """The example, as installed, changes no default."""
     path = tmp_path / "x.toml"
     path.write_text(example())
 
@@ -18,7 +18,7 @@ def test_the_example_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_each_setting_is_there_with_its_default(tmp_path: Path) -> None:
-    """With the # before each setting taken away the file names every setting, and still means the defaults."""
+    """With the # before each setting removed the file has every setting with its default."""
     path = tmp_path / "x.toml"
     path.write_text(re.sub(r"^#(?=\w+ = )", "", example(), flags=re.MULTILINE))
     names = re.findall(r"^(\w+) = ", path.read_text(), re.MULTILINE)

@@ -22,7 +22,7 @@ def item(program: Program, name: str) -> Item:
 
 
 def test_every_script_that_is_served_is_installed() -> None:
-    """Each name that the settings take for ours is a hotplug script of xl: ours, or a link to it."""
+    """Each script name in the settings is an installed hotplug script: ours, or a link to it."""
     scripts = {name: item(VENV, name) for name in Settings().scripts}
 
     assert {f"/etc/xen/scripts/{name}" for name in scripts} == {each.path for each in scripts.values()}
@@ -32,7 +32,7 @@ def test_every_script_that_is_served_is_installed() -> None:
 
 @pytest.mark.parametrize("program", [VENV, PACKAGED])
 def test_the_files_run_the_program_that_installs(program: Program) -> None:
-    """The hotplug script runs on our interpreter, isolated, and the unit runs our command."""
+    """The hotplug script runs on our interpreter in isolated mode, and the unit runs our command."""
     script, unit = item(program, "block-xenbackend"), item(program, "xenbackend.service")
 
     assert f"#!{program.python} -IS".encode() == script.content.split(b"\n")[0]
@@ -42,7 +42,7 @@ def test_the_files_run_the_program_that_installs(program: Program) -> None:
 
 
 def test_the_script_runs(tmp_path: Path) -> None:
-    """What is installed as the hotplug script is one: a toolstack that removes a disk is answered with success."""
+    """The installed hotplug script runs: `remove` ends with success."""
     script = tmp_path / "block-xenbackend"
     script.write_bytes(item(Program("/x/xenbackend", sys.executable), script.name).content)
     script.chmod(0o755)
@@ -51,7 +51,7 @@ def test_the_script_runs(tmp_path: Path) -> None:
 
 
 def test_an_admins_files_lie_in_etc_a_packages_do_not() -> None:
-    """What a package installs may be overridden in /etc; only scripts of Xen and the settings are there themselves."""
+    """A package's files lie outside /etc, where they can be overridden, except Xen's scripts and the settings."""
     assert all(each.path.startswith("/etc/") for each in items(VENV))
     assert {"/etc/xen/scripts/block-xenbackend", "/etc/xen/scripts/tap2", str(PATH)} == {
         each.path for each in items(PACKAGED) if each.path.startswith("/etc/")
@@ -59,5 +59,5 @@ def test_an_admins_files_lie_in_etc_a_packages_do_not() -> None:
 
 
 def test_only_the_settings_are_the_admins() -> None:
-    """One file is for editing; all others are written anew by each install."""
+    """Only the settings file is for editing; an install rewrites all others."""
     assert [str(PATH)] == [each.path for each in items(VENV) if each.is_config]

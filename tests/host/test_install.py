@@ -1,4 +1,4 @@
-"""Installing below a root, and taking it away again."""
+"""Installing below a root, and uninstalling."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ Said = list[tuple[str, str]]
 
 
 def put(root: Path, wanted: list[Item] = ITEMS, *, is_dry: bool = False) -> Said:
-    """Install, and return what was said."""
+    """Install, and return what was reported."""
     said: Said = []
     install(Tree(root), wanted, lambda done, path: said.append((done, path)), is_dry=is_dry)
     return said
 
 
 def take(root: Path, *, is_dry: bool = False, is_purge: bool = False) -> Said:
-    """Uninstall, and return what was said."""
+    """Uninstall, and return what was reported."""
     said: Said = []
     uninstall(Tree(root), lambda done, path: said.append((done, path)), is_dry=is_dry, is_purge=is_purge)
     return said
 
 
 def picture(root: Path) -> dict[str, object]:
-    """Return all that is below a root: contents, targets, modes and times of change."""
+    """Return everything below a root: contents, link targets, modes and modification times."""
     return {
         str(each.relative_to(root)): (each.lstat().st_mode, each.lstat().st_mtime_ns, each.lstat().st_ino)
         for each in sorted(root.rglob("*"))
@@ -42,7 +42,7 @@ def picture(root: Path) -> dict[str, object]:
 
 
 def test_all_comes_and_all_goes(tmp_path: Path) -> None:
-    """What was installed is exactly what is removed, the directories that were made for it included."""
+    """Uninstall removes exactly what was installed, including the directories that were created."""
     (tmp_path / "etc/xen").mkdir(parents=True)
     made = put(tmp_path)
     tree = Tree(tmp_path)
@@ -56,7 +56,7 @@ def test_all_comes_and_all_goes(tmp_path: Path) -> None:
 
 
 def test_twice_is_once(tmp_path: Path) -> None:
-    """A second install says that it kept everything, and touches nothing, the manifest included."""
+    """A second install reports that everything was kept, and changes nothing, not even the manifest."""
     put(tmp_path)
     before = picture(tmp_path)
 
@@ -65,7 +65,7 @@ def test_twice_is_once(tmp_path: Path) -> None:
 
 
 def test_a_dry_run_says_the_same_and_touches_nothing(tmp_path: Path) -> None:
-    """Dry runs of both tell what would be done."""
+    """Dry runs of install and uninstall report what would be done, and change nothing."""
     assert [("made", item.path) for item in ITEMS] == put(tmp_path, is_dry=True)
     assert {} == picture(tmp_path)
     put(tmp_path)
@@ -76,7 +76,7 @@ def test_a_dry_run_says_the_same_and_touches_nothing(tmp_path: Path) -> None:
 
 
 def test_an_older_versions_files_are_replaced(tmp_path: Path) -> None:
-    """The next version's files take the place of the last one's, untouched settings too; what it has no more goes."""
+    """Files of an older version are replaced, unmodified settings included; those no longer shipped are removed."""
     old = [Item(item.path, b"old", item.mode, is_config=item.is_config) for item in ITEMS]
     put(tmp_path, [*old, Item("/etc/tmpfiles.d/xenbackend.conf", b"old")])
     said = put(tmp_path)
@@ -89,7 +89,7 @@ def test_an_older_versions_files_are_replaced(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("is_ours", [True, False], ids=["edited", "there before"])
 def test_an_admins_settings_stay(tmp_path: Path, *, is_ours: bool) -> None:
-    """Settings that the admin wrote or edited survive install and uninstall, and go with a purge."""
+    """Settings that the admin wrote or edited survive install and uninstall; a purge removes them."""
     if is_ours:
         put(tmp_path)
     (tmp_path / "etc").mkdir(exist_ok=True)
@@ -105,7 +105,7 @@ def test_an_admins_settings_stay(tmp_path: Path, *, is_ours: bool) -> None:
 
 
 def test_what_somebody_changed_is_not_taken_away(tmp_path: Path) -> None:
-    """Uninstall keeps a file that is not the one that was installed, and says so; a purge takes it."""
+    """Uninstall keeps a file that was changed and says so; a purge removes it."""
     put(tmp_path)
     (tmp_path / UNIT).write_text("another's")
 
@@ -116,7 +116,7 @@ def test_what_somebody_changed_is_not_taken_away(tmp_path: Path) -> None:
 
 
 def test_what_is_gone_already_is_no_fault(tmp_path: Path) -> None:
-    """A file that the admin removed is made again by install, and missed by nobody at uninstall."""
+    """A file that the admin removed is created again by install, and ignored by uninstall."""
     put(tmp_path)
     (tmp_path / UNIT).unlink()
     assert [("made", "/" + UNIT)] == [each for each in put(tmp_path) if each[0] != "kept"]
@@ -127,7 +127,7 @@ def test_what_is_gone_already_is_no_fault(tmp_path: Path) -> None:
 
 
 def test_another_ones_file_is_refused_before_anything_is_touched(tmp_path: Path) -> None:
-    """A script of the same name that somebody else put there is named, and nothing is written."""
+    """A script of the same name that belongs to somebody else is named, and nothing is written."""
     (tmp_path / "etc/xen/scripts").mkdir(parents=True)
     (tmp_path / "etc/xen/scripts/tap2").write_text("blktap2's")
     before = picture(tmp_path)
@@ -138,7 +138,7 @@ def test_another_ones_file_is_refused_before_anything_is_touched(tmp_path: Path)
 
 
 def test_beside_a_package_nothing_is_installed(tmp_path: Path) -> None:
-    """A host that has the distribution's package is refused, and the package is not taken away by us."""
+    """A host with the distribution's package is refused, and uninstall does not remove the package."""
     stage(Tree(tmp_path), items(PACKAGED), lambda _done, _path: None)
     before = picture(tmp_path)
     with pytest.raises(ConfigError, match="a package has installed xenbackend"):
@@ -151,7 +151,7 @@ def test_beside_a_package_nothing_is_installed(tmp_path: Path) -> None:
 
 
 def test_after_a_cut_everything_can_be_taken_away(tmp_path: Path) -> None:
-    """An install that ends in the middle has told the manifest first: nothing is left behind for good."""
+    """The manifest is written first, so that an interrupted install can be removed completely."""
     (tmp_path / "etc/udev/rules.d/60-xenbackend.rules").parent.mkdir(parents=True)
     before = picture(tmp_path)
 

@@ -13,7 +13,7 @@ from xenbackend.host.tree import Tree
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
-    """A manifest says tomorrow what it says today; where there is none, nothing was installed."""
+    """A saved manifest is loaded as it was; a missing one means that nothing was installed."""
     tree = Tree(tmp_path)
     installed = Manifest({"/etc/x": "sha256:00", "/etc/y": "link:x"}, ["/etc"])
     assert Manifest() == manifest.load(tree)
@@ -24,7 +24,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"frob": 1}', "\0"])
 def test_a_damaged_manifest_is_named(tmp_path: Path, text: str) -> None:
-    """A manifest that cannot be read is refused with its path, not taken for none."""
+    """A manifest that cannot be read is refused with its path, and not taken for a missing one."""
     place = tmp_path / manifest.PATH[1:]
     place.parent.mkdir(parents=True)
     place.write_text(text)

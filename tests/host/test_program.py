@@ -23,7 +23,7 @@ def script(path: Path, text: str) -> Path:
 
 
 def test_a_script_is_started_by_its_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A command that was called by a relative path becomes one that holds anywhere."""
+    """A relative command becomes an absolute one."""
     path = script(tmp_path / "bin" / "xenbackend", HELLO)
     monkeypatch.chdir(tmp_path)
     program = this_program("bin/xenbackend", "/usr/bin/python3")
@@ -33,7 +33,7 @@ def test_a_script_is_started_by_its_whole_path(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.slow
 def test_a_module_is_started_by_its_interpreter() -> None:
-    """`python -m xenbackend` becomes the same with the interpreter's whole path."""
+    """`python -m xenbackend` becomes the same command with the interpreter's absolute path."""
     program = this_program(str(Path(__file__).parents[2] / "xenbackend" / "__main__.py"), sys.executable)
 
     assert f"{sys.executable} -m xenbackend" == program.command
@@ -41,7 +41,7 @@ def test_a_module_is_started_by_its_interpreter() -> None:
 
 @pytest.mark.parametrize("text", [f': "${{PYTHONPATH:?}}"; {HELLO}', "exit 1", "echo xenbackend 0.0.1"])
 def test_what_needs_an_environment_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    """A program that starts only where PYTHONPATH is set, not at all, or as another version is no service's program."""
+    """A program that fails, needs PYTHONPATH, or is another version, cannot be the service's program."""
     monkeypatch.setenv("PYTHONPATH", "/somewhere")
     path = script(tmp_path / "bin" / "xenbackend", text)
     with pytest.raises(ConfigError, match="install xenbackend into a venv"):
@@ -50,7 +50,7 @@ def test_what_needs_an_environment_is_refused(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("directory", ["a b", "100%", "x" * 120, "ü"])
 def test_a_path_that_a_unit_would_misread_is_refused(tmp_path: Path, directory: str) -> None:
-    """A blank, a percent sign, a very long path: the unit or the script's first line would mean something else."""
+    """A path with a blank or percent sign, or one too long, is refused: a unit or a script's first line misreads it."""
     path = script(tmp_path / directory / "xenbackend", HELLO)
     with pytest.raises(ConfigError, match="install to a shorter path"):
         this_program(str(path), "/usr/bin/python3")

@@ -1,4 +1,4 @@
-"""Whether guests depend on the service."""
+"""Whether guests depend on the running service."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from xenbackend.protocol.codes import Code
 
 
 def serving(*names: str) -> Answering:
-    """Return what answers as a service with disks of these names."""
+    """Return a function that answers as a service with these disks."""
     return lambda _: Answer(Code.OK, [{"vbd": name} for name in names])
 
 
 def test_a_service_is_looked_for_where_it_may_be(tmp_path: Path) -> None:
-    """That is where the settings say, and the default place; broken settings may have said anything."""
+    """A service is looked for at the settings' socket and the default one; broken settings leave that unknown."""
     path = tmp_path / "x.toml"
     path.write_text('socket = "/elsewhere"\n')
     moved = control_sockets(path)
@@ -38,12 +38,12 @@ def test_a_service_is_looked_for_where_it_may_be(tmp_path: Path) -> None:
 
 
 def test_where_nobody_listens_nobody_is_served(tmp_path: Path) -> None:
-    """No socket, no service."""
+    """Without a socket there is no service."""
     refuse_while_serving(str(tmp_path / "none"))
 
 
 def test_a_service_without_disks_may_go(tmp_path: Path) -> None:
-    """An idle service is in nobody's way."""
+    """A service without disks may be stopped."""
     with answering(tmp_path / "socket", serving()) as control:
         refuse_while_serving(control.path)
 
@@ -51,7 +51,7 @@ def test_a_service_without_disks_may_go(tmp_path: Path) -> None:
 
 
 def test_disks_are_named(tmp_path: Path) -> None:
-    """Disks that are served are counted, and the first of them named."""
+    """The refusal counts the disks in service and names the first of them."""
     names = [f"{domid}/xvda" for domid in range(1, 8)]
     sentence = r"^guests have disks: 1/xvda, .*5/xvda \.\.\. \(7 in all\); detach"
     with (
@@ -62,7 +62,7 @@ def test_disks_are_named(tmp_path: Path) -> None:
 
 
 def test_silence_is_no_answer(tmp_path: Path) -> None:
-    """A socket that nobody serves may be one of a service that hangs: only the admin knows."""
+    """A socket without an answer may belong to a hanging service, so the answer is unknown."""
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(tmp_path / "socket"))
     with pytest.raises(XenbackendError, match=r"it is not known whether disks are served: .*or use --force"):
@@ -77,7 +77,7 @@ def test_a_script_hears_it(
     disks: list[str],
     status: int,
 ) -> None:
-    """The exit status says whether guests have disks, and a sentence which; a package manager's --force is another."""
+    """The exit status tells scripts whether guests have disks; the sentence names the disks, but not our --force."""
     with answering(tmp_path / "socket", serving(*disks)) as control:
         monkeypatch.setattr(served, "control_sockets", lambda: [str(tmp_path / "none"), control.path])
         found = served.main()

@@ -13,7 +13,7 @@ from xenbackend.host.tree import Tree
 
 
 def test_a_file_is_born_whole(tmp_path: Path) -> None:
-    """A file comes with its content and mode whatever the umask, its directories for everybody, and no draft stays."""
+    """A file appears with its contents and mode whatever the umask, in directories open to all, and no draft stays."""
     former = os.umask(0o077)
     try:
         Tree(tmp_path).put(Item("/a/b/file", b"text", 0o755))
@@ -26,7 +26,7 @@ def test_a_file_is_born_whole(tmp_path: Path) -> None:
 
 
 def test_a_file_that_cannot_be_replaced_stays(tmp_path: Path) -> None:
-    """When the last step fails, what was there is as it was, and no draft stays."""
+    """If the last step fails, the former file is unchanged and no draft stays."""
     (tmp_path / "file").mkdir()
     (tmp_path / "file/inner").touch()
     with pytest.raises(OSError, match="file"):
@@ -36,7 +36,7 @@ def test_a_file_that_cannot_be_replaced_stays(tmp_path: Path) -> None:
 
 
 def test_a_link_is_replaced_not_followed(tmp_path: Path) -> None:
-    """Where a link stands the item takes its place: the file behind it is somebody else's."""
+    """A link is replaced by the item; the file that it leads to is not changed."""
     (tmp_path / "other").write_text("other's")
     (tmp_path / "file").symlink_to("other")
     tree = Tree(tmp_path)
@@ -48,7 +48,7 @@ def test_a_link_is_replaced_not_followed(tmp_path: Path) -> None:
 
 
 def test_a_link_out_of_the_root_is_refused(tmp_path: Path) -> None:
-    """A directory of an image that is a link to one of this host is refused: the host's files are not the image's."""
+    """A directory that is a link out of the root is refused, so that an image's files are never put on this host."""
     (tmp_path / "image").mkdir()
     (tmp_path / "image/etc").symlink_to(tmp_path)
     with pytest.raises(ConfigError, match="leads out of"):
@@ -58,7 +58,7 @@ def test_a_link_out_of_the_root_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_item_is_there_when_content_and_mode_are(tmp_path: Path) -> None:
-    """A script that lost its mode is not as it should be; of a settings file the mode is the admin's."""
+    """An item counts as present if contents and mode are right; the mode of a settings file is the admin's."""
     tree, script, config = Tree(tmp_path), Item("/script", b"x", 0o755), Item("/config", b"x", is_config=True)
     for item in (script, config):
         tree.put(item)
@@ -69,7 +69,7 @@ def test_an_item_is_there_when_content_and_mode_are(tmp_path: Path) -> None:
 
 
 def test_only_empty_directories_are_removed(tmp_path: Path) -> None:
-    """A directory goes with all that are in it, unless somebody put something there."""
+    """A directory is removed with those in it, unless it contains a file of somebody else."""
     tree = Tree(tmp_path)
     missing = tree.missing_directories(["/a/b/file", "/c/file"])
     tree.put(Item("/a/b/file"))
@@ -82,6 +82,6 @@ def test_only_empty_directories_are_removed(tmp_path: Path) -> None:
 
 
 def test_a_root_is_a_directory(tmp_path: Path) -> None:
-    """A root that is not there is the operator's mistake."""
+    """A missing root is the operator's mistake."""
     with pytest.raises(ConfigError, match="is not a directory"):
         Tree(tmp_path / "none")

@@ -1,4 +1,4 @@
-"""The systemd unit: what a service that opens any image can do without, it does without."""
+"""The systemd unit gives up everything that a service which opens any image can do without."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MOST = 40  # tenths of systemd's measure of exposure
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd-analyze here")
 def test_what_systemd_still_counts_is_explained(tmp_path: Path) -> None:
-    """The exposure is at most 4.0, and each row that is left has its reason in the unit."""
+    """The exposure is at most 4.0, and each remaining row has a reason in the unit."""
     unit = tmp_path / UNIT.name
     unit.write_text(UNIT.read_text().replace("/usr/bin/xenbackend", "/bin/true"))
     done = subprocess.run(

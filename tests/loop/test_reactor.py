@@ -1,4 +1,4 @@
-"""Tests of `xenbackend.loop.reactor`; time is a number that the tests move."""
+"""Tests of `xenbackend.loop.reactor`; the time is a number that the tests advance."""
 
 import errno
 import os
@@ -15,7 +15,7 @@ from xenbackend.loop.reactor import Reactor
 
 
 class Clock:
-    """A clock that stands still until it is moved."""
+    """A clock that stands still until a test advances it."""
 
     def __init__(self) -> None:
         self.time = 100.0
@@ -40,7 +40,7 @@ def reactor(clock: Clock) -> Iterator[Reactor]:
 
 
 def test_a_timer_may_be_due_in_a_hundred_years(reactor: Reactor) -> None:
-    """The kernel takes no sleep of more than 24 days: the loop wakes up earlier, and goes to sleep again."""
+    """A timer may be years away: the kernel accepts sleeps of up to 24 days, so the loop wakes up and sleeps again."""
     reactor.call_later(100 * 365 * 86400.0, lambda: pytest.fail("it is not its time"))
     reactor.call_soon_threadsafe(lambda: reactor.call_soon_threadsafe(reactor.stop))  # each after a sleep
     reactor.run()
@@ -49,7 +49,7 @@ def test_a_timer_may_be_due_in_a_hundred_years(reactor: Reactor) -> None:
 
 
 def test_readable_descriptor_is_called(reactor: Reactor) -> None:
-    """A callback is called while its descriptor is readable, and no more after it was removed."""
+    """A callback is called while its descriptor is readable, and no more after the descriptor was removed."""
     reader, writer = os.pipe()
     seen: list[bytes] = []
 
@@ -69,7 +69,7 @@ def test_readable_descriptor_is_called(reactor: Reactor) -> None:
 
 
 def test_a_descriptor_that_is_read_may_be_wanted_for_writing(reactor: Reactor) -> None:
-    """The one callback of a descriptor is called also while it can be written to, as long as that is wanted."""
+    """A descriptor's one callback is also called while the descriptor is writable, for as long as that is wanted."""
     near, far = socket.socketpair()
     seen: list[int] = []
     with near, far:
@@ -84,7 +84,7 @@ def test_a_descriptor_that_is_read_may_be_wanted_for_writing(reactor: Reactor) -
 
 
 def test_edges_need_no_read(reactor: Reactor) -> None:
-    """A descriptor watched for edges calls once per write, although nobody reads it."""
+    """A descriptor watched for edges calls once for each write, even if nobody reads it."""
     event = os.eventfd(0)
     calls = []
     reactor.add(event, lambda: calls.append(1), edge=True)
@@ -101,7 +101,7 @@ def test_edges_need_no_read(reactor: Reactor) -> None:
 
 
 def test_timers_in_order(reactor: Reactor, clock: Clock) -> None:
-    """Timers are called when their time has come, in the order of their times and then of asking; none is early."""
+    """Timers are called in the order of their times, then of their setting, and none too early."""
     order: list[str] = []
     for delay, name in ((2.0, "c"), (1.0, "a"), (1.0, "b"), (9.0, "never")):
         reactor.call_later(delay, lambda name=name: order.append(name))
@@ -116,9 +116,7 @@ def test_timers_in_order(reactor: Reactor, clock: Clock) -> None:
 
 
 def test_timers_that_take_long_let_descriptors_have_their_turn(reactor: Reactor, clock: Clock) -> None:
-    """Of many timers that are due at once a pass calls what it has time for; the others follow in order, and a
-    descriptor that is ready is served in between.
-    """
+    """If many timers are due, a pass calls those that it has time for; ready descriptors are served before the rest."""
     seen: list[str] = []
     reading, writing = os.pipe()
 
@@ -143,7 +141,7 @@ def test_timers_that_take_long_let_descriptors_have_their_turn(reactor: Reactor,
 
 
 def test_calls_asked_for_by_calls_wait_for_the_next_pass(reactor: Reactor) -> None:
-    """A call that asks for another one does not keep the descriptors from their turn."""
+    """A call that asks for another call does not delay descriptors."""
     order: list[str] = []
     reader, writer = os.pipe()
     os.write(writer, b"x")
@@ -163,7 +161,7 @@ def test_calls_asked_for_by_calls_wait_for_the_next_pass(reactor: Reactor) -> No
 
 
 def test_threads_wake_the_loop(reactor: Reactor) -> None:
-    """A call from another thread is done by the loop's thread, which may be asleep without any timer."""
+    """A call from another thread runs in the loop's thread, which it wakes even if no timer is set."""
     seen: list[int] = []
 
     def finish() -> None:
@@ -179,7 +177,7 @@ def test_threads_wake_the_loop(reactor: Reactor) -> None:
 
 
 def test_hook_that_found_work_keeps_it_awake(reactor: Reactor) -> None:
-    """Hooks are called before sleeping; while one returns True the loop does not sleep, though nothing else happens."""
+    """Hooks are called before sleeping; while one returns True the loop does not sleep, even with nothing to do."""
     calls: list[int] = []
 
     def hook() -> bool:
@@ -199,7 +197,7 @@ def test_hook_that_found_work_keeps_it_awake(reactor: Reactor) -> None:
 
 
 def test_hook_that_stops_the_loop(reactor: Reactor) -> None:
-    """A loop that a hook stopped does not go to sleep first."""
+    """If a hook stops the loop, the loop does not sleep first."""
 
     def hook() -> bool:
         reactor.stop()
@@ -210,7 +208,7 @@ def test_hook_that_stops_the_loop(reactor: Reactor) -> None:
 
 
 def test_idle_loop_sleeps() -> None:
-    """An idle loop makes one pass per reason to wake up, and none without; a call from a thread is one reason."""
+    """An idle loop makes one pass for each reason to wake up and no others; a call from a thread is a reason."""
     reactor = Reactor()
     passes: list[int] = []
 
@@ -229,7 +227,7 @@ def test_idle_loop_sleeps() -> None:
 
 
 def test_bugs_go_to_their_handler(clock: Clock) -> None:
-    """An exception out of a callback, or out of a thread, reaches `on_bug`, and everything else goes on."""
+    """An exception from a callback or a thread is passed to `on_bug`, and everything else goes on."""
     bugs: list[str] = []
     reactor = Reactor(clock, on_bug=lambda error: bugs.append(str(error)))
 
@@ -245,7 +243,7 @@ def test_bugs_go_to_their_handler(clock: Clock) -> None:
 
 
 class Sleeper:
-    """Something in flight that the host does not let us wait for, at first."""
+    """Something in flight for which the host does not let us wait at first."""
 
     in_flight = 1
 
@@ -254,7 +252,7 @@ class Sleeper:
         self.delivered = 0
 
     def wait(self, timeout_s: float | None) -> bool:
-        """Fail, or have slept."""
+        """Fail, or return as if having slept."""
         if self.failures:
             self.failures -= 1
             raise KernelError("wait for asynchronous I/O", errno.ENOMEM)
@@ -266,7 +264,7 @@ class Sleeper:
 
 
 def test_bug_in_a_hook_goes_to_the_handler(clock: Clock) -> None:
-    """An exception out of a hook is contained as a callback's is, and the hooks behind it are called."""
+    """An exception from a hook is contained like a callback's, and the hooks after it are called."""
     bugs: list[str] = []
     reactor = Reactor(clock, on_bug=lambda error: bugs.append(str(error)))
 
@@ -286,7 +284,7 @@ def test_bug_in_a_hook_goes_to_the_handler(clock: Clock) -> None:
 
 
 def test_sleeper_that_cannot_wait_is_told_and_tried_again(clock: Clock) -> None:
-    """While the host refuses the one sleep for everything, the loop serves its own descriptors, and tries again."""
+    """While the common sleep fails, the loop serves its own descriptors and tries again."""
     bugs: list[Exception] = []
     reactor = Reactor(clock, on_bug=bugs.append)
     event = os.eventfd(1)
@@ -305,7 +303,7 @@ def test_sleeper_that_cannot_wait_is_told_and_tried_again(clock: Clock) -> None:
 
 
 def test_bugs_without_a_handler_end_the_loop(reactor: Reactor) -> None:
-    """Without `on_bug` an exception out of a callback comes out of `run`."""
+    """Without `on_bug` an exception from a callback is raised by `run`."""
 
     def bug() -> None:
         raise ValueError("a bug of ours")
@@ -327,7 +325,7 @@ def test_close_leaves_nothing_open() -> None:
 
 
 def test_a_timer_counts_only_as_it_was_set_last() -> None:
-    """A timer that is set later, earlier or not at all is due then, once; one that is due may be set anew."""
+    """Only the last setting of a timer counts, and it is called once; it may be set again when it was due."""
     now = [0.0]
     loop = Reactor(clock=lambda: now[0])
     seen: list[float] = []
@@ -359,7 +357,7 @@ def test_a_timer_counts_only_as_it_was_set_last() -> None:
 
 
 def test_a_descriptor_may_be_waited_for_until_it_can_be_written_to(reactor: Reactor) -> None:
-    """Its callback is called once there is room, and not before."""
+    """With `writable` the callback is called once there is room, and not before."""
     reader, writer = os.pipe2(os.O_NONBLOCK)
     while True:
         try:
@@ -382,7 +380,7 @@ def test_a_descriptor_may_be_waited_for_until_it_can_be_written_to(reactor: Reac
 
 
 def test_an_end_may_be_awaited_alone(reactor: Reactor) -> None:
-    """Neither data, nor that no more will come, calls; that the other end is closed does."""
+    """`add_for_end` calls when the other end is closed, but not for data or a shutdown."""
     near, far = socket.socketpair()
     seen: list[bool] = []
     is_closed = False
@@ -406,7 +404,7 @@ def test_an_end_may_be_awaited_alone(reactor: Reactor) -> None:
 
 
 def test_a_number_that_is_used_again_in_a_pass_is_not_ready(reactor: Reactor) -> None:
-    """A descriptor that takes the number of one that was ready, and was removed meanwhile, is not called for it."""
+    """A descriptor that gets the number of a ready one, which was removed in the same pass, is not called for it."""
     first, second, third = os.eventfd(1), os.eventfd(1), os.eventfd(0)
     calls: list[str] = []
 
@@ -429,7 +427,7 @@ def test_a_number_that_is_used_again_in_a_pass_is_not_ready(reactor: Reactor) ->
 
 
 def test_a_bug_that_somebody_contained_goes_the_same_way(clock: Clock) -> None:
-    """Whoever goes on after an exception tells of it as the loop would; without a handler it comes out."""
+    """A contained exception given to `bug` goes to `on_bug` like any other; without a handler it is raised."""
     bugs: list[Exception] = []
     reactor = Reactor(clock, on_bug=bugs.append)
     bug = ValueError("a bug of ours")

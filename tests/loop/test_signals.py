@@ -12,7 +12,7 @@ from xenbackend.loop.signals import taking_signals
 
 
 def test_a_signal_is_a_call_of_the_loop() -> None:
-    """Each number comes once, from the loop, which may be asleep; afterwards everything is as it was."""
+    """Each signal is a call from the loop, once, even if the loop sleeps; afterwards the former handlers are back."""
     before, handler = open_descriptors(), signal.getsignal(signal.SIGUSR1)
     loop = Reactor()
     taken: list[int] = []
@@ -34,7 +34,7 @@ def test_a_signal_is_a_call_of_the_loop() -> None:
 
 
 def test_another_signal_is_not_taken() -> None:
-    """A handler that is somebody else's is called as ever, and its number goes to nobody else."""
+    """Another handler of a signal is still called, and its number is delivered to nobody else."""
     loop = Reactor()
     taken: list[int] = []
     others: list[int] = []

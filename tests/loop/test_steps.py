@@ -1,4 +1,4 @@
-"""Steps written as generators: what they return and raise, at once or later, and one after the other."""
+"""Steps written as generators: their results and errors, at once or later, and in order."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def now(*answer: Any) -> Callable[[Callable[..., None]], None]:
 
 
 def test_results() -> None:
-    """A step without a result gives None, with one gives it, and with several all of them."""
+    """A step returns None, its one result, or a tuple of its results."""
     log: Log = []
 
     def steps() -> Generator[Any, Any, str]:
@@ -50,7 +50,7 @@ def test_results() -> None:
 
 
 def test_a_step_that_ends_later() -> None:
-    """Nothing happens until a step has ended."""
+    """The generator does not go on before its step has ended."""
     later, log = Later(), []
 
     def steps() -> Generator[Any, Any, None]:
@@ -63,7 +63,7 @@ def test_a_step_that_ends_later() -> None:
 
 
 def test_a_step_that_fails() -> None:
-    """A status is raised where the step was asked for, and can be caught there."""
+    """An error status is raised where the step was yielded, and can be caught there."""
     log: Log = []
 
     def steps() -> Generator[Any, Any, None]:
@@ -84,7 +84,7 @@ def test_a_step_that_fails() -> None:
     [(OSError(errno.ENOSPC, "x"), errno.ENOSPC), (OSError("x"), errno.EIO), (DriverError("x"), errno.EIO)],
 )
 def test_errors_of_their_own(error: Exception, status: int) -> None:
-    """What the steps raise themselves is a status, too: that of an OSError, EIO for a damaged image."""
+    """An exception from the generator becomes a status: an OSError's errno, EIO for a damaged image."""
     log: Log = []
 
     def steps() -> Generator[Any, Any, None]:
@@ -97,7 +97,7 @@ def test_errors_of_their_own(error: Exception, status: int) -> None:
 
 
 def test_many_steps_at_once() -> None:
-    """Steps that are done at once make no deeper stack."""
+    """Steps that end at once do not deepen the stack."""
     log: Log = []
 
     def steps() -> Generator[Any, Any, int]:
@@ -112,7 +112,7 @@ def test_many_steps_at_once() -> None:
 
 
 def test_one_after_the_other() -> None:
-    """In a line nothing begins before what came earlier has ended, also when that fails."""
+    """In a line each generator begins after the one before has ended, even if that failed."""
     line, later, log = Line(), Later(), []
 
     def steps(name: str) -> Generator[Any, Any, None]:
@@ -129,7 +129,7 @@ def test_one_after_the_other() -> None:
 
 
 def test_any_number_can_wait_in_line() -> None:
-    """However many wait behind steps that take long and end at once when it is their turn: the stack stays flat."""
+    """Any number may wait in a line and end at once when it is their turn, without deepening the stack."""
     line, later, log = Line(), Later(), []
 
     def wait() -> Steps[None]:

@@ -17,7 +17,7 @@ def never(error: Exception) -> Callable[[], object]:
 
 
 def test_then_comes_after_function() -> None:
-    """What a thread did is finished before `then` is handed over, and `then` is left to the caller to call."""
+    """A thread's function has ended before `then` is handed over, and the caller calls `then`."""
     calls: Calls = SimpleQueue()
     threads = Threads(calls.put)
     order: list[str] = []
@@ -31,7 +31,7 @@ def test_then_comes_after_function() -> None:
 
 
 def test_threads_are_started_as_needed_and_bounded() -> None:
-    """An idle thread is used again, a further one is started only when all are busy, and never more than the limit."""
+    """An idle thread is reused; another one is started only if all are busy, up to the limit."""
     calls: Calls = SimpleQueue()
     threads = Threads(calls.put, limit=3)
     start = threading.active_count()
@@ -52,7 +52,7 @@ def test_threads_are_started_as_needed_and_bounded() -> None:
 
 
 def test_error_is_handed_over_before_then() -> None:
-    """An exception reaches the loop as what `on_error` made of it, and `then` is called all the same."""
+    """An exception is handed over as what `on_error` made of it, and `then` is called as well."""
     calls: Calls = SimpleQueue()
     threads = Threads(calls.put)
     order: list[str] = []
@@ -69,7 +69,7 @@ def test_error_is_handed_over_before_then() -> None:
 
 
 def test_a_thread_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A host without room for another thread costs time, or a sentence where there is none yet, and nothing later."""
+    """If no thread can be started, work waits for the running ones, or is refused if there is none; it recovers."""
     calls: Calls = SimpleQueue()
     threads = Threads(calls.put)
     start, is_full = threading.Thread.start, [True]

@@ -1,4 +1,4 @@
-"""A rig per test, and a small backend on its ports that is stepped in the test's own thread."""
+"""A rig for each test, and a small backend on its ports that the test's own thread steps."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BACK = f"/local/domain/0/backend/vbd/{DOMID}/51712"
 
 
 class DictStore:
-    """What a frontend needs of a store, over a dictionary."""
+    """The interface that a frontend needs of a store, on top of a dictionary."""
 
     def __init__(self) -> None:
         self.nodes: dict[str, str] = {f"{FRONT}/backend": BACK}
@@ -61,7 +61,7 @@ class Served:
 
 @dataclass
 class EchoBackend:
-    """A disk of bytes behind every ring; `answer` may be replaced to misbehave."""
+    """A backend with a disk of bytes behind every ring; `answer` may be replaced to misbehave."""
 
     directory: Path
     store: DictStore
@@ -83,7 +83,7 @@ class EchoBackend:
         self.set_state(INIT_WAIT)
 
     def step(self, _timeout_s: float = 0) -> None:
-        """Do whatever is due, once."""
+        """Do everything that is due, once."""
         state = int(self.store.nodes.get(f"{FRONT}/state", 1))
         if state == INITIALISED and not self.rings:
             self.connect()
@@ -114,7 +114,7 @@ class EchoBackend:
         self.set_state(CONNECTED)
 
     def disconnect(self) -> None:
-        """Let go of the rings."""
+        """Release the rings."""
         for served in self.rings:
             self.events.unbind(served.port)
             served.ring.release()
@@ -173,7 +173,7 @@ class EchoBackend:
         return status
 
     def copy(self, pieces: list[tuple[int, int, int]], *, to_guest: bool) -> int:
-        """Copy (gref, offset, length) from or to the arena, one after the other."""
+        """Copy each (gref, offset, length) in order, from or to the arena."""
         segments = []
         place = 0
         for gref, offset, length in pieces:
@@ -191,7 +191,7 @@ OFFERS = {
 
 @dataclass
 class Bench:
-    """A rig with one guest, one frontend and its backend, all in this thread but for the hypervisor."""
+    """A rig with one guest, a frontend and its backend, all in this thread except the hypervisor."""
 
     xen: Xen
     guest: Guest
@@ -207,7 +207,7 @@ class Bench:
 
 @pytest.fixture
 def xen(tmp_path: Path) -> Iterator[Xen]:
-    """A hypervisor that must find nothing held when the test is over."""
+    """A hypervisor; nothing may be held when the test is over."""
     with Xen(tmp_path) as xen:
         yield xen
 

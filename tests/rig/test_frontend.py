@@ -30,7 +30,7 @@ WRAP = 2**32 - 5
 
 
 def run_model(bench, wishes: Wishes, steps: int, *, max_count: int) -> None:
-    """Drive random verified requests, as many in flight as the rings take."""
+    """Drive random verified requests, with as many in flight as the rings hold."""
     frontend = bench.frontend(wishes)
     frontend.connect()
     random = Random(7)
@@ -55,7 +55,7 @@ def run_model(bench, wishes: Wishes, steps: int, *, max_count: int) -> None:
 @pytest.mark.parametrize("layout", [NATIVE, X86_32], ids=lambda layout: layout.protocol)
 @pytest.mark.parametrize("persistent", [False, True], ids=["granted anew", "persistent"])
 def test_random_requests(bench, layout, *, persistent: bool) -> None:
-    """Any mix of requests in flight reads back what was written, in both layouts, across the indices' wrap."""
+    """Any mix of requests in flight reads back what was written, in both layouts and across the wrap of the indices."""
     run_model(bench, Wishes(layout=layout, persistent=persistent, start_index=WRAP), 20, max_count=60)
 
 
@@ -88,8 +88,9 @@ def test_queue_keys(bench) -> None:
 
 
 def test_keys_of_a_former_life_stay(bench) -> None:
-    """As blkfront of Linux does, one that begins anew writes its own keys and removes none: those that a kernel with
-    more queues and larger rings has left are what a backend finds beside them.
+    """A frontend that begins anew writes its own keys and removes none, as Linux' blkfront does.
+
+    So the keys of a former kernel with more queues and larger rings stay beside them.
     """
     bench.frontend(Wishes(queues=2, ring_order=1)).announce()
     former = {key: value for key, value in bench.store.nodes.items() if key.startswith(bench.front)}
@@ -118,7 +119,7 @@ def test_offers_bound_wishes(bench) -> None:
 
 
 def test_flush_wins_over_barrier(bench) -> None:
-    """Where both are offered a flush is used; without flush an empty barrier takes its place."""
+    """If both are offered a flush is used; without flush, an empty barrier."""
     frontend = bench.frontend()
     frontend.connect()
     frontend.flush()
@@ -142,7 +143,7 @@ def test_synchronous_helpers(bench) -> None:
 
 
 def test_error_is_raised(bench) -> None:
-    """A request beyond the end of the disk raises an error with the status of the wire."""
+    """A request beyond the end of the disk raises an error with the response's status."""
     frontend = bench.frontend()
     frontend.connect()
     with pytest.raises(DiskError) as caught:
@@ -152,7 +153,7 @@ def test_error_is_raised(bench) -> None:
 
 
 def test_closing_leaves_nothing(bench) -> None:
-    """After the close handshake nothing is mapped or bound, and every page of the guest's is free again."""
+    """After the close handshake nothing is mapped or bound, and all pages of the guest are free."""
     before = bench.guest.free_pages()
     frontend = bench.frontend(Wishes(ring_order=2, persistent=True))
     frontend.connect()
@@ -166,8 +167,9 @@ def test_closing_leaves_nothing(bench) -> None:
 
 @pytest.mark.parametrize("why", [errno.EACCES, errno.EIO])
 def test_closing_while_the_directory_goes(bench, monkeypatch: pytest.MonkeyPatch, why: int) -> None:
-    """A backend whose directory is removed once it is Closed has closed: xenstored lets a guest see nothing there any
-    more. Any other error of xenstore is one.
+    """If the backend's directory is removed once it is Closed, the guest counts the backend as closed.
+
+    Xenstored shows the guest nothing there any more. Any other error of xenstore is raised.
     """
     frontend = bench.frontend()
     frontend.connect()
@@ -188,7 +190,7 @@ def test_closing_while_the_directory_goes(bench, monkeypatch: pytest.MonkeyPatch
 
 
 def test_crash_and_return(bench) -> None:
-    """After a crash the same domain may come back with new rings as soon as the backend let go of the old ones."""
+    """After a crash the same domain may connect with new rings once the backend has released the old ones."""
     frontend = bench.frontend()
     frontend.connect()
     frontend.crash()
@@ -215,13 +217,13 @@ def test_waiting_sleeps_until_notified(bench) -> None:
 
 
 def serve_once(backend) -> None:
-    """Sleep until the backend is notified, and let it do what is due."""
+    """Sleep until the backend is notified, and let it do everything that is due."""
     select.select([backend.events], [], [], 5)
     backend.step()
 
 
 def test_drain_finishes_everything(bench) -> None:
-    """Draining pushes what was only submitted and waits until every request has its answer."""
+    """Draining pushes requests that were only submitted, and waits until all are answered."""
     frontend = bench.frontend()
     frontend.connect()
     requests = [frontend.submit(BLKIF_OP_READ, 0, 1, push=False) for _ in range(5)]
@@ -231,7 +233,7 @@ def test_drain_finishes_everything(bench) -> None:
 
 
 def test_missing_answer_times_out(bench) -> None:
-    """A request that nobody answers ends in a TimeoutError that says how many are missing."""
+    """A request without an answer ends in a TimeoutError that says how many are missing."""
     frontend = bench.frontend()
     frontend.connect()
     request = frontend.submit(BLKIF_OP_READ, 0, 8)

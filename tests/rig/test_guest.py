@@ -22,7 +22,7 @@ def guest(xen: Xen):
 
 
 def test_allocation(guest: Guest) -> None:
-    """A page is allocated once until it is freed, and running out of pages is an error that changes nothing."""
+    """A page is allocated once until it is freed; running out of pages is an error that changes nothing."""
     frames = guest.allocate(8)
     assert list(range(8)) == sorted(frames)
     with pytest.raises(KernelError):
@@ -33,7 +33,7 @@ def test_allocation(guest: Guest) -> None:
 
 
 def test_pages_side_by_side(guest: Guest) -> None:
-    """Pages that lie anywhere can be looked at one after the other."""
+    """Pages that lie anywhere can be viewed one after the other."""
     guest.page(6)[:1] = b"a"
     guest.page(1)[:1] = b"b"
     view, release = guest.side_by_side([6, 1])
@@ -43,7 +43,7 @@ def test_pages_side_by_side(guest: Guest) -> None:
 
 
 def test_revoke_refuses_while_mapped(xen: Xen, guest: Guest) -> None:
-    """A grant is taken back only when nobody has its page mapped, and its gref is then used again."""
+    """A grant is revoked only when nobody has its page mapped, and its gref is then used again."""
     gref = guest.grant(0)
     grants = open_host(f"xenbackend.rig.host:{xen.directory}").open_grants(5)
     mapping = grants.map([gref], writable=True)
@@ -57,7 +57,7 @@ def test_revoke_refuses_while_mapped(xen: Xen, guest: Guest) -> None:
 
 
 def test_port_wait_times_out(guest: Guest) -> None:
-    """Waiting for a notification that does not come ends with False."""
+    """Waiting for a notification that does not come returns False."""
     port = guest.allocate_port()
 
     assert not port.wait(0)
@@ -65,7 +65,7 @@ def test_port_wait_times_out(guest: Guest) -> None:
 
 
 def test_closed_port_reaches_nobody(guest: Guest) -> None:
-    """Using a port after it was closed is an error, even when its descriptor's number is in use again."""
+    """A closed port cannot be used, even if the number of its descriptor is in use again."""
     port = guest.allocate_port()
     port.close()
     other = guest.allocate_port()
@@ -84,7 +84,7 @@ def test_closed_port_number_is_free(guest: Guest) -> None:
 
 
 def test_a_domain_dies_with_its_ports(xen: Xen) -> None:
-    """Every end of a channel goes with the guest, also one that its driver forgot; one that was closed stays closed."""
+    """When a guest ends all its ports are closed, those that its driver forgot included; a closed one stays closed."""
     guest = Guest(xen.directory, 6, pages=8)
     forgotten, closed = guest.allocate_port(), guest.allocate_port()
     descriptor = forgotten.fileno()

@@ -1,4 +1,4 @@
-"""What the rig's blkfront refuses of a backend, and how it lays out its data."""
+"""What the rig's blkfront does not accept from a backend, and how it lays out its data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from xenbackend.units import SECTOR
 
 
 def swap_id(ring, place, guest_id, operation, status):
-    """Answer another request than the one that was made."""
+    """Answer with the id of another request."""
     ring.put_response(place, guest_id ^ 1, operation, status)
 
 
@@ -43,7 +43,7 @@ def dirty_padding(ring, place, guest_id, operation, status):
     ],
 )
 def test_misbehaviour_is_seen(bench, answer, sentence: str) -> None:
-    """Everything that makes Linux' blkfront give up for good is reported as such."""
+    """Everything for which Linux' blkfront gives up is reported."""
     frontend = bench.frontend()
     frontend.connect()
     bench.backend.answer = answer
@@ -52,7 +52,7 @@ def test_misbehaviour_is_seen(bench, answer, sentence: str) -> None:
 
 
 def test_too_many_responses_are_seen(bench) -> None:
-    """More responses than requests in flight are a fault, not a loop bound."""
+    """More responses than requests in flight are reported as misbehaviour, not processed."""
     frontend = bench.frontend()
     frontend.connect()
     request = frontend.submit(BLKIF_OP_READ, 0, 1)
@@ -62,7 +62,7 @@ def test_too_many_responses_are_seen(bench) -> None:
 
 
 def test_kept_grant_is_seen(bench) -> None:
-    """A page that is still mapped when its request is answered is a fault where grants are not persistent (R8)."""
+    """R8: without persistent grants it is a fault if a page is still mapped when its request is answered."""
     frontend = bench.frontend()
     frontend.connect()
     request = frontend.submit(BLKIF_OP_READ, 0, 8)
@@ -73,7 +73,7 @@ def test_kept_grant_is_seen(bench) -> None:
 
 
 def test_fault_injection(bench) -> None:
-    """A grant that is told to fail ends its request with an error, and the next request is not touched by it."""
+    """A grant with an injected fault fails its request, and not the next one."""
     frontend = bench.frontend()
     frontend.connect()
     request = frontend.submit(BLKIF_OP_READ, 0, 8)
@@ -87,7 +87,7 @@ def test_fault_injection(bench) -> None:
 
 
 def test_full_ring_refuses(bench) -> None:
-    """A request more than the ring has slots is refused before it is put."""
+    """A full ring refuses another request before it is put."""
     frontend = bench.frontend()
     frontend.connect()
     for _ in range(frontend.free()):
@@ -129,7 +129,7 @@ def test_grants_are_no_wider_than_needed(bench) -> None:
 
 
 def test_reaped_ring_asks_for_the_next_response(bench) -> None:
-    """After the last response is taken the backend is told to notify of the next one (R7), or nobody would wake us."""
+    """After taking the last response the frontend sets the event index so that the next one notifies it (R7)."""
     frontend = bench.frontend()
     frontend.connect()
     for _ in range(3):
@@ -140,7 +140,7 @@ def test_reaped_ring_asks_for_the_next_response(bench) -> None:
 
 
 def test_raw_slots_reach_the_backend(bench) -> None:
-    """Bytes of any kind can be put into a slot, to see what a backend makes of them."""
+    """Any bytes can be put into a slot, to see how a backend takes them."""
     frontend = bench.frontend()
     frontend.connect()
     frontend.rings[0].put_raw(b"\xff" * 112)

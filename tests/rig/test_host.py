@@ -1,4 +1,4 @@
-"""What the rig's host does beyond `tests/contract/test_ports.py`."""
+"""What the rig's host does beyond the common tests in `tests/contract/test_ports.py`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def guest(xen: Xen):
 
 
 def test_injected_fault_fails_copy_and_map(xen: Xen, guest: Guest) -> None:
-    """A status injected for a gref is the answer to its copies and refuses its mapping, until it is taken away."""
+    """A status injected for a gref is returned for copies and makes mappings fail, until it is cleared."""
     host = open_host(f"xenbackend.rig.host:{xen.directory}")
     grants = host.open_grants(5)
     arena = host.allocate(PAGE)
@@ -41,7 +41,7 @@ def test_injected_fault_fails_copy_and_map(xen: Xen, guest: Guest) -> None:
 
 
 def test_closing_returns_every_descriptor(xen: Xen, guest: Guest) -> None:
-    """Grants and events that are closed with something in hand leave neither a descriptor nor a hold."""
+    """Closing grants and events that still hold something leaves no descriptor open and nothing held."""
     gref, port = guest.grant(0), guest.allocate_port()
     probe = Connection(xen.directory)
     probe.call("held")
@@ -54,14 +54,14 @@ def test_closing_returns_every_descriptor(xen: Xen, guest: Guest) -> None:
     events.close()
     del grants
 
-    # The server answers only after it has dropped those who left before: from here on its descriptors are gone too.
+    # The server drops clients that have left before it answers, so its descriptors for them are closed by now.
     assert {"mappings": 0, "pins": 0, "ports": 0} == probe.call("held")[0]
     assert before == len(open_descriptors())
     probe.close()
 
 
 def test_release_unmaps(xen: Xen, guest: Guest) -> None:
-    """A mapping that was released is gone from this process, so that thousands of them cost nothing."""
+    """A released mapping is gone from this process, so that thousands of them cost nothing."""
     grants = open_host(f"xenbackend.rig.host:{xen.directory}").open_grants(5)
     gref = guest.grant(0)
     before = Path("/proc/self/maps").read_text().count("memfd:rig-memory")
@@ -73,13 +73,13 @@ def test_release_unmaps(xen: Xen, guest: Guest) -> None:
 
 
 def test_unknown_domain(xen: Xen) -> None:
-    """Grants of a domain that is not there cannot be opened."""
+    """Grants of an unknown domain cannot be opened."""
     with pytest.raises(KernelError):
         open_host(f"xenbackend.rig.host:{xen.directory}").open_grants(99)
 
 
 def test_scattered_copies(xen: Xen, guest: Guest) -> None:
-    """Many copies in one call land where each of them says."""
+    """Many copies in one call each go to their own place."""
     host = open_host(f"xenbackend.rig.host:{xen.directory}")
     grants = host.open_grants(5)
     arena = host.allocate(8 * 512)

@@ -33,13 +33,13 @@ class Machine:
         return self.call(self.backend, "map", domid=DOMID, grefs=list(grefs), writable=writable)[0]["handle"]
 
     def held(self) -> dict[str, int]:
-        """Return what all backends hold."""
+        """Return what all backends hold together."""
         return self.call(self.backend, "held")[0]
 
 
 @pytest.fixture
 def machine() -> Machine:
-    """A fresh machine, with page 3 granted by gref 8 and page 5 by gref 9."""
+    """A machine with page 3 granted by gref 8 and page 5 by gref 9."""
     machine = Machine()
     machine.table.set(8, 0, 3, read_only=False)
     machine.table.set(9, 0, 5, read_only=False)
@@ -47,7 +47,7 @@ def machine() -> Machine:
 
 
 def test_page_is_in_use_while_any_mapping_lives(machine: Machine) -> None:
-    """A guest sees its page in use until the last of several mappings is gone."""
+    """A page counts as in use until the last of its mappings is gone."""
     one, two = machine.map(8, 9), machine.map(8, writable=False)
     machine.call(machine.backend, "unmap", handle=one)
 
@@ -57,7 +57,7 @@ def test_page_is_in_use_while_any_mapping_lives(machine: Machine) -> None:
 
 
 def test_held_counts(machine: Machine) -> None:
-    """What backends hold is counted by mapping, by page and by port, of one domain or of all."""
+    """The report of what is held counts mappings, pages and ports, of one domain or of all."""
     machine.map(8, 9)
     machine.map(8)
     port = machine.call(machine.guest, "allocate_port", remote_domid=0)[0]["port"]
@@ -68,7 +68,7 @@ def test_held_counts(machine: Machine) -> None:
 
 
 def test_leaving_releases_everything(machine: Machine) -> None:
-    """Whoever leaves holds nothing any more, and what he held can be had again."""
+    """When a backend leaves, all that it held is released and can be taken again."""
     machine.map(8, 9)
     port = machine.call(machine.guest, "allocate_port", remote_domid=0)[0]["port"]
     machine.call(machine.backend, "bind", domid=DOMID, port=port)
@@ -81,7 +81,7 @@ def test_leaving_releases_everything(machine: Machine) -> None:
 
 
 def test_domain_dies_with_its_owner(machine: Machine) -> None:
-    """A guest that leaves takes its domain with it: nothing is granted any more, and its number is free."""
+    """When a guest leaves its domain ends: nothing is granted, and its number is free."""
     handle = machine.map(8)
     machine.hypervisor.leave(machine.guest)
     with pytest.raises(KernelError) as caught:
@@ -94,7 +94,7 @@ def test_domain_dies_with_its_owner(machine: Machine) -> None:
 
 
 def test_port_for_somebody_else(machine: Machine) -> None:
-    """A port that the guest offered to another domain cannot be bound by us."""
+    """A port that the guest offered to another domain cannot be bound."""
     port = machine.call(machine.guest, "allocate_port", remote_domid=7)[0]["port"]
     with pytest.raises(KernelError):
         machine.call(machine.backend, "bind", domid=DOMID, port=port)
@@ -116,7 +116,7 @@ def test_port_for_somebody_else(machine: Machine) -> None:
     ],
 )
 def test_refusals(machine: Machine, name: str, arguments: dict, expected: int) -> None:
-    """Each call that cannot be done is refused with its own errno and holds nothing."""
+    """A call that cannot be done is refused with its own errno and holds nothing."""
     with pytest.raises(KernelError) as caught:
         machine.call(machine.backend, name, **arguments)
 
@@ -126,7 +126,7 @@ def test_refusals(machine: Machine, name: str, arguments: dict, expected: int) -
 
 
 def test_a_machine_leaves_no_descriptor() -> None:
-    """Memory and ports of a dead domain cost no descriptor."""
+    """Memory and ports of a dead domain leave no descriptor open."""
     before = len(open_descriptors())
     machine = Machine()
     machine.call(machine.guest, "allocate_port", remote_domid=0)

@@ -1,4 +1,4 @@
-"""Sectors that tell where they belong, and the model of a disk."""
+"""Sectors that identify their place, and the model of a disk."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def finished_write(model: DiskModel, sector: int, count: int, status: int = 0) -
 
 
 def test_sectors_differ() -> None:
-    """No two sectors of different place, generation or disk are equal, and generation 0 is zeros."""
+    """Sectors of different place, generation or disk differ; generation 0 is zeros."""
     sectors = {
         make(seed, sector, [generation]) for seed in range(3) for sector in range(5) for generation in range(1, 5)
     }
@@ -59,7 +59,7 @@ def test_sectors_differ() -> None:
     ],
 )
 def test_faults_are_told_apart(data: bytes, sentence: str) -> None:
-    """Stale, misplaced, foreign and torn sectors each have their own sentence."""
+    """Stale, misplaced, foreign and torn sectors are each reported in a sentence of their own."""
     assert sentence == describe(data, SEED, 7, [2])
 
 

@@ -15,7 +15,7 @@ Packet = tuple[int, int, int, bytes]
 
 @pytest.fixture
 def registry() -> Registry:
-    """An xenstore with domains 0 and 5, whose guest owns /guest."""
+    """An xenstore with domains 0 and 5; domain 5 owns /guest."""
     registry = Registry(Tree(quota=Quota(watches=3, transactions=2)))
     registry.introduce(5)
     registry.tree.write(0, "/guest", b"")
@@ -30,7 +30,7 @@ def packet(op: int, payload: bytes, request: int = 7, transaction: int = 0) -> b
 
 
 def heard(session: Session) -> list[Packet]:
-    """Take what a session has to send, as (op, request, transaction, payload)."""
+    """Return the packets that a session would send, as (op, request, transaction, payload)."""
     packets = []
     while session.outgoing:
         op, request, transaction, size = struct.unpack_from("=IIII", session.outgoing)
@@ -52,7 +52,7 @@ def test_the_numbers_are_those_of_the_header() -> None:
 
 
 def test_requests_are_served_however_they_are_cut(registry: Registry) -> None:
-    """Bytes may arrive one by one or all at once; each request gets one reply with its own numbers."""
+    """Requests may arrive byte by byte or all at once; each gets one reply with its own numbers."""
     session = Session(registry, 0)
     stream = packet(wire.XS_WRITE, b"/a\0x", request=1) + packet(wire.XS_READ, b"/a\0", request=2)
     for byte in stream:
@@ -83,7 +83,7 @@ def test_requests_are_served_however_they_are_cut(registry: Registry) -> None:
 def test_what_a_guest_may_not_is_answered_with_an_error(
     registry: Registry, op: int, payload: bytes, error: bytes
 ) -> None:
-    """A wrong or forbidden request is answered with the errno's name, and the session goes on."""
+    """A wrong or forbidden request is answered with the errno's name, and the session continues."""
     session = Session(registry, 5)
     session.feed(packet(op, payload))
 
@@ -92,13 +92,13 @@ def test_what_a_guest_may_not_is_answered_with_an_error(
 
 
 def test_a_broken_frame_ends_the_session(registry: Registry) -> None:
-    """A payload length beyond XENSTORE_PAYLOAD_MAX cannot be skipped: the client is hung up on."""
+    """A payload length beyond XENSTORE_PAYLOAD_MAX cannot be skipped, so the session is closed."""
     with pytest.raises(ValueError, match="4097"):
         Session(registry, 5).feed(struct.pack("=IIII", wire.XS_READ, 0, 0, 4097))
 
 
 def test_garbage_is_answered_or_hung_up_on(registry: Registry) -> None:
-    """Whatever a guest sends, there is one reply per complete request and no exception but the one for hanging up."""
+    """Whatever a guest sends, each complete request gets one reply; only an error that closes the session is raised."""
     dice = random.Random(2)
     session = Session(registry, 5)
     for _ in range(2000):
@@ -127,7 +127,7 @@ def test_a_guest_has_limited_watches_and_transactions(registry: Registry) -> Non
 
 
 def test_a_guest_does_not_hear_of_what_it_cannot_read(registry: Registry) -> None:
-    """A watch event does not leak names of nodes without permission."""
+    """A watch event does not reveal names of nodes that the guest may not read."""
     guest, host = Session(registry, 5), Session(registry, 0)
     ask(guest, wire.XS_WATCH, b"/\0token\0")
     ask(host, wire.XS_WRITE, b"/secret\0x")
@@ -138,7 +138,7 @@ def test_a_guest_does_not_hear_of_what_it_cannot_read(registry: Registry) -> Non
 
 
 def test_domains_coming_and_going_are_heard_by_domain_0(registry: Registry) -> None:
-    """@introduceDomain and @releaseDomain fire once when set and at each coming and going, for domain 0 only."""
+    """@introduceDomain and @releaseDomain fire when set and whenever a domain comes or goes, for domain 0 only."""
     guest, host = Session(registry, 5), Session(registry, 0)
     for session in (guest, host):
         ask(session, wire.XS_WATCH, b"@introduceDomain\0in\0")
@@ -153,7 +153,7 @@ def test_domains_coming_and_going_are_heard_by_domain_0(registry: Registry) -> N
 
 
 def test_events_come_before_the_writers_own_reply(registry: Registry) -> None:
-    """A client that watches what it writes gets the event first, so that a client must sort events from replies."""
+    """A client that watches what it writes gets the event before the reply, so it must tell the two apart."""
     session = Session(registry, 0)
     ask(session, wire.XS_WATCH, b"/a\0token\0")
     session.feed(packet(wire.XS_WRITE, b"/a\0x"))
@@ -162,7 +162,7 @@ def test_events_come_before_the_writers_own_reply(registry: Registry) -> None:
 
 
 def test_a_closed_session_is_not_told_anything(registry: Registry) -> None:
-    """Closing forgets the watches."""
+    """A closed session gets no events."""
     gone, host = Session(registry, 5), Session(registry, 0)
     ask(gone, wire.XS_WATCH, b"/guest\0token\0")
     gone.close()
@@ -172,7 +172,7 @@ def test_a_closed_session_is_not_told_anything(registry: Registry) -> None:
 
 
 def due(change: Change, watched: str, before: Node | None, domid: int) -> list[bytes]:
-    """Return what a watch, its path as its token, has to hear of a change; `before` is the node that it watches."""
+    """Return the events that a watch gets for a change, its path as token; `before` is the watched node before it."""
     told, node = change.path, change.after or change.before
     if not f"{told}/".startswith(f"{watched.rstrip('/')}/"):
         is_gone = change.after is None and watched.startswith(f"{told}/")
@@ -181,9 +181,9 @@ def due(change: Change, watched: str, before: Node | None, domid: int) -> list[b
 
 
 def test_a_change_is_heard_by_whoever_watches_there(registry: Registry) -> None:
-    """A watch hears once of each change at its path and below it, and of its own node where that went with one above.
+    """A watch gets one event for each change at or below its path, and one if its node is removed with a parent.
 
-    The older of several hear first. What was unwatched, reset or closed hears nothing, and leaves nothing behind.
+    Older watches get theirs first. A watch that was removed, reset or closed gets none, and leaves nothing behind.
     """
     dice = random.Random(1)
     paths = ["/", "/guest", "/guest/a", "/guest/a/b", "/guest/a/b/c", "/guest/ab", "/other", "/other/a"]
@@ -223,7 +223,7 @@ def test_a_change_is_heard_by_whoever_watches_there(registry: Registry) -> None:
 
 
 def test_a_relative_watch_is_told_relative_paths(registry: Registry) -> None:
-    """Whoever watches a path below its own directory by its name there hears of it by such names."""
+    """A watch on a relative path gets events with relative paths."""
     guest = Session(registry, 5)
     ask(guest, wire.XS_WATCH, b"data\0short\0")
     ask(guest, wire.XS_WATCH, b"/local/domain/5/data\0long\0")

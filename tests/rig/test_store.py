@@ -51,14 +51,14 @@ def test_xens_own_tools_work(xenstored: Xenstored) -> None:
 
 @pytest.mark.skipif(TEST_XENSTORE is None, reason="package xen-utils is not installed: no test-xenstore")
 def test_xens_own_test_passes(xenstored: Xenstored) -> None:
-    """Xen's test-xenstore (reads, writes, removals, transactions with conflicts) passes against the rig."""
+    """Xen's test-xenstore (reads, writes, removals, conflicting transactions) passes against the rig."""
     printed = tool(xenstored.address, str(TEST_XENSTORE))
 
     assert "ta err" in printed
 
 
 def test_what_a_toolstack_sets_up_is_seen_by_both_ends(xenstored: Xenstored) -> None:
-    """Domain 0 makes a vbd's directories; guest and backend each write their own and read the other's."""
+    """Domain 0 makes a vbd's directories; guest and backend each write their own directory and read the other's."""
     with Store(xenstored.address) as backend, Store(f"{xenstored.address}.5") as guest:
         frontend_path, backend_path = "/local/domain/5/device/vbd/51712", "/local/domain/0/backend/vbd/5/51712"
         backend.write(f"{frontend_path}/backend", backend_path)
@@ -75,7 +75,7 @@ def test_what_a_toolstack_sets_up_is_seen_by_both_ends(xenstored: Xenstored) -> 
 
 
 def test_dump_and_observer_show_every_change(tmp_path: Path) -> None:
-    """The observer hears of each change in order, None for a removal; `dump` gives paths and values, parents first."""
+    """The observer is called for each change in order, None for a removal; `dump` lists parents first."""
     seen: list[tuple[str, bytes | None]] = []
     with Xenstored(tmp_path / "s", observer=lambda path, value: seen.append((path, value))) as xenstored:
         with Store(xenstored.address) as store:
@@ -90,7 +90,7 @@ def test_dump_and_observer_show_every_change(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("forget", [False, True])
 def test_a_restart_keeps_or_forgets_the_nodes(xenstored: Xenstored, *, forget: bool) -> None:
-    """Stopping hangs up on everybody; started again on the same socket it has its nodes, or only its own."""
+    """Stopping closes all connections; after a restart the nodes are kept, or only the initial ones are there."""
     with Store(xenstored.address) as store:
         store.write("/a", "1")
         xenstored.stop(forget=forget)
@@ -104,7 +104,7 @@ def test_a_restart_keeps_or_forgets_the_nodes(xenstored: Xenstored, *, forget: b
 
 
 def test_stopping_leaves_nothing_behind(tmp_path: Path) -> None:
-    """After `stop` there is no socket file; stopping twice is fine, and so is asking a stopped one."""
+    """After `stop` there is no socket file; stopping twice is allowed, and so is asking a stopped xenstored."""
     xenstored = Xenstored(tmp_path / "store")
     assert xenstored.add_domain_socket(5) == f"{tmp_path}/store.5"
     xenstored.start()
@@ -117,7 +117,7 @@ def test_stopping_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_a_dead_domain_is_hung_up_on(xenstored: Xenstored) -> None:
-    """Releasing a domain ends its connections and its socket; its nodes stay for the toolstack, others hear of it."""
+    """Releasing a domain closes its connections and socket; its nodes stay for the toolstack, others get an event."""
     with Store(xenstored.address) as host, Store(f"{xenstored.address}.5") as guest:
         host.watch("@releaseDomain", "gone")
         host.read("domid")
@@ -133,7 +133,7 @@ def test_a_dead_domain_is_hung_up_on(xenstored: Xenstored) -> None:
 
 
 def test_who_does_not_read_is_hung_up_on(xenstored: Xenstored, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A client that never reads its replies costs bounded memory, and others are served meanwhile."""
+    """A client that never reads replies costs bounded memory, and others are served meanwhile."""
     monkeypatch.setattr(module, "_UNREAD_MAX", 100_000)
     with Store(xenstored.address) as store, socket.socket(socket.AF_UNIX) as deaf:
         store.write("/a", "x" * 2000)
@@ -145,13 +145,13 @@ def test_who_does_not_read_is_hung_up_on(xenstored: Xenstored, monkeypatch: pyte
 
 
 def ask_for_ever(deaf: socket.socket, request: bytes) -> None:
-    """Send a request again and again and read no reply."""
+    """Send a request again and again without reading a reply."""
     while True:
         deaf.sendall(request)
 
 
 def test_who_breaks_the_frame_is_hung_up_on(xenstored: Xenstored) -> None:
-    """A client out of step is closed, not served garbage."""
+    """A client that sends a broken frame is closed."""
     with socket.socket(socket.AF_UNIX) as broken:
         broken.connect(xenstored.address)
         broken.sendall(b"\xff" * 16)

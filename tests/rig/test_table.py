@@ -52,7 +52,7 @@ def test_entry_layout(table: Table) -> None:
     ],
 )
 def test_access_is_decided(table: Table, gref: int, domid: int, *, writable: bool, expected: int) -> None:
-    """A gref gives its frame to the domain it names, in the way it allows, and a negative status to anybody else."""
+    """A gref gives its frame to the domain that it names, with the access that it allows; all else is refused."""
     table.set(8, 0, 4, read_only=False)
     table.set(9, 0, 5, read_only=True)
     table.set(11, 0, 10, read_only=False)
@@ -63,7 +63,7 @@ def test_access_is_decided(table: Table, gref: int, domid: int, *, writable: boo
 
 
 def test_mark_touches_only_its_flags(table: Table) -> None:
-    """Marking a page as in use leaves what the guest wrote, and clearing the mark restores it."""
+    """Marking a page as in use keeps the flags that the guest wrote, and clearing the mark restores them."""
     table.set(8, 0, 4, read_only=False)
     before = table.entries[8]
     table.mark(8, GTF_READING | GTF_WRITING)

@@ -27,7 +27,7 @@ def refusal(code: int) -> pytest.RaisesExc[OSError]:
     "path", ["", "/a/", "//a", "/a//b", "a/", "/a b", "/a:b", "/ä", "/a\n", "/" + "a" * 3072, "a" * 2049]
 )
 def test_what_is_no_path_is_refused(path: str) -> None:
-    """A path has names of letters, digits and -_@, single slashes, no slash at its end, and a bounded length."""
+    """A path has names of letters, digits and -_@, single slashes, none at its end, and a limited length."""
     with refusal(errno.EINVAL):
         resolve(5, path)
 
@@ -39,7 +39,7 @@ def test_a_relative_path_is_the_domains_own() -> None:
 
 
 def test_a_guest_is_held_to_permissions(tree: Tree) -> None:
-    """A guest reads and writes what is its own, reads what is open to it, and is refused everything else."""
+    """A guest reads and writes its own nodes, reads those that are open to it, and is refused all others."""
     assert tree.get(5, "/guest").value == b"value"
     assert tree.get(5, "/readable").value == b"value"
     tree.write(5, "/guest/a", b"x")
@@ -56,7 +56,7 @@ def test_a_guest_is_held_to_permissions(tree: Tree) -> None:
 
 
 def test_a_guest_owns_what_it_makes_and_cannot_give_it_away(tree: Tree) -> None:
-    """A new node has the parent's permissions with its maker as owner; ownership is domain 0's to give."""
+    """A new node has its parent's permissions with its creator as owner; only domain 0 may change the owner."""
     tree.set_permissions(0, "/readable", ["n0", "b5"])
     tree.write(5, "/readable/a", b"x")
     assert tree.get(0, "/readable/a").permissions == (("n", 5), ("b", 5))
@@ -87,7 +87,7 @@ def test_a_guest_is_held_to_quotas_and_domain_0_is_not(tree: Tree) -> None:
 
 
 def test_removing_goes_by_the_parent(tree: Tree) -> None:
-    """Removing a missing node is fine while its parent exists; the root cannot be removed."""
+    """Removing a missing node succeeds if its parent exists; the root cannot be removed."""
     tree.remove(0, "/guest/missing")
     with refusal(errno.ENOENT):
         tree.remove(0, "/missing/missing")
@@ -96,7 +96,7 @@ def test_removing_goes_by_the_parent(tree: Tree) -> None:
 
 
 def test_a_refused_commit_changes_nothing(tree: Tree) -> None:
-    """A commit is all or nothing, also when a quota is met half way."""
+    """A commit is all or nothing, even if a quota is reached half way."""
     transaction = tree.begin(5)
     transaction.mkdir(5, "/guest/a")
     transaction.mkdir(5, "/guest/b")
@@ -113,7 +113,7 @@ def test_a_refused_commit_changes_nothing(tree: Tree) -> None:
 
 
 def test_a_transaction_of_a_guest_touches_a_limited_number_of_nodes(tree: Tree) -> None:
-    """A guest cannot make a transaction that keeps track of the whole tree."""
+    """A guest's transaction may touch only a limited number of nodes."""
     transaction = tree.begin(5)
     for number in range(4):
         with refusal(errno.ENOENT):
@@ -151,7 +151,7 @@ def test_a_commit_collides_when_what_it_used_has_changed(tree: Tree, look, inter
 
 
 def test_a_missing_node_that_appears_collides(tree: Tree) -> None:
-    """Having seen that a node is missing is a thing that a transaction depends on."""
+    """A transaction that has found a node missing fails if that node appears."""
     transaction = tree.begin(0)
     with refusal(errno.ENOENT):
         transaction.get(0, "/guest/state")
@@ -187,7 +187,7 @@ def test_random_transactions_are_serial(tree: Tree) -> None:
 
 
 def test_changes_are_told_for_the_named_node_only(tree: Tree) -> None:
-    """A change is reported for what was asked for, not for parents made on the way, and never for a refused one."""
+    """A change is reported for the node that was named, not for parents created on the way, and never if refused."""
     tree.changes.clear()
     tree.write(0, "/new/deep/node", b"1")
     tree.mkdir(0, "/new/deep/node")

@@ -22,7 +22,7 @@ def pair():
 
 
 def test_descriptors_travel(pair) -> None:
-    """A descriptor arrives beside its message, and does not survive an exec."""
+    """A descriptor arrives with its message, and is not inherited across exec."""
     fd = os.memfd_create("travels")
     wire.send(pair[0], {"a": 1}, [fd])
     message, (copy,) = wire.receive(pair[1])
@@ -35,14 +35,14 @@ def test_descriptors_travel(pair) -> None:
 
 
 def test_closed_end_is_an_empty_message(pair) -> None:
-    """The end of the other side reads as a message without keys."""
+    """When the other end is closed, a message without keys is read."""
     pair[0].close()
 
     assert ({}, []) == wire.receive(pair[1])
 
 
 def test_largest_call_fits(xen: Xen) -> None:
-    """A call that names every gref of a table is answered by the hypervisor, not refused by the socket."""
+    """A call with every gref of a table is answered by the hypervisor, not refused by the socket."""
     connection = wire.Connection(xen.directory)
     with pytest.raises(KernelError, match="No such process"):
         connection.call("map", domid=5, grefs=list(range(16384)), writable=True)

@@ -19,7 +19,7 @@ from xenbackend.rig.xen import Xen
 
 
 def test_two_guests_have_their_own_memory(xen: Xen) -> None:
-    """Guests share nothing, and a number is taken as long as its guest lives."""
+    """Guests share nothing, and a domid is taken while its guest lives."""
     one, two = Guest(xen.directory, 1, pages=4), Guest(xen.directory, 2, pages=4)
     one.memory[0] = 1
 
@@ -36,7 +36,7 @@ def test_two_guests_have_their_own_memory(xen: Xen) -> None:
     "datagram", [b"{", b"[]", b"{}", b'{"call": "open"}', b'{"call": "map", "domid": {}}', b"\xff"]
 )
 def test_garbage_is_answered(xen: Xen, datagram: bytes) -> None:
-    """Whatever a user sends is answered with an error, and the server goes on."""
+    """Whatever a user sends is answered with an error, and the server continues."""
     client = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     client.connect(str(xen.directory / wire.SOCKET))
     client.send(datagram)
@@ -61,7 +61,7 @@ def test_closing_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_users_see_it_end(tmp_path: Path) -> None:
-    """A call to a server that has gone is an error, not a wait."""
+    """A call to a server that has gone raises an error at once."""
     with Xen(tmp_path):
         guest = Guest(tmp_path, 1, pages=4)
     with pytest.raises(KernelError):
@@ -71,7 +71,7 @@ def test_users_see_it_end(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_as_a_process(tmp_path: Path) -> None:
-    """It serves as a process of its own and ends by itself on SIGTERM."""
+    """Run as a process, it serves and ends on SIGTERM."""
     code = "from xenbackend.rig import xen; print('up', flush=True); xen.main()"
     with subprocess.Popen(
         [sys.executable, "-c", f"import sys; sys.argv[1:] = [{str(tmp_path)!r}]; " + code], stdout=subprocess.PIPE

@@ -1,4 +1,4 @@
-"""xl's command line, before and after."""
+"""Xl's command line, before and after."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ARGUMENT = f"disk=['{LINE}']"
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Be in a folder with configurations: vm.cfg has a disk of ours, plain.cfg has none, broken.cfg is none."""
+    """Change to a folder with configurations: vm.cfg has a disk of ours, plain.cfg none, broken.cfg is invalid."""
     monkeypatch.chdir(tmp_path)
     Path("vm.cfg").write_text(LITERAL)
     Path("a=b.cfg").write_text(LITERAL)
@@ -31,7 +31,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(line: str, *more: str) -> list[str]:
-    """Return xl's arguments for a line of words; a file that is made is shown as <its text>."""
+    """Return xl's arguments for a command line; a file made for xl is shown as <its text>."""
     return translate([*line.split(), *more], XEN, lambda text: f"<{text}>")
 
 
@@ -56,12 +56,12 @@ def run(line: str, *more: str) -> list[str]:
     ],
 )
 def test_the_disks_stand_last(line: str) -> None:
-    """The words stay as they are, and one setting that gives all disks comes behind them."""
+    """The arguments are kept, and one setting with all disks is added at the end."""
     assert [*line.split(), ARGUMENT] == run(line)
 
 
 def test_settings_among_the_words_count_too() -> None:
-    """What xl would read behind the file is read behind the file: it may add, replace, or be all there is."""
+    """Settings on the command line count after the file, as in xl: they may add to it, replace it, or stand alone."""
     more = "disk+=['tap2:aio:/b,xvdb,r']"
     aio = "vdev=xvdb,access=ro,script=block-xenbackend,target=aio:/b"
 
@@ -109,7 +109,7 @@ def test_settings_among_the_words_count_too() -> None:
     ],
 )
 def test_everything_else_is_passed_on_as_it_is(line: str) -> None:
-    """Other commands, files without a disk of ours, and whatever xl refuses reach it word for word."""
+    """Other commands, files without a disk of ours, and what xl refuses reach xl unchanged."""
     assert line.split() == run(line)
 
 
@@ -125,14 +125,14 @@ def test_everything_else_is_passed_on_as_it_is(line: str) -> None:
     ],
 )
 def test_commands_without_settings_get_a_file(line: str, translated: str) -> None:
-    """Where xl ignores settings behind a file, it is given another file; options keep their values."""
+    """Commands that ignore settings get another file; options keep their values."""
     assert translated.split() == [
         "<>" if word == f"<{LITERAL.replace('tap2:log:|aio:/img,xvda,w', LINE)}>" else word for word in run(line)
     ]
 
 
 def test_an_empty_value_of_an_option_stays() -> None:
-    """`migrate -s ''` runs the host as a command, and still does with another file."""
+    """`migrate -s ''`, which runs the host as a command, keeps its empty value."""
     words = run("migrate -C vm.cfg -s", "", "5", "cat")
 
     assert words[:5] == ["migrate", "-C", "vm.cfg", "-s", ""]
@@ -149,12 +149,12 @@ def test_an_empty_value_of_an_option_stays() -> None:
     ],
 )
 def test_a_disk_may_come_in_several_words(line: str, translated: str) -> None:
-    """block-attach takes a disk in one word or in many; it gets one."""
+    """block-attach accepts a disk in one or several words; xl gets one."""
     assert translated.split() == run(line)
 
 
 def test_a_wrong_disk_is_refused_with_its_place() -> None:
-    """The file and the line are named, or the command."""
+    """The error names the file and the line, or the command."""
     with pytest.raises(ChainError, match=r"^wrong\.cfg:2: unknown driver"):
         run("create wrong.cfg")
     with pytest.raises(ChainError, match=r"^wrong\.cfg:2: unknown driver"):
@@ -166,7 +166,7 @@ def test_a_wrong_disk_is_refused_with_its_place() -> None:
 
 
 def test_a_file_may_hold_any_byte(folder: Path) -> None:
-    """A name that is no UTF-8 reaches xl as it is in the file."""
+    """A name that is not valid UTF-8 reaches xl with the bytes of the file."""
     (folder / "bytes.cfg").write_bytes(b"disk=['tap2:aio:/\xff,xvda,w']")
 
     assert os.fsencode(run("create bytes.cfg")[-1]).endswith(b",target=aio:/\xff']")

@@ -95,7 +95,7 @@ PIECES = [
 
 
 def ours(text: str) -> list[str] | None:
-    """Return our reading in the form of the other one."""
+    """Convert our result to the form of the other parser."""
     try:
         return [disk.value for disk in read_disks(text, "text")]
     except ConfigError:
@@ -103,7 +103,7 @@ def ours(text: str) -> list[str] | None:
 
 
 def test_disks_are_found_where_they_stand() -> None:
-    """Each disk has its value, and the span of its literal in the text."""
+    """Each disk has its value and the position of its literal in the text."""
     disks = read_disks(EXAMPLE, "vm.cfg")
 
     assert ["phy:/dev/vg/a,xvda,w", "tap2:log:|aio:/img,xvdb,w", "7", "tap2:aio:/it's,xvdc,r"] == [
@@ -131,7 +131,7 @@ def test_disks_are_found_where_they_stand() -> None:
     ],
 )
 def test_what_xl_refuses_is_refused_with_its_line(text: str, said: str) -> None:
-    """The sentence names source, line, and what stands there."""
+    """The error names source, line, and what stands there."""
     with pytest.raises(ConfigError) as caught:
         read_disks(text, "text")
 
@@ -139,19 +139,19 @@ def test_what_xl_refuses_is_refused_with_its_line(text: str, said: str) -> None:
 
 
 def test_a_deep_list_is_refused() -> None:
-    """Lists in lists end at a depth that no configuration has, and not in a crash."""
+    """Lists nested too deeply are refused with an error instead of a crash."""
     with pytest.raises(ConfigError, match="is where a value should be"):
         read_disks(f"disk={'[' * 5000}", "text")
 
 
 @pytest.mark.parametrize("text", ODD)
 def test_odd_texts_are_read_as_xl_reads_them(stock: Xlu, text: str) -> None:
-    """What is found in a text, and whether it is refused, is xl's own reading."""
+    """Odd texts are parsed or refused as xl does."""
     assert stock.configs([text])[0] == ours(text)
 
 
 def test_the_examples_of_xen_are_read_as_xl_reads_them(stock: Xlu) -> None:
-    """So are the configurations that the distribution ships."""
+    """The configurations that the distribution ships are parsed as xl does."""
     files = sorted(Path("/etc/xen").glob("xlexample.*"))
     if not files:
         pytest.skip("no examples of Xen here")
@@ -163,7 +163,7 @@ def test_the_examples_of_xen_are_read_as_xl_reads_them(stock: Xlu) -> None:
 
 @pytest.mark.slow
 def test_random_texts_are_read_as_xl_reads_them(stock: Xlu, pytestconfig: pytest.Config) -> None:
-    """So are texts that were put together by chance, and examples with a piece too many or too few."""
+    """Random texts, and examples with a piece too many or too few, are parsed as xl does."""
     chance = random.Random(pytestconfig.getoption("--seed"))
     texts = []
     for _ in range(pytestconfig.getoption("--requests") // 4):
@@ -182,7 +182,7 @@ def test_random_texts_are_read_as_xl_reads_them(stock: Xlu, pytestconfig: pytest
 @pytest.mark.parametrize("mark", ["'", '"'])
 @pytest.mark.parametrize("value", ["", "a", "it's", 'a"b', "a\\b", "\\", "a\nb", "é\udcff", "\\'", "#[],;"])
 def test_a_quoted_string_is_read_again(stock: Xlu, value: str, mark: str) -> None:
-    """Whatever is quoted comes out of either reading as it was."""
+    """Any text that was quoted is read back unchanged by either parser."""
     text = f"disk=[{quote(value, mark)}]"
 
     assert [value] == ours(text) == stock.configs([text])[0]

@@ -1,4 +1,4 @@
-"""Disk lines, beside what libxlutil makes of them."""
+"""Disk lines, compared with what libxlutil makes of them."""
 
 from __future__ import annotations
 
@@ -75,14 +75,14 @@ UNTOUCHED = [
 
 @pytest.mark.parametrize(("line", "ours"), LITERALS)
 def test_a_line_becomes_one_that_xl_understands(line: str, ours: str) -> None:
-    """The chain stands behind target=, which xl takes to the line's end; from 4.19 on it has a kind of its own."""
+    """The chain follows target=, which xl reads to the line's end; from Xen 4.19 on the line has its own kind."""
     assert ours == rewrite(line, BEFORE)
     assert ours.replace("script=", "backendtype=tap,script=", 1) == rewrite(line, SINCE)
 
 
 @pytest.mark.parametrize(("line", "ours"), LITERALS)
 def test_xl_reads_the_line_that_was_meant(stock: Xlu, line: str, ours: str) -> None:
-    """Stock xl refuses what was written, or loses a driver's word; of what it is given it reads every part."""
+    """Stock xl refuses the original line or loses a driver's word; it reads every part of the rewritten one."""
     literal, before, since = stock.disks([line, ours, str(rewrite(line, SINCE))])
     target = parse_chain(ours.partition("target=")[2].removesuffix("," if ours.endswith(r"\,,") else "")).text
 
@@ -102,7 +102,7 @@ def test_xl_reads_the_line_that_was_meant(stock: Xlu, line: str, ours: str) -> N
 
 @pytest.mark.parametrize("line", UNTOUCHED)
 def test_a_line_that_asks_for_others_is_left_alone(stock: Xlu, line: str) -> None:
-    """What does not ask for us goes to xl as it is, which can read it."""
+    """A line for another backend reaches xl unchanged, and xl can read it."""
     assert rewrite(line, BEFORE) is None
     assert rewrite(line, SINCE) is None
     assert stock.disks([line]) != [None]
@@ -132,7 +132,7 @@ def test_a_line_that_asks_for_others_is_left_alone(stock: Xlu, line: str) -> Non
     ],
 )
 def test_a_disk_that_cannot_be_is_refused(line: str, said: str) -> None:
-    """A line that asks for us is checked before xl runs, by what the chain itself says."""
+    """A line for us is checked before xl runs, with the same result as the chain itself."""
     with pytest.raises(ConfigError) as caught:
         rewrite(line, BEFORE)
 
@@ -154,7 +154,7 @@ MEANT = "vdev=xvda,access=rw,script=block-xenbackend,target=log:|aio:/img"
     ],
 )
 def test_what_a_line_means(line: str, chain: str, vdev: str, is_read_only: bool) -> None:
-    """In blktap2's words, in xl's, or a chain with what belongs behind it; the guest's end has a line of its own."""
+    """A line may be in blktap2's form, in xl's, or a chain with the configuration's words behind it."""
     meant = read(line, BEFORE)
 
     assert (chain, vdev, is_read_only) == (meant.chain, meant.vdev, meant.is_read_only)
@@ -174,7 +174,7 @@ def test_what_a_line_means(line: str, chain: str, vdev: str, is_read_only: bool)
     ],
 )
 def test_a_line_that_is_not_for_us_or_says_too_much(line: str, said: str) -> None:
-    """Whoever asks what it means is told which word is not understood."""
+    """If a line is not for us, or has an unknown word, the error names the reason."""
     with pytest.raises(ConfigError) as caught:
         read(line, BEFORE)
 
@@ -182,7 +182,7 @@ def test_a_line_that_is_not_for_us_or_says_too_much(line: str, said: str) -> Non
 
 
 def test_the_caret_stands_in_the_chain() -> None:
-    """A wrong chain is shown from its first layer on, with the place."""
+    """A wrong chain is shown from its first layer on, with a caret below the mistake."""
     with pytest.raises(ChainError) as caught:
         rewrite("tap2:log:|ayo:/img,xvda,w", BEFORE)
 
@@ -190,7 +190,7 @@ def test_the_caret_stands_in_the_chain() -> None:
 
 
 def test_no_drivers_option_is_a_word_of_xl() -> None:
-    """An option of the last layer, such as cache=on, is never taken for one of xl's."""
+    """An option of the last layer, such as cache=on, is never taken for an option of xl."""
     for name in drivers.BUILT_IN:
         for option in fields(drivers.find_driver(name).Options):
             assert not _OPTION.fullmatch(f"{option.name}=on")
@@ -198,7 +198,7 @@ def test_no_drivers_option_is_a_word_of_xl() -> None:
 
 @pytest.mark.slow
 def test_random_disks_reach_xl_whole(stock: Xlu, pytestconfig: pytest.Config) -> None:
-    """Any chain, device and access is read by stock xl as it was written, whatever its files are called."""
+    """Stock xl reads any chain, device and access as it was written, whatever its files are called."""
     chance = random.Random(pytestconfig.getoption("--seed"))
     wanted, lines = [], []
     for _ in range(pytestconfig.getoption("--requests") // 20):

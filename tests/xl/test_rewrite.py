@@ -32,13 +32,13 @@ LINES = [
 
 
 def test_only_the_lines_change() -> None:
-    """Comments, blanks, quotes and the order of everything stay, to the byte; twice makes no difference."""
+    """Comments, blanks, quotes and order are kept to the byte; a second rewrite changes nothing."""
     assert (CONVERTED, 2) == convert(CONFIG, "vm.cfg", XEN)
     assert (CONVERTED, 0) == convert(CONVERTED, "vm.cfg", XEN)
 
 
 def test_xl_takes_the_argument_for_the_files_disks(stock: Xlu) -> None:
-    """With our setting behind it the file that was written has the disks that were meant: the last one counts."""
+    """With our setting added, xl reads the disks that were meant: the last setting counts."""
     argument = disk_argument(CONFIG, "vm.cfg", XEN)
 
     assert argument is not None
@@ -46,13 +46,13 @@ def test_xl_takes_the_argument_for_the_files_disks(stock: Xlu) -> None:
 
 
 def test_a_text_that_xl_understands_needs_no_argument() -> None:
-    """Where no line is rewritten there is nothing to add."""
+    """If no line is rewritten there is no setting to add."""
     assert disk_argument(CONVERTED, "vm.cfg", XEN) is None
     assert disk_argument("disk = 'tap2:log:|aio:/img,xvda,w'", "vm.cfg", XEN) is None
 
 
 def test_disks_that_xl_never_sees_stay() -> None:
-    """A list that a later one replaces is left as it is, wrong chain or not."""
+    """A disk list that is replaced by a later one is kept as it is, even with a wrong chain."""
     text = "disk=['tap2:log:|ayo:/img,xvda,w']\ndisk=['phy:/dev/x,xvda,w']"
 
     assert (text, 0) == convert(text, "vm.cfg", XEN)
@@ -60,7 +60,7 @@ def test_disks_that_xl_never_sees_stay() -> None:
 
 @pytest.mark.parametrize("step", [convert, disk_argument])
 def test_a_wrong_line_is_named_by_file_and_line(step: object) -> None:
-    """The chain's own sentence and caret come behind the place of the disk."""
+    """The chain's own sentence and caret follow the file and the line."""
     assert callable(step)
     with pytest.raises(ChainError) as caught:
         step("a=1\ndisk = ['phy:/dev/x,xvda,w',\n 'tap2:log:|ayo:/img,xvdb,w']", "/etc/xen/vm.cfg", XEN)

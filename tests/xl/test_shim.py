@@ -20,7 +20,7 @@ def program(file: Path, text: str) -> Path:
 
 @pytest.fixture
 def shim(tmp_path: Path) -> Path:
-    """Return a shim between an xl and a xenbackend that say what they got; the latter's path needs quotes."""
+    """Return a shim between an xl and a xenbackend that print their arguments; the latter's path needs quotes."""
     xl = program(tmp_path / "the xl", '#!/bin/sh\nprintf "%s\\n" real "$@"; exit 8')
     ours = program(tmp_path / "our own", '#!/bin/sh\nprintf "%s\\n" "$@"; exit 7')
     return program(tmp_path / "xl", shim_text(str(xl), str(ours), "-m", "xenbackend"))
@@ -34,7 +34,7 @@ def run(shim: Path, *words: str) -> tuple[int, list[str]]:
 
 @pytest.mark.parametrize("command", [*SHORTEST, *SHORTEST.values()])
 def test_it_starts_the_front_step_with_the_same_words(shim: Path, command: str) -> None:
-    """Every word arrives as it was, behind the command's own words; the exit status comes back."""
+    """Every argument arrives unchanged behind the command's own, and the exit status is passed back."""
     words = ["-v", command, "a b", "", "$x'|"]
 
     assert (7, ["-m", "xenbackend", "xl", *words]) == run(shim, *words)
@@ -42,19 +42,19 @@ def test_it_starts_the_front_step_with_the_same_words(shim: Path, command: str) 
 
 @pytest.mark.parametrize("words", [[], ["list", "a b", ""], ["block-list", "0"], ["console", "-t", "pv"]])
 def test_other_commands_go_straight_to_xl(shim: Path, words: list[str]) -> None:
-    """What names no disk costs a shell, and no Python."""
+    """A command that names no disk starts only a shell, and no Python."""
     assert (8, ["real", *words]) == run(shim, *words)
 
 
 def test_without_us_it_is_xl(shim: Path, tmp_path: Path) -> None:
-    """Once xenbackend is gone, the shim starts the real xl."""
+    """If xenbackend has been removed, the shim starts the real xl."""
     (tmp_path / "our own").unlink()
 
     assert (8, ["real", "create", "vm.cfg"]) == run(shim, "create", "vm.cfg")
 
 
 def test_it_is_known_wherever_it_lies(tmp_path: Path) -> None:
-    """A copy or a link is the shim too; another program, a directory or nothing is not."""
+    """A copy of the shim or a link to it is recognised; another program, a directory or nothing is not."""
     shim = program(tmp_path / "xl", shim_text("/usr/sbin/xl", "/usr/bin/xenbackend"))
     (tmp_path / "link").symlink_to(shim)
     other = program(tmp_path / "other", "#!/bin/sh\nexec /usr/lib/xen-4.17/bin/xl")
