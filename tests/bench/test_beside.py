@@ -1,4 +1,4 @@
-"""The loops beside what is measured."""
+"""Loops that use the CPUs beside what is measured."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow  # each starts processes
 
 @pytest.mark.parametrize("kind", beside.NICE)
 def test_a_loop_on_each_cpu(tmp_path: Path, kind: str) -> None:
-    """There is one loop for each CPU of ours, bound to it, as nice as it should be, and in our session."""
+    """Each of our CPUs has one loop, bound to it, with the right nice value, in our session."""
     if os.getpriority(os.PRIO_PROCESS, 0) >= 19:
         pytest.skip("these tests run at nice 19 themselves")
     loops = Loops(kind, tmp_path)
@@ -39,14 +39,14 @@ def test_a_loop_on_each_cpu(tmp_path: Path, kind: str) -> None:
 
 
 def test_loops_that_would_be_nothing_special_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bench that is as nice itself cannot have loops of a lower priority beside it."""
+    """If the bench itself has the lowest priority, loops of a lower one are refused."""
     monkeypatch.setattr(os, "getpriority", lambda *_: 19)
     with pytest.raises(ConfigError, match="the bench itself runs at nice 19"):
         Loops("nice19", tmp_path)
 
 
 def test_loops_end_with_a_bench_that_was_killed(tmp_path: Path) -> None:
-    """Nobody has to look for loops that a dead bench left behind."""
+    """The loops end if the bench is killed."""
     code = (
         "import sys; from pathlib import Path; from xenbackend.bench.beside import Loops\n"
         f"loops = Loops('equal', Path({str(tmp_path)!r}))\n"

@@ -1,4 +1,4 @@
-"""The blkif load generators, in Python and in C, against a backend in this test that answers as a hostile one might."""
+"""The blkif load generators in Python and in C, against a backend in this test that answers as a hostile one might."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BY_NAME = {work.name: work for work in WORKS}
 
 
 class Backend(BlkifLoop):
-    """A generator with its backend beside it, which answers whenever the generator is about to look."""
+    """A generator with its backend beside it, which answers whenever the generator looks."""
 
     def __init__(self, directory: Path, **how: Any) -> None:
         super().__init__("ours", Guest(directory, 1, PAGES), FENCE, persistent=True, verify=True, **how)
@@ -36,7 +36,7 @@ class Backend(BlkifLoop):
         self.grants = host.open_grants(1)
         self.events = host.open_events(1)
         self.port = self.events.bind(self.parameters().rings[0].event_channel)
-        self.has_thread = False  # of its own, which answers
+        self.has_thread = False  # whether a thread answers
         self.mapping = self.grants.map(self.parameters().rings[0].grefs, writable=True)
         self.back = BackRing(self.mapping.view, NATIVE, ring_entries(NATIVE, 0), FENCE)
         self.taken: list[tuple[int, int, int, int]] = []  # operation, segments, first sector, first gref
@@ -44,10 +44,10 @@ class Backend(BlkifLoop):
         self.shift = 0
         self.held = 0
         self.pending: list[bytearray] = []
-        self.ids: list[bytes] = []  # of what was in flight at the last look
+        self.ids: list[bytes] = []  # of the requests in flight at the last look
 
     def reap(self) -> list[int]:
-        """Answer, unless a thread does, then take the answers."""
+        """Answer, unless a thread does, then reap the answers."""
         if not self.has_thread:
             self.answer_all()
         return super().reap()
@@ -62,7 +62,7 @@ class Backend(BlkifLoop):
             self.answer_all()
 
     def answer_all(self) -> None:
-        """Answer everything but the `held` oldest, the youngest first where they are held."""
+        """Answer all but the `held` oldest, the youngest first if some are held."""
         slots = self.pending
         while count := min(self.back.available(), self.back.until_wrap()):
             copy = bytearray(count * NATIVE.slot_size)
@@ -78,7 +78,7 @@ class Backend(BlkifLoop):
             self.events.notify(self.port)
 
     def serve(self, slot: bytearray) -> tuple[int, int]:
-        """Bring a read's stamp; return what the response says."""
+        """Stamp a read's page, or note by how much a write's stamp is off; return (guest id, operation)."""
         operation, segments, _, guest_id, sector, gref, _, _ = NATIVE.one.unpack(slot)
         if operation == BLKIF_OP_INDIRECT:
             _, operation, segments, guest_id, sector, _, page, *_ = NATIVE.indirect.unpack_from(slot)
@@ -104,12 +104,12 @@ class Backend(BlkifLoop):
 
 
 class NativeBackend(Backend, NativeBlkifLoop):
-    """The same with the generator that is in C."""
+    """The same backend with the generator in C."""
 
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path | None:
-    """The generator's inner part, built."""
+    """The compiled inner part of the generator."""
     return native.build(tmp_path_factory.mktemp("native")).loop
 
 
@@ -126,7 +126,7 @@ def ours(request: pytest.FixtureRequest, tmp_path: Path, library: Path | None) -
 
 @pytest.mark.parametrize("work", WORKS, ids=lambda work: work.name)
 def test_requests_are_what_the_workload_says(ours: Backend, work: Work) -> None:
-    """Places come in their order, as many are in flight as the depth says, and long requests go indirect."""
+    """Places come in their order, the depth is kept, and long requests are indirect."""
     order = places(work, SMALLEST)
     ours.start(work, order)
 
@@ -141,7 +141,7 @@ def test_requests_are_what_the_workload_says(ours: Backend, work: Work) -> None:
 
 
 def test_answers_in_any_order(ours: Backend) -> None:
-    """A slot's buffers are used again only when its own answer has come, in whatever order answers come."""
+    """A slot's buffers are reused only after its own answer, in whatever order answers come."""
     ours.held = 5
     work = BY_NAME["rr4k"]
     ours.start(work, places(work, SMALLEST))
@@ -152,7 +152,7 @@ def test_answers_in_any_order(ours: Backend) -> None:
 
 
 def test_wrong_data_ends_the_measurement(ours: Backend) -> None:
-    """A read that brings another sector's data is an error that names both."""
+    """A read with another sector's data is an error that names both sectors."""
     ours.shift = 8
     ours.start(BY_NAME["rr4k-1"], [16])
     with pytest.raises(BenchError, match="ours answered a read of sector 16 with the data of sector 24"):
@@ -161,7 +161,7 @@ def test_wrong_data_ends_the_measurement(ours: Backend) -> None:
 
 @pytest.mark.parametrize("name", ["rr4k", "sw64k"])
 def test_an_error_ends_the_measurement(ours: Backend, name: str) -> None:
-    """A request that failed is no request served."""
+    """A request that failed ends the measurement."""
     ours.status = -1
     ours.start(BY_NAME[name], places(BY_NAME[name], SMALLEST))
     with pytest.raises(BenchError, match="ours answered a request with an error"):
@@ -170,7 +170,7 @@ def test_an_error_ends_the_measurement(ours: Backend, name: str) -> None:
 
 @pytest.mark.parametrize("number", [1, 31, 2**32])
 def test_an_answer_to_nothing_ends_the_measurement(ours: Backend, number: int) -> None:
-    """An answer to a request that was never made is no answer."""
+    """An answer to a request that was never made ends the measurement."""
     ours.start(BY_NAME["rr4k-1"], [0])
     ours.back.put_response(0, number, 0, 0)
     ours.back.publish(1)
@@ -179,7 +179,7 @@ def test_an_answer_to_nothing_ends_the_measurement(ours: Backend, number: int) -
 
 
 def test_a_backend_that_falls_silent_ends_the_measurement(ours: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who gets no answer, and only notifications for nothing, does not wait for ever."""
+    """A backend that sends notifications but no answers ends the measurement after a limit."""
     monkeypatch.setattr("xenbackend.bench.blkif.STALL", 0.02)
     if isinstance(ours, NativeBlkifLoop):
         ours._state.stall_ms = 20
@@ -191,7 +191,7 @@ def test_a_backend_that_falls_silent_ends_the_measurement(ours: Backend, monkeyp
 
 @pytest.mark.parametrize("poll_ns", [0, 10**9], ids=["asleep", "looking"])
 def test_a_whole_run(ours: Backend, poll_ns: int) -> None:
-    """All that was asked of a backend is answered, one request timed at a time, while the generator sleeps or looks."""
+    """All requests are answered, one at a time is timed, whether the generator sleeps or polls."""
     work = BY_NAME["rr4k"]
     ours.poll_ns, ours.has_thread = poll_ns, True
     is_over = threading.Event()
@@ -216,7 +216,7 @@ def test_a_whole_run(ours: Backend, poll_ns: int) -> None:
 
 
 def test_more_answers_than_requests(ours: Backend) -> None:
-    """A backend that announces what was never asked for is no backend to measure."""
+    """More responses than requests end the measurement."""
     ours.start(BY_NAME["rr4k-1"], [0])
     ours._ring.index[2] = 9
     with pytest.raises(BenchError, match="ours announced 9 responses to 1 requests"):
@@ -224,14 +224,14 @@ def test_more_answers_than_requests(ours: Backend) -> None:
 
 
 def test_pages_lie_scattered(ours: Backend) -> None:
-    """Hardly any two neighbours in a request are neighbours in the guest's memory: no flattery for our side."""
+    """The pages of a request are hardly ever adjacent in the guest's memory, which would favour our side."""
     neighbours = sum(one + 1 == two for one, two in zip(ours._frames, ours._frames[1:], strict=False))
 
     assert neighbours < len(ours._frames) // 100
 
 
 def test_the_ring_is_a_guests_ring(ours: Backend) -> None:
-    """What a worker is told is what a guest would write into xenstore: one page, one port, persistent grants."""
+    """A worker is told what a guest would write into xenstore: one page, one port, persistent grants."""
     parameters = ours.parameters()
 
     assert (NATIVE.protocol, True, 1) == (parameters.protocol, parameters.persistent, len(parameters.rings[0].grefs))

@@ -1,4 +1,4 @@
-"""Counting system calls, by the tools that are installed."""
+"""Counting system calls with the tools that are installed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from xenbackend.bench import calls
 
-# Reads a number, makes as many calls in each of two threads, and says when that is done.
+# Reads a number, makes that many calls in each of two threads, and reports when they are done.
 PROGRAM = """
 import os, threading
 def work(count):
@@ -31,7 +31,7 @@ TOOLS = {"perf": calls._begin_perf, "strace": calls._begin_strace}
 
 @pytest.fixture
 def process() -> Iterator[subprocess.Popen[str]]:
-    """A process that makes as many calls as it is told to."""
+    """A process that makes as many calls as it is told."""
     with subprocess.Popen(
         [sys.executable, "-c", PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -43,7 +43,7 @@ def process() -> Iterator[subprocess.Popen[str]]:
 
 
 def make_calls(process: subprocess.Popen[str], count: int) -> None:
-    """Let it make 2 * count calls, and wait until it has."""
+    """Let the process make 2 * count calls, and wait for them."""
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdin.write(f"{count}\n")
@@ -54,7 +54,7 @@ def make_calls(process: subprocess.Popen[str], count: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("tool", TOOLS)
 def test_the_calls_of_all_threads_are_counted(tool: str, process: subprocess.Popen[str], tmp_path: Path) -> None:
-    """From the moment that the tool is ready, no call is missed, and none of earlier or later ones counted."""
+    """Once a tool is ready, exactly the calls made from then on, by all threads, are counted."""
     if shutil.which(tool) is None:
         pytest.skip(f"{tool} is not installed")
     make_calls(process, 1000)
@@ -71,7 +71,7 @@ def test_the_calls_of_all_threads_are_counted(tool: str, process: subprocess.Pop
 
 @pytest.mark.slow
 def test_a_process_that_has_gone_cannot_be_counted(tmp_path: Path) -> None:
-    """Every tool's own reason is told, and no tool is left running."""
+    """For a process that has gone each tool's own reason is reported, and no tool is left running."""
     with subprocess.Popen(["true"]) as process:
         process.wait()
     with pytest.raises(calls.Uncountable, match=r"perf .*; strace "):
@@ -79,14 +79,14 @@ def test_a_process_that_has_gone_cannot_be_counted(tmp_path: Path) -> None:
 
 
 def test_without_tools_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A host that has neither tool is told which would do."""
+    """Without a tool the error names those that would do."""
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(calls.Uncountable, match="perf is not installed; strace is not installed"):
         calls.begin(os.getpid(), tmp_path)
 
 
 def test_perfs_list() -> None:
-    """The count is the first field; a process that did not run has none."""
+    """The count is the first field of perf's list; a process that did not run has none."""
     line = ",,raw_syscalls:sys_enter,100,100.00,,\n"
 
     assert (1234, 0) == (calls.parse_perf(f"# started\n\n1234{line}"), calls.parse_perf(f"\n<not counted>{line}"))
@@ -95,7 +95,7 @@ def test_perfs_list() -> None:
 
 
 def test_straces_table() -> None:
-    """The count is that of the last line, whether or not there were errors."""
+    """The count is in the last line of strace's table, with or without a column of errors."""
     head = "% time     seconds  usecs/call     calls    errors syscall\n------ ----------- ----------- --------- ---\n"
 
     assert 42 == calls.parse_strace(head + "100.00    0.000100           1        42           total\n")

@@ -1,4 +1,4 @@
-"""What else used the CPUs, and when no conclusion is possible."""
+"""What else used the CPUs, and when that makes a conclusion impossible."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ def make_look(at: float, programs: float, ours: float, *processes: tuple[int, st
     ],
 )
 def test_when_nothing_can_be_concluded(foreign: float, stolen: float, expected: list[str]) -> None:
-    """More than a tenth of a CPU by other programs, or half of that by the hypervisor, spoils a session."""
+    """A session is spoilt if other programs use more than a tenth of a CPU, or the hypervisor takes half of that."""
     assert expected == Usage(foreign, 0.5, 0.5, stolen, [], autogroup=False).disturbances
 
 
 def test_what_the_kernel_does_is_no_disturbance() -> None:
-    """Kernel threads and interrupts work for what is measured: they are told, and judged by nobody."""
+    """Kernel threads and interrupts work for what is measured: they are reported, but are no disturbance."""
     assert [] == QUIET.disturbances
 
 
 def test_programs_are_named_by_what_they_used_meanwhile() -> None:
-    """Processes of one name are one program; what was used before does not count, what began meanwhile does."""
+    """Processes of one name are one program; only CPU time within the interval counts, of new processes too."""
     before = make_look(100, 50, 10, (5, "make", 1, 30.0), (6, "cc1", 5, 4.0))
     after = make_look(110, 70, 12, (5, "make", 1, 31.0), (7, "cc1", 5, 6.0), (8, "cc1", 5, 3.0))
     usage = between(before, after)
@@ -50,7 +50,7 @@ def test_programs_are_named_by_what_they_used_meanwhile() -> None:
 
 
 def test_kernel_threads_are_apart() -> None:
-    """Children of kthreadd are no programs."""
+    """Children of kthreadd do not count as programs."""
     before = make_look(0, 0, 0, (2, "kthreadd", 0, 0.0), (9, "kworker/0:1", 2, 1.0))
     usage = between(before, make_look(10, 8, 3, (2, "kthreadd", 0, 0.0), (9, "kworker/0:1", 2, 5.0)))
 
@@ -58,7 +58,7 @@ def test_kernel_threads_are_apart() -> None:
 
 
 def test_a_number_that_was_used_again_is_another_process() -> None:
-    """A pid is one process together with its start, as /proc has it."""
+    """A process is identified by its pid and its start, so a reused pid is another process."""
     before = make_look(0, 0, 0, (5, "long", 1, 30.0))
     after = Look(10, 2, 0, 0, 0, {(5, 77): _Process("short", 1, 2.0)})
 
@@ -66,7 +66,7 @@ def test_a_number_that_was_used_again_is_another_process() -> None:
 
 
 def test_only_the_busiest_are_named() -> None:
-    """A host with a thousand programs makes a short list, and who used next to nothing is not in it."""
+    """Only the busiest programs are listed, and none that used next to nothing."""
     processes = [(pid, f"p{pid}", 1, pid / 100) for pid in range(10, 1000)]
     usage = between(make_look(0, 0, 0), make_look(10, sum(each[3] for each in processes), 0, *processes))
 
@@ -76,7 +76,7 @@ def test_only_the_busiest_are_named() -> None:
 
 @pytest.fixture
 def busy() -> Iterator[int]:
-    """A process with an odd name that has used CPU, and waits to be ended."""
+    """A process with an odd name that has used CPU time and waits to be ended."""
     name = "a) R 2 (b"  # what a careless reader of /proc/PID/stat takes for a state and a parent
     code = f"open('/proc/self/comm', 'w').write({name!r}); sum(range(10**7)); print(1, flush=True); input()"
     with subprocess.Popen(
@@ -90,7 +90,7 @@ def busy() -> Iterator[int]:
 
 @pytest.mark.slow
 def test_what_is_read_from_proc(busy: int) -> None:
-    """Each process that is not ours is seen with its name, parent and time; we are not among them."""
+    """Every foreign process is read with name, parent and CPU time; our own are left out."""
     seen = look()
     found = {pid: process for (pid, _), process in seen.processes.items()}
 
@@ -102,7 +102,7 @@ def test_what_is_read_from_proc(busy: int) -> None:
 
 @pytest.mark.slow
 def test_what_we_use_is_not_foreign() -> None:
-    """Our own work, and that of our children that have ended, is not what disturbs us."""
+    """CPU time used by us and our ended children does not count as foreign."""
     before = look()
     for code in (
         "sum(range(10**7))",
@@ -118,7 +118,7 @@ def test_what_we_use_is_not_foreign() -> None:
 
 
 def test_every_host_tells_about_autogroup() -> None:
-    """Whether nice counts across sessions is known, or that this kernel cannot do it."""
+    """The report says whether nice values count across sessions, or that the kernel has no autogroup."""
     file = Path("/proc/sys/kernel/sched_autogroup_enabled")
 
     assert (file.exists() and file.read_text() != "0\n") == between(look(), look()).autogroup

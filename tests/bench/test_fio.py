@@ -23,7 +23,7 @@ JOB = {"usr_cpu": 10.0, "sys_cpu": 40.0, "job_runtime": 500, "write": SIDE}
 
 
 def test_a_job_in_fios_json() -> None:
-    """CPU time is fio's share of the job's time; notes before the JSON do not matter."""
+    """CPU time is fio's share of the job's time; lines before the JSON are skipped."""
     expected = Sample(1000, 0.5, 0.25, 0.0, 10, 20, 30)
 
     assert expected == parse("note: something\n" + json.dumps({"jobs": [JOB]}), WRITE)
@@ -31,19 +31,19 @@ def test_a_job_in_fios_json() -> None:
 
 @pytest.mark.parametrize("output", ["", "{", '{"jobs": []}', '{"jobs": [{}]}'])
 def test_what_is_no_job_is_an_error(output: str) -> None:
-    """Whatever fio prints, it is a sample or a BenchError."""
+    """Any other output of fio raises BenchError."""
     with pytest.raises(BenchError, match="not understood"):
         parse(output, WRITE)
 
 
 def test_a_job_that_did_nothing_is_an_error() -> None:
-    """On a host that gave fio no time there is nothing to compare with, and that is said."""
+    """A job without requests, as on a host that gave fio no time, is an error."""
     with pytest.raises(BenchError, match="did not complete a single request"):
         parse(json.dumps({"jobs": [JOB | {"write": SIDE | {"total_ios": 0, "clat_ns": {}}}]}), WRITE)
 
 
 def test_where_and_how(tmp_path: Path) -> None:
-    """A write stays in the second half; O_DIRECT keeps its depth in flight, psync has one request at a time."""
+    """Writes stay in the second half; O_DIRECT keeps its depth in flight, and psync has one request at a time."""
     with (tmp_path / "file").open("wb") as file:
         file.truncate(SMALLEST)
     direct = Fio("fio", tmp_path / "file", direct=True, cpu=3).arguments(WRITE, 1, 0.5)
@@ -56,7 +56,7 @@ def test_where_and_how(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("fio") is None, reason="fio is not installed")
 def test_fio_itself(tmp_path: Path) -> None:
-    """The installed fio understands the command line, and we its output."""
+    """The installed fio accepts the command line, and its output is understood."""
     with bench_file(tmp_path / "file", SMALLEST):
         sample = Fio("fio", tmp_path / "file", direct=False, cpu=None).measure(READ, 0.1, 0)
 
@@ -66,7 +66,7 @@ def test_fio_itself(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("fio") is None, reason="fio is not installed")
 def test_fio_with_a_short_file(tmp_path: Path) -> None:
-    """A file that is too short is not made longer by fio, and its complaint reaches the operator."""
+    """A file that is too short is not extended, and fio's complaint is reported."""
     (tmp_path / "file").write_bytes(bytes(512))
     job = Fio("fio", tmp_path / "file", direct=False, cpu=None)
     with pytest.raises(BenchError, match="fio failed"):

@@ -9,7 +9,7 @@ DEPTH_32 = WORKS[1]
 
 
 class Echo(ClosedLoop):
-    """Everything in flight is finished by the next look."""
+    """A generator whose requests have all been answered by the next look."""
 
     name = "echo"
 
@@ -33,11 +33,11 @@ class Echo(ClosedLoop):
         return finished[-1]
 
     def close(self) -> None:
-        """Nothing to let go of."""
+        """Do nothing: there is nothing to release."""
 
 
 def test_as_many_go_as_come() -> None:
-    """A closed loop keeps its depth: what is in flight is the same after any stretch, and counted to the last one."""
+    """A closed loop keeps its depth: the number in flight stays the same, and each request is counted."""
     loop = Echo()
     loop.start(DEPTH_32, [])
     requests = loop.run(0.001).requests + loop.run(0.001).requests
@@ -47,7 +47,7 @@ def test_as_many_go_as_come() -> None:
 
 
 def test_one_request_is_timed_at_a_time() -> None:
-    """A sample spans a request from its issue to its answer: with 32 in flight and 8 per batch, one in four batches."""
+    """A sample is the time from a request's issue to its answer: at depth 32 with batches of 8, one in four batches."""
     loop = Echo()
     loop.start(DEPTH_32, [])
     window = loop.run(0.005)
@@ -58,7 +58,7 @@ def test_one_request_is_timed_at_a_time() -> None:
 
 
 def test_drain_reaps_what_is_in_flight_and_issues_nothing() -> None:
-    """After draining nothing is in flight, so that the next workload starts from nothing."""
+    """After draining nothing is in flight, so that the next workload starts clean."""
     loop = Echo()
     loop.start(DEPTH_32, [])
     loop.drain(DEPTH_32)
@@ -67,7 +67,7 @@ def test_drain_reaps_what_is_in_flight_and_issues_nothing() -> None:
 
 
 def test_a_generator_looks_before_it_sleeps() -> None:
-    """Waiting looks again and again, sleeps only when the time to look is over, and is not counted as work."""
+    """Waiting polls first and sleeps only when its polling time is over."""
     loop = Echo()
     loop.poll_ns = 10**9
     looks = iter([0, 0, 3])
@@ -80,7 +80,7 @@ def test_a_generator_looks_before_it_sleeps() -> None:
 
 
 def test_waiting_is_not_work() -> None:
-    """A generator that only waits is hardly busy; one that never waits is wholly busy."""
+    """A generator that never waits is wholly busy."""
     loop = Echo()
     loop.start(DEPTH_32, [])
 
@@ -98,7 +98,7 @@ class Idle(Echo):
 
 
 def test_waiting_is_taken_off() -> None:
-    """What was spent waiting is not counted as the generator's own work."""
+    """Time spent waiting does not count as the generator's work."""
     loop = Idle()
     loop.start(DEPTH_32, [])
 

@@ -1,4 +1,4 @@
-"""The parts in C: what builds them, and what is said where nothing can."""
+"""The parts in C: how they are built, and what is reported if they cannot be."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ needs_compiler = pytest.mark.skipif(not any(map(shutil.which, native.COMPILERS))
 @pytest.mark.parametrize("compiler", ["gcc", "clang"])
 @pytest.mark.parametrize("name", ["ring_server.c", "blkif_loop.c"])
 def test_no_compiler_has_anything_to_remark(tmp_path: Path, compiler: str, name: str) -> None:
-    """The sources are without warnings."""
+    """Compilers give no warning for the sources."""
     if shutil.which(compiler) is None:
         pytest.skip(f"{compiler} is not installed")
     command = [compiler, *native.FLAGS, "-Wall", "-Wextra", "-Wshadow", "-Werror", "-c", "-o", str(tmp_path / "object")]
@@ -32,7 +32,7 @@ def test_no_compiler_has_anything_to_remark(tmp_path: Path, compiler: str, name:
 @needs_compiler
 @pytest.mark.slow
 def test_both_are_built(tmp_path: Path) -> None:
-    """Where a compiler is there is a program and a library, and nothing else is left in the directory."""
+    """With a compiler a program and a library are built, and nothing else is left in the directory."""
     built = native.build(tmp_path)
 
     assert ("", {built.ring_server, built.loop}) == (built.missing, set(tmp_path.iterdir()))
@@ -41,7 +41,7 @@ def test_both_are_built(tmp_path: Path) -> None:
 
 
 def test_without_a_compiler_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A host without a compiler is named as that, and is no error."""
+    """Without a compiler the reason says so, which is no error."""
     monkeypatch.setenv("PATH", str(tmp_path))
     built = native.build(tmp_path)
 
@@ -60,7 +60,7 @@ def test_without_a_compiler_it_is_said(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_compiler_that_fails_is_quoted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, expected: str
 ) -> None:
-    """A compiler without headers, or that does not work, leaves its reason and no C."""
+    """If a compiler fails, its message is the reason, and there are no parts in C."""
     (tmp_path / "cc").write_text(f"#!/bin/sh\n{script}\n")
     (tmp_path / "cc").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
@@ -71,7 +71,7 @@ def test_a_compiler_that_fails_is_quoted(
 
 
 def test_both_sides_have_one_structure() -> None:
-    """The load generator's state has the same fields in C and in Python, in the same order and of the same size."""
+    """The load generator's state has the same fields, order and size in C and in Python."""
     source = (native.SOURCES / "blkif_loop.c").read_text()
     body = re.sub(r"/\*.*?\*/", "", source.partition("struct loop {")[2].partition("};")[0], flags=re.DOTALL)
     sizes = {"int64_t": 8, "uint64_t": 8, "int32_t": 4, "uint32_t": 4}
@@ -85,7 +85,7 @@ def test_both_sides_have_one_structure() -> None:
 
 
 def test_both_sides_have_the_same_numbers() -> None:
-    """What a call of the library returns means the same on both sides."""
+    """The library's return values have the same meaning in C and in Python."""
     source = (native.SOURCES / "blkif_loop.c").read_text().partition("enum status {")[2].partition("};")[0]
     in_c = dict(re.findall(r"([A-Z_]+) = (\d+),", source))
 

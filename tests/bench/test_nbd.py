@@ -25,19 +25,19 @@ WRITE = next(work for work in WORKS if work.name == "rw4k")
 
 
 class TinyServer:
-    """Serves one connection: reads bring their stamps, writes are kept as {offset: first eight bytes}."""
+    """Serves one connection: reads return their stamps, writes are kept as {offset: first eight bytes}."""
 
     def __init__(self, path: Path) -> None:
         self.listener = socket.socket(socket.AF_UNIX)
         self.listener.bind(str(path))
         self.listener.listen()
         self.written: dict[int, bytes] = {}
-        self.shift = 0  # sectors by which reads go astray
+        self.shift = 0  # sectors by which reads are off
         self.error = 0
         self.refuses = False
         self.unsent = b""
-        self.gone = False  # says no more after the first answer
-        self.held = 0  # bytes of each reply that go out with the next one
+        self.gone = False  # stays silent after the first answer
+        self.held = 0  # bytes of each reply that are held back for the next one
         self.thread = threading.Thread(target=self.serve)
 
     def serve(self) -> None:
@@ -61,7 +61,7 @@ class TinyServer:
         connection.sendall(reply.pack(0x3E889045565A9, 7, 1, 0))
 
     def answer(self, connection: socket.socket, request: bytes) -> bool:
-        """Answer one request; False for a goodbye."""
+        """Answer one request; return False after a disconnect request."""
         _, _, kind, cookie, offset, length = REQUEST.unpack(request)
         data = b""
         if kind == 1:
@@ -74,7 +74,7 @@ class TinyServer:
         ready = len(self.unsent) - self.held
         connection.sendall(self.unsent[:ready])
         self.unsent = self.unsent[ready:]
-        if self.held and not select.select([connection], [], [], 0.05)[0]:  # nothing follows that it could go with
+        if self.held and not select.select([connection], [], [], 0.05)[0]:  # no request follows
             connection.sendall(self.unsent)
             self.unsent = b""
         if self.gone:
@@ -85,7 +85,7 @@ class TinyServer:
 
     @staticmethod
     def take(connection: socket.socket, length: int) -> bytes:
-        """Receive exactly so many bytes."""
+        """Receive exactly this many bytes."""
         return connection.recv(length, socket.MSG_WAITALL)
 
 
@@ -104,7 +104,7 @@ def serving(tmp_path: Path, **facts: object) -> Iterator[tuple[TinyServer, str]]
 
 
 def test_handshake_tells_the_size(tmp_path: Path) -> None:
-    """The export's size is what the server said in NBD_INFO_EXPORT."""
+    """The export's size is the one in NBD_INFO_EXPORT."""
     with serving(tmp_path) as (_, path):
         loop = NbdLoop("tiny", path)
         loop.close()
@@ -113,14 +113,14 @@ def test_handshake_tells_the_size(tmp_path: Path) -> None:
 
 
 def test_a_refused_export_is_named(tmp_path: Path) -> None:
-    """A server's error reply to the export's name becomes one sentence with its words."""
+    """If the server refuses the export, the error is a sentence with the server's words."""
     with serving(tmp_path, refuses=True) as (_, path), pytest.raises(BenchError, match="tiny refuses export 'x': none"):
         NbdLoop("tiny", path, "x")
 
 
 @pytest.mark.parametrize("held", [0, 100], ids=["whole replies", "torn replies"])
 def test_reads_are_checked_and_kept_in_flight(tmp_path: Path, held: int) -> None:
-    """However replies are torn, each is recognised whole, and its data is that of the sector that was asked for."""
+    """However replies are split, each is recognised as a whole, with the right sector's data."""
     with serving(tmp_path, held=held) as (_, path), contextlib.closing(NbdLoop("tiny", path)) as loop:
         loop.start(READ, places(READ, loop.size))
         finished: list[int] = []
@@ -135,7 +135,7 @@ def test_reads_are_checked_and_kept_in_flight(tmp_path: Path, held: int) -> None
 
 
 def test_wrong_data_ends_the_measurement(tmp_path: Path) -> None:
-    """A read that brings another sector's data is an error that names both."""
+    """A read with another sector's data is an error that names both sectors."""
     with serving(tmp_path, shift=1) as (_, path), contextlib.closing(NbdLoop("tiny", path)) as loop:
         loop.start(READ, [8, 16] * 16)
         with pytest.raises(BenchError, match="tiny answered a read of sector 8 with the data of sector 9"):
@@ -143,7 +143,7 @@ def test_wrong_data_ends_the_measurement(tmp_path: Path) -> None:
 
 
 def test_an_error_reply_ends_the_measurement(tmp_path: Path) -> None:
-    """An error of the disk is no request served."""
+    """An error reply ends the measurement."""
     with serving(tmp_path, error=5) as (_, path), contextlib.closing(NbdLoop("tiny", path)) as loop:
         loop.start(WRITE, places(WRITE, loop.size))
         with pytest.raises(BenchError, match="answered a request with an error"):
@@ -151,7 +151,7 @@ def test_an_error_reply_ends_the_measurement(tmp_path: Path) -> None:
 
 
 def test_a_server_that_hangs_up_ends_the_measurement(tmp_path: Path) -> None:
-    """A server that has gone is an error at once, not after the time for a stall."""
+    """A server that hangs up ends the measurement at once."""
     with serving(tmp_path, gone=True) as (_, path), contextlib.closing(NbdLoop("tiny", path)) as loop:
         loop.start(READ, places(READ, loop.size))
         with pytest.raises(BenchError, match="tiny hung up"):
@@ -159,7 +159,7 @@ def test_a_server_that_hangs_up_ends_the_measurement(tmp_path: Path) -> None:
 
 
 def test_writes_carry_the_stamp_of_their_place(tmp_path: Path) -> None:
-    """What is written begins with its sector's number, also when the places begin again."""
+    """Written data begin with their sector's number, even when the places repeat."""
     with serving(tmp_path) as (server, path), contextlib.closing(NbdLoop("tiny", path)) as loop:
         loop.start(WRITE, places(WRITE, loop.size)[:80])
         loop.run(0.02)
@@ -172,7 +172,7 @@ def test_writes_carry_the_stamp_of_their_place(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nbdkit") is None, reason="nbdkit is not installed")
 def test_every_workload_on_nbdkit(tmp_path: Path) -> None:
-    """A real server answers every workload without an error, and serves what is in the file."""
+    """A real server answers every workload without an error, with the file's data."""
     path = str(tmp_path / "socket")
     with bench_file(tmp_path / "file", SMALLEST):
         arguments = ["nbdkit", "--foreground", "--unix", path, "file", str(tmp_path / "file")]

@@ -1,4 +1,4 @@
-"""The workloads, their places, and the stamps."""
+"""The workloads, the places of their requests, and the stamps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from xenbackend.units import SECTOR
 
 @pytest.mark.parametrize("work", WORKS, ids=lambda work: work.name)
 def test_places_stay_in_their_half(work: Work) -> None:
-    """Every request lies wholly in the half of the disk that its workload owns, so that writes unstamp no read."""
+    """Every request lies in its workload's half of the disk, so that no write destroys the stamps that reads check."""
     size = SMALLEST + SMALLEST // 3
     start, length = half(work, size)
 
@@ -24,7 +24,7 @@ def test_places_stay_in_their_half(work: Work) -> None:
 
 
 def test_halves_do_not_meet() -> None:
-    """What is written begins no earlier than what is read ends."""
+    """The half that is written begins no earlier than the half that is read ends."""
     read = next(work for work in WORKS if not work.write)
     write = next(work for work in WORKS if work.write)
     first, length = half(read, SMALLEST)
@@ -33,7 +33,7 @@ def test_halves_do_not_meet() -> None:
 
 
 def test_requests_in_flight_have_different_places() -> None:
-    """As many places follow each other as are in flight before one comes again."""
+    """Places repeat only after at least as many others as are in flight."""
     for work in WORKS:
         order = places(work, SMALLEST)
 
@@ -41,19 +41,19 @@ def test_requests_in_flight_have_different_places() -> None:
 
 
 def test_places_are_the_same_every_time() -> None:
-    """Two targets of one session, and two sessions, visit the same places in the same order."""
+    """Every target and every session visits the same places in the same order."""
     for work in WORKS:
         assert places(work, SMALLEST) == places(work, SMALLEST)
 
 
 def test_a_small_disk_is_refused() -> None:
-    """A disk on which requests in flight would overlap cannot be measured."""
+    """A disk on which requests in flight would overlap is refused."""
     with pytest.raises(ConfigError, match="too small"):
         places(WORKS[0], SMALLEST - 1)
 
 
 def test_every_sector_is_stamped_with_its_number() -> None:
-    """A sector's first eight bytes are its number, and nothing else is touched."""
+    """Each sector's first eight bytes are its number, and the rest is unchanged."""
     buffer = bytearray(b"\xff" * (3 * SECTOR))
     stamp(buffer, 7)
 
@@ -68,7 +68,7 @@ def test_percentiles_are_values_that_were_measured() -> None:
 
 
 def test_select_works() -> None:
-    """Names choose workloads in their usual order; a disk that may only be read gets no writes."""
+    """Workloads are selected by name, in their usual order; a read-only disk gets no writes."""
     assert ["rr4k", "sw1m"] == [work.name for work in select_works(["sw1m", "rr4k"], read_only=False)]
     assert not any(work.write for work in select_works([], read_only=True))
     with pytest.raises(ConfigError, match="'rr5k' is not a workload"):
@@ -78,7 +78,7 @@ def test_select_works() -> None:
 
 
 def test_first_writes_need_an_image() -> None:
-    """Without an image that can be made anew there are no first writes, and who asks for them is told how."""
+    """First writes need an image that can be created anew; asking for them without one says how."""
     assert not any(work.fresh for work in select_works([], read_only=False))
     assert ["fw4k", "fw64k"] == [work.name for work in select_works([], read_only=False, image=True) if work.fresh]
     with pytest.raises(ConfigError, match="with --image"):

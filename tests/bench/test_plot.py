@@ -1,4 +1,4 @@
-"""The picture."""
+"""The picture of a session."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROWS = summarise(
 
 
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where matplotlib is missing, the operator is told before anything was measured, and how to get it."""
+    """Without matplotlib the operator is told before anything is measured, and how to get it."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ConfigError, match=r"pip install 'xenbackend\[plot\]'"):
         plot.check()
@@ -31,7 +31,7 @@ def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_a_picture(tmp_path: Path) -> None:
-    """The rows become a PNG; a path that cannot be written, or an ending that is no picture's, is one sentence."""
+    """The rows become a PNG; a path that cannot be written, or with another ending, is refused with a sentence."""
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     plot.check()
     plot.save(ROWS, tmp_path / "picture.png")

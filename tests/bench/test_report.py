@@ -38,7 +38,7 @@ THEIRS = Measured(WORKS[1], "nbdkit", [sample(100_000), sample(100_000), sample(
 
 
 def test_ratios_are_taken_within_rounds() -> None:
-    """The machine's drift meets both sides of a round, so a ratio is that of a round, and its median is reported."""
+    """Ratios are taken within a round, so that drift of the machine affects both sides; their median is reported."""
     ours, theirs = summarise([OURS, THEIRS])
 
     assert Spread(300_000, 200_000, 400_000) == ours.rate
@@ -55,14 +55,14 @@ def test_units_of_a_row() -> None:
 
 
 def test_each_workload_has_its_own_first() -> None:
-    """What others are compared with is the first target of the same workload."""
+    """Each workload is compared with its own first target."""
     other = Measured(WORKS[3], "aio:{file}", [sample(50_000)] * 3)
 
     assert [1, 2, 1] == [row.speed_ratio.median for row in summarise([OURS, THEIRS, other])]
 
 
 def test_table_and_legend() -> None:
-    """A reader sees the median, the spread, the ratio, and where the load generator was the limit."""
+    """The table has median, spread and ratio, and marks where the load generator was the limit."""
     measured = [OURS, Measured(WORKS[1], "nbdkit", [sample(100_000, busy=1.0)] * 3)]
     rows, text = summarise(measured), text_of(*measured)
 
@@ -82,7 +82,7 @@ def test_table_and_legend() -> None:
 
 
 def test_a_disturbed_session_says_so() -> None:
-    """Ratios that were taken while others used the machine are marked, and a reader is told who that was."""
+    """The report of a disturbed session marks its ratios and names the disturbing programs."""
     rows = summarise([OURS])
 
     assert "?: no conclusion is possible, because other programs used 0.84 CPUs (at most 0.1)." in legend(rows, LOUD)
@@ -95,20 +95,20 @@ def test_a_disturbed_session_says_so() -> None:
 
 
 def test_autogroup_is_told() -> None:
-    """Where Linux shares the CPUs by session, a reader must not rely on somebody else's nice value."""
+    """If Linux shares the CPUs by session, the legend warns that nice values of other sessions have no effect."""
     assert "the nice value of a program in another session has no effect" in legend(summarise([OURS]), LOUD)
     assert "session is" not in legend(summarise([OURS]), QUIET)
 
 
 def test_what_the_load_came_from_is_told() -> None:
-    """The language of the load generators matters, and fio has none of ours."""
+    """The legend names the language of each load generator; fio has none of ours."""
     measured = [replace(OURS, client="C"), replace(THEIRS, client="Python"), Measured(WORKS[1], "fio", [sample(1)] * 3)]
 
     assert "Load generator in C: aio:{file}.\nLoad generator in Python: nbdkit." in legend(summarise(measured), QUIET)
 
 
 def test_whether_our_workers_looked_is_told() -> None:
-    """A rate at depth 1 with looking and one without are two things."""
+    """The legend says whether our workers polled before they slept, as that matters at depth 1."""
     steady = Measured(
         WORKS[0], "aio:{file}", [sample(100, rested=0.0), sample(100, rested=0.9), sample(100, rested=0.0)]
     )
@@ -123,7 +123,7 @@ def test_whether_our_workers_looked_is_told() -> None:
 
 
 def test_what_loops_lost_is_against_the_same_chain_without_looks() -> None:
-    """The loops beside a chain are compared, round by round, with those beside the same chain that never looks."""
+    """What the loops beside a chain lost is compared, by round, with the same chain without polling."""
     looking = Measured(WORKS[1], "aio:{file}", [sample(100, loops=1.0), sample(100, loops=0.9), sample(100, loops=1.9)])
     never = Measured(WORKS[1], "aio:{file}" + NEVER_LOOKS, [sample(100, loops=loops) for loops in (1.0, 1.0, 2.0)])
     ours, theirs = summarise([looking, never])
@@ -136,7 +136,7 @@ def test_what_loops_lost_is_against_the_same_chain_without_looks() -> None:
 
 
 def test_calls_are_shown_where_they_were_counted() -> None:
-    """A target whose calls nobody can count has none."""
+    """System calls are shown for targets for which they were counted."""
     text = text_of(replace(OURS, calls=1.254), THEIRS)
 
     assert {"calls", "1.25"} <= {*text.split()}
@@ -144,12 +144,12 @@ def test_calls_are_shown_where_they_were_counted() -> None:
 
 
 def test_notes_are_told() -> None:
-    """What could not be measured, and why, reaches the reader."""
+    """Notes say what could not be measured, and why."""
     assert "there is no C limit: why" in legend(summarise([OURS]), QUIET, ["there is no C limit: why"])
 
 
 def test_json_is_complete() -> None:
-    """A script finds the machine, the verdict, and per row everything that the table has and the table leaves out."""
+    """JSON has the machine, the verdict, and for each row all figures, including those that the table leaves out."""
     measured = [replace(OURS, client="C", calls=1.5), THEIRS]
     result = json.loads(json.dumps(as_json(summarise(measured), LOUD, ["a note"])))
 
@@ -167,5 +167,5 @@ def test_json_is_complete() -> None:
 
 
 def test_short_rates() -> None:
-    """Rates take four characters or so."""
+    """Rates take about four characters."""
     assert ["912", "38.1k", "1.05M", "123k"] == [_short(rate) for rate in (912, 38_120, 1_051_000, 123_400)]

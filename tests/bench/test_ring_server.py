@@ -1,4 +1,4 @@
-"""The ring server in C, with a frontend in this test that does what a bench's own never does."""
+"""The ring server in C, against a frontend in this test that does what a bench's own never does."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ WHOLE = (0, 7)
 
 
 class Bed:
-    """A guest whose one ring the server serves, and what the tests ask of it."""
+    """A guest whose only ring the server serves, and helpers for the tests."""
 
     def __init__(self, rig: Path, program: Path, file: Path, *, persistent: bool = True, direct: bool = False) -> None:
         self.guest = Guest(rig, 1, 2048)
@@ -59,7 +59,7 @@ class Bed:
         return self.guest.grant(frame, read_only=read_only, domid=domid), self.guest.page(frame)
 
     def ask(self, *slots: bytes) -> list[tuple[int, int, int]]:
-        """Put slots into the ring, and return (id, operation, status) of as many responses."""
+        """Put slots into the ring, and return (id, operation, status) of the responses."""
         for slot in slots:
             self.front.put_raw(slot)
         self.front.push()
@@ -94,7 +94,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def serve(tmp_path: Path, program: Path) -> Iterator[Callable[..., Bed]]:
-    """What starts servers of a stamped file, tmp_path/file."""
+    """Return a function that starts servers of a stamped file, tmp_path/file."""
     beds: list[Bed] = []
 
     def start(**how: bool) -> Bed:
@@ -108,19 +108,19 @@ def serve(tmp_path: Path, program: Path) -> Iterator[Callable[..., Bed]]:
 
 
 def read(first: int, segments: list[tuple[int, int, int]], number: int = 7) -> bytes:
-    """A read's slot."""
+    """Return a read's slot."""
     return encode_direct(NATIVE, BLKIF_OP_READ, number, first, segments)
 
 
 def stamp(sector: int) -> bytes:
-    """What a sector of the bench file begins with."""
+    """Return what a sector of the bench file begins with."""
     return sector.to_bytes(8, "little")
 
 
 @pytest.mark.parametrize("persistent", [True, False], ids=["mapped", "copied"])
 @pytest.mark.parametrize("direct", [False, True], ids=["cached", "direct"])
 def test_data_go_where_they_belong(serve: Callable[..., Bed], tmp_path: Path, persistent: bool, direct: bool) -> None:
-    """Parts of pages, several pages, neighbours or not, direct and indirect: each sector comes to its place."""
+    """Whatever the layout of segments and pages, direct or indirect, each sector's data come to their place."""
     bed = serve(persistent=persistent, direct=direct)
     pages = [bed.page() for _ in range(20)]
     parts = [(pages[3][0], 2, 3), (pages[1][0], *WHOLE), (pages[2][0], 0, 4), (pages[0][0], 7, 7)]
@@ -146,7 +146,7 @@ def test_data_go_where_they_belong(serve: Callable[..., Bed], tmp_path: Path, pe
 def test_what_breaks_a_rule_is_answered_with_an_error(
     serve: Callable[..., Bed], tmp_path: Path, persistent: bool, direct: bool
 ) -> None:
-    """Each request that may not be done has its one answer, and the ring goes on."""
+    """A request that breaks a rule gets one answer with an error, and the ring goes on."""
     bed = serve(persistent=persistent, direct=direct)
     good, readable, foreign = bed.page()[0], bed.page(read_only=True)[0], bed.page(domid=3)[0]
     faulty = bed.page()[0]
@@ -190,7 +190,7 @@ def test_what_breaks_a_rule_is_answered_with_an_error(
 
 @pytest.mark.parametrize("persistent", [True, False], ids=["mapped", "copied"])
 def test_a_page_that_was_read_from_is_not_written_to(serve: Callable[..., Bed], persistent: bool) -> None:
-    """A grant to read serves a write of the guest's; a read into the same page is refused, before and after."""
+    """A page granted for reading only can be the source of a write; a read into it is refused."""
     bed = serve(persistent=persistent)
     gref, view = bed.page(read_only=True)
     view[:] = b"w" * PAGE
@@ -201,7 +201,7 @@ def test_a_page_that_was_read_from_is_not_written_to(serve: Callable[..., Bed], 
 
 
 def test_a_full_ring_is_answered_whole(serve: Callable[..., Bed]) -> None:
-    """All 32 slots at once, of which some fail: as many answers, each with its own id."""
+    """A full ring of 32 requests, some of which fail, gets 32 responses, each with its own id."""
     bed = serve()
     gref = bed.page()[0]
     for _ in range(3):
@@ -211,7 +211,7 @@ def test_a_full_ring_is_answered_whole(serve: Callable[..., Bed]) -> None:
 
 
 def test_an_overflow_ends_the_server(serve: Callable[..., Bed]) -> None:
-    """A frontend that announces more than fits into its ring is told, and served no more."""
+    """A frontend that announces more than fits into its ring is reported, and the server ends."""
     bed = serve()
     bed.front.ring.index[REQ_PROD] = 33
     bed.front.port.notify()
@@ -224,7 +224,7 @@ def test_an_overflow_ends_the_server(serve: Callable[..., Bed]) -> None:
 
 @pytest.mark.parametrize("direct", [False, True], ids=["cached", "direct"])
 def test_the_server_ends_with_its_guest(serve: Callable[..., Bed], direct: bool) -> None:
-    """When whoever holds the other end of its pipe has gone, killed or not, it goes too, by itself."""
+    """When the holder of the other end of its pipe has ended, even by a kill, the server ends by itself."""
     bed = serve(direct=direct)
     bed.status(read(0, [(bed.page()[0], *WHOLE)]))
     bed.backend._alive.close()
@@ -233,13 +233,13 @@ def test_the_server_ends_with_its_guest(serve: Callable[..., Bed], direct: bool)
 
 
 def test_a_file_that_is_not_there_is_told(tmp_path: Path, program: Path) -> None:
-    """A server that cannot start says why, and nothing is left of it."""
+    """A server that cannot start gives the reason, and nothing of it is left."""
     with Xen(tmp_path), pytest.raises(BenchError, match=r"C limit did not start: .*no-file: No such file"):
         Bed(tmp_path, program, tmp_path / "no-file")
 
 
 def test_it_waits_as_a_worker_does() -> None:
-    """What decides how often either side sleeps is the same in both, or the comparison would be of that."""
+    """Server and worker sleep and notify by the same rules, or the comparison would be of those."""
     source = (native.SOURCES / "ring_server.c").read_text()
     found = dict(re.findall(r"^    (BATCH|PATIENCE|PAUSE) = (\d+),", source, re.MULTILINE))
     of_a_worker = {"BATCH": journal.BATCH, "PATIENCE": polling._PATIENCE, "PAUSE": polling._PAUSE}

@@ -1,4 +1,4 @@
-"""Backend processes of a bench."""
+"""The backend processes of a bench."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def nobody_listens() -> None:
 
 
 def test_a_missing_program_is_named(tmp_path: Path) -> None:
-    """What is not installed is one sentence, not a traceback."""
+    """A missing program is named in a sentence."""
     with pytest.raises(BenchError, match="peer: the program /no/such is not installed"):
         Server("peer", ["/no/such"], tmp_path / "log", cpu=None)
 
 
 def test_a_server_that_dies_is_quoted(tmp_path: Path) -> None:
-    """A server that ends before it listens leaves its last line in the error."""
+    """If a server ends before it listens, the error has its last line."""
     server = Server("peer", ["sh", "-c", "echo first; echo no such export >&2"], tmp_path / "log", cpu=None)
     with pytest.raises(BenchError, match="peer did not start: no such export"):
         server.connect(nobody_listens)
@@ -32,7 +32,7 @@ def test_a_server_that_dies_is_quoted(tmp_path: Path) -> None:
 
 
 def test_cpu_time_is_the_process_own(tmp_path: Path) -> None:
-    """The CPU time of a backend is what all its threads used, and that of nobody else."""
+    """A backend's CPU time is that of all its threads and of no other process."""
     code = "import time, threading, sys\nsum(range(10**6))\nprint(time.process_time(), flush=True)\nsys.stdin.read()"
     reader, writer = os.pipe()
     server = Server("python", [sys.executable, "-c", f"import os; os.dup2({reader}, 0)\n{code}"], tmp_path / "log",
@@ -55,7 +55,7 @@ def test_cpu_time_is_the_process_own(tmp_path: Path) -> None:
 
 
 def test_a_server_is_pinned(tmp_path: Path) -> None:
-    """A backend runs on the CPU that it was given, and on no other."""
+    """A backend runs on the CPU that it was given and on no other."""
     cpu = min(os.sched_getaffinity(0))
     server = Server("cat", ["sleep", "60"], tmp_path / "log", cpu=cpu)
 
@@ -72,5 +72,5 @@ def test_two_cpus_on_two_cores() -> None:
 
 
 def test_lists_of_cpus() -> None:
-    """The kernel writes sets of CPUs as numbers and ranges."""
+    """Sets of CPUs are parsed from the kernel's numbers and ranges."""
     assert {0, 1, 2, 8} == _parse_list("0-2,8\n")

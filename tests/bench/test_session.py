@@ -1,4 +1,4 @@
-"""Whole sessions: our worker and the installed peers, in short."""
+"""Whole short sessions with our worker and the installed peers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ sys.exit(args.run(args))
 
 
 def quick(tmp_path: Path, *works: str) -> Session:
-    """A session as short as can be."""
+    """The shortest possible session."""
     return Session(
         chains=["aio:{file},cache=on"],
         works=select_works(list(works), read_only=False),
@@ -47,18 +47,18 @@ def quick(tmp_path: Path, *works: str) -> Session:
 
 
 def children() -> list[str]:
-    """The processes that we started and that still live."""
+    """Return the processes that we started and that still run."""
     tasks = Path("/proc/self/task").iterdir()
     return [child for task in tasks for child in (task / "children").read_text().split()]
 
 
 def children_of(pid: int) -> list[str]:
-    """The processes that the main thread of another one started."""
+    """Return the processes that the main thread of another one started."""
     return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
 def command_of(pid: str) -> str:
-    """The command line of a process, nothing where it has ended."""
+    """Return a process's command line, empty if it has ended."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_text()
     except OSError:
@@ -69,11 +69,11 @@ HAS_COMPILER = any(map(shutil.which, native.COMPILERS))
 
 
 def ignore(_text: str, _total: int) -> None:
-    """Take progress for granted."""
+    """Ignore progress."""
 
 
 def test_bench_file_is_stamped_and_removed(tmp_path: Path) -> None:
-    """Every sector carries its number while the file is there, and it is gone afterwards."""
+    """Every sector of the bench file carries its number, and the file is removed afterwards."""
     path = tmp_path / "file"
     with bench_file(path, SMALLEST):
         words = array("Q", path.read_bytes())
@@ -84,7 +84,7 @@ def test_bench_file_is_stamped_and_removed(tmp_path: Path) -> None:
 
 
 def test_nothing_of_the_operators_is_overwritten(tmp_path: Path) -> None:
-    """A file that exists is not ours, whatever is in it."""
+    """An existing file is refused, whatever it contains."""
     (tmp_path / "file").write_text("precious")
     with (
         pytest.raises(ConfigError, match="exists; name a file that does not"),
@@ -96,7 +96,7 @@ def test_nothing_of_the_operators_is_overwritten(tmp_path: Path) -> None:
 
 
 def test_a_bench_file_that_cannot_be_made(tmp_path: Path) -> None:
-    """A directory that is not there, or a size that is too small, is one sentence."""
+    """A missing directory or too small a size is refused with a sentence."""
     with pytest.raises(ConfigError, match="cannot be made: No such file"), bench_file(tmp_path / "no" / "f", SMALLEST):
         pass
     with pytest.raises(ConfigError, match="needs at least 64 MiB"), bench_file(tmp_path / "f", 1 << 20):
@@ -105,7 +105,7 @@ def test_a_bench_file_that_cannot_be_made(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_every_workload_on_a_worker(tmp_path: Path) -> None:
-    """A real worker serves every workload, all reads checked, and the session leaves nothing behind."""
+    """A real worker serves every workload, all reads are checked, and nothing is left of the session."""
     before = os.sched_getaffinity(0)
     outcome = run(quick(tmp_path), ignore)
 
@@ -119,7 +119,7 @@ def test_every_workload_on_a_worker(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("client", ["Python", "C"])
 def test_the_clients_language_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, client: str) -> None:
-    """Where there is no compiler our chains are measured by the client in Python, without a limit, and that is said."""
+    """Without a compiler our chains are measured with the Python client and without a limit, and the report says so."""
     if client == "C" and not HAS_COMPILER:
         pytest.skip("no C compiler is installed")
     if client == "Python":
@@ -134,7 +134,7 @@ def test_the_clients_language_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.slow
 def test_the_limit_with_either_kind_of_grants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The ring server in C stands all workloads, with a client that sleeps, also where it has to copy."""
+    """The ring server in C serves all workloads for a client that sleeps, with persistent grants and with copies."""
     if not HAS_COMPILER:
         pytest.skip("no C compiler is installed")
     monkeypatch.setattr(target, "PEERS", {})
@@ -149,7 +149,7 @@ def test_the_limit_with_either_kind_of_grants(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.slow
 def test_loops_beside_it(tmp_path: Path) -> None:
-    """Each chain is measured with and without looks, and what the loops got meanwhile is known for both."""
+    """Each chain is measured with and without polling, and the loops' share is known for both."""
     before = os.sched_getaffinity(0)
     outcome = run(replace(quick(tmp_path, "rr4k-1"), beside="equal"), ignore)
 
@@ -164,7 +164,7 @@ def test_loops_beside_it(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("has_tool", [True, False])
 def test_system_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_tool: bool) -> None:
-    """A worker makes a call per request or so, if a tool is there to see them; if not, that is a note, no failure."""
+    """A worker makes about one call for each request; without a tool to count them there is a note."""
     if not has_tool:
         monkeypatch.setattr(calls, "_begin_perf", lambda *_: calls._start("perf", ["/no/perf"]))
         monkeypatch.setattr(calls, "_begin_strace", lambda *_: calls._start("strace", ["/no/strace"]))
@@ -193,9 +193,9 @@ def test_guests_that_sleep(tmp_path: Path, persistent: bool) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("direct", [False, True], ids=["cached", "direct"])
 def test_peers_take_their_turns(tmp_path: Path, direct: bool) -> None:
-    """Each installed peer is measured in each round after our chains and the limit, and ends with the session."""
+    """Each installed peer is measured in each round, after our chains and the limit, and ends with the session."""
     steps: list[str] = []
-    # Long enough for a peer that others on the host keep waiting: fio's time is the clock's.
+    # Long enough for a peer that has to wait for the CPU: fio's time is that of the clock.
     session = replace(quick(tmp_path, "rr4k"), compare=True, direct=direct, rounds=2, seconds=0.15)
     outcome = run(session, lambda text, _total: steps.append(text))
     names = [each.target for each in outcome.measured]
@@ -210,7 +210,7 @@ def test_peers_take_their_turns(tmp_path: Path, direct: bool) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("image", "driver", "works"), [("qcow2", "qcow2", ["rr4k", "fw4k"]), ("vdi", "vdi", ["rr4k"])])
 def test_images(tmp_path: Path, image: str, driver: str, works: list[str]) -> None:
-    """An image is measured with its reads checked, first writes on one that is new each time, QEMU on the same."""
+    """An image's reads are checked; first writes use a new image each time; QEMU is measured on the same image."""
     qemu.qemu_img("--version")
     works_of = select_works(works, read_only=False, image=True)
     session = replace(quick(tmp_path), works=works_of, image=image, rounds=2, seconds=0.1)
@@ -224,7 +224,7 @@ def test_images(tmp_path: Path, image: str, driver: str, works: list[str]) -> No
 
 @pytest.mark.slow
 def test_a_chain_of_the_operators_is_only_read(tmp_path: Path) -> None:
-    """A chain that does not name the bench file is opened read-only, so that not even we can write to it."""
+    """A chain that does not use the bench file is opened read-only."""
     disk = tmp_path / "disk"
     disk.write_bytes(bytes(SMALLEST))
     session = replace(quick(tmp_path, "rw4k"), chains=[f"aio:{disk},cache=on"])
@@ -236,7 +236,7 @@ def test_a_chain_of_the_operators_is_only_read(tmp_path: Path) -> None:
 
 
 def test_a_chain_that_does_not_open_leaves_nothing(tmp_path: Path) -> None:
-    """A worker's refusal is the session's, in its own words, and everything is put away."""
+    """If a worker refuses a chain, the session ends with that reason, and everything is cleaned up."""
     session = replace(quick(tmp_path, "rr4k"), chains=["nul:1G"])
     with pytest.raises(BenchError, match="unknown driver 'nul'"):
         run(session, ignore)
@@ -251,7 +251,7 @@ def test_a_chain_that_does_not_open_leaves_nothing(tmp_path: Path) -> None:
     ids=["Ctrl-C", "SIGTERM", "SIGTERM at once"],
 )
 def test_an_interrupted_bench_puts_everything_away(tmp_path: Path, number: signal.Signals, program: str) -> None:
-    """A bench that is interrupted ends its backends or its compiler, and removes its file and its sockets."""
+    """An interrupted bench ends its backends or its compiler, and removes its file and sockets."""
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     file = ["--file", str(tmp_path / "file"), "--size", "64M"]
     with subprocess.Popen(

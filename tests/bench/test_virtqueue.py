@@ -27,7 +27,7 @@ needs_qemu = pytest.mark.skipif(shutil.which("qemu-storage-daemon") is None, rea
 
 @contextmanager
 def exported(tmp_path: Path, poll_ns: int) -> Iterator[VirtqueueLoop]:
-    """Let QEMU serve `tmp_path`/file."""
+    """Run QEMU as the server of `tmp_path`/file while the block lasts."""
     path = str(tmp_path / "socket")
     node = f"driver=file,node-name=n,filename={tmp_path / 'file'},aio=threads,cache.direct=off"
     export = f"type=vhost-user-blk,id=e,node-name=n,addr.type=unix,addr.path={path},writable=on"
@@ -46,11 +46,11 @@ def exported(tmp_path: Path, poll_ns: int) -> Iterator[VirtqueueLoop]:
 @pytest.mark.slow
 @pytest.mark.parametrize("poll_ns", [0, 10**9], ids=["asleep", "looking"])
 def test_every_workload(tmp_path: Path, poll_ns: int) -> None:
-    """Reads bring the stamps of their places, writes leave them in the file, whether the generator sleeps or looks."""
+    """Reads bring their stamps, writes leave them in the file, whether the generator sleeps or polls."""
     with bench_file(tmp_path / "file", SMALLEST), exported(tmp_path, poll_ns) as loop:
         assert SMALLEST == loop.size
 
-        os.truncate(tmp_path / "file", SMALLEST // 2)  # what was stamped beforehand proves no write
+        os.truncate(tmp_path / "file", SMALLEST // 2)  # stamps made before would not prove a write
         os.truncate(tmp_path / "file", SMALLEST)
         works = select_works([], read_only=False)
         for work in works:
@@ -66,7 +66,7 @@ def test_every_workload(tmp_path: Path, poll_ns: int) -> None:
 
 @needs_qemu
 def test_wrong_data_ends_the_measurement(tmp_path: Path) -> None:
-    """A disk without stamps is found out by the first answer."""
+    """On a disk without stamps the first answer is an error."""
     with (tmp_path / "file").open("wb") as file:
         file.truncate(SMALLEST)
     with exported(tmp_path, 10**9) as loop:
@@ -77,7 +77,7 @@ def test_wrong_data_ends_the_measurement(tmp_path: Path) -> None:
 
 @needs_qemu
 def test_an_error_ends_the_measurement(tmp_path: Path) -> None:
-    """A request beyond the end of the disk is answered with a status, which is no success."""
+    """A request beyond the end of the disk is answered with a status, which ends the measurement."""
     with bench_file(tmp_path / "file", SMALLEST), exported(tmp_path, 10**9) as loop:
         loop.start(READ, [SMALLEST // SECTOR])
         with pytest.raises(BenchError, match="answered a request with status 1"):
@@ -85,7 +85,7 @@ def test_an_error_ends_the_measurement(tmp_path: Path) -> None:
 
 
 def test_a_backend_without_what_we_need_is_refused(tmp_path: Path) -> None:
-    """A vhost-user backend that does not offer event indices is told apart before any memory is shared."""
+    """A vhost-user backend without event indices is refused before any memory is shared."""
     path = str(tmp_path / "socket")
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)

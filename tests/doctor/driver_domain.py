@@ -7,7 +7,7 @@ from xenbackend.supervisor.xenstore.store import Store
 
 
 def make_driver_domain(xenstored: Xenstored) -> str:
-    """Have domain 7 serve a disk of domain 5, and return where it finds xenstore."""
+    """Make domain 7 serve a disk of domain 5, and return the address at which it finds xenstore."""
     address = xenstored.add_domain_socket(7)
     frontend = "/local/domain/5/device/vbd/51712"
     with Store(xenstored.address) as nodes:

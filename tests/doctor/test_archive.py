@@ -16,7 +16,7 @@ PIECES = [Piece("a.txt", "text \udcff\n", left_out=7), Piece("b.txt", problem="i
 
 
 def test_it_has_each_piece_and_says_what_it_has_not(tmp_path: Path) -> None:
-    """All in one directory, for the owner alone, with a list; what could not be had is in the list only."""
+    """All pieces lie in one directory, readable by the owner only, with a list; a missing piece is only in the list."""
     path = tmp_path / "r.tar.gz"
     archive.write(PIECES, path)
     with tarfile.open(path) as found:
@@ -32,7 +32,7 @@ def test_it_has_each_piece_and_says_what_it_has_not(tmp_path: Path) -> None:
 
 
 def test_nothing_is_written_over_and_nothing_is_left(tmp_path: Path) -> None:
-    """A file that is there is refused; so is a place that is none, and no draft stays behind."""
+    """An existing file is not overwritten; if the archive cannot be written there, no draft stays behind."""
     path = tmp_path / "r.tar.gz"
     path.write_text("kept")
     for place in (path, tmp_path / "none" / "r.tar.gz"):

@@ -1,4 +1,4 @@
-"""What keeps one disk from being connected, by what is known of it."""
+"""What keeps one disk from being connected, found from what is known of it."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ SEEN = {
 
 
 def known(**changes: Any) -> dict[str, Any]:
-    """Return what the service says of a disk, as the process that looks at it may be."""
+    """Return what the service says of a disk whose worker no look can find."""
     return {**DISK, "worker": 0, **changes}
 
 
 def test_every_reason_has_a_command() -> None:
-    """Whatever the service says of a disk, there is something to run next, for this disk."""
+    """For every reason that the service may give there is a command to run next, for this disk."""
     assert set(Reason) == set(disks.COMMANDS)
     for reason in Reason:
         word = reason.name.lower().replace("_", "-")
@@ -37,14 +37,14 @@ def test_every_reason_has_a_command() -> None:
 
 
 def test_a_command_can_be_pasted() -> None:
-    """A chain is one word of a shell, and moves no cursor."""
+    """A chain in a command is quoted as one shell word, with control characters escaped."""
     found = disks.look(known(reason="cannot-open", error="no", chain="log:|aio:/a b\x1b[2J"), 1e9)
 
     assert r"xenbackend check 'log:|aio:/a b\x1b[2J'" == found.command
 
 
 def test_one_cause_has_one_finding() -> None:
-    """Who has paused a disk is told before why it is not served, and that before whose move it is."""
+    """A pause is reported before the reason why a disk is not served, and that before whose move it is."""
     everything = known(paused=True, paused_by="uid 0", reason="storage", error="no answer", frontend_state="Closed")
 
     assert ("paused", "the disk is paused by uid 0") == (
@@ -56,7 +56,7 @@ def test_one_cause_has_one_finding() -> None:
 
 
 def test_a_guest_has_time_to_begin() -> None:
-    """A disk that waits for its guest is well for half a minute, and then it is not."""
+    """A disk that waits for its guest counts as well for half a minute, and as wrong afterwards."""
     waits = known(state="InitWait", frontend_state="Initialising", since=1000.0)
 
     early, late = disks.look(waits, 1010.0), disks.look(waits, 1031.0)
@@ -80,7 +80,7 @@ def test_a_guest_has_time_to_begin() -> None:
     ],
 )
 def test_without_a_service_xenstore_tells(changes: dict[str, Any], verdict: Verdict, check: str, words: str) -> None:
-    """What the service would have to do is not known to be wrong: that it does not answer is told of itself."""
+    """Without a service, a step that it would have to take is unknown: its silence is a finding of its own."""
     [found] = disks.look_without_service({**SEEN, **changes}, serves_all=False)
 
     assert (verdict, check, "5/xvda") == (found.verdict, found.check, found.disk)
@@ -91,7 +91,7 @@ DRIVER = Place(is_guest=True)
 
 
 def test_what_helps_in_a_driver_domain() -> None:
-    """Its xl knows of no guest, so what only dom0 can tell is asked there; nodes are those of this domain."""
+    """In a driver domain, commands that only work in dom0 say so, and nodes are those of the driver domain."""
     commands = {
         reason: disks.look(known(reason=reason.name.lower().replace("_", "-"), error="so"), 1e9, DRIVER).command
         for reason in Reason
@@ -109,7 +109,7 @@ def test_what_helps_in_a_driver_domain() -> None:
 
 
 def test_who_runs_the_hotplug_script_in_a_driver_domain() -> None:
-    """It is `xl devd` in there, and no toolstack of dom0."""
+    """In a driver domain `xl devd` runs the hotplug script, not a toolstack in dom0."""
     waits = {**SEEN, "ours_state": 2, "theirs_state": 1, "hotplug": ""}
     [there] = disks.look_without_service(waits, serves_all=False, place=DRIVER)
     [here] = disks.look_without_service(waits, serves_all=False)
@@ -120,7 +120,7 @@ def test_who_runs_the_hotplug_script_in_a_driver_domain() -> None:
 
 
 def test_a_driver_domain_knows_no_guests_by_name() -> None:
-    """So a disk that is called by its guest's name may well be there."""
+    """A driver domain cannot know guests by name, so a disk that is named by its guest is unknown, not wrong."""
     found = disks.not_found(parse_disk("mail/xvda"), ["5/xvda"], knows_store=True, place=DRIVER)
 
     assert (Verdict.UNKNOWN, "xl domid mail  # in dom0") == (found.verdict, found.command)
@@ -128,14 +128,14 @@ def test_a_driver_domain_knows_no_guests_by_name() -> None:
 
 
 def test_a_host_without_systemd_has_a_log_in_a_file() -> None:
-    """The command shows that."""
+    """Without systemd the command shows the log file."""
     found = disks.look(known(reason="trouble", error="so"), 1e9, Place(has_systemd=False))
 
     assert "tail -n 50 /var/log/xenbackend.log" == found.command
 
 
 def test_a_disk_that_is_not_there() -> None:
-    """It is wrong where xenstore has none, and not known where that could not be asked."""
+    """A disk that is not in xenstore is wrong; if xenstore could not be read, it is unknown."""
     wanted = parse_disk("5/xvdz")
 
     assert disks.not_found(wanted, ["5/xvda"], knows_store=True).is_wrong
@@ -144,7 +144,7 @@ def test_a_disk_that_is_not_there() -> None:
 
 
 def test_only_what_storage_may_have_caused_is_looked_into() -> None:
-    """A flush that failed is over; a chain that cannot be opened may have a file that is not there."""
+    """Storage is examined for reasons that it can cause, such as "cannot open", and not for a failed flush."""
     for word, expected in (("cannot-open", True), ("storage", True), ("flush-failed", False), ("bad-keys", False)):
         each = known(reason=word, error="so")
         assert expected == disks.depends_on_storage(disks.look(each, 0), each)

@@ -1,4 +1,4 @@
-"""A cause is told once; tests/system/test_doctor.py breaks a whole host."""
+"""Each cause is reported once; tests/system/test_doctor.py breaks a whole host."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SERVICE = {"service": {"store": "/store", "store_error": "", "host": "x"}, "disk
 
 
 def test_where_only_root_may_ask_xenstore_the_services_word_counts() -> None:
-    """It is connected, or it says why not; what was seen with one's own eyes counts more."""
+    """If only root may read xenstore, the service's word about it counts; a finding of our own counts more."""
     dark = Result([unknown("xenstored", "only root may ask it")])
     lost = {"service": {**SERVICE["service"], "store_error": "end of file"}}
     seen = Result([wrong("xenstored", "no answer", "x")])
@@ -31,7 +31,7 @@ def test_where_only_root_may_ask_xenstore_the_services_word_counts() -> None:
 
 
 def test_a_service_that_waits_for_xenstore_is_not_what_is_wrong() -> None:
-    """Where both say nothing, xenstore is the cause; a service that is stopped is one of its own."""
+    """If both service and xenstore are silent, xenstore is the cause; but a stopped service is a fault of its own."""
     hangs = wrong("service", "its process, 7, runs but does not answer: …", "x")
     stopped = wrong("service", "its process, 7, has been stopped", "kill -CONT 7")
     silent = [wrong("xenstored", "no answer", "y")]
@@ -42,12 +42,12 @@ def test_a_service_that_waits_for_xenstore_is_not_what_is_wrong() -> None:
 
 
 def of(disks: list[dict[str, Any]] | None, seen: list[dict[str, Any]] | None, name: str = "") -> list[Finding]:
-    """Return what is said of disks."""
+    """Return the findings about disks."""
     return _of_disks(Wanted("x", disk=parse_disk(name) if name else None), disks, seen, Settings())
 
 
 def test_what_is_below_a_disk_takes_the_place_of_what_the_service_says(tmp_path: Path) -> None:
-    """A file that is not there is why a chain cannot be opened; where nothing is found below, the reason stands."""
+    """A fault in the storage replaces the reason that it explains; if there is none, the reason stays."""
     image = tmp_path / "img"
     known = {**DISK, "chain": f"aio:{image}", "reason": "cannot-open", "error": "it cannot be opened"}
     [missing] = [each for each in of([known], None) if each.is_wrong]
@@ -59,14 +59,14 @@ def test_what_is_below_a_disk_takes_the_place_of_what_the_service_says(tmp_path:
 
 
 def test_storage_of_a_disk_that_is_served_is_left_alone(tmp_path: Path) -> None:
-    """Where the service says nothing bad of a disk, nobody looks at its files: it has them."""
+    """The files of a disk without a reason are not examined."""
     [found] = of([{**DISK, "worker": 0, "chain": f"aio:{tmp_path}/none"}], None)
 
     assert ("handshake", Verdict.OK) == (found.check, found.verdict)
 
 
 def test_of_very_many_disks_only_some_are_looked_into(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rest is said not to have been, which is never well."""
+    """Of very many disks only some are examined; the others are reported as unknown."""
     monkeypatch.setattr(examine, "MOST_DISKS", 1)
     known = {**DISK, "chain": "ram:1M", "reason": "trouble", "error": "so"}
     *_, last = of([known, known, known], None)
@@ -75,7 +75,7 @@ def test_of_very_many_disks_only_some_are_looked_into(monkeypatch: pytest.Monkey
 
 
 def test_a_disk_that_nobody_knows() -> None:
-    """It is wrong where somebody could be asked, and unknown where nobody could."""
+    """An unknown disk is wrong if service or xenstore could be asked, and unknown otherwise."""
     assert of([DISK], [], "7/xvda")[0].is_wrong
     assert [Verdict.UNKNOWN] == [each.verdict for each in of(None, None, "7/xvda")]
     assert [] == of([], [])

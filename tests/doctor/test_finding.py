@@ -1,4 +1,4 @@
-"""What findings amount to."""
+"""The verdict of several findings."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from xenbackend.doctor.finding import Verdict, ok, unknown, verdict_of, wrong
 
 
 def test_what_could_not_be_looked_at_is_never_well() -> None:
-    """One that is wrong decides; then one that nobody could look at; only then all is well."""
+    """A wrong finding decides the verdict, then an unknown one; it is well only if all are."""
     good, bad, dark = ok("a", "x"), wrong("b", "y", "z"), unknown("c", "w")
 
     assert Verdict.OK is verdict_of([good, good])

@@ -14,9 +14,7 @@ S = XenbusState
 
 @pytest.mark.parametrize(("ours", "theirs"), list(product(S, S)))
 def test_it_is_our_move_where_the_service_would_do_something(ours: XenbusState, theirs: XenbusState) -> None:
-    """In every pair of states somebody is named, and the service exactly where its own table has a step for it that it
-    has not taken.
-    """
+    """Each pair of states names who has to move: the service exactly if its table has a step that it has not taken."""
     move = next_move(ours, theirs)
     is_reached = ours is S.CONNECTED and theirs in (S.INITIALISED, S.CONNECTED)
 
@@ -38,14 +36,14 @@ def test_it_is_our_move_where_the_service_would_do_something(ours: XenbusState, 
     ],
 )  # fmt: skip
 def test_what_has_to_be_done(ours: XenbusState, theirs: XenbusState, who: Who, words: str) -> None:
-    """The pairs that an administrator meets."""
+    """The pairs of states that administrators meet have the right next step."""
     move = next_move(ours, theirs)
 
     assert (who, True) == (move.who, words in move.what)
 
 
 def test_no_rings_are_taken_before_the_script_has_come() -> None:
-    """While xl has not run it, the next move is the toolstack's, whatever the guest does."""
+    """Until the hotplug script has run, the next move is the toolstack's, whatever the guest does."""
     for theirs in (S.INITIALISING, S.INITIALISED):
         move = next_move(S.INIT_WAIT, theirs, script_has_come=False)
         assert (Who.TOOLSTACK, True) == (move.who, "hotplug script" in move.what)

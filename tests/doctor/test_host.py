@@ -1,4 +1,4 @@
-"""Looks at a host, in a directory that has what a Xen host has."""
+"""Looks at a host, in a directory that has the files of a Xen host."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Break = Callable[[Path], object]
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A sound one."""
+    """A directory with the files of a sound host."""
     for name, text in {
         "proc/xen/capabilities": "control_d\n", "proc/sys/fs/aio-nr": "512\n", "proc/sys/fs/aio-max-nr": "65536\n",
         "proc/sys/fs/file-nr": "1000\t0\t100000\n", "proc/sys/fs/file-max": "100000\n", "dev/xen/gntdev": "",
@@ -33,12 +33,12 @@ def root(tmp_path: Path) -> Path:
 
 
 def write(name: str, text: str) -> Break:
-    """Return what writes something else into a file."""
+    """Return a function that overwrites a file."""
     return lambda root: (root / name).write_text(text)
 
 
 def remove(name: str) -> Break:
-    """Return what removes a file."""
+    """Return a function that removes a file."""
     return lambda root: (root / name).unlink()
 
 
@@ -47,7 +47,7 @@ SCRIPT = "etc/xen/scripts/block-xenbackend"
 
 
 def test_a_sound_host_has_nothing_wrong(root: Path) -> None:
-    """Each look finds all well, and has no command for anybody."""
+    """On a sound host every look finds all well, without a command."""
     findings = host.look(root, root / "xenbackend.toml")
 
     assert ["xen", "devices", "script", "aio", "files", "settings"] == [each.check for each in findings]
@@ -74,7 +74,7 @@ def test_a_sound_host_has_nothing_wrong(root: Path) -> None:
 def test_each_thing_that_is_broken_is_one_finding(
     root: Path, breaks: Break, check: str, sentence: str, command: str
 ) -> None:
-    """What is wrong is told once, with what to do, and nothing else is: what depends on it is not missed."""
+    """Each fault is one finding with a command, and its consequences are no findings."""
     breaks(root)
     [found] = [each for each in host.look(root, root / "xenbackend.toml") if each.verdict is not Verdict.OK]
 
@@ -83,14 +83,14 @@ def test_each_thing_that_is_broken_is_one_finding(
 
 
 def test_a_driver_domain_is_no_mistake(root: Path) -> None:
-    """A guest of Xen may serve others: what it needs is looked at, with `xl devd`, which does what xl does in dom0."""
+    """A driver domain, which is a guest, is no fault; it needs `xl devd`, which takes the part of xl."""
     write("proc/xen/capabilities", "")(root)
     (root / "proc/77").mkdir()
     write("proc/77/cmdline", "/usr/sbin/xl\0devd\0-F\0")(root)
     findings = host.look(root, root / "xenbackend.toml")
     write("proc/77/cmdline", "vi\0devd\0")(root)
     without = host.look(root, root / "xenbackend.toml")
-    remove("proc/1/cmdline")(root)  # as proc(5), hidepid, has it
+    remove("proc/1/cmdline")(root)  # as with hidepid, see proc(5)
     hidden = host.look(root, root / "xenbackend.toml")
 
     assert ["xen", "devices", "script", "devd", "aio", "files", "settings"] == [each.check for each in findings]
@@ -102,7 +102,7 @@ def test_a_driver_domain_is_no_mistake(root: Path) -> None:
 
 
 def test_what_cannot_be_read_is_not_known(root: Path) -> None:
-    """A file that is not there, or not as it was expected, is neither well nor wrong."""
+    """A file that is missing or malformed makes a finding unknown."""
     remove("proc/sys/fs/aio-max-nr")(root)
     write("proc/sys/fs/file-nr", "none")(root)
     found = {each.check: each.verdict for each in host.look(root, root / "xenbackend.toml")}

@@ -1,4 +1,4 @@
-"""What a report has of xenstore, whatever guests write there."""
+"""What a report contains of xenstore, whatever guests write there."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BACKEND = "/local/domain/0/backend/vbd"
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
-    """One with a disk of each of two guests."""
+    """A store with a disk for each of two guests."""
     with Xenstored(tmp_path / "store") as started, Store(started.address) as store:
         for guest in (5, 6):
             store.write(f"{BACKEND}/{guest}/51712/state", "4")
@@ -28,7 +28,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 
 def test_both_ends_of_each_disk(store: Store) -> None:
-    """What the service shows of it, too, and nothing of what else guests have in xenstore."""
+    """Both ends of each disk and what the service shows of it are included, and no other nodes of guests."""
     text = nodes.text(store, ["vbd"], 5.0)
 
     for guest in (5, 6):
@@ -40,7 +40,7 @@ def test_both_ends_of_each_disk(store: Store) -> None:
 
 @pytest.mark.parametrize(("count", "width"), [(300, 1), (60, 2000)])
 def test_one_guest_hides_no_other(store: Store, monkeypatch: pytest.MonkeyPatch, count: int, width: int) -> None:
-    """Of very many nodes, or very long ones, a share is in it, and it is said that this is not all."""
+    """Of too many or too long nodes of one guest a share is included, with a note, and others are complete."""
     monkeypatch.setattr(nodes, "_MOST", 200)
     for number in range(count):
         store.write(f"/local/domain/5/device/vbd/51712/junk-{number}", "x" * width)
@@ -54,7 +54,7 @@ def test_one_guest_hides_no_other(store: Store, monkeypatch: pytest.MonkeyPatch,
 
 
 def test_one_that_cannot_be_read_keeps_no_other_from_being_told(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A guest may change its nodes all the time, so that no listing of them ends."""
+    """If one guest's nodes change so often that they cannot be read, the others are still included."""
     listed = store.directory
 
     def directory(path: str) -> list[str]:
@@ -70,7 +70,7 @@ def test_one_that_cannot_be_read_keeps_no_other_from_being_told(store: Store, mo
 
 
 def test_a_slow_xenstore_costs_what_it_has_not_told_yet(store: Store) -> None:
-    """What was read by then is in the report."""
+    """If xenstore is too slow, the report has what was read in time."""
     text = nodes.text(store, ["vbd"], 0.0)
 
     assert "our ends of the disks of domain 5: the rest is left out, because reading took too long" in text

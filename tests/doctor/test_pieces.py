@@ -1,4 +1,4 @@
-"""What a report is made of, where nothing answers; tests/system/test_report.py has a whole host."""
+"""The pieces of a report when nothing answers; tests/system/test_report.py has a whole host."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from xenbackend.supervisor.xenstore.store import Store
 
 @pytest.mark.slow
 def test_each_piece_is_there_or_says_why_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without service, xenstore, Xen and tools the rest is gathered all the same; a long log has its end."""
+    """Without service, xenstore, Xen and tools the other pieces are gathered, and the end of a long log."""
     tools = tmp_path / "bin"
     tools.mkdir()
     (tools / "dmesg").write_text(
@@ -51,7 +51,7 @@ def test_each_piece_is_there_or_says_why_not(tmp_path: Path, monkeypatch: pytest
 
 @pytest.fixture
 def gather(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Piece]]:
-    """Gather by name, without a service and without tools."""
+    """Return a function that gathers the pieces by name, without a service and without tools."""
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(pieces.activate, "is_possible", lambda: False)
     monkeypatch.setattr(pieces, "examine", lambda _wanted: [])
@@ -66,7 +66,7 @@ def gather(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dic
 def test_without_a_service_xenstore_is_read_all_the_same(
     tmp_path: Path, gather: Callable[..., dict[str, Piece]]
 ) -> None:
-    """Where the command line says, or the settings: a report is wanted most where nothing runs."""
+    """Without a service xenstore is still read, at the address of the command line or of the settings."""
     config = tmp_path / "x.toml"
     with Xenstored(tmp_path / "store") as started, Store(started.address) as nodes:
         nodes.write("/local/domain/0/backend/vbd/5/51712/params", "aio:/img")
@@ -80,7 +80,7 @@ def test_without_a_service_xenstore_is_read_all_the_same(
 def test_a_driver_domain_has_what_it_may_know(
     tmp_path: Path, gather: Callable[..., dict[str, Piece]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its own nodes and the journal of `xl devd`; that xl has nothing to tell there is said, and it is not run."""
+    """A driver domain's report has its own nodes and `xl devd`'s journal, and says that the rest is dom0's to tell."""
     monkeypatch.setattr(pieces, "here", lambda: Place(is_guest=True))
     with Xenstored(tmp_path / "store") as started:
         found = gather(store=make_driver_domain(started))
@@ -92,7 +92,7 @@ def test_a_driver_domain_has_what_it_may_know(
 
 
 def test_a_log_is_cut_between_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And says so: half a line means something else than the whole one, and looks like it."""
+    """A log is cut between lines, with a note, as half a line could be taken for a whole one."""
     monkeypatch.setattr(pieces, "MOST", 10)
     whole, cut, one = (pieces._as_result("x", lambda text=text: text).data for text in (  # type: ignore[misc]  # a lambda
         "a\nb\n", "not ok\nok\nfine\n", "x" * 30))  # fmt: skip
@@ -103,7 +103,7 @@ def test_a_log_is_cut_between_lines(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_journal_of_which_there_is_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has the latest lines, and says that these are not all."""
+    """If a journal has more lines than the limit, the latest are included, with a note."""
     monkeypatch.setattr(pieces, "_output", lambda *_: "line\n" * pieces._LINES)
     assert pieces._journal("x").startswith("(the latest 5000 lines; the journal may have more)\nline\n")
 

@@ -14,7 +14,7 @@ from xenbackend.doctor.place import Place
 def test_which_domain_this_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, *, is_guest: bool
 ) -> None:
-    """Xen's own file says so; a system that runs without Xen is no guest of it."""
+    """Xen's own file tells whether this is a guest; a system without Xen is none."""
     monkeypatch.setattr(place.activate, "is_possible", lambda: False)
     if text is not None:
         (tmp_path / "proc/xen").mkdir(parents=True)
@@ -24,7 +24,7 @@ def test_which_domain_this_is(
 
 
 def test_commands_for_where_it_is() -> None:
-    """Systemd's where that runs; xenstored is dom0's, and so is what only its xl knows."""
+    """Commands use systemd where it runs; those for xenstored and for what only dom0's xl knows are for dom0."""
     dom0, other, guest = Place(), Place(has_systemd=False), Place(is_guest=True)
 
     assert ("journalctl -u xenbackend.service -n 50", "systemctl status xenstored") == (dom0.log, dom0.xenstored)

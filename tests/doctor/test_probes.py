@@ -22,7 +22,7 @@ def looks_well(name: str) -> Result:
 
 
 def hangs() -> Result:
-    """Wait for ever, and do not let anybody end that but by force."""
+    """Wait forever, ignoring SIGTERM and SIGINT."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     while True:
@@ -30,17 +30,17 @@ def hangs() -> Result:
 
 
 def says_much() -> Result:
-    """Find more than fits into a pipe."""
+    """Return more findings than fit into a pipe."""
     return Result([ok("much", "x" * 1000) for _ in range(300)])
 
 
 def fails() -> Result:
-    """Meet a fault of the program."""
+    """Raise an exception, as a bug would."""
     raise ValueError("of no use")
 
 
 def test_each_look_brings_its_findings_in_the_order_in_which_it_was_wanted() -> None:
-    """Findings and values come back whole, also many, and each with the time that it took."""
+    """Findings come back complete, however many, in the order asked for, each with the time that it took."""
     wanted = [Probe("a", "this", partial(looks_well, "a")), Probe("m", "much", says_much),
               Probe("b", "that", partial(looks_well, "b"))]  # fmt: skip
     first, much, last = probes.run(wanted)
@@ -52,18 +52,18 @@ def test_each_look_brings_its_findings_in_the_order_in_which_it_was_wanted() -> 
 
 
 def children() -> set[str]:
-    """Return the processes that we have started, also those that have ended and nobody has waited for."""
+    """Return our child processes, including those that have ended and were not waited for."""
     return set(Path(f"/proc/{os.getpid()}/task/{threading.get_native_id()}/children").read_text().split())
 
 
 def test_one_that_hangs_hides_no_other() -> None:
-    """It is told as not looked at, after its limit, and is gone; so is what a fault of the program keeps us from."""
+    """A look that hangs is reported as unknown after its limit, and killed; one with a bug is reported as unknown."""
     wanted = [Probe("stuck", "the storage of /img", hangs, "5/xvda"), Probe("bug", "it", fails),
               Probe("a", "this", partial(looks_well, "a"))]  # fmt: skip
     begun, before = time.monotonic(), children()
     stuck, bug, fine = probes.run(wanted, limit_s=0.3)
 
-    assert time.monotonic() - begun < 10  # which is no measure of a host under load
+    assert time.monotonic() - begun < 10  # far above the limit, as the host may be loaded
     [finding] = stuck.findings
     assert (Verdict.UNKNOWN, "stuck", "5/xvda") == (finding.verdict, finding.check, finding.disk)
     assert re.fullmatch(r"the storage of /img did not answer within \d+\.\d s", finding.sentence)
@@ -73,13 +73,13 @@ def test_one_that_hangs_hides_no_other() -> None:
 
 
 def starts(path: str) -> Result:
-    """Wait for a program that waits for ever, and say which."""
+    """Run a program that waits forever, and write down its number."""
     subprocess.run(["sh", "-c", f"echo $$ > {path}.new; mv {path}.new {path}; exec sleep 1000"], check=False)
     return Result()
 
 
 def test_what_a_look_has_started_ends_with_it(tmp_path: Path) -> None:
-    """A program that hangs is not left behind."""
+    """A program that a look has started is killed with it."""
     path = tmp_path / "pid"
     [result] = probes.run([Probe("tool", "it", partial(starts, str(path)))], limit_s=2.0)
     pid = int(path.read_text())
@@ -91,7 +91,7 @@ def test_what_a_look_has_started_ends_with_it(tmp_path: Path) -> None:
 
 
 def test_all_together_have_a_limit() -> None:
-    """However many hang, nobody waits longer than for that, and those that were not begun are told, too."""
+    """All looks together have a limit; those that had not begun by then are reported too."""
     wanted = [Probe("stuck", f"number {number}", hangs) for number in range(probes._AT_ONCE + 5)]
     begun = time.monotonic()
     results = probes.run(wanted, limit_s=60, all_s=0.5)

@@ -57,13 +57,13 @@ PEM = f"-----BEGIN RSA PRIVATE KEY-----\n{PLANTED}\n-----END RSA PRIVATE KEY----
     ],
 )
 def test_secrets_are_masked(text: str) -> None:
-    """Wherever somebody has written them: in addresses, options, settings, logs, JSON."""
+    """Secrets in addresses, options, settings, logs and JSON are masked."""
     assert PLANTED not in scrub(text)
     assert MASK in scrub(text)
 
 
 def test_a_key_of_ceph_is_masked() -> None:
-    """It has a form of its own, and needs no name before it."""
+    """A key of Ceph is recognised by its form, without a name before it."""
     assert CEPH not in scrub(f"key: {CEPH}, or {CEPH}")
 
 
@@ -83,7 +83,7 @@ def test_a_key_of_ceph_is_masked() -> None:
     ],
 )  # fmt: skip
 def test_what_a_reader_needs_stays(text: str) -> None:
-    """Names of files and credentials are no secrets, and neither are sentences about keys."""
+    """Names of files and credentials are kept, and so are sentences about keys."""
     assert text == scrub(text)
 
 
@@ -94,12 +94,12 @@ AROUND = [f"tool --password {PLANTED} /dev/sda", f"['--token', '{PLANTED}', '-v'
     "text", [f'{{"password": "{PLANTED}"}}', f"a = 'key={PLANTED}'", f"x://{PLANTED}@h/ y", *AROUND]
 )
 def test_what_is_around_a_secret_stays(text: str) -> None:
-    """Quotes, brackets and what follows, so that what was text for a program still is."""
+    """Quotes, brackets and following text are kept, so that a program can still read the text."""
     assert scrub(text) == text.replace(PLANTED, MASK)
 
 
 def test_a_guest_hides_nothing_but_its_own_words() -> None:
-    """The begin of a key, or of a quote, that has no end masks no line of somebody else."""
+    """A beginning of a key or quote without an end masks no line of anybody else."""
     lines = ["/5/data = '-----BEGIN PRIVATE KEY-----'", "/5/data = 'password=\"'", "/6/state = '4'"]
 
     assert "/6/state = '4'" == scrub("\n".join(lines)).splitlines()[-1]
@@ -119,7 +119,7 @@ REPEATED = [
 
 @contextmanager
 def limited(cpu_s: float) -> Iterator[None]:
-    """Raise TimeoutError in whatever takes more of the CPU."""
+    """Raise TimeoutError if the block takes more CPU time than the limit."""
 
     def give_up(_number: int, _frame: object) -> None:
         raise TimeoutError(f"it took {cpu_s} s")
@@ -135,8 +135,9 @@ def limited(cpu_s: float) -> Iterator[None]:
 
 @pytest.mark.parametrize("repeated", REPEATED)
 def test_no_text_takes_longer_than_its_length(repeated: str) -> None:
-    """Guests write what is scrubbed: nothing that looks like the beginning of a secret, fifty thousand characters of
-    it, costs more than plain text does.
+    """Scrubbing takes about as long as for plain text, even for 50,000 characters that look like beginnings of secrets.
+
+    Guests can write what is scrubbed.
     """
     for beginning, last in itertools.product(BEGINNINGS, ("", "!")):
         with limited(0.5):

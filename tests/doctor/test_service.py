@@ -1,4 +1,4 @@
-"""Looks at the service, also at one that does not answer."""
+"""Looks at the service, including one that does not answer."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ signal.pause()
 
 @pytest.fixture(autouse=True)
 def unit(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """What systemd says; nothing unless a test puts it in."""
+    """What systemd says of the unit: nothing, unless a test fills it in."""
     facts: dict[str, str] = {}
     monkeypatch.setattr(activate, "unit_facts", lambda _limit_s: facts)
     monkeypatch.setattr(service, "ANSWER_S", 0.3)
@@ -41,13 +41,13 @@ def unit(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 
 def only(result: Result) -> Finding:
-    """Return the one finding."""
+    """Return the only finding."""
     [found] = result.findings
     return found
 
 
 def test_what_it_says_is_handed_on(tmp_path: Path) -> None:
-    """A service that answers is well, and what it says of itself and its disks is there for the looks that follow."""
+    """A service that answers is well; what it says of itself and its disks is passed on to the looks that follow."""
 
     def answer(request: dict[str, Any]) -> Answer:
         said = working(request)
@@ -78,7 +78,7 @@ def test_what_it_says_is_handed_on(tmp_path: Path) -> None:
 def test_why_nobody_answers_is_systemds_word(
     tmp_path: Path, unit: dict[str, str], facts: dict[str, str], sentence: str, command: str
 ) -> None:
-    """Each state of the unit has its own sentence and command."""
+    """If nobody answers, each state of the unit has its own sentence and command."""
     unit.update(facts)
     found = only(service.look(str(tmp_path / "none")))
 
@@ -88,7 +88,7 @@ def test_why_nobody_answers_is_systemds_word(
 
 @pytest.mark.parametrize("is_stopped", [True, False])
 def test_one_that_hangs_is_told_with_its_process(tmp_path: Path, *, is_stopped: bool) -> None:
-    """A process that was stopped by a signal is told apart from one that is busy, and nobody waits for either."""
+    """A service that hangs is reported with its process, and whether that was stopped by a signal or is busy."""
     path = tmp_path / "x"
     process = subprocess.Popen([sys.executable, "-c", LISTENS, str(path)], stdout=subprocess.PIPE)
     try:
@@ -111,7 +111,7 @@ def test_one_that_hangs_is_told_with_its_process(tmp_path: Path, *, is_stopped: 
 
 
 def test_one_that_may_not_be_asked_is_not_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who is neither root nor in the group learns nothing of the service, and so nothing bad, either."""
+    """If the caller may not ask the service, the finding is unknown and not wrong."""
 
     def connect(_near: socket.socket, _path: object) -> None:
         raise PermissionError(13, "Permission denied")
@@ -123,7 +123,7 @@ def test_one_that_may_not_be_asked_is_not_wrong(tmp_path: Path, monkeypatch: pyt
 
 
 def test_descriptors_that_run_out_are_told_before_they_have(tmp_path: Path, unit: dict[str, str]) -> None:
-    """Those of the service itself, and those that systemd keeps for it; a process of which nothing is known is not."""
+    """Descriptors that run low, in the service or in systemd's store, are reported; an unknown process is unknown."""
     (tmp_path / "7/fd").mkdir(parents=True)
     for number in range(95):
         (tmp_path / "7/fd" / str(number)).touch()
@@ -142,7 +142,7 @@ def test_descriptors_that_run_out_are_told_before_they_have(tmp_path: Path, unit
 
 
 def test_missing_walls_are_told_once_for_all_disks() -> None:
-    """The same wall of many workers is one finding, with the reason and the number of workers."""
+    """A wall that several workers lack is one finding, with the reason and the number of workers."""
     without = {**DISK, "no_walls": {"landlock": "not supported"}}
     [found] = service.look_at_walls([DISK, {**without, "vbd": "6/xvda"}, without])
 

@@ -1,4 +1,4 @@
-"""Looks at what chains are made of: real files, locks, sockets."""
+"""Looks at the files, locks and sockets of chains; all are real."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from xenbackend.kernel import locks
 
 
 def of(chain: str, *, read_only: bool = False) -> list[Finding]:
-    """Return all that is found out about the chain of 5/xvda."""
+    """Return all findings about the chain of 5/xvda."""
     return [each for probe in storage.probes("5/xvda", chain, read_only=read_only) for each in probe.look().findings]
 
 
 @contextmanager
 def locked(path: Path, access: locks.Access) -> Iterator[None]:
-    """Have an image as another program has it."""
+    """Hold an image's lock, as another program would."""
     fd = os.open(path, os.O_RDWR)
     try:
         assert locks.take(fd, access)
@@ -34,14 +34,14 @@ def locked(path: Path, access: locks.Access) -> Iterator[None]:
 
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
-    """A file."""
+    """An image file."""
     path = tmp_path / "img"
     path.write_bytes(bytes(512))
     return path
 
 
 def test_a_chain_whose_files_are_there(image: Path, tmp_path: Path) -> None:
-    """Each file has a finding; one that its layer makes need not be there; looking at one locks nothing."""
+    """Each file has a finding; one that its layer would create may be missing; a look leaves no lock."""
     found = of(f"log:{tmp_path}/rec|cow:{tmp_path}/cow|aio:{image}")
 
     assert [(Verdict.OK, "file", "5/xvda")] * 3 == [(each.verdict, each.check, each.disk) for each in found]
@@ -52,7 +52,7 @@ def test_a_chain_whose_files_are_there(image: Path, tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    """It is named, and shown in a way that moves no cursor."""
+    """A missing file is named, with control characters escaped."""
     [found] = of(f"aio:{tmp_path}/\x1b[2J")
 
     assert found.is_wrong
@@ -61,7 +61,7 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_what_is_no_disk_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To open a pipe, or a device such as a watchdog, may already do something; so only its kind is looked at."""
+    """A pipe or a character device is not opened, which could have effects; only its kind is examined."""
     flags: list[int] = []
     real = os.open
     os.mkfifo(tmp_path / "pipe")
@@ -74,7 +74,7 @@ def test_what_is_no_disk_is_not_opened(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_who_has_an_image_is_named(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk's own worker may have it; anybody else who locks it against us is told; readers may share one."""
+    """A disk's own worker may have the image, and readers may share one; any other user that excludes us is named."""
     users: list[str] = []
     monkeypatch.setattr(storage, "users_of", lambda _fd: ", ".join(users))
     with locked(image, locks.WRITE):
@@ -95,7 +95,7 @@ def test_who_has_an_image_is_named(image: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_file_that_may_not_be_opened_is_not_known(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a member of a group one sees less than root, and that is said."""
+    """If the caller may not open a file, the finding is unknown, and the command is for root."""
 
     def refuse(path: object, _flags: int) -> int:
         raise PermissionError(13, "Permission denied", path)
@@ -107,7 +107,7 @@ def test_a_file_that_may_not_be_opened_is_not_known(image: Path, monkeypatch: py
 
 
 def test_a_passphrases_file_is_not_read(tmp_path: Path, image: Path) -> None:
-    """It has to be there, and not open to everybody; what is in it stays there."""
+    """A passphrase's file must exist and not be open to everybody; its contents are not shown."""
     key = tmp_path / "key"
     chain = f"luks:key={key}|aio:{image}"
     missing, _ = of(chain)
@@ -123,7 +123,7 @@ def test_a_passphrases_file_is_not_read(tmp_path: Path, image: Path) -> None:
 
 
 def test_a_server_at_a_socket_is_not_bothered(tmp_path: Path) -> None:
-    """Whether somebody listens is read from the kernel's table: a connection would count as a client."""
+    """Whether a server listens at a socket is read from the kernel's table, as a connection would count as a client."""
     path = tmp_path / "nbd.sock"
     chain = f"nbd:unix:{path}"
     [missing] = of(chain)
@@ -142,7 +142,7 @@ def test_a_server_at_a_socket_is_not_bothered(tmp_path: Path) -> None:
 
 
 def test_a_server_at_a_port_is_connected_to() -> None:
-    """One that listens is reached, another one is not."""
+    """A server at a port is tried by connecting: well if it listens, wrong if not."""
     with socket.socket() as near:
         near.bind(("127.0.0.1", 0))
         port = near.getsockname()[1]
@@ -156,7 +156,7 @@ def test_a_server_at_a_port_is_connected_to() -> None:
 
 
 def test_a_cluster_is_reached_by_a_monitor_and_its_key_is_not_told(tmp_path: Path) -> None:
-    """One monitor that listens is enough; without any, the last one's error is told; the key never is."""
+    """A cluster is well if one monitor listens; otherwise the last error is shown. The key never is."""
     conf = tmp_path / "ceph.conf"
     with socket.socket() as near, socket.socket() as deaf:
         for each in (near, deaf):
@@ -176,7 +176,7 @@ def test_a_cluster_is_reached_by_a_monitor_and_its_key_is_not_told(tmp_path: Pat
 
 
 def test_monitors_have_many_spellings() -> None:
-    """Each that Ceph knows; without a port both of its ports."""
+    """Monitors are parsed in all spellings of Ceph; without a port both of its ports are used."""
     assert [("1.2.3.4", 3300), ("1.2.3.4", 6789), ("fd00::1", 3300), ("fd00::1", 6789), ("5.6.7.8", 1)] == (
         storage.monitors_of("[v2:1.2.3.4:3300/0,v1:1.2.3.4:6789/0],[fd00::1] any:5.6.7.8:1")
     )

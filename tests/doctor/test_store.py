@@ -22,7 +22,7 @@ BACKEND = "/local/domain/0/backend"
 
 @pytest.fixture
 def xenstored(tmp_path: Path) -> Iterator[Xenstored]:
-    """One with a disk of ours, one of blkback's, and one whose keys are odd."""
+    """A xenstore with a disk of ours, one of blkback's, and one whose keys are odd."""
     with Xenstored(tmp_path / "store") as started, Store(started.address) as nodes:
         for kind, guest, device, script, params in (
             ("vbd", 5, 51712, "/etc/xen/scripts/block-xenbackend", "log:|aio:/img"),
@@ -43,7 +43,7 @@ def xenstored(tmp_path: Path) -> Iterator[Xenstored]:
 
 
 def test_what_stands_there_of_our_disks(xenstored: Xenstored) -> None:
-    """Chain, script, both ends' states; of disks that others serve nothing, unless they were asked for."""
+    """For our disks chain, script and both states are returned; disks of others only on request."""
     found = store.look(xenstored.address, Settings(), None)
 
     assert [Verdict.OK] == [each.verdict for each in found.findings]
@@ -58,7 +58,7 @@ def test_what_stands_there_of_our_disks(xenstored: Xenstored) -> None:
 
 @pytest.mark.parametrize(("name", "found"), [("5/xvdb", ["5/xvdb"]), ("guest-6/xvda", ["6/xvda"]), ("7/xvda", [])])
 def test_the_disk_that_is_wanted_whoever_serves_it(xenstored: Xenstored, name: str, found: list[str]) -> None:
-    """It may be called by number or by its guest's name."""
+    """A disk is found by number or by its guest's name, whoever serves it."""
     seen = store.look(xenstored.address, Settings(), parse_disk(name)).data
 
     assert found == [each["vbd"] for each in seen]
@@ -66,7 +66,7 @@ def test_the_disk_that_is_wanted_whoever_serves_it(xenstored: Xenstored, name: s
 
 
 def test_what_a_driver_domain_may_see(xenstored: Xenstored) -> None:
-    """It has its own disks, with both ends' states; guests' names are dom0's to read, and no reason to see nothing."""
+    """A driver domain sees its own disks with both states; guests' names, which only dom0 may read, stay empty."""
     address = make_driver_domain(xenstored)
     found = store.look(address, Settings(), None, Place(is_guest=True))
     [seen] = found.data or [{}]
@@ -76,7 +76,7 @@ def test_what_a_driver_domain_may_see(xenstored: Xenstored) -> None:
 
 
 def test_one_that_is_not_there_or_says_nothing_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither is waited for."""
+    """A xenstored that is missing or silent is wrong, without waiting for it."""
     monkeypatch.setattr(store, "ANSWER_S", 0.2)
     path = str(tmp_path / "silent")
     [missing] = store.look(path, Settings(), None).findings
@@ -96,7 +96,7 @@ def test_one_that_is_not_there_or_says_nothing_is_wrong(tmp_path: Path, monkeypa
 
 
 def test_one_that_may_not_be_asked_is_not_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only root may, as a rule."""
+    """If the caller may not ask xenstore, the finding is unknown and not wrong."""
 
     def connect(_near: socket.socket, _path: object) -> None:
         raise PermissionError(13, "Permission denied")
