@@ -11,7 +11,7 @@ from xenbackend.ceph.bounded import Attempt, NotBack, within
 
 
 def test_what_comes_back_in_time() -> None:
-    """A result is returned, also None, and an exception is raised where the call was made; nothing is undone."""
+    """A result, even None, is returned, and an exception raised, where the call was made; nothing is undone."""
     undone = threading.Event()
     assert 7 == within(10, "", lambda: 7)
     assert Attempt(10, "").run(lambda: None, undone.set) is None
@@ -22,7 +22,7 @@ def test_what_comes_back_in_time() -> None:
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_what_does_not_come_back_is_given_up_and_undone(*, fails: bool) -> None:
-    """A call that takes too long is a sentence with ETIMEDOUT, goes on by itself, and is undone when it has ended."""
+    """A call that takes too long raises an error with ETIMEDOUT; it goes on, and is undone once it has ended."""
     go_on, ended, undone = threading.Event(), threading.Event(), threading.Event()
 
     def call() -> None:
@@ -44,7 +44,7 @@ def test_what_does_not_come_back_is_given_up_and_undone(*, fails: bool) -> None:
 
 
 def test_what_was_given_up_does_nothing_that_others_see() -> None:
-    """A step is taken by a call that is waited for; one that was given up raises there, and is undone."""
+    """A call that was given up takes no further step: that raises in it, and it is undone."""
     go_on, undone = threading.Event(), threading.Event()
     steps: list[str] = []
     attempt = Attempt(0.01, "it")
@@ -65,7 +65,7 @@ def test_what_was_given_up_does_nothing_that_others_see() -> None:
 
 
 def test_a_step_is_not_given_up_in_its_middle() -> None:
-    """Who waits learns that a call was given up when its step is over, and not before."""
+    """If a call is given up during a step, the caller learns that once the step is over."""
     begun, go_on, end = threading.Event(), threading.Event(), threading.Event()
     order: list[str] = []
     attempt = Attempt(0.01, "it")

@@ -1,4 +1,4 @@
-"""Tests of `xenbackend.ceph.image`: an image that is closed while another thread asks; tests/engines has real ones."""
+"""Tests of `xenbackend.ceph.image`: an image is closed while another thread uses it; tests/engines has real images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIZE = 1 << 20
 
 
 class Library:
-    """librbd, whose answer about a size may be long in coming; notes what is called, and with which image."""
+    """A librbd whose answer about a size can be delayed; records what is called, and with which image."""
 
     def __init__(self) -> None:
         self.asked, self.answers = threading.Event(), threading.Event()
@@ -32,7 +32,7 @@ class Library:
         return 0
 
     def rbd_get_size(self, handle: ctypes.c_void_p, size: Any) -> int:
-        """Answer once that may be."""
+        """Answer once the test allows it."""
         self.calls.append(("asked", handle.value))
         self.asked.set()
         assert self.answers.wait(10)
@@ -41,7 +41,7 @@ class Library:
         return 0
 
     def rbd_diff_iterate2(self, *arguments: Any) -> int:
-        """Tell of ranges, while somebody presses Ctrl-C; what is raised in the callback is swallowed, as by ctypes."""
+        """Report ranges while somebody presses Ctrl-C; exceptions in the callback are swallowed, as by ctypes."""
         *_, take, nothing = arguments
         for number in range(1000):
             try:
@@ -64,7 +64,7 @@ class Library:
 
 @pytest.fixture
 def library() -> Library:
-    """Return what there is of librbd."""
+    """Return a stand-in for librbd."""
     return Library()
 
 
@@ -77,7 +77,7 @@ def image(library: Library) -> Image:
 
 
 def test_it_is_not_closed_below_a_thread_that_asks_for_its_size(library: Library, image: Image) -> None:
-    """An image that is closed is freed by librbd, so that whoever asks is answered first."""
+    """As librbd frees an image that is closed, a thread that is asking is answered first."""
     sizes: list[int] = []
     asks = threading.Thread(target=lambda: sizes.append(image.size()))
     asks.start()
@@ -93,7 +93,7 @@ def test_it_is_not_closed_below_a_thread_that_asks_for_its_size(library: Library
 
 
 def test_nobody_asks_a_closed_image(library: Library, image: Image) -> None:
-    """A thread that comes later gets an error, and librbd no image that it does not have; nor is it closed twice."""
+    """A thread that asks a closed image gets an error, and librbd is not called; nor is the image closed twice."""
     image.close()
     image.close()
     with pytest.raises(DriverError, match="size") as caught:
@@ -103,7 +103,7 @@ def test_nobody_asks_a_closed_image(library: Library, image: Image) -> None:
 
 
 def test_what_has_changed_is_told_whole_or_not_at_all(library: Library, image: Image) -> None:
-    """Ctrl-C while ranges are told ends that, and drops none of them; the image is closed once librbd has left it."""
+    """Ctrl-C during a listing of changed ranges is raised, and no part of the list is returned; close still works."""
     assert [(number * 512, 512, True) for number in range(1000)] == image.diff("", 0, SIZE)
     library.interrupts = True
     with pytest.raises(KeyboardInterrupt):

@@ -11,7 +11,7 @@ from xenbackend.errors import DriverError
 
 
 def test_a_host_without_it_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there is no library each use of it says the same sentence, and nothing is looked for again."""
+    """Without the library each use of it raises the same sentence, and the search is not repeated."""
     monkeypatch.setattr(library, "_loaded", "")
     monkeypatch.setattr(library, "RADOS", "libnonesuch.so.2")
     for _ in range(2):
@@ -22,7 +22,7 @@ def test_a_host_without_it_is_told_what_to_install(monkeypatch: pytest.MonkeyPat
 
 
 def test_results() -> None:
-    """A negative result is an error in words."""
+    """A negative result is raised as an error with a sentence."""
     assert 3 == library.check(3, "do it")
     with pytest.raises(DriverError, match="do it: Permission denied") as caught:
         library.check(-errno.EACCES, "do it")

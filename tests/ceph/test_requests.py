@@ -1,4 +1,4 @@
-"""Tests of `xenbackend.ceph.requests`: pieces that go by a buffer; tests/engines has requests of every shape."""
+"""Tests of `xenbackend.ceph.requests`: pieces that are copied through a buffer; tests/engines has all shapes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SECTOR = 512
 
 
 class Librbd:
-    """librbd with a disk in memory, which moves data when a request is answered and not before."""
+    """A librbd with a disk in memory that moves data only when a request is answered."""
 
     def __init__(self) -> None:
         self.disk = bytearray(range(256)) * 65536
@@ -27,13 +27,13 @@ class Librbd:
         self.addresses: list[int] = []
 
     def rbd_aio_create_completion(self, number: int, _callback: None, new: Any) -> None:
-        """Make one."""
+        """Make a completion."""
         completion = len(self.numbers) + 1
         self.numbers[completion] = number
         new._obj.value = completion
 
     def rbd_aio_write(self, _image: object, offset: int, length: int, address: int, new: ctypes.c_void_p) -> int:
-        """Take a write, of which the data are read when it is answered."""
+        """Take a write, whose data are read when it is answered."""
 
         def move() -> None:
             self.disk[offset : offset + length] = ctypes.string_at(address, length)
@@ -53,7 +53,7 @@ class Librbd:
         return 0
 
     def rbd_poll_io_events(self, _image: object, events: Any, most: int) -> int:
-        """Answer all that waits."""
+        """Answer all waiting requests."""
         count = min(most, len(self.waiting))
         for place in range(count):
             events[place], move, _ = self.waiting[place]
@@ -63,21 +63,21 @@ class Librbd:
         return count
 
     def rbd_aio_get_arg(self, completion: int) -> int:
-        """Return the number."""
+        """Return the completion's number."""
         return self.numbers[completion]
 
     def rbd_aio_get_return_value(self, completion: int) -> int:
-        """Return the answer."""
+        """Return the completion's result."""
         return self.answers[completion]
 
     def rbd_aio_release(self, completion: Any) -> None:
-        """Take note."""
+        """Record the release."""
         self.released.append(getattr(completion, "value", completion))
 
 
 @pytest.fixture
 def librbd(monkeypatch: pytest.MonkeyPatch) -> Librbd:
-    """Return the library that is loaded."""
+    """Return a stand-in for librbd."""
     library = Librbd()
     monkeypatch.setattr(module, "load", lambda: SimpleNamespace(quick=library))
     return library
@@ -85,7 +85,7 @@ def librbd(monkeypatch: pytest.MonkeyPatch) -> Librbd:
 
 @pytest.fixture
 def requests(librbd: Librbd) -> Requests:
-    """Return those of an image."""
+    """Return the requests of an image."""
     return Requests(cast("Any", SimpleNamespace(handle=librbd)))
 
 
@@ -95,7 +95,7 @@ def views(*data: bytes) -> list[memoryview]:
 
 
 def test_pieces_are_written_and_read_in_their_order(librbd: Librbd, requests: Requests) -> None:
-    """Many pieces of any lengths go to librbd as one, and come back into their own memory."""
+    """Many pieces of any lengths go to librbd as one buffer, and are read back into their own memory."""
     data = [bytes([number]) * SECTOR * (1 + number % 3) for number in range(1, 40)]
     size = sum(map(len, data))
     assert 0 == requests.write(7, SECTOR, size, views(*data))
@@ -109,7 +109,7 @@ def test_pieces_are_written_and_read_in_their_order(librbd: Librbd, requests: Re
 
 
 def test_what_a_guest_changes_later_is_not_written(librbd: Librbd, requests: Requests) -> None:
-    """A request in many pieces holds what they had when it was started, whenever librbd reads it."""
+    """A request in many pieces writes the data of the moment when it was started, whenever librbd reads them."""
     pieces = views(b"a" * SECTOR, b"b" * SECTOR)
     requests.write(0, 0, 2 * SECTOR, pieces)
     pieces[0][:] = b"c" * SECTOR
@@ -118,7 +118,7 @@ def test_what_a_guest_changes_later_is_not_written(librbd: Librbd, requests: Req
 
 
 def test_a_buffer_belongs_to_one_request_at_a_time(librbd: Librbd, requests: Requests) -> None:
-    """Those that are under way have buffers of their own; when they are done others get them, and few are kept."""
+    """Each request under way has its own buffer; finished ones are reused, and only a few are kept."""
     count = 3 * _SPARE
     for number in range(count):
         requests.write(number, number * 2 * SECTOR, 2 * SECTOR, views(bytes([number]) * SECTOR, b"x" * SECTOR))
@@ -134,7 +134,7 @@ def test_a_buffer_belongs_to_one_request_at_a_time(librbd: Librbd, requests: Req
 
 
 def test_large_buffers_are_not_kept(librbd: Librbd, requests: Requests) -> None:
-    """What is larger than a guest's largest request is given back to the host."""
+    """A buffer larger than a guest's largest request is not kept."""
     size = 4 << 20
     for _ in range(2):
         assert 0 == requests.read(1, 0, size, views(bytes(size // 2), bytes(size // 2)))
@@ -143,7 +143,7 @@ def test_large_buffers_are_not_kept(librbd: Librbd, requests: Requests) -> None:
 
 
 def test_a_read_that_is_cut_short_changes_nothing(librbd: Librbd, requests: Requests) -> None:
-    """What ends behind the image's end leaves the pieces as they were; who asked is told how much there was."""
+    """A read beyond the image's end leaves the pieces unchanged, and reports how many bytes there were."""
     end = len(librbd.disk)
     pieces = views(b"p" * SECTOR, b"p" * SECTOR)
     requests.read(3, end - SECTOR, 2 * SECTOR, pieces)
@@ -152,7 +152,7 @@ def test_a_read_that_is_cut_short_changes_nothing(librbd: Librbd, requests: Requ
 
 
 def test_what_cannot_be_started_holds_nothing(librbd: Librbd, requests: Requests) -> None:
-    """A request that librbd does not take is over: its completion is released, and its buffer is another's."""
+    """If librbd does not accept a request its completion is released, and its buffer can be reused."""
     librbd.fails = errno.ENOMEM
     assert -errno.ENOMEM == requests.write(1, 0, 2 * SECTOR, views(bytes(SECTOR), bytes(SECTOR)))
     assert [1] == librbd.released

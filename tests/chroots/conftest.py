@@ -1,4 +1,4 @@
-"""The chroots that the tests of this suite share; each test leaves them as they were."""
+"""The chroots that this suite's tests share; each test leaves them as they were."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Chroots of Debian releases, with what the package and its checks, or the fast suite, need; built once, and cached.
+"""Chroots of Debian releases with what the package and its checks, or the fast suite, need; built once and cached.
 
-Must not know the package. What runs in one has mounts and processes of its own, which end with it.
+Must not depend on the package. A command in a chroot has its own mounts and processes, which end with it.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ PACKAGES = (
     "ca-certificates", "lintian", "man-db", "python3-daemon", "python3-pyxs", "python3-rich", "python3-structlog",
     "python3-venv", "systemd-standalone-sysusers",
 )  # fmt: skip
-TOOLS = (  # what .ci/packages has for the fast suite, as far as it has the same name in each release
+TOOLS = (  # those of .ci/packages for the fast suite that have the same name in each release
     "cryptsetup-bin", "e2fsprogs", "fdisk", "fio", "gcc", "git", "kmod", "libc6-dev", "libxen-dev", "linux-libc-dev",
     "make", "mount", "nbdkit", "openssl", "procps", "python3-venv", "qemu-utils", "util-linux-extra",
 )  # fmt: skip
 _ENTER = """\
 mount --bind "$0" "$0" && mount -t proc proc "$0/proc" && mount -t tmpfs tmpfs "$0/dev/shm" && exec chroot "$0" "$@"
 """
-# Whose root is one by chroot(2) may make no namespace of users (user_namespaces(7)), which walls are tried with.
+# After chroot(2) a process may not make user namespaces (user_namespaces(7)), with which walls are tested.
 _ENTER_AS_ROOT_DIRECTORY = """\
 mount --bind "$0" "$0" && mount -t proc proc "$0/proc" && mount --rbind /dev "$0/dev" && mount --rbind /sys "$0/sys" &&
 cd "$0" && pivot_root . . && umount --lazy . && exec "$@"
 """
-_HOSTS = ("etc/resolv.conf", "etc/ssl/certs/ca-certificates.crt")  # by which pip reaches its registry
+_HOSTS = ("etc/resolv.conf", "etc/ssl/certs/ca-certificates.crt")  # for pip to reach its registry
 
 
 def why_not() -> str:
@@ -45,7 +45,7 @@ def why_not() -> str:
 
 
 def build(suite: str, packages: Sequence[str] = PACKAGES) -> Path:
-    """Return the archive of a release with these packages, from the cache or the distribution's registry."""
+    """Return the archive of a release with these packages, from the cache or else from the distribution's registry."""
     recipe = sha256(" ".join(packages).encode()).hexdigest()[:8]
     name = suite if packages is PACKAGES else f"developed-on-{suite}"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xenbackend-chroots"
@@ -72,9 +72,9 @@ class Chroot:
     def run(
         self, *words: str | Path, user: str = "", check: bool = True, as_system: bool = False
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command there as root, or as another user; what it has started ends with it.
+        """Run a command there as root, or as another user; processes that it has started end with it.
 
-        `as_system` gives it the host's devices, and the directory as the root of its mounts, as a system has it; the
+        `as_system` gives it the host's devices, and makes the directory the root of its mounts, as in a system; the
         release needs Debian's package `mount` for that.
         """
         as_user: Sequence[str] = ["runuser", "-u", user, "--"] if user else []
@@ -97,7 +97,7 @@ class Chroot:
         return Path("/root", file.name)
 
     def connect(self) -> None:
-        """Let pip reach its registry from there as the host's does."""
+        """Let pip in the chroot reach its registry as the host does."""
         for name in _HOSTS:
             if (file := Path("/", name)).exists():
                 (self.root / name).parent.mkdir(parents=True, exist_ok=True)

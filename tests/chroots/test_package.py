@@ -1,4 +1,4 @@
-"""The Debian package in a system of each release: what `make deb` and `make deb-former` have built.
+"""The Debian packages of `make deb` and `make deb-former` in a system of each release.
 
 tests/xen/test_debian_package.py has a running system, with systemd, Xen and a guest under load.
 """
@@ -32,7 +32,7 @@ def package(directory: Path) -> Path:
 
 
 def ours(chroot: Chroot) -> list[Path]:
-    """Return what bears our name, or that of our hotplug script's alias."""
+    """Return the paths that bear our name, or that of our hotplug script's alias."""
     found = [
         each for place in PLACES for name in ("*xenbackend*", "tap2") for each in (chroot.root / place).rglob(name)
     ]
@@ -40,7 +40,7 @@ def ours(chroot: Chroot) -> list[Path]:
 
 
 def installed(chroot: Chroot) -> str:
-    """Return the version that is installed, empty where none is."""
+    """Return the version that is installed, empty if there is none."""
     format_ = "--showformat=${db:Status-Status} ${Version}"
     said = chroot.run("dpkg-query", "--show", format_, "xenbackend", check=False).stdout.split()
     return said[1] if said[:1] == ["installed"] else ""
@@ -48,14 +48,14 @@ def installed(chroot: Chroot) -> str:
 
 @pytest.fixture
 def fresh(chroot: Chroot) -> Iterator[Chroot]:
-    """A chroot with nothing of ours, and nothing afterwards."""
+    """A chroot without any file of ours, before and after the test."""
     assert [] == ours(chroot)
     yield chroot
     chroot.run("dpkg", "--purge", "xenbackend", check=False)
 
 
 def test_it_works_where_it_is_installed(fresh: Chroot) -> None:
-    """The demo serves a disk by what the package has installed, and nothing else."""
+    """The demo serves a disk with nothing but what the package has installed."""
     fresh.run("dpkg", "--install", fresh.put(package(DIST)))
     said = json.loads(fresh.run("xenbackend", "demo", "--json", "--area", "4M").stdout)
 
@@ -65,7 +65,7 @@ def test_it_works_where_it_is_installed(fresh: Chroot) -> None:
 
 
 def test_manual_pages_and_completions_are_in_it(fresh: Chroot) -> None:
-    """Each command, each driver, the settings and the script have a page that man finds, and each shell its file."""
+    """Each command, driver, the settings and the script have a manual page, and each shell has its completion."""
     fresh.run("dpkg", "--install", fresh.put(package(DIST)))
     pages = {("1", "-".join(["xenbackend", *words])) for words, _ in manpages.commands()}
     pages |= {("7", f"xenbackend-{name}") for name in BUILT_IN}
@@ -86,7 +86,7 @@ def test_manual_pages_and_completions_are_in_it(fresh: Chroot) -> None:
 
 
 def test_an_upgrade_keeps_what_the_admin_wrote(fresh: Chroot) -> None:
-    """The last release's settings file, which somebody has changed, is the new one's; the unit is where it was."""
+    """An upgrade keeps the last release's settings file as the admin edited it, and the unit's path."""
     fresh.run("dpkg", "--install", fresh.put(package(DIST / "former")))
     settings = fresh.root / SETTINGS
     settings.write_text('log_level = "debug"\n' + settings.read_text())
@@ -101,7 +101,7 @@ def test_an_upgrade_keeps_what_the_admin_wrote(fresh: Chroot) -> None:
 
 
 def test_purged_it_leaves_nothing(fresh: Chroot) -> None:
-    """Removed, only the settings stay; purged, nothing of it is there, whichever release was there before."""
+    """After a removal only the settings are left; after a purge nothing, whichever release was there before."""
     for former in (False, True):
         if former:
             fresh.run("dpkg", "--install", fresh.put(package(DIST / "former")))
@@ -132,7 +132,7 @@ rm /root/said
 
 
 def test_it_is_not_removed_below_a_guest(fresh: Chroot) -> None:
-    """It is said which guests have disks and what to do, and all stays as it was; once none has, it goes."""
+    """Removal is refused while guests have disks, which are named with a remedy; once none has, it succeeds."""
     fresh.run("dpkg", "--install", fresh.put(package(DIST)))
     done = fresh.run("bash", "-m", "-c", _REMOVE_TWICE, check=False)
 
@@ -142,7 +142,7 @@ def test_it_is_not_removed_below_a_guest(fresh: Chroot) -> None:
 
 
 def test_lintian_has_nothing_to_say(chroot: Chroot) -> None:
-    """That of the release, as it comes: no error and no warning."""
+    """Each release's own lintian reports no error and no warning."""
     said = chroot.run("lintian", "--allow-root", "--fail-on", "error,warning", chroot.put(package(DIST)), check=False)
 
     assert (0, "") == (said.returncode, said.stdout), said.stderr

@@ -1,4 +1,4 @@
-"""The fast suite in a clone of the last commit, on releases whose Python is newer than CI's."""
+"""The fast suite, in a clone of the last commit, on releases with a newer Python than CI's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CLONE = Path("/root/xenbackend")
 
 @pytest.mark.parametrize("suite", place.DEVELOPED_ON)
 def test_the_fast_suite_passes(suite: str, tmp_path: Path) -> None:
-    """`make test` ends well there, without a change: with the release's own Python, kernel headers and tools."""
+    """`make test` passes there unchanged, with the release's own Python, kernel headers and tools."""
     if reason := place.why_not():
         pytest.skip(reason)
     chroot = place.Chroot(place.build(suite, place.TOOLS), tmp_path / "root")

@@ -1,4 +1,4 @@
-"""What a registry would say to the archives of a release."""
+"""Whether a registry would accept a release's archives."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.test_release import ROOT, build
 
 
 def test_a_registry_would_take_them(tmp_path: Path) -> None:
-    """`twine check --strict` has nothing against sdist and wheel."""
+    """`twine check --strict` accepts the sdist and the wheel."""
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     bin_ = tmp_path / "venv/bin"
     subprocess.run([bin_ / "pip", "install", "--quiet", "--disable-pip-version-check", "twine>=6,<8"], check=True)

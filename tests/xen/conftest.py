@@ -1,6 +1,6 @@
-"""Fixtures of scenarios in a real dom0: the service, guests, images, and a check after each that nothing is left.
+"""Fixtures for scenarios in a real dom0: the service, guests, images, and a check after each that nothing is left.
 
-Collected in a dom0 only (`make test-xen` boots one); on any other machine this directory holds no tests.
+Tests are collected in a dom0 only (`make test-xen` boots one); on other machines this directory has none.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Note when a test began, and what it needs of the host."""
+    """Record when a test begins, and what it needs of the host."""
     item.stash[_began] = service.now()
     item.user_properties += [(NEEDS, each.args[0]) for each in item.iter_markers(NEEDS)]
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
-    """Add to a failure what the service logged meanwhile, what it says of its disks, and the backends."""
+    """Add to a failure what the service has logged since, what it says of its disks, and the backends."""
     report = yield
     if report.failed and _began in item.stash:
         report.sections.append(("the service's journal", service.journal(item.stash[_began])))
@@ -55,7 +55,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _suite_leaves_nothing() -> Iterator[None]:
-    """What all tests share is gone in the end as well."""
+    """At the end nothing is left of the fixtures that all tests share."""
     before = leaks.snapshot()
     assert before["descriptor of the service"], "the service's descriptors are not seen"
     yield
@@ -64,9 +64,9 @@ def _suite_leaves_nothing() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def leaves_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A test leaves the host as it found it, and no complaint in the kernel's and the hypervisor's log; xl never waits.
+    """A test leaves the host as it found it, with no complaint in the kernel's or hypervisor's log; xl never waits.
 
-    What a fixture of a wider scope made before the test began is taken for granted.
+    What a fixture of a wider scope made before the test is not counted.
     """
     kernel, xen, before = KernelLog(), XenLog(), leaks.snapshot()
     xl_has_waited.clear()
@@ -89,7 +89,7 @@ def _patterns(request: pytest.FixtureRequest, marker: str) -> list[str]:
 
 @pytest.fixture
 def the_service() -> Service:
-    """The service, running; a test that ended it badly does not fail the next one."""
+    """The running service; a test that leaves it in a bad state does not make the next one fail."""
     the_service = Service()
     if not the_service.is_active():
         the_service.restart()
@@ -98,9 +98,9 @@ def the_service() -> Service:
 
 @pytest.fixture
 def new_guest(on_tmpfs: Path, on_ext4: Path) -> Iterator[NewGuest]:
-    """Return a function like `Guest`; what it made is destroyed after the test.
+    """Return a function like `Guest`; the guests that it made are destroyed after the test.
 
-    The images outlive it: xl's own script for `file:` lets a loop device go only while its file is there.
+    The images outlive them: xl's own script for `file:` releases a loop device only while its file is there.
     """
     made: list[Guest] = []
 
@@ -115,7 +115,7 @@ def new_guest(on_tmpfs: Path, on_ext4: Path) -> Iterator[NewGuest]:
 
 @pytest.fixture(scope="module")
 def linux() -> Iterator[Guest]:
-    """A running Linux guest without disks that the tests of a module share: attach, use, detach."""
+    """A running Linux guest without disks that the tests of a module share: they attach, use and detach."""
     guest = Guest().create().wait_until_ready()
     yield guest
     _end(guest)

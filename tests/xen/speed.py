@@ -1,6 +1,6 @@
-"""How fast our service is beside xen-blkback and QEMU's qdisk, through dom0's own blkfront, in one boot.
+"""How fast our service is compared with xen-blkback and QEMU's qdisk, through dom0's own blkfront, in one boot.
 
-Must not judge: everything is 20 to 50 times slower here than on a machine, only the ratios mean something. Not part of
+Must not judge: everything is 20 to 50 times slower than on real hardware, and only ratios mean anything. Not part of
 the suite; `make bench-xen` runs it and leaves `speed.txt` and `speed.json` with the other results.
 """
 
@@ -36,7 +36,7 @@ Rates = dict[tuple[str, str, str], list[float]]  # place, backend, load -> reque
 
 @contextmanager
 def by_xl(line: str) -> Iterator[None]:
-    """Give dom0 a disk by xl."""
+    """Attach a disk to dom0 with xl, while the block lasts."""
     xl("block-attach", 0, line)
     try:
         until("blkfront shows the disk", DEVICE.is_block_device)
@@ -48,7 +48,7 @@ def by_xl(line: str) -> Iterator[None]:
 
 @pytest.fixture
 def _dom0_qemu() -> Iterator[None]:
-    """QEMU as the backend of dom0's own disks, which Xen's init script starts on most hosts."""
+    """Run QEMU as the backend of dom0's own disks, which Xen's init script starts on most hosts."""
     pid_file = Path("/run/xen/speed-qemu.pid")
     pid_file.parent.mkdir(exist_ok=True)
     run(
@@ -56,7 +56,7 @@ def _dom0_qemu() -> Iterator[None]:
         *("-monitor", "/dev/null", "-serial", "/dev/null", "-parallel", "/dev/null", "-pidfile", pid_file),
     )
     pid = pid_file.read_text().strip()
-    xenstore.write("/local/domain/0/image/device-model-pid", pid)  # by which libxl knows that it runs
+    xenstore.write("/local/domain/0/image/device-model-pid", pid)  # tells libxl that it runs
     yield
     run("kill", pid)
     xenstore.remove("/local/domain/0/image")
@@ -69,7 +69,7 @@ BACKENDS: dict[str, Callable[[Path], object]] = {
     "qdisk": lambda image: by_xl(f"format=raw,backendtype=qdisk,vdev=xvdq,access=rw,target={image}"),
     "aio:": lambda image: attached(0, "xvdq", f"aio:{image}"),
     "log:|aio:": lambda image: attached(0, "xvdq", f"log:|aio:{image}"),
-    "aio:,cache=on": lambda image: attached(0, "xvdq", f"aio:{image},cache=on"),  # as blkback and qdisk have it
+    "aio:,cache=on": lambda image: attached(0, "xvdq", f"aio:{image},cache=on"),  # like blkback and qdisk
 }
 LEFT_OUT = {"on_tmpfs": "aio:,cache=on", "on_ext4": "log:|aio:"}  # nothing goes past the cache there; the same again
 
@@ -86,12 +86,12 @@ def measure(load: str) -> float:
 
 
 def served(place: str) -> list[str]:
-    """Return which backends are compared on a file system."""
+    """Return the backends that are compared on a file system."""
     return [each for each in BACKENDS if each != LEFT_OUT[place]]
 
 
 def table(rates: Rates) -> str:
-    """Return the rates of blkback, and the others' as medians of their ratios to it in the same round."""
+    """Return the rates of blkback, and for the others the median of their ratios to it in the same rounds."""
     lines = []
     for place in dict.fromkeys(each for each, _, _ in rates):
         others = [each for each in served(place) if each != "blkback"]
@@ -109,7 +109,7 @@ def table(rates: Rates) -> str:
 
 @pytest.mark.usefixtures("_dom0_qemu")
 def test_speed(request: pytest.FixtureRequest, the_service: Service) -> None:
-    """Every backend serves the same image in turn, round after round; what it reached is written down."""
+    """In each round every backend serves the same image in turn; the rates are written to files."""
     rates: Rates = {}
     out = Path("/parcel/out")
     for _ in range(ROUNDS):

@@ -1,6 +1,6 @@
-"""Side by side with the kernel's own block backend: absent, loaded, and loaded late.
+"""Our disks beside the kernel's own block backend: absent, loaded, and loaded late.
 
-Our disks are of its kind here, which every Xen has; from 4.19 on there is one that it has no eye for.
+They are of its kind `vbd` here, which every Xen has; from 4.19 on there is a kind that it ignores.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BOTH_THERE = "for disk in xvda xvdb; do until [ -b /dev/$disk ]; do sleep 0.1; d
 
 @pytest.fixture
 def no_blkback() -> Iterator[None]:
-    """xen-blkback is not loaded, and udev may not load it."""
+    """Xen-blkback is not loaded, and udev may not load it."""
     BLACKLIST.write_text("blacklist xen-blkback\n")
     run("udevadm", "control", "--reload")
     run("modprobe", "-r", "xen-blkback")
@@ -43,7 +43,7 @@ def served_by_blkback(guest: Guest) -> list[str]:
 def test_blkback_comes_late(
     no_blkback: None, new_guest: Callable[..., Guest], on_ext4: Path, the_service: Service
 ) -> None:
-    """A disk of ours works without xen-blkback, and is ours still when that is loaded in the middle of its writes."""
+    """A disk of ours works without xen-blkback, and stays ours if that is loaded while the guest writes."""
     ours, theirs = blank(on_ext4 / "ours.raw", 32), blank(on_ext4 / "theirs.raw", 32)
     guest = new_guest(disks=[line(f"log:|aio:{ours}", "xvda", kind="vbd")], vcpus=2).create().wait_until_ready()
     assert not DRIVER.exists()
@@ -60,7 +60,7 @@ def test_blkback_comes_late(
 
 
 def test_a_disk_of_blkback_is_in_use(new_guest: Callable[..., Guest], on_ext4: Path) -> None:
-    """What the kernel serves to a guest is refused, the file and the loop device over it, until the guest has ended."""
+    """An image that blkback serves to a guest is refused, as file or loop device, until the guest has ended."""
     run("modprobe", "xen-blkback")
     theirs = blank(on_ext4 / "theirs.raw", 16)
     guest = new_guest(disks=[f"file:{theirs},xvda,w"]).create().wait_until_ready()
@@ -92,8 +92,9 @@ def states(guest: Guest) -> dict[str, tuple[str | None, str | None]]:
 
 
 def test_beside_a_disk_of_blkback(new_guest: Callable[..., Guest], on_ext4: Path, the_service: Service) -> None:
-    """Our disk offers the keys that blkback's does, and its states are the same while it is used and when the guest's
-    driver has let go of it; what was written to both is the same.
+    """Our disk offers the keys of blkback's, goes through the same states, and holds the same data.
+
+    That holds while it is used and after the guest's driver has let go of it.
     """
     run("modprobe", "xen-blkback")
     ours, theirs = blank(on_ext4 / "ours.raw", 16), blank(on_ext4 / "theirs.raw", 16)

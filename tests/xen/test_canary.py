@@ -1,4 +1,4 @@
-"""The service and its workers behind their walls, as a real systemd and a real dom0 raise them."""
+"""The service and its workers behind their walls, as raised by a real systemd in a real dom0."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Restart = Callable[[str], None]
 
 @pytest.fixture
 def restart_with_canary(the_service: Service) -> Iterator[Restart]:
-    """Return a function that restarts the service with the canary installed as a third party's driver, and settings."""
+    """Return a function that restarts the service with given settings, and the canary as a third party's driver."""
     text = SETTINGS.read_text()
     paths, entry = PACKAGES / "canary.pth", PACKAGES / "canary-1.dist-info"
 
@@ -47,7 +47,7 @@ def restart_with_canary(the_service: Service) -> Iterator[Restart]:
 
 @contextmanager
 def taken(the_service: Service, at: canary.Surroundings) -> Iterator[set[str]]:
-    """Serve a disk of dom0 by a canary, let it try everything, and yield the names of what it got."""
+    """Serve a disk of dom0 with a canary, let it try everything, and yield the attempts that succeeded."""
     with attached(0, "xvdq", "canary:", "--wait"):
         order = {"verb": "command", "vbd": "0/xvdq", "layer": "canary", "command": "escape"}
         arguments = [at.place, str(at.neighbour), str(at.page)]
@@ -56,7 +56,7 @@ def taken(the_service: Service, at: canary.Surroundings) -> Iterator[set[str]]:
 
 @pytest.fixture
 def at(on_tmpfs: Path) -> Iterator[canary.Surroundings]:
-    """What there is to get at."""
+    """What a canary tries to reach."""
     place = on_tmpfs / "place"
     place.mkdir()
     with canary.surroundings(place) as made:
@@ -64,7 +64,7 @@ def at(on_tmpfs: Path) -> Iterator[canary.Surroundings]:
 
 
 def test_the_unit_is_exposed_little(the_service: Service) -> None:
-    """By the measure of the systemd that runs the service its exposure is at most 4.0."""
+    """The service's exposure, as measured by the systemd that runs it, is at most 4.0."""
     done = run("systemd-analyze", "security", f"--threshold={MOST}", "--no-pager", UNIT, check=False)
 
     assert 0 == done.status, done.out[-300:]
@@ -74,15 +74,13 @@ def test_the_unit_is_exposed_little(the_service: Service) -> None:
 def test_a_canary_in_a_worker_of_the_service_gets_nothing(
     restart_with_canary: Restart, at: canary.Surroundings, the_service: Service
 ) -> None:
-    """In a worker that has the grants and event channels of a disk in service it gets 0 of everything, and root sees
-    nothing amiss.
-    """
+    """In a worker that serves a disk, with grants and event channels, no attempt succeeds; root finds nothing amiss."""
     restart_with_canary('walls = "require"\n')
     with taken(the_service, at) as got:
         known = the_service.disk(0, "xvdq")
         amiss = inspect(known["worker"])
 
-    by_exec = [] if Wall.PROCESSES in known["walls"] else ["the host's processes"]  # where the zygote was late
+    by_exec = [] if Wall.PROCESSES in known["walls"] else ["the host's processes"]  # if the zygote was late
     assert (set(), by_exec) == (got, amiss)
     assert ({}, {*Wall} - {Wall.PROCESSES}) == (known["no_walls"], {*known["walls"]} - {Wall.PROCESSES})
 
@@ -90,7 +88,7 @@ def test_a_canary_in_a_worker_of_the_service_gets_nothing(
 def test_a_canary_without_walls_gets_what_the_unit_leaves(
     restart_with_canary: Restart, at: canary.Surroundings, the_service: Service
 ) -> None:
-    """The same driver without walls reads files, signals a neighbour, and speaks to the control socket."""
+    """Without walls the same driver reads files, signals a neighbour, and speaks to the control socket."""
     restart_with_canary('walls = "off"\n')
     with taken(the_service, at) as got:
         pass

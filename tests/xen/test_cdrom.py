@@ -1,4 +1,4 @@
-"""CD drives of HVM guests: QEMU serves them, beside disks of ours, and xl refuses to give them to us."""
+"""CD drives of HVM guests: QEMU serves them beside disks of ours, and xl refuses to let us serve them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.xen.tools.guest import Guest
 from tests.xen.tools.service import Service
 
 DRIVE = "devtype=cdrom,access=ro,vdev=hdc,target={}"
-REFUSED = {  # the words before it, and what xl says; the second ones where it knows disks of that kind
+REFUSED = {  # kind -> the words before the drive, and xl's error; `vbd3` only if this xl knows it
     "vbd": ("script=block-xenbackend", "no suitable backend for disk hdc"),
     "vbd3": ("backendtype=tap,script=block-xenbackend", "Backend for CD devices on HVM guests must be Qdisk"),
 }
@@ -34,8 +34,9 @@ def with_a_cd(new_guest: Callable[..., Guest], image: Path, serial: Path, drive:
 
 
 def test_a_medium_is_changed(new_guest: Callable[..., Guest], on_ext4: Path, the_service: Service) -> None:
-    """`xl cd-eject` and `cd-insert` change the medium of QEMU's drive while the guest goes on with our disk, which is
-    no drive, and a chain no medium.
+    """`xl cd-eject` and `cd-insert` change the medium in QEMU's drive while the guest goes on with our disk.
+
+    They refuse our disk, which is not a drive, and a chain, which is not a medium.
     """
     image, serial = bootable(on_ext4 / "boot.raw"), on_ext4 / "serial.txt"
     one, two = blank(on_ext4 / "one.iso", 1), blank(on_ext4 / "two.iso", 2)
@@ -65,7 +66,7 @@ def test_a_medium_is_changed(new_guest: Callable[..., Guest], on_ext4: Path, the
 def test_a_drive_of_ours_is_refused(
     new_guest: Callable[..., Guest], on_ext4: Path, the_service: Service, kind: str
 ) -> None:
-    """An HVM guest gets a CD drive of nobody but QEMU: xl says so at once, and makes none with one of ours."""
+    """A CD drive of ours is refused by xl at once, and no guest is created."""
     words, sentence = REFUSED[kind]
     image, medium = bootable(on_ext4 / "boot.raw"), blank(on_ext4 / "one.iso", 1)
     drive = f"{words},{DRIVE.format(f'aio:{medium}')}"

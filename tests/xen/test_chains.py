@@ -1,6 +1,6 @@
 """Chains as a guest's disk on a real Xen, whose workers are killed while the guest writes and verifies.
 
-What the guest reads in the end is compared with what others find below: the server's image, device mapper, a template.
+At the end what the guest reads is compared with the server's image, device mapper, or a template.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ KILLS = 10
 
 @contextmanager
 def survived(guest: Guest, service: Service, chain: str, *, sector_size: int = 512) -> Iterator[None]:
-    """Have a chain as xvdb whose workers have died below fio with verify: no error, for the guest or for fio."""
+    """Attach a chain as xvdb and kill its workers while fio verifies; neither guest nor fio may see an error."""
     since = len(guest.log)
     with attached(guest.domid, "xvdb", chain, "--wait"):
         load = Load(guest, "xvdb", sector_size=sector_size)
@@ -43,24 +43,24 @@ def survived(guest: Guest, service: Service, chain: str, *, sector_size: int = 5
 
 
 def figures(guest: Guest, service: Service) -> dict[str, int]:
-    """Return what the layers of xvdb have counted since the last worker opened them."""
+    """Return the figures of xvdb's layers since the last worker opened them."""
     layers = service.disk(guest.domid, "xvdb")["layers"]
     return {name: number for layer in layers for name, number in layer["figures"].items()}
 
 
 def seen(guest: Guest, *, without_mib: int = 0) -> str:
-    """Return the digest of what the guest reads of xvdb, all but so much of its begin, past its page cache."""
+    """Return the digest of what the guest reads of xvdb from an offset on, past its page cache."""
     return guest.run(f"dd if=/dev/xvdb bs=1M skip={without_mib} iflag=direct 2>/dev/null | sha256sum").split()[0]
 
 
 def digest(file: Path, *, without_mib: int = 0) -> str:
-    """Return the same of a file or a device here."""
+    """Return the digest of a file or device here, from the same offset on."""
     return hashlib.sha256(file.read_bytes()[without_mib << 20 :]).hexdigest()
 
 
 @contextmanager
 def opened_by_cryptsetup(image: Path, key: Path) -> Iterator[Path]:
-    """Have device mapper decrypt an image, as a device that is only read."""
+    """Let device mapper decrypt an image as a read-only device, while the block lasts."""
     run("cryptsetup", "open", "--readonly", f"--key-file={key}", image, "theirs")
     try:
         yield Path("/dev/mapper/theirs")
@@ -70,7 +70,7 @@ def opened_by_cryptsetup(image: Path, key: Path) -> Iterator[Path]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_nbd(linux: Guest, on_ext4: Path, the_service: Service, kind: str) -> None:
-    """A disk on an NBD server: the server's image is what the guest reads, no write of a dead worker came late."""
+    """The image of an NBD server is what the guest reads: no write of a dead worker came late."""
     image = blank(on_ext4 / "disk.raw", DISK_MIB)
     with nbd_server(kind, image) as layer:
         with survived(linux, the_service, f"log:|{layer}"):
@@ -80,9 +80,7 @@ def test_nbd(linux: Guest, on_ext4: Path, the_service: Service, kind: str) -> No
 
 
 def test_throttle_cow_qcow2(linux: Guest, on_ext4: Path, the_service: Service) -> None:
-    """A disk to throw away, with a limit that is reached: where the guest has not written it reads the template, and
-    that is as it was.
-    """
+    """A throw-away disk with a limit: where the guest has not written it reads the template, which is unchanged."""
     raw, template = on_ext4 / "template.raw", on_ext4 / "template.qcow2"
     raw.write_bytes(os.urandom(DISK_MIB << 20))
     xenbackend("image", "convert", "--quiet", f"aio:{raw}", f"qcow2:{template}")
@@ -96,7 +94,7 @@ def test_throttle_cow_qcow2(linux: Guest, on_ext4: Path, the_service: Service) -
 
 
 def test_luks(linux: Guest, on_ext4: Path, the_service: Service) -> None:
-    """An encrypted disk: cryptsetup has made the volume, and device mapper reads in it what the guest wrote."""
+    """In a volume that cryptsetup has made, device mapper reads what the guest wrote."""
     key, image = on_ext4 / "key", blank(on_ext4 / "disk.luks", 16 + DISK_MIB)  # the header takes 16 MiB
     key.touch(0o600)
     key.write_text("a secret")
@@ -109,7 +107,7 @@ def test_luks(linux: Guest, on_ext4: Path, the_service: Service) -> None:
 
 
 def test_cache_that_writes_back(linux: Guest, on_ext4: Path, the_service: Service) -> None:
-    """Writes that are answered once a faster file has them: image and file together are what the guest reads."""
+    """Writes are answered once a faster file has them; image and file together are what the guest reads."""
     image, copy = blank(on_ext4 / "disk.raw", DISK_MIB), on_ext4 / "copy.raw"
     chain = f"cache:{on_ext4 / 'cache'},size=8M,mode=writeback|aio:{image}"
     with survived(linux, the_service, chain):

@@ -1,4 +1,4 @@
-"""What may stand in a guest's configuration for a disk of ours, and what xl and our own front step make of it."""
+"""What a guest's configuration may say for a disk of ours, and what xl and our own front step make of it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TARGETS = {
     "xvdb": "vdev=xvdb,access=rw,target=tap2:log:|aio:{}",
     "xvdc": "vdev=xvdc,access=ro,target=log:|aio:{}",
 }
-FORMS = {  # the words before them, and the kind of such disks
+FORMS = {  # form -> the words before the target, and the kind of the disks
     "script": ("script=block-xenbackend", "vbd"),
     "alias": ("script=tap2", "vbd"),
     "tap": ("backendtype=tap,script=block-xenbackend", "vbd3"),
@@ -37,7 +37,7 @@ XENDOMAINS = Path("/etc/init.d/xendomains")
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_is_a_disk(new_guest: Callable[..., Guest], on_ext4: Path, the_service: Service, form: str) -> None:
-    """Each form is a disk for xl: the guest has the right image behind it, and cannot write where it may not."""
+    """In every form of the line the guest gets the right image, and cannot write to a read-only disk."""
     words, kind = FORMS[form]
     if kind == "vbd3" != KIND:
         pytest.skip(f"xl of Xen {XEN[0]}.{XEN[1]} knows no such disks")
@@ -65,7 +65,7 @@ def test_every_form_is_a_disk(new_guest: Callable[..., Guest], on_ext4: Path, th
 
 
 def test_xl_before_4_19_refuses_the_kind(new_guest: Callable[..., Guest], on_ext4: Path) -> None:
-    """`backendtype=tap` is for those who have it: an older xl says that it has no such backend, and makes no guest."""
+    """An xl before 4.19 refuses `backendtype=tap` with a reason, and creates no guest."""
     if KIND == "vbd3":
         pytest.skip("this xl knows it")
     words, _ = FORMS["tap"]
@@ -75,7 +75,7 @@ def test_xl_before_4_19_refuses_the_kind(new_guest: Callable[..., Guest], on_ext
 
 
 def test_plain_xl_refuses_the_literal_line(new_guest: Callable[..., Guest], on_ext4: Path) -> None:
-    """Without our front step the line as blktap2 had it is refused by xl, in its own words, and no guest is made."""
+    """Without our front step xl refuses blktap2's line in its own words, and creates no guest."""
     image = blank(on_ext4 / "disk.raw", 16)
     refused = new_guest(disks=[LITERAL.format(image)]).try_to_create()
 
@@ -85,7 +85,7 @@ def test_plain_xl_refuses_the_literal_line(new_guest: Callable[..., Guest], on_e
 def test_convert_makes_it_a_line_for_plain_xl(
     new_guest: Callable[..., Guest], on_ext4: Path, the_service: Service
 ) -> None:
-    """`xenbackend convert` changes nothing but the line, and plain xl creates the guest from that."""
+    """`xenbackend convert` changes only the line, and plain xl creates the guest from the result."""
     image = blank(on_ext4 / "disk.raw", 16)
     file = on_ext4 / "guest.cfg"
     guest = new_guest(disks=[LITERAL.format(image)])
@@ -100,7 +100,7 @@ def test_convert_makes_it_a_line_for_plain_xl(
 
 @pytest.fixture
 def shim() -> Iterator[None]:
-    """Plain xl understands the literal line, until the test is over."""
+    """Install the shim for the test, so that plain xl accepts blktap2's line."""
     xenbackend("install", "--shim")
     yield
     xenbackend("install", "--no-shim")
@@ -110,9 +110,7 @@ def shim() -> Iterator[None]:
 def test_the_shim_understands_the_literal_line(
     shim: None, new_guest: Callable[..., Guest], on_ext4: Path, the_service: Service
 ) -> None:
-    """With the shim plain `xl create` and `xl block-attach` take the line as blktap2 had it, and so does xendomains,
-    which starts a guest of /etc/xen/auto when the host boots.
-    """
+    """With the shim `xl create`, `xl block-attach` and xendomains, which starts guests at boot, accept that line."""
     image, other = blank(on_ext4 / "disk.raw", 16), blank(on_ext4 / "other.raw", 16)
     guest = new_guest(disks=[LITERAL.format(image)])
     for start in (guest.create, lambda: by_xendomains(guest)):
@@ -128,9 +126,9 @@ def test_the_shim_understands_the_literal_line(
 
 
 def by_xendomains(guest: Guest) -> None:
-    """Have the guest started as those are which start with the host.
+    """Start a guest as xendomains starts those of /etc/xen/auto.
 
-    By a copy of the script: the bed masks its unit, and so it would do nothing under its own name.
+    A copy of the script is used: the bed masks its unit, so under its own name it would do nothing.
     """
     file, script = AUTO / "guest.cfg", Path("/run/start-domains")
     AUTO.mkdir(exist_ok=True)
@@ -146,7 +144,7 @@ def by_xendomains(guest: Guest) -> None:
 
 
 def test_a_wrong_literal_line_is_refused_before_xl_runs(new_guest: Callable[..., Guest], on_ext4: Path) -> None:
-    """A chain that cannot be is refused by our front step: with the file and the line, before a guest is made."""
+    """Our front step refuses an invalid chain with file and line, before a guest is created."""
     refused = new_guest(disks=["tap2:lgo:|aio:/img,xvda,w"]).try_to_create(by=partial(xenbackend, "xl"))
 
     assert (2, True) == (refused.status, "lgo" in refused.err and ".cfg:" in refused.err), refused

@@ -1,4 +1,4 @@
-"""The Debian package in a running system, in the place of what pip has installed."""
+"""The Debian package in a running system, instead of what pip has installed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WORD = b"written before the upgrade"
 
 @pytest.fixture
 def nothing_installed() -> Iterator[None]:
-    """Nothing of ours is in the system; in the end it is as pip and `xenbackend install` had made it."""
+    """Remove everything of ours; afterwards restore what pip and `xenbackend install` had made."""
     if PACKAGE is None:
         pytest.skip("no package was built: make deb")
     run(OF_PIP, "uninstall")
@@ -35,15 +35,13 @@ def nothing_installed() -> Iterator[None]:
 
 
 def ours() -> list[Path]:
-    """Return what bears our name, or that of our hotplug script's alias."""
+    """Return the paths that bear our name, or that of our hotplug script's alias."""
     names = ("*xenbackend*", "tap2")
     return [found for place in PLACES for name in names for found in Path("/", place).rglob(name)]
 
 
 def test_from_installation_to_purge(nothing_installed: None, on_ext4: Path) -> None:
-    """Once the package is installed the service runs and serves disks, which an upgrade only makes wait; when it is
-    purged, nothing of it is left.
-    """
+    """The installed package serves disks, an upgrade only delays them, and a purge leaves nothing."""
     assert [] == ours()
     run("dpkg", "--install", PACKAGE)
     first = Service().pid
@@ -62,7 +60,7 @@ def test_from_installation_to_purge(nothing_installed: None, on_ext4: Path) -> N
 
 
 def wait_until_written(guest: Guest) -> None:
-    """Return when the guest's xvdb has taken more writes than just now, as the guest counts: whoever serves it."""
+    """Return when the guest counts more writes to its xvdb than before, whoever serves it."""
 
     def writes() -> int:
         return int(guest.run("cat /sys/block/xvdb/stat").split()[4])
@@ -72,7 +70,7 @@ def wait_until_written(guest: Guest) -> None:
 
 
 def renumbered(version: str, directory: Path) -> Path:
-    """Return the package with another version; what is in it is the same."""
+    """Return the same package with another version number."""
     tree, package = directory / version, directory / f"xenbackend_{version}_all.deb"
     run("dpkg-deb", "--raw-extract", PACKAGE, tree)
     control = tree / "DEBIAN/control"
@@ -86,9 +84,9 @@ def renumbered(version: str, directory: Path) -> Path:
 
 @pytest.mark.skipif(FORMER is None, reason="no package of the last release was built: make deb-former")
 def test_from_one_version_to_the_next(linux: Guest, nothing_installed: None, on_ext4: Path, tmp_path: Path) -> None:
-    """A guest's disk of the last release is served on by the service that is installed over it, and by a new worker;
-    and by the next service, with the same worker: fio in the guest finds every block right. To go back to an older
-    version is refused for as long as the guest has its disk, and changes nothing for that.
+    """A guest's disk survives two upgrades of the package, the first one with a new worker; fio finds no fault.
+
+    A downgrade is refused while the guest has its disk, and disturbs nothing.
     """
     following, later = renumbered("0.1.0+1", tmp_path), renumbered("0.1.0+2", tmp_path)
     run("dpkg", "--install", FORMER)
@@ -118,7 +116,7 @@ def test_from_one_version_to_the_next(linux: Guest, nothing_installed: None, on_
 
     assert ([], 0) == (complaints(linux, since), errors)
     assert 0 not in services
-    assert 3 == len(set(services[:3]))  # debhelper's postinst starts it anew after a refusal, too
+    assert 3 == len(set(services[:3]))  # debhelper's postinst starts it again even after a refusal
     assert (2, workers[1]) == (len(set(workers)), workers[3])
     assert (True, "0.1.0+2") == (refused.status != 0, version)
     assert f"guests have disks: {linux.domid}/xvdb" in refused.err + refused.out

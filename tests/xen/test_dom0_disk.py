@@ -1,4 +1,4 @@
-"""A disk for dom0 itself, served to the kernel's own blkfront: the shortest way from a real frontend to our service."""
+"""A disk for dom0 itself, on the kernel's own blkfront: the shortest way from a real frontend to our service."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DEVICE = "/dev/xvdq"
 
 
 def fio(*options: str) -> None:
-    """Run fio on the device: random writes, flushes in between, then every block verified."""
+    """Run fio on the device: random writes with flushes in between, then verify every block."""
     run(
         *("fio", "--name=verify", f"--filename={DEVICE}", "--rw=randwrite", "--bsrange=512-256k", "--size=8m"),
         *("--ioengine=libaio", "--iodepth=16", "--direct=1", "--fsync=64", "--verify=crc32c", "--minimal", *options),
@@ -23,7 +23,7 @@ def fio(*options: str) -> None:
 
 @pytest.mark.parametrize("place", ["on_tmpfs", "on_ext4"])
 def test_fio_reads_back_what_it_wrote(request: pytest.FixtureRequest, the_service: Service, place: str) -> None:
-    """Requests of every size, 16 in flight, with flushes in between, come back byte for byte."""
+    """Requests of every size, 16 in flight with flushes in between, read back what was written."""
     image = blank(request.getfixturevalue(place) / "disk.raw", 64)
     with attached(0, "xvdq", f"log:|aio:{image}"):
         fio()
@@ -31,7 +31,7 @@ def test_fio_reads_back_what_it_wrote(request: pytest.FixtureRequest, the_servic
 
 
 def test_a_file_system_is_whole_after_detach(on_ext4: Path, the_service: Service) -> None:
-    """What a file system was told is durable is in the image once the disk is detached, and e2fsck finds no fault."""
+    """After a detach the image has what the file system was told is durable, and e2fsck finds no fault."""
     image, mount_point = blank(on_ext4 / "disk.raw", 64), on_ext4 / "mnt"
     mount_point.mkdir()
     with attached(0, "xvdq", f"log:|aio:{image}"):

@@ -1,4 +1,4 @@
-"""A driver domain: our service in a PV guest serves another one's disks, with `xl devd` there and plain xl in dom0."""
+"""A driver domain: our service in a PV guest serves another one's disks, with `xl devd` there, and plain xl in dom0."""
 
 from __future__ import annotations
 
@@ -21,31 +21,32 @@ pytestmark = pytest.mark.needs_host(0.7)  # `xl devd` waits for a disk to be off
 
 
 def blank(storage: DriverDomain, *images: str) -> None:
-    """Make sparse images in the driver domain, of 32 MiB."""
+    """Make sparse images of 32 MiB in the driver domain."""
     storage.run(f"mkdir -p /img && rm -f {' '.join(images)} && truncate -s 32M {' '.join(images)}")
 
 
 def put(guest: Guest, vdev: str, word: str) -> None:
-    """Write a word behind what a load writes."""
+    """Write a word to the disk, beyond the load's area."""
     guest.run(f"{THERE.format(vdev)}; echo {word} | dd of=/dev/{vdev} bs=512 seek=60000 conv=sync,fsync 2>/dev/null")
 
 
 def get(guest: Guest, vdev: str) -> str:
-    """Read it back, from the disk."""
+    """Read that word back from the disk."""
     script = f"dd if=/dev/{vdev} bs=512 skip=60000 count=1 iflag=direct 2>/dev/null | tr -d '\\0'"
     return guest.run(f"{THERE.format(vdev)}; {script}").strip()
 
 
 @pytest.fixture(scope="module")
 def storage() -> Iterator[DriverDomain]:
-    """A driver domain that tests share."""
+    """A driver domain that the tests share."""
     with driver_domain() as storage:
         yield storage
 
 
 def test_a_guest_lives_on_its_disks(storage: DriverDomain, new_guest: Callable[..., Guest]) -> None:
-    """A guest whose disk a driver domain serves is created, writes, is rebooted and destroyed, and gets another disk
-    meanwhile, which goes away again; nobody waits for a time-out, and nothing of it is left in that domain.
+    """A guest with disks from a driver domain is created, rebooted and destroyed, and gets and loses another disk.
+
+    Nothing waits for a time-out, and nothing of the guest is left in the driver domain.
     """
     blank(storage, IMAGE, OTHER)
     disks = [storage.line(f"log:|aio:{IMAGE}", "xvda")]
@@ -77,14 +78,15 @@ def test_a_guest_lives_on_its_disks(storage: DriverDomain, new_guest: Callable[.
         served["counters"]["errors"],
     )
     missing = {wall.value for wall in Wall} - {*served["walls"]}
-    assert (True, {}) == (missing <= {Wall.PROCESSES.value}, served["no_walls"])  # where it was started by exec
+    assert (True, {}) == (missing <= {Wall.PROCESSES.value}, served["no_walls"])  # missing if it was started by exec
     assert [(False, ""), (False, "")] == [(each.has_waited, each.err) for each in (detached, destroyed)]
     assert [] == storage.disks()
 
 
 def test_its_processes_die(storage: DriverDomain, new_guest: Callable[..., Guest]) -> None:
-    """Workers are killed and the service is restarted in a driver domain, below fio with verify: no error. Where the
-    image's name leads to another file meanwhile, the guest keeps the one that it had, which is locked.
+    """Workers are killed and the service restarted in a driver domain while fio verifies, without an error.
+
+    If the image's name comes to mean another file, the guest keeps its file, which stays locked.
     """
     blank(storage, IMAGE, OTHER)
     guest = new_guest(disks=[storage.line(f"log:|aio:{IMAGE}", "xvda")]).create().wait_until_ready()
@@ -114,14 +116,15 @@ def test_its_processes_die(storage: DriverDomain, new_guest: Callable[..., Guest
 
 
 def looked_at(storage: DriverDomain, guest: Guest) -> list[dict[str, str]]:
-    """Return the files of a disk, nothing where the host was too slow to find out what their names mean now."""
+    """Return the files of a disk, empty if the host was too slow to examine them."""
     files: list[dict[str, str]] = storage.disk(guest.domid, "xvda")["files"]
     return files if all(each["now"] for each in files) else []
 
 
 def test_a_disk_that_cannot_be(storage: DriverDomain, new_guest: Callable[..., Guest]) -> None:
-    """Nobody tells xl that a driver domain cannot open a disk: the guest waits for it, the service there
-    and xenstore have the reason, and what was attached in vain is detached at once.
+    """If a driver domain cannot open a disk, xl does not learn that; the service there and xenstore have the reason.
+
+    The guest waits, and the disk can be detached at once.
     """
     blank(storage, IMAGE)
     guest = new_guest().create().wait_until_ready()

@@ -1,4 +1,4 @@
-"""The death of a driver domain whose disks a guest uses, and its return."""
+"""The death and the return of a driver domain whose disks a guest uses."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from tests.xen.tools.guest import Guest
 from tests.xen.tools.kills import complaints
 from tests.xen.tools.load import Load, verify
 
-STILL_S = 10  # that a request waits, in the guest's time
+STILL_S = 10  # how long a request waits, in the guest's time
 pytestmark = pytest.mark.needs_host(0.7)  # as in test_driver_domain.py
 
 
 def test_it_dies_and_comes_back(new_guest: Callable[..., Guest]) -> None:
-    """When a driver domain dies, the guest waits: no request fails, and none is answered any more, as with a dead
-    driver domain whose backend is blkback. What it had flushed is on the disk.
+    """When a driver domain dies the guest waits: no request fails or is answered, as with a dead blkback domain.
 
-    A disk that nothing was asked of can be detached and attached again from the domain's next life; with requests under
-    way it is the guest that has to be started anew.
+    What the guest had flushed is on the disk. A disk without requests in flight can be detached, and attached again
+    from the new driver domain; with requests in flight the guest has to be restarted.
     """
     with driver_domain() as storage:
         blank(storage, IMAGE, OTHER)

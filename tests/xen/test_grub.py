@@ -1,5 +1,6 @@
-"""GRUB as a guest: a second frontend that has nothing in common with Linux's. It has one ring and no persistent grants,
-and the one for PVH speaks the 32-bit layout.
+"""GRUB as a guest: a second frontend, unrelated to Linux's.
+
+It has one ring and no persistent grants; the one for PVH uses the 32-bit layout.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def test_grub_reads_and_writes(
     protocol: str,
     sector_size: int,
 ) -> None:
-    """GRUB finds its configuration on our disk, reads a file as it is, and writes a block that e2fsck accepts."""
+    """GRUB finds its configuration on our disk, reads a file correctly, and writes a block that e2fsck accepts."""
     image = with_files(
         on_ext4 / "boot.raw",
         16,

@@ -1,5 +1,6 @@
-"""Guests that end or begin anew in every other way: they crash, are destroyed in the middle of their writes, unload
-their driver, or hand their disk from one driver to another.
+"""Guests that end or begin again in every other way.
+
+They crash, are destroyed while they write, unload their driver, or pass their disk from one kernel to another.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ CRASH = "echo c >/proc/sysrq-trigger"
 
 
 def test_crash(new_guest: Callable[..., Guest], on_ext4: Path, the_service: Service) -> None:
-    """A guest that crashes in the middle of its writes is started again, as its configuration wants, with the same
-    disk and all that it had flushed; destroyed in the middle of its writes it leaves nothing, nor does a disk that only
-    `xenbackend attach` knows of.
+    """A guest that crashes while it writes is restarted, as configured, with its disk and all that it had flushed.
+
+    A guest that is destroyed while it writes leaves nothing, nor does a disk that only `xenbackend attach` knows of.
     """
     image, other = blank(on_ext4 / "disk.raw", 16), blank(on_ext4 / "other.raw", 16)
     guest = new_guest(disks=[line(f"log:|aio:{image}", "xvda")], extra='on_crash = "restart"')
@@ -62,7 +63,7 @@ def test_crash(new_guest: Callable[..., Guest], on_ext4: Path, the_service: Serv
 
 
 def test_crash_for_good(new_guest: Callable[..., Guest], on_ext4: Path, the_service: Service) -> None:
-    """A guest that crashes and is not wanted any more leaves nothing."""
+    """A guest that crashes and is not restarted leaves nothing."""
     image = blank(on_ext4 / "disk.raw", 16)
     guest = new_guest(disks=[line(f"log:|aio:{image}", "xvda")]).create().wait_until_ready()
     Load(guest, "xvda").wait_until_it_writes(the_service)
@@ -74,9 +75,7 @@ def test_crash_for_good(new_guest: Callable[..., Guest], on_ext4: Path, the_serv
 
 
 def test_the_driver_lets_go(linux: Guest, on_ext4: Path, the_service: Service) -> None:
-    """When a guest's driver lets go of a disk that stays attached, both ends are closed; attached anew it holds what
-    was written.
-    """
+    """If a guest's driver lets go of an attached disk both ends are Closed; attached again, the disk has its data."""
     image = blank(on_ext4 / "disk.raw", 16)
     chain = f"log:|aio:{image}"
     with attached(linux.domid, "xvdb", chain, "--wait"):
@@ -93,8 +92,9 @@ def test_the_driver_lets_go(linux: Guest, on_ext4: Path, the_service: Service) -
 
 
 def test_xentop_looks_elsewhere(linux: Guest, on_ext4: Path, the_service: Service) -> None:
-    """Any xentop shows a guest without our disks of kind `vbd`, which it would look for in xen-blkback or in QEMU; it
-    shows what it sees otherwise, and complains of nothing. `xenbackend status` has the counts.
+    """Xentop does not count our disks of kind `vbd`, which it expects from xen-blkback or QEMU, and prints no error.
+
+    `xenbackend status` has their counters.
     """
     image = blank(on_ext4 / "disk.raw", 16)
     with attached(linux.domid, "xvdb", f"log:|aio:{image}", "--wait"):
@@ -108,9 +108,7 @@ def test_xentop_looks_elsewhere(linux: Guest, on_ext4: Path, the_service: Servic
 
 @pytest.mark.skipif(KIND != "vbd3", reason="xentop of this Xen has no eye for disks of ours")
 def test_xentop(linux: Guest, on_ext4: Path, the_service: Service) -> None:
-    """From Xen 4.19 on xentop shows what a guest reads and writes on our disk of kind `vbd3`, also after a restart of
-    the service, until it is taken away.
-    """
+    """From Xen 4.19 on xentop shows the requests of our disks of kind `vbd3`, also after a restart of the service."""
     image, size = blank(on_ext4 / "disk.raw", 16), 64 * 64 << 10
     xl("block-attach", linux.domid, line(f"log:|aio:{image}", "xvdb"))
     for times in (1, 2):
@@ -126,7 +124,7 @@ def test_xentop(linux: Guest, on_ext4: Path, the_service: Service) -> None:
 
 
 def wait_until_shown(guest: Guest, sectors: int) -> None:
-    """Return when xentop shows that a guest has written so many sectors of 512 bytes."""
+    """Return when xentop shows this many sectors of 512 bytes as written by the guest."""
     until(f"xentop shows {sectors} sectors", lambda: f"{sectors}" == shown_by_xentop(guest)["VBD_WSECT"])
 
 
@@ -136,15 +134,13 @@ def written(service: Service, guest: Guest) -> int:
 
 
 def shown_by_xentop(guest: Guest) -> dict[str, str]:
-    """Return what xentop shows of a guest, by the heads of its columns."""
+    """Return the line of a guest in xentop, by column."""
     lines = [each.split() for each in run("xentop", "-b", "-i", "2", "-d", "1").out.splitlines()]
     return dict(zip(lines[0], next(each for each in reversed(lines) if each[0] == guest.name), strict=False))
 
 
 def test_a_second_kernel(new_guest: Callable[..., Guest], on_ext4: Path, the_service: Service) -> None:
-    """A kernel that starts another one in the same domain, as kexec does, hands its disk over: the second one begins
-    with it anew, and finds what the first one wrote.
-    """
+    """If a kernel starts another one, as by kexec, the second one connects the disk anew and finds its data."""
     files = {"/boot/grub/grub.cfg": CONFIGURATION, "/boot/grub/grubenv": EMPTY_ENVIRONMENT}
     image = with_files(on_ext4 / "boot.raw", 32, files | {"/boot/grub.bin": Path(GRUB_PV).read_bytes()})
     disks = [line(f"log:|aio:{image}", "xvda")]

@@ -1,4 +1,4 @@
-"""An HVM guest, whose firmware and boot sector know only the disk that a device model emulates."""
+"""An HVM guest whose firmware and boot sector use the disk only as a device model emulates it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SECTOR = 512
 FIRST, SECOND = 100, 200  # sectors
 MARKER = b"This is sector 100.\n"
 SOCKETS = Path("/run/xenbackend/nbd")
-EXPORT = {"vbd": "nbd+unix:///?socket={}", "vbd3": "{}"}[KIND]  # what libxl makes QEMU's URL of, from 4.19 on
+EXPORT = {"vbd": "nbd+unix:///?socket={}", "vbd3": "{}"}[KIND]  # from 4.19 on libxl makes QEMU's URL from it
 BOOT_SECTOR = bytes.fromhex(
     "31c0 8ed8 8ed0 bc007c"  # ds = ss = 0, sp = 0x7c00
     "be3e7c c606467c64 b442 cd13 7224"  # again: read sector 100 as the packet says (int 0x13, ah = 0x42), or stop
@@ -39,10 +39,10 @@ def bootable(file: Path) -> Path:
 
 
 def test_boot(new_guest: Callable[..., Guest], on_ext4: Path, on_tmpfs: Path, the_service: Service) -> None:
-    """SeaBIOS boots from our disk, reads a sector and writes one, and goes on with that after `xl save` and
-    `xl restore`; xl lists the disk, and takes it away at once.
+    """SeaBIOS boots from our disk, reads and writes sectors, and goes on after `xl save` and `xl restore`; xl lists the
+    disk and removes it at once.
 
-    Until the guest has a driver of its own, its device model is served on a socket, which is gone with the guest.
+    Until the guest has a driver of its own, its device model uses a socket, which is removed with the guest.
     """
     image, serial, file = bootable(on_ext4 / "boot.raw"), on_ext4 / "serial.txt", on_tmpfs / "saved"
     guest = new_guest(
@@ -75,10 +75,10 @@ def test_boot(new_guest: Callable[..., Guest], on_ext4: Path, on_tmpfs: Path, th
 
 
 def wait_for_marker(serial: Path) -> None:
-    """Return when the guest has read its disk and written it."""
+    """Return when the guest has read from its disk and written to it."""
     until("the marker is on the serial port", lambda: serial.exists() and MARKER in serial.read_bytes())
 
 
 def export_of(guest: Guest) -> list[str | None]:
-    """Return what a toolstack tells the device model."""
+    """Return the address that a toolstack gives to the device model."""
     return [xenstore.read(f"{backend(guest.domid, 768)}/physical-device-path")]

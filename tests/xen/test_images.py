@@ -17,7 +17,7 @@ KEPT = "in the parent\n"
 
 
 def family(place: Path, raw: Path, format_: str) -> list[Path]:
-    """Make an image of what `raw` holds, and return two leaves of it, made in the two ways that there are."""
+    """Make an image with the contents of `raw`, and return two leaves of it, made in two ways."""
     parent, one, two = (place / f"{name}.{format_}" for name in ("parent", "one", "two"))
     xenbackend("image", "convert", "--quiet", f"aio:{raw}", f"{format_}:{parent}")
     xenbackend("image", "snapshot", f"{format_}:{parent}", one)
@@ -26,13 +26,13 @@ def family(place: Path, raw: Path, format_: str) -> list[Path]:
 
 
 def digests(place: Path) -> list[str]:
-    """Return what stands for the contents of the parents."""
+    """Return digests of the parents."""
     return [hashlib.sha256((place / f"parent.{each}").read_bytes()).hexdigest() for each in FORMATS]
 
 
 def test_leaves_share_a_parent(new_guest: Callable[..., Guest], on_ext4: Path, the_service: Service) -> None:
-    """Disks that begin as the same parent are written side by side, each for itself: fio finds every block right, the
-    parents are not touched, and in the end every image is sound and holds a whole file system.
+    """Two leaves of one parent are written at the same time: fio finds every block right, the parents are unchanged,
+    and every image and file system is sound.
     """
     raw = with_files(on_ext4 / "parent.raw", 32, {"/kept": KEPT})
     leaves = [leaf for format_ in FORMATS for leaf in family(on_ext4, raw, format_)]
@@ -58,7 +58,7 @@ def test_leaves_share_a_parent(new_guest: Callable[..., Guest], on_ext4: Path, t
 
 
 def write_into(vdev: str) -> str:
-    """Return a script for a guest: writes into the file system that it finds on a disk, and verifies all of it."""
+    """Return a guest's script that writes into the file system on a disk and verifies all of it."""
     return f"""
         set -e
         until [ -b /dev/{vdev} ]; do sleep 0.1; done

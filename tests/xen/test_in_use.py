@@ -1,4 +1,4 @@
-"""Images that QEMU serves to guests are refused to us; blkback's are in test_blkback.py."""
+"""Images that QEMU serves to guests are refused; test_blkback.py has those of blkback."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ QEMU = "is in use by QEMU, which serves a guest (process "
 
 @contextmanager
 def loop_over(image: Path) -> Iterator[Path]:
-    """Have a loop device over an image."""
+    """Set up a loop device for an image, while the block lasts."""
     device = run("losetup", "--find", "--show", image).out.strip()
     try:
         yield Path(device)
@@ -32,7 +32,8 @@ def loop_over(image: Path) -> Iterator[Path]:
 def test_a_disk_of_qemu_is_in_use(
     new_guest: Callable[..., Guest], on_ext4: Path, the_service: Service, is_device: bool
 ) -> None:
-    """What QEMU serves to a guest is refused to xl and to whoever looks, with the reason, until the guest has ended:
+    """An image that QEMU serves to a guest is refused with the reason, to xl and to `check`, until the guest has ended.
+
     QEMU takes no lock on it there, unlike QEMU's tools.
     """
     image = blank(on_ext4 / "theirs.raw", 16)

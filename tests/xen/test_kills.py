@@ -1,4 +1,4 @@
-"""What serves a guest's disk dies under load, on a real Xen: the guest sees no error, and every block is verified."""
+"""Processes that serve a guest's disk are killed under load on a real Xen: no error, and every block is verified."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KILLS, RESTARTS = 50, 5
 
 
 def test_workers_and_services_die_under_load(linux: Guest, on_ext4: Path, the_service: Service) -> None:
-    """Fifty workers killed and five services restarted below fio with verify: no error, for the guest or for fio."""
+    """Fifty workers are killed and five services restarted while fio verifies: no error for the guest or for fio."""
     image, since = blank(on_ext4 / "disk.raw", 64), len(linux.log)
     restarts = Random(1).sample(range(KILLS), RESTARTS)
     with attached(linux.domid, "xvdb", f"log:|aio:{image}", "--wait"):
@@ -33,8 +33,9 @@ def test_workers_and_services_die_under_load(linux: Guest, on_ext4: Path, the_se
 
 
 def test_a_worker_dies_while_its_disk_is_slow(linux: Guest, the_service: Service) -> None:
-    """A worker is killed while a disk reads and writes the guest's own pages: they stay the guest's and of use, which
-    the successor needs, and dom0's kernel has nothing to complain of.
+    """A worker is killed while its disk has I/O on the guest's own pages: the successor can use them.
+
+    Dom0's kernel reports nothing meanwhile.
     """
     with memory_disk(milliseconds=300) as disk, attached(linux.domid, "xvdb", f"aio:{disk}", "--wait"):
         since = len(linux.log)
@@ -50,7 +51,7 @@ def test_a_worker_dies_while_its_disk_is_slow(linux: Guest, the_service: Service
 
 
 def test_both_die_at_once(linux: Guest, on_ext4: Path, the_service: Service) -> None:
-    """Worker and service killed together: systemd starts another service, which finds journal and memories."""
+    """Worker and service are killed together: systemd starts another service, which finds journal and memories."""
     image, since = blank(on_ext4 / "disk.raw", 64), len(linux.log)
     with attached(linux.domid, "xvdb", f"log:|aio:{image}", "--wait"):
         load = Load(linux, "xvdb")
@@ -65,11 +66,11 @@ def test_both_die_at_once(linux: Guest, on_ext4: Path, the_service: Service) -> 
         assert [] == complaints(linux, since)
         ranges = xenbackend("log", "get", f"{linux.domid}/xvdb").out
         assert "" != ranges
-        assert f"0 {64 << 11}" not in ranges  # the map was found again: else all of the disk would be dirty
+        assert f"0 {64 << 11}" not in ranges  # the dirty map was kept, else all of the disk would be dirty
 
 
 def test_a_stopped_service_is_a_pause(linux: Guest, on_ext4: Path, the_service: Service) -> None:
-    """After a stop the worker has ended in order; after a start the guest's requests are answered."""
+    """A stop ends the worker in order; after a start the guest's requests are answered."""
     image, since = blank(on_ext4 / "disk.raw", 64), len(linux.log)
     with attached(linux.domid, "xvdb", f"log:|aio:{image}", "--wait"):
         load = Load(linux, "xvdb")
@@ -85,7 +86,7 @@ def test_a_stopped_service_is_a_pause(linux: Guest, on_ext4: Path, the_service: 
 
 
 def test_a_disk_is_changed_below_a_guest(linux: Guest, on_ext4: Path, the_service: Service) -> None:
-    """A filter put in, a worker replaced, a snapshot, a pause, a disk grown, all below fio with verify."""
+    """While fio verifies, a filter is added, the worker replaced, a snapshot made, and the disk paused and grown."""
     image, since = blank(on_ext4 / "disk.raw", 64), len(linux.log)
     vbd, leaf = f"{linux.domid}/xvdb", on_ext4 / "leaf.qcow2"
     with attached(linux.domid, "xvdb", f"aio:{image}", "--wait"):

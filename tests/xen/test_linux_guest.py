@@ -13,12 +13,12 @@ from tests.xen.tools.service import Service, attached
 
 
 def write_and_verify(vdev: str) -> str:
-    """Return a script for a guest that has just been given a disk."""
+    """Return a script for a guest that has just got a disk."""
     return f"until [ -b /dev/{vdev} ]; do sleep 0.1; done\n{verify(f'/dev/{vdev}')}"
 
 
 def test_a_disk_from_the_first_moment(new_guest: Callable[..., Guest], on_ext4: Path, the_service: Service) -> None:
-    """A guest that boots with our disk makes a file system on it, which is whole when the guest has shut down."""
+    """A guest that boots with our disk makes a file system on it, which is sound after the guest has shut down."""
     image = blank(on_ext4 / "disk.raw", 64)
     guest = new_guest().create(paused=True)
     xenbackend("attach", guest.domid, "xvda", f"log:|aio:{image}")
@@ -40,7 +40,7 @@ def test_a_disk_from_the_first_moment(new_guest: Callable[..., Guest], on_ext4: 
 
 
 def test_attach_and_detach_while_it_runs(linux: Guest, on_tmpfs: Path, the_service: Service) -> None:
-    """A running guest gets a disk, fio verifies every block of it, and it goes away again."""
+    """A running guest gets a disk, fio verifies every block of it, and the disk is detached."""
     image = blank(on_tmpfs / "disk.raw", 64)
     with attached(linux.domid, "xvdb", f"log:|aio:{image}"):
         linux.run(write_and_verify("xvdb"))
@@ -52,12 +52,12 @@ def test_attach_and_detach_while_it_runs(linux: Guest, on_tmpfs: Path, the_servi
 
 
 def count(service: Service, guest: Guest, name: str) -> int:
-    """Return one of the counters of a guest's xvdb, which workers sum up once a second."""
+    """Return a counter of a guest's xvdb, which workers sum up once a second."""
     return int(service.disk(guest.domid, "xvdb")["counters"][name])
 
 
 def test_two_disks_at_once(linux: Guest, on_tmpfs: Path, on_ext4: Path, the_service: Service) -> None:
-    """Two disks under load at the same time hold each its own data."""
+    """Two disks under load at the same time each hold their own data."""
     one, two = blank(on_tmpfs / "one.raw", 32), blank(on_ext4 / "two.raw", 32)
     with attached(linux.domid, "xvdb", f"aio:{one}"), attached(linux.domid, "xvdc", f"aio:{two}"):
         jobs = [linux.start(write_and_verify(device)) for device in ("xvdb", "xvdc")]

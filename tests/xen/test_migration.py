@@ -1,4 +1,4 @@
-"""A guest that is saved, restored and migrated onto its own host while it writes."""
+"""A guest that is saved, restored, and migrated to its own host while it writes."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ SLOW = "delay:write=50ms|"  # a request is in flight whenever the guest is stopp
 
 
 def put(guest: Guest, vdev: str, word: str) -> None:
-    """Write a word behind what the load writes."""
+    """Write a word to the disk, beyond the load's area."""
     guest.run(f"echo {word} | dd of=/dev/{vdev} bs=512 seek=30000 conv=sync,fsync 2>/dev/null")
 
 
 def get(guest: Guest, vdev: str) -> str:
-    """Read it back, from the disk."""
+    """Read that word back from the disk."""
     return guest.run(f"dd if=/dev/{vdev} bs=512 skip=30000 count=1 iflag=direct 2>/dev/null | tr -d '\\0'").strip()
 
 
 @pytest.fixture
 def guest(new_guest: Callable[..., Guest], on_ext4: Path, the_service: Service) -> Iterator[Guest]:
-    """A guest with two disks; the first is slow. Nothing of it is left under another name either."""
+    """A guest with two disks, the first of them slow; no copy of it is left under another name."""
     disks = [
         line(f"log:|{SLOW}aio:{blank(on_ext4 / 'a.raw', 16)}", "xvda"),
         line(f"log:|aio:{blank(on_ext4 / 'b.raw', 16)}", "xvdb"),
@@ -42,10 +42,10 @@ def guest(new_guest: Callable[..., Guest], on_ext4: Path, the_service: Service) 
 
 
 def test_save_and_restore(guest: Guest, on_ext4: Path, on_tmpfs: Path, the_service: Service) -> None:
-    """A guest goes on after `xl save -c`, and after `xl save` and `xl restore`, and no request is lost: fio, which
-    writes and verifies all the time, finds every block right.
+    """A guest goes on after `xl save -c`, and after `xl save` with `xl restore`; fio, which verifies all the time,
+    finds every block right.
 
-    A disk that only `xenbackend attach` knows of goes away with the domain that was saved.
+    A disk that only `xenbackend attach` knows of is lost with the saved domain.
     """
     file = on_tmpfs / "saved"
     load = Load(guest, "xvda")
@@ -72,8 +72,9 @@ def test_save_and_restore(guest: Guest, on_ext4: Path, on_tmpfs: Path, the_servi
 
 
 def test_a_save_without_room(guest: Guest, on_tmpfs: Path, the_service: Service) -> None:
-    """A save that ends in the middle, as there is no room for it, leaves the guest where it was: its suspend is
-    cancelled, the same workers serve the same rings, and fio, which writes and verifies all the time, sees no error.
+    """If a save fails for lack of room, the same workers go on with the same rings, and fio sees no error.
+
+    The guest's suspend is cancelled.
     """
     load = Load(guest, "xvda")
     load.wait_until_it_writes(the_service)
@@ -95,7 +96,7 @@ def test_a_save_without_room(guest: Guest, on_tmpfs: Path, the_service: Service)
 
 @contextmanager
 def small(place: Path) -> Iterator[Path]:
-    """Have a file system that has room for the beginning of a guest only."""
+    """Mount a file system that has room only for the beginning of a saved guest, while the block lasts."""
     place.mkdir()
     run("mount", "-t", "tmpfs", "-o", "size=8m", "small", place)
     try:
@@ -105,7 +106,7 @@ def small(place: Path) -> Iterator[Path]:
 
 
 def workers(service: Service) -> dict[str, int]:
-    """Return which process serves each disk."""
+    """Return the process that serves each disk."""
     return {disk["device"]: disk["worker"] for disk in service.disks()}
 
 
@@ -120,10 +121,10 @@ def states(service: Service) -> dict[tuple[int, str], str]:
 
 
 def test_migrate(guest: Guest, on_tmpfs: Path, the_service: Service) -> None:
-    """A guest that migrates to its own host goes on with its disks, which its former self holds until it is destroyed,
-    and fio, which writes and verifies all the time, finds every block right.
+    """A guest that migrates to its own host goes on with its disks, which the former domain holds until it is
+    destroyed; fio finds every block right.
 
-    A migration whose connection breaks when everything has arrived leaves the guest as it was, and nothing else.
+    If the connection breaks when everything has arrived, the guest stays as it was and nothing else is left.
     """
     load = Load(guest, "xvda")
     load.wait_until_it_writes(the_service)
@@ -160,7 +161,7 @@ def test_migrate(guest: Guest, on_tmpfs: Path, the_service: Service) -> None:
 
 
 def test_the_receiver_is_killed(guest: Guest, on_tmpfs: Path, the_service: Service) -> None:
-    """Where the receiving xl dies its domain stays, with our disks, until it is destroyed; the guest does not mind."""
+    """If the receiving xl is killed, its domain keeps our disks until it is destroyed; the guest is not affected."""
     load = Load(guest, "xvda")
     load.wait_until_it_writes(the_service)
     with Receiver() as receiver:

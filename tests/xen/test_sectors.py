@@ -1,4 +1,4 @@
-"""Disks whose sectors are not of 512 bytes ("4Kn"), as Linux has them; test_grub.py has one for GRUB."""
+"""Disks whose sectors are not of 512 bytes ("4Kn") in Linux; test_grub.py has one for GRUB."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ MEDIA = {  # the medium's sectors, a word for the layer, the guest's logical and
 
 @pytest.mark.parametrize("medium", MEDIA)
 def test_linux(linux: Guest, the_service: Service, medium: str) -> None:
-    """Linux sees the sectors that it is to see, and the whole disk; fio reads back what it wrote in requests of every
-    number of sectors, and a file system made there is whole for who reads the medium itself.
+    """Linux sees the right sector sizes and the whole disk, and fio verifies requests of every number of sectors.
+
+    A file system made there is sound for a reader of the medium itself.
     """
     sector_size, word, logical, physical = MEDIA[medium]
     with memory_disk(sector_size=sector_size) as disk:

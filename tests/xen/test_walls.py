@@ -1,4 +1,4 @@
-"""The walls around the workers of this dom0, whose kernel, libc and Python may be newer than the policy."""
+"""The walls around workers of this dom0, whose kernel, libc and Python may be newer than the policy."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from tests.xen.tools.load import verify
 from tests.xen.tools.service import Service, attached
 from xenbackend.walls.raising import Wall
 
-TOLD_OFF = ("clone3(",)  # glibc takes clone then, whose flags a filter can look at
+TOLD_OFF = ("clone3(",)  # glibc falls back to clone, whose flags a filter can examine
 THERE = "until [ -b /dev/xvdb ]; do sleep 0.1; done"
 
 
 def zygote(service: Service) -> int:
-    """Return the process that workers are forked from."""
+    """Return the process from which workers are forked."""
     children = Path(f"/proc/{service.pid}/task/{service.pid}/children").read_text().split()
     return next(int(pid) for pid in children if b"zygote" in Path(f"/proc/{pid}/cmdline").read_bytes())
 
 
 @contextmanager
 def traced(pid: int, file: Path) -> Iterator[None]:
-    """Write down which system calls fail in a process and in all that it forks."""
+    """Record the system calls that fail in a process and all that it forks, while the block lasts."""
     command = ["strace", "-f", "-qq", "-e", "status=failed", "-o", str(file), "-p", str(pid)]
     with subprocess.Popen(command) as strace:
         try:
@@ -38,13 +38,13 @@ def traced(pid: int, file: Path) -> Iterator[None]:
 
 
 def tracer(pid: int) -> int:
-    """Return who traces a process (proc_pid_status(5))."""
+    """Return the process that traces another one (proc_pid_status(5))."""
     found = re.search(r"^TracerPid:\t(\d+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
     return int(found[1]) if found else 0
 
 
 def test_all_walls_are_up(linux: Guest, on_ext4: Path, the_service: Service) -> None:
-    """Each wall that there is stands around a guest's worker, and around the one that follows when it is killed."""
+    """A guest's worker and its successor are behind every wall that there is."""
     with attached(linux.domid, "xvdb", f"log:|aio:{blank(on_ext4 / 'disk.raw', 16)}", "--wait"):
         first = the_service.disk(linux.domid, "xvdb")
         run("kill", "-KILL", first["worker"])
@@ -60,8 +60,9 @@ def test_all_walls_are_up(linux: Guest, on_ext4: Path, the_service: Service) -> 
 
 
 def test_a_worker_is_refused_nothing_that_it_uses(linux: Guest, on_ext4: Path, the_service: Service) -> None:
-    """No system call is refused to a worker and its openers, from birth to end, whatever its disk goes through: the
-    worker's own filter and that of the systemd unit know all calls of this libc and this Python.
+    """Whatever its disk goes through, no system call of a worker or its openers is refused.
+
+    So the worker's own filter and that of the systemd unit have all calls of this libc and this Python.
     """
     image, leaf, file = blank(on_ext4 / "disk.raw", 32), on_ext4 / "leaf.qcow2", on_ext4 / "calls"
     vbd = f"{linux.domid}/xvdb"

@@ -1,4 +1,4 @@
-"""The story of the README, from the literal line to the image that e2fsck finds no fault with."""
+"""The README's story: from blktap2's line to an image in which e2fsck finds no fault."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Ranges = list[tuple[int, int]]  # first sector, how many
 
 
 def test_the_whole_story(new_guest: Callable[..., Guest], on_ext4: Path, the_service: Service) -> None:
-    """A guest boots with `tap2:log:|aio:...` given literally, makes a file system, and fio finds every block right.
+    """A guest boots with the literal line `tap2:log:|aio:...`, makes a file system, and fio finds every block right.
 
-    Every sector that has changed is one that the log tells, and the log tells no other than those that were written.
+    `log` reports every sector that has changed, and only sectors that were written.
     """
     image = blank(on_ext4 / "disk.raw", 64)
     guest = new_guest(disks=[f"tap2:log:|aio:{image},xvda,w"])
@@ -61,6 +61,6 @@ def _log(guest: Guest, verb: str) -> Ranges:
 
 
 def _changed(image: Path) -> set[int]:
-    """Return the sectors of an image, blank before, that hold something."""
+    """Return the sectors with data of an image that was blank before."""
     content, nothing = image.read_bytes(), bytes(SECTOR)
     return {at // SECTOR for at in range(0, len(content), SECTOR) if content[at : at + SECTOR] != nothing}

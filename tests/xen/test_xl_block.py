@@ -1,4 +1,4 @@
-"""Disks of a running guest by xl: block-attach, block-list, block-detach, and how they fail."""
+"""Disks of a running guest with xl: block-attach, block-list, block-detach, and how they fail."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def detach(guest: Guest, *options: str, check: bool = True) -> Result:
 
 
 def test_attach_list_detach(guest: Guest, on_ext4: Path, the_service: Service) -> None:
-    """A running guest gets a disk with a ring for each of its CPUs, xl lists it, and takes it away again."""
+    """A running guest gets a disk with a ring for each of its CPUs; xl lists it and detaches it."""
     image = blank(on_ext4 / "disk.raw", 32)
     attach(guest, f"log:|aio:{image}")
     guest.run(THERE.format("xvdb"))
@@ -58,7 +58,7 @@ def test_attach_list_detach(guest: Guest, on_ext4: Path, the_service: Service) -
 
 
 def test_detach_while_mounted(guest: Guest, on_ext4: Path, the_service: Service) -> None:
-    """A mounted disk goes away at once, as Linux's blkfront has it; what was flushed before is in the image."""
+    """A mounted disk is detached at once, as Linux's blkfront allows; the image has what was flushed before."""
     image = blank(on_ext4 / "disk.raw", 32)
     attach(guest, f"log:|aio:{image}")
     guest.run(THERE.format("xvdb"))
@@ -74,7 +74,7 @@ def test_detach_while_mounted(guest: Guest, on_ext4: Path, the_service: Service)
 
 
 def test_detach_by_force(guest: Guest, on_ext4: Path, the_service: Service) -> None:
-    """A disk is taken away without asking anybody; its image is free, and the guest has it no more."""
+    """A disk is detached by force: its image is free, and the guest no longer has it."""
     image = blank(on_ext4 / "disk.raw", 32)
     attach(guest, f"log:|aio:{image}")
     guest.run(THERE.format("xvdb"))
@@ -88,8 +88,9 @@ def test_detach_by_force(guest: Guest, on_ext4: Path, the_service: Service) -> N
 
 @pytest.mark.parametrize("by", ["xl", "xenbackend"])
 def test_detach_by_force_while_mounted(guest: Guest, on_ext4: Path, the_service: Service, by: str) -> None:
-    """A mounted disk that is taken away by force is served until the guest has written what it had not flushed yet: the
-    image is whole and free, the guest's umount ends, and other disks come and go as before.
+    """A mounted disk that is detached by force is served until the guest has written its data.
+
+    The image is sound and free, the guest's umount ends, and other disks can be attached.
     """
     image, other = blank(on_ext4 / "disk.raw", 32), blank(on_ext4 / "other.raw", 32)
     attach(guest, f"log:|aio:{image}")
@@ -112,8 +113,9 @@ def test_detach_by_force_while_mounted(guest: Guest, on_ext4: Path, the_service:
 
 
 def test_the_driver_lets_go_meanwhile(guest: Guest, on_ext4: Path, the_service: Service) -> None:
-    """However often a guest's driver lets go by itself, just before or while xl detaches the disk and attaches it again
-    at once: each life of the disk is served, and holds what the ones before have written.
+    """A guest's driver may let go just before or while xl detaches the disk and attaches it again at once.
+
+    Each time the disk is served and has the data of all times before.
     """
     image = blank(on_ext4 / "disk.raw", 32)
     for number in range(LIVES):
@@ -136,7 +138,7 @@ def test_the_driver_lets_go_meanwhile(guest: Guest, on_ext4: Path, the_service: 
     ids=["wrong chain", "missing image"],
 )
 def test_attach_what_cannot_be(guest: Guest, on_ext4: Path, the_service: Service, chain: str, sentence: str) -> None:
-    """Our reason is printed at once; what xl leaves there goes away with block-detach, and the place is free again."""
+    """If a disk cannot be opened, our reason is printed at once; block-detach frees the place again."""
     image = blank(on_ext4 / "disk.raw", 32)
     failed = attach(guest, chain.format(image), check=False)
     detached = detach(guest)
@@ -151,7 +153,7 @@ def test_attach_what_cannot_be(guest: Guest, on_ext4: Path, the_service: Service
 @pytest.mark.xl_waits
 @pytest.mark.parametrize("kind", UNSERVED)
 def test_no_service(guest: Guest, on_ext4: Path, the_service: Service, kind: str) -> None:
-    """Without a service xl says so, of kind `vbd` at once; with one again, what was left there goes away."""
+    """Without a service xl reports that, for kind `vbd` at once; later a detach removes what was left."""
     image = blank(on_ext4 / "disk.raw", 32)
     the_service.stop()
     failed = attach(guest, f"log:|aio:{image}", kind=kind, check=False)
@@ -164,7 +166,7 @@ def test_no_service(guest: Guest, on_ext4: Path, the_service: Service, kind: str
 
 @pytest.mark.xl_waits
 def test_detach_without_a_service(guest: Guest, on_ext4: Path, the_service: Service) -> None:
-    """A detach that nobody answers is given up by xl; the next service lets go, and the next block-detach ends it."""
+    """Without a service xl gives a detach up; the next service releases the disk, and another detach completes it."""
     image = blank(on_ext4 / "disk.raw", 32)
     attach(guest, f"log:|aio:{image}")
     guest.run(THERE.format("xvdb"))

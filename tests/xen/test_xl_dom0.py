@@ -1,4 +1,4 @@
-"""Disks of dom0 itself by xl, and pygrub, which reads a guest's disk through one."""
+"""Disks that xl gives to dom0 itself, and pygrub, which reads a guest's disk through one."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def states() -> tuple[str | None, str | None]:
 
 
 def test_xl_knows_what_we_attached(on_ext4: Path, the_service: Service) -> None:
-    """`xenbackend attach` prints the device, which is there; xl lists the disk and takes it away."""
+    """`xenbackend attach` prints the device, which exists; xl lists the disk and detaches it."""
     image = blank(on_ext4 / "disk.raw", 16)
     told = xenbackend("attach", 0, "xvdq", f"log:|aio:{image}")
     is_there = DEVICE.is_block_device()
@@ -45,7 +45,7 @@ def test_xl_knows_what_we_attached(on_ext4: Path, the_service: Service) -> None:
 
 
 def test_we_know_what_xl_attached(on_ext4: Path, the_service: Service) -> None:
-    """A disk that xl attached is taken away by `xenbackend detach`."""
+    """`xenbackend detach` detaches a disk that xl attached."""
     image = blank(on_ext4 / "disk.raw", 16)
     xl("block-attach", 0, line(f"log:|aio:{image}", "xvdq"))
     until(f"{DEVICE} is there", DEVICE.is_block_device)
@@ -55,9 +55,7 @@ def test_we_know_what_xl_attached(on_ext4: Path, the_service: Service) -> None:
 
 
 def test_the_driver_lets_go(on_ext4: Path, the_service: Service) -> None:
-    """When dom0's driver lets go of a disk that stays attached, both ends are closed, and it is taken away at once;
-    attached anew it is what it was.
-    """
+    """If dom0's driver lets go of an attached disk, it is detached at once; attached again, it has its data."""
     image = blank(on_ext4 / "disk.raw", 16)
     with attached(0, "xvdq", f"log:|aio:{image}"):
         run("dd", "if=/etc/passwd", f"of={DEVICE}", "conv=sync,fsync")
@@ -72,7 +70,7 @@ def test_the_driver_lets_go(on_ext4: Path, the_service: Service) -> None:
 
 
 def test_pygrub(new_guest: Callable[..., Guest], on_ext4: Path, the_service: Service) -> None:
-    """A kernel on our disk is found by pygrub, to which libxl gives the disk in dom0, and the guest boots from it."""
+    """Pygrub, for which libxl attaches our disk to dom0, finds a kernel on it, and the guest boots from that."""
     kernel = Path(GRUB_PV).read_bytes()
     image = with_files(on_ext4 / "boot.raw", 32, {"/boot/grub/grub.cfg": CONFIGURATION, "/boot/grub.bin": kernel})
     guest = new_guest(

@@ -1,4 +1,4 @@
-"""The life of a guest by xl: with disks from the first moment, paused, shut down, rebooted, destroyed."""
+"""The life of a guest with xl: disks from the start, paused, shut down, rebooted, destroyed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MANY = [f"xvd{letter}" for letter in "abcdefghijqr"]  # from the 17th letter on 
 
 
 def test_pause_and_shutdown(new_guest: Callable[..., Guest], on_ext4: Path, the_service: Service) -> None:
-    """A guest that is paused in the middle of its writes goes on where it was; what it wrote outlives its shutdown."""
+    """A guest that is paused while it writes goes on where it was; its data outlive its shutdown."""
     image = blank(on_ext4 / "disk.raw", 32)
     other = blank(on_ext4 / "other.raw", 16)
     disks = [line(f"log:|aio:{image}", "xvda"), line(f"aio:{other}", "xvdb")]
@@ -38,7 +38,7 @@ def test_pause_and_shutdown(new_guest: Callable[..., Guest], on_ext4: Path, the_
 
 
 def test_reboot_and_destroy(new_guest: Callable[..., Guest], on_ext4: Path, the_service: Service) -> None:
-    """A reboot gives the new domain the same disk, and destroying it in the middle of its writes takes no time-out."""
+    """After a reboot the new domain has the same disk; destroying it while it writes needs no time-out."""
     image = blank(on_ext4 / "disk.raw", 32)
     guest = new_guest(disks=[line(f"log:|aio:{image}", "xvda")], extra='on_reboot = "restart"')
     guest.create().wait_until_ready()
@@ -59,7 +59,7 @@ def test_reboot_and_destroy(new_guest: Callable[..., Guest], on_ext4: Path, the_
 
 @pytest.mark.needs_host(0.7)  # libxl gives all their scripts together 40 s of real time, and they take up to 25
 def test_twelve_disks(new_guest: Callable[..., Guest], on_tmpfs: Path, the_service: Service) -> None:
-    """Twelve disks of one guest are attached side by side, and each holds what the guest wrote to it alone."""
+    """Twelve disks of one guest are attached in parallel, and each has the data written to it."""
     images = {vdev: blank(on_tmpfs / f"{vdev}.raw", 1) for vdev in MANY}
     disks = [line(f"log:|aio:{image}", vdev) for vdev, image in images.items()]
     guest = new_guest(disks=disks).create().wait_until_ready()
@@ -84,7 +84,7 @@ def test_twelve_disks(new_guest: Callable[..., Guest], on_tmpfs: Path, the_servi
 def test_a_guest_whose_disk_cannot_be(
     new_guest: Callable[..., Guest], on_ext4: Path, the_service: Service, chain: str, sentence: str
 ) -> None:
-    """A guest whose disk cannot be opened is not created: xl prints our reason, at once, and leaves nothing."""
+    """A guest whose disk cannot be opened is not created: xl prints our reason at once, and leaves nothing."""
     image = blank(on_ext4 / "disk.raw", 16)
     failed = new_guest(disks=[line(chain.format(image), "xvda")]).try_to_create()
 
@@ -97,7 +97,7 @@ def test_a_guest_whose_disk_cannot_be(
 def test_a_guest_without_a_service(
     new_guest: Callable[..., Guest], on_ext4: Path, the_service: Service, kind: str
 ) -> None:
-    """Where no service runs xl creates no guest; of kind `vbd` it says so at once, with the command to start one."""
+    """Without a service xl creates no guest; for kind `vbd` it says so at once, with the command to start one."""
     image = blank(on_ext4 / "disk.raw", 16)
     the_service.stop()
     failed = new_guest(disks=[line(f"log:|aio:{image}", "xvda", kind=kind)]).try_to_create()
@@ -109,7 +109,7 @@ def test_a_guest_without_a_service(
 
 @pytest.mark.xl_waits
 def test_destroy_without_a_service(new_guest: Callable[..., Guest], on_ext4: Path, the_service: Service) -> None:
-    """Where no service runs xl waits in vain before it destroys a guest, but does; the next service finds nothing."""
+    """Without a service xl destroys a guest after a time-out; the next service finds nothing left."""
     image = blank(on_ext4 / "disk.raw", 16)
     guest = new_guest(disks=[line(f"log:|aio:{image}", "xvda")]).create().wait_until_ready()
     guest.run("until [ -b /dev/xvda ]; do sleep 0.1; done")
