@@ -6,7 +6,7 @@ from xenbackend.budget import Bucket
 
 
 def test_a_burst_goes_through_and_then_one_per_interval() -> None:
-    """R13: events beyond the burst are refused until time has passed; the next that is allowed gets their number."""
+    """R13: events beyond the burst are refused until time has passed; the next one allowed gets the number refused."""
     time = 0.0
     bucket = Bucket(3, 10.0, lambda: time)
 
@@ -18,7 +18,7 @@ def test_a_burst_goes_through_and_then_one_per_interval() -> None:
 
 
 def test_a_bucket_is_never_fuller_than_full() -> None:
-    """However long nothing came, no more than the burst goes through at once."""
+    """However long no event came, at most one burst passes at once."""
     time = 0.0
     bucket = Bucket(2, 1.0, lambda: time)
     time = 1e6
@@ -27,7 +27,7 @@ def test_a_bucket_is_never_fuller_than_full() -> None:
 
 
 def test_what_cost_more_is_paid_off_first() -> None:
-    """If one event turns out to cost as much as five, the time of five must pass before the next one is allowed."""
+    """If one event turns out to cost as much as five, the next one has to wait for the time of five."""
     time = 0.0
     bucket = Bucket(3, 1.0, lambda: time)
     assert bucket.take() == 0

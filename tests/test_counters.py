@@ -25,7 +25,7 @@ from xenbackend.counters import (
 
 
 def page_with(buckets: dict[int, int]) -> memoryview:
-    """Return a page with counts in some buckets of the histogram."""
+    """Return a page with these counts in buckets of the histogram."""
     page = memoryview(bytearray(SIZE))
     words = page.cast("Q")
     for bucket, count in buckets.items():
@@ -34,14 +34,14 @@ def page_with(buckets: dict[int, int]) -> memoryview:
 
 
 def test_layout_fits_its_page() -> None:
-    """Counters, then the histogram, lie in the page without touching each other."""
+    """Counters and histogram lie in the page one after the other, without overlap."""
     assert len(NAMES) == len(set(NAMES)) <= HISTOGRAM
     assert HISTOGRAM + BUCKETS <= SIZE // 8
     assert list(range(len(NAMES))) == [INDEX[name] for name in NAMES]
 
 
 def test_snapshot_reads_words_by_name() -> None:
-    """Each counter is the 64-bit word at its place, up to its largest value; the rest of a longer memory is ignored."""
+    """Each counter is the 64-bit word at its place, up to the largest value; the rest of a longer memory is ignored."""
     page = memoryview(bytearray(SIZE + 4096))
     words = page.cast("Q")
     for name, place in INDEX.items():
@@ -75,16 +75,16 @@ def test_snapshot_of_shared_memory() -> None:
         ({BUCKETS - 1: 1}, 0.5, 1 << (BUCKETS - 1)),
         ({3: 2**60, 4: 1}, 0.5, 8),
         ({3: 2**60 - 1, 4: 2**10}, 1.0, 16),
-        ({3: 2**53 + 3}, 1.0, 8),  # a float of that is larger
+        ({3: 2**53 + 3}, 1.0, 8),  # as a float it would be larger
     ],
 )
 def test_percentiles(buckets: dict[int, int], fraction: float, expected: int) -> None:
-    """A percentile is the upper bound of the bucket that it falls into, and 0 if nothing was sampled."""
+    """A percentile is the upper bound of the bucket into which it falls, and 0 without samples."""
     assert expected == percentile_ns(histogram(page_with(buckets)), fraction)
 
 
 def test_any_words_are_counters() -> None:
-    """A worker may have written anything there: what is read has a name, fits into 64 bits, and is no error."""
+    """Whatever a worker has written there, each counter has its name and fits into 64 bits, and nothing is raised."""
     page = memoryview(bytearray(b"\xff" * SIZE))
 
     assert {2**64 - 1} == set(snapshot(page).values())
@@ -100,7 +100,7 @@ def test_buckets_are_powers_of_two() -> None:
 
 
 def test_each_operation_has_its_own_words() -> None:
-    """The words of operations are at the end of the page, behind all figures of layers."""
+    """The words of operations are at the end of the page, behind the layers' figures."""
     page = memoryview(bytearray(SIZE))
     words = page.cast("Q")
     words[BY_OPERATION], words[BY_OPERATION + 1 + 17], words[SIZE // 8 - 1] = 9, 3, 5
@@ -116,7 +116,7 @@ def test_each_operation_has_its_own_words() -> None:
 
 
 def test_what_layers_count_lies_behind_the_histogram() -> None:
-    """Each layer's figures follow those of the layer above it, under the names that it said; too many are left out."""
+    """Each layer's figures follow those of the layer above, by its own names; those beyond the room are left out."""
     page = memoryview(bytearray(SIZE))
     page.cast("Q")[FIGURES : FIGURES + 3] = memoryview(array("Q", [7, 0, (1 << 64) - 1]))
 

@@ -1,4 +1,4 @@
-"""What people call a disk, and the names and numbers of virtual devices, both ways."""
+"""How people name a disk, and names and numbers of virtual devices in both directions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NUMBERS = {  # the first four lines: xen-vbd-interface(7)
 
 @pytest.mark.parametrize(("vdev", "devid"), NUMBERS.items())
 def test_device_names_and_numbers_are_those_of_the_interface(vdev: str, devid: int) -> None:
-    """A virtual device's name and its number turn into each other as xen-vbd-interface(7) says."""
+    """A virtual device's name and number are converted as xen-vbd-interface(7) says."""
     assert devid == vdev_to_devid(vdev)
     assert vdev == devid_to_vdev(devid)
 
@@ -41,7 +41,7 @@ def test_other_spellings_name_the_same_device(other: str, vdev: str) -> None:
 
 
 def test_every_number_has_a_name_that_leads_back() -> None:
-    """Whatever number stands in xenstore, its name is accepted and means the same number."""
+    """Every number that xenstore may contain has a name that is accepted and means the same number."""
     numbers = [*range(0, 60000, 7), *range(202 << 8, 203 << 8), *range(1 << 28, (1 << 28) + 9000), DEVID_END - 1]
 
     assert numbers == [vdev_to_devid(devid_to_vdev(devid)) for devid in numbers]
@@ -52,7 +52,7 @@ def test_every_number_has_a_name_that_leads_back() -> None:
              "xvda\n", str(DEVID_END), "99999999999", "zz"],
 )  # fmt: skip
 def test_what_is_no_device_is_refused(vdev: str) -> None:
-    """A name outside the interface is refused with a sentence that repeats it."""
+    """A name outside the interface is refused with a sentence that quotes it."""
     with pytest.raises(ConfigError) as caught:
         vdev_to_devid(vdev)
 
@@ -60,7 +60,7 @@ def test_what_is_no_device_is_refused(vdev: str) -> None:
 
 
 def test_a_number_of_any_length_is_a_sentence() -> None:
-    """A device number that Python would refuse to read is refused with a sentence, and a short one."""
+    """A device number with too many digits for Python's parser is refused with a short sentence."""
     with pytest.raises(ConfigError, match="device numbers end before") as caught:
         vdev_to_devid("1" * 5000)
 
@@ -77,7 +77,7 @@ def test_a_number_of_any_length_is_a_sentence() -> None:
     ],
 )  # fmt: skip
 def test_a_disk_has_one_name_and_several_spellings(text: str, kind: str, domain: str) -> None:
-    """Whatever spelling is given, the name that is shown is domain and device."""
+    """In whatever spelling a disk is given, it is shown as domain and device."""
     name = parse_disk(text)
 
     assert (kind, domain, 51712, f"{domain}/xvda") == (name.kind, name.domain, name.devid, str(name))
@@ -85,13 +85,13 @@ def test_a_disk_has_one_name_and_several_spellings(text: str, kind: str, domain:
 
 @pytest.mark.parametrize("text", ["", "foo", "/xvda", "5/", "5/frob", "5/xvda/", "a/b/c/xvda", "99999999/xvda"])
 def test_what_is_no_disk_is_refused(text: str) -> None:
-    """A name that no disk can have is refused as the caller's mistake, before a service is asked."""
+    """A name that cannot be a disk's is refused as the caller's mistake, before a service is asked."""
     with pytest.raises(ConfigError):
         parse_disk(text)
 
 
 def test_a_name_means_one_disk() -> None:
-    """A number is a domain's, whatever guests are called; a name means its domain; a kind has to be that one."""
+    """A number means a domain, even if a guest has it as its name; a name means its domain; a kind must match."""
     vbd = ("vbd", 5, 51712)
 
     assert parse_disk("5/xvda").means(*vbd, guest="mail")

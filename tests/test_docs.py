@@ -44,7 +44,7 @@ def test_a_manual_has_its_sections_in_order(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_manuals_examples_are_chains(name: str) -> None:
-    """Each line of a driver's example is a chain that can be parsed and that uses the driver."""
+    """Each line of a driver's example is a valid chain that uses the driver."""
     driver = drivers.find_driver(name)
     for line in section(drivers.manual(driver), "Example").splitlines():
         assert driver in [layer.driver for layer in parse_chain(line).layers]
@@ -52,7 +52,7 @@ def test_a_manuals_examples_are_chains(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_synopsis_names_every_option(name: str) -> None:
-    """Each option but the target stands in the synopsis as key=, and the table has a line for each."""
+    """The synopsis has each option but the target as key=, and the table has a line for each option."""
     driver = drivers.find_driver(name)
     manual = drivers.manual(driver)
     for each in describe_options(driver.Options):
@@ -70,7 +70,7 @@ def test_the_diagrams_are_the_tables() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_lead_somewhere(page: Path) -> None:
-    """Each link of a page to another one of ours leads to a file, and a part of it that is named to a heading."""
+    """Each link from one page to another leads to an existing file, and to a heading if it names one."""
     for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text()):
         name, _, part = target.partition("#")
         file = page.parent / name if name else page
@@ -81,7 +81,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_table_is_whole(page: Path) -> None:
-    """A row is one line, and a table begins with its heading and a rule; anything else is shown as a paragraph."""
+    """A table has a heading and a rule, and each row is one line; anything else would be shown as a paragraph."""
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     for block in re.split(r"\n\s*\n|\n(?=- )", text):
         lines = [line.strip() for line in block.strip().splitlines()]
@@ -94,7 +94,7 @@ def test_a_table_is_whole(page: Path) -> None:
 
 @pytest.mark.parametrize("room", [f"supervisor/{each.parent.name}" for each in SUPERVISOR] + ["protocol", "loop"])
 def test_every_file_of_the_control_plane_is_introduced(room: str) -> None:
-    """ARCHITECTURE.md says in a line what each file of these rooms holds, in the room's own table."""
+    """In ARCHITECTURE.md each of these rooms has a table with a line for each of its files."""
     _, _, after = (ROOT / "ARCHITECTURE.md").read_text().partition(f"\n`{room}/` is ")
     _, _, table = after.partition("\n\n")
     introduced = re.findall(r"^\| `(\w+\.py)` \| .+ \|$", table.partition("\n\n")[0], re.MULTILINE)
@@ -120,7 +120,7 @@ def test_every_note_is_introduced() -> None:
 
 
 def test_the_glossary_has_one_line_for_each_word() -> None:
-    """No word is explained twice."""
+    """No word is explained twice in the glossary."""
     _, _, glossary = (ROOT / "ARCHITECTURE.md").read_text().partition("\n## Glossary\n")
     rows = re.findall(r"^\| (.+?) \| .+? \| ?(.*?) ?\|$", glossary, re.MULTILINE)
     words = [word for heads, _ in rows if heads != "word" for word in heads.split(", ")]
@@ -131,7 +131,7 @@ def test_the_glossary_has_one_line_for_each_word() -> None:
 
 @pytest.mark.parametrize("page", ["ARCHITECTURE.md", "CONTRIBUTING.md", "docs/decisions.md"])
 def test_files_that_are_named_are_there(page: str) -> None:
-    """Each path in a page about the code leads to a file or directory of it."""
+    """Each path that a page about the code names exists."""
     for path in set(re.findall(r"`((?:[\w-]+/)+(?:[\w-]+\.(?:py|md|toml|c|json))?)`", (ROOT / page).read_text())):
         places = (ROOT, ROOT / "xenbackend", ROOT / "xenbackend/supervisor", ROOT / "xenbackend/block")
         assert "NAME" in path or any((place / path).exists() for place in places), path

@@ -19,7 +19,7 @@ def test_all_are_ours() -> None:
 
 
 def test_an_error_of_the_host_is_a_sentence() -> None:
-    """It says which file and why, without Python's number; ours are what they are."""
+    """An OSError becomes a sentence with file and reason, without its number; our own errors keep their text."""
     said = {
         "/img/x: No space left on device": OSError(errno.ENOSPC, "No space left on device", "/img/x"),
         "No space left on device": OSError(errno.ENOSPC, "No space left on device"),
@@ -41,14 +41,14 @@ def test_chain_error_points_at_the_place() -> None:
 
 
 def test_chain_error_always_has_a_caret() -> None:
-    """An error at the end of a chain, where nothing is, still has its caret behind the chain."""
+    """For an error at the end of a chain the caret stands behind it."""
     caret = str(ChainError("a source is missing", "log:|", position=5, length=0)).splitlines()[-1]
 
     assert "       ^" == caret
 
 
 def test_chain_error_points_at_the_place_whatever_stands_before_it() -> None:
-    """Characters that a terminal shows two columns wide, or not at all, neither move the caret nor reach it raw."""
+    """Wide or invisible characters before the mistake do not displace the caret, and are not printed raw."""
     chain = "aio:日本\n\x1b[2J,frob=1"
     _, shown, caret = str(ChainError("unknown", chain, chain.index("frob"), 4)).splitlines()
 
@@ -67,14 +67,14 @@ def test_chain_error_points_at_the_place_whatever_stands_before_it() -> None:
     ],
 )
 def test_driver_error_says_where(where: dict[str, str], sentence: str) -> None:
-    """A driver's error names its layer and option before the problem, as far as they are known."""
+    """A driver's error names its layer and option first, as far as they are known."""
     error = DriverError("cannot be opened", **where)
 
     assert (sentence, "cannot be opened", errno.EINVAL) == (str(error), error.problem, error.errno)
 
 
 def test_driver_error_can_be_completed() -> None:
-    """A caller that knows the layer can add it to an error on its way up."""
+    """A caller that knows the layer can add it to an error."""
     error = DriverError("is locked", path="/img", errno=errno.EBUSY)
     error.layer = "aio:/img"
 
@@ -82,13 +82,13 @@ def test_driver_error_can_be_completed() -> None:
 
 
 def test_kernel_error_is_a_sentence() -> None:
-    """A refusal of the kernel is told in words: what was tried, and what errno means."""
+    """A kernel's refusal is a sentence with the operation and the meaning of errno."""
     error = KernelError("map 3 grants", errno.EPERM)
 
     assert ("map 3 grants: Operation not permitted", errno.EPERM) == (str(error), error.errno)
 
 
 def test_store_error_without_an_answer() -> None:
-    """A xenstore that does not answer at all counts as an I/O error."""
+    """An xenstore that does not answer counts as an I/O error."""
     assert errno.EIO == StoreError("the connection is gone").errno
     assert errno.ENOENT == StoreError("no such node", errno.ENOENT).errno

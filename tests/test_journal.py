@@ -1,4 +1,4 @@
-"""The journal's memory: its layout, and what a reader finds in one that nobody or somebody wrote."""
+"""The journal's memory: its layout, and how it is read, whoever has written it."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ FIRST_RING = 18 * PAGE
 
 @pytest.fixture
 def memory() -> memoryview:
-    """Memory as the supervisor makes it: zeros, of which only what is used exists."""
+    """Memory as the supervisor makes it: zeros, of which only pages in use are allocated."""
     return memoryview(mmap.mmap(-1, journal.SIZE))
 
 
 def test_every_ring_and_request_fits() -> None:
-    """The largest ring of either layout, and its slot, fit into the places that the journal has for them."""
+    """The largest ring and slot of each layout fit into their places in the journal."""
     assert MAX_ENTRIES >= max(ring_entries(layout, MAX_RING_ORDER) for layout in LAYOUTS.values())
     assert SLOT >= max(layout.slot_size for layout in LAYOUTS.values())
     assert counters.SIZE == PAGE
 
 
 def test_no_two_parts_share_a_byte(memory: memoryview) -> None:
-    """Each ring's words, blocks, answers and slots lie apart from each other and from the counters."""
+    """The words, blocks, answers and slots of each ring do not overlap each other or the counters."""
     rings = [RingJournal(memory, ring, SLOT) for ring in range(MAX_RINGS)]
     parts = [part for ring in rings for part in (ring.words, ring.blocks, ring.answers)]
     for number, part in enumerate(parts, 1):
@@ -53,7 +53,7 @@ def test_no_two_parts_share_a_byte(memory: memoryview) -> None:
 
 
 def test_words_are_aligned(memory: memoryview) -> None:
-    """Each word is one store: it begins at a multiple of 8 bytes in a page-aligned memory."""
+    """Each word is written by one store, as it begins at a multiple of 8 bytes in page-aligned memory."""
     for ring in range(MAX_RINGS):
         RingJournal(memory, ring, SLOT).words[0] = 0xABCDEF
         end = FIRST_RING + ring * ((journal.SIZE - FIRST_RING) // MAX_RINGS) + PAGE
@@ -63,7 +63,7 @@ def test_words_are_aligned(memory: memoryview) -> None:
 
 
 def test_begin_forgets_the_last_connection(memory: memoryview) -> None:
-    """A ring that is begun afresh has nothing in flight, whatever the journal said before."""
+    """`begin` leaves nothing in flight in a ring, whatever the journal contained."""
     ring = RingJournal(memory, 0, SLOT)
     ring.blocks[3] = 77 << 8 | 8
     ring.begin(32, 2**32 - 5)
@@ -73,7 +73,7 @@ def test_begin_forgets_the_last_connection(memory: memoryview) -> None:
 
 
 def test_poison_is_noted_and_taken_back(memory: memoryview) -> None:
-    """The errno of a failed flush can be read until it is taken back."""
+    """The errno of a failed flush is readable until it is reset."""
     assert 0 == poisoned(memory)
     poison(memory, 5)
     assert 5 == poisoned(memory)
@@ -91,7 +91,7 @@ def test_poison_that_is_no_errno_is_one(memory: memoryview) -> None:
 @pytest.mark.parametrize("word", [255, 17, 2**64 - 1, 77 << 8 | BATCH + 1])
 @pytest.mark.parametrize("entries", [32, 2**63])
 def test_a_block_that_no_batch_fits_is_none(memory: memoryview, entries: int, word: int) -> None:
-    """Only what a worker of ours writes counts as in flight; the last block has no entries beyond it."""
+    """Blocks that no worker of ours would write do not count as in flight; the last block has no entries beyond it."""
     ring = RingJournal(memory, 7, SLOT)
     ring.begin(entries, 100)
     for block in range(MAX_ENTRIES):
@@ -104,7 +104,7 @@ def test_a_block_that_no_batch_fits_is_none(memory: memoryview, entries: int, wo
 
 
 def test_what_is_in_flight_is_told_from_what_is_answered(memory: memoryview) -> None:
-    """INFLIGHT, COMPLETING and FREE entries are told apart by block, answer and rsp_prod; progress is the oldest."""
+    """INFLIGHT, COMPLETING and FREE entries are distinguished by block, answer and rsp_prod; progress is the oldest."""
     ring = RingJournal(memory, 2, SLOT)
     ring.begin(32, 100)
     ring.blocks[1] = 100 << 8 | 4

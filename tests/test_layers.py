@@ -1,4 +1,4 @@
-"""Who may import whom: the layers of the code, and the few homes of modules that are dangerous or expensive."""
+"""The rules of imports: the layers of the code, and the few places for modules that are dangerous or expensive."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ LAYERS = {
     | {"protocol", "block", "blkif.handshake", "host", "opener.cluster"}
     | {"kernel.locks", "kernel.process", "kernel.users"}
     | {"supervisor.service.settings", "supervisor.vbd.reasons", "supervisor.vbd.spec", "supervisor.xenstore"},
-    # what is done to images offline: the drivers, and of a worker what opens files and waits for them
+    # commands on images: the drivers, and from the worker what opens files and waits for them
     "image": GROUND - {"log"} | {"block", "kernel.inuse", "opener", "worker.env", "worker.files", "loop"},
     "cli": {""},
     "__main__": {"cli.main"},
     "__init__": set(),
 }
 
-# Where a module may be imported; nowhere else. "block/recorder" is that file, "kernel/" all of that package.
+# The only places where a module may be imported: "block/recorder" is one file, "kernel/" a whole package.
 HOMES = {
     "compression": ("block/formats/zstd",),  # of Python 3.14
     "asyncio": (),  # 3 us for each task and request, where a layer costs 30 ns
@@ -82,7 +82,7 @@ HOMES = {
         "cli/main",
         "doctor/pieces",
         "kernel/ports",
-    ),  # what a text names: drivers, formats, commands, hosts
+    ),  # imports of modules that a text names: drivers, formats, commands, hosts
     "matplotlib": ("bench/plot", "cli/latency_plot"),
     "mmap": (
         "block/mapped/parts",
@@ -175,7 +175,7 @@ HOMES = {
     ),
 }
 THIRD_PARTY = {"argon2", "daemon", "matplotlib", "pyxs", "rich", "structlog", "zstandard"}
-NEWER = {"compression"}  # parts of the standard library that a Python older than ours may lack
+NEWER = {"compression"}  # modules of the standard library that older Pythons lack
 DEAR = (
     "argon2",
     "structlog",
@@ -240,7 +240,7 @@ def begins(dotted: str, beginnings: set[str]) -> bool:
 
 
 def layer_faults(file: Path, imported: Iterable[str]) -> list[str]:
-    """Return a sentence for each import that leads to a part where this file's part must not look."""
+    """Return a sentence for each import of a part that this file's part may not import."""
     part = part_of(file)
     ours = [name.partition(".")[2] for name in imported if name.split(".")[0] == "xenbackend"]
     foreign = [name for name in ours if name and name.split(".")[0] != part]
@@ -248,7 +248,7 @@ def layer_faults(file: Path, imported: Iterable[str]) -> list[str]:
 
 
 def home_faults(file: Path, imported: Iterable[str], used: Iterable[str]) -> list[str]:
-    """Return a sentence for each use of something that has its home elsewhere."""
+    """Return a sentence for each use of something outside its home."""
     place = place_of(file)
     used = {name.split(".")[0] for name in imported} | set(used)
     return [
@@ -259,12 +259,12 @@ def home_faults(file: Path, imported: Iterable[str], used: Iterable[str]) -> lis
 
 
 def test_every_part_has_a_layer() -> None:
-    """Each package and module of ours stands in the table, and the table names nothing that is gone."""
+    """Each package and module of ours is in the table, and the table has no other."""
     assert set(LAYERS) == {part_of(file) for file in FILES}
 
 
 def documented_layers() -> dict[str, set[str]]:
-    """Return the table of rooms in ARCHITECTURE.md as `LAYERS` has it; "ground" is short for the lowest rooms."""
+    """Return ARCHITECTURE.md's table of rooms in the form of `LAYERS`; "ground" is short for the lowest rooms."""
     text = (ROOT.parent / "ARCHITECTURE.md").read_text().partition("| room |")[2].partition("\n\n")[0]
     phrases = {"ground": GROUND - {"log"}, "everything": {""}, "nothing": set()}
     found = {}
@@ -277,13 +277,13 @@ def documented_layers() -> dict[str, set[str]]:
 
 
 def test_the_rooms_are_documented() -> None:
-    """ARCHITECTURE.md shows newcomers this table: each room, and exactly what it may use."""
+    """ARCHITECTURE.md has the same table: each room, and exactly what it may use."""
     assert documented_layers() == LAYERS
 
 
 @pytest.mark.parametrize("part", sorted(LAYERS))
 def test_nothing_is_allowed_in_vain(part: str) -> None:
-    """What a room may use beyond the ground is used: a line of the table that nobody needs misleads its reader."""
+    """A room uses everything that the table allows it beyond the ground."""
     files = [file for file in FILES if part_of(file) == part]
     used = {name.partition(".")[2] for file in files for name in imports_of(file) if name.startswith("xenbackend.")}
 
@@ -291,24 +291,24 @@ def test_nothing_is_allowed_in_vain(part: str) -> None:
 
 
 def test_strangers_know_the_ground_only() -> None:
-    """The rooms that a worker joins do not know each other, but for steps by which formats write tables, and NBD."""
+    """The rooms that a worker combines do not import each other, except that `block` imports `ceph` and `nbd`."""
     for part in STRANGERS:
         assert LAYERS[part] & STRANGERS <= ({"ceph", "nbd"} if part == "block" else set())  # drivers are clients
 
 
 def test_layers() -> None:
-    """A file imports only what its layer may know."""
+    """A file imports only what its layer may."""
     assert [] == [fault for file in FILES for fault in layer_faults(file, imports_of(file))]
 
 
 def test_homes() -> None:
-    """What is dangerous or dear is imported in its home only."""
+    """Dangerous and expensive modules are imported only in their homes."""
     assert [] == [fault for file in FILES for fault in home_faults(file, imports_of(file), uses(nodes_of(file)))]
 
 
 @pytest.mark.rows("C12")
 def test_no_other_dependency() -> None:
-    """Beyond the standard library only the packages that pyproject.toml names are imported."""
+    """Only the standard library and the packages of pyproject.toml are imported."""
     allowed = sys.stdlib_module_names | NEWER | THIRD_PARTY | {"xenbackend"}
     names = {(place_of(file), name) for file in FILES for name in imports_of(file)}
 
@@ -316,7 +316,7 @@ def test_no_other_dependency() -> None:
 
 
 def test_homes_are_lived_in() -> None:
-    """Each home that is listed is there: a file that moved takes its line with it."""
+    """Every home in the table exists, so a file that moves takes its line along."""
     for homes in HOMES.values():
         for home in homes:
             assert (ROOT / home).is_dir() if home.endswith("/") else (ROOT / home).with_suffix(".py").exists(), home
@@ -335,7 +335,7 @@ def test_homes_are_lived_in() -> None:
     ],
 )
 def test_a_wrong_import_is_seen(place: str, text: str) -> None:
-    """The test above is no decoration: each kind of forbidden import is found, also inside a function."""
+    """Every kind of forbidden import is found, even inside a function."""
     assert 1 == len(layer_faults((ROOT / place).with_suffix(".py"), imports(ast.walk(ast.parse(text)))))
 
 
@@ -352,7 +352,7 @@ def test_a_wrong_import_is_seen(place: str, text: str) -> None:
     ],
 )
 def test_a_guest_in_a_wrong_home_is_seen(text: str) -> None:
-    """Each way to get at something with another home is found."""
+    """Every way to use something outside its home is found."""
     nodes = list(ast.walk(ast.parse(text)))
 
     assert 1 == len(home_faults(ROOT / "block" / "dirty.py", imports(nodes), uses(nodes)))
@@ -360,7 +360,7 @@ def test_a_guest_in_a_wrong_home_is_seen(text: str) -> None:
 
 @pytest.mark.slow
 def test_a_worker_stays_small() -> None:
-    """No worker imports what costs time and memory: not by its own modules, a driver's, or those of either host."""
+    """No worker imports an expensive module: neither by its own modules, nor a driver's, nor either host's."""
     modules = ["xenbackend.worker.zygote", "xenbackend.kernel.xen", "xenbackend.rig.host"]
     modules += [f"xenbackend.block.drivers.{file.stem}" for file in (ROOT / "block/drivers").glob("[!_]*.py")]
     program = f"import sys, json, {', '.join(modules)}; print(json.dumps(sorted(sys.modules)))"

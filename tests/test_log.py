@@ -1,4 +1,4 @@
-"""What a line of the log looks like, and what holds lines back."""
+"""What a line of the log looks like, and what limits lines."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _restore() -> Iterator[None]:
 
 
 def test_journal_lines_carry_their_priority() -> None:
-    """Each line begins with the priority that sd-daemon(3) reads, and with the vbd that it is about."""
+    """Each line begins with the priority of sd-daemon(3) and the vbd that it is about."""
     stream = io.StringIO()
     log.configure("journal", "info", stream)
     logger = log.get_logger("supervisor", vbd="vbd/5/51712")
@@ -34,7 +34,7 @@ def test_journal_lines_carry_their_priority() -> None:
 
 
 def test_every_line_of_a_traceback_has_the_priority() -> None:
-    """A traceback in the journal stays one priority from the first line to the last."""
+    """Every line of a traceback in the journal has the same priority."""
     stream = io.StringIO()
     log.configure("journal", "info", stream)
     try:
@@ -57,7 +57,7 @@ def test_json_lines_are_json() -> None:
 
 @pytest.mark.parametrize("form", ["console", "json"])
 def test_a_line_says_when_it_was(form: str) -> None:
-    """With the zone, as every time that is printed; the journal says that itself."""
+    """A line has the time with its zone; in the journal's format it has none, as the journal adds its own."""
     stream = io.StringIO()
     log.configure(form, "info", stream)
     log.get_logger("service").warning("hello")
@@ -68,7 +68,7 @@ def test_a_line_says_when_it_was(form: str) -> None:
 
 @pytest.mark.rows("R13", "A30")
 def test_guest_text_cannot_forge_lines() -> None:
-    """R13: control characters in a value are escaped and long values are cut, whatever the format."""
+    """R13: control characters in a value are escaped and long values are cut, in every format."""
     stream = io.StringIO()
     log.configure("journal", "info", stream)
     log.get_logger("x").info("said", text="a\n<0>forged\x1b[2J\u202e" + "b" * 9000)
@@ -80,7 +80,7 @@ def test_guest_text_cannot_forge_lines() -> None:
 
 @pytest.mark.parametrize("form", log.FORMATS)
 def test_a_line_tells_its_length_and_is_cut_after_it_was_escaped(form: str) -> None:
-    """R13: what counts is what is written: escapes do not make a line longer than a text of plain characters."""
+    """R13: the limit is applied after escaping, so a line of escapes is not much longer than one of plain text."""
     lengths = []
     for text in ("x" * 9000, "\x1b" * 9000, "\udcff" * 9000):
         stream = io.StringIO()

@@ -23,7 +23,7 @@ needs_groff = pytest.mark.skipif(shutil.which("groff") is None, reason="groff is
 
 
 def load() -> ModuleType:
-    """Return the module that writes the pages, which is not installed."""
+    """Return the program that makes the pages, which is not installed."""
     spec = importlib.util.spec_from_file_location("manpages", ROOT / "debian/manpages.py")
     assert spec is not None
     assert spec.loader is not None
@@ -36,7 +36,7 @@ manpages = load()
 
 
 def shown(page: str) -> str:
-    """Return a page as one reads it. Raises: AssertionError, for what groff warns of."""
+    """Return a page as a reader sees it. Raises: AssertionError, if groff warns."""
     result = subprocess.run(
         ["groff", "-man", "-Tutf8", "-ww", "-rLL=200n", "-P-cbou"],
         input=page, capture_output=True, text=True, check=True, env={**os.environ, "LC_ALL": "C.UTF-8"},
@@ -48,7 +48,7 @@ def shown(page: str) -> str:
 @pytest.mark.slow
 @needs_groff
 def test_every_driver_has_a_page_with_its_options() -> None:
-    """A page has the sections of its driver's manual, nothing is lost, and groff gives no warning."""
+    """A page has the sections of its driver's manual with nothing lost, and groff gives no warning."""
     pages = shown("\n".join(manpages.driver_page(name) for name in sorted(BUILT_IN)))
     for name in BUILT_IN:
         assert f"xenbackend-{name} - " in pages
@@ -61,7 +61,7 @@ def test_every_driver_has_a_page_with_its_options() -> None:
 
 @needs_groff
 def test_the_settings_have_a_page() -> None:
-    """Each setting stands there with its default, and what it is for."""
+    """The page has each setting with its default and its purpose."""
     page = shown(manpages.settings_page())
     names = [each.name for each in (*fields(Settings), *fields(Limits)) if each.name != "limits"]
 
@@ -72,7 +72,7 @@ def test_the_settings_have_a_page() -> None:
 
 @needs_groff
 def test_signs_of_roff_are_none_in_a_page() -> None:
-    """Backslashes, dots and quotes at the beginning of a line are text, and what is between backquotes is bold."""
+    """Backslashes, dots and quotes at the beginning of a line stay text, and text in backquotes is bold."""
     lines = [manpages._line(each) for each in (r"a\|b -c", ".SH no", "'nor this", "`bold`")]
 
     assert r"\fBbold\fR" == lines[-1]
@@ -82,12 +82,12 @@ def test_signs_of_roff_are_none_in_a_page() -> None:
 
 @needs_groff
 def test_the_scripts_page_is_sound() -> None:
-    """The page of the hotplug script, which is written by hand, has no mistakes of form."""
+    """Groff gives no warning for the hand-written page of the hotplug script."""
     assert "block-xenbackend - hotplug script" in shown((ROOT / "debian/block-xenbackend.8").read_text())
 
 
 def test_every_command_is_known() -> None:
-    """Each command, and each command within a command, is listed with a line about it."""
+    """Every command and nested command is listed with a line about it."""
     known = {" ".join(words): about for words, about in manpages.commands()}
 
     assert set(MODULES) == {each for each in known if each and " " not in each}
@@ -99,7 +99,7 @@ def test_every_command_is_known() -> None:
 @needs_groff
 @pytest.mark.skipif(shutil.which("help2man") is None, reason="help2man is not installed")
 def test_a_commands_page_is_its_help() -> None:
-    """help2man makes the page; a command within a command is found from its neighbours."""
+    """The page is made by help2man, and that of a nested command names related pages."""
     page = shown(manpages.command_page(["config", "show"], "print every setting"))
 
     assert "xenbackend-config-show - print every setting" in page
@@ -108,7 +108,7 @@ def test_a_commands_page_is_its_help() -> None:
 
 
 def test_the_package_has_what_is_made() -> None:
-    """The rules of the package make pages and completions of all three shells, and know where they belong."""
+    """The package's rules install the pages and the completions of all three shells."""
     rules = (ROOT / "debian/rules").read_text()
 
     for part in ("debian/manpages.py", "man8/block-xenbackend.8", "bash-completion/completions/xenbackend",

@@ -12,7 +12,7 @@ from tests.nbd_server import Export, Server
 
 
 def test_it_is_closed_while_it_starts_a_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No thread is joined before it has begun: that would be an error now and then."""
+    """Closing the server does not join a thread that has not been started yet, which would be an error."""
     server = Server(tmp_path / "socket", Export(bytearray(4096)))
     start, joined_too_early = threading.Thread.start, []
 

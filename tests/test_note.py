@@ -18,7 +18,7 @@ def memory() -> memoryview:
 
 
 def test_note_is_found_again(memory: memoryview) -> None:
-    """What was noted is read back as it was written, replaced as a whole, and taken back."""
+    """A note is read back as it was written, replaced as a whole, and deleted."""
     NOTE.write(memory, {"vbd": "vbd/5/51712", "rings": list(range(100))})
     NOTE.write(memory, {"vbd": "x" * 30_000})
     longest = NOTE.read(memory)
@@ -30,7 +30,7 @@ def test_note_is_found_again(memory: memoryview) -> None:
 
 
 def test_memory_that_no_worker_wrote_has_no_note(memory: memoryview) -> None:
-    """Zeros, another version or an impossible copy are nobody's note."""
+    """Zeros, another version or an impossible copy count as no note."""
     assert NOTE.read(memory) is None
     for word, value in ((0, 1), (1, 99), (2, 3)):
         NOTE.write(memory, {})
@@ -46,7 +46,7 @@ def test_memory_that_no_worker_wrote_has_no_note(memory: memoryview) -> None:
     ],
 )  # fmt: skip
 def test_what_is_no_note_is_none(memory: memoryview, text: bytes) -> None:
-    """What a worker of ours would not write, however deep, is read as nothing."""
+    """A text that our code would not write, however deeply nested, counts as no note."""
     NOTE.write(memory, {})
     memory[2 * PAGE : 2 * PAGE + 8 + len(text)] = len(text).to_bytes(8, "little") + text
 
@@ -55,7 +55,7 @@ def test_what_is_no_note_is_none(memory: memoryview, text: bytes) -> None:
 
 @pytest.mark.parametrize("length", [8 * PAGE - 7, 2**32, 2**63, 2**64 - 1])
 def test_a_length_that_no_note_has_is_none(memory: memoryview, length: int) -> None:
-    """A note ends where its place does, whatever its length says."""
+    """A length beyond the note's place counts as no note."""
     NOTE.write(memory, {})
     memory[2 * PAGE : SIZE] = length.to_bytes(8, "little") + b"{}".ljust(16 * PAGE - 8)
 
@@ -63,7 +63,7 @@ def test_a_length_that_no_note_has_is_none(memory: memoryview, length: int) -> N
 
 
 def test_note_that_is_too_long_is_refused(memory: memoryview) -> None:
-    """More than a note has room for is an error, and the former one stays."""
+    """A note that does not fit is an error, and the former note stays."""
     NOTE.write(memory, {"x": 1})
     with pytest.raises(ValueError, match="do not fit"):
         NOTE.write(memory, {"x": "y" * 8 * PAGE})
@@ -72,7 +72,7 @@ def test_note_that_is_too_long_is_refused(memory: memoryview) -> None:
 
 @pytest.mark.parametrize("size", [10, 3000])
 def test_note_survives_a_death_while_it_is_written(memory: memoryview, size: int) -> None:
-    """Until the word that makes it valid is written, the former note is read, whatever lies in the other copy."""
+    """Until the word that makes a note valid is written, the former note is read."""
     NOTE.write(memory, {"old": "o" * size})
     before = memory[:SIZE].tobytes()
     NOTE.write(memory, {"new": "n" * size})

@@ -1,4 +1,4 @@
-"""What is installed beside the package: the unit, the udev rules, the entry point."""
+"""What is installed besides the package: the unit, the udev rules, the entry point."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _unit() -> configparser.ConfigParser:
 
 
 def test_version_and_entry_point() -> None:
-    """The package has one version, and its command is the function that is there."""
+    """The package has one version, and its entry point exists."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     module, _, function = project["scripts"]["xenbackend"].partition(":")
 
@@ -41,7 +41,7 @@ def test_version_and_entry_point() -> None:
 
 
 def test_the_unit_starts_a_command_that_parses() -> None:
-    """ExecStart's arguments are ones that the command knows."""
+    """The command accepts the arguments of ExecStart."""
     parser = argparse.ArgumentParser()
     run.register(parser.add_subparsers())
     program, *arguments = _unit()["Service"]["ExecStart"].split()
@@ -51,12 +51,12 @@ def test_the_unit_starts_a_command_that_parses() -> None:
 
 
 def test_the_unit_makes_the_directory_of_the_socket() -> None:
-    """RuntimeDirectory is where the control socket is by default."""
+    """The default control socket is in RuntimeDirectory."""
     assert str(Path(DEFAULT_SOCKET).parent) == "/run/" + _unit()["Service"]["RuntimeDirectory"]
 
 
 def test_the_unit_fits_the_service() -> None:
-    """The unit is for a Xen host, between xenstored and the guests, and speaks the protocol that the service speaks."""
+    """The unit needs a Xen host, starts between xenstored and the guests, and is told when the service is ready."""
     unit = _unit()
 
     assert "/proc/xen/capabilities" == unit["Unit"]["ConditionPathExists"]
@@ -66,7 +66,7 @@ def test_the_unit_fits_the_service() -> None:
 
 
 def test_the_unit_keeps_what_serves_guests() -> None:
-    """A restart leaves the workers alone, and systemd keeps their descriptors and the sockets of guests that boot."""
+    """A restart leaves the workers running, and systemd keeps their descriptors and the sockets of booting guests."""
     service = _unit()["Service"]
 
     assert ("process", "restart") == (service["KillMode"], service["RuntimeDirectoryPreserve"])
@@ -74,8 +74,10 @@ def test_the_unit_keeps_what_serves_guests() -> None:
 
 
 def test_a_service_that_is_refused_rests() -> None:
-    """An older service than the one before is started again a few times a minute, within the time of a start, and not
-    ten times a second; and it is started again, as systemd lets go of the workers otherwise.
+    """A service that refuses to start, being older than the last one, is retried every 10 to 60 seconds.
+
+    The pause is shorter than the time limit of a start, and systemd does not give up, as it would close the workers'
+    descriptors.
     """
     service = _unit()["Service"]
     [rest_s] = [int(each.partition("=")[2]) for each in service["Environment"].split() if "REFUSED_REST_S" in each]
@@ -86,18 +88,18 @@ def test_a_service_that_is_refused_rests() -> None:
 
 
 def test_a_service_that_stops_ends_before_systemd_ends_it() -> None:
-    """The unit allows the time for which a service waits for xenstore, and names where its files are left."""
+    """The unit allows the time for which a stopping service waits for xenstore, and names its files' directory."""
     service = _unit()["Service"]
 
     assert ending.WAIT_S + 10 <= float(service["TimeoutStopSec"].removesuffix("s"))
     assert "STATE_DIRECTORY=/run" in service["Environment"].split()
-    assert DIRECTORY != service["RuntimeDirectory"]  # which systemd removes at a stop
+    assert DIRECTORY != service["RuntimeDirectory"]  # systemd removes that one at a stop
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
 def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
-    """Systemd-analyze finds nothing wrong, once the program is where the unit expects it."""
+    """Systemd-analyze finds no fault once the program is where the unit expects it."""
     unit = tmp_path / UNIT.name
     unit.write_text(UNIT.read_text().replace("/usr/bin/xenbackend", shutil.which("true") or "/bin/true"))
     result = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False)
@@ -106,9 +108,9 @@ def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
 
 
 def test_the_unit_leaves_devices_alone() -> None:
-    """The unit closes no device that a disk may be on, which is any block device, and none of Xen's.
+    """The unit allows all block devices, any of which may hold a disk, and Xen's devices.
 
-    As soon as one is allowed by name (`ProtectClock` does that, too) all others are closed.
+    They are listed because all others are denied once one is allowed by name, as `ProtectClock` does.
     """
     lines = UNIT.read_text().splitlines()
     allowed = {line.partition("=")[2] for line in lines if line.startswith("DeviceAllow=")}
@@ -118,7 +120,7 @@ def test_the_unit_leaves_devices_alone() -> None:
 
 
 def _stage(site: Path, root: Path) -> dict[str, bytes]:
-    """Return what the package in `site` installs, by path; nothing else is on the way to it."""
+    """Return the files that the package in `site` installs, by path, with no other package importable."""
     root.mkdir()
     command = [sys.executable, "-P", "-m", "xenbackend", "install", "--packaged", "--root", str(root)]
     subprocess.run(command, check=True, capture_output=True, cwd=root, env={"PYTHONPATH": str(site)})
@@ -127,7 +129,7 @@ def _stage(site: Path, root: Path) -> dict[str, bytes]:
 
 @pytest.mark.slow
 def test_a_wheel_brings_what_is_installed(tmp_path: Path) -> None:
-    """The package by itself, without a checkout around it, installs byte for byte what the checkout installs."""
+    """The wheel alone, without a checkout, installs the same files as the checkout, byte for byte."""
     build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
     subprocess.run(build, check=True, capture_output=True, cwd=ROOT)
     (wheel,) = tmp_path.glob("*.whl")
@@ -144,7 +146,7 @@ def test_a_wheel_brings_what_is_installed(tmp_path: Path) -> None:
 
 
 def test_debian_has_the_same_version() -> None:
-    """The Debian package is of the version that is in pyproject.toml."""
+    """The Debian package has the version of pyproject.toml."""
     first = (ROOT / "debian" / "changelog").read_text().splitlines()[0]
 
     assert first.startswith(f"xenbackend ({__version__}) ")
@@ -163,9 +165,7 @@ def test_debian_has_the_same_version() -> None:
 def test_debian_takes_no_service_away_while_disks_are_served(
     tmp_path: Path, arguments: str, *, has_disks: bool, is_refused: bool
 ) -> None:
-    """As long as guests have disks, no older version is unpacked over this one, 0.2.0, and it is not removed; whatever
-    keeps a service that can serve them is done.
-    """
+    """While guests have disks, 0.2.0 is neither removed nor replaced by an older version; other steps are allowed."""
     for name, line in (
         ("dpkg-query", "echo 0.2.0"),
         ("python3", f'[ "$*" = "-I -m xenbackend.host.served" ] && exit {int(has_disks)}'),
@@ -187,8 +187,9 @@ def test_debian_takes_no_service_away_while_disks_are_served(
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="dpkg is not installed")
 def test_dpkg_heeds_the_refusal(tmp_path: Path) -> None:
-    """Packages with that script replace each other as they may: dpkg asks the older one, too, and that says no.
-    A package that is not removed stays installed, and is removed once no guest has a disk.
+    """Dpkg asks the older package's script too, which refuses what it should.
+
+    A package whose removal was refused stays installed, and can be removed once no guest has a disk.
     """
     root, tools = tmp_path / "root", tmp_path / "tools"
     for directory in (root / "var/lib/dpkg/info", root / "var/lib/dpkg/updates", tools):
@@ -233,7 +234,7 @@ def test_dpkg_heeds_the_refusal(tmp_path: Path) -> None:
 
 
 def test_udev_rules_have_the_form_of_udev() -> None:
-    """Each line is a comment or a list of matches and assignments, and both devices are covered."""
+    """Each line is a comment or a list of matches and assignments, and both devices have a rule."""
     lines = (ROOT / "udev" / "60-xenbackend.rules").read_text().splitlines()
     rules = [line for line in lines if line and not line.startswith("#")]
     item = r'[A-Z]+(==|=)"[^"]*"'

@@ -1,6 +1,6 @@
 """What README.md and docs/ say that can be compared with the code: blocks, chains, sentences, tables.
 
-The commands are run by tests/system/test_pages.py.
+tests/system/test_pages.py runs the commands.
 """
 
 from __future__ import annotations
@@ -25,25 +25,26 @@ from xenbackend.xl.host import EVERY_XEN
 
 DOCS = pages.ROOT / "docs"
 ARENA = 32 * MIB  # of performance.md
-_LEAST = 8  # characters of a part of a sentence that tell anything
+_LEAST = 8  # characters that a part of a sentence must have to be compared
 each_page = pytest.mark.parametrize("page", pages.PAGES, ids=lambda page: page.relative_to(pages.ROOT).as_posix())
 
 
 def of_language(language: str) -> list[pages.Block]:
-    """Return the blocks of all pages in a language."""
+    """Return the blocks in a language, of all pages."""
     return [block for page in pages.PAGES for block in pages.blocks(page) if block.language == language]
 
 
 @each_page
 def test_every_block_names_its_language(page: Path) -> None:
-    """No page has a block of which nobody knows whether it is run: each names a language of `LANGUAGES`."""
+    """Each block of a page names one of `LANGUAGES`, so that it is known whether it is run."""
     assert not pages.has_indented(page)
     assert {block.language for block in pages.blocks(page)} <= pages.LANGUAGES.keys()
 
 
 def test_what_is_not_run_is_said() -> None:
-    """Each row of `NOT_RUN` is about a command of some page, and the tests that it names are there; xl's commands are
-    those that the simulated toolstack knows, or stand there.
+    """Each row of `NOT_RUN` is about a command of some page, and names existing tests.
+
+    Each command of xl is one that the simulated toolstack knows, or has a row.
     """
     every = [line for page in pages.PAGES for line in pages.commands(page)]
     assert all(any(line.startswith(begin) for line in every) for begin in pages.NOT_RUN), pages.NOT_RUN
@@ -54,7 +55,7 @@ def test_what_is_not_run_is_said() -> None:
 
 
 def test_disk_lines_are_disks() -> None:
-    """Each disk line of a configuration can be read as xl reads it, and names a chain that can be parsed, or phy:."""
+    """Each disk line of a configuration is parsed as xl does, and names a valid chain, or phy:."""
     found = [disk.value for block in of_language("cfg") for disk in read_disks(block.text, "a page")]
     for line in found:
         if not line.startswith("phy:"):
@@ -63,7 +64,7 @@ def test_disk_lines_are_disks() -> None:
 
 
 def test_tables_of_lines_and_chains_are_right() -> None:
-    """What the tables offer as a disk line or a chain can be parsed; former lines for other backends aside."""
+    """The disk lines and chains in the tables are valid, except former lines for other backends."""
     chains = [after.partition("target=")[2].rstrip("`") for _, after in pages.rows(DOCS / "migration.md", "before")]
     for chain in [*chains, *pages.readme_chains()]:
         parse_chain(chain)
@@ -71,7 +72,7 @@ def test_tables_of_lines_and_chains_are_right() -> None:
 
 
 def test_lines_of_blktap2_become_those_of_the_table() -> None:
-    """What migration.md says that a line of blktap2 becomes leads to the disk that `convert` makes of it."""
+    """`convert` makes of blktap2's line what migration.md says."""
     for before, after in pages.rows(DOCS / "migration.md", "before")[:1]:
         made = rewrite(before.strip("`"), EVERY_XEN)
         assert made is not None
@@ -79,7 +80,7 @@ def test_lines_of_blktap2_become_those_of_the_table() -> None:
 
 
 def test_settings_are_settings() -> None:
-    """Each block of settings is taken by the service; one of a package names the group of entry points."""
+    """The service accepts each block of settings; a block of a package names the group of entry points."""
     for block in of_language("toml"):
         values = tomllib.loads(block.text)
         if "project" in values:
@@ -89,7 +90,7 @@ def test_settings_are_settings() -> None:
 
 
 def test_the_driver_of_the_manual(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The driver that writing-drivers.md shows is a disk that holds what was written."""
+    """The driver in writing-drivers.md returns what was written to it."""
     [block] = [each for each in pages.blocks(DOCS / "writing-drivers.md") if each.language == "python"]
     (tmp_path / "your_package.py").write_text(block.text)
     monkeypatch.syspath_prepend(tmp_path)
@@ -108,7 +109,7 @@ def test_the_driver_of_the_manual(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_sentences_of_the_pages_are_the_programs() -> None:
-    """What troubleshooting.md, monitoring.md and upgrade.md quote stands in the code: `…` is what changes."""
+    """Sentences quoted in troubleshooting.md, monitoring.md and upgrade.md are in the code; `…` stands for any text."""
     source = "\n".join(file.read_text() for file in sorted((pages.ROOT / "xenbackend").rglob("*.py")))
     source = re.sub(r'"\s*\n\s*f?"', "", source).replace("\\`", "`")
     quoted = list(re.findall(r"> `(.+)`", (DOCS / "upgrade.md").read_text()))
@@ -124,14 +125,14 @@ def test_the_sentences_of_the_pages_are_the_programs() -> None:
 
 
 def test_every_reason_is_explained() -> None:
-    """monitoring.md has a row for each reason, as `status --json` has it, in their order."""
+    """The table in monitoring.md has the reasons of `status --json`, in their order."""
     words = [word.strip("`") for word, _ in pages.rows(DOCS / "monitoring.md", "`reason`")]
 
     assert [each.name.lower().replace("_", "-") for each in Reason] == words
 
 
 def test_every_look_of_doctor_is_explained() -> None:
-    """troubleshooting.md has each word by which a finding says what was looked at, and no other."""
+    """The table in troubleshooting.md has exactly the words by which findings name their look."""
     source = "\n".join(file.read_text() for file in (pages.ROOT / "xenbackend/doctor").glob("*.py"))
     used = set(re.findall(r'\b(?:ok|wrong|unknown|_limited|Probe)\(\s*"([a-z]+)"', source)) - {"host"}
     cells = [cell for cell, _ in pages.rows(DOCS / "troubleshooting.md", "word")]
@@ -140,7 +141,7 @@ def test_every_look_of_doctor_is_explained() -> None:
 
 
 def test_memory_for_many_disks() -> None:
-    """capacity.md multiplies what the formula of performance.md says of one disk, with the arena."""
+    """The figures in capacity.md are those of one disk by the formula of performance.md, with the arena, multiplied."""
     ones = [bound(rings, slots, segments=FREE_SEGMENTS) + ARENA for rings, slots in ((8, 512), (2, 128))]
     table = pages.rows(DOCS / "capacity.md", "N")
     for number, *cells in table:

@@ -1,4 +1,4 @@
-"""What a release consists of: versions that agree, and archives that are the same whoever builds them."""
+"""What a release consists of: consistent versions, and archives that are the same whoever builds them."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ SOURCES = ("xenbackend", "systemd", "udev", "pyproject.toml", "hatch_build.py", 
 
 
 def build(checkout: Path, place: Path) -> list[Path]:
-    """Build an sdist and a wheel of what is in a directory, and return them."""
+    """Build an sdist and a wheel from a directory, and return their paths."""
     command = [sys.executable, "-m", "hatchling", "build", "--directory", str(place)]
     subprocess.run(command, check=True, capture_output=True, cwd=checkout)
     return sorted(place.iterdir())
 
 
 def metadata(wheel: Path) -> Message:
-    """Return what a registry is told."""
+    """Return the metadata that a registry gets."""
     with zipfile.ZipFile(wheel) as archive:
         [name] = [each for each in archive.namelist() if each.endswith("/METADATA")]
         return Parser().parsestr(archive.read(name).decode())
 
 
 def test_a_version_has_its_day() -> None:
-    """A version that is not the last release's stands in the changelog, and Debian's has the same day."""
+    """A new version is in the changelog, with the same date as in Debian's."""
     released = re.findall(r"^## (\S+) - (\d{4}-\d\d-\d\d)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     debian = (ROOT / "debian/changelog").read_text()
     day = parsedate_to_datetime(re.findall(r"^ -- .*>  (.*)$", debian, re.MULTILINE)[0]).date().isoformat()
@@ -47,7 +47,7 @@ def test_a_version_has_its_day() -> None:
 
 @pytest.mark.slow
 def test_the_same_sources_are_the_same_archives(tmp_path: Path) -> None:
-    """They are the same byte for byte, in whatever directory they are built, with any modes and times of the files."""
+    """Archives are the same byte for byte, wherever they are built, and whatever the files' modes and times."""
     built = []
     for number, mode in enumerate((0o644, 0o664)):
         checkout = tmp_path / f"checkout{number}" / "xenbackend"
@@ -66,7 +66,7 @@ def test_the_same_sources_are_the_same_archives(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_what_a_registry_shows_leads_somewhere(tmp_path: Path) -> None:
-    """The long description has whole links only, to this version; the licence is an SPDX expression."""
+    """The long description has only absolute links, to this version; the licence is an SPDX expression."""
     [wheel, *_] = build(ROOT, tmp_path)
     found = metadata(wheel)
     links = re.findall(r"\]\(([^)\s]+)\)", str(found.get_payload()))
@@ -90,7 +90,7 @@ def test_what_a_registry_shows_leads_somewhere(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_an_sdist_is_enough(tmp_path: Path) -> None:
-    """A wheel that is built of the sdist is the one that is built of the checkout."""
+    """A wheel built from the sdist equals the one built from the checkout."""
     of_checkout = build(ROOT, tmp_path / "dist")
     [sdist] = [each for each in of_checkout if each.suffix == ".gz"]
     with tarfile.open(sdist) as archive:

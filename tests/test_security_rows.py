@@ -1,4 +1,4 @@
-"""Every known attack has a test that bears its name, or a line that says why it has none."""
+"""Every known attack has a test marked with its row, or a line that says why it has none."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def reasons() -> dict[str, str]:
 
 
 def waiting() -> set[str]:
-    """Return the rows that could have a test and have none yet."""
+    """Return the rows that could have a test but have none yet."""
     text = (ROOT / "SECURITY.md").read_text()
     return {name for name, _ in _REASON.findall(text.partition("No test has them yet:")[2])}
 
 
 @cache
 def marked() -> dict[str, list[str]]:
-    """Return the tests of each row, as places."""
+    """Return each row's tests, as places."""
     found = defaultdict(list)
     for file in sorted(TESTS.rglob("test_*.py")):
         if "mark.rows(" not in file.read_text():
@@ -49,7 +49,7 @@ def marked() -> dict[str, list[str]]:
 
 
 def test_the_rows_are_there() -> None:
-    """The tables have every row of the advisories that were gone through, and each has its sentence."""
+    """The tables have the expected number of rows, and each row is a sentence."""
     counts = {letter: sum(name.startswith(letter) for name in rows()) for letter in "RABCD"}
 
     assert {"R": 24, "A": 32, "B": 17, "C": 13, "D": 11} == counts
@@ -57,10 +57,10 @@ def test_the_rows_are_there() -> None:
 
 
 def test_a_row_has_a_test_or_a_reason() -> None:
-    """A row has tests, or a line in SECURITY.md; never both, so that a line goes when its test comes."""
+    """A row has either tests or a line in SECURITY.md, never both, so that the line goes when a test comes."""
     assert [] == [row for row in rows() if (row in marked()) == (row in reasons())]
 
 
 def test_a_mark_names_a_row() -> None:
-    """A test, and a reason, name no row that there is not."""
+    """Every mark of a test, and every reason, names an existing row."""
     assert set() == (set(marked()) | set(reasons())) - set(rows())

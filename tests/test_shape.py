@@ -1,4 +1,4 @@
-"""The budget that keeps files readable: sizes, head docstrings, and a test file beside each module."""
+"""The limits that keep files readable: sizes, head docstrings, and a test file beside each module."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def functions() -> dict[str, int]:
 
 
 def test_a_group_stays_in_one_process(request: pytest.FixtureRequest) -> None:
-    """Tests of one group run in one process where several share the work: pytest-xdist tells it by the name of each."""
+    """Tests that share work run in one process: pytest-xdist groups them by a suffix of their names."""
     if not request.config.getoption("loadgroup", default=False):
         pytest.skip("not shared out by groups")
 
@@ -100,14 +100,14 @@ def test_a_group_stays_in_one_process(request: pytest.FixtureRequest) -> None:
 
 
 def test_names_of_tests_are_short(request: pytest.FixtureRequest) -> None:
-    """No name holds an image: each process sends all names to the one that shares the tests out, and keeps them."""
+    """No test's name contains an image: pytest-xdist sends and keeps all names."""
     names = [item.nodeid for item in request.session.items]
 
     assert [] == [name[:100] for name in names if len(name) > 1000]
 
 
 def test_whoever_silences_the_type_checker_says_why() -> None:
-    """A comment that has it ignore a line ends with the reason."""
+    """A comment that silences the type checker ends with a reason."""
     bare = re.compile(r"# type: ignore(\[[^]]*\])?\s*$")
     lines = ((file, number, line) for file in FILES for number, line in enumerate(file.read_text().split("\n"), 1))
 
@@ -115,7 +115,7 @@ def test_whoever_silences_the_type_checker_says_why() -> None:
 
 
 def test_files_are_short() -> None:
-    """No file is over 420 lines, and half of them are below 150."""
+    """No file has over 420 lines, and half of them have fewer than 150."""
     lines = {place_of(file): lines_of(file) for file in FILES if not is_package_head(file)}
 
     assert {} == {place: count for place, count in lines.items() if count > MAX_LINES}
@@ -124,7 +124,7 @@ def test_files_are_short() -> None:
 
 @pytest.mark.slow
 def test_functions_are_short() -> None:
-    """No function is over 50 lines, nine of ten are below 30, and half of them are below 8."""
+    """No function has over 50 lines, nine of ten have fewer than 30, and half of them fewer than 8."""
     lines = functions()
 
     assert {} == {place: count for place, count in lines.items() if count > MAX_FUNCTION}
@@ -133,7 +133,7 @@ def test_functions_are_short() -> None:
 
 
 def test_modules_say_what_they_hold() -> None:
-    """Each file begins with what it holds, and what it must never do where it does anything."""
+    """Each file begins with what it holds, and what it must never do if it does anything."""
     heads = {file: head_of(file) for file in FILES}
     does_something = [
         file
@@ -146,7 +146,7 @@ def test_modules_say_what_they_hold() -> None:
 
 
 def test_modules_have_their_tests() -> None:
-    """Each module has its tests at the same path, or a reason why they are elsewhere; never both."""
+    """Each module has its tests at the same path, or a reason why they are elsewhere, never both."""
     wrong = []
     for file in FILES:
         name = file.parent.name if file.name == "__init__.py" else file.stem
@@ -173,9 +173,9 @@ def test_every_test_says_its_rule() -> None:
 
 @pytest.mark.slow
 def test_no_test_sleeps() -> None:
-    """No test sleeps, and none puts a mock in the place of something of ours.
+    """No test sleeps, and none replaces anything of ours by a mock.
 
-    The model's seams put functions there that do the same in one process.
+    The model replaces functions by ones that do the same in one process.
     """
     found = []
     for file in sorted(TESTS.rglob("*.py")):

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 
 def load() -> ModuleType:
-    """Return the program that makes it, which is none of ours to install."""
+    """Return the program that builds the site, which is not installed."""
     spec = importlib.util.spec_from_file_location("make_site", ROOT / "docs/make_site.py")
     assert spec is not None
     assert spec.loader is not None
@@ -39,7 +39,7 @@ make_site = load()
 
 
 def test_the_site_is_built_without_a_complaint(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Every link leads somewhere; every page of the repository is in it, and those of drivers and settings."""
+    """The site is built without a warning, with every page of the repository and those of drivers and settings."""
     assert 0 == make_site.main(tmp_path / "site"), capfd.readouterr().err
     html = tmp_path / "site/html"
     settings = (html / "docs/reference/settings.html").read_text()
@@ -67,7 +67,7 @@ def test_the_site_is_built_without_a_complaint(tmp_path: Path, capfd: pytest.Cap
 def test_a_link_that_leads_nowhere_fails_it(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], line: str, said: str
 ) -> None:
-    """To a page, a part of one, or a file."""
+    """A link to a missing page, heading or file makes the build fail."""
     source = tmp_path / "source"
     source.mkdir()
     (source / "README.md").write_text(f"# Front\n\n{line}\n\n{make_site._tree('', ['other.md'])}")
@@ -84,7 +84,7 @@ TYPES: dict[str, tuple[type, ...]] = {
 
 
 def faults(schema: dict[str, Any], value: Any, defs: dict[str, Any], where: str = "") -> list[str]:
-    """Return what a value has against a schema, as far as ours use JSON Schema."""
+    """Return the faults of a value by a schema, as far as our schemas use JSON Schema."""
     found = [each for ref in schema.get("allOf", []) for each in faults(ref, value, defs, where)]
     if "$ref" in schema:
         return found + faults(defs[schema["$ref"].rpartition("/")[2]], value, defs, where)
@@ -117,7 +117,7 @@ def faults(schema: dict[str, Any], value: Any, defs: dict[str, Any], where: str 
 def test_the_schema_is_what_commands_print(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, section: str
 ) -> None:
-    """schema.json takes what they print, and nothing that lacks a key, or has a value of another type."""
+    """schema.json accepts what the commands print, and nothing that lacks a key or has a value of another type."""
     layer = {"layer": "aio:/img", **{key: LAYER[key] for key in LAYER if key != "text"}, "figures": {"hits": 3}}
     definitions = make_site.json_schema((ROOT / "docs/json.md").read_text())["$defs"]
 

@@ -1,6 +1,6 @@
-"""docs/toolstacks.md gives lines, settings and scripts that mean to xenbackend what the page says they do.
+"""The lines, settings and scripts in docs/toolstacks.md mean to xenbackend what the page says.
 
-What a toolstack makes of its own words is taken from the sources that the page names; no toolstack runs here.
+How a toolstack reads its own words is taken from the sources that the page names; no toolstack runs here.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ HOOK = "#!/bin/sh"
 
 
 def blocks(language: str) -> list[str]:
-    """Return the page's blocks in a language, in their order."""
+    """Return the page's blocks in a language, in order."""
     return re.findall(rf"^```{language}\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
 
 
 def commands() -> Iterator[list[str]]:
-    """Return the words of each line of the blocks that are typed into a shell."""
+    """Return the arguments of each shell command in the blocks."""
     for block in blocks("sh"):
         if not block.startswith(HOOK):
             yield from (shlex.split(line, comments=True) for line in block.splitlines())
@@ -49,7 +49,7 @@ def hook() -> str:
 
 
 def as_libxl_writes(text: str) -> tuple[VbdPath, dict[str, str]]:
-    """Return where libxl puts the disk of a libvirt XML, and the keys that matter to us.
+    """Return where libxl puts a disk of libvirt's XML, and its keys that matter to us.
 
     Source: libvirt `libxlMakeDisk` (and Qubes' patch of it, for `script`), libxl of Xen 4.20.0 `device_disk_add`.
     """
@@ -69,12 +69,12 @@ def as_libxl_writes(text: str) -> tuple[VbdPath, dict[str, str]]:
 
 
 def chain_of(path: VbdPath, keys: Mapping[str, str], scripts: list[str]) -> str:
-    """Return the chain that is served for a disk, nothing if the disk is not ours."""
+    """Return the chain served for a disk, empty if the disk is not ours."""
     return parse_spec(path, keys).chain if is_ours(keys, scripts) else ""
 
 
 def test_every_block_is_looked_at() -> None:
-    """No block of the page has a language that no test here reads."""
+    """Every block of the page is in a language that some test here reads."""
     opened = re.findall(r"^```(.+)$", PAGE.read_text(), re.MULTILINE)
 
     assert {"cfg", "sh", "toml", "xml"} == set(opened)
@@ -82,7 +82,7 @@ def test_every_block_is_looked_at() -> None:
 
 
 def test_xl_is_given_the_lines_that_convert_makes() -> None:
-    """The line for each Xen is what `xenbackend convert` makes of blktap2's there, and is not rewritten again."""
+    """For each Xen the page's line is what `xenbackend convert` makes of blktap2's, and is not rewritten again."""
     shown = [ast.literal_eval(block.partition("=")[2].strip()) for block in blocks("cfg")]
     made = [[rewrite(LITERAL, xen)] for xen in ((4, 17), (4, 20))]
 
@@ -92,7 +92,7 @@ def test_xl_is_given_the_lines_that_convert_makes() -> None:
 
 @pytest.mark.skipif(not xlu.can_compile(), reason="no gcc or libxen-dev here")
 def test_xl_reads_the_lines_as_the_page_means_them(tmp_path: Path) -> None:
-    """The parser of xl finds the chain, our script and the backend in each, and refuses blktap2's own line."""
+    """Xl's parser finds the chain, our script and the backend in each line, and refuses blktap2's own."""
     lines = [line for block in blocks("cfg") for line in ast.literal_eval(block.partition("=")[2].strip())]
     *found, literal = xlu.Xlu(tmp_path).disks([*lines, LITERAL])
 
@@ -104,8 +104,9 @@ def test_xl_reads_the_lines_as_the_page_means_them(tmp_path: Path) -> None:
 
 
 def test_libvirts_disks_are_ours_by_the_settings_beside_them(tmp_path: Path) -> None:
-    """Each disk that libvirt describes is served as the chain that it names where the page's step was done, and by
-    nobody of ours before that; Qubes' needs no step of ours.
+    """With the page's settings each disk of libvirt is served with the chain that it names, and without them not.
+
+    Qubes' disk needs no settings.
     """
     allowed = []
     for number, block in enumerate(blocks("toml")):
@@ -125,14 +126,14 @@ def test_libvirts_disks_are_ours_by_the_settings_beside_them(tmp_path: Path) -> 
 
 
 def test_what_libvirts_schema_refuses_is_a_chain() -> None:
-    """The source that the page warns of is one that we would serve."""
+    """The source that the page warns of, which libvirt's schema refuses, would be valid for us."""
     path, keys = as_libxl_writes(blocks("xml")[1].replace("qcow2:/img/guest.qcow2", "log:|aio:/img/guest.raw"))
 
     assert "log:|aio:/img/guest.raw" == chain_of(path, keys, ["block-tap"])
 
 
 def test_the_link_leads_to_our_script() -> None:
-    """What `block-tap` becomes a link to is the file that an installation puts beside it."""
+    """`block-tap` is a link to the script that an installation puts beside it."""
     (link,) = [words for words in commands() if words[0] == "ln"]
     installed = {item.path for item in items(PACKAGED)}
 
@@ -142,7 +143,7 @@ def test_the_link_leads_to_our_script() -> None:
 
 
 def test_our_commands_are_right(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each command of ours gets as far as looking for a xenstore, of which there is none: its words are right."""
+    """The arguments of our commands are valid: each fails only for lack of a xenstore."""
     ours = [words[1:] for words in commands() if words[0] == "xenbackend"]
     statuses = [main([*words, "--store", str(tmp_path / "none")]) for words in ours]
 
@@ -160,7 +161,7 @@ def test_our_commands_are_right(tmp_path: Path, capsys: pytest.CaptureFixture[st
     ],
 )
 def test_libvirts_hook(tmp_path: Path, words: str, *, is_called: bool) -> None:
-    """The hook attaches the disk when that guest has started and at no other time, and tells libvirt of a failure."""
+    """The hook attaches the disk when that guest starts, at no other time, and passes a failure on to libvirt."""
     (tmp_path / "libxl").write_text(hook())
     (tmp_path / "xenbackend").write_text('#!/bin/sh\necho "$@"\nexit 3\n')
     for file in tmp_path.iterdir():

@@ -26,7 +26,7 @@ def test_round_up(value: int, expected: int) -> None:
     ],
 )  # fmt: skip
 def test_sizes(text: str, size: int) -> None:
-    """A size is a number of bytes with a power of 1024 behind it, in either case, with or without its B."""
+    """A size is a number of bytes or one with a suffix for a power of 1024, in either case, with or without B."""
     assert size == parse_size(text)
 
 
@@ -35,7 +35,7 @@ def test_sizes(text: str, size: int) -> None:
     ["", "M", "-1", "+1", "1.5G", "1 K", "1e3", "0x10", "1E", "1KK", "1_000", "\u0661", "1\u212a", "1\x00", "1K\n2"],
 )
 def test_what_is_no_size(text: str) -> None:
-    """Anything else is refused, also digits and letters that only Unicode takes for ours."""
+    """Anything else is refused, including digits and letters that are only Unicode variants of ours."""
     with pytest.raises(ValueError, match="is not a size; write bytes or a number with K, M"):
         parse_size(text)
 
@@ -54,13 +54,13 @@ def test_what_is_no_size(text: str) -> None:
     ],
 )
 def test_durations(text: str, seconds: float) -> None:
-    """A duration is a number with its unit; without one it is seconds."""
+    """A duration is a number with a unit; without one it is in seconds."""
     assert seconds == pytest.approx(parse_duration(text))
 
 
 @pytest.mark.parametrize("text", ["", "s", "-1", "1 s", ".5", "1.", "1h", "1e-3", "inf", "nan", "\u0661s", "1\u017f"])
 def test_what_is_no_duration(text: str) -> None:
-    """Anything else is refused, also letters that only Unicode takes for ours."""
+    """Anything else is refused, including letters that are only Unicode variants of ours."""
     with pytest.raises(ValueError, match="is not a duration; write a number with ns, us"):
         parse_duration(text)
 
@@ -90,7 +90,7 @@ def test_durations_for_people(seconds: float, text: str) -> None:
 
 
 def test_sizes_round_trip() -> None:
-    """What is shown of a size that fills a unit can be read back, its space taken out."""
+    """A size in whole units is read back from what is shown, without its space."""
     chance = random.Random(3)
     for _ in range(200):
         size = chance.randrange(1, 1000) << chance.choice([0, 10, 20, 30, 40])
@@ -110,7 +110,7 @@ def _zone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 @pytest.mark.usefixtures("_zone")
 @pytest.mark.parametrize("precision", ["seconds", "milliseconds", "microseconds"])
 def test_a_time_means_the_same_everywhere(precision: str) -> None:
-    """It is one word, with the host's zone, also in winter and summer; whoever reads it elsewhere finds the moment."""
+    """A time is one word with the host's zone, in winter and summer, so it means the same moment anywhere."""
     for moment in (0, 1_700_000_000, 1_720_000_000.25, 1_700_000_000.999999):
         text = format_time(moment, precision)
         read = datetime.fromisoformat(text)

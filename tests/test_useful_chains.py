@@ -1,4 +1,4 @@
-"""The chains that README.md's table recommends: each does what its row says."""
+"""The chains that README.md's table recommends do what their rows say."""
 
 from __future__ import annotations
 
@@ -27,12 +27,15 @@ MEANT = (
     "partition:",
     "log:|throttle:",
     "fault:",
-)  # how the chains begin that are tried here
+)  # the beginnings of the chains that are tested here
 
 
 @pytest.fixture
 def at(tmp_path: Path) -> Callable[[str], str]:
-    """Return the chain that begins so, on files of its own: each is 8 MiB of random bytes behind a table."""
+    """Return a function that finds a chain by its beginning and puts it on files of 8 MiB.
+
+    They hold random bytes and a partition table.
+    """
     disk = gpt(8 << 20, {1: (2048, 4095), 2: (4096, 8191)})
     disk[1 << 20 : 7 << 20] = Random(1).randbytes(6 << 20)
     for name in ("guest.raw", "template.raw", "vm.raw"):
@@ -40,7 +43,7 @@ def at(tmp_path: Path) -> Callable[[str], str]:
     qemu_img("convert", "-O", "qcow2", tmp_path / "vm.raw", tmp_path / "vm.qcow2")
 
     def chain(begin: str) -> str:
-        """Return one."""
+        """Return that chain."""
         return next(each for each in readme_chains() if each.startswith(begin)).replace("/img/", f"{tmp_path}/")
 
     return chain
@@ -48,14 +51,14 @@ def at(tmp_path: Path) -> Callable[[str], str]:
 
 @pytest.fixture
 def machine() -> Iterator[Machine]:
-    """Return a machine that is closed after the test."""
+    """A machine that is closed after the test."""
     machine = Machine()
     yield machine
     machine.close()
 
 
 def test_a_guest_leaves_some_of_the_disk(machine: Machine, at: Callable[[str], str]) -> None:
-    """It lets 500 requests a second pass, after the 50 of a bucket."""
+    """`throttle` lets 500 requests a second pass, after a burst of 50."""
     chain = machine.open(at("throttle:"))
     began = machine.reactor.now()
     assert [0] * 120 == machine.do(chain, *(read(place * 4096, 4096) for place in range(120)))
@@ -66,7 +69,7 @@ def test_a_guest_leaves_some_of_the_disk(machine: Machine, at: Callable[[str], s
 
 
 def test_many_guests_start_from_one_image(machine: Machine, at: Callable[[str], str], tmp_path: Path) -> None:
-    """It alters nothing of its image, and a second guest can use that at the same time."""
+    """A `cow` leaves its image unchanged, and a second guest can use the image at the same time."""
     before = (tmp_path / "template.raw").read_bytes()
     one, two = machine.open(at("cow:")), machine.open(at("cow:").replace("1.cow", "2.cow"))
     first = read(0, 512)
@@ -81,7 +84,7 @@ def test_many_guests_start_from_one_image(machine: Machine, at: Callable[[str], 
 
 
 def test_a_disk_to_throw_away(machine: Machine, at: Callable[[str], str], tmp_path: Path) -> None:
-    """What was written is there while the disk is open, and then nowhere; no other file is made."""
+    """Without a file, `cow` keeps what was written while the disk is open, and makes no other file."""
     (tmp_path / "vm.qcow2").rename(tmp_path / "template.qcow2")
     before, names = machine.contents(at("cow:|")), sorted(tmp_path.iterdir())
     chain = machine.open(at("cow:|"))
@@ -94,7 +97,7 @@ def test_a_disk_to_throw_away(machine: Machine, at: Callable[[str], str], tmp_pa
 
 
 def test_a_slow_disk_is_read_once(machine: Machine, at: Callable[[str], str], tmp_path: Path) -> None:
-    """What was read comes from the file the next time."""
+    """A second read comes from the cache."""
     text = at("cache:").replace("/ssd/", f"{tmp_path}/").replace("/mnt/nfs/", f"{tmp_path}/")
     chain = machine.open(text)
     give_up = machine.reactor.now() + 10
@@ -107,7 +110,7 @@ def test_a_slow_disk_is_read_once(machine: Machine, at: Callable[[str], str], tm
 
 
 def test_a_medium_that_gives_back_other_data(machine: Machine, at: Callable[[str], str], tmp_path: Path) -> None:
-    """One bit that has turned is an error of its block, and of no other one."""
+    """One changed bit is an error for its block and for no other."""
     chain_text = at("checksum:").replace("/srv/sums/", f"{tmp_path}/")
     chain = machine.open(chain_text)
     machine.everything(chain)
@@ -124,7 +127,7 @@ def test_a_medium_that_gives_back_other_data(machine: Machine, at: Callable[[str
 def test_who_takes_the_medium_away_reads_nothing(
     machine: Machine, at: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the guest writes is read by whoever has the passphrase, and stands nowhere in the image."""
+    """What the guest writes is readable with the passphrase, and not in the image."""
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
     (tmp_path / "guest.luks").write_bytes(luks2(Made(bytes(1 << 20))))
     chain = machine.open(at("luks:").replace("credential:guest", f"{key_file(tmp_path / 'guest')}"))
@@ -136,12 +139,12 @@ def test_who_takes_the_medium_away_reads_nothing(
 
 
 def test_a_partition_is_a_disk(machine: Machine, at: Callable[[str], str], tmp_path: Path) -> None:
-    """It is the second partition of the disk in the QCOW2 image."""
+    """The chain is the second partition of the disk in the QCOW2 image."""
     assert (tmp_path / "vm.raw").read_bytes()[2 << 20 : 4 << 20] == machine.contents(at("partition:"))
 
 
 def test_a_disk_is_copied_while_it_is_written(machine: Machine, at: Callable[[str], str]) -> None:
-    """It knows what was written since the last look, and no more."""
+    """`log` reports what was written since the last look, and no more."""
     chain = machine.open(at("log:|throttle:"))
     assert [0, 0] == machine.do(chain, write(4096, bytes(8192)), write(1 << 20, bytes(512)))
     *ranges, more = chain.control("log", "get", []).decode().splitlines()
@@ -151,7 +154,7 @@ def test_a_disk_is_copied_while_it_is_written(machine: Machine, at: Callable[[st
 
 
 def test_a_guest_meets_errors_and_its_image_none(machine: Machine, at: Callable[[str], str], tmp_path: Path) -> None:
-    """It fails one write in a hundred, and whatever is written the image stays as it is."""
+    """`fault` fails one write in a hundred, and the image stays unchanged."""
     before = (tmp_path / "guest.raw").read_bytes()
     chain = machine.open(at("fault:"))
     statuses = machine.do(chain, *(write(place * 512, bytes(512)) for place in range(300)))
@@ -162,7 +165,7 @@ def test_a_guest_meets_errors_and_its_image_none(machine: Machine, at: Callable[
 
 
 def test_no_order_makes_no_sense() -> None:
-    """`check` has no remark on the order of any of the chains, and those that are tried are there."""
+    """`check` has no remark on the order of any chain, and the chains tested here are in the table."""
     for text in readme_chains():
         assert [] == remarks([layer.driver.name for layer in parse_chain(text).layers])
     for begin in MEANT:

@@ -1,4 +1,4 @@
-"""The host's side of the test bed for a real Xen (`tests/xen/bed`): what it needs, what it shows."""
+"""The host's side of the test bed for a real Xen (`tests/xen/bed`): what it needs, and what it shows."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.xen.bed.share import Given, Watch
 
 
 def test_each_release_has_an_image_of_its_own() -> None:
-    """The images of all releases lie side by side; one whose line in the table is changed is built anew."""
+    """Each release has its own image in the cache, and a changed line in the table gives another image."""
     names = [recipe.name_of(each) for each in RELEASES.values()]
     names.append(recipe.name_of(replace(NEWEST, packages=(*NEWEST.packages, "ssh"))))
 
@@ -45,7 +45,7 @@ def test_each_release_has_an_image_of_its_own() -> None:
 
 @pytest.mark.parametrize(("how", "compress"), [("", bytes), ("xz", lzma.compress), ("zstd", zstandard.compress)])
 def test_the_kernel_in_a_bzimage(how: str, compress: Callable[[bytes], bytes]) -> None:
-    """The payload is found by the header's fields, and what the build puts behind the stream does no harm."""
+    """The payload is found by the fields of the header, and bytes behind the stream do no harm."""
     elf, sectors = b"\x7fELF" + bytes(range(256)), 2
     stored = compress(elf) + (struct.pack("<I", len(elf)) if how else b"")
     image = bytearray(512 * (sectors + 1) + 64)
@@ -56,7 +56,7 @@ def test_the_kernel_in_a_bzimage(how: str, compress: Callable[[bytes], bytes]) -
 
 
 def test_every_release_can_be_unpacked() -> None:
-    """What the table says of compression is something that there is a function for; the newest one comes first."""
+    """There is a function for every compression in the table, and the newest release comes first."""
     assert {word for each in RELEASES.values() for word in (each.kernel, each.modules)} <= DECOMPRESS.keys()
     assert NEWEST == max(RELEASES.values(), key=lambda each: [*map(int, each.xen.split("."))])
 
@@ -70,13 +70,13 @@ def test_every_release_can_be_unpacked() -> None:
     ],
 )
 def test_what_is_missing_is_named(lacks: str, uid: int, says: str, *, builds: bool) -> None:
-    """Each tool is asked for by its Debian package; root is needed to build, not to boot."""
+    """A missing tool is named with its Debian package; root is needed to build an image, not to boot one."""
     assert says in machine.missing(builds=builds, which=lambda tool: None if tool == lacks else tool, uid=uid)
 
 
 @pytest.mark.parametrize(("uid", "builds", "lacks"), [(0, True, ""), (1000, False, "mmdebstrap")])
 def test_nothing_is_missing(uid: int, lacks: str, *, builds: bool) -> None:
-    """A user with an image needs nothing of what builds one."""
+    """With an image, nothing that is needed for building is missed."""
     assert "" == machine.missing(builds=builds, which=lambda tool: None if tool == lacks else tool, uid=uid)
 
 
@@ -84,7 +84,7 @@ def test_nothing_is_missing(uid: int, lacks: str, *, builds: bool) -> None:
 def test_a_machine_that_cannot_is_skipped_or_an_error(
     ci: str, options: list[str], status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    """Without its tools the bed says why and succeeds; in CI, or where success was promised, it fails."""
+    """Without its tools the bed says why and succeeds; in CI, or with --must, it fails."""
     monkeypatch.setenv("CI", ci)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(machine, "PATH", str(tmp_path))
@@ -93,7 +93,7 @@ def test_a_machine_that_cannot_is_skipped_or_an_error(
     assert "no Xen to test on: not installed:" in capsys.readouterr().out
 
 
-# It writes more than fits into a pipe before it interrupts: so its first line has been read by then.
+# It fills the pipe before it interrupts, so that its first line has been read by then.
 _EMULATOR = """#!/bin/sh
 echo '{"event": "start", "test": "test_a"}'
 head -c 300000 /dev/zero | tr '\\0' .
@@ -107,7 +107,7 @@ exec sleep 600
 def test_an_interruption_is_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Interrupted, however often, the bed switches its machines off, keeps what they left, and says so."""
+    """Interrupted, however often, the bed switches its machines off, keeps their logs, and says so."""
     loader = tmp_path / "xenbackend-xen" / recipe.name_of(NEWEST) / "emulator/usr/lib/x86_64-linux-gnu"
     loader.mkdir(parents=True)
     (loader / "ld-linux-x86-64.so.2").write_text(_EMULATOR)
@@ -126,7 +126,7 @@ def test_an_interruption_is_a_sentence(
 def test_two_runs_have_results_of_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A run does not empty the directory that another one still fills, and says what to do."""
+    """A run does not empty the directory of results that another run is using, and says what to do."""
     (tmp_path / "xenbackend-xen" / recipe.name_of(NEWEST)).mkdir(parents=True)
     (results := tmp_path / "results").mkdir()
     (results / "suite.txt").write_text("of the other one")
@@ -141,7 +141,7 @@ def test_two_runs_have_results_of_their_own(
 
 
 def _pack_a_log(directory: Path, _arguments: Sequence[str]) -> Path:
-    """Make the disk that a machine has left its log on."""
+    """Make the disk on which a machine has left its log."""
     tree, image = directory / "tree/out", directory / "parcel.img"
     tree.mkdir(parents=True)
     (tree / "suite.txt").write_text("all that it said")
@@ -155,14 +155,14 @@ def _pack_a_log(directory: Path, _arguments: Sequence[str]) -> Path:
 
 
 def test_the_image_is_never_written(tmp_path: Path) -> None:
-    """Dom0 writes to snapshots of its root and a driver domain's, and to the parcel."""
+    """Dom0 writes only to snapshots of the images of its root and a driver domain's, and to the parcel."""
     drives = [each for each in command(Machine(tmp_path, tmp_path / "p.img", tmp_path / "c", 1)) if "if=none" in each]
 
     assert [True, True, False] == ["snapshot=on" in drive for drive in drives]
 
 
 def shown(*events: dict[str, object] | str, given: Given = Given()) -> tuple[str, Report]:
-    """Return what a report prints for events, and the report; until the last one the host gave so much."""
+    """Return what a report prints for these events, and the report; the host gave `given` by the last one."""
     text = io.StringIO()
     console = Console(file=text, width=120)
     report = Report(console, console.status("running"))
@@ -179,7 +179,7 @@ def ended(outcome: str, text: str = "", needs: float = 0.5) -> dict[str, object]
 
 
 def test_each_test_has_a_line() -> None:
-    """A test that passed is a line, one that was skipped says why, one that failed says everything."""
+    """A passed test is a line, a skipped one gives its reason, and a failed one everything."""
     text, _ = shown(ended("passed"), ended("skipped", "no device"), ended("failed", "assert [1] == [2]"))
 
     assert [
@@ -192,7 +192,7 @@ def test_each_test_has_a_line() -> None:
 
 
 def test_the_status_is_what_dom0_says() -> None:
-    """Without a word from dom0 there is no status, and the test that was running is known; noise does no harm."""
+    """Without a status from dom0 there is none, and the running test is named; noise is ignored."""
     began = {"event": "start", "test": "test_a"}
 
     assert (None, "test_a") == (shown(began, "[ 12.0] Oops [0]\n")[1].status, shown(began)[1].running)
@@ -200,7 +200,7 @@ def test_the_status_is_what_dom0_says() -> None:
 
 
 def test_a_failure_says_what_the_host_gave() -> None:
-    """The report knows which part of the CPU time it wanted a machine had in a test, and whether that was enough."""
+    """A failure has the share of the CPU time wanted that the machine got in the test, and whether it was enough."""
     began = {"event": "start", "test": "test_a"}
     _, report = shown(began, ended("failed", "timed out", needs=0.8), given=Given(9.0, ran_s=6.0, waited_s=4.0))
 
@@ -218,7 +218,7 @@ while True:
 
 
 def test_what_a_test_needs_is_told(tmp_path: Path) -> None:
-    """Dom0 tells the share that a test is marked with, and the first line of its error; without a mark it is a half."""
+    """Dom0 reports the share that a test needs, by its mark or one half, and the first line of its error."""
     for marked, needs in (([("needs_host", 0.7)], 0.7), ([], 0.5)):
         file = tmp_path / "channel"
         with file.open("wb") as channel:
@@ -235,7 +235,7 @@ def test_what_a_test_needs_is_told(tmp_path: Path) -> None:
 
 
 def test_time_that_a_neighbour_took_does_not_pass() -> None:
-    """While a process waits for a CPU that others have, its own time stands still; while it sleeps, it passes."""
+    """A process's own time stands still while it waits for a CPU that others use, but passes while it sleeps."""
     program = _LOOP.format(cpu=min(os.sched_getaffinity(0)))
     loops = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) for _ in range(4)]
     sleeper = subprocess.Popen(["sleep", "600"])
@@ -248,7 +248,7 @@ def test_time_that_a_neighbour_took_does_not_pass() -> None:
         before, within = [watch.look() for watch in watches], time.monotonic()
         select.select([], [], [], 1.0)
         slept_s, slept = time.monotonic() - within, watches[1].look()
-        # The kernel counts a time of waiting when it is over: on a busy host that of this moment can be long.
+        # The kernel counts waiting time when it is over; on a busy host the current wait can be long.
         until(lambda: watches[0].look().own_s - before[0].own_s < 0.6 * (time.monotonic() - began), "it never waited")
         share = watches[0].look().share_since(before[0])
     finally:
@@ -268,7 +268,7 @@ def _does(pid: int) -> tuple[str, str]:
 
 
 def failure(test: str, share: float = 1.0) -> Failure:
-    """Return a failure; with a share below a half it is the host's."""
+    """Return a failure; it is the host's if the share is below one half."""
     return Failure(test, "no", share, 0.5)
 
 
@@ -298,7 +298,7 @@ HOSTS = "repeated, as the host gave"
 def test_what_failed_is_run_again(
     first: list[Failure], then: list[tuple[int, list[Failure]]], status: int, left: list[str], says: list[str]
 ) -> None:
-    """A test that passes again is told of, and one of them is forgiven; what had no CPU time has two more chances."""
+    """A test that passes when repeated is reported, and one is forgiven; one without CPU time gets two more tries."""
     asked: list[list[str]] = []
     answers = iter(then)
 
@@ -316,7 +316,7 @@ def test_what_failed_is_run_again(
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_parts_make_a_whole(count: int) -> None:
-    """Every file is in one part, the core in each; and no part takes half as long again as another."""
+    """Each file is in one part, and the core in each; no part takes 1.5 times as long as another."""
     root = Path(__file__).parents[1]
     files = {f"tests/xen/{file.name}" for file in (root / "tests/xen").glob("test_*.py")}
     whole_files = {each for each in portions.CORE if "::" not in each}
@@ -332,14 +332,14 @@ def test_parts_make_a_whole(count: int) -> None:
 
 @pytest.mark.parametrize("test", [*[each for each in portions.CORE if "::" in each], *flaky.known()])
 def test_tests_that_are_named_are_there(test: str) -> None:
-    """The core, and the list of tests that failed by chance, name tests as they are called now."""
+    """The core and the list of tests that failed by chance name existing tests."""
     file, _, name = test.partition("::")
 
     assert f"\ndef {name.partition('[')[0]}(" in (Path(__file__).parents[1] / file).read_text()
 
 
 def test_two_machines_share_what_is_run() -> None:
-    """Every test of a part, and of the whole, is on one of two machines, which take about as long."""
+    """Every test is on one of the two machines, which take about equally long."""
     for tests in (list(portions.WHOLE), *(portions.part(number, 8) for number in range(1, 9))):
         first, second = portions.halves(tests)
         times = [sum(portions.SECONDS.get(test, 30) for test in half) for half in (first, second)]
@@ -360,5 +360,5 @@ def test_two_machines_share_what_is_run() -> None:
     ],
 )
 def test_the_worst_machine_counts(statuses: list[int], status: int) -> None:
-    """All have to pass; one that has nothing to run does no harm unless no other has either."""
+    """All machines have to pass; one without tests counts only if no other has any."""
     assert status == together(statuses)

@@ -17,7 +17,7 @@ def built(cache: Path, name: str) -> Path:
 
 
 def test_an_image_is_built_once(tmp_path: Path) -> None:
-    """What is in the cache is used as it is."""
+    """An image in the cache is used without building it again."""
     first = built(tmp_path, "image-1")
     second = cached(tmp_path, "image-1", lambda _: pytest.fail("built again"))
 
@@ -25,7 +25,7 @@ def test_an_image_is_built_once(tmp_path: Path) -> None:
 
 
 def test_a_build_that_failed_is_never_used(tmp_path: Path) -> None:
-    """What an interrupted build left is not taken for an image, and the next build begins from nothing."""
+    """The draft of a failed build is not taken for an image, and the next build starts from nothing."""
 
     def fail(place: Path) -> None:
         (place / "half").write_text("")
@@ -39,7 +39,7 @@ def test_a_build_that_failed_is_never_used(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts")
 def test_what_a_build_had_mounted_outlives_it(tmp_path: Path) -> None:
-    """What an interrupted build left mounted in its draft, such as the host's /dev/shm, outlives the draft."""
+    """What an interrupted build has mounted in its draft, such as the host's /dev/shm, survives the draft's removal."""
     theirs, there = tmp_path / "shm", tmp_path / "cache/image-1.partial/dev/shm"
     theirs.mkdir()
     (theirs / "file").write_text("")
@@ -55,7 +55,7 @@ def test_what_a_build_had_mounted_outlives_it(tmp_path: Path) -> None:
 
 
 def test_old_images_go(tmp_path: Path) -> None:
-    """Of each release only the images that were used last are kept."""
+    """Of each release only the images used last are kept."""
     built(tmp_path, "image-4.17-1")
     for number in range(KEPT + 1):
         os.utime(built(tmp_path, f"image-4.20-{number}"), (number, number))
@@ -65,7 +65,7 @@ def test_old_images_go(tmp_path: Path) -> None:
 
 
 def test_a_changed_recipe_has_another_key(tmp_path: Path) -> None:
-    """Each byte of each file counts, and so does a file's name."""
+    """Every byte of every file changes the key, and so does a file's name."""
     one, two = tmp_path / "one", tmp_path / "two"
     one.write_text("1")
     two.write_text("1")
