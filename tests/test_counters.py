@@ -92,7 +92,7 @@ def test_any_words_are_counters() -> None:
 
 
 def test_buckets_are_powers_of_two() -> None:
-    """A sample of n ns counts in bucket n.bit_length(), so that its percentile is above it and at most twice it."""
+    """A sample of n ns counts in bucket n.bit_length(), so its percentile is above n and at most twice n."""
     for sample in (1, 2, 3, 1000, 1023, 1024, 10**9):
         bound = percentile_ns(histogram(page_with({sample.bit_length(): 1})), 0.5)
 

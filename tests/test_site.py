@@ -1,4 +1,4 @@
-"""The site of documentation, which `make docs` builds."""
+"""The documentation site, which `make docs` builds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of `xenbackend.blkif.features`: what we publish, and the grammar of what a frontend answers (R14)."""
+"""Tests of `xenbackend.blkif.features`: what we publish, and the syntax of a frontend's keys (R14)."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def test_steps_of_the_life_cycle(ours: S, theirs: S, step: Step) -> None:
 
 
 def test_only_a_connectable_frontend_is_served() -> None:
-    """Rings are looked at only while the frontend says Initialised or Connected."""
+    """Rings are read only while the frontend is Initialised or Connected."""
     assert {S.INITIALISED, S.CONNECTED} == {theirs for (_, theirs), step in STEPS.items() if step is Step.SERVE}
 
 

@@ -62,7 +62,7 @@ def librados(monkeypatch: pytest.MonkeyPatch) -> Librados:
 
 
 def test_whoever_refuses_a_client_knows_the_map_in_which_it_is_refused(librados: Librados) -> None:
-    """After a client is blocklisted the latest map is awaited: only then no OSD does what the dead client had sent."""
+    """After a client is blocklisted the latest map is awaited: no OSD then does what the dead client had sent."""
     Cluster("xen", {}).refuse(DEAD, 60)
     assert [f"osd blocklist add {DEAD} 60.0", "map"] == librados.calls
 

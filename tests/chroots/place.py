@@ -37,7 +37,7 @@ _HOSTS = ("etc/resolv.conf", "etc/ssl/certs/ca-certificates.crt")  # for pip to 
 
 
 def why_not() -> str:
-    """Return why no chroot can be had here; empty where it can."""
+    """Return why there can be no chroot here, empty if there can."""
     lacking = [each for each in NEEDED if shutil.which(each) is None]
     if os.geteuid() != 0:
         return "only root can build a chroot"

@@ -37,7 +37,7 @@ MOMENTS = {
 
 
 class Command:
-    """`xenbackend image …`, whose output goes to files: a process that hangs keeps a pipe open."""
+    """A running `xenbackend image …`, whose output goes to files: a pipe would be kept open by a process that hangs."""
 
     def __init__(self, home: Path, words: tuple[str, ...]) -> None:
         self._said = home / "said"
@@ -64,7 +64,7 @@ class Command:
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[fuse.Served]:
-    """Return a file system that may stop answering, with a file beside it."""
+    """A file system that may stop answering, with an image beside it."""
     (tmp_path / "here.img").write_bytes(b"x" * SIZE)
     with fuse.served(tmp_path / "remote", {"a.img": SIZE, "b.img": SIZE}) as server:
         yield server

@@ -1,4 +1,4 @@
-"""Kinds of arguments that several commands take."""
+"""Types of arguments that several commands take."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from xenbackend.cli.main import MODULES, main
 
 
 def test_quantities_are_read_as_everywhere_else() -> None:
-    """A size has the suffixes of a chain's sizes, a duration those of a chain's durations."""
+    """Sizes and durations are written as in chains."""
     assert (64 << 20, 0.005, 1.5) == (size("64M"), duration("5ms"), duration("1.5"))
 
 
@@ -65,7 +65,7 @@ def test_a_command_shows_its_own_usage(
 
 @pytest.mark.parametrize("name", MODULES)
 def test_every_command_describes_itself(capsys: pytest.CaptureFixture[str], name: str) -> None:
-    """--help, before or after the command or as `help`, has a description, and JSON for all but xl."""
+    """--help, before or after the command or as `help`, prints a description, and all commands but xl offer --json."""
     texts = []
     for words in ([name, "--help"], ["help", name]):
         if name != "xl":

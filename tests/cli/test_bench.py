@@ -22,7 +22,7 @@ def parse(*arguments: str) -> argparse.Namespace:
 
 
 def test_defaults() -> None:
-    """Without arguments both chains of the seed are measured, through the page cache, on a file of our own on tmpfs."""
+    """Without arguments both default chains are measured, through the page cache, on a file of our own on tmpfs."""
     session = bench._session(parse())
 
     assert ["aio:{file}", "log:|aio:{file}"] == session.chains
@@ -36,7 +36,7 @@ def test_defaults() -> None:
 
 
 def test_arguments_reach_the_session(tmp_path: Path) -> None:
-    """Every option ends where it is used."""
+    """Every option reaches the session."""
     session = bench._session(
         parse("ram:{file}", "--compare", "--direct", "--file", str(tmp_path / "f"), "--size", "128M", "--work", "rr4k",
               "--seconds", "0.5", "--rounds", "3", "--poll", "20us", "--no-persistent", "--beside", "equal", "--calls")
@@ -53,7 +53,7 @@ def test_arguments_reach_the_session(tmp_path: Path) -> None:
 
 
 def test_a_chain_of_the_operators_gets_no_writes() -> None:
-    """Without --overwrite a chain that is not on the bench file is only read."""
+    """Without --overwrite a chain that does not use the bench file is only read."""
     assert not any(work.write for work in bench._session(parse("aio:/dev/sdx")).works)
     assert any(work.write for work in bench._session(parse("aio:/dev/sdx", "--overwrite")).works)
     with pytest.raises(ConfigError, match="this disk is read-only"):
@@ -61,7 +61,7 @@ def test_a_chain_of_the_operators_gets_no_writes() -> None:
 
 
 def test_images() -> None:
-    """With --image the chain is the format's driver, and an empty image is written to, where we can write at all."""
+    """With --image the chain is the format's driver; there are first writes if we can write that format."""
     vhd, vdi = bench._session(parse("--image", "vpc")), bench._session(parse("--image", "vdi"))
 
     assert (["vhd:{file}"], "vpc", True) == (vhd.chains, vhd.image, any(work.fresh for work in vhd.works))
@@ -107,7 +107,7 @@ def test_the_exit_status_tells_whether_it_was_disturbed(
 
 @pytest.mark.slow
 def test_table_output(capsys: pytest.CaptureFixture[str]) -> None:
-    """Without it people get a table and its legend."""
+    """Without --json a table and its legend are printed."""
     args = parse("null:64M", "--work", "rr4k-1", "--rounds", "1", "--seconds", "0.05", "--any")
 
     assert args.run(args) == 0

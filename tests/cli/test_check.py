@@ -72,7 +72,7 @@ def test_sectors_are_shown_as_fdisk_shows_them(
 
 
 def test_json_has_the_facts(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """With --json there is one object, whose layers stand top first; --read-only is seen in it."""
+    """With --json one object is printed, with the layers top first; --read-only shows in it."""
     path = image(tmp_path / "img")
 
     assert run("--json", "--read-only", f"tap2:delay:|aio:{path}") == 0
@@ -103,7 +103,7 @@ def test_the_help_names_the_files_that_a_check_leaves(capsys: pytest.CaptureFixt
 
 
 def test_an_image_is_free_after_a_check(tmp_path: Path) -> None:
-    """A check leaves no lock behind, and not a byte altered."""
+    """A check leaves no lock behind, and changes no byte."""
     path = image(tmp_path / "img")
     path.write_bytes(b"kept" * 256)
     for _ in range(2):

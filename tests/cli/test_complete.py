@@ -1,4 +1,4 @@
-"""What may follow on a command line."""
+"""The candidates for the last word of a command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What may follow in a chain."""
+"""The candidates for the end of a chain."""
 
 from __future__ import annotations
 

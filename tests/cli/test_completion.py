@@ -56,7 +56,7 @@ class Shell:
         os.write(self._fd, keys.encode())
 
     def complete(self, typed: str, result: str) -> None:
-        """Type, press Tab, and wait until the line has that."""
+        """Type, press Tab, and wait until the line contains `result`."""
         self.said = ""
         self.type(f"{typed}\t")
         end = time.monotonic() + PATIENCE_S
@@ -81,7 +81,7 @@ class Shell:
         return line[line.index("<") :]
 
     def close(self) -> None:
-        """End it."""
+        """End the shell."""
         self._process.kill()
         self._process.wait()
         os.close(self._fd)

@@ -21,7 +21,7 @@ from xenbackend.embedded.exercise import Phase
 
 @pytest.fixture
 def short_path() -> Iterator[Path]:
-    """A directory whose name leaves room for a socket's."""
+    """A directory whose path leaves room for a socket's name."""
     with places.directory(Path("/tmp")) as path:
         yield path
 

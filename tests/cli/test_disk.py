@@ -105,7 +105,7 @@ def test_a_chain_that_cannot_be_leaves_the_former_one(
 
 
 def test_resize_is_seen_by_the_guest(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
-    """An image that has grown has more sectors for the guest, at once; one that has shrunk is refused."""
+    """If an image has grown the guest sees more sectors at once; if it has shrunk, `resize` is refused."""
     os.truncate(bench.image, 2 * SIZE)
     grown = bench.run("resize")
     bench.frontend.read_facts()
@@ -132,7 +132,7 @@ def test_policy_is_shown_and_changed(bench: Bench, capsys: pytest.CaptureFixture
 
 
 def test_upgrade_replaces_the_worker(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
-    """Another process serves the disk, with the same data and the same state."""
+    """After `upgrade` another process serves the disk, with the same data and the same state."""
     before = bench.known()
     reads = [bench.frontend.submit(BLKIF_OP_READ, 8 * n, 8) for n in range(16)]
     status = main(["upgrade", "--socket", bench.machine.control])

@@ -20,15 +20,13 @@ def test_what_could_not_be_looked_at_is_no_success() -> None:
 
 
 def without_counts(text: str) -> str:
-    """Return a text without its numbers: how many files are open on a host changes."""
+    """Return a text without its numbers, since the host's count of open files changes."""
     return re.sub(r"\d+", "N", text)
 
 
 @pytest.mark.slow
 def test_the_text_agrees_with_the_json(tmp_path: Path) -> None:
-    """Both have the same findings, with the same exit status; a service is not needed, and a mistake in the settings is
-    a finding.
-    """
+    """Text and JSON have the same findings and exit status; no service is needed, and a broken setting is a finding."""
     config = tmp_path / "x.toml"
     config.write_text("poll_us = 5000\n")
     words = [sys.executable, "-m", "xenbackend", "doctor", "5/xvda", "--all", "--config", str(config), "--store",

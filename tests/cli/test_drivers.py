@@ -21,7 +21,7 @@ def run(*words: str) -> int:
 
 
 def test_the_list_has_every_driver(capsys: pytest.CaptureFixture[str]) -> None:
-    """Each driver that can be asked for is listed, and those that are known but not built are named."""
+    """Every driver is listed, and formats that are known but have no driver are named."""
     assert run() == 0
     output = capsys.readouterr().out
     for name in (*table.driver_names(), "qed"):
@@ -37,7 +37,7 @@ def test_the_list_is_there_for_scripts(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_a_manual_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    """With a name the manual is printed, the table of options in it."""
+    """With a name the driver's manual is printed, including its table of options."""
     assert run("fault") == 0
     output = capsys.readouterr().out
     assert "Synopsis:" in output
@@ -45,7 +45,7 @@ def test_a_manual_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_driver_that_is_not_there_is_an_error() -> None:
-    """An unknown name ends in the sentence that main prints."""
+    """An unknown driver's name is an error with a sentence that main prints."""
     with pytest.raises(ConfigError, match="did you mean aio"):
         run("aoi")
     with pytest.raises(ConfigError, match="did you mean aio"):

@@ -81,7 +81,7 @@ def test_a_file_becomes_a_guests_disk_and_a_file_again(run_json: RunJson, raw: P
 
 
 def test_commit_says_what_a_parent_with_a_data_file_needs(run: Run, run_json: RunJson, tmp_path: Path) -> None:
-    """The layer that the refusal names is the one that `--into` takes."""
+    """`--into` takes the layer that the refusal names."""
     (tmp_path / "base").write_bytes(qcow2(MIB, data_name=b"data"))
     (tmp_path / "data").write_bytes(bytes(MIB))
     disk_write(run_json("snapshot", "qcow2:base,data_file=data", "leaf")["text"], {0: b"c" * 512})
@@ -95,7 +95,7 @@ def test_commit_says_what_a_parent_with_a_data_file_needs(run: Run, run_json: Ru
 
 
 def test_create_makes_what_it_says(run: Run, run_json: RunJson, raw: Path, tmp_path: Path) -> None:
-    """The text that it prints is a layer that can be attached as it stands."""
+    """The printed text is a layer that can be attached unchanged."""
     assert run("create", "vhd", "new.vhd", "1G")[:2] == (0, "vhd:new.vhd: 1 GiB\n")
     made = run_json("create", "qcow", "child", "--parent", "disk.raw", "--parent-format", "raw")
     assert made["text"] == "qcow:child,parent_format=raw"
@@ -146,7 +146,7 @@ def test_info_finds_out_what_a_file_is(run: Run, run_json: RunJson, raw: Path) -
 
 
 def test_map_is_qemus_json(run: Run, run_json: RunJson, raw: Path, tmp_path: Path) -> None:
-    """A program that reads `qemu-img map --output=json` reads ours; people get a table."""
+    """The JSON of `map` is that of `qemu-img map --output=json`; people get a table."""
     run("convert", "aio:disk.raw", "qcow2:a.qcow2")
     qemu = json.loads(qemu_img("map", "--output=json", "-f", "qcow2", tmp_path / "a.qcow2"))
     for each in qemu:
@@ -158,7 +158,7 @@ def test_map_is_qemus_json(run: Run, run_json: RunJson, raw: Path, tmp_path: Pat
 
 
 def test_check_ends_as_qemu_img_does(run: Run, raw: Path, tmp_path: Path) -> None:
-    """0 where it is sound, 3 for leaks, 0 again after a repair, 2 for errors."""
+    """The status is 0 for a sound image, 3 for leaks, 0 again after a repair, and 2 for errors."""
     run("convert", "aio:disk.raw", "vhd:a.vhd")
     assert run("check", "vhd:a.vhd")[:2] == (0, "vhd:a.vhd: 0 errors, 0 leaks\n")
     run("convert", "aio:disk.raw", "qcow2:a.qcow2")

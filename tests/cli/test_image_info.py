@@ -99,7 +99,7 @@ def test_nothing_in_a_name_reaches_the_terminal(run: Run, tmp_path: Path) -> Non
 
 
 def test_a_choice_of_disks_is_offered(run: Run, tmp_path: Path) -> None:
-    """An OVA with several disks says which there are."""
+    """For an OVA with several disks their names are listed."""
     (tmp_path / "a.ova").write_bytes(archive([("a.ovf", ovf("1", "2")), ("1", b""), ("2", b"")]))
     status, out, err = run("a.ova")
 

@@ -19,7 +19,7 @@ from xenbackend.xl.shim import SHIM_PLACE, is_shim
 
 @pytest.fixture
 def called_as(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Let the command be one that starts by itself, and return its path."""
+    """Make the command one that starts by itself, and return its path."""
     path = tmp_path / "bin" / "xenbackend"
     path.parent.mkdir()
     path.write_text(f"#!/bin/sh\necho xenbackend {__version__}\n")
@@ -124,7 +124,7 @@ def test_a_package_is_staged(image: Path) -> None:
 def test_a_host_without_xen_is_refused(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a system without /etc/xen the command is a mistake, and says what to write instead."""
+    """On a system without /etc/xen the command is refused with a hint what to write instead."""
     monkeypatch.setattr(Tree, "at", lambda _, path: tmp_path / path[1:])
     assert 2 == main([command, "--dry-run"])
     assert (

@@ -15,7 +15,7 @@ from xenbackend.client import Measured, results
 
 
 def measure(tmp_path: Path, *words: str) -> tuple[int, list[Request]]:
-    """Run the command, and return its exit status and what was asked."""
+    """Run the command, and return its exit status and the requests to the service."""
     tmp_path.mkdir(exist_ok=True)
     with answering(tmp_path / "x", working) as control:
         status = main(["latency", "mail/xvda", "--layers", "--socket", control.path, *words])

@@ -20,8 +20,8 @@ LIGHT = [
     "snapshot 5/xvda /new", "policy 5/xvda enospc=report", "upgrade 5/xvda", "upgrade", "stop", "log get 5/xvda",
     "log status 5/xvda --json", "attach foo x:", "detach foo",
 ]  # fmt: skip
-CPU_S = 0.1  # of a command on the machine that it was measured on, which needs a half of that
-GENEROUS = 3  # where others have the caches
+CPU_S = 0.1  # twice what a command took on the machine where it was measured
+GENEROUS = 3  # for caches that other processes use
 
 
 def command(line: str, socket: str, before: str = "", after: str = "") -> list[str]:

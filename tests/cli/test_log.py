@@ -96,7 +96,7 @@ def shown(capsys: pytest.CaptureFixture[str]) -> list[Any]:
 
 
 def test_show_prints_a_line_per_request(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """People see operation, sectors, latency and the name of the error, and where records are missing."""
+    """A line has operation, sectors, latency and the name of the error; lost records have a line too."""
     assert 0 == run("show", str(file))
     lines = [line[32:].split() for line in capsys.readouterr().out.splitlines()]
 

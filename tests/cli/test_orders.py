@@ -18,7 +18,7 @@ OPEN = {**ENTRY, "number": 19, "ended": None, "code": "under-way"}
 
 
 def test_a_line_for_each_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A line says who gave the order for which disk, how and when it ended, and what it changed; it is escaped."""
+    """A line has who gave the order for which disk, when, how it ended, and what changed, with an escaped sentence."""
     with answering(tmp_path / "x", lambda _: Answer(Code.OK, [ENTRY, FAILED, OPEN])) as control:
         assert 0 == main(["orders", "--socket", control.path])
     heading, *lines = capsys.readouterr().out.splitlines()

@@ -1,4 +1,4 @@
-"""What happened to a disk between two looks at the service, and how it is said."""
+"""What happened to a disk between two looks at the service, and how it is shown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keys as a terminal sends them; test_top.py has a real one."""
+"""Key sequences of a terminal; test_top.py has a real one."""
 
 from __future__ import annotations
 

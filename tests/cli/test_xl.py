@@ -82,7 +82,7 @@ def test_what_becomes_of_xl_is_what_becomes_of_us(host: Path) -> None:
 
 @pytest.mark.slow
 def test_a_wrong_chain_stops_before_xl(host: Path) -> None:
-    """The mistake is shown with its place, exit status 2, and xl is not started."""
+    """A wrong chain is shown with its place and ends with status 2, and xl is not started."""
     (host / "vm.cfg").write_text("disk=['tap2:log:|ayo:/img,xvda,w']\n")
     ended = run(host, "create", str(host / "vm.cfg"), xl="#!/bin/sh\ntouch started")
 
@@ -92,7 +92,7 @@ def test_a_wrong_chain_stops_before_xl(host: Path) -> None:
 
 
 def test_help_is_ours_where_xl_has_none(capsys: pytest.CaptureFixture[str]) -> None:
-    """`xenbackend xl --help` says what it does; `xl create --help` is xl's."""
+    """`xenbackend xl --help` describes the command; `xl create --help` is xl's own."""
     assert main(["xl", "--help"]) == 0
     assert "Run xl with these arguments" in capsys.readouterr().out
 

@@ -21,7 +21,7 @@ SEEN = {
 
 
 def known(**changes: Any) -> dict[str, Any]:
-    """Return what the service says of a disk whose worker no look can find."""
+    """Return what the service says of a disk that has no worker, with these changes."""
     return {**DISK, "worker": 0, **changes}
 
 

@@ -1,4 +1,4 @@
-"""Whose move it is, in each pair of states."""
+"""Who has to move next, in each pair of states."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from xenbackend.doctor.probes import Probe, Result
 
 
 def looks_well(name: str) -> Result:
-    """Find that all is well."""
+    """Return a finding that all is well."""
     return Result([ok(name, "well")], {"name": name})
 
 

@@ -94,7 +94,7 @@ def test_it_knows_where_the_service_listens() -> None:
 
 @pytest.mark.usefixtures("service")
 def test_a_disk_that_opens(script: Path, xenstored: Xenstored, toolstack: Store) -> None:
-    """`add` ends with 0 once the chain is open and frontends find what they need; `remove` has nothing to do."""
+    """`add` ends with 0 once the chain is open and the frontend's keys are there; `remove` has nothing to do."""
     write_like_libxl(toolstack)
     ended = _run(script, xenstored, "add")
 

@@ -69,7 +69,7 @@ def test_an_item_is_there_when_content_and_mode_are(tmp_path: Path) -> None:
 
 
 def test_only_empty_directories_are_removed(tmp_path: Path) -> None:
-    """A directory is removed with those in it, unless it contains a file of somebody else."""
+    """A directory that was made is removed with those below it, unless it contains somebody else's file."""
     tree = Tree(tmp_path)
     missing = tree.missing_directories(["/a/b/file", "/c/file"])
     tree.put(Item("/a/b/file"))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 UNIT = Path(__file__).parents[2] / "systemd" / "xenbackend.service"
-MOST = 40  # tenths of systemd's measure of exposure
+MOST = 40  # in tenths, by systemd's measure of exposure
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd-analyze here")

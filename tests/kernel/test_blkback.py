@@ -16,7 +16,7 @@ Serve = Callable[..., None]
 
 @pytest.fixture
 def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Serve:
-    """Return what makes the kernel serve a device to a guest, as its bus shows it."""
+    """Return a function that adds a disk to the bus, as if the kernel served a device to a guest."""
     bus = tmp_path / "bus"
     bus.mkdir()
     monkeypatch.setattr(blkback, "BUS", str(bus))

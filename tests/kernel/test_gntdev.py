@@ -1,4 +1,4 @@
-"""Tests of `xenbackend.kernel.gntdev`: there is no Xen here, so the layouts are held against the C headers."""
+"""Tests of `xenbackend.kernel.gntdev`: as there is no Xen here, the layouts are compared with the C headers."""
 
 import errno
 import json

@@ -14,7 +14,7 @@ from xenbackend.kernel import memory
 
 
 def test_arena_is_page_aligned_zero_and_ours() -> None:
-    """An arena begins at a page, is zero, and its address is where its bytes are."""
+    """An arena begins at a page boundary, is zero, and its address is that of its bytes."""
     arena = memory.allocate(3 << 20)
     arena.view[4096:4101] = b"hello"
 
@@ -30,7 +30,7 @@ def test_address_of_slices(whole: memoryview) -> None:
 
 
 def test_noted_views_are_found_and_forgotten() -> None:
-    """A noted view is answered from the book, which keeps it alive: no other object can come to have its id."""
+    """The address of a noted view is kept together with the view, so that no other object can get the same id."""
     arena = memory.allocate(8192)
     ids = set()
     view = arena.view[4096:]

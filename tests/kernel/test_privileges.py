@@ -1,4 +1,4 @@
-"""Privileges: what is given up is gone, as root sees it in /proc."""
+"""Privileges: what a process has dropped is gone, as root sees it in /proc."""
 
 from __future__ import annotations
 

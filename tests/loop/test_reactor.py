@@ -259,7 +259,7 @@ class Sleeper:
         return False
 
     def deliver(self) -> None:
-        """Count."""
+        """Count the delivery."""
         self.delivered += 1
 
 

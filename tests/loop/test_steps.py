@@ -21,11 +21,11 @@ class Later:
         self.waiting: list[Callable[..., None]] = []
 
     def __call__(self, then: Callable[..., None]) -> None:
-        """Keep what to call."""
+        """Keep the callback."""
         self.waiting.append(then)
 
     def end(self, *answer: Any) -> None:
-        """Be done."""
+        """End the step."""
         self.waiting.pop(0)(*answer)
 
 

@@ -110,7 +110,7 @@ def test_garbage_is_answered_or_hung_up_on(registry: Registry) -> None:
 
 
 def test_a_guest_has_limited_watches_and_transactions(registry: Registry) -> None:
-    """Quotas stop a guest from making xenstored keep ever more; domain 0 is exempt."""
+    """The numbers of a guest's watches and transactions are limited; domain 0 is exempt."""
     guest, host = Session(registry, 5), Session(registry, 0)
     for session in (guest, host):
         for number in range(3):

@@ -1,4 +1,4 @@
-"""A worker that has been taken over: a driver in its chain tries everything to break out, and gets nothing."""
+"""A worker that was taken over: a driver in its chain tries everything to break out, and gets nothing."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ class Host:
         return self.machine.attach(domid, vdev, f"aio:{image}")
 
     def connect(self, path: VbdPath) -> Frontend:
-        """Let its guest connect."""
+        """Connect a guest to it."""
         guest: GuestDomain = self.guests[path.frontend_domid]
         return guest.connect(path, Wishes())
 
@@ -141,7 +141,7 @@ def _descendants(pid: int) -> list[int]:
 
 @pytest.fixture
 def host(tmp_path: Path) -> Iterator[Host]:
-    """Return such a host."""
+    """Such a host."""
     with ExitStack() as stack:
         yield Host(tmp_path, stack)
 

@@ -1,4 +1,4 @@
-"""A worker, the service or the host below them ends out of turn: no disk without a worker is kept from service."""
+"""Endings out of turn, of a worker, the service, or the host below them: no process keeps a disk that nobody serves."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Frontends that mean ill, against a real worker: each test is one published fault of a backend, named by its row.
+"""Hostile frontends against a real worker: each test is a published fault of a backend, named by its row.
 
-The rows and advisories are those of Xen's and Linux' block backends; the disk behind must be as if nothing had been
-tried, the worker alive, and nothing of the guest's left over.
+The rows and advisories are those of Xen's and Linux' block backends. Afterwards the disk must be as if nothing had been
+tried, the worker alive, and nothing of the guest left over.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ pytestmark = pytest.mark.slow  # each starts a process
 @pytest.mark.parametrize("start", [0, 2**32 - 5])
 @pytest.mark.rows("A1", "B1", "R2")
 def test_producer_far_ahead_halts_that_ring_only(victim: Driven, ahead: str, start: int) -> None:
-    """A1, B1 (CVE-2010-4247, XSA-39): a producer index that no ring has room for stops its ring once, and no other."""
+    """A1, B1 (CVE-2010-4247, XSA-39): a producer index beyond the ring's size stops that ring once, and no other."""
     frontend = victim.connect(RAM, Wishes(queues=2, start_index=start))
     model = make_model(1, SECTORS)
     work(frontend, model, 200)
@@ -209,7 +209,7 @@ def test_sectors_beyond_the_end_are_refused(victim: Driven, layout: Layout) -> N
 
 @pytest.mark.rows("A6", "B10", "R4")
 def test_what_no_frontend_sends_is_refused(victim: Driven) -> None:
-    """A6, B10: unknown operations, wrong numbers of segments and segments that leave their page fail alone."""
+    """A6, B10: a request with an unknown operation, a wrong count or a segment beyond its page fails, and no other."""
     victim.connect(RAM, Wishes(indirect=256))
     evil = Evil(victim)
     gref, _ = evil.page()

@@ -1,4 +1,4 @@
-"""Frontends that mean ill with their grants, their memory, their events and their life, against a real worker.
+"""Frontends that are hostile with their grants, their memory, their events and their life, against a real worker.
 
 The rows and advisories are those of Xen's and Linux' block backends, as in `test_evil_frontend.py`.
 """
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.slow  # each starts a process
 @pytest.mark.parametrize("persistent", [False, True])
 @pytest.mark.rows("A7", "A18")
 def test_bad_grants_leave_nothing_behind(victim: Driven, persistent: bool) -> None:
-    """A7, A18 (XSA-71, XSA-365): a bad k-th segment fails its request, alters nothing, and costs nothing for good."""
+    """A7, A18 (XSA-71, XSA-365): a request with a bad k-th segment fails, alters nothing, and leaves nothing mapped."""
     victim.connect(RAM, Wishes(indirect=256, persistent=persistent))
     evil = Evil(victim)
     gref, page = evil.page()
@@ -65,7 +65,7 @@ def test_bad_grants_leave_nothing_behind(victim: Driven, persistent: bool) -> No
 @pytest.mark.parametrize("persistent", [False, True])
 @pytest.mark.rows("A17", "A19", "A20", "R8")
 def test_every_status_of_a_grant_is_an_error(victim: Driven, persistent: bool) -> None:
-    """A17, A19, A20 (XSA-361, 362, 367): no status of a failed map or copy is taken for success, nor for a bug."""
+    """A17, A19, A20 (XSA-361, 362, 367): every error status of a map or copy is an error of the request, and no bug."""
     victim.connect(RAM, Wishes(indirect=256, persistent=persistent))
     evil = Evil(victim)
     good, _ = evil.page()
@@ -88,7 +88,7 @@ def test_every_status_of_a_grant_is_an_error(victim: Driven, persistent: bool) -
 
 @pytest.mark.rows("A17")
 def test_ring_that_cannot_be_mapped_fails_the_connection(victim: Driven) -> None:
-    """A17 (XSA-362): every status of a ring's map is an answer to Serve, and a later connection works."""
+    """A17 (XSA-362): if a ring cannot be mapped, whatever the status, Serve fails, and a later connection works."""
     frontend = victim.connect(RAM)
     victim.disconnect()
     for status in GNTST:
@@ -104,7 +104,7 @@ def test_ring_that_cannot_be_mapped_fails_the_connection(victim: Driven) -> None
 
 @pytest.mark.rows("A21")
 def test_persistent_grants_have_a_limit_and_an_end(victim: Driven) -> None:
-    """A21 (XSA-371): a guest that shows ever new pages has a fixed number mapped at most, and none after its end."""
+    """A21 (XSA-371): a guest that uses ever new pages has a limited number of them mapped, and none after its end."""
     victim.connect(RAM, Wishes(persistent=True))
     evil = Evil(victim)
     frames = evil.guest.allocate(MAX_PERSISTENT + 600)
@@ -123,7 +123,7 @@ def test_persistent_grants_have_a_limit_and_an_end(victim: Driven) -> None:
 
 @pytest.mark.rows("A22", "B11")
 def test_nothing_is_mapped_when_a_request_is_answered(victim: Driven) -> None:
-    """A22 (XSA-396): a guest without persistent grants can take its pages back as soon as it has the answer."""
+    """A22 (XSA-396): a guest without persistent grants can revoke a request's pages as soon as it has the response."""
     frontend = victim.connect(RAM, Wishes(indirect=64))
     model = make_model(4, SECTORS, max_count=512)
     work(frontend, model, 300)  # the frontend takes each page back at once, and fails if it cannot
@@ -134,7 +134,7 @@ def test_nothing_is_mapped_when_a_request_is_answered(victim: Driven) -> None:
 @pytest.mark.parametrize("persistent", [False, True])
 @pytest.mark.rows("A23", "B11")
 def test_bytes_beside_a_segment_are_not_touched(victim: Driven, persistent: bool) -> None:
-    """A23 (XSA-403): a read writes the sectors that its segment names and no byte beside; a write alters nothing."""
+    """A23 (XSA-403): a read changes only the sectors that its segment names; a write changes nothing in the page."""
     frontend = victim.connect(RAM, Wishes(persistent=persistent))
     frontend.write(0, bytes(range(256)) * 16)
     evil = Evil(victim)
@@ -157,7 +157,7 @@ def test_bytes_beside_a_segment_are_not_touched(victim: Driven, persistent: bool
 
 @pytest.mark.rows("A16")
 def test_toggling_leaves_nothing_behind(victim: Driven) -> None:
-    """A16 (XSA-350): thousands of connects and disconnects with I/O in flight leave the worker as large as it was."""
+    """A16 (XSA-350): thousands of connects and disconnects with I/O in flight do not make the worker grow."""
     victim.connect(RAM)
     wishes = [Wishes(), Wishes(persistent=True, queues=2)]
 
@@ -181,7 +181,7 @@ def test_toggling_leaves_nothing_behind(victim: Driven) -> None:
 @pytest.mark.parametrize("operation", DATA)
 @pytest.mark.rows("A29")
 def test_memory_has_a_bound_that_is_known_before(victim: Driven, operation: int) -> None:
-    """A29 (XSA-184): the longest requests in all slots of all rings, on a disk that stalls, fill one arena."""
+    """A29 (XSA-184): the longest requests in all slots of all rings, on a disk that stalls, need at most one arena."""
     victim.connect(f"delay:read=400ms,write=400ms|{RAM}", Wishes(queues=8, ring_order=4, indirect=256))
     gref, _ = Evil(victim).page()
     indirect, content = Evil(victim).page()
@@ -204,7 +204,7 @@ def test_memory_has_a_bound_that_is_known_before(victim: Driven, operation: int)
 
 @pytest.mark.rows("A30", "R13")
 def test_bad_requests_do_not_fill_the_log(victim: Driven) -> None:
-    """A30 (XSA-180): twenty thousand bad requests are a handful of short lines."""
+    """A30 (XSA-180): twenty thousand bad requests make only a handful of short lines in the log."""
     victim.connect(RAM)
     evil = Evil(victim)
     slots = [encode_direct(X86_64, BLKIF_OP_READ, number, 2**40, [(9, 0, 7)]) for number in range(20_000)]
@@ -219,7 +219,7 @@ def test_bad_requests_do_not_fill_the_log(victim: Driven) -> None:
 
 @pytest.mark.rows("B4", "R11")
 def test_event_storm_is_throttled(victim: Driven) -> None:
-    """B4 (XSA-332): a port that fires without work is heard more and more rarely; the other ring is served as ever."""
+    """B4 (XSA-332): a port that fires without work is polled less and less often; the other ring is served as usual."""
     frontend = victim.connect(RAM, Wishes(queues=2))
     model = make_model(5, SECTORS)
     storm = frontend.rings.pop()
@@ -237,7 +237,7 @@ def test_event_storm_is_throttled(victim: Driven) -> None:
 
 @pytest.mark.rows("B4", "R11")
 def test_a_port_that_fires_in_vain_takes_no_processor(victim: Driven) -> None:
-    """B4: a guest that does nothing but notify, as fast as it can, costs the host 5 % of a core at most."""
+    """B4: a guest that only notifies, as fast as it can, costs the host at most 5 % of a core."""
     victim.connect(RAM)
     [storm] = victim.frontend.rings
     stat = Path(f"/proc/{victim.worker.process.pid}/stat")
@@ -258,7 +258,7 @@ def test_a_port_that_fires_in_vain_takes_no_processor(victim: Driven) -> None:
 
 
 def _ticks(stat: Path) -> int:
-    """Return what a process has had of the processor, in ticks."""
+    """Return the CPU time that a process has used, in ticks."""
     user, system = stat.read_text().rpartition(")")[2].split()[11:13]
     return int(user) + int(system)
 
@@ -277,7 +277,7 @@ def test_no_more_kicks_than_answers(victim: Driven) -> None:
 
 @pytest.mark.rows("B5", "B7")
 def test_ports_that_fire_while_they_are_bound_and_unbound(victim: Driven) -> None:
-    """Events that come at any moment of a connect or a disconnect find a port that is served, or nobody (XSA-331)."""
+    """An event at any moment of a connect or disconnect reaches a port in service, or nobody (XSA-331)."""
     stop = threading.Event()
     victim.connect(RAM, Wishes(queues=2))
 
@@ -304,7 +304,7 @@ def test_ports_that_fire_while_they_are_bound_and_unbound(victim: Driven) -> Non
 
 @pytest.mark.rows("A25", "A26")
 def test_counters_are_read_while_frontends_come_and_go(victim: Driven) -> None:
-    """Whoever reads the counters meets whole numbers that never go back, also where a connect fails (XSA-526, 528)."""
+    """Counters read at any time are whole numbers that never decrease, even if connects fail (XSA-526, 528)."""
     stop, seen = threading.Event(), []
     frontend = victim.connect(RAM)
 

@@ -29,7 +29,7 @@ ZYGOTES = 1
 
 
 class LoadedDisk:
-    """One vbd with a model of what it must hold."""
+    """A vbd with a model of its expected contents."""
 
     def __init__(self, path: VbdPath, frontend: Frontend, seed: int) -> None:
         self.path = path

@@ -182,7 +182,7 @@ def test_what_an_administrator_had_ordered_holds(host: Host) -> None:
 
 
 def test_an_older_service_leaves_a_newer_one_s_disks_alone(host: Host, tmp_path: Path) -> None:
-    """An older service refuses to start and says why; the guest is served on, and the newer service returns to it."""
+    """An older service refuses to start and says why; the guest is served until the newer service takes over again."""
     later = tmp_path / "later"
     shutil.copytree(ROOT / "xenbackend", later / "xenbackend", ignore=shutil.ignore_patterns("__pycache__"))
     changed = later / NEXT[0]

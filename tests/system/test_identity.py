@@ -138,7 +138,7 @@ def rename(name: Path) -> None:
 
 
 def delete(name: Path) -> None:
-    """Take the file's name away."""
+    """Remove the file's name."""
     name.unlink()
 
 

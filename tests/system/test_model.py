@@ -23,7 +23,7 @@ CONNECTIONS = [
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ["ram", "aio"])
 def test_disk_is_what_the_model_says(tmp_path: Path, pytestconfig: pytest.Config, source: str) -> None:
-    """After any mix of requests, over several connections of different kinds, each sector is what was last written."""
+    """After any mix of requests, over several connections of different kinds, each sector is as last written."""
     seed = pytestconfig.getoption("--seed")
     requests = pytestconfig.getoption("--requests") // 2
     print(f"--seed {seed}")

@@ -161,7 +161,7 @@ def test_what_was_written_gets_a_name(machine: Machine, tmp_path: Path, scratch:
 
 
 def test_a_name_that_was_given_by_half_is_given(machine: Machine, tmp_path: Path, scratch: Path) -> None:
-    """If the service was killed after naming the file but before recording that, the same order succeeds again."""
+    """If the file has its name but the order did not end, the disk goes on, and the same order succeeds again."""
     kept = scratch / "kept.cow"
     with serving(machine, tmp_path) as disk:
         held = (fd for fd in Path(f"/proc/{machine.service_pid}/fd").iterdir())

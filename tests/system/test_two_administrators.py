@@ -169,7 +169,7 @@ def test_whoever_gives_up_learns_later_what_became_of_it(site: Site) -> None:
 
 
 def test_an_order_outlives_the_service_that_took_it(site: Site) -> None:
-    """If the service is killed during an order, the next service finishes the order and tells how it ended."""
+    """If the service is killed during an order, the order outlives it, and the next service tells how it ended."""
     results = []
     words = ("set", "5/xvda", f"aio:{site.directory}/two", "--replace")
     thread = threading.Thread(target=lambda: results.append(site.run(*words)))

@@ -1,4 +1,4 @@
-"""Disks whose workers are behind all walls: whatever opens something still works, because an opener does it."""
+"""Disks whose workers are behind all walls: whatever has to be opened is opened by an opener."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DATA = b"d" * 4096
 
 @pytest.mark.rows("R20")
 def test_a_disk_is_served_snapshotted_and_succeeded_behind_walls(tmp_path: Path) -> None:
-    """A disk behind all walls is attached with a record, refused to another guest, snapshotted, and succeeded."""
+    """A disk behind all walls is attached with a record, refused to another guest, and snapshotted; its worker dies."""
     image, leaf = tmp_path / "disk", tmp_path / "leaf"
     image.write_bytes(bytes(1 << 20))
     with Machine() as machine, closing(machine.create_guest(5)) as guest, closing(machine.create_guest(6)):

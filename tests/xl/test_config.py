@@ -1,4 +1,4 @@
-"""xl's configuration language, beside libxlutil's own reading."""
+"""Xl's configuration language, compared with how libxlutil parses it."""
 
 from __future__ import annotations
 

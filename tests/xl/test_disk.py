@@ -17,7 +17,7 @@ from xenbackend.xl.disk import _OPTION, read, rewrite
 BEFORE, SINCE = (4, 17), (4, 19)
 TAIL = "access=rw,script=block-xenbackend,target="
 
-LITERALS = [  # what an operator writes, and what xl is given
+LITERALS = [  # what an operator writes, and what xl gets
     ("tap2:log:|aio:/img,xvda,w", f"vdev=xvda,{TAIL}log:|aio:/img"),
     ("tap2: log:|aio:/img,xvda,w", f"vdev=xvda,{TAIL}log:|aio:/img"),
     ("  tap2:log:|aio:/img , xvda , w", f"vdev=xvda,{TAIL}log:|aio:/img "),

@@ -1,4 +1,4 @@
-"""Words that are left over behind a chain."""
+"""Words that are left behind a chain."""
 
 from __future__ import annotations
 
