@@ -31,4 +31,4 @@ def test_only_who_says_so_gives_a_guest_another_disk(
         assert 0 == main(["cow", "drop", "5/xvda", *["--force"] * force, "--socket", control.path])
 
     assert [{"verb": "drop", "vbd": "5/xvda", "force": force}] == control.asked
-    assert "5/xvda is what lies below cow: again\n" == capsys.readouterr().out
+    assert "5/xvda has the contents of the layer below cow: again\n" == capsys.readouterr().out

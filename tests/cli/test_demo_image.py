@@ -20,7 +20,7 @@ def test_what_is_missing_is_made_and_what_is_there_stays(tmp_path: Path, capsys:
     demo_image.make_missing(f"log:|aio:{image}", 8 * MIB)
 
     assert (MIB, 0) == (image.stat().st_size, image.stat().st_blocks)
-    assert f"{image} was missing; it has 1 MiB now\n" == said
+    assert f"{image} did not exist; it was created with 1 MiB\n" == said
     assert "" == capsys.readouterr().err
 
 
@@ -54,5 +54,5 @@ def test_no_name_of_an_image_moves_a_cursor(tmp_path: Path, capsys: pytest.Captu
         demo_image.make_missing(f"aio:{tmp_path}/\x1b[2J/img", MIB)
     said = capsys.readouterr().err
 
-    assert "was missing" in said
+    assert "did not exist" in said
     assert "\x1b" not in said + str(caught.value)

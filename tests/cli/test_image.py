@@ -168,7 +168,7 @@ def test_check_ends_as_qemu_img_does(run: Run, raw: Path, tmp_path: Path) -> Non
     assert (3, "qcow2:a.qcow2: 0 errors, 1 leaks") == (status, out.splitlines()[-1])
     assert (0, 1) == qemu.check(path)
     status, out, _ = run("check", "qcow2:a.qcow2", "--repair")
-    assert (0, ["1 faults were repaired", "qcow2:a.qcow2: 0 errors, 0 leaks"]) == (status, out.splitlines())
+    assert (0, ["repaired: 1", "qcow2:a.qcow2: 0 errors, 0 leaks"]) == (status, out.splitlines())
     assert (0, 0) == qemu.check(path)
     with (tmp_path / "a.vhd").open("r+b") as file:
         file.write(bytes(512))

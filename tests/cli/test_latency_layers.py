@@ -53,13 +53,13 @@ def test_for_scripts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_one_of_somebody_else_is_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`--end` ends a measurement without starting one, and says that nothing is measured any more."""
+    """`--end` ends a measurement without starting one, and says that no measurement is running."""
     status, asked = measure(tmp_path, "--end")
     said = capsys.readouterr().out
     measure(tmp_path / "json", "--end", "--json")
 
     assert (0, [{"verb": "end_measure", "vbd": "mail/xvda"}]) == (status, asked)
-    assert "mail/xvda: nothing is measured any more\n" == said
+    assert "mail/xvda: no measurement is running\n" == said
     assert {"version": 1, "order": 17, "vbd": "mail/xvda"} == json.loads(capsys.readouterr().out)
 
 

@@ -65,7 +65,7 @@ def test_scrolling_filter_and_notes() -> None:
     assert "7/xvda" in shown(Frame(ROWS, View(), "s", first=7))[2]
     assert "filter: ma_" == shown(Frame(ROWS, View(), "s", typing="ma"))[-1]
     assert r"no\x1b" == shown(Frame(ROWS, View(), "s", note="no\x1b"))[-1]
-    assert "no disk has that" == shown(Frame([], View(filter="x"), "s"))[2]
+    assert "no disk matches the filter" == shown(Frame([], View(filter="x"), "s"))[2]
     assert "no disk is in service" == shown(Frame([], View(), "s"))[2]
     assert "▅" not in "".join(shown(Frame(ROWS, View(), "s", bars=top_rows.PLAIN_BARS), 200))
     assert top_screen.KEYS in shown(Frame(ROWS, View(), "s", with_keys=True), 200)[-1]

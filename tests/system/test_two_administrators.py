@@ -205,7 +205,7 @@ def test_two_who_measure(site: Site) -> None:
     times = measured[0].data
 
     assert [(Code.BUSY, True)] == [(each.code, "measure is under way, order" in each.sentence) for each in busy]
-    assert (0, "5/xvda: nothing is measured any more\n", "") == ended
+    assert (0, "5/xvda: no measurement is running\n", "") == ended
     assert [Code.OK] == [each.code for each in measured]
     assert times["seconds"] < 3600
     assert 1 == sum(times["layers"][0]["operations"]["write"]["buckets"].values())

@@ -63,7 +63,7 @@ def _keep(args: argparse.Namespace) -> int:
 
 def _drop(args: argparse.Namespace) -> int:
     changed = waiting.order(args, lambda client: client.drop(args.vbd, force=args.force))
-    return _print(args, changed, f"{parse_disk(args.vbd)} is what lies below cow: again")
+    return _print(args, changed, f"{parse_disk(args.vbd)} has the contents of the layer below cow: again")
 
 
 def _print(args: argparse.Namespace, changed: Changed, sentence: str) -> int:

@@ -40,4 +40,4 @@ def make_missing(chain: str, size: int) -> None:
             continue
         except OSError as error:
             raise ConfigError(f"{printable(name)} is missing and cannot be made: {error.strerror}") from None
-        print(f"{printable(name)} was missing; it has {format_size(made)} now", file=sys.stderr)
+        print(f"{printable(name)} did not exist; it was created with {format_size(made)}", file=sys.stderr)

@@ -28,7 +28,7 @@ def check(arguments: argparse.Namespace) -> int:
     for sentence in verdict.sentences:
         print(printable(sentence))
     if verdict.repaired:
-        print(f"{verdict.repaired} faults were repaired")
+        print(f"repaired: {verdict.repaired}")
     dirty = "; it is marked as not closed properly" if verdict.is_dirty else ""
     print(f"{printable(verdict.image)}: {verdict.errors} errors, {verdict.leaks} leaks{dirty}")
     return verdict.status

@@ -43,7 +43,7 @@ def _end(args: argparse.Namespace) -> int:
     if args.json:
         print_json({"order": done.order, "vbd": vbd})
     else:
-        print(f"{vbd}: nothing is measured any more")
+        print(f"{vbd}: no measurement is running")
     return 0
 
 

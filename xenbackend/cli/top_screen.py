@@ -91,7 +91,7 @@ def lines(frame: Frame, width: int, height: int) -> list[Text]:
     head, foot = _head(frame, columns, width), _foot(frame)
     body = [line for row in frame.rows[frame.first :] for line in _of_row(row, columns, frame.view)]
     if not frame.rows:
-        body = [Text("no disk has that" if frame.view.filter else "no disk is in service", "dim")]
+        body = [Text("no disk matches the filter" if frame.view.filter else "no disk is in service", "dim")]
     room = max(0, height - len(head) - len(foot))
     empty = [Text("")] * max(0, room - len(body))
     found = [*head, *body[:room], *empty, *foot][:height]
