@@ -1,4 +1,4 @@
-"""Who may use the control socket, by real users and groups: root and a group, which may ask less, and nobody else."""
+"""Who may use the control socket, tested with real users: root, and members of a group, who may ask less."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def place() -> Iterator[Path]:
 
 
 def _ask(path: Path, gid: int, *groups: int) -> str:
-    """Return what a stranger in these groups hears from a service that lets READERS ask."""
+    """Return what a user in these groups, who is not root, hears from a service that lets READERS ask."""
     loop = Reactor()
     listening = Server(str(path), loop, lambda _, peer, reply: reply(Answer(Code.OK, peer.uid)), group=READERS)
     who = [str(each) for each in (path, STRANGER, gid, *groups)]
@@ -70,19 +70,21 @@ def _ask(path: Path, gid: int, *groups: int) -> str:
 
 @pytest.mark.parametrize(("gid", "groups"), [(READERS, ()), (OTHERS, (OTHERS, READERS))])
 def test_members_of_the_group_are_answered(place: Path, gid: int, groups: tuple[int, ...]) -> None:
-    """By their own group, or by one of the others that they are in."""
+    """A client gets an answer if the group is its own, or one of its supplementary groups."""
     said = _ask(place / "x", gid, *groups)
 
     assert STRANGER == json.loads(said)["data"]
 
 
 def test_strangers_cannot_connect(place: Path) -> None:
-    """The socket's mode keeps them out."""
+    """The socket's mode keeps out users who are neither root nor in the group."""
     assert "Permission denied" == _ask(place / "x", OTHERS, OTHERS)
 
 
 def test_strangers_are_hung_up_on_whatever_the_mode_is(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Somebody may have changed the mode: the kernel's word on who has connected counts."""
+    """Other users are hung up on even if somebody has changed the socket's mode: the service goes by what the kernel
+    says of its peer.
+    """
     monkeypatch.setattr(access, "open_to", lambda path, _, directory: path.chmod(0o666))
 
     said = _ask(place / "x", OTHERS, OTHERS)
@@ -91,7 +93,7 @@ def test_strangers_are_hung_up_on_whatever_the_mode_is(place: Path, monkeypatch:
 
 
 def test_readers_do_not_take_roots_places(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beyond their number they are hung up on."""
+    """Members of the group have a limited number of places, and are hung up on beyond that."""
     monkeypatch.setattr(access, "MAX_READERS", 0)
 
     said = _ask(place / "x", READERS)
@@ -100,7 +102,9 @@ def test_readers_do_not_take_roots_places(place: Path, monkeypatch: pytest.Monke
 
 
 def test_readers_take_the_places_of_readers(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who idles makes room for his like: root's clients stay however many readers come, and root finds a place."""
+    """An idle member of the group makes room only for another member. However many of them connect, root's clients
+    stay, and another client of root finds a place.
+    """
     monkeypatch.setattr(access, "MAX_READERS", 2)
     monkeypatch.setattr(server, "MAX_CLIENTS", 2)
     loop = Reactor()
@@ -133,7 +137,7 @@ def _connected(path: Path, loop: Reactor, uid: int = 0) -> socket.socket:
 
 
 def _heard(near: socket.socket, loop: Reactor) -> object:
-    """Return the answer to a question, b"" where we were hung up on."""
+    """Return the answer to a question, or b"" if we were hung up on."""
     with suppress(BrokenPipeError):
         near.sendall(b'{"verb": "status"}\n')
     _turn(loop)
@@ -148,7 +152,9 @@ def _turn(loop: Reactor) -> None:
 
 
 def test_the_socket_is_the_groups_and_its_directory_is_found(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In our own directory the group may look for the socket and see nothing else; without a group all is root's."""
+    """In the service's own directory the group can reach the socket and see nothing else; without a group, root owns
+    everything.
+    """
     own = place / "own"
     own.mkdir(mode=0o700)
     monkeypatch.setattr(place_of_socket, "OWN_DIRECTORY", own)
@@ -166,7 +172,7 @@ def test_the_socket_is_the_groups_and_its_directory_is_found(place: Path, monkey
 
 
 def test_a_group_that_is_not_there_is_named() -> None:
-    """The settings name a group that nobody has made: the sentence says how to."""
+    """If the group in the settings does not exist, the error says how to make it."""
     known = grp.getgrgid(0).gr_name
     with pytest.raises(ConfigError, match="there is no group 'nonesuch'; make it with: groupadd --system nonesuch"):
         access.group_number("nonesuch")
@@ -175,7 +181,7 @@ def test_a_group_that_is_not_there_is_named() -> None:
 
 
 def test_nobody_is_in_no_group() -> None:
-    """Without a group in the settings not even a process whose group is -1 in some way is a member."""
+    """If the settings name no group, no process is a member, not even one whose group is -1 in some way."""
     near, far = socket.socketpair()
     with near, far:
         assert [False, True] == [access.is_member(near, gid) for gid in (access.NOBODY, os.getegid())]

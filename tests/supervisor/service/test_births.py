@@ -1,4 +1,4 @@
-"""The line of processes that are asked for: whoever is in it has its turn, however slow the host is."""
+"""The queue of processes that have been asked for: each of them gets its turn, however slow the host is."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ WAITS = (sys.executable, "-I", "-S", "-c", "import socket, sys; socket.socket(fi
 
 
 class Line:
-    """One with a loop, and all that was asked for."""
+    """A queue with its loop, and all processes that were asked for."""
 
     def __init__(self, command: tuple[str, ...]) -> None:
         self.ahead_s = 0.0  # of the time that there is
@@ -67,16 +67,16 @@ class Line:
         run_until(self.loop, condition)
 
     def pass_time(self, seconds: float) -> None:
-        """Let so much time be over, and do what is due then."""
+        """Move the clock ahead, and do what is due then."""
         self.ahead_s += seconds
         settle(self.loop)
 
     def there(self) -> list[bool]:
-        """Return of each that was asked for whether it is there."""
+        """Return for each process that was asked for whether it exists."""
         return [each.is_there for each in self.asked]
 
     def is_forked(self, process: Process) -> bool:
-        """Return whether the zygote bore it."""
+        """Return whether the zygote has forked a process."""
         return COMMAND[-1] in Path(f"/proc/{process.pid}/cmdline").read_text()
 
     def close(self) -> None:
@@ -91,7 +91,7 @@ class Line:
 
 @pytest.fixture
 def line(descriptors: None) -> Iterator[Callable[..., Line]]:
-    """Make a line."""
+    """Return a maker of queues."""
     made: list[Line] = []
 
     def make(command: tuple[str, ...] = REAL) -> Line:
@@ -104,7 +104,7 @@ def line(descriptors: None) -> Iterator[Callable[..., Line]]:
 
 
 def test_without_a_zygote_s_command_they_come_at_once(line: Callable[..., Line]) -> None:
-    """By exec; those of one request together."""
+    """Without a command for a zygote, all processes of a request are started at once, by exec."""
     it = line(())
     worker, opener = it.start("wo")
 
@@ -114,7 +114,9 @@ def test_without_a_zygote_s_command_they_come_at_once(line: Callable[..., Line])
 
 
 def test_who_comes_while_the_zygote_is_being_started_waits_for_it(line: Callable[..., Line]) -> None:
-    """All of them are forked, in their order, however long it takes: to start one by exec takes as long."""
+    """Processes that are asked for while the zygote is being started wait for it and are forked in order, however long
+    that takes: to start one by exec would take as long.
+    """
     it = line()
     it.births.prepare()
     os.kill(it.zygote, signal.SIGSTOP)
@@ -133,7 +135,7 @@ def test_who_comes_while_the_zygote_is_being_started_waits_for_it(line: Callable
 
 
 def test_a_host_a_hundred_times_slower_is_served_by_forks(line: Callable[..., Line]) -> None:
-    """A birth may take 100 times as long as here: nobody is started by exec, and none is lost."""
+    """If a fork takes 100 times as long as here, no process is started by exec, and none is lost."""
     it = line()
     it.prepare()
     os.kill(it.zygote, signal.SIGSTOP)
@@ -148,8 +150,9 @@ def test_a_host_a_hundred_times_slower_is_served_by_forks(line: Callable[..., Li
 
 
 def test_a_zygote_that_does_not_answer_is_in_nobodys_way(line: Callable[..., Line], lines: io.StringIO) -> None:
-    """After a while workers come by exec, a few at a time, and the next as soon as one has begun. The zygote has the
-    rest when it answers; what it bears too late has heard nothing, and ends.
+    """If the zygote does not answer in time, workers are started by exec, a few at a time, and the next one as soon as
+    one has begun. Once the zygote answers, it forks the others; a process that it forks too late has received no
+    message, and ends.
     """
     it = line()
     it.prepare()
@@ -171,7 +174,7 @@ def test_a_zygote_that_does_not_answer_is_in_nobodys_way(line: Callable[..., Lin
 
 
 def test_a_zygote_that_is_never_ready_is_in_nobodys_way(line: Callable[..., Line]) -> None:
-    """The longest time for that is longer than any start takes."""
+    """A process waits for a zygote to become ready for STARTING_S at most, which is longer than any start takes."""
     it = line(NEVER_READY)
     it.births.prepare()
     it.start()
@@ -182,7 +185,9 @@ def test_a_zygote_that_is_never_ready_is_in_nobodys_way(line: Callable[..., Line
 
 
 def test_whom_a_zygote_has_not_borne_when_it_dies_the_next_one_bears(line: Callable[..., Line]) -> None:
-    """One that lived long has a successor at once, as something else has ended it; nobody's turn is lost."""
+    """If a zygote dies, the next one forks all that are still queued. A zygote that lived long is replaced at once,
+    since it cannot have been the program that ended it.
+    """
     it = line()
     it.prepare()
     it.pass_time(REST_S)
@@ -198,7 +203,7 @@ def test_whom_a_zygote_has_not_borne_when_it_dies_the_next_one_bears(line: Calla
 
 
 def test_where_a_zygote_cannot_live_they_come_by_exec(line: Callable[..., Line]) -> None:
-    """It is tried again after a while; meanwhile a few are started at a time."""
+    """If zygotes end at once, processes are started by exec, a few at a time; another zygote is tried after a while."""
     it = line((sys.executable, "-I", "-S", "-c", ""))
     it.births.prepare()
     for _ in range(BY_EXEC + 1):
@@ -214,7 +219,7 @@ def test_where_a_zygote_cannot_live_they_come_by_exec(line: Callable[..., Line])
 
 
 def test_who_is_not_wanted_any_more_has_no_turn(line: Callable[..., Line]) -> None:
-    """Nothing is started for it; what is born with it comes alone."""
+    """A queued process that is no longer wanted is not started; the other one of the same request is started alone."""
     it = line()
     it.births.prepare()
     worker, opener = it.start("wo")
@@ -229,7 +234,9 @@ def test_who_is_not_wanted_any_more_has_no_turn(line: Callable[..., Line]) -> No
 
 
 def test_what_cannot_be_started_is_said_to_who_asks(line: Callable[..., Line]) -> None:
-    """Who had to wait is told by the end of its process; nothing of what is born with it is left."""
+    """If a process cannot be started, the caller gets the error; if it was queued, its end gives the reason. Nothing is
+    left of the other processes of the request.
+    """
     it = line(())
     with pytest.raises(KernelError, match="No such file"):
         it.start("wo", ("/nonexistent/worker",))
@@ -246,7 +253,7 @@ def test_what_cannot_be_started_is_said_to_who_asks(line: Callable[..., Line]) -
 
 
 def test_another_program_s_zygote_is_waited_for(line: Callable[..., Line], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever is in the line when the program has changed is of the new one."""
+    """After the program has changed, all queued processes are forked by a zygote of the new program."""
     it = line()
     it.prepare()
     first = it.zygote
@@ -262,7 +269,7 @@ def test_another_program_s_zygote_is_waited_for(line: Callable[..., Line], monke
 
 
 def test_the_service_s_end_is_the_line_s(line: Callable[..., Line]) -> None:
-    """Nobody in it is born any more."""
+    """When the service ends, queued processes are not started any more."""
     it = line(NEVER_READY)
     it.births.prepare()
     [worker] = it.start()

@@ -1,4 +1,4 @@
-"""Watches that bring too many events, on a real store in a loop whose time stands still."""
+"""Watches that bring too many events, on a real store in a loop whose clock stands still."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class Braked:
         self.look()
 
     def write(self, path: str, times: int) -> None:
-        """Write a node so often."""
+        """Write a node so many times."""
         for number in range(times):
             self.others.write(path, str(number))
 
     def look(self, seconds: float = 0.0) -> list[tuple[str, str]]:
-        """Return what comes of events after so much time."""
+        """Return the events that are let through after so much time."""
         self.clock.time += seconds
         settle(self.loop)
         self.store.own_domid()  # its answer comes after the events of what was answered before
@@ -47,12 +47,12 @@ class Braked:
         return found
 
     def flood(self, path: str = "/guest/state") -> None:
-        """Write more often than is let through, and look."""
+        """Write more often than the brake lets through, and look."""
         self.write(path, BURST)
         self.look()
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Close everything."""
         self.brake.close()
         self.store.close()
         self.others.close()
@@ -68,8 +68,8 @@ def braked(xenstored: Xenstored) -> Iterator[Braked]:
 
 
 def test_a_flood_costs_nothing_for_a_while_and_its_end_is_seen(braked: Braked) -> None:
-    """R11: a watch that brings too many events is taken back: none comes. When it is set again it fires, so that what
-    happened meanwhile is seen, and all is as it was.
+    """R11: a watch that brings too many events is removed for a while, and brings none. It fires when it is set again,
+    so that what happened meanwhile is seen.
     """
     braked.flood()
     braked.write("/guest/state/below", 1000)
@@ -82,8 +82,8 @@ def test_a_flood_costs_nothing_for_a_while_and_its_end_is_seen(braked: Braked) -
 
 
 def test_many_are_asked_for_at_once(braked: Braked, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A store that is flooded takes its time for each answer: sixteen watches are taken back, or set again, before the
-    first answer is waited for.
+    """Because a flooded xenstored answers slowly, requests to remove or set sixteen watches are sent before the first
+    answer is awaited.
     """
     for number in range(64):
         braked.store.watch(f"/many/{number}", str(number))
@@ -108,7 +108,9 @@ def test_many_are_asked_for_at_once(braked: Braked, monkeypatch: pytest.MonkeyPa
 
 
 def test_nobody_else_notices(braked: Braked) -> None:
-    """Events of others come on, those of a watch that no guest can make fire however many there are."""
+    """Events of other watches still arrive; watches that no guest can make fire are never braked, however many events
+    they bring.
+    """
     braked.flood()
     braked.flood("/free/a")
     braked.write("/other/state", 1)
@@ -118,7 +120,9 @@ def test_nobody_else_notices(braked: Braked) -> None:
 
 
 def test_a_frontend_that_comes_and_goes_is_not_braked(braked: Braked) -> None:
-    """Ten lives at once, and one each two seconds, are seen at each of their events."""
+    """A frontend may live and end ten times at once, and once every two seconds after that, and each of its events is
+    seen.
+    """
     for _ in range(10 * LIFE):
         braked.write("/guest/state", 1)
         assert [("/guest/state", "guest")] == braked.look()
@@ -129,7 +133,9 @@ def test_a_frontend_that_comes_and_goes_is_not_braked(braked: Braked) -> None:
 
 
 def test_who_does_not_stop_is_looked_at_less_and_less(braked: Braked) -> None:
-    """The pauses grow up to a limit, and one who was calm for long begins with the shortest again."""
+    """If a watch goes on to bring too many events, the pauses grow up to a limit. After a long calm they begin again
+    with the shortest.
+    """
     lengths = []
     for _ in range(6):
         braked.flood()
@@ -145,7 +151,9 @@ def test_who_does_not_stop_is_looked_at_less_and_less(braked: Braked) -> None:
 
 
 def test_that_a_watch_is_braked_is_told_once_until_it_is_calm_again(braked: Braked) -> None:
-    """Whoever asks hears for how long it is taken back each time, between the times too; others are not named."""
+    """That a watch is braked is reported once, until it is calm again. `pause_s` returns its latest pause, also between
+    pauses, and 0 for other watches.
+    """
     found = [braked.brake.pause_s("guest")]
     for _ in range(6):
         braked.flood()
@@ -164,7 +172,7 @@ def test_that_a_watch_is_braked_is_told_once_until_it_is_calm_again(braked: Brak
 
 
 def test_another_vbd_of_that_name_begins_anew(braked: Braked) -> None:
-    """What a former guest has done is not counted against it."""
+    """Events that a former vbd of the same name caused are not counted against the new one."""
     braked.write("/guest/state", BURST - 2)  # it fired when it was set, too
     braked.look()
     braked.brake.forget("guest")
@@ -176,7 +184,9 @@ def test_another_vbd_of_that_name_begins_anew(braked: Braked) -> None:
 
 
 def test_a_watch_is_set_again_though_xenstore_was_away(braked: Braked, xenstored: Xenstored) -> None:
-    """What is due while there is no connection is set when there is one again; what is not due yet, when it is."""
+    """A watch that falls due while there is no connection is set again on reconnection; one that is not due yet is set
+    when it is due.
+    """
     braked.flood()
     braked.flood("/other/state")
     xenstored.stop()
@@ -194,7 +204,7 @@ def test_a_watch_is_set_again_though_xenstore_was_away(braked: Braked, xenstored
 
 @pytest.mark.rows("R12", "C1")
 def test_calm_watches_are_forgotten(braked: Braked, monkeypatch: pytest.MonkeyPatch) -> None:
-    """R12: what is remembered does not grow with all the guests that there ever were."""
+    """R12: the memory that the brake needs does not grow with the number of guests that there have been."""
     monkeypatch.setattr(module, "_MOST", 10)
     braked.brake._most = 10
     for number in range(100):

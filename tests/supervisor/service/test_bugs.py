@@ -1,4 +1,4 @@
-"""What becomes of exceptions that nobody expects."""
+"""Tests of `xenbackend.supervisor.service.bugs`: exceptions that nobody expects."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ def _fail(kind: type[Exception]) -> Exception:
 
 
 def test_each_is_told_once(lines: io.StringIO) -> None:
-    """The first of a kind and place is logged with its traceback and with whom it was about; all are counted."""
+    """The first exception of a kind from a place is logged with its traceback and with the vbd that it concerned; all
+    are counted.
+    """
     bugs = Bugs()
     for kind in (ValueError, KeyError, ValueError, ValueError):
         bugs.note(_fail(kind))
@@ -29,7 +31,7 @@ def test_each_is_told_once(lines: io.StringIO) -> None:
 
 
 def test_what_is_told_is_bounded(lines: io.StringIO) -> None:
-    """However many places there seem to be."""
+    """The number of exceptions that are logged is bounded, however many different ones there are."""
     bugs = Bugs()
     for number in range(5000):
         bugs.note(RuntimeError(str(number)))

@@ -1,4 +1,4 @@
-"""Worker processes: what the supervisor hears of them, and that nothing of them is left."""
+"""Worker processes: what the supervisor hears from them, and that nothing of them is left."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("descriptors")]  # every
 
 
 class Heard:
-    """A worker and all that it said."""
+    """A worker and all that it has said."""
 
     def __init__(self, command: tuple[str, ...], zygote: tuple[str, ...] = ()) -> None:
         self.ahead_s = 0.0  # of the time that there is
@@ -95,7 +95,7 @@ class Heard:
 
 @pytest.fixture
 def hear(descriptors: None) -> Iterator[Callable[..., Heard]]:
-    """Start a worker and listen to it."""
+    """Keep a message with its descriptors."""
     made: list[Heard] = []
 
     def start(*arguments: Any) -> Heard:
@@ -114,7 +114,9 @@ def _python(tmp_path: Path, text: str) -> tuple[str, ...]:
 
 
 def test_a_life_in_order(hear: Callable[..., Heard]) -> None:
-    """A worker that is opened and closed says so, it gets the descriptors of a message, and nothing is left of it."""
+    """A worker reports that it has opened its chain, receives the descriptors of a message, and ends when it is told to
+    close; nothing of it is left.
+    """
     heard = hear(FAKE_WORKER)
     page = os.memfd_create("journal")
     os.ftruncate(page, journal.SIZE)
@@ -163,8 +165,8 @@ LOG = codec.encode(messages.Log("info", "bye"))
     ],
 )
 def test_every_end_has_a_sentence(hear: Callable[..., Heard], tmp_path: Path, text: str, sentence: str) -> None:
-    """However a worker ends, the supervisor hears once, with the reason; what breaks the protocol ends it, and nothing
-    of that is handed on or left open.
+    """However a worker ends, the supervisor is told once, with the reason. A message that breaks the protocol ends the
+    worker; it is not handed on, and its descriptors are closed.
     """
     heard = hear(_python(tmp_path, text))
 
@@ -174,7 +176,9 @@ def test_every_end_has_a_sentence(hear: Callable[..., Heard], tmp_path: Path, te
 
 
 def test_nothing_is_heard_after_a_breach(hear: Callable[..., Heard], tmp_path: Path, lines: io.StringIO) -> None:
-    """A worker that has been found out counts once, whatever else it says; what it is logged as is its vbd's."""
+    """A worker that has broken the protocol is counted as one breach, whatever else it sends. The fleet logs nothing
+    about it; that is left to its vbd.
+    """
     text = f"for _ in range(100): channel.send({LOG!r})\nchannel.send(b'x')\n"
     heard = hear(_python(tmp_path, text + f"while True: channel.send({LOG!r}); channel.send(b'x')"))
     heard.until_end()
@@ -186,7 +190,9 @@ def test_nothing_is_heard_after_a_breach(hear: Callable[..., Heard], tmp_path: P
 
 @pytest.mark.parametrize("how", ["close()", "shutdown(socket.SHUT_RDWR)"])
 def test_a_worker_that_hangs_up_and_stays_is_killed(hear: Callable[..., Heard], tmp_path: Path, how: str) -> None:
-    """It could serve for ever, and not be told anything: it gets the time that one takes to end, and no more."""
+    """A worker that closes its socket gets the time that a worker needs to end, and is killed after that: it could
+    serve for ever, and nobody could tell it anything.
+    """
     heard = hear(_python(tmp_path, f"channel.{how}\nimport time; time.sleep(1000)"))
     heard.until(lambda: not heard.worker._is_heard)
     assert [] == heard.ends
@@ -197,7 +203,9 @@ def test_a_worker_that_hangs_up_and_stays_is_killed(hear: Callable[..., Heard], 
 
 
 def test_a_bug_over_a_message_concerns_no_other(hear: Callable[..., Heard], tmp_path: Path) -> None:
-    """It is told, the descriptors beside the message are closed, and the messages after it are heard."""
+    """If the handling of a message raises an exception, that is reported, its descriptors are closed, and later
+    messages are still handled.
+    """
     heard = hear(_python(tmp_path, f"for _ in range(3): socket.send_fds(channel, [{KEEP!r}], [0])\nchannel.recv(1)"))
 
     def fail(message: messages.FromWorker, fds: list[int]) -> None:
@@ -214,7 +222,7 @@ def test_a_bug_over_a_message_concerns_no_other(hear: Callable[..., Heard], tmp_
 
 
 def test_last_words_are_heard(hear: Callable[..., Heard], tmp_path: Path) -> None:
-    """All that a worker said before it died is taken before its end is told."""
+    """All messages that a worker sent before it died are handled before its end is reported."""
     heard = hear(_python(tmp_path, f"for _ in range(200): channel.send({LOG!r})\nos._exit(1)"))
     os.waitid(os.P_PID, heard.worker.pid, os.WEXITED | os.WNOWAIT)  # messages and end are all there to be seen
     heard.worker._reap()
@@ -224,7 +232,7 @@ def test_last_words_are_heard(hear: Callable[..., Heard], tmp_path: Path) -> Non
 
 
 def test_a_bug_over_last_words_does_not_hide_the_end(hear: Callable[..., Heard], tmp_path: Path) -> None:
-    """The vbd hears that its worker has ended, whatever its last message led to."""
+    """The end of a worker is reported even if the handling of its last messages raises exceptions."""
     heard = hear(_python(tmp_path, f"channel.send({LOG!r})\nchannel.send({LOG!r})"))
 
     def fail(message: messages.FromWorker, fds: list[int]) -> None:
@@ -238,7 +246,7 @@ def test_a_bug_over_last_words_does_not_hide_the_end(hear: Callable[..., Heard],
 
 
 def test_a_worker_that_does_not_read_is_killed(hear: Callable[..., Heard], tmp_path: Path) -> None:
-    """Messages to a worker never make the supervisor wait: when its socket is full it is killed."""
+    """The supervisor never waits for a worker to read: a worker whose socket is full is killed."""
     heard = hear(_python(tmp_path, "import signal; signal.pause()"))
     for number in range(1000):
         heard.worker.send(messages.Ask(number, messages.Command("log", "get", ["x" * 1000])))
@@ -247,8 +255,8 @@ def test_a_worker_that_does_not_read_is_killed(hear: Callable[..., Heard], tmp_p
 
 
 def test_a_message_that_cannot_be_sent_is_told(hear: Callable[..., Heard], tmp_path: Path) -> None:
-    """What the host does not take, as it is longer than a socket's buffer, is not lost without a word. A worker that
-    has ended is another matter: its end is told.
+    """A message that the host does not take, because it is longer than a socket's buffer, raises an error. A message to
+    a worker that has ended does not: its end is reported.
     """
     heard = hear(_python(tmp_path, "channel.recv(1)"))
     longest = messages.Ask(1, messages.Command("log", "get", ["x" * (1 << 23)]))
@@ -262,7 +270,7 @@ def test_a_message_that_cannot_be_sent_is_told(hear: Callable[..., Heard], tmp_p
 
 
 def test_a_memory_comes_with_its_message(hear: Callable[..., Heard], tmp_path: Path) -> None:
-    """A descriptor is handed on beside its message, and no program of ours inherits it; what nobody keeps is closed."""
+    """A descriptor is handed on with its message, and no child program inherits it; one that nobody keeps is closed."""
     heard = hear(_python(tmp_path, f"for _ in range(3): socket.send_fds(channel, [{KEEP!r}], [0])"))
     heard.on_message = lambda message, fds: heard.hear(message, [] if heard.messages else fds)
     heard.until_end()
@@ -274,7 +282,9 @@ def test_a_memory_comes_with_its_message(hear: Callable[..., Heard], tmp_path: P
 def test_a_memory_that_finds_no_room_is_not_the_workers_fault(
     hear: Callable[..., Heard], tmp_path: Path, lines: io.StringIO
 ) -> None:
-    """Where the service may not open another file the memory is done without, and that is said once."""
+    """If the service cannot open more files, a message that comes with a memory is dropped; that is logged once, and is
+    no breach.
+    """
     text = f"for _ in range(3): socket.send_fds(channel, [{KEEP!r}], [0])\nchannel.send({LOG!r})\nchannel.recv(1)"
     heard = hear(_python(tmp_path, text))
     taken: list[int] = []
@@ -297,7 +307,7 @@ def test_a_memory_that_finds_no_room_is_not_the_workers_fault(
 
 
 def test_a_worker_that_is_left_goes_on_for_whoever_adopts_it(hear: Callable[..., Heard]) -> None:
-    """Who has its two descriptors can talk to a worker that somebody else started, and hears how it ends."""
+    """Whoever adopts a worker by its two descriptors can talk to it, and is told how it ends."""
     heard = hear(FAKE_WORKER)
     near, pidfd = (os.dup(fd) for fd in heard.worker.descriptors)
     pid = heard.worker.pid
@@ -319,8 +329,9 @@ def test_a_worker_that_is_left_goes_on_for_whoever_adopts_it(hear: Callable[...,
 def test_workers_come_from_a_zygote_where_there_is_one(
     hear: Callable[..., Heard], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that died is replaced after a while, so that one that cannot live keeps no host busy; they come by exec by
-    then. One of another program is replaced at once; in the end it is sent away, and its workers go on.
+    """Workers are forked by the zygote. One that died is replaced after a while only, so that a zygote that cannot live
+    does not keep the host busy; one of another program is replaced at once. When the fleet closes, its zygote ends, and
+    the workers go on.
     """
     program = tmp_path / "program"
     program.mkdir()
@@ -375,7 +386,7 @@ def test_workers_come_from_a_zygote_where_there_is_one(
 def test_a_zygote_that_cannot_be_started_is_told_once(
     hear: Callable[..., Heard], monkeypatch: pytest.MonkeyPatch, lines: io.StringIO
 ) -> None:
-    """It is tried again, and workers are started by exec."""
+    """If no zygote can be started, that is logged once, it is tried again, and workers are started by exec."""
     heard = hear(FAKE_WORKER, ("/nonexistent/zygote",))
     for _ in range(3):
         heard.fleet.prepare()
@@ -395,7 +406,9 @@ def _children() -> list[int]:
 
 
 def test_walls_that_are_missing_are_said_once(hear: Callable[..., Heard], capsys: pytest.CaptureFixture[str]) -> None:
-    """One warning for all workers; another one only where something else is missing. A worker's own are shown."""
+    """Missing walls are logged once for all workers, and again only if other walls are missing. Each worker's own are
+    shown.
+    """
     heard = hear(FAKE_WORKER)
 
     def stand(**walls: Any) -> None:
@@ -418,7 +431,7 @@ def test_walls_that_are_missing_are_said_once(hear: Callable[..., Heard], capsys
 
 
 def test_a_worker_by_exec_is_told_of_third_parties(hear: Callable[..., Heard], tmp_path: Path) -> None:
-    """Where there is no zygote, the words of their drivers are on its command line."""
+    """A worker that is started by exec finds the names of third parties' drivers on its command line."""
     heard = hear(_python(tmp_path, "channel.recv(1)"))
     heard.kill()
     heard.fleet._command = (

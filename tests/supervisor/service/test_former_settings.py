@@ -35,7 +35,9 @@ def _keep(first: Keeper, name: str, content: bytes = b"") -> None:
 
 
 def _choose(kept: Kept, read: Callable[[], Settings]) -> tuple[Settings, str, list[str]]:
-    """Return what the next service chooses, and what of the inheritance it leaves to others."""
+    """Return the settings that the next service chooses, the mistake that it reports, and what is left of its
+    inheritance.
+    """
     keeper = kept.keeper()
     try:
         return *former_settings.choose(read, keeper), [*keeper.inherited]
@@ -49,7 +51,9 @@ def _broken() -> Settings:
 
 
 def test_a_mistake_harms_no_disk(kept: Kept, first: Keeper) -> None:
-    """Where disks are in service the former settings hold, all of them, and what is wrong is told."""
+    """If the settings are wrong while disks are in service, all settings of the former service stay in force, and the
+    mistake is reported.
+    """
     former_settings.leave(BEFORE, first)
     _keep(first, "vbd-0-5-51712.worker")
 
@@ -57,7 +61,7 @@ def test_a_mistake_harms_no_disk(kept: Kept, first: Keeper) -> None:
 
 
 def test_the_last_ones_count(kept: Kept, first: Keeper) -> None:
-    """Every service leaves its own, and only one is kept."""
+    """Each service leaves its settings to the next one, and only the latest are kept."""
     former_settings.leave(Settings(), first)
     former_settings.leave(BEFORE, first)
     _keep(first, "vbd-0-5-51712.journal")
@@ -66,7 +70,9 @@ def test_the_last_ones_count(kept: Kept, first: Keeper) -> None:
 
 
 def test_one_is_let_go_before_the_next_is_kept(tmp_path: Path) -> None:
-    """Of two descriptors with one name systemd would keep both, and every service would leave one more."""
+    """The former descriptor is removed before a new one of the same name is kept: systemd would keep both, and each
+    service would leave one more.
+    """
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.settimeout(5)
         systemd.bind(str(tmp_path / "notify"))
@@ -77,7 +83,7 @@ def test_one_is_let_go_before_the_next_is_kept(tmp_path: Path) -> None:
 
 
 def test_ours_are_gone_by_where_they_can_be(kept: Kept, first: Keeper) -> None:
-    """Settings that are right hold, whatever was before."""
+    """Settings that are right take effect, whatever the former service had."""
     former_settings.leave(BEFORE, first)
     _keep(first, "vbd-0-5-51712.worker")
 
@@ -85,7 +91,7 @@ def test_ours_are_gone_by_where_they_can_be(kept: Kept, first: Keeper) -> None:
 
 
 def test_another_version_s_settings_count_as_far_as_they_are_known(kept: Kept, first: Keeper) -> None:
-    """A program that knows fewer settings, or more, can still go by those that both have."""
+    """Of the settings of a service of another version, those that both versions know take effect."""
     _keep(first, "vbd-0-5-51712.worker")
     _keep(first, "settings", b'{"serve": "all", "later": 1, "limits": {"max_queues": 3, "later": 1}}')
 
@@ -93,7 +99,7 @@ def test_another_version_s_settings_count_as_far_as_they_are_known(kept: Kept, f
 
 
 def test_without_a_disk_a_mistake_is_said(kept: Kept, first: Keeper) -> None:
-    """Nothing is lost where nothing is served: the operator hears it at once."""
+    """If no disk is in service, a mistake in the settings is an error at once, as nothing can be lost."""
     former_settings.leave(BEFORE, first)
     _keep(first, "control")
     with pytest.raises(ConfigError, match="frob"):
@@ -108,7 +114,7 @@ def test_without_a_disk_a_mistake_is_said(kept: Kept, first: Keeper) -> None:
     ],
 )  # fmt: skip
 def test_what_another_program_left_does_not_count(kept: Kept, first: Keeper, content: bytes | None) -> None:
-    """What is no settings of ours is as good as none: the mistake is said."""
+    """Whatever is kept under that name and holds no settings counts as none, so that a mistake is an error."""
     _keep(first, "vbd-0-5-51712.worker")
     if content is not None:
         _keep(first, "settings", content)

@@ -1,4 +1,4 @@
-"""What guests are called, on the simulated xenstore and on one that says nothing."""
+"""The names of guests, from a simulated xenstored and from one that does not answer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from xenbackend.supervisor.xenstore.store import Store
 
 @pytest.fixture
 def xenstored(tmp_path: Path) -> Iterator[Xenstored]:
-    """One with 200 guests."""
+    """A xenstored with 200 guests."""
     with Xenstored(tmp_path / "store") as started, Store(started.address) as store:
         for domid in range(1, 201):
             store.write(f"/local/domain/{domid}/name", f"guest-{domid}")
@@ -28,7 +28,9 @@ def xenstored(tmp_path: Path) -> Iterator[Xenstored]:
 
 
 def test_all_that_there_are_have_their_names(xenstored: Xenstored) -> None:
-    """However many; a domain without a name has none, and a new xenstored is found."""
+    """All names are found, however many there are; a domain without a name has none. After `close` the next question
+    connects again.
+    """
     guests = Guests(xenstored.address, time.monotonic)
 
     assert {domid: f"guest-{domid}" for domid in range(1, 201)} == guests.names_of(range(1, 300))
@@ -39,7 +41,9 @@ def test_all_that_there_are_have_their_names(xenstored: Xenstored) -> None:
 
 
 def test_a_xenstored_that_says_nothing_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody has a name then, at once, and for a while it is not even asked; whoever needs a name is told why not."""
+    """If xenstored does not answer, no guest has a name, and for a while xenstored is not asked again. An order that
+    needs a name gets an error.
+    """
     monkeypatch.setattr(guests_module, "ANSWER_S", 0.2)
     now = [0.0]
     with socket.socket(socket.AF_UNIX) as silent:
@@ -66,7 +70,7 @@ def test_a_xenstored_that_says_nothing_is_not_waited_for(tmp_path: Path, monkeyp
 
 
 def test_no_connection_is_kept(xenstored: Xenstored) -> None:
-    """A service that was asked for its disks has no descriptor more than before."""
+    """No connection stays open after names were asked for."""
     before = len(open_descriptors())
     guests = Guests(xenstored.address, time.monotonic)
     guests.names_of([5])
@@ -75,7 +79,7 @@ def test_no_connection_is_kept(xenstored: Xenstored) -> None:
 
 
 def test_one_that_says_no_is_asked_again(xenstored: Xenstored) -> None:
-    """A driver domain may not read names, which is no reason to rest."""
+    """If a driver domain may not read a name, that guest has none, and xenstored is asked again the next time."""
     with Store(xenstored.address) as store:
         store.set_permissions("/local/domain/5/name", ["n0"])
     guests = Guests(xenstored.add_domain_socket(7), time.monotonic)
@@ -89,7 +93,7 @@ def test_one_that_says_no_is_asked_again(xenstored: Xenstored) -> None:
 
 
 def test_a_name_that_may_not_be_read_is_no_other_ones_loss(xenstored: Xenstored) -> None:
-    """A driver domain may read the names of some guests: it gets all of those, wherever the others are among them."""
+    """A driver domain that may read the names of some guests gets all of those, wherever the others are among them."""
     with Store(xenstored.address) as store:
         for domid in range(1, 201):
             store.set_permissions(f"/local/domain/{domid}/name", ["n0", *["r7"] * (domid % 5 != 0)])
@@ -99,7 +103,7 @@ def test_a_name_that_may_not_be_read_is_no_other_ones_loss(xenstored: Xenstored)
 
 
 def test_a_xenstored_that_was_started_anew_is_asked_at_once(tmp_path: Path) -> None:
-    """That the former one has ended is no reason to rest."""
+    """A xenstored that has been restarted is asked at once."""
     guests = Guests(str(tmp_path / "store"), time.monotonic)
     found = []
     for name in ("mail", "news"):
@@ -114,7 +118,9 @@ def test_a_xenstored_that_was_started_anew_is_asked_at_once(tmp_path: Path) -> N
 def test_a_slow_xenstored_is_asked_no_longer_than_for_one_round_beyond_the_limit(
     xenstored: Xenstored, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What it has said by then is told; each round may take as long as the limit, so a round is small."""
+    """Once the time limit has passed, no further round of questions begins, and the names that have arrived are
+    returned. A round is small, because it may itself take as long as the limit.
+    """
     now = [0.0]
     send = Store._send
 
@@ -134,7 +140,9 @@ def test_a_slow_xenstored_is_asked_no_longer_than_for_one_round_beyond_the_limit
 def test_whose_name_it_is_is_looked_for_no_longer_than_a_while(
     xenstored: Xenstored, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With hundreds of guests a slow xenstored would keep the service busy for minutes: the order is refused."""
+    """The search for the guest with a given name is limited in time, and then the order is refused: with hundreds of
+    guests a slow xenstored would keep the service busy for minutes.
+    """
     now = [0.0]
     send = Store._send
 
@@ -155,7 +163,9 @@ def test_whose_name_it_is_is_looked_for_no_longer_than_a_while(
 
 
 def test_where_no_xenstored_can_be_reached_it_is_not_tried_for_a_while(tmp_path: Path) -> None:
-    """Each try may take its time; then it is, and a connection that was lost in between is no hindrance."""
+    """If no xenstored can be reached, the next try comes after a while, since each may take long. A connection that is
+    lost after a success does no harm.
+    """
     now = [0.0]
     guests = Guests(str(tmp_path / "store"), lambda: now[0])
     found = [guests.names_of([5])]
@@ -178,7 +188,7 @@ def test_where_no_xenstored_can_be_reached_it_is_not_tried_for_a_while(tmp_path:
 
 
 def test_many_are_asked_for_at_once(xenstored: Xenstored, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The way to xenstored and back takes most of the time: it is gone for sixteen names once."""
+    """Sixteen names are asked for in one round trip, which takes most of the time."""
     sent: list[int] = []
     waits: list[int] = []
     send, take = Store._send, Store._take_reply

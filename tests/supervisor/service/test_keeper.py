@@ -16,7 +16,7 @@ from xenbackend.supervisor.service.keeper import FIRST, Keeper, forget_inheritan
 
 
 def test_what_is_kept_is_the_same_open_file(kept: Kept) -> None:
-    """A descriptor is kept under its name until that is forgotten; a later one of that name takes its place."""
+    """A descriptor is kept under its name until it is forgotten; a later one of the same name replaces it."""
     keeper = kept.keeper()
     first, second = os.memfd_create("first"), os.memfd_create("second")
     keeper.keep("a", first)
@@ -37,7 +37,7 @@ def test_what_is_kept_is_the_same_open_file(kept: Kept) -> None:
     "environment", [{}, {"NOTIFY_SOCKET": "/nowhere"}, {"FDSTORE": "64"}, {"NOTIFY_SOCKET": "/nowhere", "FDSTORE": "0"}]
 )
 def test_without_a_keeper_nothing_is_kept(environment: dict[str, str]) -> None:
-    """A service that nobody keeps anything for does not fail for that, and takes nothing for inherited."""
+    """A service without a keeper does not fail when it keeps something, and takes nothing for inherited."""
     keeper = Keeper({**environment, "LISTEN_FDS": "1", "LISTEN_FDNAMES": "a"})
     keeper.keep("a", 0)
     keeper.forget("a")
@@ -46,7 +46,7 @@ def test_without_a_keeper_nothing_is_kept(environment: dict[str, str]) -> None:
 
 
 def test_a_keeper_that_has_gone_is_an_error(kept: Kept) -> None:
-    """Whoever relies on it hears that; the sentence says what was not done."""
+    """If the keeper has gone, to keep a descriptor is an error, which says what was not done."""
     keeper = kept.keeper()
     kept.close()
 
@@ -55,8 +55,8 @@ def test_a_keeper_that_has_gone_is_an_error(kept: Kept) -> None:
 
 
 def test_what_there_is_no_room_for_is_an_error(kept: Kept) -> None:
-    """A keeper that is full drops a descriptor without a word; whoever relies on it hears that. What is there already,
-    be it of the service before, counts, and what is forgotten makes room.
+    """A full keeper would drop a descriptor in silence, so one too many is an error. What the keeper already has, even
+    from the former service, counts; what is forgotten makes room.
     """
     kept.keeper(room=3).keep("a", 0)
     keeper = kept.keeper(room=3)
@@ -73,8 +73,8 @@ def test_what_there_is_no_room_for_is_an_error(kept: Kept) -> None:
 
 @pytest.mark.slow
 def test_a_service_inherits_under_names() -> None:
-    """Descriptors from number 3 on have the names that the environment gives, are ours, and go to no process of ours;
-    of two with one name only one is left open. Another process's inheritance is not taken for ours.
+    """Descriptors from number 3 on have the names that the environment gives, and no child program inherits them; of
+    two with the same name only one stays open. The inheritance of another process is ignored.
     """
     program = """
 import os, subprocess, sys
@@ -119,7 +119,7 @@ def _moved_away(fds: list[int]) -> list[int]:
 
 
 def test_a_keeper_costs_no_descriptor(kept: Kept) -> None:
-    """However much is kept and forgotten, nothing of it stays open here."""
+    """Keeping and forgetting leave no descriptor open in the service."""
     keeper = kept.keeper()
     before = len(open_descriptors())
     for number in range(20):
@@ -131,7 +131,7 @@ def test_a_keeper_costs_no_descriptor(kept: Kept) -> None:
 
 
 def test_forgetting_takes_the_variables_out() -> None:
-    """Nothing else of the environment is touched."""
+    """`forget_inheritance` removes its variables from the environment, and touches no others."""
     environment = {"LISTEN_FDS": "1", "LISTEN_FDNAMES": "a", "LISTEN_PID": "1", "NOTIFY_SOCKET": "/x"}
     forget_inheritance(environment)
 

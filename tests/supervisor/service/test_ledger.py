@@ -1,4 +1,4 @@
-"""The last thousand orders: what is remembered, over the end of a service too, and what stands in the log."""
+"""The last thousand orders: what is remembered, also beyond the end of a service, and what is logged."""
 
 from __future__ import annotations
 
@@ -22,14 +22,16 @@ WHO = {"uid": 0, "pid": 12, "command": "xenbackend"}
 
 @pytest.fixture
 def kept(tmp_path: Path) -> Iterator[Kept]:
-    """Whoever keeps descriptors for the next service."""
+    """A keeper of descriptors for the next service."""
     keeper = Kept(tmp_path)
     yield keeper
     keeper.close()
 
 
 def test_an_order_is_under_way_until_it_ends() -> None:
-    """From its first moment it is known who ordered what; then also how it ended, when, and to what it led."""
+    """The ledger knows from the beginning of an order who gave it, and at its end also how and when it ended, and what
+    it led to.
+    """
     now = [100.0]
     ledger = Ledger(Keeper({}), lambda: now[0])
     number = ledger.open("snapshot", "5/xvda", WHO, {"from": "aio:/a", "token": "5f"})
@@ -46,7 +48,7 @@ def test_an_order_is_under_way_until_it_ends() -> None:
 
 
 def test_an_order_ends_once() -> None:
-    """A second end, or that of an order that is not known, changes nothing."""
+    """To end an order a second time, or one that is not known, changes nothing."""
     ledger = Ledger(Keeper({}))
     number = ledger.open("pause", "5/xvda", WHO, {})
     ledger.close(number, Answer(Code.FAILED, sentence="no"))
@@ -60,7 +62,7 @@ def test_an_order_ends_once() -> None:
 
 
 def test_the_last_thousand_are_known() -> None:
-    """Older ones are forgotten, one by one; the rest is in order."""
+    """The last thousand orders are known, in order; older ones are forgotten one by one."""
     ledger = Ledger(Keeper({}))
     for _ in range(ORDERS + 7):
         ledger.close(ledger.open("pause", "5/xvda", WHO, {}), Answer(Code.OK))
@@ -71,7 +73,9 @@ def test_the_last_thousand_are_known() -> None:
 
 
 def test_orders_outlive_the_service(kept: Kept) -> None:
-    """The next service knows them, ends what was under way, and counts on; so does the one after it."""
+    """The next service knows the orders, can end those under way, and continues their numbers; so does the one after
+    it.
+    """
     first = Ledger(kept.keeper())
     done, open_one = (first.open(verb, "5/xvda", WHO, {}) for verb in ("pause", "set"))
     first.close(done, Answer(Code.OK))
@@ -103,7 +107,9 @@ def test_a_stop_forgets_them(kept: Kept) -> None:
 
 
 def test_a_memory_that_is_none_of_ours_is_let_go(kept: Kept) -> None:
-    """What can be cut short, or has another size, is not mapped: it would kill the service."""
+    """A memory that could be cut short, or that has another size, is closed and not mapped: to touch it could kill the
+    service.
+    """
     fd = os.memfd_create("orders")
     keeper = kept.keeper()
     keeper.inherited[KEPT] = fd
@@ -117,7 +123,7 @@ def test_a_memory_that_is_none_of_ours_is_let_go(kept: Kept) -> None:
 
 @pytest.mark.parametrize("letter", ["x", "\udcff", "\x00", "ü"])
 def test_what_is_too_long_is_cut(letter: str) -> None:
-    """A chain, a sentence or a name of any length and content takes one record, and the rest can be read."""
+    """Chains, sentences and names of any length and content are cut to fit into one record, which can still be read."""
     ledger = Ledger(Keeper({}))
     number = ledger.open(
         "set", "5/xvda", {**WHO, "command": letter * 300}, {"from": letter * 3000, "to": letter * 5000}
@@ -135,7 +141,7 @@ class Killed(Exception):
 
 
 class Words:
-    """The words of the memory, for a service that is killed right before it stores one."""
+    """The words of a memory; a store to one of them stands for the service's death right before it."""
 
     def __init__(self, words: memoryview) -> None:
         self._words = words
@@ -148,7 +154,9 @@ class Words:
 
 
 def test_a_kill_while_it_is_written_leaves_what_was(kept: Kept) -> None:
-    """All of a record is written before the one store that makes it valid; until then the former one is found."""
+    """A record is written in full before the one store that makes it valid. A service killed before that store leaves
+    the former record.
+    """
     ledger = Ledger(kept.keeper())
     ledger.close(ledger.open("set", "5/xvda", WHO, {"to": "a" * 400}), Answer(Code.FAILED, sentence="no"))
     number = ledger.open("set", "5/xvda", WHO, {"to": "b" * 400})
@@ -167,7 +175,9 @@ def test_a_kill_while_it_is_written_leaves_what_was(kept: Kept) -> None:
 
 
 def test_each_order_is_one_line_of_the_log() -> None:
-    """When it ends: who, which disk, from what to what, how it ended, after how long; and nothing before."""
+    """An order is logged in one line when it ends: who gave it, the disk, the chain before and after, how it ended, and
+    how long it took.
+    """
     stream, now = io.StringIO(), [100.0]
     log.configure("json", "info", stream)
     try:

@@ -1,4 +1,4 @@
-"""The control socket's place, as services that come and go find it."""
+"""The place of the control socket, as successive services find it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from xenbackend.supervisor.service.server import Server
 
 
 def test_only_one_service_listens(tmp_path: Path) -> None:
-    """A second service is refused while the first lives, and a socket left behind by a dead one is replaced."""
+    """A second service does not start while the first one listens; the socket that a dead service left is replaced."""
     place = tmp_path / "x"
     with listen(place), pytest.raises(ConfigError, match="listens there already"):
         listen(place)
@@ -28,7 +28,9 @@ def test_only_one_service_listens(tmp_path: Path) -> None:
 
 
 def test_of_two_that_start_at_once_one_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the second one looks for a listener when the first one has a socket there that does not listen yet."""
+    """If two services start at once, one of them listens, even if the second looks when the first has bound its socket
+    and does not listen yet.
+    """
     place, really_listen = tmp_path / "x", socket.socket.listen
     with ThreadPoolExecutor() as threads, ExitStack() as held:
         second: list[Future[socket.socket]] = []
@@ -48,7 +50,7 @@ def test_of_two_that_start_at_once_one_listens(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_service_that_ends_takes_no_path_from_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It listens until it has removed its socket: one that another service has put there meanwhile is left alone."""
+    """A service that ends listens until it has removed its socket, and so never removes the next service's."""
     place, really_unlink = tmp_path / "x", Path.unlink
     with closing(Reactor()) as reactor, ExitStack() as held:
         first = Server(str(place), reactor, lambda *_: None)
@@ -64,7 +66,7 @@ def test_a_service_that_ends_takes_no_path_from_the_next(tmp_path: Path, monkeyp
 
 
 def test_whoever_accepts_nobody_is_not_replaced(tmp_path: Path) -> None:
-    """A service that hangs still listens, however many wait for it; it is not waited for."""
+    """A service that hangs still listens, however many clients wait for it: another one is refused at once."""
     place = tmp_path / "x"
     with socket.socket(socket.AF_UNIX) as hanging, ExitStack() as clients:
         hanging.bind(str(place))
@@ -78,13 +80,13 @@ def test_whoever_accepts_nobody_is_not_replaced(tmp_path: Path) -> None:
 
 
 def test_missing_directory_is_named(tmp_path: Path) -> None:
-    """The operator is told which directory to make."""
+    """If the socket's directory is missing, the error names the directory to make."""
     with pytest.raises(ConfigError, match=r"make the directory .*/none"):
         listen(tmp_path / "none" / "x")
 
 
 def test_what_is_no_socket_is_left_alone(tmp_path: Path) -> None:
-    """A typing error must not cost a file: only a socket is replaced."""
+    """Only a socket is replaced: a file that was named by mistake is left alone."""
     file = tmp_path / "precious"
     file.write_text("x")
     with pytest.raises(ConfigError, match="it is not a socket"):
@@ -94,7 +96,9 @@ def test_what_is_no_socket_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_place_is_tried_and_left_as_it_was(tmp_path: Path) -> None:
-    """To ask whether a service could listen leaves no file; one that was left listening there already may."""
+    """The check whether a service could listen leaves no file behind. It accepts a place where the given inherited
+    socket listens already.
+    """
     place, other = tmp_path / "x", tmp_path / "y"
     check_place(str(place))
     assert [] == [*tmp_path.iterdir()]
@@ -107,7 +111,7 @@ def test_a_place_is_tried_and_left_as_it_was(tmp_path: Path) -> None:
 
 
 def test_our_own_directory_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the unit's runtime directory is missing, because nobody used the unit, it is made, for us alone."""
+    """If the unit's runtime directory is missing, the service makes it, for root alone."""
     own = tmp_path / "xenbackend"
     monkeypatch.setattr(listening, "OWN_DIRECTORY", own)
     with closing(Reactor()) as reactor:
@@ -117,7 +121,7 @@ def test_our_own_directory_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_socket_that_nobody_can_reach_is_not_taken_over(tmp_path: Path) -> None:
-    """Where the socket's file has gone, or another one is wanted, the service listens anew."""
+    """If the file of an inherited socket is gone, or the settings name another path, the service makes a new socket."""
     path = tmp_path / "x"
     for wanted in (path, tmp_path / "y"):
         with closing(Reactor()) as reactor:

@@ -1,4 +1,4 @@
-"""What names mean now, looked up by a process of its own."""
+"""Which file each name means now, looked up by a process of its own."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Asker:
         self.looks = Looks(self.fleet, self.loop)
 
     def look(self, *names: str) -> dict[str, Meaning]:
-        """Return what is known of names in time."""
+        """Return what is known about the names when the time is up."""
         found: list[Mapping[str, Meaning]] = []
 
         def then(meanings: Mapping[str, Meaning]) -> None:
@@ -45,7 +45,7 @@ class Asker:
 
 @pytest.fixture
 def asker() -> Iterator[Asker]:
-    """Return one."""
+    """An asker, closed after the test."""
     asker = Asker()
     yield asker
     asker.looks.close()
@@ -54,7 +54,9 @@ def asker() -> Iterator[Asker]:
 
 
 def test_each_name_has_a_meaning(asker: Asker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file has its identity; of what is none, or is not there, the errno says so. Many names are many messages."""
+    """The answer for a file is its identity; for anything else, or a missing file, it is an errno. More names than one
+    message holds are sent in several.
+    """
     monkeypatch.setattr(module, "LOOK_S", 60.0)  # however slow the host is
     files = [tmp_path / f"f{number}" for number in range(40)]
     for each in files:
@@ -72,8 +74,8 @@ def test_each_name_has_a_meaning(asker: Asker, tmp_path: Path, monkeypatch: pyte
 
 
 def test_what_hangs_hides_nothing_twice(asker: Asker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever asks has an answer in time, with what came before a name that hangs; the next look leaves that name out,
-    until the process that it hangs has gone.
+    """If a name hangs, the answer comes in time all the same, with the names before it. The next look skips that name,
+    until the process that hangs in it has ended.
     """
     monkeypatch.setattr(module, "LOOK_S", 2.0)  # for a program that is started by exec
     program = tmp_path / "hanging.py"

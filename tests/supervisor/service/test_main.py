@@ -46,7 +46,7 @@ _COMMAND = (sys.executable, "-c", "import sys; from xenbackend.cli.main import m
 
 
 class Systemd:
-    """The end of the notify socket that systemd has."""
+    """systemd's end of the notify socket."""
 
     def __init__(self, path: Path) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -56,7 +56,7 @@ class Systemd:
         self.heard: list[str] = []
 
     def hears(self, beginning: str) -> bool:
-        """Wait for one more state, and return whether one began so."""
+        """Wait for one more message, and return whether any so far began like this."""
         self.heard.append(self._socket.recv(1000).decode())
         return any(each.startswith(beginning) for each in self.heard)
 
@@ -66,7 +66,7 @@ class Systemd:
             self.heard.append(self._socket.recv(1000).decode())
 
     def listen_until(self, end: int) -> None:
-        """Hear whatever is said until a process has ended: one that finds nobody listening waits before it goes on."""
+        """Receive messages until a process has ended: a process that waits for us to receive could not end."""
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
         poll.register(end, select.POLLIN)
@@ -78,13 +78,13 @@ class Systemd:
         self._socket.close()
 
     def let_go(self) -> None:
-        """Stop listening, and let what was to be kept go: as nobody has received it, the kernel does that."""
+        """Stop listening. The kernel closes the descriptors that were to be kept, as nobody has received them."""
         self.close()
 
 
 @pytest.fixture
 def systemd(tmp_path: Path) -> Iterator[Systemd]:
-    """A systemd that listens."""
+    """A notify socket that is listened to."""
     systemd = Systemd(tmp_path / "notify")
     yield systemd
     systemd.close()
@@ -111,7 +111,9 @@ def _stop(service: subprocess.Popen[str]) -> str:
 
 
 def test_a_service_from_start_to_stop(xenstored: Xenstored, toolstack: Store, systemd: Systemd, tmp_path: Path) -> None:
-    """A real worker opens the chain; SIGTERM closes it, leaves the states, and takes our own nodes and socket away."""
+    """A real worker opens the chain. At SIGTERM the service ends the worker, leaves the states as they are, and removes
+    its own nodes and socket.
+    """
     control_socket = tmp_path / "control.sock"
     service = _start(xenstored, control_socket, systemd)
     attach(toolstack, Attachment(PATH, "null:1G"), str(control_socket))
@@ -132,7 +134,9 @@ def test_a_service_from_start_to_stop(xenstored: Xenstored, toolstack: Store, sy
 
 
 def test_requests_that_cannot_be_are_answered(xenstored: Xenstored, systemd: Systemd, tmp_path: Path) -> None:
-    """An unknown verb, an unknown vbd, and what a verb lacks get a code and a sentence; the service lives on."""
+    """An unknown verb, an unknown vbd or a missing argument is answered with a code and a sentence, and the service
+    goes on.
+    """
     control_socket = tmp_path / "control.sock"
     service = _start(xenstored, control_socket, systemd)
     expected = {
@@ -163,7 +167,7 @@ def test_requests_that_cannot_be_are_answered(xenstored: Xenstored, systemd: Sys
 
 @pytest.mark.parametrize("uid", [0, 65533])
 def test_who_is_not_root_changes_nothing(uid: int) -> None:
-    """A member of the settings' group is answered what changes nothing; every other verb is root's."""
+    """A member of the group that the settings name may only use verbs that change nothing; all others are for root."""
     given: list[str] = []
     answers: list[Answer] = []
     verbs = {verb: lambda request, *_: given.append(request["verb"]) for verb in ("ping", "orders", "stop", "set")}
@@ -180,8 +184,8 @@ def test_who_is_not_root_changes_nothing(uid: int) -> None:
 def test_a_service_that_is_kept_is_followed_by_another_one(
     xenstored: Xenstored, toolstack: Store, systemd: Systemd, tmp_path: Path, how: str
 ) -> None:
-    """With --keep a service that is killed, or replaced at SIGHUP, has a successor that takes its workers over; SIGTERM
-    drains them and ends all. A worker gets none of the descriptors that are kept.
+    """With --keep a service that is killed, or replaced at SIGHUP, has a successor that takes over its workers. At
+    SIGTERM the workers are drained and everything ends. A worker gets none of the kept descriptors.
     """
     control_socket = tmp_path / "control.sock"
     keeping = _start(xenstored, control_socket, systemd, "--keep")
@@ -215,7 +219,9 @@ def test_a_service_that_is_kept_is_followed_by_another_one(
 
 
 def test_nothing_is_kept_twice(xenstored: Xenstored, systemd: Systemd, tmp_path: Path) -> None:
-    """Of two descriptors with one name systemd would keep both, and hand the former over too."""
+    """The former descriptor of a name is removed before another is kept: systemd would keep both, and hand over the
+    former one too.
+    """
     systemd.environment["FDSTORE"] = "8"
     _stop(_start(xenstored, tmp_path / "control.sock", systemd))
     names = {line.partition("=")[2] for said in systemd.heard for line in said.splitlines() if "FDNAME" in line}
@@ -239,8 +245,8 @@ def test_nothing_is_kept_twice(xenstored: Xenstored, systemd: Systemd, tmp_path:
 def test_a_mistake_in_the_settings_harms_no_disk(
     xenstored: Xenstored, toolstack: Store, systemd: Systemd, tmp_path: Path, text: str, sentence: str
 ) -> None:
-    """A service that is replaced by one with unusable settings is followed by one that goes by the former ones, and
-    says so in its log and to systemd; with no disk in service, the mistake ends it.
+    """If a service finds unusable settings when it replaces another, it goes by the former service's settings, and says
+    so in its log and to systemd. If no disk is in service, it ends with the error.
     """
     control_socket, config = tmp_path / "control.sock", tmp_path / "settings.toml"
     right = f'socket = "{control_socket}"\nserve = "all"\n'
@@ -270,7 +276,9 @@ def test_a_mistake_in_the_settings_harms_no_disk(
 
 @pytest.mark.skipif(not MAY_COME_FIRST, reason="we may not come before others")
 def test_a_service_comes_before_others_while_it_starts(tmp_path: Path) -> None:
-    """Guests may wait for it; that it calms down where it serves is seen in the test above."""
+    """A starting service has a higher priority, because guests may wait for it. The test of --keep checks that this
+    ends once it serves.
+    """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as store:
         store.bind(str(tmp_path / "store"))
         store.listen()
@@ -289,7 +297,7 @@ def test_a_service_comes_before_others_while_it_starts(tmp_path: Path) -> None:
 def test_how_a_service_ends_its_workers(
     xenstored: Xenstored, toolstack: Store, systemd: Systemd, tmp_path: Path, number: int, *, stays: bool
 ) -> None:
-    """Where a keeper has the workers' sockets SIGTERM leaves them for the next service; SIGINT drains them always."""
+    """At SIGTERM a service with a keeper leaves its workers to the next service; at SIGINT it always drains them."""
     control_socket = tmp_path / "control.sock"
     systemd.environment["FDSTORE"] = "16"
     del systemd.environment["WATCHDOG_USEC"]  # nobody listens, and what is kept has to find room
@@ -313,7 +321,9 @@ def test_how_a_service_ends_its_workers(
 
 
 def test_a_service_that_finds_a_newer_one_s_disks_rests(systemd: Systemd) -> None:
-    """It says why at once, and is not started again at once; whoever stops the unit does not wait for the rest."""
+    """A service that finds disks of a newer version says so at once and then rests, so that it is not restarted at
+    once. A signal ends the rest.
+    """
     memory = os.memfd_create("journal")
     environment = _environment(**systemd.environment, FDSTORE="64", REFUSED_REST_S="100")
     pid, pidfd = parent._spawn([*_COMMAND, "run"], {"vbd-0-5-51712.journal.9": memory}, environment)
@@ -329,8 +339,8 @@ def test_a_service_that_finds_a_newer_one_s_disks_rests(systemd: Systemd) -> Non
 
 
 def test_orders_go_to_a_vbd(xenstored: Xenstored, toolstack: Store, systemd: Systemd, tmp_path: Path) -> None:
-    """Each verb that operators have reaches the disk that it names, and its answer comes back with the order's number,
-    by which it is found afterwards; `stop` ends all.
+    """Each order reaches the disk that it names. Its answer has the order's number, by which the ledger finds it
+    afterwards. `stop` ends everything.
     """
     control_socket = tmp_path / "control.sock"
     service = _start(xenstored, control_socket, systemd)
@@ -374,7 +384,9 @@ def test_orders_go_to_a_vbd(xenstored: Xenstored, toolstack: Store, systemd: Sys
 
 
 def test_a_detach_is_among_the_orders(xenstored: Xenstored, toolstack: Store, systemd: Systemd, tmp_path: Path) -> None:
-    """Who takes a disk away is remembered, and that it was done once it was; a disk that is not there is no order."""
+    """The ledger has each detach with who gave it, and closes it once the disk is gone; a detach of a disk that does
+    not exist is not recorded.
+    """
     control_socket = tmp_path / "control.sock"
     service = _start(xenstored, control_socket, systemd)
     attach(toolstack, Attachment(PATH, "null:1G"), str(control_socket))
@@ -396,7 +408,9 @@ def test_a_detach_is_among_the_orders(xenstored: Xenstored, toolstack: Store, sy
 def test_whoever_waits_no_longer_is_told_the_order(
     xenstored: Xenstored, toolstack: Store, systemd: Systemd, tmp_path: Path
 ) -> None:
-    """The order goes on: what became of it is asked by its number."""
+    """A client whose time is up gets the number of its order, which goes on; its outcome can be asked for by that
+    number.
+    """
     control_socket = tmp_path / "control.sock"
     service = _start(xenstored, control_socket, systemd)
     attach(toolstack, Attachment(PATH, "null:1G"), str(control_socket))
@@ -421,7 +435,7 @@ def test_whoever_waits_no_longer_is_told_the_order(
 def test_a_service_that_is_being_replaced_does_not_say_that_there_is_no_disk(
     xenstored: Xenstored, kept: Kept, tmp_path: Path
 ) -> None:
-    """It has let go of all of them, and may still hear of one: the next service is to be asked."""
+    """A service that has left its disks to its successor says that it is going, and not that there is no such disk."""
     settings = Settings(store=xenstored.address, socket=str(tmp_path / "control.sock"))
     service = Service(settings, Notifier({}), kept.keeper())
     service._stop(signal.SIGTERM)
@@ -434,7 +448,9 @@ def test_a_service_that_is_being_replaced_does_not_say_that_there_is_no_disk(
 
 
 def test_a_service_that_is_stopping_takes_no_order(xenstored: Xenstored, kept: Kept, tmp_path: Path) -> None:
-    """What it would note of the disk is about to be forgotten; what changes nothing is answered still."""
+    """A stopping service refuses orders, since what it noted of a disk would be forgotten; questions are still
+    answered.
+    """
     settings = Settings(store=xenstored.address, socket=str(tmp_path / "control.sock"))
     service = Service(settings, Notifier({}), kept.keeper())
     service._stop(signal.SIGINT)
@@ -449,7 +465,7 @@ def test_a_service_that_is_stopping_takes_no_order(xenstored: Xenstored, kept: K
 def test_whoever_stops_a_service_that_is_stopping_waits_for_the_same_end(
     xenstored: Xenstored, kept: Kept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stop that would have been refused, for what it would lose, is not while one that was forced is under way."""
+    """A stop that would lose data is refused, except during a forced stop: then it waits for the same end."""
 
     def refuse(_vbds: Vbds) -> None:
         raise ConfigError("what the guests have written would be lost")
@@ -468,7 +484,9 @@ def test_whoever_stops_a_service_that_is_stopping_waits_for_the_same_end(
 
 
 def test_questions_about_disks_wait_until_all_are_found(xenstored: Xenstored, toolstack: Store, tmp_path: Path) -> None:
-    """Until then no answer may be that there is no such disk; what is about the service is answered at once."""
+    """Requests about disks are answered only after all disks have been found, so that none seems to be missing.
+    Questions about the service are answered at once.
+    """
     write_like_libxl(toolstack, params="odd:")  # which no worker has to open
     settings, clock = Settings(store=xenstored.address, socket=str(tmp_path / "control.sock")), Clock()
     service = Service(settings, Notifier({}), Keeper({}), clock=clock)
@@ -500,12 +518,12 @@ def _status(control_socket: Path) -> dict[str, Any]:
 
 
 def _links(pid: int) -> list[str]:
-    """Return what a process's descriptors are."""
+    """Return where the links to a process's descriptors lead."""
     return [str(each.readlink()) for each in Path(f"/proc/{pid}/fd").iterdir()]
 
 
 def test_what_is_wrong_is_said_before_the_daemon_detaches(tmp_path: Path) -> None:
-    """With --detach a missing xenstore is one sentence on the operator's terminal and exit status 1."""
+    """With --detach, if xenstore cannot be reached, the operator sees one sentence and exit status 1."""
     run = subprocess.run(
         [*_COMMAND, "run", "--detach", "--store", str(tmp_path / "none"), "--socket", str(tmp_path / "control.sock")],
         env=_environment(),
@@ -519,8 +537,8 @@ def test_what_is_wrong_is_said_before_the_daemon_detaches(tmp_path: Path) -> Non
 
 
 def test_the_daemon_serves_and_stops(xenstored: Xenstored, tmp_path: Path) -> None:
-    """With --detach the command returns at once, the pid file names the daemon, which is the parent that starts the
-    service and keeps its descriptors, and SIGTERM ends both tidily.
+    """With --detach the command returns at once. The pid file names the daemon, which is the parent that starts the
+    service and keeps its descriptors. SIGTERM ends both.
     """
     pid_file, control_socket, log_file = (tmp_path / name for name in ("pid", "control.sock", "log"))
     subprocess.run(
@@ -548,7 +566,7 @@ def test_the_daemon_serves_and_stops(xenstored: Xenstored, tmp_path: Path) -> No
 
 
 def _wait_until_served(store: Store, control_socket: Path) -> None:
-    """Wait for the daemon's own sign of life in xenstore: a disk of a toolstack that it takes notice of."""
+    """Wait until the daemon has written to xenstore: it takes up a disk that we make."""
     write_like_libxl(store)
     store.watch(f"{PATH.backend}/state", "state")
     while "2" != store.read(f"{PATH.backend}/state"):
@@ -559,8 +577,8 @@ def _wait_until_served(store: Store, control_socket: Path) -> None:
 
 @pytest.mark.parametrize("wrong", ["directory", "running", "socket"])
 def test_no_daemon_that_could_not_run(xenstored: Xenstored, tmp_path: Path, wrong: str) -> None:
-    """A pid file that cannot be written or names a running service, and a socket that no address holds, are refused
-    while the operator still looks.
+    """An unusable pid file, a pid file that names a running service, and an unusable path for the socket are reported
+    before the command detaches.
     """
     pid_file, control_socket = tmp_path / "pid", tmp_path / "control.sock"
     sleeper = subprocess.Popen([sys.executable, "-c", "input()", "xenbackend"], stdin=subprocess.PIPE)
@@ -584,8 +602,8 @@ def test_no_daemon_that_could_not_run(xenstored: Xenstored, tmp_path: Path, wron
 
 
 def test_orders_of_a_former_service_wait_for_a_vbd_that_is_being_taken_over(descriptors: None) -> None:
-    """Only a vbd knows what became of its orders; those of a vbd that is there do not wait for another one's, and those
-    of one that has gone are closed; new ones are left alone.
+    """Each vbd goes on with its orders of the former service once it has been taken over, without waiting for other
+    vbds. Orders of a vbd that is gone are closed, and orders of this service are left alone.
     """
     del descriptors
     clock = Clock()

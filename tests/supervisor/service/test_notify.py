@@ -1,4 +1,4 @@
-"""What systemd hears."""
+"""What the service tells systemd."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_abstract_sockets_are_understood() -> None:
 
 
 def test_nobody_listening_is_no_error(tmp_path: Path) -> None:
-    """Without a socket, or with one that is gone, nothing happens."""
+    """If there is no socket, or it is gone, nothing happens."""
     Notifier({}).ready()
     Notifier({"NOTIFY_SOCKET": str(tmp_path / "gone")}).ready()
 

@@ -1,4 +1,4 @@
-"""Openers as the service holds them: real processes, from their job to their end."""
+"""One opener as the service holds it: real processes, from their job to their end."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Service:
         self.refusal = ""
 
     def begin(self, chain: str) -> tuple[Opener, RemoteOpener]:
-        """Begin one on a chain."""
+        """Start an opener for a chain."""
         opener, near = self.fleet.open(Job("vbd/5/51712", [chain], read_only=False), [], self._keep, self._end)
         return opener, RemoteOpener(near)
 
@@ -81,7 +81,9 @@ def ask(service: Service, remote: RemoteOpener, path: Path) -> None:
 
 
 def test_one_that_was_killed_hangs_only_in_a_call(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that has not had its turn to end hangs no storage, unless it takes very long; one in a call does, at once."""
+    """A killed opener counts as hanging in storage at once if it is in an uninterruptible call, otherwise only if it
+    takes very long to end.
+    """
     opener, remote = service.begin("null:1G")
     assert not opener.hangs()
     until_begun(service, opener)
@@ -102,7 +104,7 @@ def test_one_that_was_killed_hangs_only_in_a_call(service: Service, monkeypatch:
 
 
 def test_it_ends_when_its_worker_lets_go(service: Service, tmp_path: Path) -> None:
-    """What it opens for the first time is kept before the worker gets an answer."""
+    """An opener ends when its worker closes the socket. The service keeps each file on its first opening."""
     (tmp_path / "image").write_bytes(b"x" * 512)
     _, remote = service.begin(f"aio:{tmp_path}/image")
     ask(service, remote, tmp_path / "image")
@@ -114,7 +116,7 @@ def test_it_ends_when_its_worker_lets_go(service: Service, tmp_path: Path) -> No
 
 
 def test_what_is_not_kept_is_not_given(service: Service, tmp_path: Path) -> None:
-    """The worker is told why."""
+    """If the supervisor refuses to keep a file, the worker does not get it, but the reason."""
     (tmp_path / "image").write_bytes(b"x" * 512)
     service.refusal = "it is another file"
     _, remote = service.begin(f"aio:{tmp_path}/image")
@@ -134,7 +136,9 @@ def test_what_is_not_kept_is_not_given(service: Service, tmp_path: Path) -> None
 
 
 def test_what_it_finds_too_late_is_not_kept(service: Service, tmp_path: Path) -> None:
-    """Once its worker has replied to the question that it was for, a file would be of no chain, and kept for good."""
+    """After the worker has replied to the question that the opener was for, no file is kept any more: it would belong
+    to no chain, and stay for good.
+    """
     (tmp_path / "image").write_bytes(b"x" * 512)
     opener, remote = service.begin(f"aio:{tmp_path}/image")
     until_begun(service, opener)
@@ -161,7 +165,9 @@ def test_what_it_finds_too_late_is_not_kept(service: Service, tmp_path: Path) ->
 
 
 def test_a_worker_that_asks_nonsense_is_told_of(service: Service) -> None:
-    """No worker of ours does: whoever holds the opener hears of it with its end."""
+    """If a worker sends an opener nonsense, which no sound worker does, the opener ends, and its owner is told of the
+    breach.
+    """
     _, remote = service.begin("null:1G")
     remote._socket.send(b"nonsense")
     service.until_end()
@@ -171,7 +177,7 @@ def test_a_worker_that_asks_nonsense_is_told_of(service: Service) -> None:
 
 
 def test_one_that_is_killed_says_nothing_more(service: Service) -> None:
-    """Its worker has ended; the other end of its socket is closed with it."""
+    """A killed opener says nothing more; its worker finds the socket closed."""
     opener, remote = service.begin("null:1G")
     opener.kill()
     service.until_end()
@@ -183,7 +189,7 @@ def test_one_that_is_killed_says_nothing_more(service: Service) -> None:
 
 
 def test_one_that_was_made_in_advance_and_has_ended_is_in_nobodys_way(tmp_path: Path) -> None:
-    """Another one gets the job; where none can be had that is an error."""
+    """If the spare opener has ended, another one gets the job. If none can be started, that is an error."""
     marker = tmp_path / "marker"
     text = (
         "import pathlib, socket, sys\n"
@@ -210,7 +216,7 @@ def test_one_that_was_made_in_advance_and_has_ended_is_in_nobodys_way(tmp_path: 
 
 
 def test_a_service_that_ends_leaves_none() -> None:
-    """Those that wait for a job or serve nobody any more are ended with it."""
+    """When the service ends, its openers end with it, whether they still wait for a job or serve a worker."""
     service = Service(FAKE_OPENER)
     _, remote = service.begin("null:1G")
     service.close()

@@ -1,4 +1,4 @@
-"""The openers of a service: real processes, few at once."""
+"""All openers of a service: real processes, of which a few work at a time."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Service:
         self.remotes: list[RemoteOpener] = []
 
     def begin(self, chain: str = "null:1G", kept: dict[str, int] | None = None) -> RemoteOpener:
-        """Want one, and return its worker's side."""
+        """Ask for an opener, and return its worker's side."""
         kept = kept or {}
         files = [KeptFile(name, to_text(identify(fd))) for name, fd in kept.items()]
         job = Job("vbd/5/51712", [chain], read_only=False, kept=files)
@@ -47,7 +47,7 @@ class Service:
         return self.remotes[-1]
 
     def working(self) -> list[int]:
-        """Return which have a process."""
+        """Return the numbers of the openers that have a process."""
         settle(self.loop)
         ours = self.fleet.openers._all
         return [number for number, each in enumerate(self.openers) if each in ours and not each.waits]
@@ -72,7 +72,7 @@ class Service:
 
 @pytest.fixture
 def services(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Service]]:
-    """Close what a test has made; with room for two."""
+    """A list for services, which are closed after the test; there are turns for MOST openers."""
     monkeypatch.setattr(module, "MOST", MOST)
     monkeypatch.setattr(module, "TURN_S", TURN_S)
     made: list[Service] = []
@@ -83,13 +83,13 @@ def services(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Service]]:
 
 @pytest.fixture
 def service(services: list[Service]) -> Service:
-    """Return a service whose openers do nothing until they are let go of."""
+    """Return a service whose openers do nothing until their sockets are closed."""
     services.append(Service())
     return services[-1]
 
 
 def test_few_work_at_once(service: Service) -> None:
-    """However many are wanted at once; each of the others begins when one has ended."""
+    """A few openers work at a time, however many are wanted; each of the others begins when one has ended."""
     for _ in range(6):
         service.begin()
     assert [0, 1] == service.working()
@@ -103,7 +103,9 @@ def test_few_work_at_once(service: Service) -> None:
 
 
 def test_those_that_hang_hold_up_nobody(service: Service) -> None:
-    """One that has worked for long waits for its storage: the next ones begin, all of them in the end."""
+    """An opener that takes longer than its turn is taken to wait for its storage: the next one begins, so that all
+    begin in the end.
+    """
     for _ in range(6):
         service.begin()
     for working in ([0, 1], [0, 1, 2, 3], [0, 1, 2, 3, 4, 5]):
@@ -112,7 +114,9 @@ def test_those_that_hang_hold_up_nobody(service: Service) -> None:
 
 
 def test_a_worker_that_ends_gives_up_its_place(service: Service) -> None:
-    """Its opener never begins, is heard of no more, and its socket is closed."""
+    """If a worker ends while its opener is queued, that opener never begins, nothing more is heard of it, and its
+    socket is closed.
+    """
     for _ in range(4):
         service.begin()
     service.openers[2].kill()
@@ -125,7 +129,9 @@ def test_a_worker_that_ends_gives_up_its_place(service: Service) -> None:
 
 
 def test_what_is_not_needed_any_more_does_not_begin(service: Service) -> None:
-    """A question that is answered before its opener's turn; or a service that goes, whose successor starts a worker."""
+    """A queued opener does not begin if its question has been answered, or if the service leaves: its successor starts
+    another worker.
+    """
     for _ in range(4):
         service.begin()
     service.openers[2].note_over()
@@ -135,7 +141,7 @@ def test_what_is_not_needed_any_more_does_not_begin(service: Service) -> None:
 
 
 def test_what_is_lent_may_be_closed_meanwhile(services: list[Service], tmp_path: Path) -> None:
-    """An opener that waits has descriptors of its own of what its job has kept, and what they lead to is opened."""
+    """A queued opener has its own descriptors of the files kept for its job, and opens what they lead to."""
     service = Service(OPENER)
     services.append(service)
     image = tmp_path / "image"
@@ -159,7 +165,7 @@ def test_what_is_lent_may_be_closed_meanwhile(services: list[Service], tmp_path:
 
 
 def test_one_that_cannot_be_started_in_its_turn_has_ended(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its worker finds its socket closed, and the next one has its turn."""
+    """If an opener cannot be started in its turn, its worker finds the socket closed, and the next one begins."""
     for _ in range(MOST + 2):
         service.begin()
     starts = [service.fleet.start_opener]
@@ -178,7 +184,7 @@ def test_one_that_cannot_be_started_in_its_turn_has_ended(service: Service, monk
 
 
 def test_a_worker_brings_no_opener_that_would_wait(service: Service) -> None:
-    """One is started with a worker only where it has its turn at once."""
+    """A spare opener is started with a worker only if there is a free turn."""
     for _ in range(MOST):
         service.begin()
     worker = service.fleet.start(lambda *_: None, lambda _: service.loop.stop())
@@ -188,7 +194,7 @@ def test_a_worker_brings_no_opener_that_would_wait(service: Service) -> None:
 
 
 def test_a_service_that_ends_ends_those_that_wait(service: Service) -> None:
-    """Nobody waits for them."""
+    """When the service ends, queued openers end without having begun."""
     for _ in range(MOST + 2):
         service.begin()
     service.fleet.close()
@@ -199,7 +205,9 @@ def test_a_service_that_ends_ends_those_that_wait(service: Service) -> None:
 
 
 def test_the_service_comes_first_while_some_wait(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that have had their turn may be boosted, and would keep it from handing out the next one."""
+    """The service has a higher priority while openers are queued: those at work may be boosted, and would keep it from
+    giving out the next turn.
+    """
     said: list[tuple[str, int]] = []
     monkeypatch.setattr(module, "boost", lambda pid: said.append(("boost", pid)))
     monkeypatch.setattr(module, "unboost", lambda pid: said.append(("unboost", pid)))

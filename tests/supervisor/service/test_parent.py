@@ -1,4 +1,4 @@
-"""What starts a service again, and keeps its descriptors meanwhile: with real processes and real signals."""
+"""The parent, which restarts a service and keeps its descriptors meanwhile, with real processes and real signals."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def say(what):
 
 
 class Runs:
-    """A parent of a service that is a program's text, and what that said."""
+    """A parent whose service is the text of a program, and what that program wrote."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -59,7 +59,7 @@ class Runs:
         self.store = Store(directory / "keep")
 
     def run(self, text: str) -> int:
-        """Run the program until the parent has done with it; return the exit status."""
+        """Run the program until the parent ends; return the parent's exit status."""
         (self._directory / "service.py").write_text(_HEAD + text)
         command = [sys.executable, str(self._directory / "service.py"), str(self._directory / "runs")]
         with closing(Reactor()) as loop:
@@ -78,7 +78,7 @@ class Runs:
 
 @pytest.fixture
 def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runs]:
-    """A parent that does not wait before it starts a service again, and that leaves no descriptor."""
+    """A parent that restarts a service with hardly a pause; no descriptor may be left."""
     monkeypatch.setattr(parent, "RESTART_S", 0.05)
     before = len(open_descriptors())
     runs = Runs(tmp_path)
@@ -88,7 +88,9 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runs]:
 
 
 def test_a_service_that_dies_is_followed_by_one_that_has_its_descriptors(runs: Runs) -> None:
-    """What was kept comes back under its name as the same open file, in any number; what was forgotten does not."""
+    """After a service has died, the next one gets each kept descriptor under its name as the same open file, in any
+    number; forgotten ones are gone.
+    """
     status = runs.run("""
 if run == 1:
     for number in range(20):
@@ -110,14 +112,16 @@ say(sorted(left()) == sorted(f"m{number}" for number in range(1, 20)))
 
 @pytest.mark.parametrize(("status", "count"), [(0, 1), (2, 1), (1, 2), (7, 2)])
 def test_a_service_that_wants_to_end_ends(runs: Runs, status: int, count: int) -> None:
-    """Status 0 is the end, and so is a mistake of the operator, which does not mend itself; any other one is not."""
+    """A service is not restarted after exit status 0, nor after a mistake of the operator (2), which does not mend
+    itself. After any other status it is.
+    """
     found = runs.run(f"sys.exit({status} if run == 1 else 0)")
 
     assert (status if count == 1 else 0, count) == (found, runs.count)
 
 
 def test_hangup_replaces_the_service(runs: Runs) -> None:
-    """SIGHUP ends the service by SIGTERM, and another one is started whatever the status was."""
+    """At SIGHUP the parent ends the service by SIGTERM and starts another one, whatever the exit status was."""
     status = runs.run("""
 if run < 3:
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
@@ -133,7 +137,9 @@ say(sorted(left()))
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_end_drains_and_ends_both(runs: Runs, number: int) -> None:
-    """The service gets SIGINT, by which it drains, and its status is the parent's."""
+    """At SIGTERM or SIGINT the parent sends SIGINT to the service, which drains; the service's exit status becomes the
+    parent's.
+    """
     status = runs.run(f"""
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
 os.kill(os.getppid(), {int(number)})
@@ -145,7 +151,7 @@ sys.exit(5)
 
 
 def test_a_signal_between_two_services_starts_no_other_one(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever wants the end while a service that died is about to be followed gets it at once."""
+    """A signal to end that comes during the pause before a restart ends the parent at once."""
     monkeypatch.setattr(parent, "RESTART_S", 30.0)
     status = runs.run("""
 import select
@@ -161,7 +167,7 @@ os._exit(1)
 
 
 def test_what_the_service_says_of_itself_is_handed_on(runs: Runs, tmp_path: Path) -> None:
-    """Whoever started the parent hears when the service is ready; of descriptors it hears nothing."""
+    """The parent passes the service's messages on to its own notify socket, except those about descriptors."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as above:
         above.bind(str(tmp_path / "above"))
         runs.environment["NOTIFY_SOCKET"] = str(tmp_path / "above")
@@ -174,7 +180,7 @@ def test_what_the_service_says_of_itself_is_handed_on(runs: Runs, tmp_path: Path
 
 
 def test_an_inheritance_of_the_parents_is_not_the_services(runs: Runs) -> None:
-    """Numbers that systemd gave to the parent do not make the service overlook what is kept for it."""
+    """Variables by which systemd handed descriptors to the parent do not hide from the service what is kept for it."""
     runs.environment |= {"LISTEN_PID": "1", "LISTEN_FDS": "1", "LISTEN_FDNAMES": "odd"}
     runs.run("""
 if run == 1:
@@ -187,7 +193,7 @@ say(list(left()))
 
 
 def test_a_service_that_nobody_could_watch_is_not_left_running(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the kernel gives no pidfd now, that process is ended before another service is started."""
+    """If the kernel gives no pidfd for a service, that process is ended before another one is started."""
     started: list[int] = []
     real = os.pidfd_open
 
@@ -206,7 +212,9 @@ def test_a_service_that_nobody_could_watch_is_not_left_running(runs: Runs, monke
 
 
 def test_a_service_that_cannot_be_started_leaves_no_descriptor(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there are too few descriptors for those that are kept, it is tried again, and has all that there are."""
+    """If the descriptors do not suffice to pass on all that are kept, the start is tried again until they do; no failed
+    try leaves one open.
+    """
     for number in range(30):
         runs.store.fds[str(number)] = os.memfd_create("x")
     tries: list[int] = []
@@ -229,13 +237,15 @@ def test_a_service_that_cannot_be_started_leaves_no_descriptor(runs: Runs, monke
 
 
 def test_a_place_that_cannot_be_listened_at_is_said(tmp_path: Path) -> None:
-    """Nothing is started where nothing could be kept."""
+    """If the parent cannot listen for descriptors, that is an error, and no service is started."""
     with pytest.raises(ConfigError, match="cannot listen there"):
         parent.run(["run"], str(tmp_path / "nowhere" / "control.sock"), {})
 
 
 def test_kept_descriptors_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A service that goes mad fills no table; what is one too many, or has no name to be kept by, is closed."""
+    """The number of kept descriptors is bounded, whatever a faulty service sends; one too many, or one without a name,
+    is closed.
+    """
     monkeypatch.setattr(parent, "MAX_KEPT", 3)
     before = len(open_descriptors())
     store = Store(tmp_path / "keep")

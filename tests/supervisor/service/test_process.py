@@ -1,4 +1,4 @@
-"""Processes of ours: how they start, and that each end has a sentence."""
+"""Child processes: how they start, and what is said about their end."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ def _python(text: str) -> tuple[str, ...]:
 
 
 def test_it_has_a_socket_and_nothing_else_of_ours() -> None:
-    """The program gets its end of the socket, a session of its own and no input; no other descriptor of ours."""
+    """A child gets its end of the socket, a session of its own and no input, and none of the service's other
+    descriptors.
+    """
     near, far = os.pipe()
     os.set_inheritable(near, True)
     open_ = "sorted(int(each) for each in os.listdir('/proc/self/fd') if os.path.exists('/proc/self/fd/' + each))"
@@ -53,7 +55,7 @@ def test_it_has_a_socket_and_nothing_else_of_ours() -> None:
     ],
 )
 def test_an_end_has_a_sentence(text: str, sentence: str) -> None:
-    """However it ended, with a core or without one, the sentence says so; and it is no zombie."""
+    """However a child ended, a sentence says how; and it does not stay a zombie."""
     process = start(_python(text))
     pid = process.pid
 
@@ -63,7 +65,7 @@ def test_an_end_has_a_sentence(text: str, sentence: str) -> None:
 
 
 def test_an_end_is_waited_for() -> None:
-    """Who was told to end has ended when its end is described."""
+    """`describe_end` waits until a child that was killed has ended."""
     process = start(_python("channel.recv(1)"))
     process.kill()
     process.kill()
@@ -72,7 +74,9 @@ def test_an_end_is_waited_for() -> None:
 
 
 def test_it_may_come_before_others() -> None:
-    """Its priority goes by ours, and back again; a host that does not permit that is none the worse for it."""
+    """`boost` raises a child's priority above the service's, and `unboost` takes that back. If the host does not permit
+    it, or the child is gone, nothing happens.
+    """
     process = start(_python("channel.recv(1)"))
     ours = os.getpriority(os.PRIO_PROCESS, 0)
     boost(process.pid)
@@ -92,7 +96,7 @@ def test_it_may_come_before_others() -> None:
 
 @pytest.mark.skipif(not MAY_COME_FIRST, reason="we may not come before others")
 def test_our_own_hurry_is_not_inherited() -> None:
-    """A service that starts comes first; what it starts meanwhile has its turn as any other."""
+    """A child does not inherit the service's own raised priority."""
     ours = os.getpriority(os.PRIO_PROCESS, 0)
     boost(os.getpid())
     try:
@@ -107,7 +111,9 @@ def test_our_own_hurry_is_not_inherited() -> None:
 
 
 def test_the_end_of_another_s_child_has_a_sentence_too() -> None:
-    """Its exit status is its parent's to collect."""
+    """The end of a process that is not our child is described without an exit status, which only its parent can
+    collect.
+    """
     near, far = socket.socketpair()
     with subprocess.Popen(["sh", "-c", "sleep 1000 & echo $!; wait"], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
@@ -121,13 +127,13 @@ def test_the_end_of_another_s_child_has_a_sentence_too() -> None:
 
 
 def test_a_program_that_is_missing_is_an_error_of_the_host() -> None:
-    """What cannot be started leaves nothing open."""
+    """If a program cannot be started, that is an error of the host, and nothing stays open."""
     with pytest.raises(KernelError, match="start a worker process: No such file"):
         start(("/nonexistent/worker",))
 
 
 def test_a_host_without_descriptors_is_an_error_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No socket to be had ends no service: the disk waits, and is told why."""
+    """If no socket can be made for a child, that is an error of the host, which does not end the service."""
 
     def refuse(*_: object) -> None:
         raise OSError(errno.EMFILE, "Too many open files")
@@ -138,7 +144,7 @@ def test_a_host_without_descriptors_is_an_error_of_the_host(monkeypatch: pytest.
 
 
 def test_one_that_nobody_could_end_is_not_left_running(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the kernel gives no pidfd for it now, it is ended, and whoever wanted it hears that it was not started."""
+    """If the kernel gives no pidfd for a child, the child is ended, and the caller gets an error."""
     started: list[int] = []
 
     def refuse(pid: int) -> int:

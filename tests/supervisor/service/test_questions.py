@@ -1,4 +1,4 @@
-"""What the service says of disks and orders."""
+"""Answers to questions about disks and orders."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ BROKEN = 2  # the domain whose disk cannot be described
 
 @pytest.fixture
 def ledger() -> Ledger:
-    """One without orders."""
+    """A ledger without orders."""
     return Ledger(Keeper({}), lambda: 100.0)
 
 
 @pytest.fixture
 def bugs() -> list[Exception]:
-    """What came to the loop."""
+    """The exceptions that the loop was told of."""
     return []
 
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch, bugs: list[Exception], ledger: Ledger) -> Questions:
-    """The answers of a service with three disks."""
+    """The questions of a service with three disks."""
 
     def describe(vbd: Any, guest: str, _meanings: object, *, braked_s: float) -> dict[str, Any]:
         if vbd.path.frontend_domid == BROKEN:
@@ -58,7 +58,7 @@ def answers_of(handler: Any, request: dict[str, Any]) -> list[Answer]:
 
 
 def test_a_fault_hides_one_disk(asked: Questions, bugs: list[Exception]) -> None:
-    """Disks come in their order; one that cannot be described is a bug that names it, and left out."""
+    """Disks are listed in order. One that cannot be described is left out, and that is reported with its name."""
     [answer] = answers_of(asked.status, {})
 
     assert ["guest-1", "guest-3"] == [each["guest"] for each in answer.data]
@@ -67,7 +67,9 @@ def test_a_fault_hides_one_disk(asked: Questions, bugs: list[Exception]) -> None
 
 
 def test_orders_are_told_by_number(asked: Questions, ledger: Ledger) -> None:
-    """All of them, or one; a number that is none, or not remembered, is refused."""
+    """The answer has all orders, or the one with the given number. A number that is not remembered, or not a number, is
+    refused.
+    """
     number = ledger.open("pause", "5/xvda", {"uid": 0, "pid": 12, "command": "xenbackend"}, {})
     every, one = answers_of(asked.orders, {})[0].data, answers_of(asked.orders, {"order": number})[0].data
 

@@ -1,4 +1,4 @@
-"""The registry of vbds that do nothing, on a simulated xenstored, in a loop whose time stands still."""
+"""The registry with fake vbds, on a simulated xenstored, in a loop whose clock stands still."""
 
 from __future__ import annotations
 
@@ -28,14 +28,16 @@ OTHER = VbdPath("vbd", 0, 6, 51712)
 
 @pytest.fixture
 def place(xenstored: Xenstored) -> Iterator[Place]:
-    """A registry without a vbd, that has not begun."""
+    """A registry without vbds that has not been started."""
     place = Place(xenstored.address)
     yield place
     place.close()
 
 
 def test_what_is_there_and_what_comes_is_served(place: Place, toolstack: Store) -> None:
-    """Vbds with our script get an object each, once; others are left alone."""
+    """Each vbd with our script gets one object, whether it was there before the service or comes later; other vbds are
+    left alone.
+    """
     write_like_libxl(toolstack)
     write_like_libxl(toolstack, VbdPath("vbd", 0, 5, 51728), script="/etc/xen/scripts/block")
     place.start()
@@ -51,7 +53,7 @@ def test_what_is_there_and_what_comes_is_served(place: Place, toolstack: Store) 
 
 
 def test_an_event_of_a_frontend_is_its_vbds(place: Place, toolstack: Store) -> None:
-    """It is told by the token of the vbd's own watch, and concerns nobody else."""
+    """An event of a frontend is recognised by the token of its vbd's watch, and reaches no other vbd."""
     for path in (PATH, OTHER):
         write_like_libxl(toolstack, path)
     place.start()
@@ -67,8 +69,8 @@ def test_an_event_of_a_frontend_is_its_vbds(place: Place, toolstack: Store) -> N
 
 @pytest.mark.parametrize("waits", [False, True])
 def test_a_place_is_looked_at_again_when_its_vbd_is_over(place: Place, toolstack: Store, *, waits: bool) -> None:
-    """A node that was made anew while the former vbd ended is found although its event came for that one, and the
-    scripts that waited are brought to the new one.
+    """If a node is made anew while its former vbd is ending, the new vbd is found, although the event went to the
+    former one. Scripts that waited are passed to the new vbd.
     """
     write_like_libxl(toolstack)
     place.start()
@@ -90,8 +92,8 @@ def test_a_place_is_looked_at_again_when_its_vbd_is_over(place: Place, toolstack
 
 @pytest.mark.parametrize("first", ["script", "event", "end"])
 def test_nothing_reaches_a_vbd_that_is_over(place: Place, toolstack: Store, first: str) -> None:
-    """Whatever comes first of all that happens between two passes of the loop: there is one vbd, and it has the script
-    (the script was never answered, and a worker that belonged to nobody kept the image).
+    """In whatever order a vbd's end, its node's event and a script come between two passes of the loop, there is one
+    new vbd in the end, and it has the script. Once the script went unanswered, and an orphaned worker kept the image.
     """
     write_like_libxl(toolstack)
     place.start()
@@ -116,8 +118,8 @@ def test_nothing_reaches_a_vbd_that_is_over(place: Place, toolstack: Store, firs
 
 
 def test_others_are_heard_while_many_places_are_looked_at(place: Place, toolstack: Store) -> None:
-    """Places are looked at for a short while in each pass of the loop; a script waits for its own place to have its
-    turn, and whoever asks about disks for all that were there at the start.
+    """In each pass of the loop, places are looked at for a short time only. A script waits until its own place has been
+    looked at, a question about disks until all places found at the start have been.
     """
     make, seen, asked, replies = place.registry._make, list[int](), list[int](), list[Answer]()
     paths = [VbdPath("vbd", 0, domid, 51712) for domid in range(1, 8)]
@@ -155,8 +157,8 @@ def test_others_are_heard_while_many_places_are_looked_at(place: Place, toolstac
 
 @pytest.mark.parametrize("end", ["stop", "loss"])
 def test_nobody_waits_for_what_will_not_be_found(place: Place, end: str) -> None:
-    """Where the service stops, or xenstore is away, whoever waits is answered by what is known, in the order of asking,
-    also behind one whose question meets a fault of ours.
+    """When the service stops or xenstore is away, waiting questions are answered in order by what is known, even after
+    one of them has raised an exception.
     """
     asked: list[str] = []
     bug = ValueError("a bug of ours")
@@ -180,7 +182,9 @@ def test_nobody_waits_for_what_will_not_be_found(place: Place, end: str) -> None
 
 
 def test_a_script_is_told_why_nobody_serves_its_vbd(place: Place, toolstack: Store) -> None:
-    """A path that is none is refused; a vbd that is somebody else's, or gone meanwhile, has its answer."""
+    """A script with an invalid path is refused; one whose vbd has another script, or is gone, is answered with the
+    reason.
+    """
     place.start()
     write_like_libxl(toolstack, script="/etc/xen/scripts/block")
     replies: list[Answer] = []
@@ -198,7 +202,9 @@ def test_a_script_is_told_why_nobody_serves_its_vbd(place: Place, toolstack: Sto
 
 
 def test_a_service_that_stops_serves_nobody_new(place: Place, toolstack: Store) -> None:
-    """Every vbd is told how it ends, scripts get their answers, and a node that comes is left to the next service."""
+    """When the service stops, each vbd is told how it ends, waiting scripts are answered, and new nodes are left to the
+    next service.
+    """
     write_like_libxl(toolstack)
     write_like_libxl(toolstack, OTHER)
     place.start()
@@ -219,7 +225,7 @@ def test_a_service_that_stops_serves_nobody_new(place: Place, toolstack: Store) 
 @pytest.mark.parametrize("method", ["look_soon", "doubt", "hotplug", "counters_page", "stop"])
 @pytest.mark.rows("R24")
 def test_a_bug_stays_with_its_vbd(xenstored: Xenstored, toolstack: Store, tmp_path: Path, method: str) -> None:
-    """Whatever is done with one vbd may meet a fault of ours: it is told, and all is done with the others."""
+    """An exception in a call to one vbd is reported with the vbd's name, and all other vbds are still called."""
     paths = [VbdPath("vbd3", 0, 5, 51712 + 16 * number) for number in range(3)]
     (tmp_path / "shm").mkdir()
     place = Place(xenstored.address, xentop=Xentop(tmp_path / "xentop", tmp_path / "shm"))
@@ -251,7 +257,7 @@ def test_a_bug_stays_with_its_vbd(xenstored: Xenstored, toolstack: Store, tmp_pa
 
 
 def test_a_bug_over_a_script_is_its_answer(place: Place, toolstack: Store) -> None:
-    """Nobody waits for what will never come."""
+    """If a vbd raises an exception over a script, the script gets that as its answer."""
     write_like_libxl(toolstack)
     place.start()
     FakeVbd.bugs.add((PATH, "hotplug"))
@@ -262,7 +268,7 @@ def test_a_bug_over_a_script_is_its_answer(place: Place, toolstack: Store) -> No
 
 
 def test_a_vbd_that_cannot_stop_does_not_keep_the_service(place: Place, toolstack: Store) -> None:
-    """The service ends without it."""
+    """If a vbd raises an exception when it is stopped, the service ends without it."""
     write_like_libxl(toolstack)
     place.start()
     FakeVbd.bugs.add((PATH, "stop"))
@@ -274,7 +280,9 @@ def test_a_vbd_that_cannot_stop_does_not_keep_the_service(place: Place, toolstac
 def test_what_cannot_be_taken_into_service_is_tried_again(
     place: Place, toolstack: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A host without descriptors, or a bug, costs one vbd a while; its script is told why, and others are served."""
+    """A vbd that cannot be made, for lack of descriptors or because of a bug, is tried again after a while. Its script
+    is told why, and other vbds are served.
+    """
     write_like_libxl(toolstack)
     write_like_libxl(toolstack, OTHER)
     former = FakeVbd.__init__
@@ -305,8 +313,8 @@ def test_what_cannot_be_taken_into_service_is_tried_again(
 def test_what_xenstore_refuses_of_one_place_keeps_no_other(
     xenstored: Xenstored, toolstack: Store, lines: io.StringIO
 ) -> None:
-    """A node that may not be read stays with its vbd, a directory with its domain: the connection stays, the places
-    behind are looked at, the log says so once, a script is told, and it is tried again.
+    """If a vbd's node or a domain's directory may not be read, only that vbd or domain is affected: the connection
+    stays, other places are looked at, it is logged once, a script gets the error, and it is tried again.
     """
     refused, hidden, other = (VbdPath("vbd", 2, domid, 51712) for domid in (5, 6, 7))
     sealed = {f"{refused.backend}/script": refused, "/local/domain/2/backend/vbd/6": hidden}
@@ -341,7 +349,7 @@ def test_what_xenstore_refuses_of_one_place_keeps_no_other(
 def test_xenstore_that_goes_away_is_found_again(
     place: Place, xenstored: Xenstored, toolstack: Store, lines: io.StringIO
 ) -> None:
-    """Whoever finds out first; then every vbd looks at everything, and new ones are found. It is tried ever later."""
+    """After xenstore has come back, every vbd looks at everything, and new vbds are found; the loss is logged once."""
     write_like_libxl(toolstack)
     place.start()
     xenstored.stop()
@@ -363,7 +371,9 @@ def test_xenstore_that_goes_away_is_found_again(
 
 
 def test_a_domain_that_goes_is_looked_at_alone(place: Place, toolstack: Store) -> None:
-    """An event for the directory of a domain makes us look at its vbds of that kind, gone and new ones too."""
+    """An event of a domain's directory makes the registry look at that domain's vbds of that kind only, including new
+    ones and those that are gone.
+    """
     gone, new = VbdPath("vbd", 0, 5, 51728), VbdPath("vbd", 0, 5, 51744)
     served = [PATH, gone, VbdPath("vbd3", 0, 5, 51712), OTHER]
     for path in served:
@@ -383,7 +393,9 @@ def test_a_domain_that_goes_is_looked_at_alone(place: Place, toolstack: Store) -
 
 
 def test_a_disk_is_found_by_each_of_its_names(place: Place, toolstack: Store) -> None:
-    """By domain and device, by the guest's name, and as xenstore has it; what is not there is told with what is."""
+    """A disk is found by domain and device, by the guest's name, and by its path in xenstore. The error for an unknown
+    disk lists those that exist.
+    """
     blktap = VbdPath("vbd3", 0, 6, 51728)
     for path in (PATH, blktap):
         write_like_libxl(toolstack, path)
@@ -405,7 +417,7 @@ def test_a_disk_is_found_by_each_of_its_names(place: Place, toolstack: Store) ->
 
 
 def test_xentop_is_shown_the_counters(xenstored: Xenstored, toolstack: Store, tmp_path: Path) -> None:
-    """A vbd of its kind has a record as soon as it has counters, and for as long as it is served."""
+    """A vbd of kind vbd3 has a record for xentop as soon as it has counters, and for as long as it is served."""
     path = VbdPath("vbd3", 0, 5, 51712)
     (tmp_path / "shm").mkdir()
     record = tmp_path / "shm" / f"td3-{os.getpid()}" / "vbd-5-51712"
@@ -426,7 +438,7 @@ def test_xentop_is_shown_the_counters(xenstored: Xenstored, toolstack: Store, tm
 
 
 class Counted(dict[Any, Any]):
-    """A dictionary that counts how many of its entries were gone through."""
+    """A dictionary that counts how many of its entries were iterated over."""
 
     seen = 0
 
@@ -436,21 +448,21 @@ class Counted(dict[Any, Any]):
             yield each
 
     def keys(self) -> Any:
-        """Return those that are gone through."""
+        """Return the keys, counted."""
         return list(self)
 
     def values(self) -> Any:
-        """Return those that are gone through."""
+        """Return the values, counted."""
         return [self[each] for each in self]
 
     def items(self) -> Any:
-        """Return those that are gone through."""
+        """Return the items, counted."""
         return [(each, self[each]) for each in self]
 
 
 def test_what_happens_to_one_disk_costs_the_same_however_many_there_are(place: Place, toolstack: Store) -> None:
-    """Of 256 disks one changes, its frontend does, a script comes, a client asks for it, it goes: the others are not
-    looked at, called or gone through.
+    """If one of 256 disks changes, its frontend changes, a script or a question comes for it, or it goes away, the
+    other disks are neither called nor iterated over.
     """
     paths = [VbdPath("vbd", 0, 1 + number // 4, 51712 + 16 * (number % 4)) for number in range(256)]
     for path in paths:
@@ -486,7 +498,7 @@ def test_what_happens_to_one_disk_costs_the_same_however_many_there_are(place: P
 
 
 def test_settings_that_leave_a_kind_out_do_so_for_new_disks(xenstored: Xenstored, toolstack: Store, kept: Kept) -> None:
-    """A disk of such a kind that an earlier service had begun with is served to its end."""
+    """A disk of a kind that the settings leave out is served to its end if an earlier service has begun with it."""
     path = VbdPath("vbd3", 0, 5, 51712)
     write_like_libxl(toolstack, path)
     kept.keeper().keep("vbd3-0-5-51712.journal", os.memfd_create("x"))

@@ -1,4 +1,4 @@
-"""Real vbds in a registry, against a simulated xenstored and worker processes without a chain."""
+"""Real vbds in a registry, with a simulated xenstored and fake workers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _serve(stepped: Stepped, toolstack: Store, guest: Store, **changes: str) -> 
 
 
 def test_birth_service_and_removal(stepped: Stepped, toolstack: Store, guest: Store) -> None:
-    """A vbd made by libxl comes up, is served, and after libxl's request and the guest's Closed ends in Closed."""
+    """A vbd made by libxl is served, and is Closed after libxl has asked for its removal and the guest has closed."""
     write_like_libxl(toolstack)
     stepped.until(_has(toolstack, "state", "2"))
     stepped.until(_has(toolstack, "hotplug-status", "connected"))
@@ -71,7 +71,9 @@ def test_serve_all_takes_every_vbd_that_was_there_before(xenstored: Xenstored, t
 
 
 def test_failed_open_is_reported_everywhere(stepped: Stepped, toolstack: Store) -> None:
-    """A chain that does not open leaves its sentence with hotplug-error, the error node and our own status."""
+    """If a chain cannot be opened, the reason stands in hotplug-error, in the error node and in the service's own
+    status.
+    """
     write_like_libxl(toolstack, params="null:2G")
     stepped.until(_has(toolstack, "hotplug-status", "error"))
     stepped.until(lambda: stepped.vbd().worker is None)
@@ -84,8 +86,8 @@ def test_failed_open_is_reported_everywhere(stepped: Stepped, toolstack: Store) 
 
 
 def test_no_guest_reads_what_names_our_files(stepped: Stepped, toolstack: Store, guest: Store) -> None:
-    """A3: what may name a file of the host, and so tells whether it is there, is for the toolstack alone, also where a
-    guest may read what lies around it: the sentences, our status and error nodes, the socket of an export.
+    """A3: a guest cannot read what may name a file of the host, or tell whether it exists: error sentences, the status
+    and error nodes, the socket of an export. That holds even if the guest may read the nodes around them.
     """
     for open_to_all in ("/local/domain/0", "/local/domain/0/error"):
         toolstack.mkdir(open_to_all)
@@ -112,8 +114,8 @@ def test_no_guest_reads_what_names_our_files(stepped: Stepped, toolstack: Store,
 def test_workers_that_always_die_are_reported_and_the_vbd_closed(
     stepped: Stepped, toolstack: Store, guest: Store
 ) -> None:
-    """Rings that no worker survives take their vbd to Closed before they were ever served, with the exit status in the
-    sentence; re-attaching starts another worker.
+    """If every worker dies over the rings before they are first served, the vbd is Closed, and its error has the exit
+    status. Attaching it again starts another worker.
     """
     write_like_libxl(toolstack, params="null:3G")
     stepped.until(_has(toolstack, "hotplug-status", "connected"))
@@ -130,7 +132,7 @@ def test_workers_that_always_die_are_reported_and_the_vbd_closed(
 
 
 def test_vanished_node_is_never_brought_back(stepped: Stepped, toolstack: Store, guest: Store) -> None:
-    """When the backend directory is deleted under a connected vbd, its worker ends and the directory stays away."""
+    """If the backend directory of a connected vbd is deleted, its worker ends, and the directory is not made again."""
     _serve(stepped, toolstack, guest)
     toolstack.remove(PATH.backend)
     toolstack.remove(PATH.frontend)
@@ -141,7 +143,7 @@ def test_vanished_node_is_never_brought_back(stepped: Stepped, toolstack: Store,
 
 @pytest.mark.rows("A2", "B6", "R23")
 def test_worker_that_never_disconnects_is_killed(stepped: Stepped, toolstack: Store, guest: Store) -> None:
-    """R23: when the limit for letting go is over the worker is killed and the vbd is Closed."""
+    """R23: a worker that does not leave the rings within the limit is killed, and the vbd is Closed."""
     _serve(stepped, toolstack, guest, params="null:4G")
     guest.write(f"{PATH.frontend}/state", "6")
     stepped.until(lambda: stepped.vbd().device.phase in (Phase.DISCONNECTING, Phase.CLOSING))
@@ -155,7 +157,9 @@ def test_worker_that_never_disconnects_is_killed(stepped: Stepped, toolstack: St
 def test_lost_store_leaves_the_worker_alone_and_all_is_made_true_again(
     stepped: Stepped, xenstored: Xenstored, toolstack: Store, guest: Store
 ) -> None:
-    """While xenstore is away disks are served on; what a frontend did meanwhile is seen when it is back."""
+    """Disks are served while xenstore is away. When it is back, changes by the frontend are seen, and our own nodes are
+    written again.
+    """
     _serve(stepped, toolstack, guest)
     worker = stepped.vbd().worker
     xenstored.stop()
@@ -174,7 +178,9 @@ def test_lost_store_leaves_the_worker_alone_and_all_is_made_true_again(
 def test_stop_leaves_states_and_the_next_service_goes_on(
     stepped: Stepped, xenstored: Xenstored, toolstack: Store, guest: Store
 ) -> None:
-    """A stopped service ends its workers and writes no state; the next one serves the same frontend again."""
+    """A service that stops ends its workers and leaves all states as they are; the next service serves the same
+    frontend.
+    """
     _serve(stepped, toolstack, guest)
     guest.write(f"{PATH.frontend}/state", "4")
     stepped.registry.stop()
@@ -189,7 +195,7 @@ def test_stop_leaves_states_and_the_next_service_goes_on(
 
 
 def test_status_and_commands(stepped: Stepped, toolstack: Store) -> None:
-    """A vbd is described with its counters, read without the worker's help, and a layer's answer comes back."""
+    """`status` has a vbd's counters, read without its worker; a layer's answer to a command is returned."""
     write_like_libxl(toolstack)
     stepped.until(_has(toolstack, "hotplug-status", "connected"))
     vbd = stepped.registry.find("5/xvda")
@@ -206,7 +212,7 @@ def test_status_and_commands(stepped: Stepped, toolstack: Store) -> None:
 
 
 def test_counters_outlive_a_worker(stepped: Stepped, toolstack: Store, guest: Store) -> None:
-    """The next worker of a vbd goes on with the journal, and so with the counters, of the one that died."""
+    """The next worker continues the journal, and so the counters, of the worker that died."""
     _serve(stepped, toolstack, guest)
     vbd = stepped.vbd()
     first = vbd.worker.pid
@@ -221,8 +227,8 @@ def test_counters_outlive_a_worker(stepped: Stepped, toolstack: Store, guest: St
 def test_a_service_takes_over_from_another_one(
     xenstored: Xenstored, toolstack: Store, guest: Store, kept: Kept, lines: io.StringIO
 ) -> None:
-    """A service that leaves lets its worker go on; the next one has it from the keeper, with journal and counters, and
-    the guest sees nothing. However often that happens, no descriptor is left over.
+    """A service that leaves lets its worker go on, and the next service gets it from the keeper, with journal and
+    counters; the guest notices nothing. However often that happens, no descriptor is left over.
     """
     stepped = Stepped(xenstored.address, Settings(), keeper=kept.keeper())
     _serve(stepped, toolstack, guest)
@@ -252,7 +258,9 @@ def test_a_service_takes_over_from_another_one(
 def test_a_vbd_that_went_while_there_was_no_service_is_closed_and_forgotten(
     xenstored: Xenstored, toolstack: Store, guest: Store, kept: Kept
 ) -> None:
-    """An inherited worker whose node is gone is closed in order, and nothing of it stays with the keeper."""
+    """If a vbd's node has gone while no service ran, its inherited worker is closed in order, and the keeper keeps
+    nothing of the vbd.
+    """
     stepped = Stepped(xenstored.address, Settings(), keeper=kept.keeper())
     _serve(stepped, toolstack, guest)
     stepped.leave()

@@ -1,4 +1,4 @@
-"""The control socket from a client's side."""
+"""The control socket as its clients see it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _ok(data: Any) -> bytes:
 
 
 class Loop:
-    """A server that echoes, and its loop, whose time stands still."""
+    """A server that echoes requests, and its loop, whose clock stands still."""
 
     def __init__(self, path: Path) -> None:
         self.path = str(path)
@@ -69,7 +69,7 @@ class Loop:
                 reply(Answer(Code.OK, request))
 
     def settle(self, seconds: float = 0.0) -> None:
-        """Do everything that follows from what clients did so far, and from the time that passes."""
+        """Let some time pass, and do everything that is due."""
         self.time += seconds
         for _ in range(40):
             self.reactor.call_soon(self.reactor.stop)
@@ -100,7 +100,7 @@ def loop(tmp_path: Path) -> Iterator[Loop]:
 
 @contextlib.contextmanager
 def listening_for_everybody() -> Iterator[Loop]:
-    """Have a server whose socket any user can reach, as one whose mode somebody has changed."""
+    """Return a server whose socket any user can reach, because somebody has changed its mode."""
     with places.directory(places.MEMORY) as place:
         place.chmod(0o755)
         loop = Loop(place / "control.sock")
@@ -120,7 +120,7 @@ def as_user(uid: int, loop: Loop) -> socket.socket:
 
 
 def test_a_request_gets_its_answer(loop: Loop) -> None:
-    """One line in, one line out; an answer larger than any socket buffer arrives whole."""
+    """A request is one line, and so is its answer. An answer that is larger than any socket buffer arrives whole."""
     with loop.connect() as client:
         assert {"version": 1, "code": "ok", "data": {"verb": "ping"}} == loop.ask(client, b'{"verb": "ping"}\n')
         client.sendall(b'{"verb": "big"}\n{"verb": "after"}\n')
@@ -134,7 +134,7 @@ def test_a_request_gets_its_answer(loop: Loop) -> None:
 
 
 def test_a_client_waits_while_there_is_no_descriptor_for_it(loop: Loop) -> None:
-    """It is let in a while later, and the loop does not turn for that without a pause."""
+    """If there is no descriptor for a client, it is accepted a while later, and the loop sleeps meanwhile."""
     loop.settle()
     with loop.connect() as client:
         client.sendall(b'{"verb": "ping"}\n')
@@ -152,7 +152,7 @@ def test_a_client_waits_while_there_is_no_descriptor_for_it(loop: Loop) -> None:
 
 
 def test_the_handler_is_told_who_asks(loop: Loop) -> None:
-    """The kernel says whose connection it is; the program's name comes with it."""
+    """The handler gets the client's process and user as the kernel reports them, and the program's name."""
     with loop.connect() as client:
         loop.ask(client, b"{}\n")
     command = Path("/proc/self/comm").read_text().rstrip()
@@ -169,7 +169,7 @@ def test_the_socket_is_for_its_owner_only(loop: Loop) -> None:
 @pytest.mark.parametrize("uid", [1, 1000, 65534])
 @pytest.mark.rows("R22")
 def test_other_users_are_sent_away(uid: int) -> None:
-    """R22: a peer that is neither root nor our own user is hung up on, whatever the socket's mode is by now."""
+    """R22: a client that is neither root nor our own user is hung up on, whatever the socket's mode has become."""
     with listening_for_everybody() as loop, as_user(uid, loop) as client, loop.connect() as own:
         client.sendall(b'{"verb": "ping"}\n')
         loop.settle()
@@ -181,7 +181,7 @@ def test_other_users_are_sent_away(uid: int) -> None:
 
 @pytest.mark.rows("C3")
 def test_idle_clients_keep_nobody_out(loop: Loop) -> None:
-    """C3: where 400 clients say nothing, the next one is answered: who has idled for longest makes room."""
+    """C3: if 400 clients are idle, a new one is still answered: the one that was idle for longest makes room."""
     with contextlib.ExitStack() as clients:
         first = clients.enter_context(loop.connect())
         waiting = clients.enter_context(loop.connect())
@@ -202,8 +202,8 @@ def test_idle_clients_keep_nobody_out(loop: Loop) -> None:
 
 @pytest.mark.rows("C3", "R22")
 def test_clients_that_wait_are_bounded_and_leave_places(loop: Loop) -> None:
-    """C3, R22: where all wait for an answer there are some places more, for questions that are answered soon: who waits
-    there is told that it is still under way. When those are taken, too, a connection is closed at once.
+    """C3, R22: when all clients wait for an answer, a few spare places are left for short questions: whoever waits
+    there is soon told that its order is still under way. When those are taken too, a new connection is closed at once.
     """
     with contextlib.ExitStack() as clients:
         waiting = [clients.enter_context(loop.connect()) for _ in range(MAX_CLIENTS)]
@@ -229,7 +229,9 @@ def test_clients_that_wait_are_bounded_and_leave_places(loop: Loop) -> None:
 
 @pytest.mark.rows("R22")
 def test_idle_clients_are_sent_away(loop: Loop) -> None:
-    """R22: who says nothing for too long, or does not read an answer, loses the connection; who waits does not."""
+    """R22: a client that says nothing for too long, or does not read its answer, loses the connection; one that waits
+    for an answer does not.
+    """
     with loop.connect() as client, loop.connect() as slow, loop.connect() as waiting:
         slow.sendall(b'{"verb": "big"}\n')
         waiting.sendall(b'{"verb": "hold"}\n')
@@ -250,7 +252,7 @@ def test_idle_clients_are_sent_away(loop: Loop) -> None:
 
 @pytest.mark.rows("R22")
 def test_a_line_is_bounded(loop: Loop) -> None:
-    """R22: more bytes than a request may have, without an end of line, end the connection."""
+    """R22: a line that is longer than a request may be ends the connection."""
     with loop.connect() as client:
         client.setblocking(False)
         sent = 0
@@ -275,7 +277,9 @@ def test_a_line_is_bounded(loop: Loop) -> None:
     ids=["text", "list", "bytes", "empty", "deep", "deep object", "number", "surrogate", "long", "large", "too deep"],
 )  # fmt: skip
 def test_nonsense_is_answered(loop: Loop, line: bytes) -> None:
-    """What is no JSON object of plain values gets a sentence and a code, and the connection lives on."""
+    """A line that is not a JSON object of plain values is answered with a code and a sentence, and the connection stays
+    open.
+    """
     with loop.connect() as client:
         answer = loop.ask(client, line + b"\n")
         assert ("invalid", "the request is not a JSON object in one line") == (answer["code"], answer["error"])
@@ -283,7 +287,7 @@ def test_nonsense_is_answered(loop: Loop, line: bytes) -> None:
 
 
 def test_values_may_lie_in_each_other(loop: Loop) -> None:
-    """A list of texts in the request is what verbs take; a file's name may be no UTF-8."""
+    """Values in a request may be nested, and a file name need not be UTF-8."""
     with loop.connect() as client:
         request = {"arguments": ["a", "\udcff", 1.5, None, [[]]]}
 
@@ -292,7 +296,7 @@ def test_values_may_lie_in_each_other(loop: Loop) -> None:
 
 @pytest.mark.parametrize("wait", ["true", '"1"', "-1", "1e300", "[]"])
 def test_a_wait_is_a_number_of_seconds(loop: Loop, wait: str) -> None:
-    """Anything else is refused before the request is handed on."""
+    """A value of `wait` that is not a number of seconds is refused before the request is handed on."""
     with loop.connect() as client:
         answer = loop.ask(client, b'{"wait": %s}\n' % wait.encode())
 
@@ -300,8 +304,8 @@ def test_a_wait_is_a_number_of_seconds(loop: Loop, wait: str) -> None:
 
 
 def test_who_has_waited_for_long_enough_is_told(loop: Loop) -> None:
-    """After the time that a client gave it hears which order is under way, and what is known so far; the order's answer
-    goes to nobody, and the client may go on with others.
+    """A client whose `wait` is over is told which order is under way, and what is known so far. The order's own answer
+    is dropped, and the client may send other requests.
     """
     with loop.connect() as client:
         client.sendall(b'{"verb": "order", "wait": 40}\n')
@@ -323,7 +327,7 @@ def test_who_has_waited_for_long_enough_is_told(loop: Loop) -> None:
 
 
 def test_who_gives_no_time_waits_as_long_as_it_takes(loop: Loop) -> None:
-    """No answer comes too late."""
+    """A client that gives no `wait` gets its answer however long that takes."""
     with loop.connect() as client:
         client.sendall(b'{"verb": "order"}\n')
         loop.settle()
@@ -337,7 +341,7 @@ def test_who_gives_no_time_waits_as_long_as_it_takes(loop: Loop) -> None:
 
 
 def test_a_second_answer_is_a_bug_of_ours(loop: Loop) -> None:
-    """It reaches nobody, and is told."""
+    """A second answer to a request is not sent, and is reported as a bug."""
     with loop.connect() as client:
         client.sendall(b'{"verb": "hold"}\n')
         loop.settle()
@@ -351,7 +355,9 @@ def test_a_second_answer_is_a_bug_of_ours(loop: Loop) -> None:
 
 
 def test_a_bug_over_a_request_is_answered(loop: Loop) -> None:
-    """One request that meets a bug of ours is answered and told; the service and the connection live on."""
+    """If a request raises an exception, the client gets that as its answer, and the exception is reported; service and
+    connection go on.
+    """
     with loop.connect() as client:
         answer = loop.ask(client, b'{"verb": "bug"}\n')
         after = loop.ask(client, b"{}\n")
@@ -361,7 +367,7 @@ def test_a_bug_over_a_request_is_answered(loop: Loop) -> None:
 
 
 def test_requests_are_answered_in_order_one_at_a_time(loop: Loop) -> None:
-    """A second request waits until the first is answered, however long that takes."""
+    """A client's second request waits until the first one is answered, however long that takes."""
     with loop.connect() as client:
         client.sendall(b'{"verb": "hold"}\n{"n": 2}\n')
         loop.settle()
@@ -374,7 +380,7 @@ def test_requests_are_answered_in_order_one_at_a_time(loop: Loop) -> None:
 
 
 def test_many_requests_at_once_make_no_deeper_stack(loop: Loop) -> None:
-    """As many as a line may be long are answered one after the other."""
+    """Thousands of requests in one piece are answered one after the other, without recursion."""
     with loop.connect() as client:
         client.sendall(b"{}\n" * 2000)
         answers = b""
@@ -387,7 +393,7 @@ def test_many_requests_at_once_make_no_deeper_stack(loop: Loop) -> None:
 
 @pytest.mark.parametrize("end", ["goes", "has waited", "is answered"])
 def test_it_is_told_once_nobody_waits_any_more(loop: Loop, end: str) -> None:
-    """Whoever carries out a request hears that its client has gone, or has waited for long enough; not of an answer."""
+    """`left` is called when a request's client has gone or its `wait` is over, but not when it has been answered."""
     left: list[str] = []
     with loop.connect() as client:
         client.sendall(b'{"verb": "hold", "wait": 5}\n')
@@ -407,7 +413,9 @@ def test_it_is_told_once_nobody_waits_any_more(loop: Loop, end: str) -> None:
 
 @pytest.mark.parametrize("says_more", [False, True])
 def test_a_client_that_goes_away_ends_nothing(loop: Loop, *, says_more: bool) -> None:
-    """It may hang up while its request is under way, also with more that it wants; the answer goes to nobody."""
+    """If a client hangs up while its request is under way, its answer is dropped, and its further requests are not
+    carried out.
+    """
     client = loop.connect()
     client.sendall(b'{"verb": "hold", "wait": 5}\n' + b"{}\n" * says_more)
     loop.settle()
@@ -422,8 +430,8 @@ def test_a_client_that_goes_away_ends_nothing(loop: Loop, *, says_more: bool) ->
 
 @pytest.mark.rows("C3")
 def test_a_client_that_has_said_all_is_answered(loop: Loop) -> None:
-    """C3: one that shuts down its own direction gets the answer to each of its requests, however long that takes, and
-    the loop sleeps meanwhile. Then the connection ends, and its place is free.
+    """C3: a client that shuts down its sending direction gets the answers to all its requests, however long that takes,
+    and the loop sleeps meanwhile. Then the connection ends, and its place is free.
     """
     with loop.connect() as client:
         client.sendall(b'{"verb": "hold"}\n{"verb": "hold"}\n{"verb": "big"}\n{"cut": ')
@@ -445,7 +453,7 @@ def test_a_client_that_has_said_all_is_answered(loop: Loop) -> None:
 
 @pytest.mark.rows("C3")
 def test_a_client_that_has_said_all_may_still_go(loop: Loop) -> None:
-    """C3: when it closes the connection, its place is free, and whoever carries out its request is told."""
+    """C3: if such a client closes the connection, its place is free, and `left` of its request is called."""
     left: list[str] = []
     with loop.connect() as client:
         client.sendall(b'{"verb": "hold"}\n{}\n')
@@ -484,7 +492,7 @@ def test_the_next_service_listens_on(tmp_path: Path) -> None:
 
 
 def test_the_last_answer_goes_out(loop: Loop) -> None:
-    """Who has the service end is told so, although the service ends at once."""
+    """The answer to the request that stops the service is sent, although the service ends at once."""
     with loop.connect() as client:
         client.sendall(b'{"verb": "hold"}\n')
         loop.settle()
@@ -498,8 +506,8 @@ def test_the_last_answer_goes_out(loop: Loop) -> None:
 
 
 def test_requests_that_are_put_off(loop: Loop) -> None:
-    """They are handled when their time has come, as any other: others are answered meanwhile, and a bug has its answer.
-    What a client wanted that has gone until then is not done.
+    """A request that is put off is handled later like any other: other requests are answered meanwhile, and an
+    exception is its answer. The request of a client that has gone by then is dropped.
     """
     clients = [loop.connect() for _ in range(4)]
     for client, verb in zip(clients, (b"late", b"late bug", b"late", b"early"), strict=True):
@@ -522,7 +530,9 @@ def test_requests_that_are_put_off(loop: Loop) -> None:
 
 @pytest.mark.parametrize("stays", [True, False])
 def test_whoever_is_put_off_waits_no_longer_than_said(loop: Loop, *, stays: bool) -> None:
-    """After the seconds that a client names it is told that its order is under way, and that is carried out."""
+    """A client whose request is put off beyond its `wait` is told that the order is under way, and the order is carried
+    out.
+    """
     with closing(loop.connect()) as client:
         client.sendall(b'{"verb": "late", "wait": 3}\n')
         loop.settle()

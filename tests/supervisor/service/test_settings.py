@@ -1,4 +1,4 @@
-"""Settings: defaults, the file, the command line on top, and sentences for mistakes."""
+"""Settings: defaults, the file, the command line, and the errors for mistakes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_every_setting_is_optional(tmp_path: Path) -> None:
 
 
 def test_the_command_line_overrides_the_file(tmp_path: Path) -> None:
-    """What is given as an argument holds over the file, and what is not given leaves the file's value."""
+    """A value on the command line overrides the file; otherwise the file's value counts."""
     path = tmp_path / "x.toml"
     path.write_text('serve = "ours"\nstore = "/s"\n[limits]\nmax_queues = 8\n')
     settings = load(path, {"serve": "all", "store": None})
@@ -69,13 +69,13 @@ def test_mistakes_are_named(tmp_path: Path, text: str, sentence: str) -> None:
 
 
 def test_a_file_that_was_named_must_exist(tmp_path: Path) -> None:
-    """Without --config a missing file is fine; with it the operator meant one that is not there."""
+    """A settings file that --config names must exist; without --config it may be missing."""
     with pytest.raises(ConfigError, match="there is no such file"):
         load(tmp_path / "missing.toml", {})
 
 
 def test_all_mistakes_are_told_with_their_lines(tmp_path: Path) -> None:
-    """In the order of the file, of a table's settings too; what the command line has given has no line."""
+    """All mistakes are listed in the order of the file, each with its line; one on the command line has none."""
     path = tmp_path / "x.toml"
     path.write_text("# one\nfrob = 1\npoll_us = 5000\n[limits]\nmax_queue = 1\nmax_segments = 1\n")
     with pytest.raises(SettingsError) as caught:
@@ -89,7 +89,7 @@ def test_all_mistakes_are_told_with_their_lines(tmp_path: Path) -> None:
 
 
 def test_an_override_is_not_blamed_on_the_file(tmp_path: Path) -> None:
-    """A file that has the setting, too, is right."""
+    """A mistake on the command line is not reported with the line where the file sets the same thing correctly."""
     path = tmp_path / "x.toml"
     path.write_text('serve = "all"\n')
     with pytest.raises(SettingsError) as caught:

@@ -1,4 +1,4 @@
-"""Limits that several disks share, with workers that say what the test wants."""
+"""Limits that several disks share, with workers whose figures the test sets."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NAMES = ["waiting", "held", "held_ms", "spent_ms", "share_ppm"]
 
 @dataclass
 class Disk:
-    """A disk as `Sharing` sees it. `says` are its figures; it takes each share, unless it is told otherwise."""
+    """A disk as `Sharing` sees it. `says` are its figures. It accepts each share unless `replies` is false."""
 
     number: int
     chain: str = "log:|throttle:iops=100,group=g|null:1G"
@@ -63,19 +63,19 @@ class Disk:
             then(Reply(0, Code.OK))
 
     def is_held(self, *, is_held: bool = True) -> None:
-        """Be held back since the last look, or not."""
+        """Count as held back, or not, since the last look."""
         self.says["held"] = self.says.get("held", 0) + is_held
 
 
 class Group:
-    """Some disks, and who shares a limit among them."""
+    """Some disks, and the object that divides a limit among them."""
 
     def __init__(self, *disks: Disk) -> None:
         self.disks: dict[VbdPath, Any] = {each.path: each for each in disks}
         self.sharing = Sharing(Reactor(Clock()), self.disks)
 
     def look(self, times: int = 4, *, held: tuple[Disk, ...] = ()) -> None:
-        """Let some seconds pass in which these are held back."""
+        """Let some ticks pass, in each of which the disks in `held` are held back."""
         for _ in range(times):
             for each in held:
                 each.is_held()
@@ -83,12 +83,14 @@ class Group:
 
 
 def share(disk: Disk) -> float:
-    """Return the share that a disk goes by."""
+    """Return the share that a disk uses."""
     return disk.says["share_ppm"] / 1e6
 
 
 def test_who_is_held_back_gets_what_the_others_do_not_use() -> None:
-    """Two that want all share alike; once one of them does nothing the other one has almost all; then alike again."""
+    """Two disks that want as much as they can get have equal shares. While one of them is idle, the other gets nearly
+    all; then the shares become equal again.
+    """
     one, two = Disk(5), Disk(6)
     group = Group(one, two)
     group.look(held=(one, two))
@@ -101,7 +103,7 @@ def test_who_is_held_back_gets_what_the_others_do_not_use() -> None:
 
 
 def test_who_uses_some_keeps_that() -> None:
-    """A disk that uses a fifth, and is never held back, is not squeezed for one that wants more than there is."""
+    """A disk that uses a fifth of the limit and is never held back keeps that if another one wants more."""
     one, two = Disk(5), Disk(6)
     group = Group(one, two)
     for _ in range(6):
@@ -116,7 +118,9 @@ def test_who_uses_some_keeps_that() -> None:
     "lies", [{"waiting": 2**64 - 1, "spent_ms": 2**64 - 1, "held": 2**64 - 1, "share_ppm": 2**64 - 1}, {"share_ppm": 0}]
 )
 def test_a_worker_that_lies_harms_only_itself(lies: dict[str, int]) -> None:
-    """Whatever it counts, the others have their fair parts; and it is asked no more than once a second."""
+    """Whatever figures a worker reports, the other disks get their fair shares; and it is not sent a share again before
+    it has replied.
+    """
     liar, *others = (Disk(number) for number in range(5, 9))
     liar.replies = False
     group = Group(liar, *others)
@@ -129,7 +133,9 @@ def test_a_worker_that_lies_harms_only_itself(lies: dict[str, int]) -> None:
 
 
 def test_a_worker_that_does_not_reply_is_asked_again_when_it_does() -> None:
-    """Nothing grows while one is stopped, and then it gets the share of that moment."""
+    """A worker that does not reply is sent nothing more. Once it replies, it is sent the share that it should have by
+    then.
+    """
     one, two = Disk(5, replies=False), Disk(6)
     group = Group(one, two)
     replies: list[Callable[[Reply], None]] = []
@@ -145,7 +151,9 @@ def test_a_worker_that_does_not_reply_is_asked_again_when_it_does() -> None:
 
 
 def test_groups_do_not_know_each_other() -> None:
-    """By name; a chain without a group, or that cannot be parsed, is in none."""
+    """Groups with different names share nothing. A chain without a group, or one that cannot be parsed, belongs to
+    none.
+    """
     one, two = Disk(5), Disk(6, "log:|throttle:iops=100,group=other|null:1G")
     rest = [Disk(7, "log:|throttle:iops=5|null:1G"), Disk(8, "nobody:"), Disk(9, "")]
     group = Group(one, two, *rest)
@@ -156,7 +164,7 @@ def test_groups_do_not_know_each_other() -> None:
 
 
 def test_only_the_throttle_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A third party's driver may have an option of the same name, which means another thing."""
+    """Only `throttle:` is sent a share: an option `group` of a third party's driver may mean something else."""
 
     class Stranger(Filter):
         name = "stranger"
@@ -175,7 +183,9 @@ def test_only_the_throttle_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_who_has_gone_leaves_his_share() -> None:
-    """Also a disk without a worker, whose successor has the share that the dead one had, and is counted again then."""
+    """The others get the share of a disk that is gone, or has no worker. The next worker of the disk starts with its
+    former share, and is counted again.
+    """
     one, two = Disk(5), Disk(6)
     group = Group(one, two)
     group.look(held=(one, two))
@@ -191,7 +201,7 @@ def test_who_has_gone_leaves_his_share() -> None:
 
 
 def test_another_disk_in_the_same_place_begins_anew() -> None:
-    """A disk that was detached and attached within a second has a worker that knows of no share."""
+    """A disk that was detached and attached again within a second has a new worker, which is sent its share."""
     one = Disk(5)
     group = Group(one)
     group.look(held=(one,))

@@ -1,4 +1,4 @@
-"""What is said of a disk and of the service: the keys that clients go by."""
+"""What `status` reports about a disk and about the service: the keys that clients use."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FILES = {"/img": "file device=1 inode=2", "/parent": "file device=1 inode=3"}
 
 
 def vbd(**changes: Any) -> Any:
-    """Return a vbd as far as it is shown, with a worker of this process."""
+    """Return a stand-in for a vbd, as far as `describe` uses it; its worker is this process."""
     page = memoryview(bytearray(counters.SIZE))
     page.cast("Q")[counters.INDEX["reads"]] = 7
     page.cast("Q")[counters.HISTOGRAM + 17] = 3
@@ -59,7 +59,7 @@ def test_a_disk_has_the_keys_that_clients_go_by() -> None:
 
 
 def test_whether_a_name_means_the_disks_file_still() -> None:
-    """Each file of a disk is named, and what its name means now where it was looked up."""
+    """Each file of a disk is listed, and, if it was looked up, whether its name still means that file."""
     not_looked = describe(vbd())["files"]
     found = {
         "same": Meaning("/img", FILES["/img"]),
@@ -76,7 +76,9 @@ def test_whether_a_name_means_the_disks_file_still() -> None:
 
 
 def test_what_an_administrator_needs_to_know() -> None:
-    """Whose disk it is, what is in service, what holds it, what is under way, and which worker serves it since when."""
+    """A disk is described with its guest, its chain, what stops it, the orders under way, and its worker and since when
+    that runs.
+    """
     known = describe(vbd(), "mail")
 
     assert ("5/xvda", "vbd/5/51712", "mail", "aio:/img") == tuple(
@@ -98,7 +100,7 @@ def test_what_an_administrator_needs_to_know() -> None:
 
 
 def test_a_pause_is_shown_with_who_made_it() -> None:
-    """Also where nobody knows who did."""
+    """A pause is shown with who made it, or with an empty text if that is not known."""
     found = []
     for by in ("uid 0", "", None):
         paused = vbd()
@@ -110,7 +112,7 @@ def test_a_pause_is_shown_with_who_made_it() -> None:
 
 
 def test_a_worker_that_waits_for_its_turn_is_none_yet() -> None:
-    """It has no process, no version and no beginning."""
+    """A worker that has not been started yet is shown as none: without a process, a version and a start."""
     known = describe(vbd(worker=SimpleNamespace(pid=0, is_there=False, walls=[], no_walls={}, needs=[])))
 
     assert [None, None, "", False] == [
@@ -119,7 +121,9 @@ def test_a_worker_that_waits_for_its_turn_is_none_yet() -> None:
 
 
 def test_a_disk_without_a_worker() -> None:
-    """Nothing is made up: no start, no version, and nothing to upgrade; what the last one counted is still there."""
+    """A disk without a worker shows no start, no version and no need for an upgrade, but the counters of the last
+    worker.
+    """
     known = describe(vbd(worker=None))
 
     assert (None, None, "", False) == tuple(
@@ -132,7 +136,9 @@ def test_a_disk_without_a_worker() -> None:
 
 
 def test_a_process_has_a_start() -> None:
-    """It is the kernel's word, to a hundredth of a second or two; a process that has gone has none."""
+    """The start of a process is what the kernel says, to about a hundredth of a second; a process that has ended has
+    none.
+    """
     before = time.time()
     with subprocess.Popen(["sleep", "60"]) as process:
         started = started_at(process.pid)
@@ -153,7 +159,7 @@ def test_a_process_has_a_start() -> None:
 
 
 def test_what_layers_count_is_shown_by_name() -> None:
-    """Each layer has its figures, read from the page: no worker is asked."""
+    """Each layer's figures are shown by name, read from the counters' page without asking the worker."""
     shown = vbd()
     shown.handover.page.cast("Q")[counters.FIGURES + 1] = 12
     shown.device.layers = [LayerFacts(**LAYER | {"figures": figures}) for figures in (["held"], ["waiting"], [])]

@@ -1,4 +1,4 @@
-"""The connection to xenstore in a loop whose time stands still."""
+"""The connection to xenstore in a loop whose clock stands still."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from xenbackend.supervisor.xenstore.store import Store
 
 
 class Linked:
-    """A store in a loop, and what was asked for."""
+    """A store in a loop, and the calls that its link has made."""
 
     def __init__(self, address: str) -> None:
         self.clock = Clock()
@@ -40,12 +40,12 @@ class Linked:
         self.backs += 1
 
     def settle(self, seconds: float = 0.0) -> None:
-        """Do what is due after so much time."""
+        """Let some time pass, and do what is due."""
         self.clock.time += seconds
         settle(self.loop)
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Close everything."""
         self.link.close()
         self.store.close()
         self.loop.close()
@@ -60,7 +60,9 @@ def linked(xenstored: Xenstored) -> Iterator[Linked]:
 
 
 def test_events_that_came_with_an_answer_are_seen(linked: Linked, toolstack: Store) -> None:
-    """Before the loop sleeps they are looked at, though nothing more comes; nothing is looked at for nothing."""
+    """Events that arrived together with an answer are handled before the loop sleeps. Without events or work, nothing
+    is called.
+    """
     linked.store.watch("/a", "token")
     toolstack.write("/a", "1")
     linked.store.read("domid")  # its answer comes after the event
@@ -76,7 +78,7 @@ def test_events_that_came_with_an_answer_are_seen(linked: Linked, toolstack: Sto
 
 
 def test_an_event_wakes_the_loop(linked: Linked, toolstack: Store) -> None:
-    """One that comes while nobody asks is seen, too."""
+    """An event that comes while nothing is being asked wakes the loop."""
     linked.store.watch("/a", "token")
     linked.settle()
     toolstack.write("/a", "1")
@@ -88,7 +90,9 @@ def test_an_event_wakes_the_loop(linked: Linked, toolstack: Store) -> None:
 
 @pytest.mark.parametrize("how", ["somebody asks", "nobody asks", "it refuses something"])
 def test_a_lost_connection_is_made_anew(linked: Linked, xenstored: Xenstored, toolstack: Store, how: str) -> None:
-    """Whoever finds out; tries become rarer, up to some seconds; nothing is followed meanwhile."""
+    """However the loss is noticed, the connection is made again; tries become rarer, up to some seconds, and nothing
+    else is done meanwhile.
+    """
     linked.store.watch("/a", "token")
     linked.settle()
     xenstored.stop()
@@ -127,7 +131,7 @@ def test_a_lost_connection_is_made_anew(linked: Linked, xenstored: Xenstored, to
 
 @pytest.mark.usefixtures("descriptors")
 def test_nothing_is_left_of_it(xenstored: Xenstored) -> None:
-    """Also where it is closed while it waits for xenstore, nothing is called any more."""
+    """After a link is closed, even while it waits for xenstore, it calls nothing any more."""
     linked = Linked(xenstored.address)
     linked.problem, linked.work = StoreError("no"), True
     linked.settle()

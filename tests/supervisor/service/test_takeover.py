@@ -1,4 +1,4 @@
-"""What an earlier service has left, taken over by vbds that do nothing, with processes that do nothing either."""
+"""What an earlier service has left, taken over by fake vbds; the workers are processes that only sleep."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("descriptors")]
 
 
 class Left:
-    """A keeper with what is said to be a vbd's, and the process that is said to be its worker."""
+    """A keeper with a vbd's descriptors, and the process that stands for its worker."""
 
     def __init__(self, kept: Kept, path: VbdPath, version: str = f".{VERSION}") -> None:
         keeper = kept.keeper()
@@ -42,7 +42,7 @@ class Left:
             os.close(fd)
 
     def has_ended(self, timeout_s: float = 0.0) -> bool:
-        """Return whether the process has ended within so much time."""
+        """Return whether the process ends within so many seconds."""
         return bool(select.select([self.pidfd], [], [], timeout_s)[0])
 
     def close(self) -> None:
@@ -61,7 +61,7 @@ def left(kept: Kept) -> Iterator[Left]:
 
 
 def test_a_vbd_goes_on_with_what_was_left(xenstored: Xenstored, toolstack: Store, kept: Kept, left: Left) -> None:
-    """It gets the descriptors, also where its node has gone meanwhile; what is new begins with nothing."""
+    """A vbd gets the descriptors that were left of it, even if its node has gone meanwhile; a new vbd gets none."""
     write_like_libxl(toolstack, OTHER)
     place = Place(xenstored.address, keeper=kept.keeper()).start()
     found = place.vbd(PATH).inherited
@@ -77,8 +77,9 @@ def test_a_vbd_goes_on_with_what_was_left(xenstored: Xenstored, toolstack: Store
 def test_a_fault_over_it_concerns_no_other_vbd(
     xenstored: Xenstored, toolstack: Store, kept: Kept, left: Left, lines: io.StringIO
 ) -> None:
-    """That one's worker is killed, what was left of it is let go of, and when it has ended the vbd is served anew;
-    the scripts that come meanwhile wait.
+    """If a vbd cannot be taken over because of a bug, its worker is killed, and its descriptors are closed and
+    forgotten. After the worker's end the vbd is served from the beginning; scripts wait until then. Other vbds are not
+    affected.
     """
     second = Left(kept, OTHER)
     for path in (PATH, OTHER):
@@ -108,7 +109,7 @@ def test_a_fault_over_it_concerns_no_other_vbd(
 
 @contextmanager
 def no_descriptors() -> Iterator[None]:
-    """Nobody in this process can open anything more."""
+    """Let this process open no further descriptor."""
     first_free = os.dup(0)
     os.close(first_free)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -123,7 +124,9 @@ def no_descriptors() -> Iterator[None]:
 def test_a_host_that_is_short_of_something_costs_no_guest_what_was_left(
     xenstored: Xenstored, toolstack: Store, kept: Kept, left: Left, of: str
 ) -> None:
-    """It is tried again, with all that was left; the worker serves on meanwhile, nothing is forgotten, scripts wait."""
+    """If the host lacks memory or descriptors for a takeover, it is tried again later with all that was left. Meanwhile
+    the worker serves, nothing is forgotten, and scripts wait.
+    """
     write_like_libxl(toolstack)
     before = sorted(kept.fds)
     place = Place(xenstored.address, keeper=kept.keeper())
@@ -153,7 +156,9 @@ def test_a_host_that_is_short_of_something_costs_no_guest_what_was_left(
 def test_a_service_that_is_short_of_something_leaves_it_to_the_next_one(
     xenstored: Xenstored, toolstack: Store, kept: Kept, left: Left
 ) -> None:
-    """Whoever waits is told, the keeper has everything, and the worker serves on."""
+    """If the service ends before such a takeover has succeeded, the waiting script is answered, the keeper still has
+    everything, and the worker serves on.
+    """
     write_like_libxl(toolstack)
     place = Place(xenstored.address, keeper=kept.keeper())
     FakeVbd.short = {PATH}
@@ -169,7 +174,9 @@ def test_a_service_that_is_short_of_something_leaves_it_to_the_next_one(
 def test_a_former_versions_worker_is_ended_first(
     xenstored: Xenstored, toolstack: Store, kept: Kept, lines: io.StringIO
 ) -> None:
-    """Its place is occupied until it has ended; then the vbd gets all that it left, and the script that waited."""
+    """A worker of the former version is ended before its vbd is served. Then the vbd gets all that the worker left, and
+    the script that waited.
+    """
     left = Left(kept, PATH, version="")
     write_like_libxl(toolstack)
     place = Place(xenstored.address, keeper=kept.keeper())
@@ -193,7 +200,7 @@ def test_a_former_versions_worker_is_ended_first(
 def test_a_service_that_stops_meanwhile_leaves_it_to_the_next_one(
     xenstored: Xenstored, toolstack: Store, kept: Kept
 ) -> None:
-    """Whoever waits is told, and the keeper has everything."""
+    """If the service stops before that worker has ended, the script is answered, and the keeper has everything."""
     left = Left(kept, PATH, version="")
     write_like_libxl(toolstack)
     place = Place(xenstored.address, keeper=kept.keeper())
@@ -208,7 +215,7 @@ def test_a_service_that_stops_meanwhile_leaves_it_to_the_next_one(
 
 
 def test_what_is_nobodys_is_let_go(xenstored: Xenstored, kept: Kept) -> None:
-    """Names that no service of this domain gives are closed and forgotten; nothing is started for them."""
+    """Inherited descriptors whose names are not those of a vbd of this domain are closed and forgotten."""
     keeper = kept.keeper()
     for name in ("stored", "vbd-1-5-51712.journal", "vbd-0-5.journal"):
         keeper.keep(name, 0)

@@ -1,4 +1,4 @@
-"""Turns: few at once, in order, and nobody keeps one for ever."""
+"""Turns: a few at a time, in order, and each for a limited time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TURN_S = 0.25
 
 
 class Line:
-    """Turns on a clock that stands still, and who has begun."""
+    """Turns on a clock that stands still, and the numbers of those that have begun."""
 
     def __init__(self) -> None:
         self.clock = Clock()
@@ -25,18 +25,18 @@ class Line:
         self.begun: list[int] = []
 
     def want(self, number: int) -> Turn:
-        """Want a turn."""
+        """Ask for a turn."""
         return self.turns.want(lambda: self.begun.append(number))
 
     def pass_time(self, seconds: float) -> None:
-        """Let time pass, and what is due then happen."""
+        """Let time pass, and do what is due."""
         self.clock.time += seconds
         settle(self.loop)
 
 
 @pytest.fixture
 def line() -> Iterator[Line]:
-    """Return one, with room for two."""
+    """Return a line with room for two turns."""
     line = Line()
     yield line
     line.loop.close()
@@ -44,7 +44,7 @@ def line() -> Iterator[Line]:
 
 
 def test_as_many_begin_as_may(line: Line) -> None:
-    """Whoever finds room begins at once; the others in their order, as those before them end."""
+    """A turn begins at once if there is room; the others begin in order, as earlier ones end."""
     turns = [line.want(number) for number in range(5)]
     assert ([0, 1], False) == (line.begun, line.turns.is_free)
     line.turns.end(turns[1])
@@ -60,7 +60,9 @@ def test_as_many_begin_as_may(line: Line) -> None:
 
 
 def test_a_crowd_is_told_of(line: Line) -> None:
-    """It is one from the first who has to wait until nobody has to, because the last one begins or gives up."""
+    """The callback is told of a crowd when the first one has to wait, and of its end when no one waits any more,
+    because the last one has begun or given up.
+    """
     turns = [line.want(number) for number in range(2)]
     assert [] == line.crowds
     turns.append(line.want(2))
@@ -74,7 +76,7 @@ def test_a_crowd_is_told_of(line: Line) -> None:
 
 
 def test_who_comes_late_overtakes_nobody(line: Line) -> None:
-    """Where there is room again, and somebody waits for it who has not been called yet, it is not free."""
+    """If a turn has ended and the next in the queue has not been called yet, a newcomer does not overtake it."""
     turns = [line.want(number) for number in range(3)]
     line.turns.end(turns[0])
     assert not line.turns.is_free
@@ -85,7 +87,7 @@ def test_who_comes_late_overtakes_nobody(line: Line) -> None:
 
 
 def test_who_ends_before_its_turn_has_none(line: Line) -> None:
-    """It never begins, and takes nobody's place; to end twice is to end once."""
+    """A turn that is ended before it has begun never begins; ending a turn twice is the same as ending it once."""
     turns = [line.want(number) for number in range(5)]
     line.turns.end(turns[2])
     for _ in range(2):
@@ -95,7 +97,9 @@ def test_who_ends_before_its_turn_has_none(line: Line) -> None:
 
 
 def test_who_takes_long_counts_no_longer(line: Line) -> None:
-    """After its time the next one begins, however many hang; its end lets no second one in."""
+    """After its time a turn no longer counts, and the next one begins, however many hang. When it ends later, that lets
+    no further one begin.
+    """
     turns = [line.want(0)]
     line.pass_time(0.2)
     turns += [line.want(number) for number in range(1, 6)]
@@ -112,7 +116,9 @@ def test_who_takes_long_counts_no_longer(line: Line) -> None:
 
 
 def test_one_that_cannot_begin_takes_no_turn(line: Line) -> None:
-    """Whoever wants it at once gets the error; later it is a fault, and the next one has its turn."""
+    """If `begin` raises an exception at once, the caller gets it. If it raises one later, that is reported, and the
+    next one has its turn.
+    """
 
     def fail() -> None:
         raise LookupError

@@ -1,4 +1,4 @@
-"""The vbds in service, by all that they are asked for by."""
+"""The vbds in service, by each of the keys that they are looked up by."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _nobody(_: int) -> str | None:
 
 
 def test_a_path_has_one_or_none() -> None:
-    """A second one in the same place is a mistake of the caller's; one that was taken out is found by nothing."""
+    """Adding a second vbd with the same path is an error. A vbd that was removed is not found by any key."""
     vbds, first, second = Vbds(), _vbd("vbd", 5, 51712), _vbd("vbd", 5, 51712)
     vbds.add(first)
     with pytest.raises(ValueError, match="vbd/5/51712 is already being served"):
@@ -36,7 +36,7 @@ def test_a_path_has_one_or_none() -> None:
 
 
 def test_a_number_needs_no_name() -> None:
-    """Xenstore is asked for names only where one is given."""
+    """Xenstore is asked for guests' names only if a disk is named by its guest."""
     vbds, vbd = Vbds(), _vbd("vbd3", 5, 51712)
     vbds.add(vbd)
 
@@ -45,7 +45,7 @@ def test_a_number_needs_no_name() -> None:
 
 
 def test_what_there_is_is_said_in_a_sentence_of_some_length() -> None:
-    """Whoever asks for what is not there sees some of what is."""
+    """The error for an unknown disk lists some of the disks in service, but never a long list."""
     vbds = Vbds()
     with pytest.raises(ConfigError, match="there is no disk '5/xvda' in service; none is"):
         vbds.find("5/xvda", _nobody)

@@ -1,4 +1,4 @@
-"""What xentop is shown: the record's layout, and that nothing is left where others have theirs, too."""
+"""What xentop is shown: the record's layout, and that the records of others are left alone."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ def shared_memory(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def xentop(tmp_path: Path, shared_memory: Path) -> Iterator[Xentop]:
-    """Return one that shows nothing yet."""
+    """Return a `Xentop` that shows nothing yet."""
     xentop = Xentop(tmp_path / "run" / "xentop", shared_memory, PID)
     yield xentop
     xentop.clear()
 
 
 def test_record() -> None:
-    """Each counter is in the field where libxenstat looks for it, bytes as sectors, and nothing else is said."""
+    """Each counter is in the field where libxenstat looks for it, with bytes as sectors; all other fields are 0."""
     record = pack_record(
         page(reads=3, writes=5, read_bytes=12288, written_bytes=1024, errors=2, flushes=9, in_flight=7)
     )
@@ -80,7 +80,9 @@ def test_record() -> None:
 
 
 def test_record_is_where_libxenstat_looks(xentop: Xentop, shared_memory: Path) -> None:
-    """By the number that stands in `kthread-pid`, the domain and the device; and it follows the counters."""
+    """The record's path has the number that stands in `kthread-pid`, the domain and the device; the record follows the
+    counters.
+    """
     path = shared_memory / f"td3-{PID}" / "vbd-5-51712"
     xentop.show(DISK, page(reads=1))
     first = path.read_bytes()
@@ -90,7 +92,7 @@ def test_record_is_where_libxenstat_looks(xentop: Xentop, shared_memory: Path) -
 
 
 def test_what_did_not_change_is_not_written(xentop: Xentop, shared_memory: Path) -> None:
-    """An idle disk costs no write."""
+    """A record whose counters have not changed is not written again."""
     path = shared_memory / f"td3-{PID}" / "vbd-5-51712"
     xentop.show(DISK, page(reads=1))
     path.write_bytes(b"untouched")
@@ -100,14 +102,14 @@ def test_what_did_not_change_is_not_written(xentop: Xentop, shared_memory: Path)
 
 
 def test_other_kinds_are_not_shown(xentop: Xentop, shared_memory: Path) -> None:
-    """Nobody looks for a record of kind vbd: nothing is made for it, in no place."""
+    """A disk of kind vbd has no record, as nothing looks for one."""
     xentop.show(VbdPath("vbd", 0, 5, 51712), page())
 
     assert [] == list(shared_memory.iterdir())
 
 
 def test_forgotten_disks_leave_nothing(xentop: Xentop, shared_memory: Path) -> None:
-    """Neither a record nor a descriptor; to forget one twice does no harm."""
+    """A disk that is no longer shown leaves neither a record nor a descriptor."""
     before = len(open_descriptors())
     for disk in (DISK, OTHER):
         xentop.show(disk, page())
@@ -122,7 +124,7 @@ def test_forgotten_disks_leave_nothing(xentop: Xentop, shared_memory: Path) -> N
 
 
 def test_killed_services_leavings_are_removed(xentop: Xentop, tmp_path: Path, shared_memory: Path) -> None:
-    """The next service removes what the one before had no time to; what is tapdisk's stays."""
+    """A service removes the records that a killed one has left, and leaves those of tapdisk."""
     xentop.show(DISK, page())
     tapdisks = shared_memory / "td3-99"
     tapdisks.mkdir()
@@ -144,7 +146,7 @@ def test_killed_services_leavings_are_removed(xentop: Xentop, tmp_path: Path, sh
 
 
 def test_foreign_directory_is_not_touched(tmp_path: Path, shared_memory: Path) -> None:
-    """Where somebody else has our number's directory, we say so and leave it."""
+    """If somebody else has the directory for our process number, that is an error, and it is left alone."""
     (shared_memory / f"td3-{PID}").mkdir()
     xentop = Xentop(tmp_path / "xentop", shared_memory, PID)
     with pytest.raises(KernelError, match=r"td3-4711: File exists"):
@@ -156,7 +158,7 @@ def test_foreign_directory_is_not_touched(tmp_path: Path, shared_memory: Path) -
 
 
 def test_record_that_cannot_be_kept(tmp_path: Path, xentop: Xentop) -> None:
-    """It is told, and the next try succeeds once there is room for it."""
+    """If a record cannot be made, that is an error, and the next try succeeds once the obstacle is gone."""
     (tmp_path / "run").write_text("a file")
     with pytest.raises(KernelError, match=r"show vbd3/5/51712 to xentop by .*: Not a directory"):
         xentop.show(DISK, page())
@@ -167,7 +169,7 @@ def test_record_that_cannot_be_kept(tmp_path: Path, xentop: Xentop) -> None:
 
 
 def test_updates_come_now_and_then_while_there_is_a_disk(xentop: Xentop, shared_memory: Path) -> None:
-    """From the first disk on, once in a while, until there is none; what is shown then is removed."""
+    """Records are updated periodically from the first disk until there is none left; then all are removed."""
     clock, asked = Clock(), []
     loop = Reactor(clock)
     pages: dict[VbdPath, memoryview | None] = {DISK: None, OTHER: page(reads=1)}
@@ -198,7 +200,7 @@ def test_updates_come_now_and_then_while_there_is_a_disk(xentop: Xentop, shared_
 
 
 def test_a_record_that_cannot_be_kept_is_told_once(xentop: Xentop, shared_memory: Path, lines: io.StringIO) -> None:
-    """However often it is tried; the disk is served all the same."""
+    """If a record cannot be kept, that is logged once, however often it is tried."""
     (shared_memory / f"td3-{PID}").mkdir()
     clock = Clock()
     loop = Reactor(clock)

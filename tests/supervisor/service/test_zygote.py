@@ -1,4 +1,6 @@
-"""The zygote as the service holds it: workers from it are our children, and nobody waits for it or depends on it."""
+"""The zygote as the service holds it: workers that it forks are our children, and neither they nor the service wait for
+it or depend on it.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,7 @@ def _fake(text: str) -> tuple[str, ...]:
 
 
 class Asked:
-    """A zygote, the loop around it, and what it is asked for."""
+    """A zygote, the loop around it, and the processes that it is asked for."""
 
     def __init__(self, command: tuple[str, ...]) -> None:
         self.loop = Reactor()
@@ -55,7 +57,7 @@ class Asked:
         return processes
 
     def fork(self, kinds: str = "w") -> list[Process]:
-        """Return processes that are there."""
+        """Ask for processes, and return them once they exist."""
         processes = self.ask(kinds)
         self.until(lambda: all(each.is_there for each in processes))
         return processes
@@ -68,7 +70,7 @@ class Asked:
 
 @pytest.fixture
 def ask(descriptors: None) -> Iterator[Callable[..., Asked]]:
-    """Start a zygote."""
+    """Return a function that starts a zygote."""
     made: list[Asked] = []
 
     def start(command: tuple[str, ...] = REAL) -> Asked:
@@ -93,7 +95,9 @@ def _end(processes: list[Process]) -> list[str]:
 
 
 def test_a_worker_is_as_one_that_we_started(ask: Callable[..., Asked]) -> None:
-    """It is our child, serves its socket, and how it ended is told; also when its zygote has gone before it."""
+    """A forked worker is our child, serves its socket, and its end is described, even if the zygote has ended before
+    it.
+    """
     asked = ask()
     [first], [second] = asked.fork(), asked.fork()
     asked.it.close()
@@ -111,7 +115,9 @@ def test_a_worker_is_as_one_that_we_started(ask: Callable[..., Asked]) -> None:
 
 
 def test_only_workers_come_to_us(ask: Callable[..., Asked]) -> None:
-    """A helper that a driver started is not left to us when its worker has ended: nobody here would wait for it."""
+    """A helper that a driver has started does not become our child when its worker ends: nothing here would wait for
+    it.
+    """
     asked = ask()
     for each in asked.fork():
         each.leave()
@@ -124,8 +130,8 @@ def test_only_workers_come_to_us(ask: Callable[..., Asked]) -> None:
 
 
 def test_a_worker_is_whole_when_it_is_there(ask: Callable[..., Asked]) -> None:
-    """However early it dies, its end is ours to hear: the process between has gone before we know of it. And it leads
-    its session, else it could not come before others.
+    """By the time we know of a worker, the process between the zygote and it has ended, so that its own end is ours to
+    collect, however early it comes. It leads its session, so that its priority can be raised.
     """
     asked = ask()
     ends = set()
@@ -138,7 +144,9 @@ def test_a_worker_is_whole_when_it_is_there(ask: Callable[..., Asked]) -> None:
 
 
 def test_a_worker_and_its_opener_come_together(ask: Callable[..., Asked]) -> None:
-    """Each is our child, leads its session, and has its own socket only: the one ends when that is closed."""
+    """A worker and its opener that are asked for together are each our child, lead their sessions and have only their
+    own socket: each ends when that is closed.
+    """
     asked = ask()
     worker, opener = asked.fork("wo")
     assert [worker.pid, opener.pid] == [os.getsid(worker.pid), os.getsid(opener.pid)]
@@ -151,7 +159,9 @@ def test_a_worker_and_its_opener_come_together(ask: Callable[..., Asked]) -> Non
 
 
 def test_it_comes_before_others(ask: Callable[..., Asked]) -> None:
-    """A disk waits for whatever it does; its workers have their turn as we have ours."""
+    """The zygote has a higher priority than the service, since a disk waits for whatever it does; the workers that it
+    forks have the service's.
+    """
     ours = os.getpriority(os.PRIO_PROCESS, 0)
     asked = ask()
     first = os.getpriority(os.PRIO_PROCESS, asked.it.pid)
@@ -164,7 +174,9 @@ def test_it_comes_before_others(ask: Callable[..., Asked]) -> None:
 
 
 def test_what_was_said_before_a_worker_is_there_is_what_it_hears_first(ask: Callable[..., Asked]) -> None:
-    """Nobody waits until it is there, and who wants to know is told before it hears anything."""
+    """Messages may be sent before a worker exists, and are the first that it receives. `when_there` is called before
+    the worker can have read any.
+    """
     asked = ask()
     asked.until(lambda: asked.it.is_ready)
     os.kill(asked.it.pid, signal.SIGSTOP)
@@ -187,7 +199,9 @@ def test_what_was_said_before_a_worker_is_there_is_what_it_hears_first(ask: Call
 
 @pytest.mark.parametrize("how", ["given up", "forgotten"])
 def test_who_comes_too_late_has_heard_nothing_and_ends(ask: Callable[..., Asked], how: str) -> None:
-    """Nobody wants it any more: it is no child of ours for long, and the zygote is as good as before."""
+    """A process that is forked after it was given up, or forgotten, ends without having read a message; the zygote
+    serves further requests.
+    """
     before = _children()
     asked = ask()
     asked.until(lambda: asked.it.is_ready)
@@ -228,7 +242,7 @@ def test_who_comes_too_late_has_heard_nothing_and_ends(ask: Callable[..., Asked]
     ],
 )
 def test_one_that_fails_is_good_for_nothing(ask: Callable[..., Asked], text: str, why: str) -> None:
-    """Whatever is wrong, there is no worker, nothing is left open, and the zygote ends."""
+    """A zygote that fails in any way is ended. None of the processes asked for exists, and nothing stays open."""
     asked = ask(_fake(f"channel.send(b'ready'); channel.recv(16)\n{text}\n# {why}"))
     processes = asked.ask()
     changes = asked.changes
@@ -242,7 +256,7 @@ def test_one_that_fails_is_good_for_nothing(ask: Callable[..., Asked], text: str
 
 
 def test_one_that_never_answers_leaves_nothing(ask: Callable[..., Asked]) -> None:
-    """When it is sent away, nothing of it or of what it named is left open."""
+    """When a zygote that does not answer is closed, nothing of it, nor of a process that it has named, stays open."""
     asked = ask(_fake(f"channel.send(b'ready'); channel.recv(16); {_NAMES}; channel.recv(1)"))
     processes = asked.ask()
     asked.until(lambda: asked.it._born)
@@ -253,7 +267,7 @@ def test_one_that_never_answers_leaves_nothing(ask: Callable[..., Asked]) -> Non
 
 
 def test_one_that_was_killed_says_so(ask: Callable[..., Asked]) -> None:
-    """Whoever killed it."""
+    """A zygote that was killed is over, and no longer ready."""
     asked = ask()
     _end(asked.fork())
     os.kill(asked.it.pid, signal.SIGKILL)
