@@ -57,7 +57,7 @@ def stepped(xenstored: Xenstored) -> Iterator[Stepped]:
 
 @pytest.fixture
 def lines(request: pytest.FixtureRequest) -> Iterator[io.StringIO]:
-    """The log of the test, in the journal's form or the one that it is parametrized with."""
+    """The log of the test, in the journal's form or in the form that the test is parametrized with."""
     stream = io.StringIO()
     log.configure(getattr(request, "param", "journal"), "info", stream)
     yield stream
@@ -66,7 +66,7 @@ def lines(request: pytest.FixtureRequest) -> Iterator[io.StringIO]:
 
 @pytest.fixture
 def descriptors() -> Iterator[None]:
-    """No descriptor is left open by the test."""
+    """Check that the test leaves no descriptor open."""
     before = open_descriptors()
     yield
     assert before == open_descriptors()

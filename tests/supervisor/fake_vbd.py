@@ -1,4 +1,4 @@
-"""A vbd that only notes what it is asked for, and what a registry needs beside it."""
+"""A vbd that only records what it is asked for, and the registry around it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ from xenbackend.supervisor.xenstore.store import Store
 
 
 class FakeVbd:
-    """One of them; `calls` counts those to all, `bugs` names the methods that raise, `short` who cannot be made now."""
+    """A fake vbd. `calls` has the calls to all of them, `bugs` the methods that raise, `short` those that cannot be
+    made now.
+    """
 
     calls: list[tuple[VbdPath, str]]
     bugs: set[tuple[VbdPath, str]]
@@ -44,7 +46,7 @@ class FakeVbd:
         self.looks: list[str] = []
         self.stopped: list[bool] = []
         self.doubted = 0
-        self.waiting: list[Reply] = []  # scripts
+        self.waiting: list[Reply] = []  # replies to hotplug scripts
         self.page: memoryview | None = None
         self.inherited = dict(inherited) if inherited is not None else None
         self._on_forgotten = on_forgotten
@@ -68,12 +70,12 @@ class FakeVbd:
         self.looks += ["node"] * node + ["theirs"] * theirs
 
     def hotplug(self, reply: Reply) -> None:
-        """Let a script wait."""
+        """Record a script that waits."""
         self._note("hotplug")
         self.waiting.append(reply)
 
     def stop(self, *, leaves: bool) -> None:
-        """Note how the service ends."""
+        """Record how the service ends."""
         self._note("stop")
         self.stopped.append(leaves)
 
@@ -83,17 +85,17 @@ class FakeVbd:
         self.doubted += 1
 
     def counters_page(self) -> memoryview | None:
-        """Return what the test has put there."""
+        """Return the page that the test has set."""
         self._note("counters_page")
         return self.page
 
     def give_up_scripts(self) -> list[Reply]:
-        """Return those that wait."""
+        """Return the scripts that wait."""
         given, self.waiting = self.waiting, []
         return given
 
     def end(self) -> None:
-        """Be over."""
+        """Let the vbd be over."""
         self._note("end")
         self.is_forgotten = True
         self._let_go()
@@ -105,7 +107,7 @@ class FakeVbd:
 
 
 class Place:
-    """A registry of fake vbds in a loop whose time stands still."""
+    """A registry of fake vbds in a loop whose clock stands still."""
 
     def __init__(
         self,
@@ -118,7 +120,7 @@ class Place:
         FakeVbd.calls, FakeVbd.bugs, FakeVbd.short = [], set(), set()
         self.clock = Clock()
         self.told: list[Exception] = []
-        self.changes: list[int] = []  # how many there were after each
+        self.changes: list[int] = []  # the number of vbds after each change
         self.loop = Reactor(self.clock, on_bug=self.told.append)
         self.store = Store(address)
         context: Any = SimpleNamespace(
@@ -135,20 +137,20 @@ class Place:
         self.changes.append(len(self.registry.vbds))
 
     def start(self) -> Place:
-        """Begin, and look at everything."""
+        """Start the registry, and look at everything."""
         self.registry.start()
         self.settle()
         return self
 
     def settle(self, seconds: float = 0.0) -> None:
-        """Do what is due after so much time, and all that follows; what others did in xenstore has happened by then."""
+        """Let some time pass, and do all that is due; what others did in xenstore is seen by then."""
         self.clock.time += seconds
         with suppress(StoreError):
             self.store.read("domid")  # its answer comes after the events
         settle(self.loop)
 
     def vbd(self, path: VbdPath) -> FakeVbd:
-        """Return the one in a place."""
+        """Return the vbd at a path."""
         found: Any = self.registry.vbds[path]
         return found
 

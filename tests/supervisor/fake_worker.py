@@ -1,9 +1,9 @@
-"""A worker without a chain or a ring: speaks `xenbackend.protocol` and does as its chain's text says.
+"""A worker without a chain or a ring, which speaks `xenbackend.protocol` and behaves as the text of its chain says.
 
-null:1G serves; null:2G cannot be opened; null:3G dies when it is asked to connect; null:4G never leaves, pauses,
-reports or lets another chain in; null:5G cannot take another chain's place; null:6G does, and dies before it says so;
-null:8G says that it is in service when nobody asked for it; null:9G answers what nobody asked. An image /full has no
-room, and instead of /lies another file is named.
+null:1G serves. null:2G cannot be opened. null:3G dies when it is told to connect. null:4G never leaves, pauses, reports
+or accepts another chain. null:5G cannot replace another chain. null:6G can, and dies before it reports that. null:8G
+reports that it is only open when it is told to serve. null:9G sends a reply to a question that nobody asked. A snapshot
+to /full fails for lack of room; the reply to one to /lies names another file.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ def main() -> int:
 
 
 class FakeWorker:
-    """What it has been told until now."""
+    """The standing and journal of a fake worker."""
 
     def __init__(self) -> None:
         self.journal = memoryview(b"")
         self.standing = messages.Standing(-1, Stage.IDLE, "", read_only=False, shareable=False)
 
     def answers(self, message: messages.FromSupervisor) -> list[messages.FromWorker]:
-        """Do what a message asks for, and return what is said."""
+        """Obey a message, and return the messages that answer it."""
         if isinstance(message, messages.Ask):
             return self._replies(message)
         if isinstance(message, messages.Reply):
@@ -61,7 +61,7 @@ class FakeWorker:
         journal.AGREED.write(self.journal, codec.as_fields(messages.Agreed(chain, connect)))
 
     def _obey(self, order: messages.Order) -> list[str]:
-        """Do what an order says, and return lines for the log."""
+        """Obey an order, and return lines for the log."""
         chain = self.standing.chain
         match order:
             case messages.Open():
@@ -99,7 +99,7 @@ class FakeWorker:
         return []
 
     def _replies(self, ask: messages.Ask) -> list[messages.FromWorker]:
-        """Return the reply, after the standing where that has changed."""
+        """Return the reply, after the standing if that has changed."""
         former = self.standing
         reply = self._reply(ask)
         if former.chain == "null:4G" and isinstance(ask.question, messages.Pause | messages.Swap):

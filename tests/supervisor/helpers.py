@@ -1,4 +1,4 @@
-"""What these tests share: a registry stepped in the test's thread, a toolstack and a frontend that the test drives."""
+"""Shared by these tests: a registry in the test's thread, and a toolstack and a frontend that the test drives."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ from xenbackend.supervisor.xenstore.paths import VbdPath
 from xenbackend.supervisor.xenstore.store import Store
 
 _ROOT = Path(__file__).parents[2]
-# An opener that is asked for nothing: it reads its job, and ends when it is let go of.
+# An opener that opens nothing: it reads its job, and ends when its socket is closed.
 _READS = "import socket, sys\nnear = socket.socket(fileno=int(sys.argv[2]))\nwhile near.recv(1 << 18): pass"
 FAKE_OPENER = (sys.executable, "-I", "-S", "-c", _READS)
 FAKE_WORKER = ("/usr/bin/env", f"PYTHONPATH={_ROOT}", sys.executable, str(Path(__file__).with_name("fake_worker.py")))
-# A zygote that is being started for ever.
+# A zygote that never becomes ready.
 NEVER_READY = (sys.executable, "-I", "-S", "-c", "import os, signal; os.kill(os.getpid(), signal.SIGSTOP)")
 PATH = VbdPath("vbd", 0, 5, 51712)
 _TICK_S = 0.05
-PATIENCE_S = 20.0  # for what must happen; a failed test takes this long, a passed one does not
+PATIENCE_S = 20.0  # until a test fails that waits for something
 
 
 class Clock:
@@ -64,7 +64,7 @@ def run_until(loop: Reactor, condition: Callable[[], object]) -> None:
 
 
 def settle(loop: Reactor, passes: int = 20) -> None:
-    """Let a loop do everything that is due now, and what follows from it, without waiting."""
+    """Let a loop do everything that is due now, and what follows from that, without waiting."""
     for _ in range(passes):
         loop.call_soon(loop.stop)
         loop.run()
@@ -89,7 +89,7 @@ class Stepped:
         self.bugs: list[Exception] = []
         self.loop = Reactor(on_bug=self.bugs.append)
         self.store = Store(address)
-        self.answers: list[Answer] = []  # that the script got
+        self.answers: list[Answer] = []  # to the script
         self.fleet = Fleet(self.loop, FAKE_WORKER, opener=FAKE_OPENER)
         keeper = keeper or Keeper({})
         ledger, last_chains = Ledger(keeper), LastChains(directory)
@@ -101,8 +101,8 @@ class Stepped:
             self.registry.start()
         self._runs_script = runs_script
         self._is_waiting = False
-        self._asked: dict[VbdPath, Vbd] = {}  # for whom the script was run
-        self._tick = self.loop.timer(int)  # wakes the loop: a condition may be of somebody else's making
+        self._asked: dict[VbdPath, Vbd] = {}  # for which the script was run
+        self._tick = self.loop.timer(int)  # wakes the loop, as a condition may depend on another process
         self.loop.before_sleep(self._run_scripts)
         self._server = Server(socket, self.loop, self._answer) if socket else None
 
@@ -113,11 +113,11 @@ class Stepped:
             reply(Answer(Code.OK, ""))
 
     def script(self, path: VbdPath = PATH) -> None:
-        """Run the toolstack's hotplug script; what it is told goes to `answers`."""
+        """Run the toolstack's hotplug script, whose answer goes to `answers`."""
         self.registry.hotplug(path.backend, self.answers.append)
 
     def _run_scripts(self) -> bool:
-        """Do what a toolstack does that sees InitWait."""
+        """Run the script for each vbd in InitWait, as a toolstack does."""
         for path, vbd in list(self.registry.vbds.items()):
             is_due = self._runs_script and vbd.device.sight.ours == 2 and not vbd.device.sight.hotplug
             if is_due and self._asked.get(path) is not vbd:
@@ -126,7 +126,7 @@ class Stepped:
         return False
 
     def turn(self, seconds: float = 0.0) -> None:
-        """Let the loop make one pass, or run for so long."""
+        """Let the loop make one pass, or run for some seconds."""
         if not seconds:
             settle(self.loop, 1)
             return
@@ -166,7 +166,7 @@ class Stepped:
         return self.registry.vbds.get(PATH) or self.until(lambda: self.registry.vbds.get(PATH))
 
     def expire(self) -> None:
-        """Let the vbd's limit be over now."""
+        """Let the vbd's limit be over."""
         self.vbd().handle(Expired())
 
     def give(self, verb: str, **request: Any) -> Answer:
@@ -178,14 +178,14 @@ class Stepped:
         return answers[0]
 
     def leave(self) -> None:
-        """Stop, and leave the workers to the next service."""
+        """Stop the registry, and leave the workers to the next service."""
         self.registry.stop(leaves=True)
         assert not self.registry.vbds
         self.context.ledger.leave()
         self._close()
 
     def close(self) -> None:
-        """Stop, and see that every worker ends."""
+        """Stop the registry, and end every worker."""
         self.registry.stop()
         for vbd in self.registry.vbds.values():
             if vbd.worker is not None:
@@ -206,9 +206,9 @@ class Stepped:
 
 
 class Kept:
-    """A keeper of descriptors, whose memory goes from one service to the next: that of `supervisor.parent`.
+    """A keeper of descriptors, which outlives a service: the store of `supervisor.parent`.
 
-    It listens all the time, as a parent does: a service that nobody listens to waits for its time-out again and again.
+    It listens all the time, as a parent does: else a service would wait for its time-out again and again.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -230,12 +230,14 @@ class Kept:
 
     @property
     def fds(self) -> dict[str, int]:
-        """What is kept now, by name."""
+        """The kept descriptors by name."""
         self._take_all()
         return self._parents.fds
 
     def keeper(self, room: int = parent.MAX_KEPT) -> Keeper:
-        """Return the keeper as the next service has it, with descriptors of its own; it says that it has this room."""
+        """Return the keeper as the next service finds it, with descriptors of its own; `room` is how many it says it
+        can keep.
+        """
         keeper = Keeper({**self._environment, "FDSTORE": str(room)})
         keeper.inherited |= {name: os.dup(fd) for name, fd in self.fds.items()}
         keeper._names |= keeper.inherited.keys()
@@ -283,7 +285,7 @@ def offer_ring(guest: Store, path: VbdPath = PATH) -> None:
 
 
 def remove_like_libxl(store: Store, path: VbdPath = PATH) -> None:
-    """Ask for the vbd to go away."""
+    """Ask for the removal of a vbd."""
 
     def body(nodes: Nodes) -> None:
         nodes.write(f"{path.backend}/online", "0")

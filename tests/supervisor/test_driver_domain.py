@@ -1,6 +1,6 @@
 """A service in a driver domain, which may read and write far less of xenstore than dom0: fake workers, real vbds.
 
-The domains' directories are as libxl makes them, and what `xl devd` does there is done by hand. The real ones are in
+The domains' directories are as libxl makes them, and the tests do what `xl devd` does. The real ones are in
 tests/xen/test_driver_domain.py.
 """
 
@@ -84,8 +84,8 @@ def _serve(driver: Stepped, toolstack: Store, guest: Store) -> None:
 
 @pytest.mark.slow
 def test_birth_service_and_removal(driver: Stepped, toolstack: Store, devd: Store, guest: Store) -> None:
-    """A disk of a driver domain goes the way of one of dom0's; what is shown lies where that domain may write, for
-    itself and the toolstack alone, and goes away with the disk, but not what libxl has made.
+    """A disk in a driver domain is served like one in dom0. Its status is written where the domain may write, readable
+    for the domain and the toolstack only, and is removed with the disk; directories that libxl has made stay.
     """
     _serve(driver, toolstack, guest)
     shown = toolstack.dictionary(f"{HOME}/data/xenbackend/{PATH}")
@@ -108,8 +108,8 @@ def test_birth_service_and_removal(driver: Stepped, toolstack: Store, devd: Stor
 @pytest.mark.slow
 @pytest.mark.parametrize("lines", ["json"], indirect=True)
 def test_a_guest_that_has_gone(driver: Stepped, toolstack: Store, guest: Store, lines: io.StringIO) -> None:
-    """A guest that is destroyed takes along what we may read of it: its disk is closed all the same, without a word of
-    complaint, and the toolstack waits for nothing.
+    """If a guest is destroyed, the nodes that we may read go with it: its disk is closed without a warning, and the
+    toolstack need not wait.
     """
     _serve(driver, toolstack, guest)
     toolstack.remove("/local/domain/5")
@@ -121,7 +121,7 @@ def test_a_guest_that_has_gone(driver: Stepped, toolstack: Store, guest: Store, 
 
 @pytest.mark.slow
 def test_a_chain_that_cannot_be_opened(driver: Stepped, toolstack: Store) -> None:
-    """What is wrong stands where Linux' own drivers say it, and that place is of use again and again."""
+    """An error is shown where Linux' own drivers show theirs, each time anew."""
     for _ in range(2):
         write_like_libxl(toolstack, PATH, params="null:2G")
         driver.until(lambda: toolstack.read_optional(f"{HOME}/error/backend/{PATH}/error"))
@@ -136,8 +136,8 @@ def test_a_chain_that_cannot_be_opened(driver: Stepped, toolstack: Store) -> Non
 
 
 def test_notes_of_a_former_service(toolstack: Store, devd: Store) -> None:
-    """Which files a disk has is noted where the domain may write, for the next service; of a disk that has gone
-    meanwhile it is forgotten.
+    """The files of a disk are noted where the domain may write, for the next service; the notes of a disk that is gone
+    are removed.
     """
     write_like_libxl(toolstack, PATH, state="4")
     VbdNodes(devd, PATH).note_files("null:1G", {"/img": "file device=1 inode=2"})
@@ -155,8 +155,8 @@ def test_notes_of_a_former_service(toolstack: Store, devd: Store) -> None:
     ("ours", "expected"), [(S.INITIALISING, True), (S.INIT_WAIT, True), (S.CONNECTED, False), (S.CLOSING, False)]
 )
 def test_any_guest_may_be_one_that_is_brought(devd: Store, ours: XenbusState, *, expected: bool) -> None:
-    """A guest's name, which tells that of a migration, is not for a driver domain: until the guest has been connected
-    its former self may have the image.
+    """A driver domain may not read a guest's name, which would tell of a migration: until the guest has connected, it
+    may still be writing to the image elsewhere.
     """
     assert expected is VbdNodes(devd, PATH).may_be_incoming(ours)
 
@@ -164,7 +164,7 @@ def test_any_guest_may_be_one_that_is_brought(devd: Store, ours: XenbusState, *,
 @pytest.mark.slow
 @pytest.mark.parametrize("lines", ["json"], indirect=True)
 def test_guests_have_no_names_there(driver: Stepped, toolstack: Store, guest: Store, lines: io.StringIO) -> None:
-    """A disk is called by its guest's number; by a name it is not found, as with any name that is nobody's."""
+    """In a driver domain a disk is found by its guest's number, and not by its name."""
     _serve(driver, toolstack, guest)
 
     assert PATH == driver.registry.find("5/xvda").path
@@ -174,7 +174,7 @@ def test_guests_have_no_names_there(driver: Stepped, toolstack: Store, guest: St
 
 
 def test_attaching_is_for_dom0(devd: Store) -> None:
-    """`xenbackend attach` and `detach` say in a driver domain who can, and how, before they touch anything."""
+    """In a driver domain `attach` and `detach` say who can do that, and how, before they change anything."""
     for find in (lambda: vbd_path(devd, 5, "xvdb"), lambda: find_vbd(devd, parse_disk("guest5/xvdb"))):
         with pytest.raises(ConfigError, match=r"this is domain 2, and only dom0 can attach .* xl block-attach"):
             find()
@@ -188,7 +188,9 @@ def bus(tmp_path: Path) -> Bus:
 
 
 def test_a_device_without_a_driver_is_in_nobodys_way(bus: Bus, tmp_path: Path) -> None:
-    """In dom0 each device is taken off the bus, as a driver may be loaded later; elsewhere that is not possible."""
+    """In dom0 each device is taken off the bus, as a driver may be loaded later; in a driver domain, where that is not
+    possible, only a device with a driver matters.
+    """
     assert (True, False) == (bus.has(VbdPath("vbd", 0, 5, 51712)), bus.has(PATH))
     (tmp_path / "bus/vbd-5-51712/driver").touch()
 
@@ -196,8 +198,8 @@ def test_a_device_without_a_driver_is_in_nobodys_way(bus: Bus, tmp_path: Path) -
 
 
 def test_a_device_of_blkback_is_waited_for(bus: Bus, tmp_path: Path, toolstack: Store, devd: Store) -> None:
-    """Nothing is removed that cannot be made again: where xen-blkback has a disk the claim ends when somebody has
-    unloaded that, and fails with the advice how after its time.
+    """In a driver domain nothing is removed, as it could not be made again: if xen-blkback has a disk, the claim ends
+    once somebody has unloaded that driver, or fails after a while with advice how to.
     """
     driver = tmp_path / "bus/vbd-5-51712/driver"
     driver.touch()
@@ -219,8 +221,8 @@ def test_a_device_of_blkback_is_waited_for(bus: Bus, tmp_path: Path, toolstack: 
 @pytest.mark.rows("C11")
 @pytest.mark.parametrize("lines", ["json"], indirect=True)
 def test_the_quota_of_nodes(tmp_path: Path, lines: io.StringIO) -> None:
-    """C11: a disk for whose keys xenstore has no room left is not served, and those that are served go on; once others
-    have made room it follows.
+    """C11: a disk for whose keys xenstore has no room is not served until there is room; disks in service are not
+    affected.
     """
     other = VbdPath("vbd", 2, 6, 51712)
     with (

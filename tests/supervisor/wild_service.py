@@ -1,6 +1,6 @@
-"""The service, whose workers are `wild_worker`: as `python -m xenbackend`, and counts what workers say.
+"""The service as `python -m xenbackend`, except that its workers are `wild_worker`, and that it counts their messages.
 
-Must not change anything else of the service, but that a worker that hangs up has less time to end.
+Must not change anything else of the service, except that a worker that hangs up has less time to end.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _count(words: Words) -> None:
 
 
 def _parent(command: list[str], *rest: Any) -> parent.Parent:
-    """Return what starts this program where it would start the real one."""
+    """Return a parent that restarts this program instead of the real one."""
     return _Parent([sys.executable, "-m", "tests.supervisor.wild_service", *command[3:]], *rest)
 
 

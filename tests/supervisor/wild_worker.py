@@ -1,10 +1,10 @@
-"""A worker that somebody has taken over: it serves for a moment, then says and does whatever may harm its supervisor.
+"""A worker that was taken over: it serves for a moment, then says and does anything that may harm its supervisor.
 
-Must not harm what is not the supervisor's: it is run as the real one is.
+Must not harm anything but the supervisor: it runs as the real one does.
 
-Disks of `null:` get it, all others a real worker (`--socket N`), forked by the real zygote or not (`--host …`). What it
-does by turns stands in `Wild.DEEDS`; most of what it says is fit to be heard, so that it lives for a while. What is
-done how often stands in the file that `WILD` names, for the test to see (`Words`).
+Disks of `null:` get it, all others a real worker (`--socket N`), forked by the real zygote or not (`--host …`).
+`Wild.DEEDS` has what it does in turn; most of its messages are valid, so that it lives for a while. The file that
+`WILD` names counts how often each deed was done, for the test to read (`Words`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from xenbackend.worker import birth, zygote
 from xenbackend.worker import main as real
 
 ENVIRONMENT = "WILD"
-HEARD, IS_CALM, SEED = 0, 1, 2  # words: messages that the service has taken; nobody is wild any more; of random numbers
+HEARD, IS_CALM, SEED = 0, 1, 2  # words: messages taken by the service; 1: be calm; the seed
 DISK_WORDS = 64  # per disk: its lives, then how often each deed was done
 DISKS = 7
 NAMES = [f"memory-{number}" for number in range(messages.MAX_MEMORIES // 2)]
@@ -45,11 +45,11 @@ ODD: list[Any] = [
     [[]], {"kind": "Open"}, ["x"] * 4097, {"": ""}, "aio:/etc/shadow", "null:3G", "serving", "ok", [0] * 100,
 ]  # fmt: skip
 _WILD = 60  # one of so many messages is a deed
-_PATIENCE_S = 20.0  # until it is killed; it ends by itself then, and the test fails
+_PATIENCE_S = 20.0  # if it is not killed by then it ends, and the test fails
 
 
 class Words:
-    """What the test, the service and all wild workers share: 64-bit words, each written by one of them."""
+    """The 64-bit words that the test, the service and all wild workers share; each is written by one of them only."""
 
     def __init__(self, path: str) -> None:
         with Path(path).open("r+b") as file:
@@ -57,31 +57,31 @@ class Words:
 
     @staticmethod
     def make(path: Path, seed: int) -> Words:
-        """Begin."""
+        """Make the file."""
         path.write_bytes(bytes(PAGE))
         words = Words(str(path))
         words.words[SEED] = seed
         return words
 
     def deeds(self) -> dict[str, int]:
-        """Return how often each was done."""
+        """Return how often each deed was done."""
         rows = [self.words[DISK_WORDS * disk : DISK_WORDS * (disk + 1)] for disk in range(1, DISKS + 1)]
         return {name: sum(row[1 + place] for row in rows) for place, name in enumerate(Wild.DEEDS)}
 
     def lives(self) -> int:
-        """Return how many wild workers there were."""
+        """Return how many wild workers there have been."""
         return sum(self.words[DISK_WORDS * disk] for disk in range(1, DISKS + 1))
 
 
 class Wild:
-    """One such worker, told to open a chain at the other end of `near`."""
+    """A wild worker with its socket `near`, which was told to open a chain."""
 
     def __init__(self, near: socket.socket, words: Words) -> None:
         self._near = near
         self._words = words
         self._fake = FakeWorker()
         self._heard: list[bytes] = [b"{}"]
-        self._fds: list[int] = []  # memories that a predecessor had kept
+        self._fds: list[int] = []  # the journal, and memories of a predecessor
         self._asked: list[int] = []
         self._names = [*NAMES, "odd", "x", *(f"another-{number}" for number in range(messages.MAX_MEMORIES + 1))]
         self._row = memoryview(array("Q", bytes(8 * DISK_WORDS)))
@@ -89,7 +89,7 @@ class Wild:
         self._random = Random(0)
 
     def run(self) -> None:
-        """Serve for a moment, then do all that comes to mind, until killed."""
+        """Serve for a moment, then do anything until killed."""
         while self._fake.standing.stage is not Stage.SERVING:
             if not self._obey():
                 return
@@ -100,7 +100,7 @@ class Wild:
                 self._names = []
             if not self._obey(0.05 if self._is_calm() else 0.002):
                 return
-        self._say(*(messages.Drop(name) for name in self._names[len(NAMES) :]))  # what a predecessor had kept
+        self._say(*(messages.Drop(name) for name in self._names[len(NAMES) :]))  # the memories of a predecessor
         give_up = time.monotonic() + _PATIENCE_S
         while time.monotonic() < give_up and not self._is_calm():
             self._obey(0)
@@ -118,7 +118,7 @@ class Wild:
         self.DEEDS[name](self)
 
     def _obey(self, timeout_s: float | None = None) -> bool:
-        """Hear one message, if one comes in time, and mostly do as it says; False: nobody is there any more."""
+        """Take one message, if one comes in time, and mostly obey it; return False if the service has gone."""
         if not select.select([self._near], [], [], timeout_s)[0]:
             return True
         try:
@@ -154,7 +154,7 @@ class Wild:
         self._row[0] += 1
 
     def _progress(self) -> None:
-        """Let the guest have had an answer, so that a successor comes at once."""
+        """Let the guest seem to have got an answer, so that a successor comes at once."""
         words = self._fake.journal[journal.RINGS_AT : journal.RINGS_AT + PAGE].cast("Q")
         words[journal.RING_ENTRIES] = 32
         words[journal.REQ_CONS] = (words[journal.REQ_CONS] + 1) & (2**40 - 1)
@@ -164,11 +164,11 @@ class Wild:
             self._send(codec.encode(each))
 
     def _send(self, datagram: bytes, fds: list[int] | None = None) -> None:
-        """Send, however long the service takes to read."""
+        """Send a datagram, however long the service takes to read."""
         with suppress(BrokenPipeError, ConnectionResetError):
             socket.send_fds(self._near, [datagram], fds or [])
 
-    # what may be said
+    # valid messages
 
     def _stand(self) -> None:
         texts = ["", "", "it broke", "x" * 3000, "\0\n\t\x1b[2J", "\udcff"]
@@ -199,7 +199,7 @@ class Wild:
         self._say(messages.Ask(self._random.choice([0, 1, -5, 2**63]), messages.Command("0", "get", [])))
         self._obey(1.0)
 
-    # what must not be
+    # breaches and other attacks
 
     def _valid(self) -> dict[str, Any]:
         said = self._random.choice([
@@ -363,7 +363,7 @@ class Wild:
 
 
 def serve(near: socket.socket, walls: Walls, told: birth.Birth) -> int:
-    """Be wild for a disk of `null:`, without walls, and a real worker for any other."""
+    """Be a wild worker, without walls, for a disk of `null:`, and a real one for any other."""
     message = codec.from_supervisor(near.recv(messages.MAX_MESSAGE, socket.MSG_PEEK))
     if not (isinstance(message, messages.Open) and message.chain.startswith("null:")):
         return real.serve(near, walls, told)
@@ -373,14 +373,14 @@ def serve(near: socket.socket, walls: Walls, told: birth.Birth) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    """Be a worker that was started by exec."""
+    """Run a worker that was started by exec."""
     given = birth.parse(arguments)
     assert given is not None
     return serve(socket.socket(fileno=int(given["socket"])), *birth.by_exec(given))
 
 
 def be_zygote(arguments: list[str]) -> int:
-    """Be the zygote."""
+    """Run the zygote."""
     zygote.SERVE[zygote.WORKER] = serve
     return zygote.main(arguments)
 

@@ -41,47 +41,49 @@ NODE = {
 
 @dataclass
 class World:
-    """Everything around the automaton; the worker does what it was told only when `answer` is called.
+    """Everything around the automaton. The worker obeys an order only when `answer` is called.
 
-    Whatever the automaton does is held to what must never happen: see `_do`, `_check`.
+    Each action of the automaton is checked against what must never happen: see `_do` and `_check`.
     """
 
-    node: dict[str, str] | None = field(default_factory=lambda: dict(NODE))  # made anew: another object
+    node: dict[str, str] | None = field(default_factory=lambda: dict(NODE))  # another object when it is made anew
     theirs: S = S.INITIALISING
-    inbox: list[events.Action | str] = field(default_factory=list)  # what the worker has been told
+    inbox: list[events.Action | str] = field(default_factory=list)  # orders that the worker has not obeyed yet
     is_running: bool = False
     is_connected: bool = False  # the worker has the rings, whatever it says
     limit: float | None = None
-    lingers: bool = False  # the limit ends before, when the guest is quiet
+    lingers: bool = False  # the limit ends early when the guest is quiet
     is_forgotten: bool = False
-    unheard: list[events.Event] = field(default_factory=list)  # said while there was no service
+    unheard: list[events.Event] = field(default_factory=list)  # events while there was no service
     is_away: bool = False  # the service, not the worker
     cannot: str = ""  # why the worker cannot open the chain now
-    code: int = errno.EIO  # of that
-    top: messages.LayerFacts = LAYER  # what it says of the chain's top once that is open
-    joined: events.Join | None = None  # as it was asked for last
-    lost: str = ""  # what the worker was told at its start
+    code: int = errno.EIO  # the errno of that
+    top: messages.LayerFacts = LAYER  # the top layer that it reports once the chain is open
+    joined: events.Join | None = None  # the last one
+    lost: str = ""  # the failed flush that the worker was told of at its start
     runs_script: bool = True  # as libxl does once it has seen InitWait
-    lives: int = 1  # of vbds in this place
-    has_left: bool = False  # the guest, for another host
+    lives: int = 1  # how many vbds there have been at this path
+    has_left: bool = False  # the guest has, for another host
 
     def __post_init__(self) -> None:
         self.standing = IDLE
-        self.journal = ""  # which flush failed, for a successor
+        self.journal = ""  # the failed flush that a successor finds
         self.is_stopped = False
         self._begin()
 
     def _begin(self, *, has_past: bool = False) -> None:
-        """Let the registry make an object for the vbd."""
+        """Let the registry make a new object for the vbd."""
         self.device = Device(PATH, Limits(), has_past=has_past)
         self.is_forgotten = self.is_stopped = False
-        self._life: dict[str, str] | None = None  # the node of which the automaton has seen that it was written to
+        self._life: dict[str, str] | None = None  # the node that the automaton has seen its own keys in
         self._seen: dict[str, str] | None = None
         if not has_past:
             self.journal = ""
 
     def see(self) -> None:
-        """Let the automaton look, the registry make another one of a vbd in its place, and the script come."""
+        """Let the automaton look at xenstore. First let the registry replace a vbd that is over; afterwards run the
+        script.
+        """
         if self.is_forgotten and not self.is_stopped and self.state is not None:
             self.lives += 1
             self._begin()
@@ -93,7 +95,7 @@ class World:
             self.send(events.Called())
 
     def send(self, event: events.Event) -> None:
-        """Hand over an event and do what is answered."""
+        """Pass an event to the automaton, and carry out its actions."""
         if self.is_away:
             self.unheard.append(event)
             return
@@ -145,7 +147,7 @@ class World:
                 self.node[key] = value
 
     def _check(self, action: events.Write) -> None:
-        """See that a write may be."""
+        """Check that a write is allowed."""
         assert not self.device.sight.is_over, "written into a vbd that is over"
         state = action.keys.get("state")
         was_connected = action.state is S.CONNECTED
@@ -157,24 +159,24 @@ class World:
         if state == "6":
             assert not self.is_running, "Closed while there is a worker"
         is_wanted = self.device.sight.spec is not None and (self.node or {}).get("online") != "0"
-        is_refused = "rings" in self.device.error  # by `refuse`: it is connected to nothing, whatever it says
+        is_refused = "rings" in self.device.error  # by `refuse`: the frontend is not connected, whatever its state
         if was_connected and is_wanted and self.device.sight.theirs is S.CONNECTED and not is_refused:
             assert state in (None, "4"), "a guest that is connected was let down"
 
     def say(self, **changes: Any) -> None:
-        """Let the worker say where it stands, which has changed so; nobody hears it before it has taken all orders."""
+        """Change the worker's standing and let it report that, unless it has orders that it has not obeyed yet."""
         self.standing = replace(self.standing, **changes)
         self.journal = self.standing.flush_failed or self.journal
         if self.is_running and not self.inbox:
             self.send(self.standing)
 
     def lie(self, stage: Stage) -> None:
-        """Let the worker say once that it stands elsewhere."""
+        """Let the worker report a wrong stage once."""
         if self.is_running and not self.inbox:
             self.send(replace(self.standing, stage=stage))
 
     def answer(self) -> None:
-        """Let the worker do the next thing that it was told, as it should."""
+        """Let the worker obey its next order, as it should."""
         if not self.inbox:
             return
         told = self.inbox.pop(0)
@@ -198,7 +200,7 @@ class World:
             self.die(str(told))
 
     def refuse(self, sentence: str) -> None:
-        """Let the worker answer the order that it has next that it cannot."""
+        """Let the worker answer its next order with a failure."""
         assert self.inbox.pop(0) in ("open", "connect")
         self.say(failure=sentence, errno=5)
         self.standing = replace(self.standing, failure="", errno=0)
@@ -212,11 +214,11 @@ class World:
         self.send(events.Ended(sentence, has_progressed, is_unfinished, has_waited=has_waited))
 
     def lose_service(self) -> None:
-        """Let the service die, and its worker go on."""
+        """Let the service die; its worker goes on."""
         self.is_away, self.limit = True, None
 
     def begin_service(self) -> None:
-        """Let the next service find what is there; it hears what was said meanwhile."""
+        """Let the next service start with what is there, and hear what happened meanwhile."""
         life = self._life
         self._begin(has_past=True)
         if self.is_running:  # `Inherited` says it
@@ -238,14 +240,14 @@ class World:
         self.begin_service()
 
     def settle(self) -> None:
-        """Let everything happen that follows, with a look in between as watches would cause, and time go by."""
+        """Let everything happen that follows, with looks as watches would cause them, and let time pass."""
         for _ in range(20):
             self.see()
             self.answer()
             self.rest()
 
     def rest(self) -> None:
-        """Let the time pass between a death and the next worker, and while a frontend that was taken away lingers."""
+        """Let the time pass until the next worker starts, or until a removed frontend no longer lingers."""
         if self.device.phase is Phase.RESTING or self.lingers:
             self.send(events.Expired())
 

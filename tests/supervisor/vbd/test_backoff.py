@@ -1,4 +1,4 @@
-"""How often workers have died, and what follows from it."""
+"""How many workers may die, and how long the next one rests."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from xenbackend.supervisor.vbd.backoff import HASTY_S, REST_S, Backoff
 
 
 def test_who_dies_in_vain_again_and_again_has_no_successor_in_the_end() -> None:
-    """Each pause is at least as long as the one before, the first one is none; after the last there is no next one."""
+    """After the first death the next worker comes at once; each further pause is at least as long as the one before.
+    After the last one there is no successor.
+    """
     backoff = Backoff()
     rests = []
     for _ in REST_S:
@@ -18,7 +20,7 @@ def test_who_dies_in_vain_again_and_again_has_no_successor_in_the_end() -> None:
 
 
 def test_a_single_answer_to_the_guest_begins_the_count_anew() -> None:
-    """A worker that got on is followed at once, whatever there was before it."""
+    """After a worker that made progress the next one comes at once, however many died before."""
     backoff = Backoff()
     for _ in range(6):
         backoff.died(in_vain=True)
@@ -27,14 +29,14 @@ def test_a_single_answer_to_the_guest_begins_the_count_anew() -> None:
 
 
 def test_hasty_deaths_are_followed_later_and_for_ever() -> None:
-    """Whatever the guest is said to have got; but a guest that did get on is not given up."""
+    """After hasty deaths the next worker comes later, whatever progress was reported; but they never end the series."""
     backoff = Backoff()
 
     assert [(True, HASTY_S)] * 20 == [(backoff.died(in_vain=False, is_hasty=True), backoff.rest_s) for _ in range(20)]
 
 
 def test_to_serve_for_a_moment_does_not_begin_the_count_anew() -> None:
-    """A worker that serves until it comes to the request that kills it has not helped."""
+    """A worker that serves until it meets the request that kills it does not reset the count."""
     backoff = Backoff()
     for _ in range(6):
         backoff.died(in_vain=True)
@@ -44,7 +46,9 @@ def test_to_serve_for_a_moment_does_not_begin_the_count_anew() -> None:
 
 
 def test_what_cannot_be_opened_is_tried_for_ever() -> None:
-    """Failures make the pauses longer, up to the longest one, and never stop; they are no deaths."""
+    """Failures to open make the pauses longer, up to the longest one, but never stop the tries; they do not count as
+    deaths.
+    """
     backoff = Backoff()
     for _ in range(20):
         backoff.failed()
@@ -58,7 +62,7 @@ def test_what_cannot_be_opened_is_tried_for_ever() -> None:
 
 
 def test_forgetting_is_complete() -> None:
-    """Whoever begins anew has all lives again."""
+    """`forget` resets deaths and pauses."""
     backoff = Backoff()
     for _ in range(7):
         backoff.died(in_vain=True)

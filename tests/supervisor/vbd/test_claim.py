@@ -1,4 +1,4 @@
-"""Taking a vbd from the kernel's backend, beside a model of that kernel: a bus in a directory, fed by xenstore."""
+"""Taking a vbd from the kernel's backend, with a model of that kernel: its bus is a directory, fed by xenstore."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _make(toolstack: Store, kernel: Kernel) -> dict[str, str]:
 
 
 def test_a_claimed_vbd_is_the_same_without_the_kernel(toolstack: Store, kernel: Kernel, guest: Store) -> None:
-    """After a claim every key and right is as before, in InitWait, and the kernel has forgotten the device for good."""
+    """After a claim all keys and permissions are as before, in InitWait, and the kernel's device is gone for good."""
     del guest
     before = _make(toolstack, kernel)
     rights = toolstack.get_permissions(f"{PATH.backend}/params")
@@ -78,7 +78,7 @@ def test_a_claimed_vbd_is_the_same_without_the_kernel(toolstack: Store, kernel: 
 
 
 def test_what_blkback_writes_too_late_goes_too(toolstack: Store, kernel: Kernel, guest: Store) -> None:
-    """A driver that was just being loaded writes into the directory that is away: that is no vbd, and is removed."""
+    """Keys that a driver writes into the directory after it was removed do not make a vbd, and are removed."""
     del guest
     before = _make(toolstack, kernel)
     claim = Claim(toolstack, kernel.bus, PATH, lambda: 0.0)
@@ -97,7 +97,7 @@ def test_what_blkback_writes_too_late_goes_too(toolstack: Store, kernel: Kernel,
 def test_a_vbd_that_was_destroyed_meanwhile_stays_away(
     toolstack: Store, kernel: Kernel, guest: Store, gone: str
 ) -> None:
-    """When the toolstack removes the vbd while its directory is away, the directory does not come back."""
+    """If the toolstack removes the vbd while its directory is away, the directory is not made again."""
     del guest
     _make(toolstack, kernel)
     claim = Claim(toolstack, kernel.bus, PATH, lambda: 0.0)
@@ -110,7 +110,7 @@ def test_a_vbd_that_was_destroyed_meanwhile_stays_away(
 
 
 def test_a_vbd_that_is_to_go_is_left_alone(toolstack: Store, kernel: Kernel, guest: Store) -> None:
-    """A toolstack that waits for Closed must not lose the directory."""
+    """A vbd that is being removed is not claimed: the toolstack that waits for Closed needs its directory."""
     del guest
     _make(toolstack, kernel)
     remove_like_libxl(toolstack)
@@ -121,7 +121,7 @@ def test_a_vbd_that_is_to_go_is_left_alone(toolstack: Store, kernel: Kernel, gue
 
 
 def test_a_kernel_that_does_not_let_go_is_told(toolstack: Store, kernel: Kernel, guest: Store) -> None:
-    """After its time the claim gives up with a sentence, and the toolstack finds the directory again to detach it."""
+    """If the kernel keeps its device for too long, the claim fails, and the directory is put back for the toolstack."""
     del guest
     before = _make(toolstack, kernel)
     times = iter([0.0, 1.0, TIMEOUT_S + 1])
@@ -134,7 +134,7 @@ def test_a_kernel_that_does_not_let_go_is_told(toolstack: Store, kernel: Kernel,
 
 
 def test_other_kinds_are_nobodys(tmp_path: Path) -> None:
-    """A device of kind vbd3 stands on the bus as well, but Linux has no driver that would take it."""
+    """A device of kind vbd3 need not be claimed: it is on the bus too, but Linux has no driver for it."""
     (tmp_path / "vbd3-5-51712").touch()
 
     assert not Bus(tmp_path).has(VbdPath("vbd3", 0, 5, 51712))
@@ -143,7 +143,7 @@ def test_other_kinds_are_nobodys(tmp_path: Path) -> None:
 def test_a_transaction_that_has_to_be_repeated_is_no_reason_to_stop(
     toolstack: Store, kernel: Kernel, guest: Store
 ) -> None:
-    """Somebody who writes at the same moment does not make us leave the vbd to the kernel."""
+    """If somebody writes at the same moment, the transaction is repeated, and the claim goes on."""
     del guest
     _make(toolstack, kernel)
 
@@ -166,7 +166,9 @@ def test_a_transaction_that_has_to_be_repeated_is_no_reason_to_stop(
 
 
 def test_a_claim_is_gone_on_with_by_the_next_service(toolstack: Store, kernel: Kernel, guest: Store) -> None:
-    """What stood in the directory is noted before it goes away, so that a service that dies meanwhile loses no vbd."""
+    """The directory's contents are noted before it is removed, so that the next service can finish the claim of a
+    service that dies.
+    """
     del guest
     before = _make(toolstack, kernel)
     notes: list[Any] = []
@@ -184,7 +186,7 @@ def test_a_claim_is_gone_on_with_by_the_next_service(toolstack: Store, kernel: K
 def test_a_claim_that_was_noted_and_never_made_takes_nothing_away(
     toolstack: Store, kernel: Kernel, guest: Store
 ) -> None:
-    """A directory that is there is the toolstack's, whatever an earlier service had noted of it."""
+    """If a claim was noted but never made, the directory that exists is left as it is."""
     del guest
     before = _make(toolstack, kernel)
     notes: list[Any] = []
@@ -195,7 +197,7 @@ def test_a_claim_that_was_noted_and_never_made_takes_nothing_away(
 
 
 class Taken:
-    """A vbd being taken, in a loop whose time stands still."""
+    """A vbd being claimed, in a loop whose clock stands still."""
 
     def __init__(self, store: Store, bus: Bus, claim: Claim | None = None) -> None:
         self.clock = Clock()
@@ -210,14 +212,14 @@ class Taken:
         return Claim(self._store, self._bus, PATH, self.clock)
 
     def pass_time(self, seconds: float = 0.0) -> None:
-        """Let so much time pass."""
+        """Let some time pass."""
         self.clock.time += seconds
         settle(self.loop, 3)
 
 
 @pytest.fixture
 def taken(toolstack: Store, kernel: Kernel, guest: Store) -> Iterator[Taken]:
-    """A vbd that the kernel has."""
+    """A vbd that the kernel's backend has."""
     del guest
     _make(toolstack, kernel)
     taken = Taken(toolstack, kernel.bus)
@@ -226,7 +228,7 @@ def taken(toolstack: Store, kernel: Kernel, guest: Store) -> Iterator[Taken]:
 
 
 def test_a_claim_is_gone_on_with_as_time_goes_by(taken: Taken, kernel: Kernel) -> None:
-    """It begins with the loop's next pass, looks at the bus now and then, and is over once; another one may follow."""
+    """A claim begins with the loop's next pass, looks at the bus periodically and ends once; another may follow."""
     assert not taken.taking.is_under_way
     taken.taking.begin()
     taken.taking.begin()
@@ -245,7 +247,7 @@ def test_a_claim_is_gone_on_with_as_time_goes_by(taken: Taken, kernel: Kernel) -
 
 
 def test_a_claim_that_fails_is_over(taken: Taken) -> None:
-    """What the kernel does not let go of is told after its time."""
+    """If the kernel does not release the device in time, the claim ends with an error."""
     taken.taking.begin()
     taken.pass_time()
     taken.pass_time(TIMEOUT_S)
@@ -257,7 +259,7 @@ def test_a_claim_that_fails_is_over(taken: Taken) -> None:
 def test_xenstore_that_is_away_delays_a_claim(
     taken: Taken, xenstored: Xenstored, toolstack: Store, kernel: Kernel
 ) -> None:
-    """It is gone on with when xenstore is back."""
+    """A claim goes on when xenstore is back."""
     taken.taking.begin()
     xenstored.stop()
     taken.pass_time()
@@ -272,7 +274,7 @@ def test_xenstore_that_is_away_delays_a_claim(
 
 
 def test_a_claim_of_an_earlier_service_goes_on_by_itself(toolstack: Store, kernel: Kernel, guest: Store) -> None:
-    """Nobody has to begin it."""
+    """The claim of an earlier service goes on without being begun again."""
     del guest
     _make(toolstack, kernel)
     claim = Claim(toolstack, kernel.bus, PATH, lambda: 0.0)
@@ -286,7 +288,7 @@ def test_a_claim_of_an_earlier_service_goes_on_by_itself(toolstack: Store, kerne
 
 
 def test_a_claim_that_is_given_back_is_over(taken: Taken, toolstack: Store) -> None:
-    """The directory is there again, and nothing is done any more."""
+    """If a claim is given back, the directory exists again, and nothing more is done."""
     taken.taking.begin()
     taken.pass_time()
     assert [] == toolstack.directory(PATH.backend)
@@ -303,7 +305,7 @@ def test_a_claim_that_is_given_back_is_over(taken: Taken, toolstack: Store) -> N
 def test_a_service_that_stops_gives_back_what_it_was_claiming(
     xenstored: Xenstored, toolstack: Store, kernel: Kernel, guest: Store, kept: Kept, *, leaves: bool
 ) -> None:
-    """A toolstack that waits for its vbd finds the directory again, and the next service claims it anew."""
+    """A service that stops during a claim puts the directory back; the next service claims the vbd anew."""
     del guest
     before = _make(toolstack, kernel)
     stepped = Stepped(xenstored.address, Settings(), bus=kernel.bus, keeper=kept.keeper())
@@ -325,7 +327,7 @@ def test_a_service_that_stops_gives_back_what_it_was_claiming(
 def test_no_ring_is_joined_while_the_kernel_has_the_device(
     xenstored: Xenstored, toolstack: Store, kernel: Kernel, guest: Store
 ) -> None:
-    """A frontend that has answered blkback's offer is served only after the kernel has let go, and then it is."""
+    """A frontend that has answered blkback's offer is served once the kernel has released the device."""
     _make(toolstack, kernel)
     offer_ring(guest)
     stepped = Stepped(xenstored.address, Settings(), bus=kernel.bus)
@@ -346,7 +348,7 @@ def test_no_ring_is_joined_while_the_kernel_has_the_device(
 def test_what_the_kernel_offered_is_served(
     xenstored: Xenstored, toolstack: Store, kernel: Kernel, guest: Store
 ) -> None:
-    """A frontend that chose more queues than our settings offer is served: it read the number of blkback's."""
+    """A frontend that chose more queues than our settings allow is served, because it goes by blkback's offer."""
     _make(toolstack, kernel)
     guest.write(f"{PATH.frontend}/multi-queue-num-queues", "2")
     for queue in "01":

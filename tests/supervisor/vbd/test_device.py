@@ -1,4 +1,4 @@
-"""The automaton of one vbd: its life in the cases that guests and toolstacks make."""
+"""The automaton of one vbd: its life in the cases that guests and toolstacks bring about."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def test_guest_closes_and_comes_back() -> None:
 
 
 def test_guest_that_comes_back_between_two_looks_is_served() -> None:
-    """A frontend that is Initialised again when we look next, after its Closed, is served: GRUB hands a disk over so,
-    and whoever takes it over waits for no InitWait.
+    """A frontend that goes through Closed to Initialised between two looks is served: GRUB hands a disk over like that,
+    and the next driver does not wait for InitWait.
     """
     world = connected()
     world.theirs = S.CLOSED
@@ -80,7 +80,7 @@ def test_guest_that_comes_back_between_two_looks_is_served() -> None:
 
 
 def test_guest_that_comes_back_between_two_looks_gets_another_worker() -> None:
-    """Where the former worker has died, too."""
+    """Such a frontend is also served if its worker has died meanwhile."""
     world = connected()
     world.die("the worker was ended by SIGKILL")
     world.theirs = S.CLOSED
@@ -92,7 +92,9 @@ def test_guest_that_comes_back_between_two_looks_gets_another_worker() -> None:
 
 
 def test_frontend_that_starts_anew_is_disconnected_first() -> None:
-    """A frontend in Initialising while we are Connected (kexec) is offered the vbd once its old rings are let go."""
+    """If a frontend goes to Initialising while we are Connected (kexec), it is offered the vbd once its old rings are
+    unmapped.
+    """
     world = connected()
     world.theirs = S.INITIALISING
     world.see()
@@ -103,7 +105,7 @@ def test_frontend_that_starts_anew_is_disconnected_first() -> None:
 
 @pytest.mark.parametrize("theirs", [S.UNKNOWN, S.INITIALISING, S.INITIALISED, S.CLOSED])
 def test_removal_of_a_vbd_that_never_connected(theirs: S) -> None:
-    """online=0 closes the chain and ends in Closed, whether or not a frontend ever came."""
+    """After online=0 a vbd closes its chain and ends in Closed, whether or not a frontend ever came."""
     world = World()
     world.see()
     world.theirs = theirs
@@ -114,7 +116,7 @@ def test_removal_of_a_vbd_that_never_connected(theirs: S) -> None:
 
 
 def test_removal_waits_for_a_connected_frontend() -> None:
-    """A connected frontend is served on after online=0 until it has closed, and Closed comes after the worker's end."""
+    """After online=0 a connected frontend is served until it has closed, and Closed comes after the worker's end."""
     world = connected()
     remove(world)
     world.settle()
@@ -131,8 +133,8 @@ def test_removal_waits_for_a_connected_frontend() -> None:
 
 @pytest.mark.rows("A2", "R23")
 def test_forced_removal_does_not_wait_for_the_guest() -> None:
-    """R23: once the frontend's directory is gone, a vbd that is to go away does so whatever the guest did: it is served
-    on until its driver is quiet, or for a few seconds, as it may have to flush.
+    """R23: once the frontend's directory is gone, a vbd that is being removed ends whatever the guest does. It is
+    served until its driver is quiet, or for a few seconds, as it may have to flush.
     """
     world = connected()
     remove(world)
@@ -149,8 +151,8 @@ def test_forced_removal_does_not_wait_for_the_guest() -> None:
 
 @pytest.mark.parametrize("why", ["the guest has left", "the worker dies", "the node goes", "the service stops"])
 def test_nobody_lingers_in_vain(why: str) -> None:
-    """A guest that was migrated away has nothing to flush here, and its next host waits for the image; a disk without
-    rings, a node that is gone and a service that stops wait for no driver either.
+    """That wait is left out if the guest was migrated away, as its next host waits for the image, or if the worker has
+    died, the node is gone or the service stops.
     """
     world = connected()
     remove(world)
@@ -173,7 +175,7 @@ def test_nobody_lingers_in_vain(why: str) -> None:
 
 @pytest.mark.rows("C13")
 def test_vanished_node_is_a_forced_close() -> None:
-    """A backend directory that is gone closes the vbd within a short limit and writes nothing."""
+    """If the backend directory is gone, the vbd is closed within a short limit, and nothing is written."""
     world = connected()
     world.node = None
     world.see()
@@ -185,7 +187,7 @@ def test_vanished_node_is_a_forced_close() -> None:
 
 @pytest.mark.rows("C13")
 def test_single_missing_state_is_a_forced_close() -> None:
-    """A directory without a state is nobody's vbd any more: the worker is closed and no key is written."""
+    """A directory without a state is no vbd any more: the worker is closed, and no key is written."""
     world = connected()
     assert world.node is not None
     del world.node["state"]
@@ -196,7 +198,9 @@ def test_single_missing_state_is_a_forced_close() -> None:
 
 
 def test_chain_that_cannot_be_opened_is_reported_and_the_state_stays() -> None:
-    """A failed open is told in hotplug-error and hotplug-status, in InitWait, and is not tried again by itself."""
+    """A failure to open is reported in hotplug-error and hotplug-status; the state stays InitWait, and no further try
+    is made.
+    """
     world = World()
     world.see()
     world.refuse("aio: /img: there is no such file")
@@ -211,7 +215,7 @@ def test_chain_that_cannot_be_opened_is_reported_and_the_state_stays() -> None:
 
 
 def test_retry_after_an_error_clears_it() -> None:
-    """A vbd that is attached anew loses the error of its former life."""
+    """A vbd that is attached again does not show the error of its former life."""
     world = World()
     world.see()
     world.refuse("no")
@@ -238,7 +242,7 @@ def test_retry_after_an_error_clears_it() -> None:
     ],
 )
 def test_refused_keys_start_no_worker(key: str, value: str | None, part: str) -> None:
-    """R15: keys that cannot be meant are refused with a sentence, and no process is started for them."""
+    """R15: invalid keys are refused with a sentence, and no process is started for them."""
     node = {**NODE, key: value}
     world = World({name: text for name, text in node.items() if text is not None})
     world.settle()
@@ -263,7 +267,7 @@ def test_keys_that_are_put_right_are_served() -> None:
 
 @pytest.mark.parametrize("is_told", [True, False])
 def test_rings_that_cannot_be_mapped_close_the_vbd_until_the_frontend_starts_anew(*, is_told: bool) -> None:
-    """Rings that cannot be served end in Closed and are not tried again, until the frontend starts anew."""
+    """If the rings cannot be served, the vbd is Closed, and they are not tried again until the frontend starts anew."""
     world = World()
     world.settle()
     world.theirs = S.INITIALISED
@@ -282,8 +286,8 @@ def test_rings_that_cannot_be_mapped_close_the_vbd_until_the_frontend_starts_ane
 
 @pytest.mark.parametrize("state", ["1", "2"])
 def test_a_node_that_is_made_anew_ends_the_former_life(state: str) -> None:
-    """A toolstack that makes the same vbd again (as libxl does, or as `attach`) gets an object and a worker of its own
-    once the former ones are gone, which is soon or by force; until then nothing is written to the new node.
+    """If a toolstack makes the same vbd again, like libxl or like `attach`, the new one gets its own object and worker
+    once the former ones are gone, by force if need be. Until then nothing is written to the new node.
     """
     world = connected()
     world.say(flush_failed="a flush failed")
@@ -303,7 +307,7 @@ def test_a_node_that_is_made_anew_ends_the_former_life(state: str) -> None:
 
 @pytest.mark.rows("A15")
 def test_a_vbd_that_is_over_stays_so() -> None:
-    """Whatever is in the place of a node that was seen to be gone is another vbd's, even with the same keys."""
+    """Once a node was seen to be gone, whatever appears in its place is another vbd, even with the same keys."""
     world = connected()
     former, world.node = world.node, None
     world.see()
@@ -316,7 +320,7 @@ def test_a_vbd_that_is_over_stays_so() -> None:
 
 
 def test_a_write_that_failed_ends_no_life() -> None:
-    """What we write counts for ours only once it was seen: xenstore may have refused it."""
+    """A key that we write counts as ours only once it has been seen, because xenstore may have refused it."""
     world = World()
     for state in ("1", "2"):
         world.node = {**NODE, "state": state}
@@ -327,7 +331,7 @@ def test_a_write_that_failed_ends_no_life() -> None:
 
 
 def test_a_directory_that_is_made_again_with_our_keys_is_the_same_vbd() -> None:
-    """So `claim` makes it: with all that it held, in InitWait, and nobody has looked meanwhile."""
+    """A directory that is put back with all its keys, in InitWait, as a claim does it, is still the same vbd."""
     world = World()
     world.settle()
     world.send(events.Seen({**(world.node or {}), "state": "2"}, S.INITIALISING))
@@ -336,7 +340,7 @@ def test_a_directory_that_is_made_again_with_our_keys_is_the_same_vbd() -> None:
 
 
 def test_read_only_mode_reaches_worker_and_guest() -> None:
-    """Mode r opens the chain for reading and tells the guest VDISK_READONLY, whatever the chain could do."""
+    """With mode r the chain is opened read-only and the guest is told VDISK_READONLY, whatever the chain could do."""
     device = Device(PATH, Limits())
     start = [
         each
@@ -361,7 +365,7 @@ def test_discard_that_the_toolstack_forbids_is_not_offered() -> None:
 
 @pytest.mark.parametrize(("enable", "expected"), [("0", False), ("1", True)])
 def test_the_worker_is_told_what_was_offered(enable: str, *, expected: bool) -> None:
-    """A frontend that asks for what we did not offer gets it from nobody: the worker knows the offer."""
+    """The worker is told what was offered, so that it can refuse what a frontend asks for beyond that."""
     world = World({**NODE, "discard-enable": enable})
     world.device = Device(PATH, Limits(max_segments=32))
     world.settle()
@@ -372,7 +376,7 @@ def test_the_worker_is_told_what_was_offered(enable: str, *, expected: bool) -> 
 
 
 def test_a_connected_frontend_keeps_what_it_was_offered() -> None:
-    """A service with other limits goes on with what its predecessor had offered, until the frontend begins anew."""
+    """A service with other limits keeps to its predecessor's offer until the frontend starts anew."""
     world = World(node=connected().node, theirs=S.CONNECTED)
     world.device = Device(PATH, Limits(max_segments=32))
     world.settle()
@@ -388,7 +392,7 @@ def test_a_connected_frontend_keeps_what_it_was_offered() -> None:
 
 @pytest.mark.parametrize("text", ["", "many", "9" * 5000, "256 ", "-1", "²"])
 def test_an_offer_that_is_no_number_is_ours(text: str) -> None:
-    """What stands in the node of a connected vbd and is no number of segments does not count."""
+    """If the offer in a connected vbd's node is not a valid number of segments, our own limit counts."""
     world = World({**NODE, "state": "4", "feature-max-indirect-segments": text}, S.CONNECTED)
     world.settle()
 
@@ -397,7 +401,7 @@ def test_an_offer_that_is_no_number_is_ours(text: str) -> None:
 
 
 def test_a_failed_flush_is_an_error_until_the_next_connection() -> None:
-    """A flush that failed is said where operators look, and forgotten when the frontend connects again."""
+    """A failed flush is shown as the disk's error until the frontend connects again."""
     world = connected()
     world.say(flush_failed="a flush failed")
     failed = world.device.error
@@ -415,7 +419,7 @@ def test_a_failed_flush_is_an_error_until_the_next_connection() -> None:
 
 
 def test_a_disk_that_grew_is_told_to_the_guest() -> None:
-    """A frontend looks at the size when the state is written, so that is written again with the sectors."""
+    """When a disk has grown, the state is written again with the sectors: that makes a frontend read the size."""
     world = connected()
     writes = [
         each.keys
@@ -427,8 +431,8 @@ def test_a_disk_that_grew_is_told_to_the_guest() -> None:
 
 
 def test_params_follow_the_chain_in_service() -> None:
-    """A chain that took the place of another one is what the toolstack's key says from now on, and the same worker
-    serves on; it is written only over what stood there.
+    """After an exchange, `params` is set to the new chain, only if it still has the former one; the same worker goes on
+    serving.
     """
     world = connected()
     writes = [
@@ -448,7 +452,9 @@ def test_params_follow_the_chain_in_service() -> None:
 
 
 def test_params_follow_although_writes_fail() -> None:
-    """While xenstore is away two chains may take each other's place; the node still says the first, and follows."""
+    """If two exchanges were made while xenstore was away, `params`, which still has the first chain, is set to the
+    last.
+    """
     world = connected()
     world.device.handle(events.Exchanged(("null:1G",), "null:2G"))
     world.device.handle(events.Exchanged(("null:1G", "null:2G"), "null:3G"))
@@ -458,7 +464,9 @@ def test_params_follow_although_writes_fail() -> None:
 
 
 def test_params_follow_while_the_vbd_is_to_go_away() -> None:
-    """Else the next service would open the former chain under a guest that is still connected."""
+    """`params` is also set while the vbd is being removed: else the next service would open the former chain under a
+    guest that is still connected.
+    """
     world = connected()
     remove(world)
     world.settle()
@@ -469,7 +477,7 @@ def test_params_follow_while_the_vbd_is_to_go_away() -> None:
 
 
 def test_a_third_chain_that_the_toolstack_wants_wins() -> None:
-    """It is another disk then: the worker is closed, and the toolstack's chain is opened."""
+    """If `params` has a third chain, the toolstack wants another disk: the worker is closed, and it is opened."""
     world = connected()
     assert world.node is not None
     world.node["params"] = "null:3G"
@@ -481,7 +489,7 @@ def test_a_third_chain_that_the_toolstack_wants_wins() -> None:
 
 
 def test_a_node_that_is_made_anew_keeps_its_params() -> None:
-    """It is of another vbd, whatever took another one's place in the former."""
+    """The `params` of a new node are kept, whatever was exchanged in the former vbd."""
     world = connected()
     world.device.handle(events.Exchanged(("null:1G",), "null:2G"))
     world.node = dict(NODE)
@@ -491,7 +499,7 @@ def test_a_node_that_is_made_anew_keeps_its_params() -> None:
 
 
 def test_other_chain_in_the_same_node_restarts_the_worker() -> None:
-    """When the toolstack wants another disk in the same place, the old chain is closed before the new one is opened."""
+    """If the toolstack names another disk in the same node, the old chain is closed before the new one is opened."""
     world = connected()
     assert world.node is not None
     world.node["params"] = "null:2G"
@@ -506,7 +514,7 @@ def test_other_chain_in_the_same_node_restarts_the_worker() -> None:
 
 
 def test_frontend_that_comes_back_while_the_worker_closes_is_served() -> None:
-    """A frontend that is Initialised again before we have said Closed gets that first, then another worker."""
+    """A frontend that is Initialised again before we are Closed is served by another worker after that."""
     world = connected()
     world.theirs = S.CLOSING
     world.settle()
@@ -521,7 +529,7 @@ def test_frontend_that_comes_back_while_the_worker_closes_is_served() -> None:
 
 
 def test_closed_needs_no_worker() -> None:
-    """A vbd that is Closed, with a frontend that does nothing, starts no worker: nobody is to hold the image."""
+    """A vbd in Closed whose frontend does nothing starts no worker, which would hold the image."""
     world = World({**NODE, "state": "6", "hotplug-status": "connected"}, S.CLOSED)
     world.settle()
 
@@ -530,7 +538,7 @@ def test_closed_needs_no_worker() -> None:
 
 @pytest.mark.parametrize("theirs", [S.CLOSING, S.CLOSED])
 def test_frontend_that_closes_before_the_script_was_told_waits(theirs: S) -> None:
-    """A guest can write Closed at once; the toolstack sees InitWait all the same, and its script gets an answer."""
+    """If a guest writes Closed at once, the toolstack still sees InitWait, and its script gets an answer."""
     world = World(theirs=theirs, runs_script=False)
     world.see()
     world.answer()
@@ -545,8 +553,8 @@ def test_frontend_that_closes_before_the_script_was_told_waits(theirs: S) -> Non
 
 
 def test_a_disk_that_was_promised_is_opened_as_soon_as_that_can_be() -> None:
-    """An image that is away while a guest's next driver begins (after a boot loader, say) is opened when it is back:
-    the script was told long ago, so nobody else would try again.
+    """If the image is away when a guest's next driver starts (after a boot loader, say), it is opened once it is back:
+    the script was answered long ago, so nobody else would try again.
     """
     world = connected()
     world.theirs = S.CLOSED
@@ -573,7 +581,7 @@ def test_a_disk_that_was_promised_is_opened_as_soon_as_that_can_be() -> None:
     ],
 )
 def test_what_cannot_be_is_a_breach(order: str, stage: Stage, failure: str) -> None:
-    """A worker that says what cannot follow from its last order is killed with a sentence, and replaced."""
+    """A worker whose report cannot follow from its last order is killed, with a sentence, and replaced."""
     world = World()
     if order == "connect":
         world.settle()
@@ -591,7 +599,7 @@ def test_what_cannot_be_is_a_breach(order: str, stage: Stage, failure: str) -> N
 
 
 def test_every_standing_counts() -> None:
-    """All of where the worker stands is taken from each of its reports, and what it shows goes with it."""
+    """Each report replaces all that the former one said about the worker, and the errors shown follow it."""
     world = connected()
     world.say(trouble="write: no room")
     troubled = world.device.error
@@ -603,7 +611,7 @@ def test_every_standing_counts() -> None:
 
 
 def test_a_frontend_that_is_served_before_it_says_connected_is_served_on() -> None:
-    """A toolstack that writes Closing before the frontend has come to Connected takes no rings away."""
+    """If the toolstack writes Closing before the frontend is Connected, the frontend keeps its rings."""
     world = World()
     world.settle()
     world.theirs = S.INITIALISED
@@ -616,7 +624,7 @@ def test_a_frontend_that_is_served_before_it_says_connected_is_served_on() -> No
 
 
 def test_a_frontend_that_let_go_without_a_word_has_no_rings() -> None:
-    """A frontend that goes back to InitWait is disconnected, and is nobody's guest until it offers rings again."""
+    """A frontend that goes back to InitWait is disconnected, and has no guest waiting until it offers rings again."""
     world = connected()
     world.theirs = S.INIT_WAIT
     world.settle()
@@ -626,7 +634,9 @@ def test_a_frontend_that_let_go_without_a_word_has_no_rings() -> None:
 
 
 def test_keys_that_become_bad_do_not_keep_a_vbd_from_going_away() -> None:
-    """Nobody serves the guest then, so nobody waits for it to close; until then it is not let down."""
+    """If keys become invalid while a guest is connected, the vbd stays Connected without a worker, and its removal does
+    not wait for the guest.
+    """
     world = connected()
     assert world.node is not None
     world.node["mode"] = "rw"
@@ -639,7 +649,7 @@ def test_keys_that_become_bad_do_not_keep_a_vbd_from_going_away() -> None:
 
 
 def test_each_try_to_connect_has_its_own_time() -> None:
-    """A try that was put off, because xenstore was away, takes nothing from the next one."""
+    """A try to connect that was put off, because xenstore was away, takes nothing from the next one's limit."""
     world = World()
     world.settle()
     world.theirs = S.INITIALISED

@@ -1,4 +1,4 @@
-"""The automaton of one vbd: a worker's death, and who comes after it."""
+"""The automaton of one vbd: the death of a worker, and its successor."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ S = XenbusState
 
 @pytest.mark.parametrize("theirs", [S.INITIALISED, S.CONNECTED, S.CLOSING])
 def test_a_dead_worker_is_followed_by_another_one(theirs: S) -> None:
-    """A guest that has rings sees nothing of a worker's death: a successor serves the same rings, whichever state the
-    guest is in, and the reason is shown until it does.
+    """If a worker dies, a successor serves the same rings, whichever state the guest is in. The reason is shown until
+    it does.
     """
     world = connected()
     world.theirs = theirs
@@ -33,8 +33,8 @@ def test_a_dead_worker_is_followed_by_another_one(theirs: S) -> None:
 
 
 def test_workers_that_die_in_vain_come_later_and_later() -> None:
-    """The first successor comes at once, the next ones rest longer and longer, the last one stays away: the guest waits
-    in Connected for an administrator, who has a sentence and the word that helps.
+    """The first successor comes at once, the next ones after longer and longer rests, and after the last death none.
+    The guest then waits in Connected, and the error names the command that helps.
     """
     world = connected()
     rests = []
@@ -55,7 +55,7 @@ def test_workers_that_die_in_vain_come_later_and_later() -> None:
 
 
 def test_a_worker_that_did_something_for_the_guest_did_not_die_in_vain() -> None:
-    """However often workers die: while the guest gets on, there is a next one, and at once."""
+    """As long as the guest makes progress, each dead worker is replaced at once, however many die."""
     world = connected()
     for _ in range(20):
         world.die("died", has_progressed=True)
@@ -67,7 +67,9 @@ def test_a_worker_that_did_something_for_the_guest_did_not_die_in_vain() -> None
 
 
 def test_a_frontend_that_begins_anew_gets_another_worker_after_all() -> None:
-    """A guest that was given up is served again when its driver begins anew, also by a service that never opened it."""
+    """A guest that was given up is served again when its driver starts anew, even by a service that never opened the
+    disk.
+    """
     for world in (connected(), World(node=connected().node, theirs=S.CONNECTED)):
         world.see()
         for _ in range(7):
@@ -81,7 +83,9 @@ def test_a_frontend_that_begins_anew_gets_another_worker_after_all() -> None:
 
 
 def test_workers_that_die_before_there_is_a_guest_close_the_vbd() -> None:
-    """Nobody waits yet: after the last one the vbd goes to Closed with its sentence, until it is attached anew."""
+    """If no guest has connected yet, the last death puts the vbd into Closed with its error, until it is attached
+    again.
+    """
     world = World()
     world.settle()
     for _ in range(7):
@@ -99,8 +103,8 @@ def test_workers_that_die_before_there_is_a_guest_close_the_vbd() -> None:
 
 
 def test_what_cannot_be_opened_for_a_guest_that_waits_is_tried_for_ever() -> None:
-    """A successor that finds the image away (a server that is down) is followed by others, later and later but always;
-    the guest stays Connected and is served when the image is back.
+    """If successors cannot open the image (because a server is down), more of them follow, at longer and longer
+    intervals, without end. The guest stays Connected and is served when the image is back.
     """
     world = connected()
     world.cannot = "no such file"
@@ -115,7 +119,9 @@ def test_what_cannot_be_opened_for_a_guest_that_waits_is_tried_for_ever() -> Non
 
 
 def test_rings_that_a_successor_cannot_map_are_tried_again() -> None:
-    """A host that is out of memory for a moment does not cost a guest its disk."""
+    """If a successor cannot map the rings, for lack of memory say, the next one tries again, and the guest keeps its
+    disk.
+    """
     world = connected()
     world.die("died", has_progressed=True)
     world.answer()
@@ -128,7 +134,7 @@ def test_rings_that_a_successor_cannot_map_are_tried_again() -> None:
 
 
 def test_failures_to_open_do_not_count_as_deaths() -> None:
-    """An image that was away for long leaves a successor as many lives as any other one has."""
+    """After an image was away for long, a successor may still die as often as any other."""
     world = connected()
     world.cannot = "no such file"
     world.die("died", has_progressed=True)
@@ -142,7 +148,7 @@ def test_failures_to_open_do_not_count_as_deaths() -> None:
 
 
 def test_an_image_that_comes_and_goes_is_looked_for_at_once_each_time() -> None:
-    """Failures before the last time that the disk was served make no pause longer."""
+    """Failures to open before the disk was last served do not lengthen later pauses."""
     world = connected()
     for _ in range(2):
         world.cannot = "no such file"
@@ -158,7 +164,7 @@ def test_an_image_that_comes_and_goes_is_looked_for_at_once_each_time() -> None:
 
 
 def test_what_a_worker_suffered_from_ends_with_it() -> None:
-    """Its successor may be luckier; the layers stay those that it is to open again."""
+    """A worker's trouble is not shown after its death; its layers are, since the successor opens them again."""
     world = connected()
     world.say(trouble="write: no room")
     world.die("died", has_progressed=True)
@@ -171,7 +177,7 @@ def test_what_a_worker_suffered_from_ends_with_it() -> None:
 
 
 def test_a_removal_is_finished_without_another_look() -> None:
-    """A worker that dies while its vbd is removed leaves Closed behind at once: no watch would fire any more."""
+    """If a worker dies during the removal of its vbd, Closed is written at once, since no watch would fire any more."""
     world = connected()
     remove(world)
     world.theirs = S.CLOSED
@@ -182,7 +188,9 @@ def test_a_removal_is_finished_without_another_look() -> None:
 
 
 def test_another_process_takes_over() -> None:
-    """A worker that is to be replaced hands over in order, and the next one serves the same rings; nobody has died."""
+    """A worker that is to be replaced hands over in order, and the next one serves the same rings; this does not count
+    as a death.
+    """
     world = connected()
     world.send(events.Replace())
     told = (world.device.phase, world.inbox[:])
@@ -198,7 +206,9 @@ def test_another_process_takes_over() -> None:
 
 
 def test_a_worker_that_does_not_hand_over_is_killed() -> None:
-    """Its successor goes by the journal; a node that is gone shortens the wait."""
+    """A worker that does not hand over in time is killed, and its successor goes on by the journal. If the node is
+    gone, the limit is shorter.
+    """
     world = connected()
     world.send(events.Replace())
     world.send(events.Expired())
@@ -212,7 +222,7 @@ def test_a_worker_that_does_not_hand_over_is_killed() -> None:
 
 
 def test_nobody_is_replaced_who_is_not_there() -> None:
-    """An order that comes while a vbd has no worker does not hit the next one."""
+    """An order to replace the worker of a vbd that has none does not affect the next worker."""
     world = connected()
     world.die("died")
     world.die("died")
@@ -224,7 +234,7 @@ def test_nobody_is_replaced_who_is_not_there() -> None:
 
 
 def test_a_failed_flush_stays_one_when_its_worker_dies() -> None:
-    """The successor is told what was lost, until somebody says to go on, even while there is no worker at all."""
+    """A successor is told of a failed flush until `resume`, which counts even while there is no worker."""
     world = connected()
     world.say(flush_failed="a flush failed")
     world.die("died")
@@ -243,7 +253,9 @@ def test_a_failed_flush_stays_one_when_its_worker_dies() -> None:
 
 
 def test_a_chain_that_a_worker_put_in_before_it_died_is_gone_on_with() -> None:
-    """What the guest wrote to it must not be lost: the successor opens that one, whatever the node says as yet."""
+    """If a worker dies after an exchange, its successor opens the new chain, whatever the node says: what the guest
+    wrote to it must not be lost.
+    """
     world = connected()
     world.device.handle(events.Exchanged(("null:1G",), "null:2G"))
     starts = [
@@ -256,7 +268,7 @@ def test_a_chain_that_a_worker_put_in_before_it_died_is_gone_on_with() -> None:
 
 
 def test_worker_that_takes_too_long_is_killed() -> None:
-    """R23: a worker that does not answer in time is killed, and the vbd goes on with another one."""
+    """R23: a worker that does not answer in time is killed, and another one follows."""
     world = connected()
     world.theirs = S.INITIALISING
     world.see()
@@ -270,7 +282,9 @@ def test_worker_that_takes_too_long_is_killed() -> None:
 
 
 def test_a_worker_that_breaks_the_protocol_is_replaced_like_one_that_died() -> None:
-    """The guest sees nothing but a delay, and one that does so again and again is given up."""
+    """A worker that breaks the protocol is replaced, and the guest notices only a delay; a disk whose workers do so
+    again and again is given up.
+    """
     world = connected()
     for _ in range(6):
         world.lie(Stage.IDLE)
@@ -285,7 +299,9 @@ def test_a_worker_that_breaks_the_protocol_is_replaced_like_one_that_died() -> N
 
 
 def test_storage_that_does_not_answer_costs_no_worker() -> None:
-    """While an opener waits, the time to open is not counted, and that is shown; then it is the worker's."""
+    """While an opener waits for storage, that is shown, and the limit for opening does not run; afterwards the worker
+    has all of it.
+    """
     world = connected()
     world.die("the worker was ended by SIGKILL")
     world.send(events.Waits("/remote/a.img"))
@@ -302,7 +318,9 @@ def test_storage_that_does_not_answer_costs_no_worker() -> None:
 
 @pytest.mark.parametrize("comes_late", [False, True], ids=["known before", "known later"])
 def test_a_worker_that_waits_for_storage_is_not_asked_to_close(comes_late: bool) -> None:
-    """It hears nothing meanwhile, and has nothing that it could lose: it is killed, so that a detach takes no time."""
+    """A worker that waits for storage is killed instead of being told to close, so that a detach is quick: it would not
+    hear, and has nothing to lose.
+    """
     world = connected()
     world.die("died")
     if not comes_late:
@@ -318,7 +336,9 @@ def test_a_worker_that_waits_for_storage_is_not_asked_to_close(comes_late: bool)
 
 
 def test_workers_that_cannot_open_in_time_are_followed_for_ever() -> None:
-    """It is the storage's fault where a worker hangs in the first read itself, and no reason to give the disk up."""
+    """Workers that are killed because opening took too long are replaced without end: the storage may be slow, and the
+    disk is not given up.
+    """
     world = connected()
     world.die("died")
     for _ in range(20):
@@ -334,7 +354,9 @@ def test_workers_that_cannot_open_in_time_are_followed_for_ever() -> None:
 
 
 def test_who_was_not_started_because_others_hang_is_started_later() -> None:
-    """That is tried for ever, and not counted as a death."""
+    """A worker that was not started because others hang in the same storage is started later; that is tried without
+    end, and does not count as a death.
+    """
     world = connected()
     world.die("died")
     for _ in range(20):
@@ -349,7 +371,9 @@ def test_who_was_not_started_because_others_hang_is_started_later() -> None:
 
 
 def test_a_key_that_is_made_costs_no_worker() -> None:
-    """While an opener makes a key, or waits for its turn, the time to open is not counted, and that is shown."""
+    """While an opener derives a key, or waits for its turn to do so, that is shown, and the limit for opening does not
+    run.
+    """
     world = connected()
     world.die("the worker was ended by SIGKILL")
     world.send(events.Waits("/etc/key", makes_key=True))

@@ -1,4 +1,4 @@
-"""The automaton of one vbd in every combination and in random order."""
+"""The automaton of one vbd with every combination of states, phases and events, and with events in random order."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ S = XenbusState
 @pytest.mark.parametrize("theirs", list(S))
 @pytest.mark.rows("A9", "R16")
 def test_every_combination_has_a_result(ours: S, theirs: S) -> None:
-    """R16: from each pair of states and each phase, every event leads to a state without an exception, twice alike."""
+    """R16: in each pair of states and each phase, every event is handled without an exception, and looking again
+    changes nothing.
+    """
     given: list[events.Event] = [
         events.Seen(None, theirs), events.Seen({"state": "4"}, theirs), events.Postponed(), events.Ended("x"),
         events.Ended("x", has_progressed=True), events.Ended("x", is_unfinished=True), events.Expired(),
@@ -53,10 +55,10 @@ def test_every_combination_has_a_result(ours: S, theirs: S) -> None:
 @pytest.mark.slow
 @pytest.mark.rows("A9", "R16")
 def test_random_walks_keep_the_invariants(request: pytest.FixtureRequest) -> None:
-    """R16: in any order of events, among them deaths of workers and services, no guest that is connected is let down,
-    there are never two workers, Connected needs served rings, Closed that there is no worker, a node that was made anew
-    gets nothing of the former vbd; when all is calm the guest is served or told why not, and a vbd that is removed ends
-    in Closed, and nothing of it is left.
+    """R16: in any order of events, deaths of workers and services included: a connected guest is never let down; there
+    are never two workers; Connected implies that the rings are served, and Closed that there is no worker; a new node
+    gets nothing of the former vbd. In the end the guest is served or has an error, and a removed vbd is Closed, with
+    nothing left of it.
     """
     generator = random.Random(request.config.getoption("--seed") + 19)
     least = 300_000 if request.config.getoption("--long") else 30_000
@@ -81,8 +83,8 @@ def test_random_walks_keep_the_invariants(request: pytest.FixtureRequest) -> Non
 
 @pytest.mark.parametrize("death", ["worker", "service", "both"])
 def test_a_death_at_any_step_is_no_more_than_a_delay(death: str) -> None:
-    """Whatever dies after whichever step of a vbd's life from its birth to Connected, the guest is served in the end,
-    and after a detach nothing is left.
+    """If a worker, a service or both die after any step on the way from a new vbd to Connected, the guest is served in
+    the end, and nothing is left after a detach.
     """
     for dies_at in range(30):
         world = World()
@@ -102,7 +104,7 @@ def test_a_death_at_any_step_is_no_more_than_a_delay(death: str) -> None:
 @pytest.mark.parametrize("death", ["worker", "service", "both"])
 @pytest.mark.parametrize("theirs", [S.CLOSING, S.CLOSED, S.UNKNOWN])
 def test_a_death_at_any_step_of_a_removal_is_no_more_than_a_delay(death: str, theirs: S) -> None:
-    """Whatever dies while a vbd is detached, it ends in Closed, and nothing is left of it."""
+    """If a worker, a service or both die at any step of a detach, the vbd ends in Closed, and nothing is left of it."""
     for dies_at in range(12):
         world = connected()
         remove(world)
@@ -144,7 +146,7 @@ def _frontend_moves(world: World, generator: random.Random) -> None:
 def _toolstack_writes(world: World, generator: random.Random) -> None:
     if world.node is not None:
         world.node["online"] = generator.choice("0111")
-        # Only 4 is left out: whoever writes Connected in our place has to be believed.
+        # All but 4: if somebody writes Connected in our place, we have to believe it.
         world.node["state"] = generator.choice([world.node.get("state", "1")] * 8 + list("01235678"))
 
 

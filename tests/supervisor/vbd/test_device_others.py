@@ -1,4 +1,4 @@
-"""The automaton of one vbd: a successor that finds another file than the one before, or a smaller one."""
+"""The automaton of one vbd: a successor finds another file, or a smaller one, than its predecessor."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ COARSER = replace(LAYER, sector_size=4096)
 
 
 def waits(world: World) -> bool:
-    """Return whether the guest waits in Connected for an administrator, and no worker is there or comes."""
+    """Return whether the guest waits in Connected for an administrator, without a worker."""
     world.settle()
     return (world.state, world.device.phase, world.is_running) == ("4", Phase.NONE, False)
 
 
 @pytest.mark.parametrize("by", ["death", "replacement"])
 def test_another_file_is_not_served(by: str) -> None:
-    """Where a successor finds that a name means another file the guest waits, and no worker is tried in vain. After
-    `resume` it is opened once more, and the guest goes on.
+    """If a successor finds that a name now means another file, the guest waits, and no further worker is tried. After
+    `resume` the chain is opened once more, and the guest goes on.
     """
     world = connected()
     world.cannot, world.code = OTHER, errno.ESTALE
@@ -46,7 +46,7 @@ def test_another_file_is_not_served(by: str) -> None:
 
 
 def test_a_file_that_nobody_was_served_from_yet_is_only_one_that_cannot_be_opened() -> None:
-    """To the toolstack's script it is an error as any other."""
+    """Before a guest was served, another file is reported to the script like any other failure to open."""
     world = World(cannot=OTHER, code=errno.ESTALE)
     world.settle()
 
@@ -61,8 +61,8 @@ def test_a_file_that_nobody_was_served_from_yet_is_only_one_that_cannot_be_opene
     ],
 )
 def test_what_has_shrunk_is_not_served(top: object, words: str) -> None:
-    """A successor's disk that is smaller than the guest was told, or has other sectors, is not served: the guest waits,
-    and its keys stay as it has read them. Once it is as large again `resume` serves it.
+    """If a successor's disk is smaller than the guest was told, or has other sectors, the guest waits, and its keys are
+    left as it has read them. `resume` serves it once the disk is as it was.
     """
     world = connected()
     told = dict(world.node or {})
@@ -83,7 +83,7 @@ def test_what_has_shrunk_is_not_served(top: object, words: str) -> None:
 
 
 def test_the_next_service_compares_too() -> None:
-    """What the guest was told stands in xenstore: a service that has nothing else of the disk's past goes by that."""
+    """A new service that knows nothing else of the disk's past compares its size with the keys in xenstore."""
     world = World(node=connected().node, theirs=S.CONNECTED, top=SMALLER)
 
     assert waits(world)
@@ -91,7 +91,7 @@ def test_the_next_service_compares_too() -> None:
 
 
 def test_a_larger_disk_is_served_and_shown() -> None:
-    """A guest that was told of less loses nothing: it is told of the new size."""
+    """A disk that has become larger is served, and the guest is told the new size."""
     world = connected()
     world.top = replace(LAYER, size=2 * LAYER.size)
     world.die("died")
@@ -101,7 +101,7 @@ def test_a_larger_disk_is_served_and_shown() -> None:
 
 
 def test_the_toolstack_may_name_a_smaller_disk() -> None:
-    """A medium that is changed below a guest is another disk by the toolstack's word; the guest is told of it."""
+    """If the toolstack names another, smaller disk (a changed medium), it is served, and the guest is told the size."""
     world = connected()
     world.top = replace(SMALLER, text="null:512M")
     assert world.node is not None
@@ -116,7 +116,7 @@ def test_the_toolstack_may_name_a_smaller_disk() -> None:
 
 
 def test_a_frontend_that_begins_anew_takes_a_smaller_disk() -> None:
-    """It reads the size anew, so whatever is there can be served."""
+    """A frontend that starts anew is served a smaller disk, since it reads the size again."""
     world = connected()
     world.top = SMALLER
     world.die("died")

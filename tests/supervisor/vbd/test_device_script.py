@@ -18,7 +18,9 @@ S = XenbusState
 
 
 def test_no_ring_is_served_before_the_script_has_come() -> None:
-    """A toolstack that has not seen InitWait yet would wait for it in vain: a faster frontend waits for the script."""
+    """No rings are served before the script has come, as the toolstack waits for InitWait: a faster frontend has to
+    wait.
+    """
     world = World(theirs=S.INITIALISED, runs_script=False)
     world.settle()
     before = (world.state, world.device.sight.hotplug, world.is_connected)
@@ -30,7 +32,7 @@ def test_no_ring_is_served_before_the_script_has_come() -> None:
 
 
 def test_the_next_service_knows_that_the_script_has_come() -> None:
-    """A service that was started again serves a vbd whose script has come, without waiting for another one."""
+    """A restarted service serves a vbd whose script has come already, without waiting for another one."""
     world = World(runs_script=False)
     assert world.node is not None
     world.node |= {"state": "2", "hotplug-status": "connected"}
@@ -41,7 +43,7 @@ def test_the_next_service_knows_that_the_script_has_come() -> None:
 
 
 def test_a_vbd_without_a_script_is_not_waited_for() -> None:
-    """Where the toolstack names no script, none will come."""
+    """A vbd whose toolstack names no script is served without waiting for one."""
     world = World(theirs=S.INITIALISED, runs_script=False)
     assert world.node is not None
     del world.node["script"]
@@ -51,7 +53,7 @@ def test_a_vbd_without_a_script_is_not_waited_for() -> None:
 
 
 def test_a_script_that_comes_after_the_failure_is_told() -> None:
-    """A chain that failed before the script came leaves its sentence at once, and the status when the script asks."""
+    """If a chain fails before the script has come, the error is written at once, the status when the script asks."""
     world = World(runs_script=False)
     world.see()
     world.refuse("aio: /img: there is no such file")
@@ -65,7 +67,7 @@ def test_a_script_that_comes_after_the_failure_is_told() -> None:
 
 
 def test_a_node_that_is_made_anew_waits_for_its_own_script() -> None:
-    """The script of a former vbd in the same place counts for nothing."""
+    """A new vbd waits for its own script, although that of the former vbd in the same place had come."""
     world = connected()
     world.node = dict(NODE)
     world.theirs = S.INITIALISED
@@ -77,7 +79,9 @@ def test_a_node_that_is_made_anew_waits_for_its_own_script() -> None:
 
 @pytest.mark.parametrize(("kind", "at"), [("vbd", "nbd+unix:///?socket=/run/x.sock"), ("vbd3", "/run/x.sock")])
 def test_a_device_model_finds_the_export_until_the_frontend_connects(kind: str, at: str) -> None:
-    """It stands where libxl looks when it starts QEMU, in the form that it makes QEMU's argument of, and not longer."""
+    """Until the frontend connects, the export stands where libxl looks for QEMU's disk, in the form that libxl passes
+    on.
+    """
     device = Device(VbdPath(kind, 0, 5, 51712), Limits())
     device.handle(events.Seen(dict(NODE), S.INITIALISING))
     device.handle(events.Called())
@@ -95,7 +99,7 @@ def test_a_device_model_finds_the_export_until_the_frontend_connects(kind: str, 
 
 @pytest.mark.parametrize(("kind", "expected"), [("vbd", None), ("vbd3", "4711")])
 def test_xentop_finds_the_counters_of_kind_vbd3(kind: str, expected: str | None) -> None:
-    """The service's number leads to them, and stands only where somebody looks for it."""
+    """A vbd of kind vbd3, and no other, has the service's process number, by which xentop finds its counters."""
     device = Device(VbdPath(kind, 0, 5, 51712), Limits(), pid=4711)
     device.handle(events.Seen(dict(NODE), S.INITIALISING))
 

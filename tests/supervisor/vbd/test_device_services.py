@@ -1,4 +1,4 @@
-"""The automaton of one vbd: services that end, and the next ones that inherit its worker."""
+"""The automaton of one vbd: a service ends, and the next one inherits its worker."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ S = XenbusState
 
 
 def test_stopped_service_leaves_the_state_and_the_next_one_serves_on() -> None:
-    """Stop drains and closes without a write; a new automaton finds both sides Connected and serves the same rings."""
+    """A service that stops drains and closes without a write; the next one finds both ends Connected and serves the
+    same rings.
+    """
     world = connected()
     before = dict(world.node or {})
     world.send(events.Stop())
@@ -30,7 +32,9 @@ def test_stopped_service_leaves_the_state_and_the_next_one_serves_on() -> None:
 
 @pytest.mark.parametrize("dies", ["before the stop", "while it is drained"])
 def test_what_a_dead_worker_had_taken_is_done_before_the_service_ends(dies: str) -> None:
-    """The next service knows nothing of it: another worker joins the rings, finishes and closes; the state stays."""
+    """If a worker dies with requests in flight while its service stops, another worker finishes them and closes, since
+    the next service does not know of them. The state stays.
+    """
     world = connected()
     if dies == "before the stop":
         world.die("died", is_unfinished=True)
@@ -51,7 +55,9 @@ def test_what_a_dead_worker_had_taken_is_done_before_the_service_ends(dies: str)
 
 
 def test_a_service_ends_at_last_where_what_was_left_cannot_be_done() -> None:
-    """A disk that cannot be opened is tried once more; workers that all die are followed as often as ever."""
+    """If those requests cannot be finished, the service ends all the same: after one more failure to open, or after as
+    many deaths as ever.
+    """
     refused, dying = connected(), connected()
     refused.die("died", is_unfinished=True)
     refused.send(events.Stop(is_unfinished=True))
@@ -69,7 +75,7 @@ def test_a_service_ends_at_last_where_what_was_left_cannot_be_done() -> None:
 
 
 def test_refused_detach_survives_a_restart_of_the_service() -> None:
-    """A guest that still uses its disk after online=0 is served again by the next service, in Closing as before."""
+    """A guest that still uses its disk after online=0 is served again by the next service, still in Closing."""
     world = World({**NODE, "online": "0", "state": "5"}, S.CONNECTED)
     world.settle()
 
@@ -77,7 +83,7 @@ def test_refused_detach_survives_a_restart_of_the_service() -> None:
 
 
 def test_removal_is_finished_by_a_service_that_stops() -> None:
-    """Stop in the middle of a removal still ends in Closed: the toolstack is waiting for it."""
+    """A service that stops during a removal still writes Closed, because the toolstack waits for it."""
     world = connected()
     remove(world)
     world.settle()
@@ -90,8 +96,8 @@ def test_removal_is_finished_by_a_service_that_stops() -> None:
 
 
 def test_a_failed_flush_is_one_to_the_next_service() -> None:
-    """What a failed flush lost stays lost: a service that stops leaves word of it in the node, and the next one tells
-    its worker, shows it, and has it removed when somebody says to go on.
+    """A service that stops notes a failed flush in the node. The next one tells its worker, shows it, and removes the
+    note at `resume`.
     """
     world = connected()
     world.say(flush_failed="a flush failed")
@@ -113,8 +119,8 @@ def test_a_failed_flush_is_one_to_the_next_service() -> None:
 
 @pytest.mark.parametrize("looks_first", [True, False])
 def test_the_next_service_takes_the_worker_over(*, looks_first: bool) -> None:
-    """A service that is replaced leaves its worker serving; the next one asks where it stands and goes on from there,
-    whether it hears that before its first look at xenstore or after.
+    """A service that is replaced leaves its worker serving. The next one asks the worker for its standing and goes on
+    from there, whether that comes before or after its first look at xenstore.
     """
     world = connected()
     before = dict(world.node or {})
@@ -132,8 +138,8 @@ def test_the_next_service_takes_the_worker_over(*, looks_first: bool) -> None:
 
 
 def test_nothing_is_decided_before_the_first_look() -> None:
-    """While xenstore is away an inherited worker serves on, and one that dies is followed when the store is back; only
-    a service that stops does not wait for it.
+    """While xenstore is away, an inherited worker goes on serving, and one that dies is replaced when xenstore is back.
+    Only a service that stops does not wait for xenstore.
     """
     world = connected()
     world.replace_service()
@@ -154,7 +160,9 @@ def test_nothing_is_decided_before_the_first_look() -> None:
 
 
 def test_what_an_inherited_worker_says_after_it_told_where_it_stands_counts() -> None:
-    """A first look that comes late takes nothing back: neither the connection nor the flush that failed before it."""
+    """What an inherited worker reports before the service's first look at xenstore, a connection or a failed flush,
+    still counts after it.
+    """
     world = connected()
     world.replace_service()
     world.inbox.clear()
@@ -171,7 +179,7 @@ def test_what_an_inherited_worker_says_after_it_told_where_it_stands_counts() ->
 @pytest.mark.parametrize("has_worker", [True, False])
 @pytest.mark.rows("C6")
 def test_a_domid_that_is_used_again_while_there_is_no_service_inherits_nothing(state: str, *, has_worker: bool) -> None:
-    """A node that no service has written to is not the one that the worker, or the journal, is of."""
+    """A node without the service's own keys belongs to a new guest: it inherits neither worker nor journal."""
     world = connected()
     world.say(flush_failed="a flush failed")
     world.lose_service()
@@ -187,7 +195,9 @@ def test_a_domid_that_is_used_again_while_there_is_no_service_inherits_nothing(s
 
 
 def test_an_inherited_worker_that_has_opened_nothing_is_replaced() -> None:
-    """Its service died before it could say what to open, or after that had failed."""
+    """An inherited worker that has opened nothing is replaced: its service died before it could order that, or after it
+    had failed.
+    """
     world = World()
     world.see()
     world.inbox.clear()
@@ -202,7 +212,7 @@ def test_an_inherited_worker_that_has_opened_nothing_is_replaced() -> None:
 
 
 def test_an_inherited_worker_that_does_not_answer_is_killed() -> None:
-    """R23: it has ten seconds to say where it stands."""
+    """R23: an inherited worker that does not report its standing within ten seconds is killed."""
     world = connected()
     world.replace_service()
     world.see()
@@ -214,7 +224,7 @@ def test_an_inherited_worker_that_does_not_answer_is_killed() -> None:
 
 
 def test_an_inherited_worker_with_another_chain_than_is_wanted_is_replaced() -> None:
-    """A toolstack that put another disk into the same place while there was no service gets it."""
+    """If the toolstack named another disk while no service ran, the inherited worker is replaced."""
     world = connected()
     world.lose_service()
     assert world.node is not None
@@ -229,7 +239,7 @@ def test_an_inherited_worker_with_another_chain_than_is_wanted_is_replaced() -> 
 
 
 def test_a_cdrom_is_not_replaced_because_no_worker_knows_that_it_is_one() -> None:
-    """What only the guest is told of a disk is no difference to what a worker was started with."""
+    """Properties that only the guest is told, such as being a CD-ROM, are no reason to replace an inherited worker."""
     for looks_first in (True, False):
         world = World({**NODE, "device-type": "cdrom", "removable": "1"})
         world.settle()
@@ -243,7 +253,7 @@ def test_a_cdrom_is_not_replaced_because_no_worker_knows_that_it_is_one() -> Non
 
 
 def test_a_vbd_that_went_while_there_was_no_service_is_closed() -> None:
-    """The worker that serves nobody any more is closed within the short limit, and nothing is left."""
+    """If a vbd went away while no service ran, its worker is closed within the short limit, and nothing is left."""
     world = connected()
     world.lose_service()
     world.node = None
@@ -258,7 +268,9 @@ def test_a_vbd_that_went_while_there_was_no_service_is_closed() -> None:
 
 @pytest.mark.parametrize("meanwhile", [Stage.LEAVING, Stage.OPEN])
 def test_a_worker_that_an_earlier_service_has_told_to_close_is_followed_by_another_one(meanwhile: Stage) -> None:
-    """It says that it closes where it finds out; that breaks no rule, although this service has not told it to."""
+    """An inherited worker that is closing by order of an earlier service breaks no rule, and is followed by another
+    one.
+    """
     world = connected()
     world.lose_service()
     world.begin_service()

@@ -1,4 +1,4 @@
-"""What a service that stops does not lose of a disk: the chain that has the guest's data, while xenstore is away."""
+"""When a service stops while xenstore is away, it stays known which chain has the guest's data."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow  # every one starts processes
 
 
 def served(xenstored: Xenstored, toolstack: Store, guest: Store, directory: Path, kept: Kept | None = None) -> Stepped:
-    """Return a registry that serves a guest by a chain which xenstore, gone by now, was not told of."""
+    """Return a registry that serves a guest by a chain that xenstore does not know of, because it went away before."""
     keeper = kept.keeper() if kept else None
     stepped = serve(Stepped(xenstored.address, Settings(), directory=directory, keeper=keeper), toolstack, guest)
     xenstored.stop()
@@ -35,7 +35,7 @@ def served(xenstored: Xenstored, toolstack: Store, guest: Store, directory: Path
 
 
 def stop(stepped: Stepped) -> None:
-    """Stop, and let every worker close its disk."""
+    """Stop the registry, and let every worker close its disk."""
     stepped.registry.stop()
     stepped.until(lambda: not stepped.registry.vbds)
     stepped.close()
@@ -49,7 +49,7 @@ def files(directory: Path) -> list[str]:
 def test_a_service_that_stops_waits_for_xenstore(
     xenstored: Xenstored, toolstack: Store, guest: Store, tmp_path: Path, lines: io.StringIO
 ) -> None:
-    """Its worker has closed the disk; once xenstore is back, params says which chain is in service, and it ends."""
+    """A service that stops closes the disk, and ends once xenstore is back and `params` has the chain in service."""
     stepped = served(xenstored, toolstack, guest, tmp_path)
     stepped.registry.stop()
     waits = [stepped.vbd().ending.waits_for]
@@ -83,9 +83,10 @@ def test_the_next_service_serves_the_chain_that_was_in_service(
     *,
     leaves: bool,
 ) -> None:
-    """A service that ends all the same leaves a file, from which the next one knows; params follows, the file goes.
+    """If the service ends before xenstore is back, it leaves a file, by which the next one serves that chain. Once
+    `params` has it, the file is removed.
 
-    So it is where nothing that was kept comes to the next service: systemd lets go of all that when a unit is stopped.
+    This holds even if nothing that was kept reaches the next service: systemd closes all of it when a unit is stopped.
     """
     monkeypatch.setattr(ending, "WAIT_S", 0.5)
     stepped = served(xenstored, toolstack, guest, tmp_path)
@@ -109,8 +110,8 @@ def test_the_next_service_serves_the_chain_that_was_in_service(
 def test_a_service_ends_whatever_is_unfinished(
     xenstored: Xenstored, toolstack: Store, guest: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A worker that dies while it closes the disk has no successor that could serve the guest without xenstore: the
-    service ends in time all the same, and leaves its file.
+    """A worker that dies while it closes the disk cannot be replaced without xenstore: the service still ends in time,
+    and leaves its file.
     """
     monkeypatch.setattr(ending, "WAIT_S", 1.0)
     stepped = served(xenstored, toolstack, guest, tmp_path)
@@ -124,7 +125,9 @@ def test_a_service_ends_whatever_is_unfinished(
 def test_a_node_that_was_made_anew_is_another_vbd_s(
     xenstored: Xenstored, toolstack: Store, guest: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was left of a vbd is not for the one that a toolstack makes in its place while no service runs."""
+    """A file that was left for a vbd does not apply to the vbd that a toolstack makes in its place while no service
+    runs.
+    """
     monkeypatch.setattr(ending, "WAIT_S", 0.5)
     stop(served(xenstored, toolstack, guest, tmp_path))
     xenstored.start()
@@ -141,7 +144,9 @@ def test_a_node_that_was_made_anew_is_another_vbd_s(
 def test_what_was_left_of_a_vbd_that_is_gone_goes(
     xenstored: Xenstored, toolstack: Store, guest: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A guest that has ended while no service ran leaves no file for one that gets its number."""
+    """The file of a guest that ended while no service ran is removed, so that it does not apply to a later guest with
+    its number.
+    """
     monkeypatch.setattr(ending, "WAIT_S", 0.5)
     stop(served(xenstored, toolstack, guest, tmp_path))
     xenstored.start()
@@ -154,7 +159,7 @@ def test_what_was_left_of_a_vbd_that_is_gone_goes(
 def test_what_was_kept_counts_more_than_a_file(
     xenstored: Xenstored, toolstack: Store, guest: Store, tmp_path: Path, kept: Kept
 ) -> None:
-    """A service that is replaced does not wait, and the next one goes on with its worker; the file goes, too."""
+    """A service that is replaced does not wait. The next one goes on with its worker, and removes the file."""
     stepped = served(xenstored, toolstack, guest, tmp_path, kept)
     worker = stepped.vbd().worker
     stepped.leave()
@@ -178,7 +183,7 @@ def test_a_chain_that_nobody_could_be_told_of_is_told_in_the_log(
     lines: io.StringIO,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Where no file can be written the log is the last that knows which chain has the guest's data."""
+    """If the file cannot be written, the chain that has the guest's data is logged as critical."""
     monkeypatch.setattr(ending, "WAIT_S", 0.5)
     (tmp_path / DIRECTORY).write_text("not a directory")
     stop(served(xenstored, toolstack, guest, tmp_path))
@@ -189,7 +194,7 @@ def test_a_chain_that_nobody_could_be_told_of_is_told_in_the_log(
 
 
 def undecided(xenstored: Xenstored, toolstack: Store, guest: Store, directory: Path) -> None:
-    """Let a service end while a worker exchanges the chain, and nothing that was kept come to the next one."""
+    """End a service while a worker exchanges the chain, and keep nothing for the next one."""
     stepped = Stepped(xenstored.address, Settings(), directory=directory)
     serve(stepped, toolstack, guest, "null:4G")
     begin(stepped, "set", chain="null:7G")
@@ -199,7 +204,9 @@ def undecided(xenstored: Xenstored, toolstack: Store, guest: Store, directory: P
 def test_a_file_is_there_before_a_chain_is_exchanged_and_goes_when_xenstore_knows(
     xenstored: Xenstored, toolstack: Store, guest: Store, tmp_path: Path
 ) -> None:
-    """Whenever the service ends, the next one can know of the exchange: a worker may finish it alone."""
+    """The file is written before an exchange and removed once `params` is right, so that the next service knows of an
+    exchange that a worker may finish alone.
+    """
     with closing(Stepped(xenstored.address, Settings(), directory=tmp_path)) as stepped:
         serve(stepped, toolstack, guest)
         before = files(tmp_path)
@@ -214,7 +221,7 @@ def test_a_file_is_there_before_a_chain_is_exchanged_and_goes_when_xenstore_know
 def test_an_exchange_that_is_refused_leaves_no_file(
     xenstored: Xenstored, toolstack: Store, guest: Store, tmp_path: Path
 ) -> None:
-    """What did not happen needs nobody's attention."""
+    """An exchange that was refused leaves no file."""
     with closing(Stepped(xenstored.address, Settings(), directory=tmp_path)) as stepped:
         serve(stepped, toolstack, guest)
         answer = ask(stepped, "set", chain="null:5G")
@@ -225,8 +232,8 @@ def test_an_exchange_that_is_refused_leaves_no_file(
 def test_a_disk_whose_exchange_nobody_has_seen_the_end_of_waits_for_an_administrator(
     xenstored: Xenstored, toolstack: Store, guest: Store, tmp_path: Path
 ) -> None:
-    """Neither chain is served, as the guest's last writes may be in the other one, and `resume` decides nothing; who
-    names one with --replace does. That the disk waits is not forgotten by the next service but one.
+    """If nobody has seen how an exchange ended, neither chain is served, as the guest's last writes may be in the other
+    one. `resume` is refused; `set` with --replace decides. Later services remember that the disk waits.
     """
     undecided(xenstored, toolstack, guest, tmp_path)
     for _ in range(2):
@@ -260,7 +267,9 @@ def test_a_service_that_was_only_replaced_finds_out_by_itself(
     kept: Kept,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Where the notes were kept they count, and the file only says the same: the worker tells, or its journal."""
+    """If the notes were kept, the next service finds out how the exchange ended from the worker or its journal, and
+    removes the file.
+    """
     monkeypatch.setitem(phase.LIMIT_S, phase.Phase.ADOPTING, 0.5)  # the worker is dead, which nobody tells its heir
     stepped = Stepped(xenstored.address, Settings(), directory=tmp_path, keeper=kept.keeper())
     serve(stepped, toolstack, guest, "null:4G")
@@ -281,7 +290,9 @@ def test_a_service_that_was_only_replaced_finds_out_by_itself(
 def test_only_a_guest_that_is_there_has_lost_something(
     xenstored: Xenstored, toolstack: Store, guest: Store, tmp_path: Path, lines: io.StringIO, *, is_there: bool
 ) -> None:
-    """What a worker had taken and nobody has done is told of, unless the guest has gone since the last look."""
+    """Requests that a worker had taken and nobody has finished are logged, unless the guest has gone since the last
+    look.
+    """
     stepped = serve(Stepped(xenstored.address, Settings(), directory=tmp_path), toolstack, guest)
     if not is_there:
         toolstack.remove(PATH.frontend)

@@ -1,4 +1,4 @@
-"""How an exchange of chains ends: what is in service afterwards, and what `params` may still say."""
+"""How an exchange of chains ends: what is in service then, and what `params` may still say."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from xenbackend.supervisor.vbd.notes import Exchange
 
 
 class Disk:
-    """One that serves null:1G, whose key params no exchange has followed yet."""
+    """A disk that serves null:1G, and whose key `params` has not followed any exchange yet."""
 
     def __init__(self) -> None:
         self.events: list[Exchanged] = []
@@ -32,16 +32,16 @@ class Disk:
         self.exchanges = Exchanges(self.handover, self.orders, self, self.events.append)  # type: ignore[arg-type]
 
     def close(self, number: int, answer: Answer) -> None:
-        """Be the ledger."""
+        """Stand for the ledger."""
         self.closed.append((number, answer.code.value))
         self.was_noted.append(self.handover.notes.exchange is not None)
 
     def order(self, number: int, chain: str, params: str = "null:1G") -> None:
-        """Have an exchange under way."""
+        """Note an exchange that is under way."""
         self.handover.note(exchange=Exchange(number, params, chain))
 
     def stand(self, chain: str) -> bool:
-        """Let the worker say what it serves, and return whether that is believed."""
+        """Let the worker report a chain, and return whether that is believed."""
         return self.exchanges.believes(Standing(1, Stage.SERVING, chain, read_only=False, shareable=False))
 
 
@@ -55,7 +55,9 @@ def disk() -> Iterator[Disk]:
 
 
 def test_a_worker_that_dies_before_the_second_exchange_has_done_the_first_only(disk: Disk) -> None:
-    """While params have not followed the first one it is still known; the second is not taken for done over that."""
+    """If a worker dies before a second exchange is made, only the first one counts as done, although `params` has not
+    followed it yet.
+    """
     disk.order(1, "null:2G")
     assert disk.stand("null:2G")
     serves(disk.handover, "null:2G")
@@ -70,8 +72,8 @@ def test_a_worker_that_dies_before_the_second_exchange_has_done_the_first_only(d
 @pytest.mark.parametrize(("noted", "is_done"), [(0, False), (6, False), (7, True)])
 @pytest.mark.parametrize("who", ["a dead worker", "an earlier service"])
 def test_the_same_chain_once_more_is_known_by_its_order(disk: Disk, who: str, noted: int, *, is_done: bool) -> None:
-    """Where the text stays, for another file or another size, the order that the worker noted says whether it was done:
-    which file has the guest's data hangs on that.
+    """If an exchange keeps the text of the chain, for another file or size, the order number that the worker noted says
+    whether it was done, and so which file has the guest's data.
     """
     disk.order(7, "null:1G")
     serves(disk.handover, "null:1G", noted)
@@ -85,7 +87,7 @@ def test_the_same_chain_once_more_is_known_by_its_order(disk: Disk, who: str, no
 
 
 def test_a_worker_is_adopted_with_the_chain_that_it_stands_with(disk: Disk) -> None:
-    """What its journal says of a chain that it does not serve counts for nothing while it is there to be asked."""
+    """An adopted worker's own report decides which chain is in service, and not its journal."""
     disk.order(7, "null:2G")
     serves(disk.handover, "null:2G", 7)
     disk.exchanges.conclude(Standing(1, Stage.SERVING, "null:1G", read_only=False, shareable=False))
@@ -95,7 +97,9 @@ def test_a_worker_is_adopted_with_the_chain_that_it_stands_with(disk: Disk) -> N
 
 @pytest.mark.parametrize("has_written", [True, False])
 def test_whatever_the_key_says_after_two_exchanges_it_follows_the_second(disk: Disk, *, has_written: bool) -> None:
-    """Whether the first one's text came into the key may be unknown: xenstore went away over it."""
+    """After two exchanges `params` follows the second one, even if it is not known whether the first was ever written,
+    because xenstore went away.
+    """
     disk.order(1, "null:2G")
     disk.stand("null:2G")
     disk.order(2, "null:3G")
@@ -110,7 +114,9 @@ def test_whatever_the_key_says_after_two_exchanges_it_follows_the_second(disk: D
 
 
 def test_that_an_exchange_is_done_is_in_the_ledger_before_nobody_knows_of_it_any_more(disk: Disk) -> None:
-    """A service that dies in between leaves an order that is ended, and not one that nobody seems to have done."""
+    """The ledger closes the order before the note of the exchange is removed: a service that dies in between leaves an
+    order that has ended.
+    """
     disk.orders.under_way.append(SimpleNamespace(number=1))
     disk.order(1, "null:2G")
     disk.stand("null:2G")
@@ -119,7 +125,7 @@ def test_that_an_exchange_is_done_is_in_the_ledger_before_nobody_knows_of_it_any
 
 
 def test_no_journal_tells_that_a_chain_took_its_own_place(disk: Disk) -> None:
-    """A worker that dies over a resize has not done it, for all that anybody knows."""
+    """If a worker dies over a resize, the order has failed, as nothing proves that it was done."""
     disk.order(1, "null:1G")
     disk.exchanges.settle()
 
@@ -127,7 +133,7 @@ def test_no_journal_tells_that_a_chain_took_its_own_place(disk: Disk) -> None:
 
 
 def test_an_exchange_that_the_journal_tells_of_is_done(disk: Disk) -> None:
-    """The worker put the chain in, and died before it could say so."""
+    """If a worker has put the new chain in and died before it could report that, the exchange is done."""
     disk.order(1, "null:2G", "null:1G")
     serves(disk.handover, "null:2G")
     before = disk.handover.chain_in_service()
@@ -139,7 +145,9 @@ def test_an_exchange_that_the_journal_tells_of_is_done(disk: Disk) -> None:
 
 @pytest.mark.parametrize("is_exchanging", [True, False])
 def test_a_chain_that_nobody_asked_for_is_not_believed(disk: Disk, *, is_exchanging: bool) -> None:
-    """What a worker says is in service is so if it was, or was to be put in; its lie alters nothing."""
+    """A worker's report of its chain is believed only if that chain was in service or was ordered; a false one changes
+    nothing.
+    """
     if is_exchanging:
         disk.order(1, "null:2G")
     noted = disk.handover.notes

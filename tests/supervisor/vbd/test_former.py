@@ -1,4 +1,4 @@
-"""What the last release left of a disk, and how a service of this one makes it its own."""
+"""What the last release left of a disk, and how a service of this release takes it over."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="git is not 
 
 @pytest.fixture(scope="session")
 def last() -> ModuleType:
-    """The journal as the last release has it: its own module."""
+    """The last release's own journal module."""
     show = ["git", "show", f"{LAST_RELEASE}:xenbackend/journal.py"]
     module = ModuleType("journal of the last release")
     exec(subprocess.run(show, check=True, capture_output=True, cwd=Path(__file__).parent).stdout, module.__dict__)  # noqa: S102
@@ -63,7 +63,7 @@ def unsealed(size: int) -> int:
 
 
 def fill(last: ModuleType, page: memoryview) -> None:
-    """Write what a worker of the last release does: it serves, with requests in flight, and has lost something."""
+    """Write what a worker of the last release writes: it serves, has requests in flight, and has failed a flush."""
     page[: counters.SIZE].cast("Q")[counters.INDEX["reads"]] = 77
     last.AGREED.write(page, codec.as_fields(Agreed("null:1G", CONNECT)))
     last.NOTES.write(page, NOTES)
@@ -81,8 +81,8 @@ def fill(last: ModuleType, page: memoryview) -> None:
 class Left:
     """What a service of the last release has left with its keeper.
 
-    journal   mapped, as the worker has it
-    worker    the process that serves
+    journal   its journal, mapped as in the worker
+    worker    the process that stands for the worker, or None
     """
 
     def __init__(self, kept: Kept, last: ModuleType, *, has_worker: bool) -> None:
@@ -107,7 +107,7 @@ class Left:
 
 @pytest.fixture
 def leave(kept: Kept, last: ModuleType) -> Iterator[Callable[..., Left]]:
-    """Leave a disk as the last release does."""
+    """Return a function that leaves a disk as the last release does."""
     made: list[Left] = []
 
     def leave(*, has_worker: bool = False) -> Left:
@@ -120,7 +120,7 @@ def leave(kept: Kept, last: ModuleType) -> Iterator[Callable[..., Left]]:
 
 
 class Mortal(Keeper):
-    """A keeper's address whose service dies when it says one thing too much; what it said is taken at once."""
+    """A keeper whose service dies when it sends one message too many; what it sent before is taken at once."""
 
     def __init__(self, kept: Kept, words: int) -> None:
         super().__init__(kept._environment)
@@ -137,7 +137,7 @@ class Mortal(Keeper):
 
 
 def next_one(kept: Kept, said: list[str] | None = None, words: int = 1000) -> Handover:
-    """Return the handover as the next service finds it, which dies after so many words to the keeper."""
+    """Return the handover as the next service finds it. That service dies after so many messages to the keeper."""
     keeper = Mortal(kept, words)
     found = sort_inherited(keeper, 0).get(PATH, {})
     if (pidfd := end_predecessor(keeper, PATH, found)) >= 0:
@@ -146,7 +146,7 @@ def next_one(kept: Kept, said: list[str] | None = None, words: int = 1000) -> Ha
 
 
 def see_all_of_it(kept: Kept, heir: Handover) -> None:
-    """See that everything has become ours, and nothing else is left."""
+    """Check that everything has been converted, and that nothing else is left."""
     first, last_one = (journal.RingJournal(heir.page, number, journal.SLOT) for number in (0, 7))
     memories = heir.descriptors("null:1G")[1]
     expected = Notes("null:1G", None, [], "an administrator", "read=pause", Claimed(**CLAIM), {"m0": "map", "m3": "x"})
@@ -164,7 +164,9 @@ def see_all_of_it(kept: Kept, heir: Handover) -> None:
 
 
 def test_what_is_left_becomes_ours(kept: Kept, leave: Callable[..., Left]) -> None:
-    """Where no worker is left the new service has its journal, its notes and its memories at once, as has the next."""
+    """If no worker is left, the new service has the journal, the notes and the memories at once, and so has the next
+    one.
+    """
     leave()
     said: list[str] = []
     heir = next_one(kept, said)
@@ -179,8 +181,8 @@ def test_what_is_left_becomes_ours(kept: Kept, leave: Callable[..., Left]) -> No
 
 
 def test_its_worker_is_ended_first(kept: Kept, last: ModuleType, leave: Callable[..., Left]) -> None:
-    """The worker is killed, and what it wrote until it was dead counts; until then nothing is forgotten, and no more is
-    kept than what it has open.
+    """The worker is killed first, and what it wrote until its death counts. Until then nothing is forgotten, and only
+    the list of its open files is kept in addition.
     """
     left = leave(has_worker=True)
     before = set(kept.fds)
@@ -202,7 +204,7 @@ def test_its_worker_is_ended_first(kept: Kept, last: ModuleType, leave: Callable
 
 
 def test_what_its_worker_has_open_is_known_afterwards(kept: Kept, leave: Callable[..., Left], tmp_path: Path) -> None:
-    """The files that a worker had open when it was ended stay in the notes, for each service that comes later."""
+    """The files that the worker had open when it was ended stay in the notes for all later services."""
     image = tmp_path / "image"
     image.write_bytes(b"x")
     left = leave()
@@ -212,7 +214,7 @@ def test_what_its_worker_has_open_is_known_afterwards(kept: Kept, leave: Callabl
     for name, fd in (("pidfd", os.pidfd_open(left.worker.pid)), ("worker", unsealed(0))):
         keeper.keep(f"{PREFIX}.{name}", fd)
         os.close(fd)
-    for words in (1, 2, 1000):  # of a service that dies when it has remembered, when it has ended the worker, and later
+    for words in (1, 2, 1000):  # dies when it has noted the files, when it has ended the worker, later
         try:
             heir = next_one(kept, words=words)
         except SystemExit:
@@ -227,7 +229,7 @@ def test_what_its_worker_has_open_is_known_afterwards(kept: Kept, leave: Callabl
 
 
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many files there are, and whatever they are called, no more is remembered than there is room for."""
+    """However many open files there are, and whatever their names, no more are remembered than fit."""
     files = [OpenFile("/" + "\udcff\n" * 40 + str(number), number, number) for number in range(1000)]
     monkeypatch.setattr(former.process, "files_of", lambda _pidfd: files)
     fd = former.remember_files(-1)
@@ -245,7 +247,9 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("has_worker", [False, True])
 def test_a_service_may_die_anywhere_on_the_way(kept: Kept, leave: Callable[..., Left], *, has_worker: bool) -> None:
-    """Whichever was its last word to the keeper, and the next one's, whoever comes after them has all of it."""
+    """If the service dies after any of its messages to the keeper, and the next one too, the one after them still has
+    everything.
+    """
     said, deaths = 0, 2
     while deaths:
         leave(has_worker=has_worker)
@@ -265,7 +269,9 @@ def test_a_service_may_die_anywhere_on_the_way(kept: Kept, leave: Callable[..., 
 
 
 def test_a_worker_that_nobody_can_kill_finishes_by_itself(kept: Kept, leave: Callable[..., Left]) -> None:
-    """Where only its socket was kept what is in flight is that worker's to answer; what was noted holds."""
+    """If only the worker's socket was kept, it cannot be killed: it finishes what is in flight itself, and the notes
+    count.
+    """
     leave(has_worker=True)
     kept.keeper().forget(f"{PREFIX}.pidfd")
     heir = next_one(kept)
@@ -294,7 +300,9 @@ def test_a_worker_that_nobody_can_kill_finishes_by_itself(kept: Kept, leave: Cal
     ],
 )
 def test_its_notes_have_a_meaning(kept: Kept, last: ModuleType, found: dict[str, Any], expected: Notes) -> None:
-    """An exchange was under way, or done where the chain says so already; what no service of it notes is nothing."""
+    """A noted exchange counts as under way, or as done if the noted chain is already the new one. Notes that no service
+    of that release writes are ignored.
+    """
     fd = unsealed(last.SIZE)
     with mmap.mmap(fd, last.SIZE) as memory:
         page = memoryview(memory)
@@ -312,7 +320,7 @@ def test_its_notes_have_a_meaning(kept: Kept, last: ModuleType, found: dict[str,
 
 @pytest.mark.parametrize("size", [0, 1, PAGE, 2 * PAGE, 3 * PAGE, 1 << 30])
 def test_what_is_no_journal_of_it_is_let_go(kept: Kept, leave: Callable[..., Left], size: int) -> None:
-    """A memory of another size, or cut short by its worker at that moment, or with other words, is as good as none."""
+    """A memory that has another size, is cut short by its worker at that moment, or has another version, is ignored."""
     left = leave()
     fd = kept.fds[f"{PREFIX}.journal"]
     left.journal[PAGE + 8] = 7  # VERSION
@@ -325,7 +333,7 @@ def test_what_is_no_journal_of_it_is_let_go(kept: Kept, leave: Callable[..., Lef
 
 
 def test_a_memory_that_was_cut_short_is_told(kept: Kept, leave: Callable[..., Left]) -> None:
-    """A layer whose memory is gone begins anew; the disk is served."""
+    """A layer's memory that was cut short is dropped, and that is logged; the disk is served."""
     leave()
     os.ftruncate(kept.fds[f"{PREFIX}.m0"], 0)
     said: list[str] = []
@@ -338,7 +346,7 @@ def test_a_memory_that_was_cut_short_is_told(kept: Kept, leave: Callable[..., Le
 
 
 def test_whatever_lies_in_it_is_no_error(kept: Kept, leave: Callable[..., Left]) -> None:
-    """A worker of it may have written all over its journal."""
+    """No contents of a journal make the takeover fail, as its worker may have written anything into it."""
     dice = random.Random(1)
     left = leave()
     whole = bytes(left.journal[: 50 * PAGE])

@@ -1,4 +1,4 @@
-"""What a vbd's workers leave to each other, and one service to the next."""
+"""What a vbd's workers leave to their successors, and a service to the next one."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ from xenbackend.supervisor.vbd.inheritance import current, end_predecessor, pref
 from xenbackend.supervisor.vbd.notes import Exchange, Notes
 
 CONNECT = messages.Connect("x86_64-abi", [messages.RingParameters([8], 3)], persistent=True)
-EMPTY = [f"{prefix_of(PATH)}.journal.3", f"{prefix_of(PATH)}.notes.3"]  # that are kept of any disk
+EMPTY = [f"{prefix_of(PATH)}.journal.3", f"{prefix_of(PATH)}.notes.3"]  # what is kept of every disk
 
 
 def serves(handover: Handover, chain: str, order: int = 0) -> None:
-    """Do what a worker does that serves a chain, which an order has put in."""
+    """Do what a worker does that serves a chain, put in by an order."""
     journal.AGREED.write(handover.page, codec.as_fields(Agreed(chain, CONNECT, order)))
 
 
 def _unless(kind: type, die: Callable[..., None], function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that dies where it is given one of a kind."""
+    """Return a function that calls `die` for a value of one type, and else another function."""
     return lambda value: die() if isinstance(value, kind) else function(value)
 
 
 def made(content: bytes) -> int:
-    """Return a memory's descriptor."""
+    """Return the descriptor of a memory."""
     fd = os.memfd_create("test", os.MFD_CLOEXEC)
     os.write(fd, content)
     return fd
@@ -57,7 +57,7 @@ def next_one(kept: Kept) -> Handover:
 
 
 def test_the_next_worker_of_the_chain_gets_the_memories() -> None:
-    """What was kept under a name is handed on under that name; a later one of that name takes its place."""
+    """A memory kept under a name is handed on under that name; a later one of the same name replaces it."""
     handover = Handover(Keeper({}), PATH)
     handover.descriptors("log:|ram:1M")
     handover.keep("map", made(b"old"))
@@ -71,7 +71,7 @@ def test_the_next_worker_of_the_chain_gets_the_memories() -> None:
 
 
 def test_another_chain_gets_none() -> None:
-    """A memory says something about one disk: with another chain it is gone for good."""
+    """Memories belong to one chain: when another chain is opened, they are gone for good."""
     before = len(open_descriptors())
     handover = Handover(Keeper({}), PATH)
     handover.descriptors("log:|aio:/one")
@@ -85,7 +85,9 @@ def test_another_chain_gets_none() -> None:
 
 
 def test_there_is_a_bound() -> None:
-    """A worker that goes mad fills no table: one too many is closed, and one that is dropped makes place."""
+    """The number of memories is bounded, whatever a faulty worker sends: one too many is closed, and dropping one makes
+    room.
+    """
     handover = Handover(Keeper({}), PATH)
     handover.descriptors("null:1G")
     before = len(open_descriptors())
@@ -101,7 +103,7 @@ def test_there_is_a_bound() -> None:
 
 
 def test_the_next_service_finds_all_of_it(kept: Kept) -> None:
-    """Journal, notes and memories go from service to service by the keeper, each under its name."""
+    """Journal, notes and memories pass from service to service through the keeper, each under its name."""
     handover = Handover(kept.keeper(), PATH)
     handover.descriptors("log:|ram:1M")
     for name in ("one", "two", "three"):
@@ -123,8 +125,8 @@ def test_the_next_service_finds_all_of_it(kept: Kept) -> None:
 
 
 def test_what_nobody_had_noted_is_let_go(kept: Kept) -> None:
-    """A service that died between keeping a memory and noting what it is leaves nothing that could be taken for another
-    one's later.
+    """If a service dies after it has kept a memory and before it has noted which, the next one forgets it, so that it
+    cannot be taken for another one.
     """
     handover = Handover(kept.keeper(), PATH)
     handover._keep("m0", 0)
@@ -137,7 +139,7 @@ def test_what_nobody_had_noted_is_let_go(kept: Kept) -> None:
 
 
 def test_a_worker_is_found_by_its_descriptors(kept: Kept) -> None:
-    """The socket and the pidfd of a worker come back to the next service; once it has ended they do not."""
+    """The next service gets the socket and the pidfd of a worker, unless it has ended."""
     handover = Handover(kept.keeper(), PATH)
     handover.keep_worker(made(b"socket"), made(b"pidfd"))
     handover.leave()
@@ -155,7 +157,9 @@ def test_a_worker_is_found_by_its_descriptors(kept: Kept) -> None:
 
 @pytest.mark.slow
 def test_a_worker_that_cannot_be_talked_to_is_ended_first(kept: Kept) -> None:
-    """Where only its pidfd was kept nobody could tell it to go away: it is killed, and seen to end like any other."""
+    """If only a worker's pidfd was kept, the worker is killed, as it cannot be told to close; its end is noticed like
+    any other.
+    """
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     handover = Handover(kept.keeper(), PATH)
     pidfd = os.pidfd_open(process.pid)
@@ -181,7 +185,9 @@ def test_a_worker_that_cannot_be_talked_to_is_ended_first(kept: Kept) -> None:
 def test_what_cannot_be_taken_over_now_is_closed(
     monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str, number: int, what: str
 ) -> None:
-    """Whatever the host is short of at whichever call, nothing stays open: a service tries again every second."""
+    """If any call fails because the host is short of something, all descriptors are closed: the takeover is tried again
+    every second.
+    """
     made_before = Handover(Keeper({}), PATH)
     copies = {current("journal"): os.dup(made_before._journal), current("notes"): os.dup(made_before._notes)}
     if what == "pidfd":  # without the worker's socket
@@ -212,7 +218,7 @@ def test_what_cannot_be_taken_over_now_is_closed(
 
 
 def test_a_socket_without_a_process_is_let_go(kept: Kept) -> None:
-    """The worker at its other end sees that nobody is there, and closes its disk in order."""
+    """If only a worker's socket was kept, it is closed, at which the worker closes its disk in order."""
     handover = Handover(kept.keeper(), PATH)
     handover._keep("worker", 0)
     handover.leave()
@@ -225,8 +231,8 @@ def test_a_socket_without_a_process_is_let_go(kept: Kept) -> None:
 
 @pytest.mark.parametrize("what", ["unsealed", "smaller", "notes", "gone"])
 def test_what_could_be_cut_short_is_not_mapped(kept: Kept, what: str) -> None:
-    """A journal or notes that are not sealed, or not as large as ours, are begun anew; a worker that has others is
-    ended, and heard to end like any other.
+    """A journal or notes that are not sealed, or have another size, are replaced by new ones; the worker that has them
+    is killed, and its end is noticed like any other.
     """
     said: list[str] = []
     process = subprocess.Popen(["sleep", "100"])
@@ -257,7 +263,9 @@ def test_what_could_be_cut_short_is_not_mapped(kept: Kept, what: str) -> None:
 
 
 def test_a_worker_of_another_protocol_is_replaced_by_its_journal(kept: Kept) -> None:
-    """Where only what it says has changed it is ended, and its journal and notes are gone on with as they are."""
+    """A worker that differs only in the version of its messages is ended, and its journal and notes are used as they
+    are.
+    """
     process = subprocess.Popen(["sleep", "100"])
     pidfd = os.pidfd_open(process.pid)
     handover = Handover(kept.keeper(), PATH)
@@ -279,7 +287,7 @@ def test_a_worker_of_another_protocol_is_replaced_by_its_journal(kept: Kept) -> 
 
 
 def test_no_worker_can_cut_a_journal_short() -> None:
-    """What is handed to a worker keeps its size, whatever the worker does with it."""
+    """A worker cannot change the size of the journal that it is given."""
     handover = Handover(Keeper({}), PATH)
     fd, _ = handover.descriptors("null:1G")
     for size in (0, 4096, 2 * journal.SIZE):
@@ -291,8 +299,8 @@ def test_no_worker_can_cut_a_journal_short() -> None:
 
 
 def test_a_memory_may_be_anything() -> None:
-    """What a worker gives is kept and handed on, and never looked at: it may shrink at any moment. What is no memory is
-    refused.
+    """A worker's memory is kept and handed on without being read, as it may shrink at any moment. A descriptor that is
+    not a memory is refused.
     """
     handover = Handover(Keeper({}), PATH)
     handover.descriptors("null:1G")
@@ -310,8 +318,8 @@ def test_a_memory_may_be_anything() -> None:
 
 
 def test_what_is_in_service_stands_in_the_journal() -> None:
-    """What a worker noted is read back, as far as it was told to serve that; where its memory holds nonsense nothing is
-    in service, and nothing breaks.
+    """What a worker noted in the journal is read back, if it was told to serve that chain. Anything else counts as
+    nothing in service, and is no error.
     """
     handover = Handover(Keeper({}), PATH)
     nothing = handover.agreed()
@@ -339,7 +347,7 @@ def test_what_is_in_service_stands_in_the_journal() -> None:
     ],
 )  # fmt: skip
 def test_what_no_worker_agrees_is_nothing(value: dict[str, object]) -> None:
-    """AGREED is as strict as a message."""
+    """AGREED is checked as strictly as a message; anything invalid counts as nothing."""
     handover = Handover(Keeper({}), PATH)
     handover.descriptors("null:1G")
     journal.AGREED.write(handover.page, value)
@@ -350,7 +358,7 @@ def test_what_no_worker_agrees_is_nothing(value: dict[str, object]) -> None:
 
 @pytest.mark.parametrize("depth", [1, 300, 900, 950, 980, 1000, 30_000])
 def test_nothing_is_too_deep_to_be_refused(depth: int) -> None:
-    """However deep a worker nests what it writes, it is nothing that was agreed, and no error."""
+    """However deeply a worker nests what it writes, it counts as nothing agreed, and is no error."""
     handover = Handover(Keeper({}), PATH)
     handover.descriptors("null:1G")
     for text in (b"[" * depth, b'{"chain": ' + b"[" * depth + b"]" * depth + b', "connect": {}}'):
@@ -363,8 +371,8 @@ def test_nothing_is_too_deep_to_be_refused(depth: int) -> None:
 
 
 def test_a_chain_that_was_put_in_is_told_from_one_that_was_only_asked_for(kept: Kept) -> None:
-    """An order alone changes nothing. The worker's note says that it was done, and so do ours once it has told us,
-    until the toolstack's key says so too: also for the next service.
+    """An order alone does not change the chain in service. The worker's note in the journal does, and so do our own
+    notes once it has told us, until `params` has the chain, also in the next service.
     """
     handover = Handover(kept.keeper(), PATH)
     handover.descriptors("null:1G")
@@ -385,8 +393,8 @@ def test_a_chain_that_was_put_in_is_told_from_one_that_was_only_asked_for(kept: 
 
 
 def test_a_chain_is_put_in_without_a_worker(kept: Kept) -> None:
-    """What a frontend had agreed on with the last worker holds for the chain that takes the place, also where the
-    same chain does: the order tells. What the former chain had kept goes.
+    """If a chain is put in without a worker, what the frontend had agreed with the last worker is kept, even for the
+    same chain, where only the order number changes. Another chain's memories are dropped.
     """
     for chain, former in (("null:2G", ["params", "null:1G"]), ("null:1G", [])):
         handover = Handover(kept.keeper(), PATH)
@@ -410,7 +418,9 @@ def test_a_chain_is_put_in_without_a_worker(kept: Kept) -> None:
 def test_a_service_that_dies_while_it_puts_a_chain_in_leaves_no_doubt(
     kept: Kept, monkeypatch: pytest.MonkeyPatch, dies: str
 ) -> None:
-    """Before the journal says so the former chain is the disk's, and afterwards the new one is: as with a worker."""
+    """If the service dies while it puts in a chain itself, the journal decides: before its entry the former chain is in
+    service, afterwards the new one.
+    """
     handover = Handover(kept.keeper(), PATH)
     handover.descriptors("null:1G")
     serves(handover, "null:1G", 3)
@@ -432,7 +442,7 @@ def test_a_service_that_dies_while_it_puts_a_chain_in_leaves_no_doubt(
 
 
 def test_a_failed_flush_is_noted_and_forgiven() -> None:
-    """What a service finds in xenstore counts for the next worker, until it counts no more."""
+    """A failed flush that a service finds in xenstore is noted for the next worker, until it is cleared."""
     handover = Handover(Keeper({}), PATH)
     handover.poison_for("")
     nothing = journal.poisoned(handover.page)
@@ -448,7 +458,7 @@ def test_a_failed_flush_is_noted_and_forgiven() -> None:
 
 
 def test_a_keeper_in_trouble_keeps_no_disk_from_being_served(kept: Kept) -> None:
-    """Everything works for this service; that the next one would have to do without is told."""
+    """If the keeper fails, everything works for this service; that the next one will lack it is logged."""
     keeper = kept.keeper()
     kept.close()
     said: list[str] = []
@@ -465,7 +475,9 @@ def test_a_keeper_in_trouble_keeps_no_disk_from_being_served(kept: Kept) -> None
 
 
 def test_a_host_without_memory_for_the_notes_keeps_no_journal_open(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The registry tries again and again, with what was found, too."""
+    """If there is no memory for the notes, the journal and all inherited descriptors are closed, since the registry
+    tries again and again.
+    """
     handover = Handover(kept.keeper(), PATH)
     handover.descriptors("null:1G")
     handover.keep("map", made(b"map"))
@@ -485,7 +497,9 @@ def test_a_host_without_memory_for_the_notes_keeps_no_journal_open(kept: Kept, m
 
 
 def test_what_is_dropped_is_wiped() -> None:
-    """A key that a layer kept is gone with its memory: by a detach, another chain, or the worker's own wish."""
+    """A memory is overwritten when it is dropped, by a detach, for another chain or at the worker's wish, since it may
+    hold a key.
+    """
     views = []
 
     def keep(handover: Handover, name: str) -> None:

@@ -1,6 +1,6 @@
-"""A worker that has been taken over writes anything into its journal: what the supervisor reads of it then.
+"""A worker that was taken over writes anything into its journal: what the supervisor reads from it.
 
-Every case ends with a value or with None, in a bounded time. `--requests` makes more of them.
+Each case ends with a value or None, in bounded time and memory. `--requests` sets how many cases there are.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def dice(request: pytest.FixtureRequest) -> random.Random:
 
 @pytest.fixture
 def handover() -> Iterator[Handover]:
-    """A disk that is served, while another chain is being put in."""
+    """The handover of a disk that is served while its chain is being exchanged."""
     handover = Handover(Keeper({}), PATH)
     handover.descriptors(CHAINS[0])
     handover.note(exchange=Exchange(1, CHAINS[0], CHAINS[1]), paused="root")
@@ -52,7 +52,7 @@ def handover() -> Iterator[Handover]:
 
 
 def endure(count: int, spoil: Callable[[], None], look: Callable[[], object]) -> set[object]:
-    """Spoil a memory and look at it so many times, and return what was seen."""
+    """Spoil a memory and look at it `count` times; return what was seen."""
     before, slowest, seen = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0.0, set()
     for _ in range(count):
         spoil()
@@ -66,7 +66,7 @@ def endure(count: int, spoil: Callable[[], None], look: Callable[[], object]) ->
 
 @pytest.mark.slow
 def test_any_agreement(request: pytest.FixtureRequest, dice: random.Random, handover: Handover) -> None:
-    """Whatever stands where the worker notes what it serves: it serves what it was told to, or nothing is known."""
+    """Whatever a worker notes as in service, the supervisor reads a chain that it ordered, or nothing."""
     page = handover.page
     texts = []
     for chain in CHAINS:
@@ -102,7 +102,7 @@ def test_any_agreement(request: pytest.FixtureRequest, dice: random.Random, hand
 
 
 def test_any_rings(request: pytest.FixtureRequest, dice: random.Random, handover: Handover) -> None:
-    """Whatever stands in the rings and counters: each ring has a number, and each counter a word."""
+    """Whatever the rings and counters hold, each ring has valid numbers, and each counter a word."""
     page = handover.page
     starts = [journal.RINGS_AT + ring * journal.RING_SIZE for ring in range(journal.MAX_RINGS)]
 
@@ -133,7 +133,7 @@ def test_any_rings(request: pytest.FixtureRequest, dice: random.Random, handover
 
 
 def test_any_journal_of_the_release_before(request: pytest.FixtureRequest, dice: random.Random) -> None:
-    """Its notes lie in what its worker could write, too."""
+    """The notes of the last release, which its worker could overwrite, are read without an error whatever they hold."""
     fd = os.memfd_create("test")
     os.ftruncate(fd, 50 * PAGE)
     page = memoryview(mmap.mmap(fd, 50 * PAGE))

@@ -1,4 +1,4 @@
-"""The names of what the keeper has of a vbd."""
+"""The names of a vbd's descriptors in the keeper."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from xenbackend.supervisor.xenstore.paths import VbdPath
 
 
 def test_names_tell_whose_they_are(kept: Kept) -> None:
-    """Descriptors are sorted by vbd, whatever the order; names that are nobody's are closed and forgotten. The last
-    release gave them no version.
+    """Inherited descriptors are sorted by vbd, in whatever order they come. A name without a version is the last
+    release's. Descriptors with other names are closed and forgotten.
     """
     other = VbdPath("vbd3", 0, 7, 768)
     keeper = kept.keeper()
@@ -38,7 +38,7 @@ def test_names_tell_whose_they_are(kept: Kept) -> None:
         path: set(fds) for path, fds in found.items()
     }
     assert 3 == len(kept.fds)
-    assert 3 - 4 == len(open_descriptors()) - before  # ours of seven, and its own of four that it has let go
+    assert 3 - 4 == len(open_descriptors()) - before  # of the seven copies three stay; of the keeper's own, four go
     for fds in found.values():
         for fd in fds.values():
             os.close(fd)
@@ -46,7 +46,7 @@ def test_names_tell_whose_they_are(kept: Kept) -> None:
 
 @pytest.mark.parametrize("kind", ["journal", "notes", "worker", "pidfd", "m0", "something"])
 def test_a_newer_version_s_disks_are_left_alone(kind: str) -> None:
-    """A service that would not understand what it finds refuses to start, and says for which disk."""
+    """A service that finds descriptors of a newer version refuses to start, and names the disk."""
     known = [
         f"vbd-0-5-51712.{each}"
         for each in ("journal", "journal.3", "notes.3", "worker.3", "pidfd", "m7.3", "odd.thing")

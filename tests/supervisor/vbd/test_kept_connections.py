@@ -35,14 +35,14 @@ def pair() -> tuple[int, socket.socket]:
 
 
 def taken(handover: Handover, server: str, place: int = 0, *, is_alone: bool = False) -> socket.socket:
-    """Have a connection kept, and return the server's end of it."""
+    """Keep a connection, and return the server's end of it."""
     fd, far = pair()
     assert not handover.connections.take(server, place, fd, is_alone=is_alone)
     return far
 
 
 def kept_of(handover: Handover) -> list[KeptConnection]:
-    """Return what a job would name."""
+    """Return the kept connections as a job names them."""
     return sorted([each for each, _ in handover.connections.kept()], key=lambda each: each.server)
 
 
@@ -59,7 +59,7 @@ def next_one(keeper: Kept) -> Handover:
 
 
 def is_open(far: socket.socket) -> bool:
-    """Return whether anybody has the other end."""
+    """Return whether anybody has the other end open."""
     far.setblocking(False)
     try:
         return bool(far.recv(1))
@@ -68,7 +68,7 @@ def is_open(far: socket.socket) -> bool:
 
 
 def test_a_connection_takes_the_place_of_its_former() -> None:
-    """One of the same server and place is let go of, others stay; one that is alone lets go of all."""
+    """A new connection replaces the one to its server and place only; one that is alone replaces all."""
     handover = Handover(Keeper({}), PATH)
     first, other, place = taken(handover, S), taken(handover, T), taken(handover, S, 1)
     second = taken(handover, S)
@@ -81,7 +81,7 @@ def test_a_connection_takes_the_place_of_its_former() -> None:
 
 
 def test_there_are_no_more_than_fit() -> None:
-    """What is one too many is refused with a sentence, closed, and changes nothing."""
+    """A connection too many is refused with a sentence and closed; the others stay."""
     handover = Handover(Keeper({}), PATH)
     fars = [taken(handover, S, place) for place in range(MAX_CONNECTIONS)]
     fd, far = pair()
@@ -94,7 +94,7 @@ def test_there_are_no_more_than_fit() -> None:
 
 
 def test_the_next_service_has_them(kept: Kept) -> None:
-    """A service that dies leaves its connections to the next one, with what is wrong with them."""
+    """The next service gets all connections, and knows which of them are broken."""
     handover = next_one(kept)
     one, two = taken(handover, S), taken(handover, T)
     handover.connections.is_undrained(T, 0, is_broken=True)
@@ -111,7 +111,7 @@ def test_the_next_service_has_them(kept: Kept) -> None:
 
 
 def test_an_administrator_lets_go_of_what_has_no_end() -> None:
-    """Only a connection that could not be seen to its end is let go of by that."""
+    """`accept_undrained` closes only the connections whose end could not be seen."""
     handover = Handover(Keeper({}), PATH)
     fine, silent, broken = taken(handover, S), taken(handover, S, 1), taken(handover, S, 2)
     handover.connections.is_undrained(S, 1, is_broken=False)
@@ -123,7 +123,9 @@ def test_an_administrator_lets_go_of_what_has_no_end() -> None:
 
 
 def test_a_connection_that_was_closed_in_order_is_not_kept() -> None:
-    """A worker says which; what it never had is nothing."""
+    """A connection that its worker has closed in order is dropped; a report about one that the disk never had is
+    ignored.
+    """
     handover = Handover(Keeper({}), PATH)
     before = len(open_descriptors())
     far = taken(handover, S)
@@ -140,8 +142,8 @@ def test_a_connection_that_was_closed_in_order_is_not_kept() -> None:
 
 
 def test_the_end_of_a_former_connection_is_not_that_of_its_successor() -> None:
-    """A worker closes one connection in order and has another made to the same server: whichever the service hears of
-    first, the one that is in use stays kept.
+    """If a worker closes a connection and another one to the same server is made, the one in use stays kept, whichever
+    the service hears of first.
     """
     handover = Handover(Keeper({}), PATH)
     former = taken(handover, S)

@@ -1,4 +1,4 @@
-"""The files of a disk that are kept while it lives."""
+"""The files of a disk, kept while it is attached."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ A, B = "aio:/a", "log:|aio:/b"
 
 
 class Opener:
-    """Says which file a name means, as an opener does when it opens it."""
+    """Tells the supervisor which file a name means, as an opener does when it opens it."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
 
     def make(self, name: str, content: str = "x") -> str:
-        """Make a file anew, in the place of a former one, and return its path."""
+        """Make a file, replacing a former one, and return its path."""
         path = self.home / name
         new = self.home / "new"
         new.write_text(content)
@@ -38,20 +38,20 @@ class Opener:
         return str(path)
 
     def opens(self, handover: Handover, path: str, *, is_next: bool = False, replaces: bool = False) -> str:
-        """Tell the supervisor of a file that is being opened, and return why it may not be."""
+        """Tell the supervisor of a file that is being opened, and return why it must not be, or an empty text."""
         fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
         return handover.files.take(path, to_text(identify(fd)), fd, is_next=is_next, replaces=replaces)
 
 
 @pytest.fixture
 def opener(tmp_path: Path) -> Opener:
-    """Return one for files of a directory."""
+    """Return an opener for files of a directory."""
     return Opener(tmp_path)
 
 
 @pytest.fixture
 def handover() -> Handover:
-    """Return one that nobody keeps."""
+    """Return a handover without a keeper."""
     return Handover(Keeper({}), PATH)
 
 
@@ -62,7 +62,7 @@ def next_one(kept: Kept) -> Handover:
 
 
 def inodes(handover: Handover) -> dict[str, int]:
-    """Return the inode number of what is kept by name."""
+    """Return the inode number of each kept file by name."""
     return {file.name: os.fstat(fd).st_ino for file, fd in handover.files.kept()}
 
 
@@ -72,7 +72,7 @@ def inode(path: str) -> int:
 
 
 def test_a_file_is_kept_whatever_becomes_of_its_name(kept: Kept, opener: Opener) -> None:
-    """The next service finds the file that was opened first, although its name means another one by then, or none."""
+    """The next service gets the file that was first opened, even if its name means another one by then, or none."""
     handover = Handover(kept.keeper(), PATH)
     handover.descriptors(A)
     image, parent = opener.make("image"), opener.make("parent")
@@ -90,8 +90,8 @@ def test_a_file_is_kept_whatever_becomes_of_its_name(kept: Kept, opener: Opener)
 
 
 def test_a_name_that_means_another_file_is_refused(handover: Handover, opener: Opener) -> None:
-    """A name of the chain in service that means another file is refused with a sentence that says what to do, and the
-    former file stays the one that is kept. After an administrator's word what is there is taken.
+    """If a name of the chain in service means another file, that is refused with a sentence that says what to do, and
+    the former file stays kept. After `accept_others` the new file is taken.
     """
     image = opener.make("image")
     opener.opens(handover, image)
@@ -109,7 +109,7 @@ def test_a_name_that_means_another_file_is_refused(handover: Handover, opener: O
 
 
 def test_an_administrator_accepts_only_what_was_refused(handover: Handover, opener: Opener) -> None:
-    """Only the name that was told to be another file is taken as it is; another one is refused next."""
+    """`accept_others` accepts only names that were refused; the next other file is refused again."""
     image, parent = opener.make("image"), opener.make("parent")
     for path in (image, parent):
         opener.opens(handover, path)
@@ -126,7 +126,9 @@ def test_an_administrator_accepts_only_what_was_refused(handover: Handover, open
 def test_where_nothing_was_refused_the_names_are_looked_up_anew_and_compared(
     handover: Handover, opener: Opener
 ) -> None:
-    """A descriptor that is of no use any more is let go by an administrator's word; which file it is still counts."""
+    """If nothing was refused, `accept_others` drops the descriptors, and the names are looked up again; they still have
+    to mean the same files.
+    """
     image = opener.make("image")
     opener.opens(handover, image)
     handover.files.accept_others()
@@ -141,7 +143,7 @@ def test_where_nothing_was_refused_the_names_are_looked_up_anew_and_compared(
 
 
 def test_what_was_noted_elsewhere_is_compared(handover: Handover, opener: Opener) -> None:
-    """Where only identities are known, a name that means the same file is kept anew, and another one is refused."""
+    """If only identities are known, a name that means the same file is kept again, and another file is refused."""
     image, parent = opener.make("image"), opener.make("parent")
     opener.opens(handover, image)
     opener.opens(handover, parent)
@@ -160,7 +162,7 @@ def test_what_was_noted_elsewhere_is_compared(handover: Handover, opener: Opener
 
 
 def test_a_name_for_which_xenstore_has_no_room_is_compared_too(handover: Handover, opener: Opener) -> None:
-    """Where only what stands for a long name was noted its file is compared, and then kept by the name itself."""
+    """If only a key for a long name was noted, its file is compared by that, and then kept under the name itself."""
     for _ in range(8):
         opener.home /= "x" * 200
     opener.home.mkdir(parents=True)
@@ -178,7 +180,7 @@ def test_a_name_for_which_xenstore_has_no_room_is_compared_too(handover: Handove
 
 
 def test_what_was_noted_elsewhere_may_be_nonsense(opener: Opener) -> None:
-    """What is no identity is told about, and the disk is served as one of which nothing is known."""
+    """A noted identity that is invalid is logged, and the disk is served as if nothing were known."""
     said: list[str] = []
     handover = Handover(Keeper({}), PATH, complain=said.append)
     handover.expect(A, {"/a": "nonsense"})
@@ -189,7 +191,7 @@ def test_what_was_noted_elsewhere_may_be_nonsense(opener: Opener) -> None:
 
 
 def begin_exchange(handover: Handover) -> None:
-    """Take note that B is to take the place of A."""
+    """Note that B is to replace A."""
     handover.note(exchange=Exchange(1, A, B))
 
 
@@ -197,8 +199,8 @@ def begin_exchange(handover: Handover) -> None:
 def test_an_exchange_keeps_the_files_of_the_chain_that_is_in_service(
     kept: Kept, opener: Opener, *, is_done: bool
 ) -> None:
-    """Once it is done, files that only the former chain had are let go; where it was not, those that only the new one
-    had. What both have is kept once. A service that comes in between knows which is which.
+    """After an exchange the files that only the former chain had are dropped; if it is not done, those that only the
+    new one had. A file of both is kept once. A service that starts in between knows which is which.
     """
     handover = Handover(kept.keeper(), PATH)
     handover.descriptors(A)
@@ -224,8 +226,8 @@ def test_an_exchange_keeps_the_files_of_the_chain_that_is_in_service(
 
 
 def test_another_file_of_the_same_name_needs_an_administrators_word(handover: Handover, opener: Opener) -> None:
-    """What a name of the new chain means is compared with the file in service. Another file is refused, unless it is to
-    replace that; then each chain has its own, and the former one stays in service where the exchange is not done.
+    """A name in the new chain must mean the same file as in service, or the order must say that it replaces it. Then
+    each chain has its own file, and the former one stays in service if the exchange is not done.
     """
     handover.descriptors(A)
     image = opener.make("image")
@@ -247,8 +249,8 @@ def test_another_file_of_the_same_name_needs_an_administrators_word(handover: Ha
 
 
 def test_a_partition_that_grows_stays_the_same_disk(handover: Handover, opener: Opener) -> None:
-    """`resize` takes a partition that was made larger, and its new size counts from then on; a worker that finds one
-    without that order has another partition before it.
+    """`resize` accepts a partition that has become larger, whose new size counts from then on. Without that order it is
+    taken for another partition.
     """
     part = DeviceIdentity(2049, 40, 1 << 20, 1 << 20)
     larger, image = to_text(replace(part, size=2 << 20)), opener.make("image")
@@ -268,7 +270,7 @@ def test_a_partition_that_grows_stays_the_same_disk(handover: Handover, opener: 
 
 
 def test_what_an_exchange_refuses_is_not_accepted_later(handover: Handover, opener: Opener) -> None:
-    """That `set` was refused a file does not make a later `resume` take it."""
+    """A file that `set` was refused is not accepted by a later `resume`."""
     image = opener.make("image")
     opener.opens(handover, image)
     opener.make("image", "another")
@@ -280,7 +282,7 @@ def test_what_an_exchange_refuses_is_not_accepted_later(handover: Handover, open
 
 
 def test_another_chain_begins_anew(handover: Handover, opener: Opener) -> None:
-    """Where a toolstack wants another chain nothing is kept of the one before."""
+    """If the toolstack names another chain, none of the former one's files are kept."""
     before = len(open_descriptors())
     handover.descriptors(A)
     image = opener.make("image")
@@ -295,7 +297,7 @@ def test_another_chain_begins_anew(handover: Handover, opener: Opener) -> None:
 
 
 def test_there_is_a_bound(opener: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An image that names ever more files fills no table: one too many is refused, and closed."""
+    """The number of kept files is bounded, however many an image names: one too many is refused and closed."""
     monkeypatch.setattr(kept_files, "MAX_FILES", 16)
     before = len(open_descriptors())
     handover, image = Handover(Keeper({}), PATH), opener.make("image")
@@ -311,7 +313,7 @@ def test_there_is_a_bound(opener: Opener, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_names_that_cannot_be_noted_are_refused(opener: Opener) -> None:
-    """Where the notes have no room for a name, its file is not opened: after a death nobody would know which it was."""
+    """A file whose name does not fit into the notes is not opened, since nobody would know later which it was."""
     before = len(open_descriptors())
     handover, image = Handover(Keeper({}), PATH), opener.make("image")
     identity = to_text(FileIdentity(1, 2))
@@ -327,7 +329,7 @@ def test_names_that_cannot_be_noted_are_refused(opener: Opener) -> None:
 
 
 def test_no_identity_is_believed_that_nobody_writes(handover: Handover, opener: Opener) -> None:
-    """An identity that cannot be is an error, and its descriptor is closed."""
+    """An invalid identity is an error, and the descriptor is closed."""
     image = opener.make("image")
     opener.opens(handover, image)
     before = len(open_descriptors())
@@ -339,7 +341,9 @@ def test_no_identity_is_believed_that_nobody_writes(handover: Handover, opener: 
 
 
 def test_an_unnamed_file_that_was_lost_is_never_another_one(handover: Handover, opener: Opener) -> None:
-    """What `resume` accepts are files that a name leads to. An unnamed one is neither exchanged, nor let go of."""
+    """A lost unnamed file is never replaced by `resume`, which accepts only files with names; a kept one is never
+    dropped.
+    """
     image = opener.make("image")
 
     def opens_unnamed(*, is_next: bool = False, replaces: bool = False) -> str:

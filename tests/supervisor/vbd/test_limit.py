@@ -1,4 +1,4 @@
-"""How long a phase may last."""
+"""The limit of a phase's duration."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WAITS = (sys.executable, "-I", "-S", "-c", "import socket, sys; socket.socket(fi
 
 
 class Limited:
-    """A limit, a clock that is moved by hand, and how often the time was over."""
+    """A limit, a clock that is moved by hand, and how often the limit was over."""
 
     def __init__(self) -> None:
         self.clock, self.over = Clock(), 0
@@ -30,7 +30,7 @@ class Limited:
         self.over += 1
 
     def after(self, seconds: float) -> int:
-        """Let so much time pass, and return how often it was over."""
+        """Let some time pass, and return how often the limit was over so far."""
         self.clock.time += seconds
         settle(self.loop)
         return self.over
@@ -38,14 +38,14 @@ class Limited:
 
 @pytest.fixture
 def limited() -> Iterator[Limited]:
-    """Return one."""
+    """Return a limit."""
     limited = Limited()
     yield limited
     limited.loop.close()
 
 
 def test_the_time_is_over_once(limited: Limited) -> None:
-    """Not before, and not where another setting has taken its place."""
+    """A limit is over once, at its time, and not at all if another setting has replaced it."""
     limited.limit.set(Wanted(10.0))
     assert [0, 1, 1] == [limited.after(9.0), limited.after(1.0), limited.after(99.0)]
     limited.limit.set(Wanted(10.0))
@@ -54,8 +54,8 @@ def test_the_time_is_over_once(limited: Limited) -> None:
 
 
 def test_a_guest_that_is_quiet_ends_it_before(limited: Limited) -> None:
-    """Each request that is answered or taken, and all the time of one that is in flight, puts off the end, but never
-    beyond the whole time.
+    """A limit with `quiet_s` is over early once the guest is quiet. A request that is answered, taken or in flight
+    postpones that, but never beyond the whole limit.
     """
 
     def turns(count: int) -> int:
@@ -76,7 +76,7 @@ def test_a_guest_that_is_quiet_ends_it_before(limited: Limited) -> None:
 
 @pytest.mark.slow
 def test_no_time_passes_while_a_worker_waits_for_its_turn(limited: Limited) -> None:
-    """It has its whole time from when its process is there, and so has the phase that it is in by then."""
+    """A limit starts when the worker's process exists, so that each phase gets its full time."""
     fleet = Fleet(limited.loop, WAITS, NEVER_READY, FAKE_OPENER)
     fleet.prepare()
     worker = fleet.start(lambda *_: None, lambda _: None)

@@ -1,4 +1,4 @@
-"""What a worker may say to its supervisor, and what becomes of one that says anything else."""
+"""What a worker may tell its supervisor, and what happens to one that says anything else."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from xenbackend.supervisor.vbd.link import Link
 
 
 class FakeProcess:
-    """A worker process that is only written down."""
+    """A stand-in for a worker process, which records what is done with it."""
 
     def __init__(self) -> None:
         self.sent: list[Any] = []
@@ -32,41 +32,41 @@ class FakeProcess:
         self.has_broken_protocol = self.is_boosted = self.host_is_short = False
 
     def send(self, message: Any, fds: Sequence[int] = ()) -> None:
-        """Take note of a message, unless the host cannot take it."""
+        """Record a message, unless the host is short of memory."""
         if self.host_is_short:
             raise KernelError("send", errno.ENOBUFS)
         self.sent.append(message)
 
     def kill(self, sentence: str, *, is_breach: bool = False) -> None:
-        """Take note."""
+        """Record it."""
         self.killed.append(sentence)
         self.has_broken_protocol |= is_breach
 
     def leave(self) -> None:
-        """Take note."""
+        """Record it."""
         self.is_left = True
 
     def note_walls(self, standing: messages.Standing) -> None:
-        """Take note."""
+        """Record the walls."""
         self.walls = standing.walls
 
 
 class Clock:
-    """Stands at one millisecond, from which a link numbers."""
+    """A clock that stands at one millisecond."""
 
     def now(self) -> float:
-        """Return that."""
+        """Return a time from which the link numbers its orders."""
         return 0.001
 
 
 class NoOpenings:
-    """Nothing that is said here opens anything."""
+    """Openings of a disk for which hardly anything is opened."""
 
     def for_order(self, _order: Any) -> None:
-        """Return that."""
+        """Return None."""
 
     def for_question(self, question: Any) -> Job | None:
-        """Return that, but for what makes a new image."""
+        """Return a job for a new image, and None for any other question."""
         return Job("vbd/5/51712", ["null:1G"], read_only=False) if isinstance(question, messages.Branch) else None
 
     def kept(self) -> list[int]:
@@ -74,26 +74,26 @@ class NoOpenings:
         return []
 
     def found(self, _found: Any, _fds: list[int]) -> str:
-        """Refuse nothing."""
+        """Accept whatever an opener has found."""
         return ""
 
 
 class FakeFleet:
-    """Starts nothing."""
+    """A fleet that starts no process."""
 
     def __init__(self) -> None:
         self.process = FakeProcess()
         self.loop = Clock()
 
     def start(self, on_message: Any, on_end: Any, drivers: Sequence[str] = ()) -> FakeProcess:
-        """Keep what would be called."""
+        """Record the callbacks, and return a fake process."""
         self.drivers = drivers
         self.say, self.end = on_message, on_end
         self.process = FakeProcess()
         return self.process
 
     def open(self, _job: Job, _kept: Any, _found: Any, on_end: OnEnd, _waits: Any) -> tuple[Any, socket.socket]:
-        """Return an opener that does nothing, and keep what would be called."""
+        """Record the callback, and return an opener that does nothing."""
         opener: Any = SimpleNamespace(kill=lambda: None, hangs=lambda: False)
         self.end_opener = partial(on_end, opener)
         near, far = socket.socketpair()
@@ -102,7 +102,7 @@ class FakeFleet:
 
 
 class Owner:
-    """Writes down what it hears."""
+    """A stand-in for a vbd, which records what its link tells it."""
 
     def __init__(self) -> None:
         self.heard: list[Any] = []
@@ -146,17 +146,19 @@ class Linked:
 
 @pytest.fixture
 def linked() -> Linked:
-    """A worker that was just started."""
+    """A link whose worker has just been started."""
     return Linked()
 
 
 def standing(number: int, **changes: Any) -> messages.Standing:
-    """Return where a worker stands that has taken an order."""
+    """Return a worker's standing after an order."""
     return messages.Standing(number, Stage.OPEN, "null:1G", read_only=False, shareable=False, **changes)
 
 
 def test_only_what_answers_the_last_order_is_heard(linked: Linked) -> None:
-    """A standing of an earlier order is told as such: another one is on its way. One of a later order is a lie."""
+    """A standing that answers an earlier order is marked as such, since another one will come. One that answers a later
+    order is a breach.
+    """
     linked.link.order(messages.Report)
     linked.link.order(messages.Leave)
     numbers = [each.number for each in linked.process.sent]
@@ -170,7 +172,9 @@ def test_only_what_answers_the_last_order_is_heard(linked: Linked) -> None:
 
 
 def test_a_worker_is_told_of_third_parties(linked: Linked) -> None:
-    """Whatever its chain has that is none of ours it imports before it serves; a text that is no chain has nothing."""
+    """A new worker is told which third parties' drivers its chain has, to import them before it serves; for an invalid
+    chain there are none.
+    """
     told = []
     for chain in ("xor:|log:|canary:|xor:|aio:/img", "aio:/img", "no chain"):
         linked.link.start(chain)
@@ -180,7 +184,9 @@ def test_a_worker_is_told_of_third_parties(linked: Linked) -> None:
 
 
 def test_what_a_worker_is_behind_is_noted(linked: Linked) -> None:
-    """What the last standing says of walls is what `status` shows; a lie about a number changes nothing."""
+    """The walls in the last valid standing are those that `status` shows; a standing with a wrong number changes
+    nothing.
+    """
     linked.link.order(messages.Report)
     number = linked.process.sent[-1].number
     linked.fleet.say(standing(number, walls=["user"]), [])
@@ -190,7 +196,7 @@ def test_what_a_worker_is_behind_is_noted(linked: Linked) -> None:
 
 
 def test_each_question_has_one_reply(linked: Linked) -> None:
-    """The reply goes to who asked that; a second one, or one to a question that nobody asked, ends the worker."""
+    """Each reply goes to whoever asked that question. A second reply, or one to no question, ends the worker."""
     replies: list[messages.Reply] = []
     linked.link.ask(messages.Pause(), replies.append)
     linked.link.ask(messages.Resume(), replies.append)
@@ -205,14 +211,14 @@ def test_each_question_has_one_reply(linked: Linked) -> None:
 
 
 def test_a_reply_to_an_earlier_service_is_passed_over(linked: Linked) -> None:
-    """The worker that was inherited may still have to answer what that one had asked."""
+    """A reply of an inherited worker to a question of the earlier service is ignored."""
     linked.fleet.say(messages.Reply(999, Code.OK), [])
 
     assert not linked.process.killed
 
 
 def test_what_is_asked_of_a_worker_that_ends_is_answered(linked: Linked) -> None:
-    """Nobody waits for the dead; where there is no worker at all the answer comes at once."""
+    """A question to a worker that ends is answered before the end is reported; without a worker, at once."""
     replies: list[messages.Reply] = []
     linked.link.ask(messages.Pause(), lambda reply: (replies.append(reply), linked.owner.heard.append("reply")))
     linked.fleet.end("the worker was ended by SIGKILL")
@@ -223,8 +229,8 @@ def test_what_is_asked_of_a_worker_that_ends_is_answered(linked: Linked) -> None
 
 
 def test_what_cannot_be_sent_is_answered(linked: Linked) -> None:
-    """Nobody waits for ever for what the host has not taken: a question has failed, and a worker that would never hear
-    of an order is replaced.
+    """If the host cannot send a question, it is answered as failed. If it cannot send an order, the worker is killed,
+    as it would never hear of it.
     """
     replies: list[messages.Reply] = []
     linked.process.host_is_short = True
@@ -237,7 +243,7 @@ def test_what_cannot_be_sent_is_answered(linked: Linked) -> None:
 
 
 def test_what_a_worker_may_say_at_any_time(linked: Linked) -> None:
-    """Memories and lines are handed on; what it asks and we do not know is refused, not left open."""
+    """Memories and log lines are handed on at any time; a question from a worker is refused."""
     linked.fleet.say(messages.Keep("map", 4096), [os.open("/dev/null", os.O_RDONLY)])
     linked.fleet.say(messages.Drop("map"), [])
     linked.fleet.say(messages.Log("info", "x" * 10_000, unsaid=3), [])
@@ -248,14 +254,14 @@ def test_what_a_worker_may_say_at_any_time(linked: Linked) -> None:
 
 
 def test_a_memory_that_is_none_ends_its_sender(linked: Linked) -> None:
-    """Only what the next worker can be given is kept."""
+    """A worker that offers a descriptor that cannot be kept as a memory is killed."""
     linked.fleet.say(messages.Keep("no memory", 4096), [os.open("/dev/null", os.O_RDONLY)])
 
     assert 1 == len(linked.process.killed)
 
 
 def test_a_message_that_finds_a_fault_of_ours_ends_its_sender(linked: Linked) -> None:
-    """The fault is told to the vbd, the worker is replaced, and nothing else is harmed."""
+    """If the handling of a message raises an exception, the vbd is told, and the worker is killed."""
     linked.link.order(messages.Report)
     linked.fleet.say(standing(linked.process.sent[-1].number, failure="bug"), [])
 
@@ -264,7 +270,9 @@ def test_a_message_that_finds_a_fault_of_ours_ends_its_sender(linked: Linked) ->
 
 
 def test_nothing_is_heard_of_a_worker_that_was_let_go(linked: Linked) -> None:
-    """It goes on for the next service: it is not killed, and what was asked of it is answered by whoever lets go."""
+    """A worker that is left to the next service is not killed, and nothing more is heard from it; its open questions
+    are answered.
+    """
     replies: list[messages.Reply] = []
     linked.link.ask(messages.Pause(), replies.append)
     linked.link.let_go("the service is being replaced", leaves=True)
@@ -280,7 +288,7 @@ def test_nothing_is_heard_of_a_worker_that_was_let_go(linked: Linked) -> None:
 
 
 def test_a_successor_has_not_asked_what_its_predecessor_did(linked: Linked) -> None:
-    """An opener that was asked nonsense may be seen to end after its worker, when another one is there already."""
+    """If the opener of a dead worker is found to have been asked nonsense, the successor is not blamed for it."""
     linked.link.ask(messages.Branch("/leaf", ""), lambda _: None)
     linked.fleet.end_opener("it asks for nonsense")
     linked.fleet.end("it was killed by SIGKILL")
@@ -295,7 +303,7 @@ def test_a_successor_has_not_asked_what_its_predecessor_did(linked: Linked) -> N
 
 
 def test_a_breach_is_told_with_the_end(linked: Linked) -> None:
-    """Its vbd hears once, with the worker's end, that it had broken the protocol; of another end it hears nothing."""
+    """A vbd is told with its worker's end whether the worker had broken the protocol."""
     linked.fleet.end("it was killed by SIGKILL")
     first = linked.owner.breaches
     linked.link.start()

@@ -6,7 +6,7 @@ from xenbackend.supervisor.vbd.lives import LONG_S, SHORT_S, TRUSTED_S, Lives
 
 
 def test_a_worker_dies_in_vain_if_its_guest_got_nothing() -> None:
-    """An answer to the guest, or a long life, is progress; neither is none."""
+    """A worker made progress if it answered its guest or lived long; else it died in vain."""
     lives = Lives([3])
     lives.start(10.0)
     nothing = lives.end(11.0, [3])
@@ -19,7 +19,7 @@ def test_a_worker_dies_in_vain_if_its_guest_got_nothing() -> None:
 
 
 def test_one_that_was_asked_to_end_has_not_died() -> None:
-    """Only a death counts as one, until there is a successor."""
+    """Only an end that was not asked for counts as a death, until there is a successor."""
     lives = Lives([])
     died = []
     for was_asked in (True, False):
@@ -32,7 +32,7 @@ def test_one_that_was_asked_to_end_has_not_died() -> None:
 
 
 def test_the_time_that_a_guest_waits_counts_from_the_first_of_several_deaths() -> None:
-    """Workers that die one after the other without serving leave it waiting all the while."""
+    """If workers die one after the other without serving, the guest has waited since the first death."""
     lives = Lives([])
     lives.start(1.0)
     lives.end(2.0, [])
@@ -43,7 +43,9 @@ def test_the_time_that_a_guest_waits_counts_from_the_first_of_several_deaths() -
 
 
 def test_one_that_broke_the_protocol_is_not_believed() -> None:
-    """What the guest got stands in a memory that the worker writes; how long it lived our own clock says."""
+    """After a breach only a long life by our own clock counts as progress, as the worker may have written any into the
+    journal.
+    """
     lives, found = Lives([0]), []
     for number, life_s in enumerate((0.5, LONG_S + 1, TRUSTED_S + 1), 1):
         lives.start(10.0)
@@ -53,7 +55,9 @@ def test_one_that_broke_the_protocol_is_not_believed() -> None:
 
 
 def test_many_short_lives_one_after_the_other_are_hasty() -> None:
-    """Each says that its guest got on; to start one after the other would keep the host busy, until one lives on."""
+    """Many short lives in a row are hasty, even with progress, since such workers would keep the host busy, until one
+    lives longer.
+    """
     lives, found = Lives([0]), []
     for number, life_s in enumerate([SHORT_S / 2] * 12 + [SHORT_S, SHORT_S / 2], 1):
         lives.start(10.0)
@@ -64,7 +68,7 @@ def test_many_short_lives_one_after_the_other_are_hasty() -> None:
 
 
 def test_one_that_ended_as_it_was_asked_was_not_hasty() -> None:
-    """An administrator may replace a worker as often as he likes."""
+    """Workers that an administrator replaces are never hasty, however often that happens."""
     lives = Lives([0])
     for number in range(20):
         lives.start(10.0)

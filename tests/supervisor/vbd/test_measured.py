@@ -1,4 +1,4 @@
-"""What a worker says of its layers' times, and what becomes of it."""
+"""The times of layers that a worker reports, and how they are checked."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ GOOD = '[{"layer": "aio:/img", "operations": {"read": {"bytes": 512, "sum_ns": 3
 
 
 def answered(reply: Reply, breach: Callable[[str], object], ago_s: float = 2.5) -> Answer:
-    """Return the answer to who has ordered two seconds, so many of them ago."""
+    """Return the answer to an order to measure for two seconds, given `ago_s` seconds ago."""
     return answer_of("aio:/img", 2.0, time.monotonic() - ago_s, breach, reply)
 
 
 def test_what_it_has_measured_is_handed_on() -> None:
-    """With the chain and the interval that were meant; nobody is blamed."""
+    """A valid report is handed on with the chain and the interval that were measured."""
     breaches: list[str] = []
     answer = answered(Reply(1, Code.OK, data=GOOD), breaches.append)
 
@@ -34,7 +34,7 @@ NOTHING = GOOD.replace('{"2": 1}', "{}"), GOOD.replace('"2": 1', '"2": 0')  # wh
 
 @pytest.mark.parametrize("data", ["", "7", "[1]", "[" * 100_000, GOOD.replace("512", "-1"), *NOTHING])
 def test_a_worker_that_lies_is_killed(data: str) -> None:
-    """Whoever asked hears of it, and nobody of what it said."""
+    """A worker whose report is invalid is killed; the client is told so, and gets nothing of the report."""
     breaches: list[str] = []
     answer = answered(Reply(1, Code.OK, data=data), breaches.append)
 
@@ -43,14 +43,14 @@ def test_a_worker_that_lies_is_killed(data: str) -> None:
 
 
 def test_what_failed_has_its_own_sentence() -> None:
-    """A worker that died, for example."""
+    """If the worker's reply is an error, the client gets that error."""
     answer = answered(Reply(1, Code.GONE, "it died"), pytest.fail)
 
     assert (Code.GONE, "it died") == (answer.code, answer.sentence)
 
 
 def test_one_that_was_ended_is_as_long_as_it_was() -> None:
-    """Its interval is that from the order to the end, in milliseconds."""
+    """The interval of a measurement that was ended early lasts from the order to its end, in milliseconds."""
     answer = answered(Reply(1, Code.OK, data=GOOD), pytest.fail, ago_s=0.5)
 
     assert 0.5 <= answer.data["seconds"] < 2.0

@@ -19,7 +19,7 @@ DISK = disk_of(LAYER, None, {})
 
 
 def test_a_disk_that_is_open_is_published() -> None:
-    """Whoever looks finds what the guest may ask for, the disk's size, and that the script is answered."""
+    """The keys of an open disk say what a guest may ask for, the disk's size, and that the script is answered."""
     keys = keys_for({"hotplug-error": "of a former try"}, LIMITS, disk=DISK)
 
     assert ("connected", "2097152", "256") == (
@@ -29,7 +29,7 @@ def test_a_disk_that_is_open_is_published() -> None:
 
 
 def test_a_disk_that_is_not_open_yet_has_no_size() -> None:
-    """Only what we can do at all stands there before."""
+    """Before a disk is open, its keys have only what the service itself can do."""
     keys = keys_for({}, LIMITS)
 
     assert not {"sectors", "hotplug-status", "hotplug-error"} & keys.keys()
@@ -37,7 +37,7 @@ def test_a_disk_that_is_not_open_yet_has_no_size() -> None:
 
 
 def test_a_problem_is_told_to_the_script_once_it_has_come() -> None:
-    """The sentence stands there at once, within the quota of a value; a status nobody asked for does not."""
+    """An error is written at once, cut to the quota of a value; the status only once the script has come."""
     early = keys_for({}, LIMITS, disk=DISK, problem="x" * 5000, has_come=False)
     told = keys_for({}, LIMITS, disk=DISK, problem="x")
 
@@ -47,26 +47,26 @@ def test_a_problem_is_told_to_the_script_once_it_has_come() -> None:
 
 @pytest.mark.parametrize(("state", "is_kept"), [("1", False), ("2", False), ("4", True), ("5", True)])
 def test_what_a_connected_frontend_was_offered_stays(state: str, *, is_kept: bool) -> None:
-    """A service with other limits changes nothing for a frontend that goes by what it read."""
+    """A connected frontend keeps the offer that it has read, even if a service with other limits takes over."""
     keys = keys_for({"state": state, "feature-max-indirect-segments": "16"}, LIMITS, disk=DISK)
 
     assert is_kept == ("feature-max-indirect-segments" not in keys)
 
 
 def test_a_failed_flush_stands_there() -> None:
-    """So that a service which finds nothing else of the disk's past knows of it."""
+    """A failed flush is written to the keys, for a service that finds nothing else of the disk's past."""
     assert "x" == keys_for({}, LIMITS, flush_failed="x")["flush-failed"]
 
 
 @pytest.mark.parametrize(("kind", "url"), [("vbd", "nbd+unix:///?socket=/run/x"), ("vbd3", "/run/x")])
 def test_an_export_is_named_as_its_reader_needs_it(kind: str, url: str) -> None:
-    """QEMU gets a URL, kind vbd3 the path; no export is no key."""
+    """The export is written as a URL for QEMU, and as a path for kind vbd3; without an export there is no key."""
     assert url == export_url(kind, "/run/x")
     assert export_url(kind, "") is None
 
 
 def test_a_disk_is_no_more_than_chain_and_toolstack_allow() -> None:
-    """What the toolstack forbids counts like what the chain cannot do."""
+    """The guest is offered only what both the chain and the toolstack allow."""
     spec = Spec("null:1G", read_only=True, shareable=False, cdrom=True, removable=True)
     disk = disk_of(LAYER, spec, {"discard-enable": "0"})
 
@@ -75,14 +75,14 @@ def test_a_disk_is_no_more_than_chain_and_toolstack_allow() -> None:
 
 
 def test_a_disk_has_the_sectors_of_its_chain() -> None:
-    """What the chain's top layer says of its sectors is what the frontend is told."""
+    """The frontend is told the sector sizes of the chain's top layer."""
     disk = disk_of(replace(LAYER, sector_size=512, physical_sector_size=4096), None, {})
 
     assert (512, 4096) == (disk.sector_size, disk.physical_sector_size)
 
 
 def test_rings_are_joined_as_the_frontend_was_offered() -> None:
-    """What stands in the keys holds, not what we would offer today; the message to the worker says the same."""
+    """Rings are joined by what the keys offered, and not by today's limits; the message to the worker says the same."""
     join = join_of({"feature-discard": "1", "feature-max-indirect-segments": "16"}, Limits(), goes_on=True)
     chosen = Frontend("x86_64-abi", [FrontendRing([1, 2], 3)], persistent=True)
 

@@ -20,8 +20,8 @@ from xenbackend.units import PAGE
 
 
 def test_notes_have_their_types(kept: Kept) -> None:
-    """The next service finds what was noted as it was; what the memory cannot hold, or cannot store, is refused with a
-    sentence, and what was noted before holds. A memory with such a name outlives its worker all the same.
+    """The next service reads the notes with their types. A value that cannot be stored is refused with a sentence, and
+    the former notes stay. So a memory with too long a name is not there for the next service.
     """
     noted = Notes(
         "null:1G", Exchange(2**63, "params", "null:\udcff"), ["stale"], "uid 0", "read=retry",
@@ -44,7 +44,7 @@ def test_notes_have_their_types(kept: Kept) -> None:
 
 
 def test_no_worker_is_given_the_notes() -> None:
-    """What a worker gets does not show them, and to write all over it does not change them."""
+    """A worker can neither read the notes in what it is given, nor change them by overwriting it."""
     handover = Handover(Keeper({}), PATH)
     handover.note(policy="secret")
     page, _ = handover.descriptors("null:1G")
@@ -56,7 +56,7 @@ def test_no_worker_is_given_the_notes() -> None:
 
 
 def test_names_of_memories_leave_room_for_what_counts() -> None:
-    """A worker that a guest has taken over gives them: what it fills would keep its disk from being served."""
+    """Names of memories, which a hostile worker may choose, leave enough room in the notes for everything else."""
     handover = Handover(Keeper({}), PATH)
     handover.descriptors("null:1G")
     for number in range(8):
@@ -70,7 +70,7 @@ def test_names_of_memories_leave_room_for_what_counts() -> None:
 @pytest.mark.parametrize("is_done", [True, False])
 @pytest.mark.parametrize("most", ["files", "all"])
 def test_the_end_of_an_exchange_can_always_be_noted(most: str, *, is_done: bool) -> None:
-    """Also where as much was noted meanwhile as the notes can hold: the worker has exchanged the chain already."""
+    """The end of an exchange can be noted even if the notes are full, since the worker has made it already."""
     handover = Handover(Keeper({}), PATH)
     handover.descriptors("aio:/a")
     if most == "all":

@@ -19,7 +19,7 @@ OPEN = messages.Open(1, "vbd/5/51712", "xenbackend.rig.host:/rig", 5, "aio:/img"
 
 
 def openings(directory: Path, taken: list[Any] | None = None, spec: Any = None) -> Openings:
-    """Return those of a disk that is served from /img, of which the file is kept, and a connection."""
+    """Return the openings of a disk that is served from /img, with one kept file and one kept connection."""
 
     def take(*arguments: Any, **named: Any) -> str:
         (taken if taken is not None else []).append((arguments, named))
@@ -42,7 +42,9 @@ def openings(directory: Path, taken: list[Any] | None = None, spec: Any = None) 
 
 
 def test_each_order_has_what_it_needs_and_no_more(tmp_path: Path) -> None:
-    """Devices and the export with `Open` only; a chain that is put in beside the one in service; one new file."""
+    """A job has what its order needs: devices and the export for `Open`, both chains for an exchange, one new file for
+    a snapshot. No job is made for an order that opens nothing.
+    """
     it = openings(tmp_path)
     opened = it.for_order(OPEN)
     waited, again = it.for_order(messages.Serve(2, None)), it.for_order(messages.Serve(3, None))
@@ -67,7 +69,9 @@ def test_each_order_has_what_it_needs_and_no_more(tmp_path: Path) -> None:
 
 
 def test_a_guest_that_comes_has_not_written_here_before_it_is_served(tmp_path: Path) -> None:
-    """A worker that opened the chain may have only looked at it, while the guest still wrote to it elsewhere."""
+    """A worker that opens a chain for a guest that is migrating here resumes nothing until it serves: the guest may
+    still write elsewhere.
+    """
     it = openings(tmp_path)
     assert it.resumes(has_opened=True), "as far as a new service knows"
     it.for_order(OPEN)
@@ -78,7 +82,7 @@ def test_a_guest_that_comes_has_not_written_here_before_it_is_served(tmp_path: P
 
 
 def test_an_inherited_worker_may_open_what_the_toolstack_says(tmp_path: Path) -> None:
-    """How an earlier service had it open is what stands in the node; where that says nothing, nothing is written to."""
+    """What an inherited worker may write follows from the node; if that says nothing, it may write nothing."""
     spec = SimpleNamespace(read_only=False, shareable=False)
     written, read = (openings(tmp_path, spec=each).for_question(messages.Swap("aio:/x")) for each in (spec, None))
     waiting = openings(tmp_path, spec=spec).for_order(messages.Serve(2, None))
@@ -90,7 +94,7 @@ def test_an_inherited_worker_may_open_what_the_toolstack_says(tmp_path: Path) ->
 
 
 def test_what_is_opened_is_kept_as_of_its_chain(tmp_path: Path) -> None:
-    """Of a chain that is put in another file may be taken only where the order says so."""
+    """A file is kept for the chain that it was opened for; another file may replace one only if the order says so."""
     taken: list[Any] = []
     it = openings(tmp_path, taken)
     it.for_question(messages.Swap("aio:/x", replaces=True))
@@ -101,8 +105,8 @@ def test_what_is_opened_is_kept_as_of_its_chain(tmp_path: Path) -> None:
 
 
 def test_what_becomes_of_an_unnamed_file_the_notes_say(tmp_path: Path) -> None:
-    """Its directory is in every job; a name for it, or another one in its place, only in that of the exchange for which
-    it was ordered: no worker can ask for either.
+    """Each job has the directory for unnamed files. Only the job of the exchange that was ordered names the file, or
+    replaces it: no worker can ask for either.
     """
     it = openings(tmp_path)
     plain = it.for_question(messages.Swap("cow:|aio:/x"))
@@ -116,7 +120,7 @@ def test_what_becomes_of_an_unnamed_file_the_notes_say(tmp_path: Path) -> None:
 
 
 def test_a_connection_is_kept_and_what_has_no_end_is_noted(tmp_path: Path) -> None:
-    """What a worker connects to anew is of the chain in service, by what is kept; the opener says what came of it."""
+    """A reconnection is made for the chain in service, with what is kept. What the opener reports is kept or noted."""
     taken: list[Any] = []
     it = openings(tmp_path, taken)
     job = it.for_question(messages.Reconnect())
@@ -130,7 +134,9 @@ def test_a_connection_is_kept_and_what_has_no_end_is_noted(tmp_path: Path) -> No
 
 
 def test_the_socket_of_an_export_is_removed_once_it_is_over(tmp_path: Path) -> None:
-    """Not before it was there: the worker may be about to open it."""
+    """The export's socket is removed when the export is over, but not before it was there: the worker may be about to
+    open it.
+    """
     it = openings(tmp_path)
     path = Path(it.export)
     path.parent.mkdir()

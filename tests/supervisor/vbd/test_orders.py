@@ -1,4 +1,4 @@
-"""What operators ask of a vbd in service, of a registry with workers without a chain."""
+"""What operators order of a vbd in service, in a registry with fake workers."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
 }
 
 
-UNNAMED: dict[str, dict[str, Any]] = {"keep": {"file": "/kept"}, "drop": {"force": True}}  # what need an unnamed file
+UNNAMED: dict[str, dict[str, Any]] = {"keep": {"file": "/kept"}, "drop": {"force": True}}  # these need an unnamed file
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def serve(stepped: Stepped, toolstack: Store, guest: Store, chain: str = "null:1
 
 
 def begin(stepped: Stepped, verb: str, **request: Any) -> list[Answer]:
-    """Give an order, and return where its answers will be: one."""
+    """Give an order, and return a list that will hold its one answer."""
     answers: list[Answer] = []
     stepped.vbd().orders.give(verb, request, next(_NUMBERS), answers.append)
     return answers
@@ -77,13 +77,13 @@ def ask(stepped: Stepped, verb: str, **request: Any) -> Answer:
 
 
 def is_served(stepped: Stepped, but: int = 0) -> Callable[[], bool]:
-    """Return whether the guest is served, by another process than `but`."""
+    """Return a condition: the guest is served by a process other than `but`."""
     vbd = stepped.vbd()
     return lambda: vbd.worker is not None and vbd.worker.pid != but and vbd.device.phase is Phase.SERVING
 
 
 def kill(stepped: Stepped) -> int:
-    """Kill the worker, and return its number."""
+    """Kill the worker, and return its process number."""
     worker = stepped.vbd().worker
     assert worker is not None
     worker.kill("the test wants it")
@@ -91,7 +91,7 @@ def kill(stepped: Stepped) -> int:
 
 
 def test_a_pause_holds_for_the_next_worker(serving: Stepped, lines: io.StringIO) -> None:
-    """A disk that an administrator paused stays so when its worker dies, until the administrator resumes it."""
+    """A disk that an administrator paused stays paused when its worker dies, until it is resumed."""
     paused = ask(serving, "pause")
     serving.until(is_served(serving, kill(serving)))
     again = lines.getvalue()
@@ -104,7 +104,9 @@ def test_a_pause_holds_for_the_next_worker(serving: Stepped, lines: io.StringIO)
 
 
 def test_who_paused_a_disk_first_is_known(serving: Stepped) -> None:
-    """Another pause is one all the same, and takes the first one's name from nobody; after a resume it counts."""
+    """A second pause succeeds, but the disk stays paused by the first administrator; after a resume the next one
+    counts.
+    """
     codes = [ask(serving, "pause", by=by).code for by in ("first", "second")]
     first = serving.vbd().orders.paused_by
     ask(serving, "resume")
@@ -114,7 +116,9 @@ def test_who_paused_a_disk_first_is_known(serving: Stepped) -> None:
 
 
 def test_a_detach_is_done_when_the_disk_is_over(serving: Stepped, toolstack: Store) -> None:
-    """Not before: the toolstack has taken the node away by then. It excludes nothing, also no second one."""
+    """A detach ends when the disk is gone, after the toolstack has removed the node. It excludes no other order, not
+    even another detach.
+    """
     answers = [*begin(serving, "detach"), *begin(serving, "detach")]
     waiting = [each.verb for each in serving.vbd().orders.under_way]
     toolstack.remove(PATH.frontend)
@@ -129,7 +133,7 @@ def test_a_detach_is_done_when_the_disk_is_over(serving: Stepped, toolstack: Sto
 def test_a_pause_without_a_worker_is_one_all_the_same(
     serving: Stepped, toolstack: Store, guest: Store, lines: io.StringIO
 ) -> None:
-    """Nothing is in flight where nobody serves: the answer comes at once, and the next worker is told."""
+    """A pause without a worker is answered at once, because nothing is in flight, and holds for the next worker."""
     guest.write(f"{PATH.frontend}/state", "6")
     serving.until(lambda: toolstack.read(f"{PATH.backend}/state") == "6")
     assert serving.vbd().worker is None
@@ -141,7 +145,7 @@ def test_a_pause_without_a_worker_is_one_all_the_same(
 
 
 def test_resuming_forgives_everything(serving: Stepped) -> None:
-    """A failed flush that the journal knows of does not stop the worker that comes after the order."""
+    """After `resume` a failed flush in the journal does not stop the next worker."""
     vbd = serving.vbd()
     vbd.handover.poison(5)
     while vbd.device.phase is not Phase.NONE:
@@ -159,8 +163,8 @@ def test_resuming_forgives_everything(serving: Stepped) -> None:
 
 
 def test_another_chain_is_put_in(serving: Stepped, toolstack: Store) -> None:
-    """The answer has the layers; params, sectors and the state that a frontend waits for are written, and the same
-    worker serves on.
+    """The answer to `set` has the layers. The keys params, sectors and state are written, as a frontend waits for the
+    state, and the same worker goes on.
     """
     worker = serving.vbd().worker
     toolstack.watch(f"{PATH.backend}/state", "state")
@@ -179,7 +183,9 @@ def test_another_chain_is_put_in(serving: Stepped, toolstack: Store) -> None:
 
 @pytest.mark.parametrize(("verb", "request_"), [("resize", {}), ("set", {"chain": "null:3G"})])
 def test_what_is_done_is_in_the_ledger_first(serving: Stepped, verb: str, request_: dict[str, Any]) -> None:
-    """A service that dies before it has answered leaves an order that has ended."""
+    """The ledger closes an order before it is answered, so that a service that dies in between leaves an order that has
+    ended.
+    """
     ledger, codes = serving.context.ledger, []
     number = ledger.open(verb, "5/xvda", {}, {})
     serving.vbd().orders.give(verb, request_, number, lambda _: codes.append(ledger.entries()[-1]["code"]))
@@ -189,7 +195,7 @@ def test_what_is_done_is_in_the_ledger_first(serving: Stepped, verb: str, reques
 
 
 def test_an_order_that_is_given_meanwhile_is_no_matter(serving: Stepped, toolstack: Store) -> None:
-    """A frontend may close just when the chain has been put in: the worker said so before it heard of that."""
+    """If another order to the worker crosses its report of an exchange, that is no breach, and the exchange is done."""
     worker = serving.vbd().worker
     answers = begin(serving, "set", chain="null:3G")
     serving.vbd().link.order(messages.Report)
@@ -201,7 +207,9 @@ def test_an_order_that_is_given_meanwhile_is_no_matter(serving: Stepped, toolsta
 
 
 def test_a_worker_that_says_it_has_done_what_it_has_not_is_replaced(serving: Stepped, toolstack: Store) -> None:
-    """Whoever has ordered that is told, the former chain stays in service, and nothing is left under way."""
+    """A worker that falsely reports an exchange as done is replaced. The order fails, the former chain stays in
+    service, and nothing is left under way.
+    """
     vbd = serving.vbd()
     worker = vbd.worker
     assert worker is not None
@@ -219,7 +227,7 @@ def test_a_worker_that_says_it_has_done_what_it_has_not_is_replaced(serving: Ste
 def test_an_order_over_which_a_fault_of_ours_is_met_has_one_answer(
     serving: Stepped, monkeypatch: pytest.MonkeyPatch, verb: str
 ) -> None:
-    """It is not under way any more, and excludes nothing."""
+    """An order whose handling raises an exception gets one answer, is no longer under way, and excludes nothing."""
     vbd = serving.vbd()
     answers = begin(serving, verb, **REQUESTS[verb])
     with monkeypatch.context() as patch:
@@ -237,7 +245,7 @@ def test_an_order_over_which_a_fault_of_ours_is_met_has_one_answer(
 def test_a_fault_when_an_order_is_given_leaves_nothing_under_way(
     serving: Stepped, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever gave it hears of the fault from whoever called, and of nothing else."""
+    """If giving an order raises an exception, the caller gets it, and the order is not under way."""
     with monkeypatch.context() as patch:
         patch.setattr(serving.vbd().link, "ask", fail)
         with pytest.raises(ZeroDivisionError):
@@ -247,12 +255,12 @@ def test_a_fault_when_an_order_is_given_leaves_nothing_under_way(
 
 
 def fail(*_: object, **__: object) -> None:
-    """Be a fault of ours."""
+    """Raise an exception, as a bug would."""
     raise ZeroDivisionError
 
 
 def test_a_chain_that_does_not_fit_is_refused(serving: Stepped, toolstack: Store) -> None:
-    """A chain that cannot be meant is refused at once, one that the worker refuses with its words; the keys stay."""
+    """An invalid chain is refused at once, one that the worker refuses with the worker's sentence; the keys stay."""
     with pytest.raises(ChainError, match="nosuch"):
         begin(serving, "set", chain="nosuch:x")
     for wrong in ({"chain": "aio:relative"}, {}, {"chain": 5}):
@@ -277,8 +285,8 @@ def test_a_dry_run_changes_nothing(serving: Stepped, toolstack: Store) -> None:
 
 @pytest.mark.parametrize("verb", REQUESTS)
 def test_orders_that_exclude_each_other(serving: Stepped, verb: str) -> None:
-    """What excludes what is the table, and nothing else: the second is refused with the name and number of the first;
-    both get one answer each, and the first one's is its own.
+    """Orders exclude each other exactly as the table says: the second one is refused with the first one's name and
+    number. Each gets one answer, and the first is not affected.
     """
     assert {*REQUESTS, *UNNAMED, "detach"} == set(BARRED_BY)  # the end of a disk excludes nothing
     for other, request in REQUESTS.items():
@@ -299,7 +307,9 @@ def test_orders_that_exclude_each_other(serving: Stepped, verb: str) -> None:
 def test_what_is_done_with_an_unnamed_file_is_an_exchange(
     stepped: Stepped, toolstack: Store, guest: Store, verb: str
 ) -> None:
-    """It and every other exchange exclude each other, and both say which chain is in service then."""
+    """`keep` and `drop` count as exchanges: they and other exchanges exclude each other, and their answers have the
+    chain then in service.
+    """
     serve(stepped, toolstack, guest, "log:|cow:block=8K|null:1G")
     answers = begin(stepped, verb, **UNNAMED[verb])
     refused = begin(stepped, "set", chain="null:3G")
@@ -327,14 +337,16 @@ def test_what_is_done_with_an_unnamed_file_is_an_exchange(
 def test_nothing_is_done_with_a_disk_that_has_no_unnamed_file(
     serving: Stepped, verb: str, request_: dict[str, Any], sentence: str
 ) -> None:
-    """It is refused before anything is touched, and so is to give a guest another disk by mistake."""
+    """`keep` and `drop` are refused before anything is changed if there is no unnamed file, and `drop` without force if
+    a guest uses the disk.
+    """
     with pytest.raises(ConfigError, match=sentence):
         begin(serving, verb, **request_)
     assert [] == serving.vbd().orders.under_way
 
 
 def test_a_snapshot_that_fails_ends_no_set(serving: Stepped, toolstack: Store) -> None:
-    """A refusal is answered to who asked for that; an exchange keeps its own answer, its note and its params."""
+    """A failed snapshot is answered as such, and does not affect a later exchange."""
     failed = begin(serving, "snapshot", file="/full")
     refused = begin(serving, "set", chain="null:3G")
     serving.until(lambda: failed and refused)
@@ -346,7 +358,7 @@ def test_a_snapshot_that_fails_ends_no_set(serving: Stepped, toolstack: Store) -
 
 
 def test_a_snapshot_is_no_way_to_another_file(serving: Stepped, toolstack: Store) -> None:
-    """S5: a worker that a guest has taken over names another image than the one that was asked for: it is replaced."""
+    """S5: a worker that names another image than the one that was asked for is replaced."""
     pid = serving.vbd().worker.pid
     answer = ask(serving, "snapshot", file="/lies")
     serving.until(is_served(serving, pid))
@@ -356,7 +368,7 @@ def test_a_snapshot_is_no_way_to_another_file(serving: Stepped, toolstack: Store
 
 
 def test_a_snapshot_of_the_images_own_changes_no_chain(serving: Stepped, toolstack: Store) -> None:
-    """S5: whatever its worker replies, the chain is the one that it was."""
+    """S5: a snapshot within the image does not change the chain, whatever its worker replies."""
     answer = ask(serving, "snapshot", file="@then")
 
     assert (Code.OK, "null:1G", 0) == (answer.code, answer.data["chain"], serving.fleet.breaches)
@@ -364,7 +376,7 @@ def test_a_snapshot_of_the_images_own_changes_no_chain(serving: Stepped, toolsta
 
 
 def test_what_cannot_be_asked_now_is_refused(stepped: Stepped, toolstack: Store) -> None:
-    """A disk that is not in service can neither be given another chain nor another worker."""
+    """Orders that need a worker are refused for a disk that is not in service, with the reason."""
     write_like_libxl(toolstack, params="null:2G")
     stepped.until(lambda: stepped.vbd().device.error and stepped.vbd().worker is None)
 
@@ -379,8 +391,8 @@ def test_what_cannot_be_asked_now_is_refused(stepped: Stepped, toolstack: Store)
 def test_a_worker_that_dies_after_it_put_a_chain_in_is_followed_by_one_with_that_chain(
     serving: Stepped, toolstack: Store, lines: io.StringIO
 ) -> None:
-    """What the guest may have written to the new chain is not lost: the journal says which one is in service, and the
-    answer says so too.
+    """If a worker dies after an exchange, its successor serves the new chain, by the journal, so that nothing that the
+    guest wrote is lost; the order is answered as done.
     """
     answer = ask(serving, "set", chain="null:6G")
     serving.until(is_served(serving))
@@ -395,7 +407,9 @@ def test_a_worker_that_dies_after_it_put_a_chain_in_is_followed_by_one_with_that
 def test_worker_and_service_that_both_die_after_a_chain_was_put_in(
     xenstored: Xenstored, toolstack: Store, guest: Store, kept: Kept, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The next service finds in the journal which chain was in service last, and makes params say so."""
+    """If worker and service die after an exchange, the next service finds the new chain in the journal, and writes it
+    to params.
+    """
     monkeypatch.setitem(phase.LIMIT_S, phase.Phase.ADOPTING, 0.5)  # the worker is dead, which nobody tells its heir
     stepped = Stepped(xenstored.address, Settings(), keeper=kept.keeper())
     serve(stepped, toolstack, guest)
@@ -418,8 +432,8 @@ def test_worker_and_service_that_both_die_after_a_chain_was_put_in(
 
 
 def test_an_order_that_came_to_nothing_is_forgotten(serving: Stepped, toolstack: Store) -> None:
-    """A worker that dies before it had put the chain in is followed by one with the old chain; when the toolstack asks
-    for the other one later, and then for the old one again, it gets both.
+    """If a worker dies before it has made the exchange, the former chain is served and the order forgotten: the
+    toolstack can name either chain afterwards.
     """
     vbd = serving.vbd()
     worker = kill(serving)  # it has no time to take the question
@@ -436,8 +450,8 @@ def test_an_order_that_came_to_nothing_is_forgotten(serving: Stepped, toolstack:
 
 
 def test_another_chain_is_put_in_where_no_worker_is_left(serving: Stepped, toolstack: Store) -> None:
-    """An administrator who means it has a waiting guest served by another chain; where that cannot be opened the answer
-    says that the disk waits for it now, and another one can be named.
+    """With --replace an administrator can have a waiting guest served by another chain. If that cannot be opened, the
+    answer says that the disk now waits for it, and yet another can be named.
     """
     vbd = serving.vbd()
     while vbd.device.reason != "given-up":
@@ -464,7 +478,7 @@ def test_another_chain_is_put_in_where_no_worker_is_left(serving: Stepped, tools
 
 
 def test_an_image_is_put_over_the_guests(serving: Stepped, toolstack: Store) -> None:
-    """The worker makes the new image and the chain with it is put in like any other one."""
+    """For a snapshot the worker makes the new image, and the chain with it is put in like any other."""
     made = ask(serving, "snapshot", file="/new", format="qcow2")
     serving.until(lambda: toolstack.read(f"{PATH.backend}/params") == "qcow2:/new")
 
@@ -474,7 +488,9 @@ def test_an_image_is_put_over_the_guests(serving: Stepped, toolstack: Store) -> 
 
 
 def test_a_policy_holds_for_the_next_worker_too(serving: Stepped, lines: io.StringIO) -> None:
-    """What is given takes the place of what held for the same operations; without any the one that holds is told."""
+    """A policy replaces the former one for the same operations, and holds for the next worker. An order without one
+    returns the policy in force.
+    """
     before = ask(serving, "policy")
     after = ask(serving, "policy", policy="write=retry 5 every 2s")
     serving.until(is_served(serving, kill(serving)))
@@ -487,7 +503,7 @@ def test_a_policy_holds_for_the_next_worker_too(serving: Stepped, lines: io.Stri
 
 
 def test_a_layer_is_asked(serving: Stepped) -> None:
-    """What it answers comes back as it is, with its code; arguments that are no texts are refused."""
+    """A layer's answer and code are returned as they are; arguments that are not texts are refused."""
     answer = ask(serving, "command", layer="0", command="get", arguments=["a"])
     refused = ask(serving, "command", layer="0", command="nosuch")
 
@@ -497,9 +513,7 @@ def test_a_layer_is_asked(serving: Stepped) -> None:
 
 
 def test_another_process_takes_over(serving: Stepped, toolstack: Store, lines: io.StringIO) -> None:
-    """After an upgrade another process serves the same rings; the answer comes when it does, and nothing is told as an
-    error.
-    """
+    """After an upgrade another process serves the same rings, and then the order is answered. No error is logged."""
     worker = serving.vbd().worker
     assert worker is not None
     answer = ask(serving, "upgrade")
@@ -514,7 +528,7 @@ def test_another_process_takes_over(serving: Stepped, toolstack: Store, lines: i
 
 
 def test_a_worker_that_was_asked_to_end_is_no_restart(serving: Stepped) -> None:
-    """What `status` counts are deaths: an upgrade is none."""
+    """`restarts` counts deaths, and not upgrades."""
     vbd = serving.vbd()
     assert Code.OK is ask(serving, "upgrade").code
     assert 0 == vbd.handover.notes.restarts
@@ -524,7 +538,7 @@ def test_a_worker_that_was_asked_to_end_is_no_restart(serving: Stepped) -> None:
 
 
 def test_an_upgrade_of_a_disk_without_a_guest(stepped: Stepped, toolstack: Store) -> None:
-    """Where nobody is connected the other process only opens the chain."""
+    """Without a guest the new process only opens the chain."""
     write_like_libxl(toolstack)
     stepped.until(lambda: toolstack.read_optional(f"{PATH.backend}/hotplug-status") == "connected")
 
@@ -533,7 +547,7 @@ def test_an_upgrade_of_a_disk_without_a_guest(stepped: Stepped, toolstack: Store
 
 
 def test_an_upgrade_that_nobody_takes_over_is_told(serving: Stepped) -> None:
-    """Whoever waits hears of it when there is no next worker any more."""
+    """An upgrade fails if in the end no worker is left."""
     vbd = serving.vbd()
     answers = begin(serving, "upgrade")
     while not answers:
@@ -547,7 +561,7 @@ def test_an_upgrade_that_nobody_takes_over_is_told(serving: Stepped) -> None:
 
 
 def test_whoever_waits_hears_that_the_disk_has_gone(stepped: Stepped, toolstack: Store, guest: Store) -> None:
-    """No order is left without an answer."""
+    """If the disk goes away, orders under way are answered."""
     serve(stepped, toolstack, guest, "null:4G")
     answers = begin(stepped, "pause")
     toolstack.remove(PATH.backend)
@@ -560,7 +574,9 @@ def test_whoever_waits_hears_that_the_disk_has_gone(stepped: Stepped, toolstack:
 def test_the_next_service_goes_on_with_what_can_be_ordered_twice(
     xenstored: Xenstored, toolstack: Store, guest: Store, kept: Kept, verb: str
 ) -> None:
-    """Nobody is told that it was not done, as it may have been noted already, and nothing else tells the worker."""
+    """An order that can be repeated is finished by the next service: it may have been noted already, so it must not be
+    called undone, and nothing else would tell the worker.
+    """
     former = serve(Stepped(xenstored.address, Settings(), keeper=kept.keeper()), toolstack, guest)
     if verb == "resume":
         assert Code.OK is ask(former, "pause").code
@@ -584,8 +600,8 @@ def test_the_next_service_goes_on_with_what_can_be_ordered_twice(
 def test_the_next_service_knows_which_exchange_was_the_last(
     xenstored: Xenstored, toolstack: Store, guest: Store, kept: Kept
 ) -> None:
-    """A service may die between the moment that the chain is in service and the moment that it remembers the answer:
-    the order was done, and no other one was.
+    """If a service dies after an exchange and before the order is closed, the next one closes that order as done, and
+    no other one.
     """
     former = serve(Stepped(xenstored.address, Settings(), keeper=kept.keeper()), toolstack, guest)
     before = former.vbd().handover.notes.exchanged_by

@@ -1,4 +1,4 @@
-"""The tables of a worker's phases: whole, and without a dead end."""
+"""The tables of a worker's phases: complete, and without dead ends."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from xenbackend.supervisor.vbd.phase import ATTACHED, FAILURES, LIMIT_S, MOVES, 
 
 
 def test_every_phase_that_waits_for_the_worker_has_a_limit() -> None:
-    """R23: a phase in which only the worker can go on is left by force in the end."""
+    """R23: each phase in which only the worker can go on has a limit."""
     resting = {Phase.NONE, Phase.OPEN, Phase.SERVING, Phase.RESTING}
 
     assert set(Phase) - resting == set(LIMIT_S)
 
 
 def test_every_goal_is_reached() -> None:
-    """From each phase moves and answers lead to each goal; a worker that ends (or is killed) is at the beginning."""
+    """From each phase, moves and standings lead to each goal; after a worker's end all begins at NONE."""
     ends = {Goal.NONE: Phase.NONE, Goal.OPEN: Phase.OPEN, Goal.SERVE: Phase.SERVING}
     for goal, end in ends.items():
         for phase in Phase:
@@ -30,13 +30,13 @@ def test_every_goal_is_reached() -> None:
 
 
 def test_a_worker_is_started_where_there_is_none_and_closed_where_there_is_one() -> None:
-    """One path, one worker."""
+    """A worker is started only in phase NONE, and every other move is made in a phase with a worker."""
     assert {Phase.NONE} == {phase for (phase, _), (move, _) in MOVES.items() if move is Move.START}
     assert all(STANDINGS[phase] for (phase, _), (move, _) in MOVES.items() if move is not Move.START)
 
 
 def test_rings_are_only_said_to_be_served_where_they_may_be() -> None:
-    """A worker that says that it serves is believed where it was told to, or was inherited."""
+    """A worker that reports that it serves is believed only if it was told to, serves already, or was inherited."""
     believed = {phase for phase, after in STANDINGS.items() if after.get(Stage.SERVING) is Phase.SERVING}
 
     assert {Phase.CONNECTING, Phase.SERVING, Phase.ADOPTING} == believed <= set(ATTACHED)
@@ -44,7 +44,7 @@ def test_rings_are_only_said_to_be_served_where_they_may_be() -> None:
 
 
 def test_the_diagram_shows_the_tables() -> None:
-    """A row per phase for goals, and one for stages."""
+    """The diagram has one row per phase for the goals, and one for the stages."""
     lines = phases().splitlines()
     rows = {line.split()[0]: line for line in lines[: 1 + len(Phase)]}
 

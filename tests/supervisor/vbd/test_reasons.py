@@ -1,4 +1,4 @@
-"""Why a disk is not served: which sentence is shown, and what takes it away."""
+"""The reasons why a disk is not served: which is shown, and what clears it."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def all_of_them() -> Reasons:
 
 
 def test_every_reason_can_be_cleared() -> None:
-    """None of them stays for ever, and no two have one rank."""
+    """Each reason has something that clears it and a rank of its own."""
     assert all(reason.cleared_by for reason in Reason)
     assert list(Reason) == sorted(Reason, key=lambda reason: reason.rank)
 
 
 @pytest.mark.parametrize("cause", list(Cause))
 def test_a_cause_takes_away_its_own(cause: Cause) -> None:
-    """What a cause does not name stays."""
+    """A cause clears its own reasons, and leaves the others."""
     reasons = all_of_them()
     reasons.clear(cause)
 
@@ -50,7 +50,7 @@ def test_a_cause_takes_away_its_own(cause: Cause) -> None:
 
 
 def test_the_first_one_is_shown() -> None:
-    """What stops the disk comes before what it suffers from; what is not there is not shown."""
+    """Of several reasons the one of the first rank is shown: what stops a disk comes before what only troubles it."""
     reasons = all_of_them()
     shown = []
     while reasons.first:
@@ -62,7 +62,7 @@ def test_the_first_one_is_shown() -> None:
 
 
 def test_only_some_bar_a_worker() -> None:
-    """A disk that has a sentence is served as well as can be, unless nothing could come of it."""
+    """Only some reasons keep a worker from being started; with any other the disk is served as far as possible."""
     reasons = all_of_them()
     bars = []
     while reasons.bar:

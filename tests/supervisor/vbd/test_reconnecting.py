@@ -15,7 +15,7 @@ WANTS = replace(STANDING, wants_connections=True)
 
 
 def test_a_worker_that_wants_connections_is_given_an_opener_now_and_then() -> None:
-    """It is asked at once, once at a time, and not more often than every REST_S however often it says so."""
+    """A worker that wants connections gets an opener at once, one at a time, and at most one every REST_S."""
     now = [100.0]
     asked: list[Then] = []
     loop = Reactor(clock=lambda: now[0])

@@ -1,4 +1,4 @@
-"""What was seen of a vbd: which life of it, what begins anew, which chain `params` is to name."""
+"""What was seen of a vbd: which life it belongs to, what has started anew, and which chain `params` should name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SERVED = {**NODE, **OURS, "state": "4"}
 
 
 def seen(*looks: dict[str, str] | None, has_past: bool = False) -> Sight:
-    """Return what is known after some looks."""
+    """Return a sight after some looks."""
     sight = Sight(PATH, has_past=has_past)
     for keys in looks:
         sight.look(Seen(keys, S.CONNECTED))
@@ -30,10 +30,10 @@ def seen(*looks: dict[str, str] | None, has_past: bool = False) -> Sight:
         ([None], True),
         ([NODE], False),
         ([NODE, NODE], False),
-        ([NODE, {**NODE, "state": "2"}], False),  # what we wrote has come, but for our keys
+        ([NODE, {**NODE, "state": "2"}], False),  # our state was written, and our keys were not
         ([SERVED, SERVED], False),
-        ([SERVED, {**SERVED, "state": "2"}], False),  # as a claim makes it again
-        ([SERVED, {key: text for key, text in SERVED.items() if key != "state"}], False),  # nobody's, but not new
+        ([SERVED, {**SERVED, "state": "2"}], False),  # as a claim puts it back
+        ([SERVED, {key: text for key, text in SERVED.items() if key != "state"}], False),  # not a new one
         ([SERVED, {**SERVED, "state": "1"}], True),
         ([SERVED, {**NODE, "state": "4"}], True),
         ([SERVED, {**NODE, "state": "4", next(iter(OURS)): "1"}], False),
@@ -41,7 +41,9 @@ def seen(*looks: dict[str, str] | None, has_past: bool = False) -> Sight:
     ],
 )
 def test_a_life_ends_when_the_node_is_gone_or_made_anew(looks: list[dict[str, str] | None], *, is_over: bool) -> None:
-    """A toolstack writes Initialising, or makes a node without our keys, only when it makes a vbd."""
+    """A life ends when the node is gone, is back in Initialising, or has lost our keys: a toolstack does that only when
+    it makes a vbd.
+    """
     sight = seen(*looks)
 
     assert is_over == sight.is_over
@@ -52,7 +54,7 @@ def test_a_life_ends_when_the_node_is_gone_or_made_anew(looks: list[dict[str, st
 def test_what_xenstore_has_taken_tells_a_node_from_one_that_was_made_anew(
     keys: dict[str, str], *, is_over: bool
 ) -> None:
-    """A node that is made anew before our own keys were seen in the former one is another vbd all the same."""
+    """Once our keys were written, a node without them is another vbd, even if they were never seen."""
     sight = seen(NODE)
     sight.was_written(keys)
     sight.look(Seen(NODE, S.CONNECTED))
@@ -62,12 +64,12 @@ def test_what_xenstore_has_taken_tells_a_node_from_one_that_was_made_anew(
 
 @pytest.mark.parametrize(("node", "is_over"), [(SERVED, False), (NODE, True), ({**NODE, "state": "2"}, True)])
 def test_a_past_is_that_of_a_node_with_our_keys(node: dict[str, str], *, is_over: bool) -> None:
-    """What an earlier service left belongs to a node that it had written to."""
+    """What an earlier service has left belongs only to a node that has our keys."""
     assert is_over == seen(node, has_past=True).is_over
 
 
 def test_the_mark_is_a_key_of_ours_that_was_seen() -> None:
-    """Before one was seen a write cannot ask for it."""
+    """The mark, which a write requires to exist, is one of our keys, and only once it was seen."""
     sight = seen(NODE)
     before = sight.mark
     sight.take_as_written(OURS)
@@ -90,7 +92,7 @@ def test_the_mark_is_a_key_of_ours_that_was_seen() -> None:
     ],
 )
 def test_what_a_frontend_does_takes_reasons_away(before: S, after: S, causes: set[Cause]) -> None:
-    """It begins anew, also where that came and went between two looks, or has no rings any more."""
+    """Reasons are cleared when a frontend starts anew, even between two looks, or has no rings any more."""
     sight = Sight(PATH, has_past=False)
     first = sight.look(Seen(SERVED, before))
 
@@ -99,7 +101,7 @@ def test_what_a_frontend_does_takes_reasons_away(before: S, after: S, causes: se
 
 
 def test_params_are_wanted_while_they_are_what_they_were() -> None:
-    """Then the toolstack's key stays, whoever has written it."""
+    """After an exchange, `params` should name the new chain until that is seen; later values are the toolstack's."""
     sight = seen({**SERVED, "params": "null:2G"})
     sight.exchange(Exchanged(("null:2G",), "null:3G"))
     wanted = (sight.params, sight.spec and sight.spec.chain)
@@ -115,7 +117,7 @@ def test_params_are_wanted_while_they_are_what_they_were() -> None:
 
 
 def test_a_chain_that_was_put_back_is_no_riddle() -> None:
-    """Of two exchanges that lead back to the first chain nothing is left to write once that is seen."""
+    """After two exchanges that lead back to the first chain, nothing is left to write once that chain is seen."""
     sight = seen(SERVED)
     sight.exchange(Exchanged(("null:1G",), "null:2G"))
     sight.exchange(Exchanged(("null:2G",), "null:1G"))
@@ -127,7 +129,7 @@ def test_a_chain_that_was_put_back_is_no_riddle() -> None:
 
 
 def test_an_exchange_that_was_known_before_the_first_look_counts() -> None:
-    """A service that starts may know of it from its predecessor, or from the journal."""
+    """An exchange that a new service knows of from the notes or the journal counts from its first look on."""
     sight = Sight(PATH, has_past=True)
     sight.exchange(Exchanged(("null:1G",), "null:2G"))
     sight.look(Seen(SERVED, S.CONNECTED))
@@ -136,7 +138,7 @@ def test_an_exchange_that_was_known_before_the_first_look_counts() -> None:
 
 
 def test_params_of_a_node_that_is_being_made_are_its_own() -> None:
-    """While our state is Initialising the toolstack has just written them."""
+    """The `params` of a node in Initialising are kept: the toolstack has just written them."""
     sight = Sight(PATH, has_past=False)
     sight.exchange(Exchanged(("null:1G",), "null:2G"))
     sight.look(Seen(dict(NODE), S.CONNECTED))

@@ -1,4 +1,4 @@
-"""Descriptors in slots: what the keeper has, what the notes say, and what is open."""
+"""Descriptors in slots: in the keeper, in the notes, and open."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ class Place:
 
 @pytest.fixture
 def place() -> Place:
-    """Return a place without any."""
+    """Return a place with no slot in use."""
     return Place()
 
 
 def descriptor() -> int:
-    """Return one of its own."""
+    """Return a new descriptor."""
     return os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
 
 
 def test_a_slot_is_free_that_neither_notes_nor_descriptors_use(place: Place) -> None:
-    """What is noted and no more open is as little overwritten as what is open and not noted."""
+    """A slot is free if it is neither noted nor has an open descriptor."""
     place.noted = {"f0": "of an earlier service"}
     place.slots.put("f1", descriptor())
     place.noted |= {"f2": ""}
@@ -44,7 +44,7 @@ def test_a_slot_is_free_that_neither_notes_nor_descriptors_use(place: Place) -> 
 
 
 def test_another_descriptor_takes_the_place_of_the_former(place: Place) -> None:
-    """The keeper has the new one, and the former one is closed."""
+    """Another descriptor in a slot replaces the former one in the keeper, and the former is closed."""
     before = open_descriptors()
     place.slots.put("f0", descriptor())
     second = descriptor()
@@ -57,7 +57,7 @@ def test_another_descriptor_takes_the_place_of_the_former(place: Place) -> None:
 
 
 def test_what_is_not_noted_is_let_go(place: Place) -> None:
-    """A descriptor stays as long as the notes have its slot."""
+    """`drop_unnoted` drops the descriptors whose slots are not noted."""
     for slot in ("f0", "f1"):
         place.slots.put(slot, descriptor())
     place.slots.note({"f1": "still there"})
@@ -68,7 +68,7 @@ def test_what_is_not_noted_is_let_go(place: Place) -> None:
 
 
 def test_a_service_that_leaves_closes_its_own_only(place: Place) -> None:
-    """The keeper goes on having them for the next service, which finds them by slot."""
+    """A service that leaves closes its own copies; the keeper has the descriptors for the next one, by slot."""
     before = open_descriptors()
     place.slots.put("f0", descriptor())
     place.slots.leave()

@@ -1,4 +1,4 @@
-"""What a toolstack wrote, read strictly."""
+"""What a toolstack has asked for, read strictly."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_modes(mode: str, read_only: bool, shareable: bool) -> None:
     ],
 )
 def test_libxl_carrier_falls_away(path: VbdPath, params: str, chain: str) -> None:
-    """What libxl puts before a target of kind vbd3 is dropped when a chain follows, and kept before a plain path."""
+    """The prefix that libxl puts before a target of kind vbd3 is dropped before a chain, and kept before a path."""
     assert chain == parse_spec(path, {**KEYS, "params": params}).chain
 
 
@@ -47,12 +47,12 @@ def test_libxl_carrier_falls_away(path: VbdPath, params: str, chain: str) -> Non
     ],
 )
 def test_what_only_the_guest_is_told_asks_for_no_other_worker(change: dict[str, str], *, is_alike: bool) -> None:
-    """A worker knows its chain, and whether it may write and share; no worker knows what a CD-ROM is."""
+    """A change that only the guest is told, such as a CD-ROM's properties, needs no other worker."""
     assert is_alike == parse_spec(VBD, KEYS).is_served_like(parse_spec(VBD, {**KEYS, **change}))
 
 
 def test_a_bad_chain_is_refused_early() -> None:
-    """A chain that cannot be meant is refused before any process is started."""
+    """An invalid chain is refused before any process is started."""
     with pytest.raises(ChainError):
         parse_spec(VBD, {**KEYS, "params": "log:|"})
 
@@ -68,5 +68,5 @@ def test_a_bad_chain_is_refused_early() -> None:
     ],
 )
 def test_our_vbds_are_known_by_their_script(script: str, ours: bool) -> None:
-    """The base name of the script decides, whatever its directory."""
+    """A vbd is ours by the base name of its script, whatever the directory."""
     assert ours == is_ours({"script": script}, ["block-xenbackend", "tap2"])

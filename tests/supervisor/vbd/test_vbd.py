@@ -1,4 +1,4 @@
-"""One vbd in service when xenstore or a guest gets in its way; its usual life is in `test_registry.py`."""
+"""One vbd in service when xenstore or a guest gets in its way; its ordinary life is in `test_served.py`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ pytestmark = pytest.mark.slow  # every one starts processes
 
 
 def test_write_for_a_state_that_has_passed_is_dropped(stepped: Stepped, toolstack: Store) -> None:
-    """A write is made only where the state is still the one it was decided on, and another look follows."""
+    """A write is made only if the state is still the one that it was decided for; else another look follows."""
     write_like_libxl(toolstack)
     vbd = stepped.vbd()
     stepped.until(lambda: toolstack.read(f"{PATH.backend}/state") == "2")
@@ -56,7 +56,7 @@ def test_write_for_a_state_that_has_passed_is_dropped(stepped: Stepped, toolstac
 
 
 def test_write_into_a_node_that_is_gone_does_not_make_it_again(stepped: Stepped, toolstack: Store) -> None:
-    """A directory that the toolstack has removed stays removed, whatever we had still to say."""
+    """A directory that the toolstack has removed is not made again by a late write."""
     write_like_libxl(toolstack)
     vbd = stepped.vbd()
     toolstack.remove(PATH.backend)
@@ -66,7 +66,9 @@ def test_write_into_a_node_that_is_gone_does_not_make_it_again(stepped: Stepped,
 
 
 def test_what_xenstore_has_taken_is_known_without_another_look(stepped: Stepped, toolstack: Store) -> None:
-    """A node that is made anew before we have seen our keys in the former one would be taken for that one."""
+    """Keys count as written once xenstore has taken them: else a node made anew before they were seen would be taken
+    for the former one.
+    """
     write_like_libxl(toolstack)
     vbd = Vbd(PATH, stepped.context)
     mark = vbd.device.sight.mark
@@ -77,7 +79,7 @@ def test_what_xenstore_has_taken_is_known_without_another_look(stepped: Stepped,
 
 
 def test_lines_that_a_guest_provokes_are_bounded(stepped: Stepped, toolstack: Store, lines: io.StringIO) -> None:
-    """R13: a frontend that toggles its state for ever fills no log."""
+    """R13: a frontend that toggles its state without end causes a bounded number of log lines."""
     write_like_libxl(toolstack)
     stepped.until(lambda: toolstack.read_optional(f"{PATH.backend}/hotplug-status") == "connected")
     for number in range(300):
@@ -92,8 +94,8 @@ def test_lines_that_a_guest_provokes_are_bounded(stepped: Stepped, toolstack: St
 def test_a_guest_that_floods_its_own_nodes_is_served_once_it_stops(
     stepped: Stepped, toolstack: Store, guest: Store, lines: io.StringIO
 ) -> None:
-    """R11, R13: what it writes without end is not looked at each time, and what it wrote last is seen a moment later.
-    One line says of which disk it is, and nothing of what the guest wrote.
+    """R11, R13: if a guest writes to its nodes without end, not every write is looked at, but the last one is, a moment
+    later. One log line names the disk, and has nothing of what the guest wrote.
     """
     write_like_libxl(toolstack)
     stepped.until(lambda: toolstack.read_optional(f"{PATH.backend}/hotplug-status") == "connected")
@@ -117,7 +119,7 @@ def test_a_guest_that_floods_its_own_nodes_is_served_once_it_stops(
 def test_the_worker_hears_what_was_offered(
     xenstored: Xenstored, toolstack: Store, guest: Store, lines: io.StringIO
 ) -> None:
-    """The limits of the settings, and a disk that cannot discard, reach the worker that has to enforce them."""
+    """The worker, which has to enforce them, is told the limits of the settings, and that the disk cannot discard."""
     stepped = Stepped(xenstored.address, Settings(limits=Limits(max_segments=32)))
     write_like_libxl(toolstack)
     stepped.until(lambda: toolstack.read_optional(f"{PATH.backend}/hotplug-status") == "connected")
@@ -132,7 +134,9 @@ def test_the_worker_hears_what_was_offered(
 def test_disks_of_hvm_guests_are_exported(
     xenstored: Xenstored, toolstack: Store, guest: Store, tmp_path: Path, type_: str, *, exports: bool
 ) -> None:
-    """Only their firmware boots from a disk before their own driver does; and only until that has connected."""
+    """Disks of HVM guests are exported until the guest's own driver connects, since only their firmware boots from a
+    disk before.
+    """
     if type_:
         toolstack.write("/libxl/5/type", type_)
     stepped = Stepped(xenstored.address, Settings(socket=str(tmp_path / "control.sock")))
@@ -152,7 +156,9 @@ def test_disks_of_hvm_guests_are_exported(
 def test_rings_are_gone_on_with_where_they_are_the_same(
     stepped: Stepped, toolstack: Store, guest: Store, lines: io.StringIO, *, is_the_same: bool
 ) -> None:
-    """The journal tells a successor what was in flight in the rings that were agreed; it says nothing of other ones."""
+    """A successor goes on with the rings that the journal belongs to; if the guest's rings are others, it connects to
+    those anew.
+    """
     vbd = _serve(stepped, toolstack, guest)
     if not is_the_same:
         guest.write(f"{PATH.frontend}/ring-ref", "9")
@@ -168,7 +174,7 @@ def test_rings_are_gone_on_with_where_they_are_the_same(
 def test_a_successor_comes_before_others_until_it_serves(
     stepped: Stepped, toolstack: Store, guest: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A guest waits for it, which on a busy host could be long; for a first worker nobody does."""
+    """A successor has a higher priority until it serves, because a guest waits for it; a first worker does not."""
     seen: list[str] = []
     boost, unboost = Worker.boost, Worker.unboost
     monkeypatch.setattr(Worker, "boost", lambda worker: (seen.append("boost"), boost(worker)))
@@ -186,7 +192,7 @@ def test_a_successor_comes_before_others_until_it_serves(
 def test_a_frontend_that_writes_nonsense_while_it_is_served_is_served_on(
     stepped: Stepped, toolstack: Store, guest: Store, lines: io.StringIO
 ) -> None:
-    """What it writes later takes back nothing of what it had agreed to."""
+    """If a frontend overwrites its keys with nonsense while it is served, a successor goes on by what was agreed."""
     vbd = _serve(stepped, toolstack, guest)
     guest.write(f"{PATH.frontend}/ring-ref", "nonsense")
     _kill(vbd)
@@ -198,7 +204,7 @@ def test_a_frontend_that_writes_nonsense_while_it_is_served_is_served_on(
 def test_a_frontend_that_is_connected_may_have_more_queues_than_are_offered_today(
     xenstored: Xenstored, toolstack: Store, guest: Store
 ) -> None:
-    """It goes by what an earlier service offered."""
+    """A connected frontend may have more queues than the settings now allow, as an earlier service offered."""
     stepped = Stepped(xenstored.address, Settings(limits=Limits(max_queues=1)))
     write_like_libxl(toolstack, state="4", hotplug_status="connected")
     guest.write(f"{PATH.frontend}/multi-queue-num-queues", "2")
@@ -215,7 +221,7 @@ def test_a_frontend_that_is_connected_may_have_more_queues_than_are_offered_toda
 def test_a_worker_that_lived_long_has_not_died_in_vain(
     stepped: Stepped, toolstack: Store, guest: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A guest that had nothing to do for a while does not use up the lives of its disk."""
+    """A worker that lived long has not died in vain, even if its guest had nothing to do."""
     monkeypatch.setattr("xenbackend.supervisor.vbd.lives.LONG_S", 0.0)
     vbd = _serve(stepped, toolstack, guest)
     for _ in range(8):
@@ -229,7 +235,9 @@ def test_a_worker_that_lived_long_has_not_died_in_vain(
 def test_a_worker_that_breaks_the_protocol_is_not_believed_that_its_guest_got_on(
     stepped: Stepped, toolstack: Store, guest: Store, monkeypatch: pytest.MonkeyPatch, *, breaks: bool
 ) -> None:
-    """It writes into the journal whatever it likes, and is not started again for ever; one that dies may be right."""
+    """The journal of a worker that broke the protocol is no proof of progress, so that such workers are given up in the
+    end; the journal of one that died is.
+    """
     monkeypatch.setattr("xenbackend.supervisor.vbd.backoff.REST_S", (0.0,) * 6)
     vbd = _serve(stepped, toolstack, guest)
     ring = journal.RingJournal(vbd.handover.page, 0, journal.SLOT)
@@ -248,9 +256,7 @@ def test_a_worker_that_breaks_the_protocol_is_not_believed_that_its_guest_got_on
 
 
 def test_a_host_without_processes_is_tried_again(xenstored: Xenstored, toolstack: Store) -> None:
-    """Where no worker can be started the disk rests, says why, and goes on resting: no step waits for an answer that
-    nobody gives.
-    """
+    """If no worker can be started, the disk rests, shows why, and tries again."""
     stepped = Stepped(xenstored.address, Settings())
     stepped.fleet._command = ("/nonexistent/worker",)
     write_like_libxl(toolstack)
@@ -263,8 +269,8 @@ def test_a_host_without_processes_is_tried_again(xenstored: Xenstored, toolstack
 
 
 def test_a_worker_that_waits_for_its_turn_is_not_too_slow(xenstored: Xenstored, toolstack: Store, kept: Kept) -> None:
-    """On a slow host the line may be long. A disk that waits in it has no limit and no worker that is kept or shown;
-    all of that begins when its process is there.
+    """While a worker is queued to be started, which may take long on a slow host, its disk has no limit and shows no
+    worker, and nothing of it is kept. All of that begins when the process exists.
     """
     stepped = Stepped(xenstored.address, Settings(), keeper=kept.keeper())
     stepped.fleet._births._command = NEVER_READY
@@ -283,7 +289,7 @@ def test_a_worker_that_waits_for_its_turn_is_not_too_slow(xenstored: Xenstored, 
 
 
 def test_a_disk_that_waits_for_its_turn_is_detached_at_once(xenstored: Xenstored, toolstack: Store) -> None:
-    """Its worker is never started."""
+    """If a disk is detached while its worker is queued, the worker is never started."""
     stepped = Stepped(xenstored.address, Settings())
     stepped.fleet._births._command = NEVER_READY
     stepped.fleet.prepare()
@@ -307,7 +313,9 @@ def test_a_host_that_is_short_of_something_costs_no_guest_its_worker(
     xenstored: Xenstored, toolstack: Store, guest: Store, kept: Kept, monkeypatch: pytest.MonkeyPatch,
     owner: Any, method: str, problem: Exception,
 ) -> None:  # fmt: skip
-    """A service that cannot take a disk over now tries again: the same worker serves on, by the same journal."""
+    """If a takeover fails because the host is short of something, it is tried again, and the same worker goes on with
+    the same journal.
+    """
 
     def fail(*_: object, **__: object) -> None:
         raise problem
@@ -335,7 +343,7 @@ def test_a_host_that_is_short_of_something_costs_no_guest_its_worker(
 def test_a_fault_over_the_start_of_a_worker_is_that_workers_end(
     stepped: Stepped, toolstack: Store, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    """No step waits for an answer of a worker that was never started, or never told what to open."""
+    """An exception during the start of a worker counts as the worker's end, so that another one follows."""
     with monkeypatch.context() as patch:
         patch.setattr(Handover, where, _fail)
         write_like_libxl(toolstack)
@@ -348,7 +356,9 @@ def test_a_fault_over_the_start_of_a_worker_is_that_workers_end(
 def test_a_fault_over_one_action_leaves_out_no_other(
     stepped: Stepped, toolstack: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The keys that could not be written follow with the next look; meanwhile the worker is started all the same."""
+    """If one action raises an exception, the others are carried out, and keys that were not written follow with the
+    next look.
+    """
     with monkeypatch.context() as patch:
         patch.setattr(VbdNodes, "write", _fail)
         write_like_libxl(toolstack)
@@ -361,7 +371,7 @@ def test_a_fault_over_one_action_leaves_out_no_other(
 def test_a_fault_over_the_end_of_a_vbd_leaves_its_place_free(
     stepped: Stepped, toolstack: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever is not let go of, the registry hears that it is over, and another one may come."""
+    """If the end of a vbd raises an exception, the registry still forgets it, and another one may take its place."""
     write_like_libxl(toolstack)
     stepped.until(lambda: toolstack.read_optional(f"{PATH.backend}/hotplug-status") == "connected")
     with monkeypatch.context() as patch:
@@ -378,7 +388,9 @@ def test_a_fault_over_the_end_of_a_vbd_leaves_its_place_free(
 def test_a_fault_before_the_beginning_leaves_nothing_open(
     xenstored: Xenstored, kept: Kept, toolstack: Store, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    """Neither of a new disk nor of one that an earlier service has left: its worker ends, and the disk begins anew."""
+    """If making a vbd raises an exception, everything is closed, whether the disk is new or an earlier service has left
+    it. Its worker ends, and the disk begins anew.
+    """
     owner: Any = Ending if step == "find" else vbd_module
     serving = Stepped(xenstored.address, Settings(), keeper=kept.keeper())
     with monkeypatch.context() as patch:
@@ -392,7 +404,7 @@ def test_a_fault_before_the_beginning_leaves_nothing_open(
     serving.bugs.clear()
     serving.leave()
 
-    left = len([name for name in kept.fds if name.startswith("vbd")])  # here, and once more with the keeper
+    left = len([name for name in kept.fds if name.startswith("vbd")])  # as many here, and as many with the keeper
     following = Stepped(xenstored.address, Settings(), keeper=kept.keeper(), starts=False)
     with monkeypatch.context() as patch:
         patch.setattr(owner, step, _fail)
@@ -411,7 +423,7 @@ def test_a_fault_before_the_beginning_leaves_nothing_open(
 def test_a_fault_over_the_beginning_leaves_nothing_open(
     stepped: Stepped, toolstack: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However often it is tried again: no descriptor, no timer, no process."""
+    """If the first look raises an exception, no descriptor, timer or process is left, however often that happens."""
     toolstack.read_optional("/local")  # so that xenstored, which is in this process, has accepted the connection
     before = len(open_descriptors())
     with monkeypatch.context() as patch:
@@ -449,12 +461,12 @@ IDENTITY = "file device=1 inode=2"
 
 
 def keep_file(vbd: Vbd, identity: str = IDENTITY) -> str:
-    """Let an opener tell of a file, and return why it is refused."""
+    """Let an opener report a file, and return why it is refused."""
     return vbd.handover.files.take("/img", identity, os.open("/dev/null", os.O_PATH))
 
 
 def test_a_chain_that_could_not_be_opened_leaves_no_file_behind(stepped: Stepped, toolstack: Store) -> None:
-    """Where the toolstack was told that there is no disk, another file may put that right."""
+    """If a chain could not be opened, none of its files are kept: another file may be the remedy."""
     write_like_libxl(toolstack, params="null:2G")
     vbd = stepped.vbd()
     stepped.until(lambda: vbd.worker is not None)
@@ -468,8 +480,8 @@ def test_a_chain_that_could_not_be_opened_leaves_no_file_behind(stepped: Stepped
 def test_the_next_service_knows_the_files_of_a_disk_that_goes_on(
     xenstored: Xenstored, toolstack: Store, guest: Store
 ) -> None:
-    """A service that is stopped leaves in xenstore what a guest's disk was served from; the next one refuses another
-    file until `resume`, and nothing stays of a disk that has gone.
+    """A service that stops leaves in xenstore which files a guest's disk was served from. The next one refuses another
+    file until `resume`. Nothing is left of a disk that is gone.
     """
     first = Stepped(xenstored.address, Settings())
     write_like_libxl(toolstack)

@@ -1,4 +1,4 @@
-"""The lines about one vbd."""
+"""Log lines about one vbd."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ as_json = pytest.mark.parametrize("lines", ["json"], indirect=True)
 
 @as_json
 def test_a_line_names_its_vbd(lines: io.StringIO) -> None:
-    """Level, vbd and fields are in the line; a worker's fields stand in for none of our own."""
+    """A line has its level, vbd and fields; fields that a worker sends cannot replace our own."""
     VbdLog(PATH, lambda: 0.0).say("warning", "something is odd", ring="0", vbd="vbd/6/1", component="kernel")
     [line] = lines.getvalue().splitlines()
 
@@ -27,7 +27,7 @@ def test_a_line_names_its_vbd(lines: io.StringIO) -> None:
 
 @as_json
 def test_what_a_guest_provokes_is_bounded_and_counted(lines: io.StringIO) -> None:
-    """Beyond the budget nothing is written, and how much that was stands in the next line that is."""
+    """Lines beyond the budget are not written; the next line that is written has their number."""
     now = 0.0
     vbd_log = VbdLog(PATH, lambda: now)
     for _ in range(1000):
@@ -46,8 +46,8 @@ def test_what_a_guest_provokes_is_bounded_and_counted(lines: io.StringIO) -> Non
 )
 @pytest.mark.rows("R13", "A30")
 def test_no_hour_has_more_bytes_than_its_share(lines: io.StringIO, text: str) -> None:
-    """R13, B7: a guest, and its worker that was taken over, say what they like for three hours: what is written, in
-    bytes after it was escaped, is 64 KiB at most in any hour, and it does not end either.
+    """R13, B7: whatever a guest and its hostile worker say for three hours, at most 64 KiB are written in any hour,
+    counted after escaping, and some lines are always written.
     """
     now = 0.0
     vbd_log = VbdLog(PATH, lambda: now)
@@ -67,7 +67,7 @@ def test_no_hour_has_more_bytes_than_its_share(lines: io.StringIO, text: str) ->
 
 @as_json
 def test_a_worker_does_not_silence_us(lines: io.StringIO) -> None:
-    """However much a worker has said, what we say about it is written; a level that no log knows is a warning."""
+    """Our own lines about a worker are written, however much it has said. An unknown level becomes a warning."""
     vbd_log = VbdLog(PATH, lambda: 0.0)
     for _ in range(10_000):
         vbd_log.say_for_worker("msg", "it is I")

@@ -1,4 +1,4 @@
-"""What is seen and shown of one vbd in a simulated xenstored."""
+"""What is read and written of one vbd in a simulated xenstored."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ def nodes(xenstored: Xenstored, toolstack: Store) -> VbdNodes:
 
 
 def test_both_ends_are_seen(nodes: VbdNodes, toolstack: Store) -> None:
-    """The keys are those of the backend's directory; the state is the frontend's, whose keys can be read then."""
+    """A look returns the keys of the backend's directory and the frontend's state; after it the frontend's keys can be
+    read.
+    """
     keys = nodes.keys()
     assert keys is not None
     assert ("null:1G", XenbusState.INITIALISING) == (keys["params"], nodes.theirs(keys))
@@ -44,8 +46,8 @@ def test_both_ends_are_seen(nodes: VbdNodes, toolstack: Store) -> None:
 
 
 def test_who_takes_the_frontend_away_is_heard(nodes: VbdNodes, toolstack: Store) -> None:
-    """A toolstack takes the frontend's directory away and says in the same transaction, in the node, what it wants. Who
-    hears of the directory first does not go by the keys of before.
+    """If a toolstack removes the frontend's directory and changes the node in one transaction, a look that finds the
+    directory gone reads the node's keys again.
     """
     before = nodes.look(nodes.keys())
     assert before.keys is not None
@@ -64,9 +66,7 @@ def test_who_takes_the_frontend_away_is_heard(nodes: VbdNodes, toolstack: Store)
 
 
 def test_a_look_that_finds_no_frontend_reads_the_node_once(nodes: VbdNodes, toolstack: Store) -> None:
-    """While there is one, and once it has gone, the keys are those that were read for the look: others cost a
-    transaction each time.
-    """
+    """A look reads the node's keys again only when it first finds the frontend gone, since that costs a transaction."""
     keys = nodes.keys()
     toolstack.write(f"{PATH.backend}/online", "0")
     assert nodes.look(keys).keys is keys
@@ -76,14 +76,14 @@ def test_a_look_that_finds_no_frontend_reads_the_node_once(nodes: VbdNodes, tool
 
 
 def test_a_guest_that_writes_without_end_holds_nobody_up(xenstored: Xenstored, toolstack: Store) -> None:
-    """It can have each transaction fail that looks at its state, but not the one in which ours is written: the service,
-    which has others to serve, tries a few times at most. A guest that waits has its former driver's rings removed.
+    """A guest that writes without end can make each look at its state fail, but not the write of ours; the service
+    tries a few times only. If the guest pauses, its former driver's ring keys are removed.
     """
     pauses: list[float] = []
     busy: list[bool] = []
 
     class Beside(Store):
-        """Whose transactions end when the guest has just written once more, while it is `busy`."""
+        """A store in whose transactions the guest writes once more before the commit, while it is `busy`."""
 
         def transact(self, body: Callable[[Transaction], T], attempts: int = ATTEMPTS) -> T:
             def and_the_guest(nodes: Transaction) -> T:
@@ -112,7 +112,9 @@ def test_a_guest_that_writes_without_end_holds_nobody_up(xenstored: Xenstored, t
 
 
 def test_a_vbd_that_is_removed_as_a_whole_is_watched_no_more(nodes: VbdNodes, toolstack: Store) -> None:
-    """Who hears of the frontend first finds the node gone, too; nobody has left for another host."""
+    """If a vbd is removed as a whole, it has no keys, its frontend is not watched any more, and the guest does not
+    count as migrated.
+    """
     before = nodes.look(nodes.keys())
     toolstack.write("/local/domain/5/name", "db--migratedaway")
     toolstack.remove(PATH.frontend)
@@ -123,7 +125,7 @@ def test_a_vbd_that_is_removed_as_a_whole_is_watched_no_more(nodes: VbdNodes, to
 
 
 def test_a_guest_has_not_left_while_its_disk_is_wanted(nodes: VbdNodes, toolstack: Store) -> None:
-    """A frontend that has gone from a node that is online is one that comes anew, whatever the guest is called."""
+    """While a node is online, a frontend that is gone will come again, whatever the guest's name."""
     toolstack.write("/local/domain/5/name", "db--migratedaway")
     toolstack.remove(PATH.frontend)
 
@@ -131,7 +133,9 @@ def test_a_guest_has_not_left_while_its_disk_is_wanted(nodes: VbdNodes, toolstac
 
 
 def test_a_change_of_the_frontend_wakes_us(nodes: VbdNodes, toolstack: Store) -> None:
-    """The first look sets a watch, and only once; a frontend elsewhere is watched instead; in the end nobody is."""
+    """The first look sets a watch on the frontend, once. If the frontend moves, the watch moves too; `forget` removes
+    it.
+    """
     store = nodes._store
     nodes.theirs(nodes.keys() or {})
     nodes.theirs(nodes.keys() or {})
@@ -152,8 +156,8 @@ def test_a_change_of_the_frontend_wakes_us(nodes: VbdNodes, toolstack: Store) ->
 
 
 def test_what_stays_as_it_is_is_read_once(nodes: VbdNodes, toolstack: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keys that a toolstack writes with the node and never again are read once in its life; of one that is made anew in
-    its place all are.
+    """Keys that a toolstack writes only with the node are read once in its life; for a node that is made anew all are
+    read.
     """
     nodes.write(Write({"feature-persistent": "1"}, S.INITIALISING))
     first = nodes.keys()
@@ -183,7 +187,7 @@ def test_what_stays_as_it_is_is_read_once(nodes: VbdNodes, toolstack: Store, mon
 def test_what_a_guest_makes_beside_its_keys_is_not_read(
     nodes: VbdNodes, toolstack: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A look costs the same, in answers and in bytes, whatever else lies in the frontend's directory (XSA-354)."""
+    """A look costs the same number of answers and bytes, whatever else is in the frontend's directory (XSA-354)."""
     store = nodes._store
     receive = store._receive
     received: list[int] = []
@@ -212,13 +216,13 @@ def test_what_a_guest_makes_beside_its_keys_is_not_read(
 
 @pytest.mark.rows("C4", "R15")
 def test_a_frontend_of_another_domain_is_not_looked_at(nodes: VbdNodes) -> None:
-    """R15: a path that leads elsewhere is as good as none."""
+    """R15: a frontend path in another domain counts as no frontend."""
     assert XenbusState.UNKNOWN is nodes.theirs({"frontend": "/local/domain/0/device/vbd/51712"})
     assert "" == nodes.frontend
 
 
 def test_keys_are_written_for_the_node_that_they_were_decided_on(nodes: VbdNodes, toolstack: Store) -> None:
-    """Another state, another params, a node made anew or gone: nothing is written, and nothing comes back."""
+    """Nothing is written if the state or `params` has changed, or if the node is another one or gone."""
     written = nodes.write(Write({"sectors": "8", "mode": None}, S.INITIALISING, "null:1G", "script"))
     others = [
         nodes.write(Write({"sectors": "9"}, *changed))
@@ -234,7 +238,7 @@ def test_keys_are_written_for_the_node_that_they_were_decided_on(nodes: VbdNodes
 
 
 def test_only_what_changes_is_written(toolstack: Store) -> None:
-    """A value that stands there is not written again, unless xenstore was away."""
+    """A value that is already there is not written again, unless xenstore was away."""
     shown = VbdNodes(toolstack, PATH)
     shown.show_status({"phase": "open", "error": ""})
     toolstack.remove(f"{HOME}/xenbackend")
@@ -247,7 +251,7 @@ def test_only_what_changes_is_written(toolstack: Store) -> None:
 
 
 def test_an_error_is_shown_as_the_kernel_shows_it(toolstack: Store) -> None:
-    """The errno stands before the sentence, and an error that is over leaves no node behind."""
+    """An error is written with its errno before the sentence; when it is over, no node is left."""
     shown = VbdNodes(toolstack, PATH)
     shown.show_error("it broke")
     text = toolstack.read(f"{HOME}/error/backend/{PATH}/error")
@@ -258,13 +262,13 @@ def test_an_error_is_shown_as_the_kernel_shows_it(toolstack: Store) -> None:
 
 
 def test_no_error_costs_one_question(toolstack: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a disk that is well nothing is removed: every new disk would do so."""
+    """If there is no error to remove, nothing is removed, since every new disk would do that."""
     monkeypatch.setattr(toolstack, "remove", pytest.fail)
     VbdNodes(toolstack, PATH).show_error("")
 
 
 def test_an_error_of_an_earlier_service_is_over(toolstack: Store) -> None:
-    """What a service left that had no time to tidy up goes away with the first word that all is well."""
+    """An error node that an earlier service has left is removed when the disk is first reported to be well."""
     VbdNodes(toolstack, PATH).show_error("it broke")
     VbdNodes(toolstack, PATH).show_error("")
 
@@ -272,7 +276,7 @@ def test_an_error_of_an_earlier_service_is_over(toolstack: Store) -> None:
 
 
 def test_the_last_vbd_takes_the_directories_along(toolstack: Store) -> None:
-    """Removing one vbd leaves the other ones' nodes; removing the last leaves nothing of ours."""
+    """Removing one vbd leaves the nodes of others; removing the last one leaves nothing of ours."""
     one, other = VbdNodes(toolstack, PATH), VbdNodes(toolstack, VbdPath("vbd", 0, 6, 51712))
     one.show_status({"phase": "open"})
     other.show_status({"phase": "open"})
@@ -287,7 +291,7 @@ def test_the_last_vbd_takes_the_directories_along(toolstack: Store) -> None:
 
 @pytest.mark.parametrize(("name", "expected"), [("db--incoming", True), ("db", False), ("db--migratedaway", False)])
 def test_a_guest_on_its_way_here_is_known_by_its_name(toolstack: Store, name: str, *, expected: bool) -> None:
-    """Only the name that xl gives to the receiving end of a migration counts."""
+    """A guest is migrating here only if it has the name that xl gives to the receiving end."""
     toolstack.write("/local/domain/5/name", name)
 
     assert expected is VbdNodes(toolstack, PATH).may_be_incoming(S.CONNECTED)
@@ -295,7 +299,7 @@ def test_a_guest_on_its_way_here_is_known_by_its_name(toolstack: Store, name: st
 
 @pytest.mark.parametrize(("name", "expected"), [("db--migratedaway", True), ("db", False), ("db--incoming", False)])
 def test_a_guest_that_runs_elsewhere_is_known_by_its_name(toolstack: Store, name: str, *, expected: bool) -> None:
-    """Only the name that xl gives to what it has migrated counts, and only once the frontend's directory is gone."""
+    """A guest has left only if it has the name that xl gives after a migration and its frontend is gone."""
     write_like_libxl(toolstack)
     toolstack.write("/local/domain/5/name", name)
     nodes = VbdNodes(toolstack, PATH)
@@ -308,14 +312,14 @@ def test_a_guest_that_runs_elsewhere_is_known_by_its_name(toolstack: Store, name
 
 @pytest.mark.parametrize(("kind", "expected"), [("hvm", True), ("pv", False), ("pvh", False)])
 def test_only_hvm_guests_boot_by_a_device_model(toolstack: Store, kind: str, *, expected: bool) -> None:
-    """PV and PVH guests have no emulated disk."""
+    """Only HVM guests boot by a device model: PV and PVH guests have no emulated disk."""
     toolstack.write("/libxl/5/type", kind)
 
     assert expected is VbdNodes(toolstack, PATH).boots_by_device_model()
 
 
 def test_what_cannot_be_read_of_a_domain_is_not_so(toolstack: Store) -> None:
-    """A domain without these nodes, and a xenstore that is away, leave a disk as it is for most guests."""
+    """If these nodes are missing, or xenstore is away, a guest is treated like most: neither migrating nor HVM."""
     nodes = VbdNodes(toolstack, PATH)
     assert (False, False) == (nodes.may_be_incoming(S.INIT_WAIT), nodes.boots_by_device_model())
     toolstack.close()
@@ -323,8 +327,8 @@ def test_what_cannot_be_read_of_a_domain_is_not_so(toolstack: Store) -> None:
 
 
 def test_the_next_service_finds_which_files_the_disk_had(nodes: VbdNodes, toolstack: Store) -> None:
-    """A service to which nothing else was left finds chain and identities, also of a name with a bar and of one too
-    long for a value; of a vbd that was made anew in the place, or with another chain, it finds nothing.
+    """A service that has nothing else finds the identities of the disk's files, even for names with a bar or too long
+    for a value. For a new vbd in the same place, or another chain, it finds nothing.
     """
     long = "/" + "x" * 4000
     files = {"/a|b \udcff": "file device=1 inode=2", long: "file device=1 inode=3"}
@@ -344,7 +348,7 @@ def test_the_next_service_finds_which_files_the_disk_had(nodes: VbdNodes, toolst
 
 
 def test_what_was_noted_of_a_vbd_goes_with_it(nodes: VbdNodes, toolstack: Store) -> None:
-    """Nothing stays of a vbd that has ended, nor of one that has gone while no service ran."""
+    """Nothing is left of the notes of a vbd that has ended, even if no service ran at that time."""
     noted = f"{HOME}/{NOTES}"
     nodes.note_files("null:1G", {"/a": "file device=1 inode=2"})
     forget_notes(toolstack, 0)

@@ -1,4 +1,4 @@
-"""The operations on nodes, against a scripted answerer; the real thing is in contract/test_store.py."""
+"""Operations on nodes, with scripted answers; tests with real xenstoreds are in contract/test_store.py."""
 
 import errno
 import os
@@ -11,19 +11,19 @@ from xenbackend.supervisor.xenstore.nodes import Nodes, decode, encode, error_of
 
 
 def test_values_of_any_bytes_become_text() -> None:
-    """A value that is not UTF-8 is text all the same, so that no guest can make reading raise."""
+    """A value that is not UTF-8 is decoded too, so that no guest can make reading raise an exception."""
     assert decode("größe".encode()) == "größe"
     assert decode(b"\xff\x00x") == "\udcff\x00x"
 
 
 def test_file_names_that_are_not_utf8_come_through() -> None:
-    """The name of a file is the same bytes after a toolstack has written and the service has read it."""
+    """A file name that is not UTF-8 has the same bytes after a toolstack has written it and the service has read it."""
     assert encode(os.fsdecode(b"/img/\xff")) == b"/img/\xff"
     assert decode(b"/img/\xff") == os.fsdecode(b"/img/\xff")
 
 
 def test_a_list_in_parts_starts_again_when_it_changed() -> None:
-    """Parts of two generations are never joined: the list is read again from the start."""
+    """If a directory changes while its list is read in parts, the list is read again from the start."""
     parts = iter([b"1\0a\0", b"2\0c\0\0", b"2\0a\0b\0", b"2\0c\0\0"])
     offsets = []
 
@@ -38,7 +38,7 @@ def test_a_list_in_parts_starts_again_when_it_changed() -> None:
 
 
 def test_a_list_that_never_stands_still_is_given_up() -> None:
-    """Whoever keeps changing a directory cannot keep a reader there for ever."""
+    """A directory that keeps changing is given up after some tries, with an error."""
 
     def ask(operation: str, strings: Sequence[str], tail: bytes) -> bytes:
         if operation == "DIRECTORY":
@@ -60,14 +60,14 @@ def test_a_list_that_never_stands_still_is_given_up() -> None:
     ],
 )
 def test_an_error_is_a_word(word: bytes, number: int, says: str) -> None:
-    """Both xenstoreds' words for a quota that is used up say so; what is no word of theirs is an error all the same."""
+    """Both xenstoreds' error words for an exhausted quota are understood; an unknown word is an error too."""
     error = error_of("xenstore: write /a", word)
 
     assert (number, True) == (error.errno, "xenstore: write /a" in str(error) and says in str(error))
 
 
 def test_what_may_not_be_read_is_not_there() -> None:
-    """A domain that is not told whether a node is gone takes it for gone; any other error stays one."""
+    """A node that may not be read counts as gone, for a domain that is not told which; other errors are raised."""
     words = iter([b"EACCES", b"ENOENT", b"EIO"])
 
     def ask(_operation: str, _strings: Sequence[str], _tail: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""Xenstore's names for a vbd, both ways."""
+"""The paths of a vbd in xenstore, composed and parsed."""
 
 import pytest
 
@@ -32,7 +32,7 @@ def test_paths_lead_back_to_the_vbd() -> None:
      "backend/vbd/99999999999/1"],
 )  # fmt: skip
 def test_paths_of_no_vbd_are_nobodys(path: str) -> None:
-    """A path above, beside or misspelt is no vbd's; nothing is guessed."""
+    """A path that is too short, elsewhere or misspelt belongs to no vbd."""
     assert parse_backend_path(path, 0) is None
 
 
@@ -49,5 +49,5 @@ def test_paths_of_no_vbd_are_nobodys(path: str) -> None:
     ],
 )
 def test_a_domains_directory(path: str, expected: tuple[str, int] | None) -> None:
-    """Exactly what toolstacks make for the vbds of one domain is one; all else is looked at as a whole."""
+    """Only the directory of one domain's vbds, as toolstacks make it, is recognised; nothing similar is."""
     assert expected == parse_domain_directory(path)

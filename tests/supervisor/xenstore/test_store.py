@@ -1,4 +1,4 @@
-"""The xenstore client where things go wrong; what both xenstoreds must do alike is in contract/test_store.py."""
+"""The xenstore client when things go wrong; what both xenstoreds must do alike is in contract/test_store.py."""
 
 import errno
 import os
@@ -34,14 +34,14 @@ def xenstored(tmp_path: Path) -> Iterator[Xenstored]:
 
 @pytest.fixture
 def store(xenstored: Xenstored) -> Iterator[Store]:
-    """A client of it as domain 0, which does not wait between attempts."""
+    """A client of domain 0, which does not pause between attempts."""
     with Store(xenstored.address, pause=lambda _: None) as client:
         yield client
 
 
 @pytest.fixture
 def peer(tmp_path: Path) -> Iterator[Callable[[Peer], str]]:
-    """Start a xenstored that does what a function says to the one connection it gets."""
+    """Return a function that starts a xenstored with a given behaviour towards its one connection."""
     threads = []
 
     def start(behave: Peer) -> str:
@@ -74,7 +74,7 @@ def until_gone(near: socket.socket) -> None:
 
 
 def test_the_names_of_pyxs_that_we_stand_on_are_there() -> None:
-    """The private and public parts of pyxs that the client uses are what it takes them for."""
+    """The public and private parts of pyxs that the client uses are as it expects."""
     assert (Op.DIRECTORY, Op.READ, Op.WRITE, Op.WATCH_EVENT, Op.ERROR) == (1, 2, 11, 15, 16)
     assert {
         "DIRECTORY",
@@ -104,7 +104,7 @@ def test_the_address_is_where_libxenstore_looks(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_connecting_to_nothing_is_a_sentence(tmp_path: Path) -> None:
-    """Without a xenstored the error names the address; a socket nobody listens at leaks nothing."""
+    """Without a xenstored the error names the address; nothing stays open, even if the socket has no listener."""
     with pytest.raises(StoreError, match=f"{tmp_path}/none: cannot connect: No such file"):
         Store(f"{tmp_path}/none")
     with socket.socket(socket.AF_UNIX) as stale:
@@ -114,7 +114,7 @@ def test_connecting_to_nothing_is_a_sentence(tmp_path: Path) -> None:
 
 
 def test_a_device_is_spoken_to_as_well_as_a_socket() -> None:
-    """An address that is no socket is opened as the kernel's xenbus device is, without blocking."""
+    """An address that is not a socket is opened as the kernel's xenbus device, without blocking."""
     controller, terminal = os.openpty()
     with Store(os.ttyname(terminal), timeout_s=0.01) as store:
         assert store.is_connected
@@ -124,8 +124,8 @@ def test_a_device_is_spoken_to_as_well_as_a_socket() -> None:
 
 
 def test_a_device_gets_one_request_at_a_time() -> None:
-    """Linux' device keeps one payload: that of a request which it has not sent yet is lost to the next write. So every
-    key that is read or written over it is the one that was meant.
+    """Linux' device keeps only one payload, so that a second write would overwrite that of a request which it has not
+    sent yet. Over a device, each request is sent after the answer to the one before.
     """
     controller, terminal = os.openpty()
     tty.setraw(terminal)
@@ -145,7 +145,7 @@ def test_a_device_gets_one_request_at_a_time() -> None:
 
 
 def be_the_device(fd: int, count: int, written: list[bytes]) -> None:
-    """Take so many requests as Linux does that is busy: answer by the payload that came last, in the first's length."""
+    """Answer `count` requests as a busy Linux does: by the payload that came last, cut to the length of the request."""
     while count:
         heads, payload = [], b""
         while not heads or select.select([fd], [], [], 0.05)[0]:
@@ -170,7 +170,7 @@ def read_exactly(fd: int, size: int) -> bytes:
 
 @pytest.mark.rows("C9")
 def test_silence_ends_at_the_deadline(peer: Callable[[Peer], str]) -> None:
-    """A xenstored that does not answer in time counts as lost, and the next call does not wait again."""
+    """If xenstored does not answer in time, the connection counts as lost, and the next call fails at once."""
     store = Store(peer(until_gone), timeout_s=0.02)
 
     with pytest.raises(StoreError, match="did not answer in time") as caught:
@@ -194,7 +194,7 @@ def test_silence_ends_at_the_deadline(peer: Callable[[Peer], str]) -> None:
     ids=["end of file", "cut off", "too long", "another request's", "another operation's"],
 )
 def test_a_broken_answer_loses_the_connection(peer: Callable[[Peer], str], answer: bytes, reason: str) -> None:
-    """A call in flight raises promptly when xenstored goes away or is out of step, and never hangs."""
+    """If xenstored goes away or is out of step, a call in flight raises an error at once and never hangs."""
 
     def behave(near: socket.socket) -> None:
         near.recv(REQUEST, socket.MSG_WAITALL)
@@ -208,7 +208,7 @@ def test_a_broken_answer_loses_the_connection(peer: Callable[[Peer], str], answe
 
 
 def test_an_unknown_error_name_is_an_io_error_of_a_living_connection(peer: Callable[[Peer], str]) -> None:
-    """An error name that this host does not know refuses the call, not the connection."""
+    """An unknown error word fails the call, and not the connection."""
 
     def behave(near: socket.socket) -> None:
         near.recv(REQUEST, socket.MSG_WAITALL)
@@ -222,7 +222,7 @@ def test_an_unknown_error_name_is_an_io_error_of_a_living_connection(peer: Calla
 
 
 def test_losing_xenstored_shows_at_the_descriptor(xenstored: Xenstored, store: Store) -> None:
-    """When xenstored goes while nothing is asked, the descriptor becomes readable and `events` raises."""
+    """If xenstored goes away while nothing is asked, the descriptor becomes readable and `events` raises."""
     xenstored.stop()
 
     assert [(store.fileno(), select.POLLIN)] == [(fd, what & select.POLLIN) for fd, what in polled(store)]
@@ -231,7 +231,9 @@ def test_losing_xenstored_shows_at_the_descriptor(xenstored: Xenstored, store: S
 
 
 def test_the_descriptor_is_the_same_for_ever(xenstored: Xenstored, store: Store) -> None:
-    """It says nothing while there is no connection, whatever else gets that one's number, and goes on with the next."""
+    """The client's descriptor stays the same over all connections. Without one it is never readable, even if something
+    else gets the former connection's number.
+    """
     number = store.fileno()
     poll = select.poll()
     poll.register(number, select.POLLIN)
@@ -261,7 +263,7 @@ def test_the_descriptor_is_the_same_for_ever(xenstored: Xenstored, store: Store)
 
 @pytest.mark.usefixtures("descriptors")
 def test_nothing_is_left_of_a_store_that_was_closed(xenstored: Xenstored) -> None:
-    """Also where its connection was lost before."""
+    """A closed store leaves no descriptor, even if its connection was lost before."""
     for lose in (False, True):
         store = Store(xenstored.address)
         store.fileno()
@@ -271,8 +273,8 @@ def test_nothing_is_left_of_a_store_that_was_closed(xenstored: Xenstored) -> Non
 
 
 def test_many_keys_are_asked_for_at_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A directory is read without waiting for each of its keys; those that are not there are left out, and more than
-    fit at once come, too.
+    """Many keys are read without waiting for each of them, even more than fit into one round; missing ones are left
+    out.
     """
     wanted = {f"key{number}": str(number) for number in range(2 * module._AT_ONCE + 1)}
     store.write_many("/many", wanted)
@@ -288,7 +290,7 @@ def test_many_keys_are_asked_for_at_once(store: Store, monkeypatch: pytest.Monke
 
 
 def test_an_error_over_one_of_many_keys_leaves_the_connection_in_step(xenstored: Xenstored, store: Store) -> None:
-    """What a guest may not read or write is refused, after every answer has been read."""
+    """If one of many keys may not be read or written, the error comes after every answer has been read."""
     store.write("/a/x", "1")
     with Store(f"{xenstored.address}.5") as guest:
         with pytest.raises(StoreError, match="write /a/y: Permission denied"):
@@ -300,7 +302,7 @@ def test_an_error_over_one_of_many_keys_leaves_the_connection_in_step(xenstored:
 
 
 def test_xenstored_that_goes_while_many_are_asked(peer: Callable[[Peer], str]) -> None:
-    """It is an error as over one: nothing is taken for an answer."""
+    """If xenstored goes away while many keys are read, the call fails, and no part of it counts as an answer."""
 
     def behave(near: socket.socket) -> None:
         near.recv(2 * (16 + len("/a/1\0")), socket.MSG_WAITALL)
@@ -313,7 +315,7 @@ def test_xenstored_that_goes_while_many_are_asked(peer: Callable[[Peer], str]) -
 
 
 def test_as_much_as_the_wire_carries_is_written_at_once(store: Store) -> None:
-    """Long values do not make both sides wait for each other."""
+    """Writing many long values at once does not make both sides wait for each other."""
     values = {f"{number:02}": "x" * 4000 for number in range(3 * module._AT_ONCE)}
     store.write_many("/long", values)
 
@@ -321,7 +323,7 @@ def test_as_much_as_the_wire_carries_is_written_at_once(store: Store) -> None:
 
 
 def test_an_event_costs_the_same_however_many_watches_there_are(store: Store) -> None:
-    """Whoever watches much is not looked through for each event."""
+    """An event is handled without going through all watches."""
 
     class Counted(dict[str, dict[str, None]]):
         looks = 0
@@ -342,7 +344,7 @@ def test_an_event_costs_the_same_however_many_watches_there_are(store: Store) ->
 
 
 def polled(store: Store) -> list[tuple[int, int]]:
-    """Wait until the client's descriptor says something."""
+    """Wait until the client's descriptor is readable."""
     poll = select.poll()
     poll.register(store, select.POLLIN)
     return poll.poll(5000)
@@ -355,7 +357,7 @@ def drained(store: Store) -> list[tuple[str, str]]:
 
 
 def test_after_reconnecting_every_watch_is_there_and_fires(xenstored: Xenstored, store: Store) -> None:
-    """A restarted xenstored has forgotten us: `reconnect` sets all watches again, and each fires once."""
+    """After a restart of xenstored `reconnect` sets all watches again, and each fires once."""
     store.watch("/a", "one")
     store.watch("backend/vbd", "two")
     store.watch("/gone", "three")
@@ -388,7 +390,9 @@ def test_a_node_written_often_is_one_event(store: Store) -> None:
 
 @pytest.mark.rows("C1", "R14")
 def test_a_flood_of_nodes_is_bounded_by_the_watches(store: Store) -> None:
-    """R12: no list grows with guest behaviour; too many changed paths collapse into the watched one."""
+    """R12: the list of events does not grow with what a guest does: too many changed paths collapse into the watched
+    one.
+    """
     store.watch("/a", "flood")
     store.watch("/b", "calm")
     for number in range(300):
@@ -405,7 +409,7 @@ def test_a_flood_of_nodes_is_bounded_by_the_watches(store: Store) -> None:
 
 @pytest.mark.rows("C1", "R14")
 def test_one_call_reads_no_more_than_its_share_of_a_flood(peer: Callable[[Peer], str]) -> None:
-    """R14: however many events wait, a call takes at most so many packets; what came behind them is in the next one."""
+    """R14: a call takes a bounded number of packets, however many events wait; later ones are in the next call."""
     are_sent = threading.Event()
     flood = packet(Op.WATCH_EVENT, 0, b"/a\0t\0")
 
@@ -425,7 +429,9 @@ def test_one_call_reads_no_more_than_its_share_of_a_flood(peer: Callable[[Peer],
 
 
 def test_a_muted_watch_is_silent_and_fires_when_it_is_set_again(xenstored: Xenstored, store: Store) -> None:
-    """Nothing comes of a muted token, whose watches may change meanwhile, and none is set by a reconnect either."""
+    """A muted token has no events, even after a reconnection; its watches may be changed meanwhile, and fire when it is
+    unmuted.
+    """
     for path in ("/a", "/b"):
         store.watch(path, "loud")
     store.watch("/a", "other")
@@ -453,7 +459,7 @@ def test_a_muted_watch_is_silent_and_fires_when_it_is_set_again(xenstored: Xenst
 
 
 def test_events_are_counted_by_watch(store: Store) -> None:
-    """R11: who looks at it sees how many events there were, however few changes they have been made into."""
+    """R11: the number of events of each token is counted before events are merged."""
     store.watch("/a", "one")
     store.watch("/b", "two")
     for _ in range(10):
@@ -465,7 +471,7 @@ def test_events_are_counted_by_watch(store: Store) -> None:
 
 
 def test_an_event_of_a_removed_watch_is_dropped(store: Store) -> None:
-    """After `unwatch` no event of that watch comes any more, not even one that was already on its way."""
+    """After `unwatch` no event of that watch is returned, not even one that was already on its way."""
     store.watch("/a", "token")
     store.write("/a", "1")
     store.unwatch("/a", "token")
@@ -475,7 +481,7 @@ def test_an_event_of_a_removed_watch_is_dropped(store: Store) -> None:
 
 
 def test_a_watch_is_set_once(store: Store) -> None:
-    """Setting a watch again, or taking back one that is not there, is no error."""
+    """Setting a watch again, or removing one that does not exist, is no error."""
     store.watch("/a", "token")
     store.watch("/a", "token")
     store.unwatch("/a", "token")
@@ -495,7 +501,7 @@ def test_a_refused_watch_is_not_set_again_later(xenstored: Xenstored, store: Sto
 
 
 def test_what_the_wire_cannot_carry_is_refused_before_sending(store: Store) -> None:
-    """A value beyond XENSTORE_PAYLOAD_MAX or a NUL in a path is a clear error, and the connection lives."""
+    """A value beyond XENSTORE_PAYLOAD_MAX, or a NUL in a path, is an error, and the connection stays."""
     store.write("/a", "x" * (4096 - 3))
     with pytest.raises(StoreError, match="4097 bytes of path and value; xenstore carries at most 4096") as caught:
         store.write("/a", "x" * (4096 - 2))
@@ -507,7 +513,7 @@ def test_what_the_wire_cannot_carry_is_refused_before_sending(store: Store) -> N
 
 
 def test_a_transaction_is_tried_again_until_nobody_interferes(xenstored: Xenstored, store: Store) -> None:
-    """A body whose commit meets EAGAIN runs again and sees what the other wrote."""
+    """A transaction whose commit meets EAGAIN is run again and sees what the other client wrote."""
     store.write("/n", "0")
     others = Store(xenstored.address)
     seen = []
@@ -527,7 +533,7 @@ def test_a_transaction_is_tried_again_until_nobody_interferes(xenstored: Xenstor
 
 @pytest.mark.rows("C10")
 def test_a_transaction_that_always_collides_is_given_up_with_growing_pauses(xenstored: Xenstored) -> None:
-    """Retries are capped and wait between attempts with jitter: no spin."""
+    """A transaction is retried a limited number of times, with growing, random pauses."""
     pauses: list[float] = []
     store, others = Store(xenstored.address, pause=pauses.append), Store(xenstored.address)
 
@@ -547,7 +553,7 @@ def test_a_transaction_that_always_collides_is_given_up_with_growing_pauses(xens
 
 
 def test_an_exception_aborts_the_transaction(store: Store) -> None:
-    """What the body raises comes out, and nothing of the transaction stays."""
+    """An exception in the body is raised, and nothing of the transaction is kept."""
 
     def body(transaction: Nodes) -> None:
         transaction.write("/a", "x")
@@ -561,7 +567,7 @@ def test_an_exception_aborts_the_transaction(store: Store) -> None:
 
 
 def test_a_domain_knows_its_number(xenstored: Xenstored, store: Store) -> None:
-    """The own domain's number is the node `domid`, and anything else in there is refused."""
+    """The number of our own domain is read from the node `domid`; any other content is refused."""
     with Store(f"{xenstored.address}.5") as guest:
         assert guest.own_domid() == 5
     store.write("domid", "0x1")

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow  # every one starts processes
 
 @pytest.fixture
 def service(xenstored: Xenstored, tmp_path: Path) -> Iterator[str]:
-    """A registry whose loop turns by itself, and its control socket."""
+    """The control socket of a registry whose loop runs in a thread."""
     socket = str(tmp_path / "control.sock")
     stepped = Stepped(xenstored.address, Settings(), socket=socket, runs_script=False)
     is_over = threading.Event()
@@ -48,7 +48,7 @@ def service(xenstored: Xenstored, tmp_path: Path) -> Iterator[str]:
 
 
 def test_attach_and_detach(service: str, toolstack: Store, guest: Store) -> None:
-    """The frontend's directory comes after the chain is open, libxl's entry is there, and detach leaves nothing."""
+    """`attach` makes the frontend's directory after the chain is open, and libxl's entry; `detach` leaves nothing."""
     path = vbd_path(toolstack, 5, "xvda")
     attach(toolstack, Attachment(path, "null:1G", read_only=True), service)
     back, front = toolstack.dictionary(path.backend), toolstack.dictionary(path.frontend)
@@ -72,8 +72,8 @@ def test_attach_and_detach(service: str, toolstack: Store, guest: Store) -> None
 
 
 def test_chain_that_does_not_open_is_told_and_taken_back(service: str, toolstack: Store, guest: Store) -> None:
-    """The service's sentence reaches the operator, the guest never sees the disk, and nothing is left. Whose mistake it
-    is decides the code, as with `set`.
+    """If the chain cannot be opened, the operator gets the service's sentence, the guest never sees the disk, and
+    nothing is left. The code says whose mistake it is, as with `set`.
     """
     del guest
     with pytest.raises(ServiceError, match="null: it is broken") as caught:
@@ -84,7 +84,7 @@ def test_chain_that_does_not_open_is_told_and_taken_back(service: str, toolstack
 
 
 def test_a_bad_chain_touches_nothing(toolstack: Store) -> None:
-    """A chain that cannot be meant is refused before xenstore is written."""
+    """An invalid chain is refused before anything is written to xenstore."""
     with pytest.raises(ChainError):
         attach(toolstack, Attachment(PATH, "log:|"), "/nowhere")
 
@@ -92,7 +92,7 @@ def test_a_bad_chain_touches_nothing(toolstack: Store) -> None:
 
 
 def test_no_service_is_told(toolstack: Store) -> None:
-    """Without a service attach says so at once, and touches nothing."""
+    """Without a service `attach` fails at once, and changes nothing."""
     with pytest.raises(XenbackendError, match="no service answers at /nowhere; start it with"):
         attach(toolstack, Attachment(PATH, "null:1G"), "/nowhere")
 
@@ -111,7 +111,7 @@ def test_place_that_is_taken_and_domain_that_is_missing(service: str, toolstack:
 
 
 def test_disk_in_use_goes_only_with_force(service: str, toolstack: Store, guest: Store) -> None:
-    """A guest that does not let go keeps its disk, until force takes the frontend's directory away."""
+    """A guest that does not release its disk keeps it, until force removes the frontend's directory."""
     attach(toolstack, Attachment(PATH, "null:1G"), service)
     offer_ring(guest)
     wait_until_connected(toolstack, PATH, 20)
@@ -124,7 +124,7 @@ def test_disk_in_use_goes_only_with_force(service: str, toolstack: Store, guest:
 
 
 def test_waiting_for_a_frontend_that_fails(service: str, toolstack: Store, guest: Store) -> None:
-    """A frontend whose keys cannot be is named with the reason, not with a time-out."""
+    """If a frontend's keys are invalid, waiting for it ends with the reason, and not with a time-out."""
     attach(toolstack, Attachment(PATH, "null:1G"), service)
     guest.write(f"{PATH.frontend}/state", "3")
     with pytest.raises(XenbackendError, match=r"the backend's state is Closed \(22 the frontend has not written"):
@@ -132,18 +132,18 @@ def test_waiting_for_a_frontend_that_fails(service: str, toolstack: Store, guest
 
 
 class Device(PosixPath):
-    """A device that is there from the third look on."""
+    """A device that exists from the third look on."""
 
     looks = 0
 
     def is_block_device(self) -> bool:
-        """Count."""
+        """Count the looks."""
         self.looks += 1
         return self.looks > 2
 
 
 def test_a_device_of_our_own_is_waited_for() -> None:
-    """Who attaches a disk to the own domain may use the device at once, though the kernel makes it after Connected."""
+    """`attach` to the own domain waits for the device, which the kernel makes some time after Connected."""
     device, pauses = Device("/dev/xvdq"), []
     wait_until_there(device, 20, pauses.append)
 
@@ -151,6 +151,6 @@ def test_a_device_of_our_own_is_waited_for() -> None:
 
 
 def test_a_device_that_never_comes_is_an_error(tmp_path: Path) -> None:
-    """The sentence names the device and where the kernel says why."""
+    """If the device does not appear, the error names it and where the kernel says why."""
     with pytest.raises(XenbackendError, match=r"no .*xvdq after 0 s; see dmesg"):
         wait_until_there(tmp_path / "xvdq", 0)
