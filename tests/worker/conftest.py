@@ -1,4 +1,4 @@
-"""A disk for each test, served in the test's own process or by another one."""
+"""A disk for each test, served in the test's own process or by a worker's process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.served import Served
 
 @pytest.fixture
 def vbd(tmp_path: Path) -> Iterator[Served]:
-    """A guest and a disk, not connected yet; at the end of the test there must have been no bug."""
+    """A guest and a disk, not connected yet. The test must not cause a bug."""
     with Served(tmp_path) as vbd:
         yield vbd
     assert [] == vbd.bugs
@@ -22,7 +22,7 @@ def vbd(tmp_path: Path) -> Iterator[Served]:
 
 @pytest.fixture
 def driven(tmp_path: Path) -> Iterator[Driven]:
-    """A worker's process that knows a driver with bugs, and one with large sectors."""
+    """A worker's process that also knows a driver with bugs and one with large sectors."""
     with Driven(tmp_path, drivers={name: TEST_DRIVERS[name] for name in ("clumsy", "coarse")}) as driven:
         yield driven
 

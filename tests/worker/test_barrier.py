@@ -1,4 +1,4 @@
-"""Write barriers through a real ring: the order of the steps, what waits, and how one ends."""
+"""Write barriers through a real ring: the order of their steps, what waits for them, and how they end."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ DATA = b"b" * PAGE
 @pytest.mark.parametrize("operation", [BLKIF_OP_WRITE_BARRIER, BLKIF_OP_FLUSH_DISKCACHE])
 @pytest.mark.parametrize("persistent", [False, True])
 def test_barrier_is_drain_flush_write_flush(vbd: Served, operation: int, persistent: bool) -> None:
-    """A barrier, or a flush with data, begins when all before it is done, and what came after it begins at its end."""
+    """A barrier, or a flush with data, begins when all requests before it are done; later requests begin when it has
+    ended.
+    """
     frontend = vbd.connect(Wishes(flush=False, queues=2, persistent=persistent))
     vbd.disk.holding = True
     first = frontend.submit(BLKIF_OP_WRITE, 0, data=DATA, ring=1)
@@ -56,7 +58,7 @@ def test_empty_barrier_is_one_flush(vbd: Served) -> None:
 
 
 def test_barriers_in_a_row_are_served_one_after_the_other(vbd: Served) -> None:
-    """A barrier that stands behind another one in the ring is lowered when its turn comes."""
+    """Barriers that follow one another in the ring are served one at a time, in order."""
     frontend = vbd.connect(WISHES)
     requests = [
         frontend.submit(BLKIF_OP_WRITE_BARRIER, sector, data=DATA, ring=0, push=False) for sector in range(0, 80, 8)
@@ -68,7 +70,7 @@ def test_barriers_in_a_row_are_served_one_after_the_other(vbd: Served) -> None:
 
 
 def test_failed_write_of_a_barrier_is_answered_with_an_error(vbd: Served) -> None:
-    """A barrier whose write fails ends there with an error; what waited behind it goes on."""
+    """A barrier whose write fails ends with an error, and the requests behind it go on."""
     frontend = vbd.connect(WISHES)
     vbd.disk.errors = {Op.WRITE: errno.EIO}
     barrier = frontend.submit(BLKIF_OP_WRITE_BARRIER, 0, data=DATA, ring=0, push=False)
@@ -80,7 +82,7 @@ def test_failed_write_of_a_barrier_is_answered_with_an_error(vbd: Served) -> Non
 
 
 def test_failed_flush_of_a_barrier_holds_it(vbd: Served) -> None:
-    """A barrier whose flush fails is not answered before the disk goes away, and nothing passes it."""
+    """A barrier whose flush fails is not answered until the disk goes away, and no request passes it."""
     frontend = vbd.connect(WISHES)
     vbd.disk.errors = {Op.FLUSH: errno.EIO}
     barrier = frontend.submit(BLKIF_OP_WRITE_BARRIER, 0, data=DATA, ring=0, push=False)
@@ -95,7 +97,7 @@ def test_failed_flush_of_a_barrier_holds_it(vbd: Served) -> None:
 
 
 def test_barrier_with_a_bad_page_fails_and_holds_up_nobody(vbd: Served) -> None:
-    """A barrier whose data cannot be copied is refused before anything is submitted."""
+    """A barrier whose data cannot be copied is refused before anything is submitted, and later requests go on."""
     frontend = vbd.connect(WISHES)
     barrier = frontend.submit(BLKIF_OP_WRITE_BARRIER, 0, data=DATA, ring=0, push=False)
     vbd.guest.fail(barrier.pages[0].gref, -1)

@@ -1,4 +1,4 @@
-"""How a worker begins: with all that it cannot get behind walls, and with nothing else."""
+"""How a worker starts: with all that it cannot get once it is behind walls, and with nothing else."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from xenbackend.worker import birth, preload
 ROOT = Path(birth.__file__).parents[1]
 HOST = "xenbackend.rig.host"
 ROOMS = ("block", "blkif", "journal.py", "kernel", "loop", "nbd", "protocol", "rig/host.py", "walls", "worker")
-# What is imported late in these rooms, and not for workers.
+# What functions of these rooms import, and workers do without.
 NOT_FOR_WORKERS = {
     "importlib.metadata": "third parties' drivers, which are looked for before",
     "compression": "of Python 3.14, which has it",
@@ -47,7 +47,7 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root raises all 
 
 @contextmanager
 def zygote(walls: str) -> Iterator[socket.socket]:
-    """Start a zygote; give its socket once it is ready."""
+    """Start a zygote, and yield its socket once it is ready."""
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     command = [sys.executable, "-m", "xenbackend.worker.zygote", "--host", HOST, "--walls", walls, "--socket"]
     with near, far:
@@ -62,7 +62,7 @@ def zygote(walls: str) -> Iterator[socket.socket]:
 
 @contextmanager
 def worker_of(channel: socket.socket, drivers: str = "") -> Iterator[tuple[socket.socket, int]]:
-    """Have a worker forked; give its socket and its number."""
+    """Have a worker forked, and yield its socket and its process number."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
         ours.settimeout(20)
@@ -79,7 +79,7 @@ def worker_of(channel: socket.socket, drivers: str = "") -> Iterator[tuple[socke
 
 
 def open_chain(near: socket.socket, chain: str = "null:1G") -> messages.Standing:
-    """Let a worker open a chain, and return where it stands then."""
+    """Let a worker open a chain, and return its standing then."""
     fd = memfd.make("journal", journal.SIZE)
     openers = Openers()
     opener = openers.begin(opening.Job("vbd/5/51712", [chain], read_only=False))
@@ -98,7 +98,9 @@ def open_chain(near: socket.socket, chain: str = "null:1G") -> messages.Standing
 @pytest.mark.slow
 @pytest.mark.rows("R20", "B16")
 def test_a_worker_is_behind_all_walls_before_it_hears_a_message() -> None:
-    """Root sees nothing amiss; what is open are the loop, the load of the host, a restricted ring, and the journal."""
+    """A worker is behind all walls before it reads a message. Its only open files are those of the loop, the host's
+    load, a restricted ring, and the journal.
+    """
     with zygote("on") as channel, worker_of(channel) as (near, pid):
         near.send(codec.encode(messages.Report(0)))
         first = codec.from_worker(near.recv(messages.MAX_MESSAGE))
@@ -121,7 +123,7 @@ def test_a_worker_is_behind_all_walls_before_it_hears_a_message() -> None:
 @pytest.mark.slow
 @pytest.mark.rows("R20")
 def test_two_workers_are_two_users() -> None:
-    """Two that live at once have neither user nor group in common."""
+    """Two workers that live at the same time share neither user nor group."""
     with zygote("on") as channel, worker_of(channel) as (first, one), worker_of(channel) as (second, other):
         open_chain(first)
         open_chain(second)
@@ -135,7 +137,7 @@ def test_two_workers_are_two_users() -> None:
 @needs_root
 @pytest.mark.slow
 def test_without_walls_a_worker_is_the_services() -> None:
-    """With "off" nothing is given up, and nothing is told to be."""
+    """With walls = "off" a worker gives up nothing, and reports no walls."""
     with zygote("off") as channel, worker_of(channel) as (near, pid):
         standing = open_chain(near)
         status = Path(f"/proc/{pid}/status").read_text()
@@ -146,7 +148,9 @@ def test_without_walls_a_worker_is_the_services() -> None:
 
 @pytest.mark.slow
 def test_required_walls_that_are_missing_are_why_a_disk_is_not_served() -> None:
-    """A service that may not raise them all says so once a chain is to be opened, and opens nothing."""
+    """With walls = "require", a worker that cannot raise all of them says so when it is to open a chain, and opens
+    nothing.
+    """
     program = (
         "import sys; from xenbackend.kernel import landlock; from xenbackend.worker.zygote import main\n"
         "landlock._SYS_CREATE_RULESET = 100_000\nsys.exit(main(sys.argv[1:]))"
@@ -171,7 +175,7 @@ def test_required_walls_that_are_missing_are_why_a_disk_is_not_served() -> None:
 
 @pytest.mark.slow
 def test_a_worker_by_exec_is_behind_them_too() -> None:
-    """Where there is no zygote yet, all walls are raised but that of processes, which only a fork can have."""
+    """A worker that is started by exec raises all walls except that of processes, which needs a fork."""
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     command = [sys.executable, "-m", "xenbackend.worker.main", "--host", HOST, "--walls", "on", "--socket"]
     with near, far:
@@ -187,7 +191,7 @@ def test_a_worker_by_exec_is_behind_them_too() -> None:
 
 
 def _late_imports() -> set[str]:
-    """Return the modules that a function imports, in the rooms that a worker lives in."""
+    """Return the modules that functions import in the rooms that a worker uses."""
     found = set()
     for room in ROOMS:
         path = ROOT / room
@@ -212,7 +216,9 @@ def _is_module(name: str) -> bool:
 
 @pytest.mark.slow
 def test_nothing_is_left_to_be_imported() -> None:
-    """Behind walls nothing can be imported: whatever a function imports late has been imported by then."""
+    """Everything that a function imports late is imported before the walls are raised, since nothing can be imported
+    behind them.
+    """
     done = subprocess.run([sys.executable, "-c", _EVERYTHING], check=True, capture_output=True, timeout=60)
     late = _late_imports()
 
@@ -221,7 +227,7 @@ def test_nothing_is_left_to_be_imported() -> None:
 
 
 def test_every_encoding_is_there() -> None:
-    """An encoding is a module, too: each that a worker's rooms name is looked up before."""
+    """Each encoding that a worker's rooms name is looked up before the walls are raised, since it is a module too."""
     named = set()
     for room in ROOMS:
         path = ROOT / room
@@ -232,7 +238,9 @@ def test_every_encoding_is_there() -> None:
 
 
 def test_what_was_not_there_from_the_beginning_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A driver that was not loaded ahead is a sentence that says what to do; one that could not be says why."""
+    """A driver that was not loaded ahead is refused with a sentence that says what to do, or why it could not be
+    loaded.
+    """
     monkeypatch.setattr(drivers, "_ahead", None)
     load_ahead(["nonesuch"])
 
@@ -245,7 +253,7 @@ def test_what_was_not_there_from_the_beginning_is_refused(monkeypatch: pytest.Mo
 
 
 def test_a_library_is_loaded_ahead_only_where_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A driver that is told of prepares itself; that it cannot is no error before it is opened."""
+    """Only a driver that is named prepares itself; a failure to do so is no error until it is opened."""
     prepared = []
 
     def prepare() -> None:
@@ -273,5 +281,5 @@ def test_a_library_is_loaded_ahead_only_where_it_is_needed(monkeypatch: pytest.M
     ],
 )
 def test_a_command_line_is_pairs(line: str, expected: dict[str, str] | None) -> None:
-    """What is no pair of a known name and a value, or has no socket, is none of ours."""
+    """A command line that is not made of pairs of known names and values, or that has no socket, is refused."""
     assert expected == birth.parse(line.split())

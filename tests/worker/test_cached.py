@@ -1,4 +1,4 @@
-"""Tests of `xenbackend.worker.cached`; its content is checked against the model in test_files.py."""
+"""Tests of `xenbackend.worker.cached`; test_files.py checks contents against a model."""
 
 import errno
 import os
@@ -26,7 +26,7 @@ def reactor() -> Iterator[Reactor]:
 
 @pytest.fixture(params=[places.DISK, places.MEMORY])
 def image(reactor: Reactor, request: pytest.FixtureRequest) -> Iterator[Image]:
-    """Return an image behind the page cache, all of which holds it."""
+    """Return an image through the page cache, which holds all of it."""
     path = request.param / f"{places.prefix()}{os.getpid()}"
     path.write_bytes(CONTENT)
     files = HostFiles(reactor)
@@ -38,7 +38,7 @@ def image(reactor: Reactor, request: pytest.FixtureRequest) -> Iterator[Image]:
 
 
 def request_of(op: Op, offset: int, length: int = 4096, pieces: int = 1) -> Request:
-    """Return a request whose memory is in so many pieces."""
+    """Return a request whose memory is in `pieces` pieces."""
     request = Request()
     request.op, request.offset, request.length = op, offset, length
     request.iov = [memoryview(bytearray(length // pieces)) for _ in range(pieces)]
@@ -46,7 +46,7 @@ def request_of(op: Op, offset: int, length: int = 4096, pieces: int = 1) -> Requ
 
 
 def serve(reactor: Reactor, image: Image, batch: list[Request]) -> list[list[Request]]:
-    """Submit, run until all is back, and return the batches in which it came back."""
+    """Submit a batch, run until all of it is back, and return the batches in which it came back."""
     back: list[list[Request]] = []
 
     def complete(done: list[Request]) -> None:
@@ -61,7 +61,7 @@ def serve(reactor: Reactor, image: Image, batch: list[Request]) -> list[list[Req
 
 
 def test_warm_batch_comes_back_at_once(reactor: Reactor, image: Image) -> None:
-    """What the page cache holds is given back before `submit` returns, the whole batch in one call."""
+    """A batch that is in the page cache is completed in one call before `submit` returns."""
     serve(reactor, image, [request_of(Op.READ, 0)])  # a file system may turn out not to know RWF_NOWAIT
     batch = [request_of(op, place * 8192) for place, op in enumerate([Op.READ, Op.WRITE, Op.READ, Op.READ])]
     back: list[list[Request]] = []
@@ -73,7 +73,7 @@ def test_warm_batch_comes_back_at_once(reactor: Reactor, image: Image) -> None:
 
 
 def test_cold_read_does_not_block(reactor: Reactor, image: Image) -> None:
-    """What the page cache does not hold comes back later, and right."""
+    """A read that is not in the page cache is completed later, with the right data."""
     os.fsync(image.fd)
     os.posix_fadvise(image.fd, 0, 0, os.POSIX_FADV_DONTNEED)
     batch = [request_of(Op.READ, place * 65536) for place in (3, 1, 2, 0)]
@@ -84,7 +84,7 @@ def test_cold_read_does_not_block(reactor: Reactor, image: Image) -> None:
 
 
 def test_neighbours_are_joined(reactor: Reactor, image: Image, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Requests that continue each other are one call, and each gets its own bytes."""
+    """Requests for adjacent places are done in one call, and each gets its own bytes."""
     calls: list[int] = []
     preadv = os.preadv
 
@@ -104,7 +104,7 @@ def test_neighbours_are_joined(reactor: Reactor, image: Image, monkeypatch: pyte
 
 
 def test_joined_writes(reactor: Reactor, image: Image) -> None:
-    """Joined writes land where they belong; one that would make the file grow spoils only itself."""
+    """Joined writes go to the right places; one that would make the file grow fails alone."""
     batch = [request_of(Op.WRITE, len(CONTENT) - 8192 + place * 4096) for place in range(3)]
     for number, each in enumerate(batch):
         each.iov[0][:] = bytes([100 + number]) * 4096
@@ -115,7 +115,9 @@ def test_joined_writes(reactor: Reactor, image: Image) -> None:
 
 
 def test_run_that_is_cut_short(reactor: Reactor, image: Image) -> None:
-    """Neighbours of which only the first can be read whole are done again one by one: each gets its own status."""
+    """If only the first of joined reads can be done in full, they are repeated one by one, and each gets its own
+    status.
+    """
     os.ftruncate(image.fd, 4096)
     batch = [request_of(Op.READ, 0), request_of(Op.READ, 4096)]
     serve(reactor, image, batch)
@@ -124,7 +126,7 @@ def test_run_that_is_cut_short(reactor: Reactor, image: Image) -> None:
 
 
 def test_runs() -> None:
-    """A run goes on while place and operation do, and never has more pieces than one call takes."""
+    """A run contains adjacent requests of one operation, and no more pieces than one call takes."""
     batch = [
         request_of(Op.READ, 0), request_of(Op.READ, 4096), request_of(Op.WRITE, 8192), request_of(Op.WRITE, 4096),
         request_of(Op.WRITE, 8192), request_of(Op.FLUSH, 12288, 0), request_of(Op.FLUSH, 12288, 0),
@@ -137,7 +139,9 @@ def test_runs() -> None:
 
 @pytest.mark.parametrize("direct", [False, True])
 def test_what_memory_has_is_read_through_a_map_of_blocks(reactor: Reactor, *, direct: bool) -> None:
-    """A read inside a block with a place is done at once, or is late, with its place; all else is left as it was."""
+    """A read within a mapped block is done at once, or returned with its mapped place to be done later; other requests
+    are left alone.
+    """
     path = places.DISK / f"{places.prefix()}{os.getpid()}"
     path.write_bytes(CONTENT)
     files = HostFiles(reactor)

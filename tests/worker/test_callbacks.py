@@ -1,4 +1,4 @@
-"""Tests of `xenbackend.worker.callbacks`: what a layer watches, and a layer that fails for ever."""
+"""Tests of `xenbackend.worker.callbacks`: what a layer watches, and a layer that fails again and again."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from xenbackend.worker.callbacks import BURST, Callbacks
 
 @pytest.fixture
 def bugs() -> list[Exception]:
-    """Return what callbacks have let out."""
+    """The exceptions that callbacks have raised."""
     return []
 
 
 @pytest.fixture
 def reactor(bugs: list[Exception]) -> Iterator[Reactor]:
-    """Return a loop that takes note of bugs."""
+    """Return a loop that records exceptions."""
     made = Reactor(on_bug=bugs.append)
     yield made
     made.close()
@@ -27,7 +27,7 @@ def reactor(bugs: list[Exception]) -> Iterator[Reactor]:
 
 @pytest.fixture
 def ready() -> Iterator[int]:
-    """Return a descriptor that is readable and stays so."""
+    """Return a descriptor that stays readable."""
     fd = os.eventfd(1, os.EFD_CLOEXEC)
     yield fd
     os.close(fd)
@@ -41,12 +41,14 @@ def turn(reactor: Reactor, passes: int = 1) -> None:
 
 
 def fail() -> None:
-    """Be a bug."""
+    """Raise an exception, as a bug would."""
     raise KeyError("x")
 
 
 def test_a_descriptor_is_watched_until_it_is_not(reactor: Reactor, ready: int) -> None:
-    """A callback is called while its descriptor is readable, and when it is writable if that is wanted."""
+    """A callback is called while its descriptor is readable, and while it is writable if that is wanted, until
+    `unwatch`.
+    """
     seen: list[int] = []
     callbacks = Callbacks(reactor, "log:", pytest.fail)
     callbacks.watch(ready, lambda: seen.append(1))
@@ -64,7 +66,9 @@ def test_a_descriptor_is_watched_until_it_is_not(reactor: Reactor, ready: int) -
 
 
 def test_a_layer_that_fails_for_ever_is_stopped(reactor: Reactor, ready: int, bugs: list[Exception]) -> None:
-    """After so many failures nothing of the layer is called, the sentence names it, and the loop can sleep again."""
+    """After too many failures none of a layer's callbacks are called any more, a sentence names the layer, and the loop
+    can sleep again.
+    """
     stopped: list[str] = []
     callbacks = Callbacks(reactor, "log:", stopped.append)
     callbacks.watch(ready, fail)
@@ -83,7 +87,9 @@ def test_a_layer_that_fails_for_ever_is_stopped(reactor: Reactor, ready: int, bu
 
 
 def test_a_layer_that_is_resumed_goes_on_where_it_was(reactor: Reactor, ready: int, bugs: list[Exception]) -> None:
-    """What was due meanwhile is called then, and what it watches is watched again; it may be stopped once more."""
+    """When a stopped layer is resumed, calls that fell due are made, and its descriptors are watched again; it may be
+    stopped once more.
+    """
     stopped: list[str] = []
     wrong = [True]
     callbacks = Callbacks(reactor, "log:", stopped.append)
@@ -103,7 +109,7 @@ def test_a_layer_that_is_resumed_goes_on_where_it_was(reactor: Reactor, ready: i
 
 
 def test_what_is_watched_while_stopped_is_watched_later(reactor: Reactor, ready: int) -> None:
-    """A layer that is stopped may still be closed, or told of another descriptor."""
+    """A layer may change what it watches while it is stopped; that takes effect when it is resumed."""
     stopped: list[str] = []
     seen: list[int] = []
     callbacks = Callbacks(reactor, "log:", stopped.append)

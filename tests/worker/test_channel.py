@@ -1,4 +1,4 @@
-"""What a worker says: how much of it a guest may provoke, and that a gone listener stops nothing."""
+"""What a worker says: a guest can cause a limited amount of it, and a supervisor that is gone stops nothing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STANDING = messages.Standing(1, Stage.IDLE, "null:1M", read_only=False, shareabl
 
 
 class Ears:
-    """The supervisor's end, and a clock that the test moves; `standing` is where the worker stands."""
+    """The supervisor's end of the socket, and a clock that the test moves. `standing` is the worker's standing."""
 
     def __init__(self) -> None:
         self.ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -31,7 +31,7 @@ class Ears:
         self.channel = Channel(theirs, self.reactor, lambda: self.standing)
 
     def heard(self) -> list[messages.FromWorker]:
-        """Return everything that was said since the last time."""
+        """Return everything that was said since the last call."""
         said = []
         while True:
             try:
@@ -40,7 +40,7 @@ class Ears:
                 return said
 
     def pass_time(self, seconds: float) -> None:
-        """Move the clock, and let timers go off."""
+        """Move the clock, and let timers expire."""
         self.now += seconds
         self.reactor.call_soon(self.reactor.stop)
         self.reactor.run()
@@ -54,14 +54,14 @@ class Ears:
 
 @pytest.fixture
 def ears() -> Iterator[Ears]:
-    """A listener whose sockets are closed after the test."""
+    """A listener, closed after the test."""
     ears = Ears()
     yield ears
     ears.close()
 
 
 def test_complaints_have_a_budget(ears: Ears) -> None:
-    """A guest gets BURST lines, then one per REFILL_S; the next line says how many were left out."""
+    """A guest can cause BURST lines, then one per REFILL_S; the next line says how many were left out."""
     for _ in range(1000):
         ears.channel.complain("bad")
     at_once = ears.heard()
@@ -74,7 +74,7 @@ def test_complaints_have_a_budget(ears: Ears) -> None:
 
 
 def test_budget_does_not_grow_beyond_the_burst(ears: Ears) -> None:
-    """A guest that was quiet for a day has no more than BURST lines."""
+    """A guest that was quiet for a day can still cause no more than BURST lines."""
     ears.now += 86400
     for _ in range(BURST + 5):
         ears.channel.complain("bad")
@@ -83,7 +83,7 @@ def test_budget_does_not_grow_beyond_the_burst(ears: Ears) -> None:
 
 
 def test_complaints_are_short_and_bare(ears: Ears) -> None:
-    """Nothing that a terminal or a log reader would obey gets into a line about a guest, nor a long one."""
+    """A line about a guest is short, and has no characters that a terminal or log reader would act on."""
     ears.channel.complain("\x1b[2J\nroot: all is well \u202e" + "x" * 1000)
     (line,) = ears.heard()
 
@@ -93,7 +93,7 @@ def test_complaints_are_short_and_bare(ears: Ears) -> None:
 
 
 def test_alarms_are_said_whatever_the_budget(ears: Ears) -> None:
-    """What an administrator must read does not come out of the guest's budget."""
+    """An alarm for the administrator is sent even if the guest's budget is used up."""
     for _ in range(BURST + 5):
         ears.channel.complain("bad")
     ears.heard()
@@ -103,7 +103,7 @@ def test_alarms_are_said_whatever_the_budget(ears: Ears) -> None:
 
 
 def test_alarms_have_a_budget_of_their_own(ears: Ears) -> None:
-    """Whatever raises an alarm again and again gets BURST lines of bounded length."""
+    """Repeated alarms are limited to BURST lines of bounded length."""
     for _ in range(1000):
         ears.channel.alarm("x" * 10_000)
     lines = ears.heard()
@@ -112,7 +112,7 @@ def test_alarms_have_a_budget_of_their_own(ears: Ears) -> None:
 
 
 def test_a_standing_is_said_when_it_has_changed(ears: Ears) -> None:
-    """Whatever makes the worker look whether it has to say something: what was said is not said again."""
+    """A standing is sent only if it has changed, however often the worker checks that."""
     for number in (1, 1, 2, 2):
         ears.standing = replace(STANDING, number=number)
         ears.channel.stand()
@@ -121,7 +121,7 @@ def test_a_standing_is_said_when_it_has_changed(ears: Ears) -> None:
 
 
 def test_a_standing_fits_into_a_datagram(ears: Ears) -> None:
-    """Of a chain whose layers have more to say than a message holds, the upper ones are told."""
+    """If the layers of a chain do not fit into one message, the upper ones are sent."""
     layer = messages.LayerFacts("x" * 4000, 1, 512, False, False, False, 0, 0, 512)
     ears.standing = replace(STANDING, layers=[layer] * 64)
     ears.channel.stand()
@@ -132,7 +132,7 @@ def test_a_standing_fits_into_a_datagram(ears: Ears) -> None:
 
 
 def test_any_sentence_can_be_said(ears: Ears) -> None:
-    """What an exception says may be long, or hold what no message takes: it is said all the same."""
+    """A sentence that is too long, or has characters that no message can carry, is sent all the same."""
     for sentence in ("\ud800 and \udcff", "x" * 10_000, "\ud800" * messages.SENTENCE_MAX):
         ears.channel.alarm(sentence)
         ears.channel.reply(1, Code.BUG, sentence)
@@ -141,15 +141,15 @@ def test_any_sentence_can_be_said(ears: Ears) -> None:
 
 
 def test_nobody_listening_is_no_error(ears: Ears) -> None:
-    """Whoever drains while the supervisor dies is not interrupted by what it says."""
+    """If the supervisor has gone, a worker's messages are dropped without an error."""
     ears.ours.close()
     ears.channel.alarm("is anybody there")
     ears.channel.stand()
 
 
 def test_a_listener_that_does_not_listen_keeps_nobody_waiting(ears: Ears, tmp_path: Path) -> None:
-    """The worker goes on while a supervisor reads nothing. Once it does it hears every reply and memory, in order,
-    and of standings those that had fitted and the newest one; lines of the log are left out.
+    """The worker goes on while its supervisor reads nothing. Once that reads again, it gets every reply and memory in
+    order, the standings that had fitted and the newest one; log lines are left out.
     """
     with (tmp_path / "memory").open("w+b") as file:
         for number in range(3000):
@@ -160,7 +160,7 @@ def test_a_listener_that_does_not_listen_keeps_nobody_waiting(ears: Ears, tmp_pa
         file.write(b"kept!")
     ears.channel.alarm("nobody hears this")
     heard = ears.heard()
-    ears.channel.reply(3000, Code.OK)  # there is room now, and others come first
+    ears.channel.reply(3000, Code.OK)  # there is room now, and earlier messages go first
     for _ in range(100):
         ears.pass_time(RETRY_S)
         heard += ears.heard()
@@ -173,7 +173,7 @@ def test_a_listener_that_does_not_listen_keeps_nobody_waiting(ears: Ears, tmp_pa
 
 
 def test_nothing_is_tried_again_where_all_was_heard(ears: Ears) -> None:
-    """A worker that has nothing left to say has no timer that wakes it."""
+    """A worker that has nothing left to send has no timer running."""
     for number in range(3000):
         ears.channel.reply(number, Code.OK)
     while len(ears.heard()):

@@ -1,4 +1,4 @@
-"""A connection: its channels, its safety poll, and whole undoing of what failed half-way."""
+"""A connection: its channels, its safety poll, and how a failed start is undone."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NOTHING = {"mappings": 0, "pins": 0, "ports": 0}
 
 
 def kick_in_vain(vbd: Served, times: int) -> int:
-    """Notify without work and let the worker look, again and again; return how often it found the port pending."""
+    """Notify the worker without work, `times` times; return how often it found the port pending."""
     turns = vbd.engine.turns
     for _ in range(times):
         vbd.frontend.rings[0].port.notify()
@@ -37,7 +37,7 @@ def kick_in_vain(vbd: Served, times: int) -> int:
 
 
 def test_port_that_fires_in_vain_is_heard_less_and_less(vbd: Served) -> None:
-    """A few events without work are borne; from then on each makes the port wait, up to 10 ms, until work comes."""
+    """A few events without work do no harm; after that, each makes the port wait for up to 10 ms, until work comes."""
     frontend = vbd.connect()
     at_once = kick_in_vain(vbd, 100)
     for _ in range(20):
@@ -54,10 +54,10 @@ def test_port_that_fires_in_vain_is_heard_less_and_less(vbd: Served) -> None:
 
 
 def test_lost_wake_up_is_found_and_counted(vbd: Served) -> None:
-    """Work that nobody announced is found by the second look of the safety poll, and counted as what it is."""
+    """Work without an event is found by the second look of the safety poll, and counted as a missed wake-up."""
     frontend = vbd.connect()
     request = frontend.rings[0].submit(BLKIF_OP_READ, 0, 8)
-    frontend.rings[0].ring.push()  # without the kick
+    frontend.rings[0].ring.push()  # without a notification
     vbd.pass_time(SAFETY_POLL_S + 0.01)
     first_look = vbd.disk.seen[:]
     vbd.pass_time(SAFETY_POLL_S + 0.01)
@@ -70,7 +70,7 @@ def test_lost_wake_up_is_found_and_counted(vbd: Served) -> None:
 
 
 def test_port_that_cannot_be_armed_is_tried_again(vbd: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a port cannot be unmasked, its ring is looked at each second, and the port is tried again each time."""
+    """If a port cannot be unmasked, its ring is looked at every second, and the port is tried again each time."""
     frontend = vbd.connect()
     assert vbd.connection is not None
     events, tries = vbd.connection._events, []
@@ -98,7 +98,7 @@ def test_port_that_cannot_be_armed_is_tried_again(vbd: Served, monkeypatch: pyte
 
 
 def test_ring_broken_in_silence_is_found(vbd: Served) -> None:
-    """A producer index that is out of range stops the ring even where no event tells of it."""
+    """A ring whose producer index is out of range is stopped even if no event comes."""
     frontend = vbd.connect(Wishes(queues=2))
     frontend.rings[1].ring.index[0] = 2**31
     vbd.pass_time(SAFETY_POLL_S + 0.01)
@@ -111,7 +111,7 @@ def test_ring_broken_in_silence_is_found(vbd: Served) -> None:
 @pytest.mark.parametrize("key", ["ring-ref0", "ring-ref1", "event-channel"])
 @pytest.mark.parametrize("ring", [0, 2])
 def test_failed_connect_leaves_nothing(vbd: Served, ring: int, key: str) -> None:
-    """Whichever page or port of whichever ring cannot be had, nothing stays mapped or bound, and a retry succeeds."""
+    """If any page or port of any ring cannot be had, nothing stays mapped or bound, and another try succeeds."""
     vbd.connect(Wishes(queues=3, ring_order=1))
     vbd.disconnect()
     path = f"{FRONT}/queue-{ring}/{key}"
@@ -128,7 +128,7 @@ def test_failed_connect_leaves_nothing(vbd: Served, ring: int, key: str) -> None
 
 
 def test_timers_that_come_after_the_end_do_nothing(vbd: Served) -> None:
-    """What a connection had asked the clock for goes off after its end without harm."""
+    """Timers of a connection do no harm when they expire after its end."""
     vbd.connect()
     kick_in_vain(vbd, 30)
     vbd.disconnect()
@@ -138,7 +138,7 @@ def test_timers_that_come_after_the_end_do_nothing(vbd: Served) -> None:
 
 
 def test_what_was_not_offered_is_refused(vbd: Served) -> None:
-    """A discard of a disk whose toolstack forbids it, and a segment more than was offered, reach no layer."""
+    """A discard that the toolstack forbids, and a request with more segments than were offered, reach no layer."""
     vbd.offered = {"can_discard": False, "max_segments": 32}
     frontend = vbd.connect()
     frontend.rings[0].max_indirect = 256
@@ -155,7 +155,7 @@ def test_what_was_not_offered_is_refused(vbd: Served) -> None:
 
 @pytest.mark.parametrize("step", ["fail_held", "publish"])
 def test_bug_at_the_end_does_not_keep_the_guests_pages(vbd: Served, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
-    """Whatever fails while a connection ends, everything is unmapped and whoever waits for the end hears of it."""
+    """If anything raises an exception while a connection ends, pages are still unmapped and the end reported."""
     vbd.connect()
     assert vbd.connection is not None
 
@@ -171,7 +171,7 @@ def test_bug_at_the_end_does_not_keep_the_guests_pages(vbd: Served, monkeypatch:
 
 
 def test_failed_flush_is_told(vbd: Served) -> None:
-    """An administrator hears, once, that the disk is paused."""
+    """If flushes fail, an alarm tells once that the disk is paused."""
     frontend = vbd.connect()
     vbd.disk.errors = {Op.FLUSH: errno.EIO}
     for _ in range(2):
@@ -182,7 +182,9 @@ def test_failed_flush_is_told(vbd: Served) -> None:
 
 
 def test_failed_flush_is_in_the_journal_before_anything_else(vbd: Served) -> None:
-    """What was lost is reported only once: a worker that dies over the news has left it to its successor."""
+    """A failed flush is noted in the journal before it is reported, since the kernel reports it only once: a successor
+    then knows of it.
+    """
     frontend = vbd.connect()
     vbd.disk.errors = {Op.FLUSH: errno.EIO}
     noted: list[int] = []
@@ -194,7 +196,9 @@ def test_failed_flush_is_in_the_journal_before_anything_else(vbd: Served) -> Non
 
 
 def test_successor_honours_a_failed_flush(vbd: Served) -> None:
-    """A worker that rejoins holds the disk for the flush its predecessor lost; one that begins anew does not."""
+    """A worker that rejoins the rings holds the disk for its predecessor's failed flush; with a new frontend it does
+    not.
+    """
     frontend = vbd.connect()
     vbd.disk.errors = {Op.FLUSH: errno.EIO}
     flush = frontend.submit(BLKIF_OP_FLUSH_DISKCACHE)
@@ -220,7 +224,7 @@ def test_successor_honours_a_failed_flush(vbd: Served) -> None:
 
 
 def test_what_was_lost_earlier_holds_the_disk(vbd: Served) -> None:
-    """A frontend in service, whose disk lost something before this worker began, is served nothing until `resume`."""
+    """A connected frontend whose disk failed a flush before this worker started is not served until `resume`."""
     vbd.offered = {"goes_on": True}
     poison(vbd.journal, errno.EIO)
     frontend = vbd.connect()
@@ -237,7 +241,7 @@ def test_what_was_lost_earlier_holds_the_disk(vbd: Served) -> None:
 
 
 def test_a_ring_is_gone_on_with_in_its_order(vbd: Served) -> None:
-    """What a predecessor had taken is done before anything new, in the order of the ring, and answered once."""
+    """Requests that a predecessor had taken are done before new ones, in the ring's order, and answered once."""
     frontend = vbd.connect()
     vbd.disk.holding = True
     requests = [frontend.submit(BLKIF_OP_WRITE, 0, data=bytes([place]) * 4096, push=False) for place in range(20)]
@@ -258,14 +262,14 @@ def test_a_ring_is_gone_on_with_in_its_order(vbd: Served) -> None:
 
 
 def test_a_successor_kicks_the_frontend(vbd: Served) -> None:
-    """The kick for what a predecessor had answered may have died with it: there is one, and work goes on."""
+    """A successor notifies the frontend, since its predecessor's notification may have been lost."""
     frontend = vbd.connect()
     vbd.disk.holding = True
     read = frontend.submit(BLKIF_OP_READ, 0, 8)
     vbd.step(2)
     vbd.disk.give_back()
     vbd.disk.holding = False
-    frontend.rings[0].port.clear()  # as if it had never come
+    frontend.rings[0].port.clear()  # as if there had been no notification
     vbd.kill()
     vbd.connect_rings(rejoins=True)
 

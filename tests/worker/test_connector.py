@@ -1,4 +1,4 @@
-"""Tests of `xenbackend.worker.connector`: connections that are made anew while a disk is served."""
+"""Tests of `xenbackend.worker.connector`: connections that are renewed while a disk is served."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from xenbackend.worker.opener import RemoteOpener
 
 @pytest.fixture(autouse=True)
 def _served(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let chains name it."""
+    """Make the test driver `served` known."""
     monkeypatch.setitem(BUILT_IN, "served", TEST_DRIVERS["served"])
 
 
@@ -45,7 +45,7 @@ def reactor() -> Iterator[Reactor]:
 
 
 def test_all_that_are_wanted_are_made_by_one_opener(reactor: Reactor, openers: Openers, tmp_path: Path) -> None:
-    """Each layer gets its socket, or why there is none; then the opener is let go of, and nothing is wanted."""
+    """One opener makes all connections that are wanted: each layer gets its socket, or the reason why there is none."""
     path = str(tmp_path / "sock")
     told: list[bool] = []
     answers: list[Answer] = []
@@ -70,7 +70,7 @@ def test_all_that_are_wanted_are_made_by_one_opener(reactor: Reactor, openers: O
 
 
 def test_an_opener_that_ends_is_no_answer(reactor: Reactor, openers: Openers) -> None:
-    """Where the opener or the service has gone the layer is told, and may want a connection again."""
+    """If the opener or the service has gone, the layer is told, and may ask for a connection again."""
     answers: list[Answer] = []
     connector = Connector(reactor, lambda: None, lambda *_: None)
 
@@ -89,7 +89,7 @@ def test_an_opener_that_ends_is_no_answer(reactor: Reactor, openers: Openers) ->
 
 
 def test_an_opener_too_many_is_let_go_of(reactor: Reactor, openers: Openers) -> None:
-    """One that comes where nothing is wanted, or another one is at work, is closed and answered for."""
+    """An opener that comes when no connection is wanted, or when another one is at work, is closed."""
     done: list[str] = []
     connector = Connector(reactor, lambda: None, lambda *_: None)
     job = Job("vbd/5/51712", ["served:/nonexistent"], read_only=False)
@@ -104,7 +104,7 @@ def test_an_opener_too_many_is_let_go_of(reactor: Reactor, openers: Openers) -> 
 
 
 def test_what_is_closed_in_order_is_told() -> None:
-    """The supervisor hears which connection need not be kept."""
+    """The supervisor is told of a connection that was closed in order, so that it need not be kept."""
     parted: list[tuple[str, int, int]] = []
     reactor = Reactor()
     Connector(reactor, lambda: None, lambda *each: parted.append(each)).parted("host:1", 2, 3)

@@ -1,4 +1,4 @@
-"""Counters: what one connection counts, added to what the page says already."""
+"""The counters of one connection, added to those that are on the page already."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from xenbackend.worker.polling import Permit, Poller
 
 
 def numbers(vbd: Served, *names: str) -> list[int]:
-    """Return counters as a reader in another process finds them."""
+    """Return counters as a reader in another process sees them."""
     found = counters.snapshot(vbd.journal)
     return [found[name] for name in names]
 
@@ -35,7 +35,7 @@ def test_each_operation_is_counted_by_its_kind(vbd: Served) -> None:
 
 
 def test_errors_are_told_apart_by_whose_they_are(vbd: Served) -> None:
-    """A request that broke a rule is the guest's error, one that the disk failed is the disk's; neither is both."""
+    """A request that breaks a rule counts as the guest's error, one that the disk fails as the disk's."""
     vbd.policy = "read=report"
     frontend = vbd.connect()
     frontend.wait([frontend.submit(BLKIF_OP_READ, 2**40, 8) for _ in range(2)])
@@ -51,7 +51,7 @@ def test_errors_are_told_apart_by_whose_they_are(vbd: Served) -> None:
 
 
 def test_counters_go_on_where_the_last_connection_ended(vbd: Served) -> None:
-    """What a page says already is added to, so that counters outlive connections and workers."""
+    """A connection adds to the counters on the page, so that they outlive connections and workers."""
     for expected in (1, 2, 3):
         frontend = vbd.connect()
         frontend.read(0, 8)
@@ -63,7 +63,7 @@ def test_counters_go_on_where_the_last_connection_ended(vbd: Served) -> None:
 
 
 def test_what_is_in_flight_is_shown(vbd: Served) -> None:
-    """`in_flight` is what was taken and not answered now."""
+    """`in_flight` is the number of requests that are taken and not answered yet."""
     frontend = vbd.connect()
     vbd.disk.holding = True
     requests = [frontend.submit(BLKIF_OP_READ, 0, 8) for _ in range(5)]
@@ -92,7 +92,7 @@ def test_latency_has_a_histogram(vbd: Served) -> None:
 
 
 def test_each_operation_has_a_histogram_of_its_own(vbd: Served) -> None:
-    """Together they are the one of all, sum and buckets; what a predecessor has counted stays."""
+    """The histograms of the operations add up to the one of all requests, in sum and buckets; earlier counts stay."""
     frontend = vbd.connect()
     for _ in range(128):
         frontend.read(0, 8)
@@ -111,7 +111,9 @@ def test_each_operation_has_a_histogram_of_its_own(vbd: Served) -> None:
 
 
 def test_rests_are_published(vbd: Served) -> None:
-    """Whether looking before sleeping rests now, and how long it has, is for whoever wonders about a slow guest."""
+    """The counters tell whether polling rests now, and for how long it has rested, so that a slow guest can be
+    explained.
+    """
     now = 0
     permit = Permit(lambda: CpuTimes(now, now, 0, now), lambda: now)
     vbd.connect()
@@ -130,7 +132,7 @@ def test_rests_are_published(vbd: Served) -> None:
 
 
 def test_what_layers_count_is_published(vbd: Served) -> None:
-    """Figures of the chain in service are written with the counters; whatever a layer says, a word holds it."""
+    """Figures of the layers are written with the counters; a figure that does not fit into a word is clamped."""
     vbd.connect()
     assert vbd.connection is not None
     vbd.connection.count_layers(lambda: [3, -1, 1 << 70, *range(10_000)])
@@ -140,7 +142,7 @@ def test_what_layers_count_is_published(vbd: Served) -> None:
 
 
 def test_a_page_that_is_full_is_no_bug(vbd: Served) -> None:
-    """A worker that a guest had taken over may have left anything there; its successor counts on all the same."""
+    """Whatever a hostile predecessor has left on the page, its successor counts on without a bug."""
     vbd.journal[: counters.SIZE] = b"\xff" * counters.SIZE
     frontend = vbd.connect()
     for _ in range(128):

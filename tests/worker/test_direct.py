@@ -1,4 +1,4 @@
-"""Tests of `xenbackend.worker.direct` and `io_queue`; contents are checked against the model in test_files.py."""
+"""Tests of `xenbackend.worker.direct` and `io_queue`; test_files.py checks contents against a model."""
 
 import os
 import subprocess
@@ -30,7 +30,7 @@ def reactor() -> Iterator[Reactor]:
 
 @pytest.fixture(params=["aio", "threads"])
 def image(reactor: Reactor, request: pytest.FixtureRequest) -> Iterator[DirectImage]:
-    """Return a direct image of zeros, as if its medium had blocks of 4096 bytes."""
+    """Return a direct image of zeros, as on a medium with blocks of 4096 bytes."""
     fd = os.open("/var/tmp", os.O_RDWR | os.O_TMPFILE)
     os.pwrite(fd, bytes(SIZE), 0)
     medium = blockdev.examine(fd, "image", read_only=False)
@@ -59,7 +59,7 @@ def write_of(offset: int, content: bytes, iov: list[memoryview] | None = None) -
 
 
 def serve(reactor: Reactor, image: DirectImage, batch: list[Request]) -> list[Request]:
-    """Submit, run until all is back, and return it in that order."""
+    """Submit a batch, run until all of it is back, and return it in the order in which it came back."""
     back: list[Request] = []
 
     def complete(done: list[Request]) -> None:
@@ -74,7 +74,7 @@ def serve(reactor: Reactor, image: DirectImage, batch: list[Request]) -> list[Re
 
 
 def test_parts_of_one_block_do_not_overwrite_each_other(reactor: Reactor, image: DirectImage) -> None:
-    """Writes of single sectors of one block, in flight together with whole blocks around them, are all in the end."""
+    """Writes of single sectors of one block, in flight together with whole blocks around them, are all kept."""
     batch = [write_of(8192 + n * 512, bytes([65 + n]) * 512) for n in range(8)]
     whole = [write_of(place, b"w" * 4096) for place in (4096, 12288)]
     back = serve(reactor, image, [whole[0], *batch[:5], whole[1], *batch[5:]])
@@ -84,7 +84,7 @@ def test_parts_of_one_block_do_not_overwrite_each_other(reactor: Reactor, image:
 
 
 def test_part_waits_until_it_is_alone(reactor: Reactor, image: DirectImage) -> None:
-    """What came before a part of a block is given back before it, and what came after it afterwards."""
+    """A write of part of a block begins when earlier requests for it are done, and later ones begin after it."""
     batch = [write_of(0, b"a" * 4096), write_of(512, b"b" * 512), write_of(0, b"c" * 4096), write_of(1024, b"d" * 512)]
     back = serve(reactor, image, batch)
 
@@ -93,7 +93,7 @@ def test_part_waits_until_it_is_alone(reactor: Reactor, image: DirectImage) -> N
 
 
 def test_memory_that_the_medium_cannot_use(reactor: Reactor, image: DirectImage) -> None:
-    """Memory at an odd address is written and read all the same."""
+    """Requests with memory at odd addresses are done too."""
     arena = memory.allocate(4 * 4096).view
     arena[3:4099] = b"odd!" * 1024
     write = write_of(4096, b"odd!" * 1024, [arena[3:1003], arena[1003:4099]])
@@ -144,7 +144,7 @@ reactor.run()
 
 @pytest.mark.slow
 def test_killed_in_the_middle_of_a_block() -> None:
-    """Whoever is killed while writing parts of a block leaves each of them old or new, and the others as they were."""
+    """After a kill during writes of parts of a block, each of those sectors is old or new, and no other changed."""
     with places.directory(places.DISK) as directory:
         path = directory / "image"
         path.write_bytes(b"k" * 4096 + bytes(4096))
@@ -172,7 +172,7 @@ def sectors_of(path: Path) -> list[bytes]:
 
 
 def test_submitting_from_complete(reactor: Reactor, image: DirectImage) -> None:
-    """D5: requests may be submitted from `complete`, also while others are held back."""
+    """D5: requests may be submitted from `complete`, even while others are held back."""
     done: list[Request] = []
 
     def complete(batch: list[Request]) -> None:

@@ -1,4 +1,4 @@
-"""A worker's disk: opened, exchanged for another one that the guest can go on with, flushed, closed."""
+"""A worker's disk: opened, exchanged for one that the guest can go on with, flushed, closed."""
 
 from __future__ import annotations
 
@@ -27,19 +27,18 @@ SIZE = 1 << 20
 
 
 class AnyChain(LocalOpener):
-    """Opens everything in this process, whichever chain it is for."""
+    """An opener that opens everything in this process, for whichever chain."""
 
     def for_chain(self, _chain: int) -> LocalOpener:
-        """Return itself."""
+        """Return this opener."""
         return self
 
 
 class Bench:
     """A disk without a ring, its loop, and what it would have told the supervisor.
 
-    kept, dropped   names of memories
-    bugs            what layers let out
-    parents         where images may lead to, as openers are told
+    kept, dropped: names of memories; bugs: what layers have raised; parents: the directories that openers allow for
+    parents.
     """
 
     def __init__(self, chain: str, **wishes: Any) -> None:
@@ -63,7 +62,7 @@ class Bench:
         return request.status
 
     def flush(self) -> int:
-        """Flush, and return the errno that whoever asked is told, once."""
+        """Flush, and return the errno that the one callback got."""
         codes: list[int] = []
 
         def flushed(code: int) -> None:
@@ -85,11 +84,11 @@ class Bench:
         return self._opening(self.disk.probe)
 
     def check_successor(self, chain: str, **how: bool) -> Any:
-        """Look at another chain."""
+        """Check a chain that could replace the one in service."""
         return self._opening(self.disk.check_successor, chain, **how)
 
     def exchange(self, chain: str) -> Any:
-        """Put another chain in."""
+        """Put another chain into service."""
         return self._opening(self.disk.exchange, chain)
 
     def _opening(self, function: Any, *arguments: Any, **named: Any) -> Any:
@@ -107,7 +106,7 @@ class Bench:
 
 @pytest.fixture
 def benches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Return a maker of benches with an open chain."""
+    """Return a maker of benches, each with an open chain."""
     for name, place in TEST_DRIVERS.items():
         monkeypatch.setitem(BUILT_IN, name, place)
     made: list[Bench] = []
@@ -124,14 +123,14 @@ def benches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def test_another_chain_takes_over(benches: Any, tmp_path: Path) -> None:
-    """After an exchange requests reach the new chain, the former image is let go, and the text is the new one."""
+    """After an exchange, requests go to the new chain, the former image is unlocked, and `text` is the new chain's."""
     one, two = image(tmp_path / "one"), image(tmp_path / "two")
     bench = benches(f"aio:{one}")
     bench.do(write(0, b"1" * PAGE))
     bench.check_successor(f"aio:{two}", replaces=True)
     bench.exchange(f"aio:{two}")
     bench.do(write(0, b"2" * PAGE))
-    other = benches(f"aio:{one}")  # not locked any more
+    other = benches(f"aio:{one}")  # it is no longer locked
 
     assert f"aio:{two}" == bench.disk.text
     assert [b"1" * PAGE, b"2" * PAGE] == [path.read_bytes()[:PAGE] for path in (one, two)]
@@ -139,7 +138,9 @@ def test_another_chain_takes_over(benches: Any, tmp_path: Path) -> None:
 
 
 def test_the_same_image_may_be_looked_at_and_taken_over(benches: Any, tmp_path: Path) -> None:
-    """A filter can be put above the image that is open: to look at it needs no lock, and the exchange lets go first."""
+    """A filter can be put above the open image: to check the new chain needs no lock, and the exchange releases it
+    first.
+    """
     one = image(tmp_path / "one")
     bench = benches(f"aio:{one}")
     looked_at = bench.check_successor(f"log:|aio:{one}", replaces=False)
@@ -149,7 +150,9 @@ def test_the_same_image_may_be_looked_at_and_taken_over(benches: Any, tmp_path: 
 
 
 def test_a_block_device_is_looked_at_and_taken_over(benches: Any, tmp_path: Path) -> None:
-    """A claim does not stand against its own worker: to look needs none, and the exchange lets go of it first."""
+    """A worker's own claim of a device is not in its way: to check a chain needs none, and the exchange releases it
+    first.
+    """
     with loop(tmp_path / "disk", SIZE, sector_size=512) as (device, _):
         bench = benches(f"aio:{device}")
         bench.check_successor(f"log:|aio:{device}", replaces=False)
@@ -165,7 +168,9 @@ def test_a_block_device_is_looked_at_and_taken_over(benches: Any, tmp_path: Path
 
 
 def test_a_chain_whose_files_others_have_is_refused_before(benches: Any, tmp_path: Path) -> None:
-    """To find in an exchange that an image is locked, or a device mounted, would pause the guest while it is tried."""
+    """A chain with a locked image or a mounted device is refused by the check, so that the guest is not paused for a
+    vain try.
+    """
     one, two, base = (image(tmp_path / name) for name in ("one", "two", "base"))
     (tmp_path / "child").write_bytes(qcow2(SIZE, backing=b"base"))
     bench = benches(f"aio:{one}")
@@ -188,7 +193,7 @@ def test_a_chain_whose_files_others_have_is_refused_before(benches: Any, tmp_pat
 
 
 def test_nobody_gets_an_image_between_two_chains(benches: Any, tmp_path: Path) -> None:
-    """While the former chain is closed and the next one not open yet, the image is locked all the same."""
+    """The image stays locked while the former chain is closed and the next one is not open yet."""
     one = image(tmp_path / "one")
     bench = benches(f"aio:{one}")
     chain, tries = bench.disk.chain, []
@@ -212,7 +217,9 @@ def test_nobody_gets_an_image_between_two_chains(benches: Any, tmp_path: Path) -
 
 
 def test_who_waits_does_not_ask_who_has_the_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that may wait asks for its lock, or claim, many times a second, and looks at no process for that."""
+    """A disk that may wait tries to lock or claim its image many times a second, and does not look for the process that
+    has it.
+    """
     monkeypatch.setattr(users, "users_of", lambda _fd: "nobody should be looked for")
     with loop(tmp_path / "disk", SIZE, sector_size=512) as (device, _):
         for path, why in ((image(tmp_path / "one"), "is locked by another process"), (device, "is in use by the host")):
@@ -229,7 +236,7 @@ def test_who_waits_does_not_ask_who_has_the_image(tmp_path: Path, monkeypatch: p
 
 
 def test_another_image_is_refused_unless_it_replaces_ours(benches: Any, tmp_path: Path) -> None:
-    """An image is known by its file and not by its name; one whose parent it is has its content, too."""
+    """A new chain must be over the same file, under any name, or a child of it; another image needs `replaces`."""
     one, two = image(tmp_path / "one"), image(tmp_path / "two")
     (tmp_path / "again").hardlink_to(one)
     (tmp_path / "child").write_bytes(qcow2(SIZE, backing=b"one"))
@@ -243,7 +250,7 @@ def test_another_image_is_refused_unless_it_replaces_ours(benches: Any, tmp_path
 
 
 def test_where_images_may_lead_to_is_for_its_openers_to_say(benches: Any, tmp_path: Path) -> None:
-    """A parent is opened where the opener of the order allows it, also to look at a chain, and the layer says why."""
+    """A parent is opened only if the opener allows it, also for a check, and the layer's facts say why."""
     one = image(tmp_path / "one")
     (tmp_path / "child").write_bytes(qcow2(SIZE, backing=b"one", backing_format=b"raw"))
     child = f"qcow2:{tmp_path}/child"
@@ -268,7 +275,9 @@ def test_where_images_may_lead_to_is_for_its_openers_to_say(benches: Any, tmp_pa
     ],
 )
 def test_what_the_guest_could_not_use_is_refused(benches: Any, successor: str, why: str) -> None:
-    """A chain that is smaller, has other sectors, or cannot be opened is refused before ours is touched, and after."""
+    """A chain that is smaller, has other sectors, or cannot be opened is refused, by the check and by the exchange; the
+    former chain serves on.
+    """
     EVENTS.clear()
     bench = benches("silent:|ram:1M")
     bench.do(write(PAGE, b"w" * PAGE))
@@ -287,7 +296,7 @@ def test_what_the_guest_could_not_use_is_refused(benches: Any, successor: str, w
 
 
 def test_a_disk_may_grow(benches: Any) -> None:
-    """A larger chain is as good as one of the same size."""
+    """A chain that is larger than the disk in service is accepted."""
     bench = benches("null:1M")
     bench.check_successor("null:2M", replaces=True)
 
@@ -295,7 +304,9 @@ def test_a_disk_may_grow(benches: Any) -> None:
 
 
 def test_a_file_that_grew_by_part_of_a_sector(benches: Any, tmp_path: Path) -> None:
-    """It is refused before the disk in service is touched, which could not be opened again either."""
+    """A file that has grown by part of a sector is refused before the disk in service is closed, as that could not be
+    opened again.
+    """
     one = image(tmp_path / "one")
     bench = benches(f"aio:{one}")
     os.truncate(one, SIZE + 1000)
@@ -306,7 +317,7 @@ def test_a_file_that_grew_by_part_of_a_sector(benches: Any, tmp_path: Path) -> N
 
 
 def test_memories_of_layers_that_are_gone_are_dropped(benches: Any, tmp_path: Path) -> None:
-    """A layer that is still there keeps its memory; that of one that is not is dropped, once the new chain stands."""
+    """The memory of a layer that the new chain lacks is dropped once that chain is in service; others stay."""
     one = image(tmp_path / "one")
     bench = benches(f"log:|aio:{one}")
     kept = bench.kept[:]
@@ -320,7 +331,7 @@ def test_memories_of_layers_that_are_gone_are_dropped(benches: Any, tmp_path: Pa
 
 
 def test_memories_of_a_chain_that_was_refused_are_dropped(benches: Any) -> None:
-    """What the layers of a refused chain had asked for is dropped; the former chain's memories never are."""
+    """The memories of a refused chain's layers are dropped, and never those of the former chain."""
     bench = benches("null:1M")
     with pytest.raises(DriverError):
         bench.exchange("ram:512K")
@@ -330,7 +341,7 @@ def test_memories_of_a_chain_that_was_refused_are_dropped(benches: Any) -> None:
 
 
 def test_no_chain_at_all_is_another_error(benches: Any, tmp_path: Path) -> None:
-    """Where neither chain can be opened the error says both, and is none that could be taken for a mere refusal."""
+    """If neither the new nor the former chain can be opened, the error names both, and does not look like a refusal."""
     one = image(tmp_path / "one")
     bench = benches(f"aio:{one}")
     one.unlink()
@@ -350,13 +361,13 @@ def test_no_chain_at_all_is_another_error(benches: Any, tmp_path: Path) -> None:
     ],
 )
 def test_how_a_flush_went(benches: Any, chain: str, wishes: dict[str, Any], code: int) -> None:
-    """Whoever asks hears the errno, once; a disk that has nothing to flush, or cannot be written to, is flushed."""
+    """The caller of a flush gets its errno once, which is 0 if there is nothing to flush or the disk is read-only."""
     assert code == benches(chain, **wishes).flush()
 
 
 @pytest.mark.parametrize("at", ["submit", "complete"])
 def test_a_bug_over_a_flush_does_not_keep_the_disk(benches: Any, at: str) -> None:
-    """D8: a layer that fails over the last flush is reported, once, and whoever waits goes on."""
+    """D8: a layer that raises an exception over the last flush is reported once, and the caller goes on."""
     bench = benches(f"clumsy:at={at}|ram:1M")
 
     assert 0 == bench.flush()
@@ -364,7 +375,7 @@ def test_a_bug_over_a_flush_does_not_keep_the_disk(benches: Any, at: str) -> Non
 
 
 def test_close_closes_every_layer(benches: Any) -> None:
-    """A layer that fails when it is closed is told to whoever closes; the layers below it are closed all the same."""
+    """If closing a layer raises an exception, the layers below are still closed, and the caller gets it."""
     EVENTS.clear()
     bench = Bench("clumsy:at=close|ram:1M")
     bench.open()
@@ -376,7 +387,7 @@ def test_close_closes_every_layer(benches: Any) -> None:
 
 
 def test_who_has_the_image_is_told_apart(benches: Any, tmp_path: Path) -> None:
-    """An image that somebody else has is an error of its own, by which a migrating guest's worker waits."""
+    """An image locked by somebody else is an error of its own, on which the worker of a migrating guest waits."""
     one = image(tmp_path / "one")
     benches(f"aio:{one}")
     other = Bench(f"aio:{one}", may_wait=True)
@@ -392,7 +403,7 @@ def test_who_has_the_image_is_told_apart(benches: Any, tmp_path: Path) -> None:
 
 
 def test_each_disk_has_a_number() -> None:
-    """Two disks never have the same one; a name that is none of a vbd's has none."""
+    """No two vbds have the same number; a name that is not a vbd's has none."""
     names = [(domid, f"vbd/{domid}/{devid}") for domid in (0, 5, 32767) for devid in (768, 51712, (1 << 28) + 256)]
     numbers = {number_of(*each) for each in names}
 

@@ -1,4 +1,4 @@
-"""What a layer holds back on purpose keeps no order waiting: in a worker's process, below a guest."""
+"""No order waits for what a layer holds back on purpose: in a worker's process, below a guest."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ CHAIN = "throttle:bps_read=1K|aio:{}"
 
 
 def queued(driven: Driven, image: Path) -> list[Submitted]:
-    """Have so many reads wait for a limit by which they would take 800 s."""
+    """Have so many reads wait for a limit that they would take 800 s."""
     frontend = driven.connect(CHAIN.format(image), Wishes(ring_order=4))
     requests = [frontend.submit(BLKIF_OP_READ, 8 * place, 8) for place in range(QUEUED)]
     frontend.wait(requests[:1])
     driven.worker.expect_counter("in_flight", QUEUED - 10, at_least=True, timeout_s=30)
-    until(lambda: figures_of(driven)["waiting"] >= QUEUED - 10)  # a worker tells of its layers after its own counts
+    until(lambda: figures_of(driven)["waiting"] >= QUEUED - 10)  # the figures are written after the counters
     figures = figures_of(driven)
     assert figures["held"] >= figures["waiting"]
     return requests
 
 
 def figures_of(driven: Driven) -> dict[str, int]:
-    """Return what the throttle has told of itself last."""
+    """Return the throttle's latest figures."""
     return counters.figures(driven.worker.journal, [["waiting", "held"]])[0]
 
 
 @pytest.mark.parametrize("order", ["pause", "set", "set the same", "snapshot", "detach"])
 def test_an_order_waits_for_no_limit(driven: Driven, images: list[Path], order: str) -> None:
-    """C1: each order ends at once, every request is answered once, and the limit goes on to hold."""
+    """C1: each order ends at once, every request is answered once, and the limit applies again afterwards."""
     requests = queued(driven, images[0])
     began = time.monotonic()
     match order:
@@ -60,12 +60,14 @@ def test_an_order_waits_for_no_limit(driven: Driven, images: list[Path], order: 
     driven.frontend.wait(requests)
     took = time.monotonic() - began
 
-    assert took < 60  # of the 800 s that the limit would ask for, on whatever host
+    assert took < 60  # instead of 800 s, on any host
     assert [BLKIF_RSP_OKAY] * QUEUED == [request.status for request in requests]
 
 
 def test_an_upgrade_waits_for_no_limit(driven: Driven, images: list[Path]) -> None:
-    """C1: a worker that hands over ends at once, what waited is answered, and its successor goes by the same limit."""
+    """C1: a worker that hands over ends at once, requests that waited are answered, and its successor goes on with the
+    limit.
+    """
     requests = queued(driven, images[0])
     began = time.monotonic()
     driven.worker.close(hands_over=True)
@@ -77,11 +79,13 @@ def test_an_upgrade_waits_for_no_limit(driven: Driven, images: list[Path]) -> No
     driven.worker.expect_counter("in_flight", 1, timeout_s=30)
 
     assert took < 60
-    assert late.status is None  # what was let go is paid for first
+    assert late.status is None  # requests that were passed on still count
 
 
 def test_a_worker_that_is_killed_leaves_what_it_held_to_its_successor(driven: Driven, images: list[Path]) -> None:
-    """What was held back comes again by the journal, below the limit of the successor; each is answered once."""
+    """Requests that a killed worker held back are repeated by its successor, by the journal, under its own limit; each
+    is answered once.
+    """
     requests = queued(driven, images[0])
     driven.kill()
     driven.succeed(f"throttle:iops=1000|aio:{images[0]}", resumes=True)

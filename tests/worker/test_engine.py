@@ -1,4 +1,4 @@
-"""The engine against a real ring: what is answered when layers fail, flushes fail, grants fail, or it has to end."""
+"""The engine with a real ring: what is answered when layers, flushes or grants fail, or when it has to end."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ GNTST_GENERAL_ERROR = -1  # grant_table.h
 
 
 class Bug(Exception):
-    """What a broken layer lets out."""
+    """An exception raised by a broken layer."""
 
 
 class BrokenDisk(HeldDisk):
-    """A disk that lets an exception out of `submit` after it has kept, or even given back, what it got."""
+    """A disk whose `submit` raises an exception after it has kept, or even completed, its requests."""
 
     broken = False
 
     def submit(self, batch: list[Request]) -> None:
-        """Take requests, then fail."""
+        """Take requests, then raise an exception."""
         super().submit(batch)
         if self.broken:
             raise Bug("it broke")
@@ -44,7 +44,9 @@ class BrokenDisk(HeldDisk):
 
 @pytest.mark.rows("R24")
 def test_layers_bug_ends_what_it_held(vbd: Served) -> None:
-    """D8: an exception out of `submit` ends with an error what the layer held; the disk goes on, and it is said."""
+    """D8: if `submit` raises an exception, the requests that the layer held end with an error, an alarm says so, and
+    the disk goes on.
+    """
     disk = vbd.disk = BrokenDisk()
     frontend = vbd.connect()
     disk.holding = disk.broken = True
@@ -62,7 +64,7 @@ def test_layers_bug_ends_what_it_held(vbd: Served) -> None:
 
 
 def test_late_completion_of_a_lost_request_is_harmless(vbd: Served) -> None:
-    """D8: a request that a bug ended may come back later, even with others; it is not answered again."""
+    """D8: a request that a bug has ended may be completed later, even with others; it is not answered again."""
     disk = vbd.disk = BrokenDisk()
     frontend = vbd.connect()
     disk.holding = disk.broken = True
@@ -79,7 +81,7 @@ def test_late_completion_of_a_lost_request_is_harmless(vbd: Served) -> None:
 
 
 def test_late_completion_of_a_lost_barriers_write_is_harmless(vbd: Served) -> None:
-    """D8: the write of a barrier that a bug ended may come back later; the barrier is not answered again."""
+    """D8: the write of a barrier that a bug has ended may be completed later; the barrier is not answered again."""
     disk = vbd.disk = BrokenDisk()
     frontend = vbd.connect(Wishes(flush=False))
     barrier = frontend.submit(2, 0, data=bytes(PAGE))
@@ -98,7 +100,7 @@ def test_late_completion_of_a_lost_barriers_write_is_harmless(vbd: Served) -> No
 
 
 def test_bug_on_the_way_up_ends_what_was_not_answered(vbd: Served) -> None:
-    """D8: a layer that fails over what the layer below has just given back leaves no request without an answer."""
+    """D8: if a layer raises an exception over completed requests, each of them is answered all the same."""
     disk = vbd.disk = BrokenDisk()
     frontend = vbd.connect()
     answer, disk.complete = disk.complete, lambda batch: answer(batch[:1])  # the rest is lost on its way up
@@ -111,7 +113,7 @@ def test_bug_on_the_way_up_ends_what_was_not_answered(vbd: Served) -> None:
 
 
 def test_bad_page_among_good_ones_fails_alone(vbd: Served) -> None:
-    """A grant that cannot be copied fails its own request; the others of the batch succeed, and no memory is lost."""
+    """A page that cannot be copied fails its own request only; no memory is lost."""
     frontend = vbd.connect()
     room = vbd.connection and vbd.engine._grants._free[:]
     for operation in (BLKIF_OP_WRITE, BLKIF_OP_READ):
@@ -145,7 +147,9 @@ class HalfDisk(HeldDisk):
 
 
 def test_read_that_cannot_be_delivered_is_answered_once(vbd: Served) -> None:
-    """A page that cannot be written is found after the I/O, while others of the batch still wait; one answer is due."""
+    """A read whose page cannot be written is answered once, with an error, although others of its batch are still in
+    flight.
+    """
     disk = vbd.disk = HalfDisk()
     frontend = vbd.connect()
     requests = [frontend.submit(BLKIF_OP_READ, 0, 16, push=False) for _ in range(3)]
@@ -158,10 +162,12 @@ def test_read_that_cannot_be_delivered_is_answered_once(vbd: Served) -> None:
 
 
 def test_page_alone_among_others_is_its_own(vbd: Served) -> None:
-    """A request of one whole page that is taken together with others uses the page it names, and no earlier one."""
+    """A request of one whole page that is taken with others uses the page that it names, and not one of an earlier
+    request.
+    """
     frontend = vbd.connect()
     first = [frontend.submit(BLKIF_OP_WRITE, 8 * place, data=b"1" * PAGE, push=False) for place in range(8)]
-    keep = [vbd.guest.grant(page.frame) for page in first[0].pages]  # so that the next request gets another gref
+    keep = [vbd.guest.grant(page.frame) for page in first[0].pages]  # so that the next request gets another grant ref
     frontend.wait(first)
     second = frontend.submit(BLKIF_OP_WRITE, 0, data=b"2" * PAGE, push=False)
     flush = frontend.submit(BLKIF_OP_FLUSH_DISKCACHE)
@@ -174,7 +180,9 @@ def test_page_alone_among_others_is_its_own(vbd: Served) -> None:
 
 
 def test_failed_flush_is_not_answered(vbd: Served) -> None:
-    """A failed flush is held, nothing more is taken and an alarm is raised; only the end answers it, with an error."""
+    """After a failed flush an alarm is raised, nothing more is taken, and the flush is answered only at the end, with
+    an error.
+    """
     frontend = vbd.connect()
     vbd.disk.errors = {Op.FLUSH: errno.EIO}
     flush = frontend.submit(BLKIF_OP_FLUSH_DISKCACHE)
@@ -191,7 +199,9 @@ def test_failed_flush_is_not_answered(vbd: Served) -> None:
 
 
 def test_a_failed_flush_takes_the_others_with_it(vbd: Served) -> None:
-    """Of two flushes in flight the kernel tells one of the lost write: neither is answered as if all were well."""
+    """If one of several flushes in flight fails, none of them is answered as successful: the kernel reports a lost
+    write to one of them only.
+    """
     frontend = vbd.connect()
     disk = vbd.disk
     disk.holding = True
@@ -213,11 +223,11 @@ def test_a_failed_flush_takes_the_others_with_it(vbd: Served) -> None:
 
 
 def test_a_frontend_that_never_pauses_does_not_own_the_loop(vbd: Served) -> None:
-    """Requests that come as fast as they are looked for are served in turns: `serve` returns, and is called again."""
+    """If requests come without a pause, `serve` still returns after a while, and is called again."""
     vbd.connect()
     engine, (queue,) = vbd.engine, vbd.engine.queues
     looks: list[object] = []
-    engine.poller.finds_work = lambda *_: looks.append(queue) or True  # as if there always were one more
+    engine.poller.finds_work = lambda *_: looks.append(queue) or True  # as if there were always one more
     engine.serve(queue)
 
     assert 1 <= len(looks) <= 16
@@ -229,7 +239,9 @@ def test_a_frontend_that_never_pauses_does_not_own_the_loop(vbd: Served) -> None
 
 
 def test_what_a_layer_made_for_itself_is_not_answered(vbd: Served) -> None:
-    """D8: of what a layer held when it failed only the guest's requests are ended; its own steps are its own."""
+    """D8: of the requests that a failed layer held, only the guest's are ended; those that the layer made itself are
+    left alone.
+    """
     frontend = vbd.connect()
     disk = vbd.disk
     disk.holding = True
@@ -247,7 +259,7 @@ def test_what_a_layer_made_for_itself_is_not_answered(vbd: Served) -> None:
 
 
 def test_flush_that_is_not_supported_is_answered_so(vbd: Served) -> None:
-    """EOPNOTSUPP for a flush says that there is nothing to flush; it is passed on and pauses nothing."""
+    """EOPNOTSUPP for a flush means that there is nothing to flush: it is passed on, and pauses nothing."""
     frontend = vbd.connect()
     vbd.disk.errors = {Op.FLUSH: errno.EOPNOTSUPP}
     flush = frontend.submit(BLKIF_OP_FLUSH_DISKCACHE)
@@ -258,7 +270,7 @@ def test_flush_that_is_not_supported_is_answered_so(vbd: Served) -> None:
 
 
 def test_error_of_the_disk_is_answered(vbd: Served) -> None:
-    """Any errno that the policy reports becomes an error on the wire, EOPNOTSUPP its own."""
+    """Each errno that the policy reports is answered as an error, and EOPNOTSUPP with its own code."""
     vbd.policy = "read=report"
     frontend = vbd.connect()
     vbd.disk.errors = {Op.READ: errno.ENOSPC, Op.DISCARD: errno.EOPNOTSUPP}
@@ -269,7 +281,7 @@ def test_error_of_the_disk_is_answered(vbd: Served) -> None:
 
 
 def test_answers_come_in_any_order_and_to_their_own_ring(vbd: Served) -> None:
-    """What two rings have in flight may come back in one batch in any order; each ring gets its own answers."""
+    """Requests of two rings may be completed in one batch in any order; each ring gets its own answers."""
     frontend = vbd.connect(Wishes(queues=2))
     vbd.disk.holding = True
     requests = [frontend.submit(BLKIF_OP_READ, 8 * place, 8) for place in range(20)]
@@ -282,7 +294,7 @@ def test_answers_come_in_any_order_and_to_their_own_ring(vbd: Served) -> None:
 
 
 def test_full_memory_makes_requests_wait(vbd: Served) -> None:
-    """Requests that there is no memory for stay in the ring, and are taken when some has come back."""
+    """Requests for which there is no memory stay in the ring, and are taken once there is some."""
     frontend = vbd.connect(Wishes(queues=8, indirect=32))
     vbd.disk.holding = True
     requests = [frontend.submit(BLKIF_OP_READ, 0, 136) for _ in range(256)]
@@ -298,7 +310,7 @@ def test_full_memory_makes_requests_wait(vbd: Served) -> None:
 
 
 def test_drain_takes_nothing_more(vbd: Served) -> None:
-    """While a disk goes away, what is in flight is answered and what comes stays in the ring, to the very end."""
+    """While a disk goes away, requests in flight are answered, and later ones stay in the ring."""
     frontend = vbd.connect(Wishes(queues=2))
     vbd.disk.holding = True
     early = [frontend.submit(BLKIF_OP_READ, 0, 8, ring=0) for _ in range(2)]
@@ -324,7 +336,7 @@ def test_drain_takes_nothing_more(vbd: Served) -> None:
 
 
 def test_who_waits_for_quiet_has_the_layers_pass_on_what_they_hold(vbd: Served) -> None:
-    """What a layer holds back on purpose is asked for as soon as somebody waits until nothing is in flight."""
+    """As soon as somebody waits until nothing is in flight, layers are told to pass on what they hold back."""
     frontend = vbd.connect()
     vbd.disk.holding = True
     request = frontend.submit(BLKIF_OP_READ, 0, 8)
@@ -351,7 +363,7 @@ def test_who_waits_for_quiet_has_the_layers_pass_on_what_they_hold(vbd: Served) 
 
 
 def test_turns_leave_no_objects_behind(vbd: Served) -> None:
-    """The data path makes no cycles and keeps nothing: a thousand turns leave as many blocks of memory as before."""
+    """The data path leaves no objects behind: after a thousand turns there are as many blocks of memory as before."""
     frontend = vbd.connect(Wishes(persistent=True))
 
     def turns(count: int) -> None:

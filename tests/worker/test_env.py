@@ -22,7 +22,7 @@ def reactor() -> Iterator[Reactor]:
 
 
 def test_env_is_what_the_contract_asks_for(reactor: Reactor) -> None:
-    """A layer gets the clock, timers, threads and files of its worker, and its own flags and facts."""
+    """A layer gets the worker's clock, timers, threads and files, and flags and facts of its own."""
     files = HostFiles(reactor)
     factory = EnvFactory(reactor, files)
     env: Env = factory("ram:1M", read_only=True, shareable=True)
@@ -38,7 +38,7 @@ def test_env_is_what_the_contract_asks_for(reactor: Reactor) -> None:
 
 
 def test_memory_outlives_the_process_that_made_it(reactor: Reactor) -> None:
-    """A successor that is handed the kept descriptors finds the same bytes under the same layer and name."""
+    """A successor that gets the kept descriptors finds the same bytes under the same layer and name."""
     kept: dict[str, int] = {}
     files = HostFiles(reactor)
     first = EnvFactory(reactor, files, keep=lambda name, _size, fd: kept.update({name: os.dup(fd)}))
@@ -56,7 +56,7 @@ def test_memory_outlives_the_process_that_made_it(reactor: Reactor) -> None:
 
 
 def test_only_the_first_chain_goes_on_with_a_guest(reactor: Reactor) -> None:
-    """A chain that takes the place of the first one was not served before, whoever's worker it is."""
+    """Only the first chain of a worker goes on with a guest; a chain that replaces it was not served before."""
     factory = EnvFactory(reactor, HostFiles(reactor), resumes=True, continues=True)
     first = factory("rbd-7")
     factory.drop_unwanted()
@@ -67,7 +67,7 @@ def test_only_the_first_chain_goes_on_with_a_guest(reactor: Reactor) -> None:
 
 
 def test_a_layer_may_end_its_process(reactor: Reactor) -> None:
-    """What a layer gives up for is said with the layer's name; where nobody follows, nothing is done."""
+    """A layer's reason to give up is passed on with the layer's name; where no successor follows, nothing is done."""
     said: list[str] = []
     factory = EnvFactory(reactor, HostFiles(reactor), give_up=said.append)
     factory("rbd-7").give_up("the cluster refuses it")
@@ -77,7 +77,7 @@ def test_a_layer_may_end_its_process(reactor: Reactor) -> None:
 
 
 def test_a_layer_may_alarm(reactor: Reactor) -> None:
-    """It is said with the layer's name; in a command nobody hears of it."""
+    """A layer's alarm is passed on with the layer's name; in a command it is dropped."""
     said: list[str] = []
     EnvFactory(reactor, HostFiles(reactor), alarm=said.append)("cache-7").alarm("it was closed")
     EnvFactory(reactor, HostFiles(reactor))("cache-7").alarm("it was closed")
@@ -86,7 +86,7 @@ def test_a_layer_may_alarm(reactor: Reactor) -> None:
 
 
 def test_memory_of_another_layer_or_size_is_fresh(reactor: Reactor) -> None:
-    """Another layer's memory of the same name is another one, and another size gives fresh zeros, kept anew."""
+    """Memory of another layer, or of another size, is new and zero, and is kept anew."""
     kept: list[tuple[str, int]] = []
     old = memfd.make("old", 4096)
     os.pwrite(old, b"x" * 4096, 0)
@@ -101,7 +101,9 @@ def test_memory_of_another_layer_or_size_is_fresh(reactor: Reactor) -> None:
 
 
 def test_memory_that_could_be_cut_short_is_fresh(reactor: Reactor) -> None:
-    """A predecessor that was taken over may leave one whose size can change: to touch it could kill us later."""
+    """A kept memory whose size can change is not used, since a hostile predecessor may have left it: touching it could
+    kill us.
+    """
     kept: list[str] = []
     old = os.memfd_create("old")
     os.pwrite(old, b"x" * 4096, 0)
@@ -116,7 +118,7 @@ def test_memory_that_could_be_cut_short_is_fresh(reactor: Reactor) -> None:
 
 
 def test_no_descriptor_is_leaked(reactor: Reactor) -> None:
-    """Neither a memory nor one that nobody asked for leaves a descriptor behind."""
+    """No memory leaves a descriptor open, not even one that no layer has asked for."""
     files = HostFiles(reactor)
     before = open_descriptors()
     factory = EnvFactory(reactor, files, memories={"gone:m": os.memfd_create("m")})
@@ -128,7 +130,7 @@ def test_no_descriptor_is_leaked(reactor: Reactor) -> None:
 
 
 def test_memories_that_no_layer_asks_for_any_more_are_dropped(reactor: Reactor) -> None:
-    """When layers were opened anew, what none of them asked for is dropped by name, and only that."""
+    """When layers have been opened anew, exactly the memories that none of them has asked for are dropped, by name."""
     dropped: list[str] = []
     before = open_descriptors()
     factory = EnvFactory(reactor, HostFiles(reactor), drop=dropped.append)

@@ -1,4 +1,4 @@
-"""The export of a disk: its socket, its one chain, what all clients share, and its end."""
+"""The export of a disk: its socket, its chain, what all clients share, and its end."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DATA = b"d" * 512
 
 @pytest.fixture
 def exported(tmp_path: Path) -> Iterator[Exported]:
-    """An exported disk; nothing that its clients do is a bug of ours."""
+    """An exported disk. Its clients must not cause a bug."""
     with Exported(tmp_path) as exported:
         yield exported
     assert [] == exported.stray_bugs
@@ -28,7 +28,7 @@ def exported(tmp_path: Path) -> Iterator[Exported]:
 
 @pytest.mark.rows("A31")
 def test_one_client_too_many_is_refused(exported: Exported) -> None:
-    """It is hung up on at once; when another one has gone there is room again."""
+    """A client too many is hung up on at once; when another one has gone there is room again."""
     clients = [exported.client().go() for _ in range(MAX_CLIENTS)]
     refused = exported.client()
     refused.listen()
@@ -43,7 +43,7 @@ def test_one_client_too_many_is_refused(exported: Exported) -> None:
 
 @pytest.mark.parametrize("kind", [CMD_WRITE, CMD_TRIM])
 def test_durable_writes_are_flushed(exported: Exported, kind: int) -> None:
-    """With FUA a write is answered when a flush behind it has come back, and not before."""
+    """A write with FUA is answered only when a flush after it is done."""
     exported.chain.holding = True
     client = exported.client().go()
     client.ask(kind, data=DATA if kind == CMD_WRITE else b"", flags=CMD_FLAG_FUA)
@@ -58,7 +58,7 @@ def test_durable_writes_are_flushed(exported: Exported, kind: int) -> None:
 
 
 def test_write_that_fails_is_not_flushed(exported: Exported) -> None:
-    """Its error is the answer."""
+    """A write with FUA that fails is answered with its error, without a flush."""
     exported.chain.errors = {Op.WRITE: errno.ENOSPC}
     client = exported.client().go()
     client.ask(CMD_WRITE, data=DATA, flags=CMD_FLAG_FUA)
@@ -68,7 +68,7 @@ def test_write_that_fails_is_not_flushed(exported: Exported) -> None:
 
 
 def test_no_flush_succeeds_after_one_that_failed(exported: Exported) -> None:
-    """What a flush lost stays lost: the next one, which the kernel lets pass, fails too; people are told once."""
+    """After a failed flush all later ones fail, although the kernel would let them pass; an alarm is raised once."""
     client = exported.client().go()
     exported.chain.errors = {Op.FLUSH: errno.ENOSPC}
     client.ask(CMD_FLUSH, 0, 0)
@@ -82,7 +82,7 @@ def test_no_flush_succeeds_after_one_that_failed(exported: Exported) -> None:
 
 
 def test_requests_in_flight_are_bounded(exported: Exported) -> None:
-    """Of all clients together no more than the slots reach the chain; whoever waits has his turn, in order."""
+    """The chain gets no more requests than there are slots for all clients together; the others wait, in order."""
     exported.chain.holding = True
     greedy, modest = exported.client().go(), exported.client().go()
     greedy.send(b"".join(REQUEST.pack(REQUEST_MAGIC, 0, CMD_READ, n, 0, 512) for n in range(2 * SLOTS)))
@@ -103,7 +103,7 @@ def test_requests_in_flight_are_bounded(exported: Exported) -> None:
 @pytest.mark.slow
 @pytest.mark.rows("A31")
 def test_memory_is_bounded(exported: Exported) -> None:
-    """The greatest request waits until all memory is there, and is not passed by small ones for ever."""
+    """The largest request waits until all memory is free, and small ones do not pass it for ever."""
     exported.chain.holding = True
     small, large = exported.client().go(), exported.client().go()
     small.ask(CMD_READ, 0, 4096)
@@ -126,7 +126,7 @@ def test_memory_is_bounded(exported: Exported) -> None:
 
 @pytest.mark.parametrize("failing", [False, True])
 def test_large_requests_are_cut(exported: Exported, failing: bool) -> None:
-    """The chain sees no more than a ring's largest request; all of them are one answer, with the first error."""
+    """A large request is cut into pieces of a ring's largest request, and answered once, with the first error."""
     client, length = exported.client().go(), 2 * LARGEST + 512
     data = b"".join(bytes([number]) * 512 for number in range(50)).ljust(length, b"e")
     client.ask(CMD_WRITE, 1024, length, data, flags=CMD_FLAG_FUA)
@@ -148,7 +148,7 @@ def test_large_requests_are_cut(exported: Exported, failing: bool) -> None:
 
 
 def test_client_that_goes_away_lets_others_have_its_turn(exported: Exported) -> None:
-    """Whoever waited behind one that has gone is next."""
+    """When a client goes away, the next one that waits has its turn."""
     exported.chain.holding = True
     first, second, third = (exported.client().go() for _ in range(3))
     first.ask(CMD_READ, 0, MAX_BLOCK)
@@ -167,7 +167,7 @@ def test_client_that_goes_away_lets_others_have_its_turn(exported: Exported) -> 
 
 @pytest.mark.parametrize("length", [512, 2 * LARGEST])
 def test_layers_bug_is_contained(exported: Exported, length: int) -> None:
-    """D8: what a layer held when it let an exception out ends with EIO once, however late it comes back."""
+    """D8: if a layer raises an exception, each request that it held ends once with EIO, however late it returns."""
     exported.chain.holding, exported.chain.bug = True, KeyError("bug")
     client = exported.client().go()
     client.ask(CMD_WRITE, 0, length, bytes(length))
@@ -193,7 +193,7 @@ def test_layers_bug_is_contained(exported: Exported, length: int) -> None:
 
 
 def test_layers_own_requests_are_not_answered(exported: Exported) -> None:
-    """What a layer made for itself, and held when it failed, is nobody's answer."""
+    """A request that a failed layer has made for itself is not answered to a client."""
     client = exported.client().go()
     exported.chain.contain(KeyError("bug"), [type("Own", (), {"tag": "of a layer"})()])
 
@@ -202,7 +202,7 @@ def test_layers_own_requests_are_not_answered(exported: Exported) -> None:
 
 
 def test_end_answers_what_is_in_flight(exported: Exported) -> None:
-    """An export that ends takes nothing more, waits for the chain, answers, hangs up, and only then calls back."""
+    """An export that ends takes no more requests, waits for the chain, answers, hangs up, and only then calls back."""
     exported.chain.holding = True
     busy, idle, half = (exported.client().go() for _ in range(3))
     busy.ask(CMD_WRITE, 0, 512, DATA)
@@ -220,11 +220,11 @@ def test_end_answers_what_is_in_flight(exported: Exported) -> None:
     assert [b"", b"", b""] == [client.take(1) for client in (busy, idle, half)]
     assert all(client.is_hung_up for client in (busy, idle, half))
     with socket.socket(socket.AF_UNIX) as late, pytest.raises(ConnectionRefusedError):
-        late.connect(str(exported.path))  # whoever made the socket removes it
+        late.connect(str(exported.path))  # the socket's maker removes it
 
 
 def test_end_waits_for_what_nobody_waits_for(exported: Exported) -> None:
-    """A request of a client that has gone is still with the chain."""
+    """The end of an export waits even for requests of clients that have gone."""
     exported.chain.holding = True
     client = exported.client().go()
     client.ask(CMD_WRITE, data=DATA)
@@ -239,7 +239,7 @@ def test_end_waits_for_what_nobody_waits_for(exported: Exported) -> None:
 
 
 def test_end_waits_for_the_flush_of_a_durable_write(exported: Exported) -> None:
-    """Between a write and its flush nothing is with the chain, and still something is in flight."""
+    """The end waits for a write with FUA even between the write and its flush, when the chain has nothing."""
     exported.chain.holding = True
     client = exported.client().go()
     client.ask(CMD_WRITE, data=DATA, flags=CMD_FLAG_FUA)
@@ -258,7 +258,9 @@ def test_end_waits_for_the_flush_of_a_durable_write(exported: Exported) -> None:
 
 
 def test_end_does_not_wait_for_a_client_that_takes_no_answers(exported: Exported) -> None:
-    """After a second it is hung up on: a guest's own driver is waiting for its disk."""
+    """A client that does not read its answers is hung up on a second after the end has begun, as the guest's driver
+    waits for the disk.
+    """
     client = exported.client().go()
     client.ask(CMD_READ, 0, MAX_BLOCK)
     at_once = exported.end()
@@ -269,7 +271,7 @@ def test_end_does_not_wait_for_a_client_that_takes_no_answers(exported: Exported
 
 
 def test_end_wakes_nobody_who_waits(exported: Exported) -> None:
-    """A client that waited for memory is hung up on unanswered, as one that sent nothing."""
+    """When an export ends, a client that waits for memory is hung up on without an answer."""
     exported.chain.holding = True
     first, second = exported.client().go(), exported.client().go()
     first.ask(CMD_READ, 0, MAX_BLOCK)
@@ -285,14 +287,14 @@ def test_end_wakes_nobody_who_waits(exported: Exported) -> None:
 
 @pytest.mark.parametrize(("physical", "preferred"), [(0, 4096), (512, 4096), (4096, 4096), (65536, 65536)])
 def test_what_clients_are_told_to_prefer(physical: int, preferred: int) -> None:
-    """Clients hear what the medium writes at once, and never less than a page."""
+    """The block size that clients should prefer is that of the medium, and at least a page."""
     offer = _offer(Geometry(size=1 << 20, physical_sector_size=physical))
 
     assert (1 << 20, preferred) == (offer.size, offer.preferred_block)
 
 
 def test_an_end_waits_for_nothing_that_is_held_back_on_purpose(exported: Exported) -> None:
-    """The guest's own driver comes: what a layer holds back is asked for when the export ends."""
+    """When an export ends, layers are told to pass on what they hold back."""
     exported.chain.holding = True
     exported.client().go().ask(CMD_READ, 0, 4096)
     assert 0 == exported.chain.drained

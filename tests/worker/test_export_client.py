@@ -1,4 +1,4 @@
-"""One client of an export: its requests in pieces, its answers, and what it is thrown out for."""
+"""One client of an export: requests that arrive in pieces, answers, and what ends the connection."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ DATA = bytes(range(256)) * 16
 
 @pytest.fixture
 def exported(tmp_path: Path) -> Iterator[Exported]:
-    """An exported disk; nothing that its clients do is a bug of ours."""
+    """An exported disk. Its clients must not cause a bug."""
     with Exported(tmp_path) as exported:
         yield exported
     assert [] == exported.stray_bugs
 
 
 def test_write_and_read(exported: Exported) -> None:
-    """What was written is read, by another client too."""
+    """A client reads what another one has written."""
     exported.client().go().ask(CMD_WRITE, 4096, 4096, DATA)
     reader = exported.client().go()
     reader.ask(CMD_READ, 4096, 4096, cookie=9)
@@ -48,7 +48,7 @@ def test_write_and_read(exported: Exported) -> None:
 
 
 def test_requests_byte_by_byte(exported: Exported) -> None:
-    """However a client's bytes are cut, they mean the same; also behind the handshake in the same piece."""
+    """It makes no difference how a client's bytes are cut, even if requests arrive together with the handshake."""
     client = exported.client()
     write = REQUEST.pack(REQUEST_MAGIC, 0, CMD_WRITE, 1, 0, 512) + DATA[:512]
     sent = GO + write + REQUEST.pack(REQUEST_MAGIC, 0, CMD_READ, 2, 0, 512)
@@ -63,7 +63,7 @@ def test_requests_byte_by_byte(exported: Exported) -> None:
 
 
 def test_many_at_once_are_one_batch(exported: Exported) -> None:
-    """What lies in the socket together goes down together, and comes back in the order of its completion."""
+    """Requests that are in the socket together are submitted as one batch, and answered in the order of completion."""
     exported.chain.holding = True
     client = exported.client().go()
     client.send(b"".join(REQUEST.pack(REQUEST_MAGIC, 0, CMD_READ, n, 512 * n, 512) for n in range(5)))
@@ -85,7 +85,7 @@ def test_many_at_once_are_one_batch(exported: Exported) -> None:
     ],
 )
 def test_refused_requests_do_no_harm(exported: Exported, kind: int, offset: int, length: int, error: int) -> None:
-    """A request that cannot be is answered without reaching a layer, its bytes are passed over, the next is done."""
+    """An invalid request is answered without reaching a layer, its data is skipped, and the next request is done."""
     client = exported.client().go()
     client.ask(kind, offset, length, bytes(length) if kind == CMD_WRITE else b"")
     client.ask(CMD_READ, cookie=2)
@@ -96,7 +96,7 @@ def test_refused_requests_do_no_harm(exported: Exported, kind: int, offset: int,
 
 
 def test_read_only_disk(tmp_path: Path) -> None:
-    """Nothing that alters gets through to a disk that is only read."""
+    """A write or trim of a read-only disk does not reach the chain."""
     with Exported(tmp_path, Geometry(SIZE, read_only=True, can_discard=True)) as exported:
         client = exported.client().go()
         client.ask(CMD_WRITE, 0, 512, DATA[:512])
@@ -107,7 +107,7 @@ def test_read_only_disk(tmp_path: Path) -> None:
 
 
 def test_disk_errors_are_told(exported: Exported) -> None:
-    """An error of the disk is the reply's, without data."""
+    """An error of the disk is the error of the reply, which has no data."""
     exported.chain.errors = {0: errno.ETIMEDOUT, 1: errno.ENOSPC, 3: errno.EOPNOTSUPP}
     client = exported.client().go()
     for cookie, kind in enumerate((CMD_READ, CMD_WRITE, CMD_TRIM)):
@@ -117,7 +117,7 @@ def test_disk_errors_are_told(exported: Exported) -> None:
 
 
 def test_disconnect_waits_for_what_is_in_flight(exported: Exported) -> None:
-    """After DISC nothing more is taken, all that was asked before is answered, and then we hang up."""
+    """After DISC no more requests are taken, earlier ones are answered, and then the client is hung up on."""
     exported.chain.holding = True
     client = exported.client().go()
     client.ask(CMD_READ)
@@ -133,7 +133,7 @@ def test_disconnect_waits_for_what_is_in_flight(exported: Exported) -> None:
 
 
 def test_disconnect(exported: Exported) -> None:
-    """With nothing in flight DISC is the end at once."""
+    """If nothing is in flight, DISC ends the connection at once."""
     client = exported.client().go()
     client.ask(CMD_DISC)
     client.listen()
@@ -143,7 +143,7 @@ def test_disconnect(exported: Exported) -> None:
 
 @pytest.mark.parametrize("kind", [6, CMD_READ])
 def test_client_that_does_not_stop_is_not_read_from(exported: Exported, kind: int) -> None:
-    """Neither refusals that it does not take, nor requests for which there is no slot, pile up with us."""
+    """A client that does not read its refusals, or for whose requests there are no slots, is not read from."""
     exported.chain.holding = True
     client = exported.client().go()
     flood = REQUEST.pack(REQUEST_MAGIC, 0, kind, 1, 0, 512) * 100_000
@@ -154,7 +154,7 @@ def test_client_that_does_not_stop_is_not_read_from(exported: Exported, kind: in
 
 
 def test_client_that_goes_away_is_forgotten(exported: Exported) -> None:
-    """What it had in flight comes back to nobody; the slots and the memory serve others."""
+    """When a client goes away, its slots and memory serve others once its requests are done."""
     for _ in range(5):
         exported.chain.holding = True
         client = exported.client().go()
@@ -182,7 +182,7 @@ def test_client_that_goes_away_is_forgotten(exported: Exported) -> None:
     ],
 )
 def test_broken_protocol(exported: Exported, sent: bytes, why: str) -> None:
-    """A client that breaks the protocol is hung up on with one sentence in the log; others are served on."""
+    """A client that breaks the protocol is hung up on, with one line in the log; other clients are served."""
     other = exported.client().go()
     client = exported.client()
     client.send(sent)
@@ -202,7 +202,7 @@ def test_broken_protocol(exported: Exported, sent: bytes, why: str) -> None:
 )
 @pytest.mark.rows("A31")
 def test_client_that_keeps_us_waiting(exported: Exported, sent: bytes, limit_s: float) -> None:
-    """Neither a handshake nor the bytes of a write may take for ever."""
+    """A handshake and the data of a write must arrive within a time limit."""
     client = exported.client()
     client.send(sent)
     exported.pass_time(limit_s - 1)
@@ -217,7 +217,7 @@ def test_client_that_keeps_us_waiting(exported: Exported, sent: bytes, limit_s: 
 
 
 def test_client_that_waits_is_let_wait(exported: Exported) -> None:
-    """A client that has nothing to say may stay for as long as it likes."""
+    """A client that sends nothing may stay connected without limit."""
     client = exported.client().go()
     exported.pass_time(100)
     client.ask(CMD_READ)
@@ -227,7 +227,7 @@ def test_client_that_waits_is_let_wait(exported: Exported) -> None:
 
 @pytest.mark.slow
 def test_client_that_takes_no_answers_is_not_read_from(exported: Exported) -> None:
-    """What it can make us hold is bounded; when it takes its answers it is served on, and all of them are right."""
+    """What a client that reads no answers can make us hold is bounded; when it reads them, they are all right."""
     client = exported.client().go()
     content = random.Random(3).randbytes(1 << 20)
     exported.chain.content[: 1 << 20] = content
@@ -247,7 +247,7 @@ def test_client_that_takes_no_answers_is_not_read_from(exported: Exported) -> No
 
 @pytest.mark.slow
 def test_client_that_takes_no_answers_for_long_is_thrown_out(exported: Exported) -> None:
-    """Its memory is somebody else's after that, and no descriptor is left."""
+    """A client that reads no answers for too long is hung up on; its memory serves others, no descriptor is left."""
     descriptors = len(open_descriptors())
     client = exported.client().go()
     heads = [REQUEST.pack(REQUEST_MAGIC, 0, CMD_READ, 1, 0, length) for length in (MAX_BLOCK, 512)]
@@ -265,7 +265,7 @@ def test_client_that_takes_no_answers_for_long_is_thrown_out(exported: Exported)
 
 @pytest.mark.slow
 def test_any_bytes(exported: Exported) -> None:
-    """Clients that send anything, cut anyhow, end in order: no bug, no descriptor and no memory is left."""
+    """Clients that send any bytes in any pieces end in order: no bug, no open descriptor, and no lost memory."""
     chance = random.Random(4)
     descriptors = len(open_descriptors())
     for _ in range(1500):
@@ -293,7 +293,7 @@ def test_any_bytes(exported: Exported) -> None:
 
 
 def test_flush_is_passed_on(exported: Exported) -> None:
-    """A flush is the disk's."""
+    """A client's flush reaches the disk."""
     client = exported.client().go()
     client.ask(CMD_FLUSH, 0, 0)
 

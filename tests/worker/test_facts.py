@@ -1,4 +1,4 @@
-"""What the supervisor is told of an open layer."""
+"""What the supervisor is told about an open layer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def reactor() -> Iterator[Reactor]:
 
 
 def test_a_layer_is_told_with_what_it_reported(tmp_path: Path, reactor: Reactor) -> None:
-    """Text, size and abilities come from the layer's geometry, and beside them stands what it said of itself."""
+    """A layer's text, size and abilities are those of its geometry, together with the facts that it has reported."""
     image = tmp_path / "img"
     image.write_bytes(bytes(1 << 20))
     chain = open_chain(

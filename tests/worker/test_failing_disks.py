@@ -1,6 +1,6 @@
-"""A disk that fails again and again below a guest: one that is full, and one that loses what it was to flush.
+"""A disk that fails again and again below a guest: one is full, another fails its flushes.
 
-`make figures` runs them at length; they take as many turns as requests are asked for, divided by 50.
+`make figures` runs the tests at length: they take as many turns as `--requests` asks for, divided by 50.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from xenbackend.units import PAGE, SECTOR
 
 
 class FullDisk(HeldDisk):
-    """A disk that has room for so many more writes."""
+    """A disk that has room for `room` more writes."""
 
     room = 1 << 30
     refused = 0
 
     def give_back(self, batch: list[Request] | None = None) -> None:  # type: ignore[override]  # all at once
-        """Do the writes that there is room for."""
+        """Complete a batch; writes beyond the room fail."""
         assert batch is not None
         for request in batch:
             self.errors = {}
@@ -44,7 +44,7 @@ def turns(request: pytest.FixtureRequest) -> int:
 
 
 def test_a_full_disk_loses_nothing(vbd: Served, request: pytest.FixtureRequest) -> None:
-    """However often a disk is full and has room again, no guest sees an error, and every sector is what it wrote."""
+    """However often a disk is full and has room again, the guest sees no error, and reads what it wrote."""
     disk = vbd.disk = FullDisk()
     chance = Random(request.config.getoption("--seed"))
     model = make_model(chance.getrandbits(32), SIZE // SECTOR, 32)
@@ -69,7 +69,7 @@ def test_a_full_disk_loses_nothing(vbd: Served, request: pytest.FixtureRequest) 
 
 
 def test_no_failed_flush_is_acknowledged(vbd: Served, request: pytest.FixtureRequest) -> None:
-    """Whatever a flush fails with, and however many are in flight, none of them is answered as if it were done."""
+    """No failed flush is answered as successful, whatever its error and however many are in flight."""
     chance = Random(request.config.getoption("--seed"))
     failed = 0
     for _ in range(turns(request)):

@@ -1,4 +1,4 @@
-"""Requests that a layer's bug has lost: whose they are, what takes their place, and what is left of them."""
+"""Requests lost by a layer's bug: whose they are, what replaces them, and what becomes of their memory."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ DATA = b"c" * PAGE
 
 
 class Memory:
-    """Who holds the memory of requests that are copied; takes note of what was abandoned."""
+    """A stand-in for the grants, which records what was abandoned."""
 
     def __init__(self) -> None:
         self.abandoned: list[tuple[RingRequest, Request]] = []
 
     def abandon(self, record: RingRequest, request: Request) -> None:
-        """Take note."""
+        """Record it."""
         self.abandoned.append((record, request))
 
 
 def record_of_a_guest() -> RingRequest:
-    """Return a record with its request."""
+    """Return the record of a guest's request."""
     record = RingRequest(3, SimpleNamespace(), Request())
     record.request.tag, record.request.op = record, Op.WRITE
     return record
 
 
 def test_another_request_takes_the_place_of_a_lost_one() -> None:
-    """The record gets a request that ends with EIO; the lost one belongs to nobody, and keeps its memory."""
+    """A lost request is replaced by one that ends with EIO; the lost one has no owner, and keeps its memory."""
     record, memory = record_of_a_guest(), Memory()
     lost = record.request
     other = substitute(lost, memory)
@@ -52,7 +52,7 @@ def test_another_request_takes_the_place_of_a_lost_one() -> None:
 
 
 def test_a_step_of_a_barrier_is_taken_for_the_barrier() -> None:
-    """A lost flush of a barrier ends the barrier's step, and leaves its write's memory alone; a lost write does not."""
+    """A lost flush of a barrier ends that step and leaves the memory of its write alone; a lost write abandons it."""
     record, memory = record_of_a_guest(), Memory()
     barrier: Any = Barrier(record, record.request, [])
     flush = barrier.next_step()
@@ -69,14 +69,14 @@ def test_a_step_of_a_barrier_is_taken_for_the_barrier() -> None:
 
 
 def test_what_belongs_to_a_layer_is_not_ours() -> None:
-    """A request that a layer made, whatever it tags it with, is left alone."""
+    """A request that a layer has made for itself is left alone, whatever its tag."""
     own = [Request(), Request("a tag"), Request(record_of_a_guest())]
 
     assert [False] * 3 == [is_ours(request) for request in own]
 
 
 class Trap(HeldDisk):
-    """A disk that loses what it gets, with an exception, where it is told to."""
+    """A disk that loses its requests with an exception while `broken` is set."""
 
     broken = False
 
@@ -89,7 +89,9 @@ class Trap(HeldDisk):
 
 @pytest.mark.parametrize("persistent", [False, True])
 def test_a_kept_request_that_a_bug_loses_is_trouble_no_more(vbd: Served, persistent: bool) -> None:
-    """A request that waited for space and is lost when it is tried again is answered, and the trouble taken back."""
+    """A request that is kept for lack of space, and lost by a bug when it is tried again, is answered, and the trouble
+    is over.
+    """
     disk = vbd.disk = Trap()
     frontend = vbd.connect(Wishes(persistent=persistent))
     disk.errors = {Op.WRITE: errno.ENOSPC}
@@ -103,7 +105,7 @@ def test_a_kept_request_that_a_bug_loses_is_trouble_no_more(vbd: Served, persist
 
         assert BLKIF_RSP_ERROR == write.status
         assert "" == vbd.troubles[-1]
-    assert 4 == len(vbd.troubles)  # the second one was said as well
+    assert 4 == len(vbd.troubles)  # the second trouble was reported too
     disk.errors = {}
     again = frontend.submit(BLKIF_OP_WRITE, 0, data=DATA)
     frontend.wait([again])
@@ -113,7 +115,7 @@ def test_a_kept_request_that_a_bug_loses_is_trouble_no_more(vbd: Served, persist
 
 
 def test_what_a_bug_ended_is_not_kept(vbd: Served) -> None:
-    """An error that a bug made would come again: whatever the policy, the guest hears of it at once."""
+    """A request that a bug has ended is answered with an error at once, whatever the policy: it would fail again."""
     vbd.policy = "write=pause,read=pause"
     disk = vbd.disk = Trap()
     frontend = vbd.connect()

@@ -1,4 +1,4 @@
-"""Tests of `xenbackend.worker.files`: every way of doing I/O against one model, the lock, what is refused."""
+"""Tests of `xenbackend.worker.files`: all ways of doing I/O against one model, locks, and what is refused."""
 
 import errno
 import os
@@ -40,7 +40,7 @@ def reactor() -> Iterator[Reactor]:
 
 @pytest.fixture
 def path() -> Iterator[str]:
-    """Return the path of an image of 1 MiB of random bytes, on a disk even where tmp_path is not."""
+    """Return the path of an image of 1 MiB of random bytes, on a disk even if tmp_path is in memory."""
     name = f"{places.DISK}/{places.prefix()}{os.getpid()}"
     Path(name).write_bytes(random.Random(0).randbytes(SIZE))
     yield name
@@ -48,7 +48,7 @@ def path() -> Iterator[str]:
 
 
 def serve(reactor: Reactor, image: Image, batches: list[list[Request]]) -> list[Request]:
-    """Submit the batches at once, run until all is given back, and return it in that order."""
+    """Submit the batches at once, run until all requests are back, and return them in that order."""
     wanted = sum(len(batch) for batch in batches)
     back: list[Request] = []
 
@@ -74,7 +74,7 @@ def request(op: Op, offset: int = 0, length: int = 0, iov: list[memoryview] | No
 
 
 def random_iov(chance: random.Random, length: int) -> list[memoryview]:
-    """Return memory cut as guests cut it: pieces of whole sectors, some side by side, in pages of their own."""
+    """Return memory in pieces as guests have it: whole sectors, some pieces adjacent, in pages of their own."""
     pieces = []
     while length:
         room = chance.choice((512, 1024, 4096, 4096, 8192))
@@ -89,7 +89,7 @@ def random_iov(chance: random.Random, length: int) -> list[memoryview]:
 
 
 def random_batch(chance: random.Random, model: bytearray) -> tuple[list[Request], list[bytes | None]]:
-    """Return requests that do not overlap, what each read has to find, and change the model as they do."""
+    """Return requests that do not overlap and the expected data of each read, and apply the writes to the model."""
     batch: list[Request] = []
     expected: list[bytes | None] = []
     place = 0
@@ -118,7 +118,7 @@ def random_batch(chance: random.Random, model: bytearray) -> tuple[list[Request]
 
 
 def check_against_model(reactor: Reactor, image: Image, path: str, seed: int) -> None:
-    """Do random batches, and compare every read, and in the end the file, with the model."""
+    """Do random batches; compare every read with the model, and the file at the end."""
     chance = random.Random(seed)
     model = bytearray(Path(path).read_bytes())
     for _ in range(40):
@@ -138,7 +138,7 @@ def check_against_model(reactor: Reactor, image: Image, path: str, seed: int) ->
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("seed", [1, 2])
 def test_every_way_against_a_model(reactor: Reactor, path: str, way: str, use_queues: bool, seed: int) -> None:
-    """Whatever the way, random requests read what was written before, give each back once, and leave the right file."""
+    """In each way of doing I/O, random requests read what was written, come back once, and leave the right file."""
     files = HostFiles(reactor, use_queues=use_queues)
     image = files.open(path, read_only=False, **WAYS[way])
     if not image.can_discard:
@@ -158,7 +158,7 @@ def test_medium_of_larger_blocks(
     blocking: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """On a medium of 4096 byte blocks, requests of single sectors are still right, in any mix with others."""
+    """On a medium with blocks of 4096 bytes, requests of single sectors are right too, in any mix with others."""
     monkeypatch.setattr(blockdev, "_stated_alignment", lambda _fd: Alignment(4096, 4096))
     files = HostFiles(reactor, use_queues=use_queues)
     image = files.open(path, read_only=False, blocking=blocking)
@@ -169,7 +169,7 @@ def test_medium_of_larger_blocks(
 
 
 def test_mode_says_what_was_chosen(reactor: Reactor, path: str) -> None:
-    """`mode` names the way: O_DIRECT only where the file truly allows it, and AIO only where the host has it."""
+    """`mode` names the way of doing I/O: O_DIRECT only if the file allows it, and AIO only if the host has it."""
     files, plain = HostFiles(reactor), HostFiles(reactor, use_queues=False)
     cached = HostFiles(reactor, direct=False)
     asked = ((files, {}), (plain, {}), (files, {"direct": False}), (files, {"blocking": True}), (cached, {}))
@@ -191,12 +191,14 @@ def test_mode_says_what_was_chosen(reactor: Reactor, path: str) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_past_the_end(reactor: Reactor, path: str, way: str) -> None:
-    """R10: a read past the end gives zeros there, and a write or discard past it is refused; the file never grows."""
+    """R10: a read past the end returns zeros for that part, a write or discard past it is refused, and the file never
+    grows.
+    """
     files = HostFiles(reactor)
     image = files.open(path, read_only=False, **WAYS[way])
     half, beyond = (request(Op.READ, SIZE - 4096 + shift, 8192) for shift in (0, 8192))
     for each in (half, beyond):
-        each.iov[0][:] = b"\xff" * 8192  # what another guest's data would be
+        each.iov[0][:] = b"\xff" * 8192  # stands for another guest's data
     refused = [request(Op.WRITE, SIZE - 4096, 8192), request(Op.DISCARD, SIZE, 4096)]
     content = Path(path).read_bytes()
 
@@ -213,7 +215,7 @@ def test_past_the_end(reactor: Reactor, path: str, way: str) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_growing(reactor: Reactor, path: str, way: str) -> None:
-    """A file grows when it is told to, to zeros and a tail, and can then be written there; it never gets shorter."""
+    """A file grows only on request, by zeros and a given tail, can be written there then, and never gets shorter."""
     files = HostFiles(reactor)
     image = files.open(path, read_only=False, **WAYS[way])
     content = Path(path).read_bytes()
@@ -234,7 +236,7 @@ def test_growing(reactor: Reactor, path: str, way: str) -> None:
 
 @pytest.mark.parametrize("step", [0, 65536])
 def test_part_of_a_block_that_is_new(reactor: Reactor, path: str, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """What was written to a file where it has grown survives a write to another part of the same block."""
+    """What was written where a file has grown survives a later write to another part of the same block."""
     monkeypatch.setattr(blockdev, "_stated_alignment", lambda _fd: Alignment(4096, 4096))
     os.truncate(path, SIZE - 8191)
     if not step:
@@ -259,7 +261,7 @@ def test_part_of_a_block_that_is_new(reactor: Reactor, path: str, monkeypatch: p
 
 @pytest.mark.parametrize("way", WAYS)
 def test_more_pieces_than_one_call_takes(reactor: Reactor, path: str, way: str) -> None:
-    """A request of more pieces than IOV_MAX is done whole."""
+    """A request with more pieces than IOV_MAX is done in full."""
     files = HostFiles(reactor)
     image = files.open(path, read_only=False, **WAYS[way])
     arena = memory.allocate(2 * 1100 * 512)
@@ -279,7 +281,7 @@ def test_more_pieces_than_one_call_takes(reactor: Reactor, path: str, way: str) 
 
 
 def test_read_only_image_refuses_writes(reactor: Reactor, path: str) -> None:
-    """What was opened for reading only cannot be written, and offers no discard."""
+    """An image that was opened read-only refuses writes, and offers no discard."""
     files = HostFiles(reactor)
     for way in WAYS.values():
         image = files.open(path, read_only=True, **way)
@@ -293,7 +295,7 @@ def test_read_only_image_refuses_writes(reactor: Reactor, path: str) -> None:
 
 @pytest.mark.parametrize("direct", [True, False])
 def test_helpers_for_open(reactor: Reactor, path: str, direct: bool) -> None:
-    """`read_at` and `write_at` take any place and length, whatever the alignment of the medium."""
+    """`read_at` and `write_at` accept any place and length, whatever the alignment of the medium."""
     files = HostFiles(reactor)
     image = files.open(path, read_only=False, direct=direct)
     content = bytearray(Path(path).read_bytes())
@@ -315,7 +317,7 @@ def test_helpers_for_open(reactor: Reactor, path: str, direct: bool) -> None:
 @pytest.mark.parametrize("first_reads", [True, False])
 @pytest.mark.parametrize("second_reads", [True, False])
 def test_lock_between_processes(reactor: Reactor, path: str, first_reads: bool, second_reads: bool) -> None:
-    """Readers share an image, a writer has it alone, in whatever process and order; the sentence says why."""
+    """Readers share an image, and a writer has it alone, in any processes and order; the error names the holder."""
     files = HostFiles(reactor)
     image = files.open(path, read_only=first_reads)
     script = (
@@ -338,7 +340,7 @@ def test_lock_between_processes(reactor: Reactor, path: str, first_reads: bool, 
 
 
 def test_lock_ends_with_close(reactor: Reactor, path: str) -> None:
-    """A closed image can be opened for writing again; a shareable one can be shared although it is writable."""
+    """A closed image can be opened for writing again; a shareable one can be opened for writing twice."""
     files = HostFiles(reactor)
     files.open(path, read_only=False).close()
     image, other = (files.open(path, read_only=False, shareable=True) for _ in range(2))
@@ -352,7 +354,7 @@ def test_lock_ends_with_close(reactor: Reactor, path: str) -> None:
 
 @pytest.mark.slow
 def test_successor_waits_for_the_lock(reactor: Reactor, path: str) -> None:
-    """A successor with a time-out gets the lock as soon as its predecessor's last description is gone."""
+    """A successor with a time-out gets the lock as soon as its predecessor's last file description is closed."""
     script = (
         "import sys\nfrom xenbackend.worker.files import HostFiles\nfrom xenbackend.loop.reactor import Reactor\n"
         "image = HostFiles(Reactor()).open(sys.argv[1], read_only=False)\nprint(1, flush=True)\nsys.stdin.read()\n"
@@ -369,7 +371,7 @@ def test_successor_waits_for_the_lock(reactor: Reactor, path: str) -> None:
 
 @pytest.mark.rows("A3")
 def test_what_is_no_image_is_refused_and_closed(reactor: Reactor, tmp_path: Path) -> None:
-    """A file that cannot be opened, or be an image, raises its own error and leaves no descriptor behind."""
+    """A file that cannot be opened, or cannot be an image, is refused with its own error, and nothing stays open."""
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "empty").touch()
     files = HostFiles(reactor)
@@ -389,7 +391,7 @@ def test_what_is_no_image_is_refused_and_closed(reactor: Reactor, tmp_path: Path
 
 
 def test_files_of_formats_end_anywhere(reactor: Reactor, path: str) -> None:
-    """With `step`, a file that ends inside a sector is opened: as it is for reading, made longer for writing."""
+    """With `step`, a file that ends inside a sector can be opened: unchanged for reading, made longer for writing."""
     os.truncate(path, 100_001)
     files = HostFiles(reactor)
     reader = files.open(path, read_only=True, step=65536)
@@ -404,14 +406,16 @@ def test_files_of_formats_end_anywhere(reactor: Reactor, path: str) -> None:
 @pytest.mark.parametrize("end", [SIZE - 511, SIZE - 1, SIZE - 4000, 100])
 @pytest.mark.parametrize("way", WAYS)
 def test_a_file_that_ends_inside_a_sector(reactor: Reactor, path: str, way: str, end: int) -> None:
-    """For readers the last sector is whole: what the file lacks of it is zeros, in whatever requests it is read."""
+    """A reader sees the last sector as whole: the missing part is zeros, in whatever requests it is read. A writer is
+    refused.
+    """
     os.truncate(path, end)
     model = Path(path).read_bytes().ljust(-(-end // 512) * 512 + 8192, b"\0")
     files = HostFiles(reactor)
     image = files.open(path, read_only=True, **WAYS[way])
     whole = -(-end // 512) * 512
     chance = random.Random(end)
-    batch = [request(Op.READ, place, 512) for place in range(max(0, whole - 4096), whole, 512)]  # neighbours
+    batch = [request(Op.READ, place, 512) for place in range(max(0, whole - 4096), whole, 512)]  # adjacent requests
     batch += [request(Op.READ, chance.randrange(whole // 512) * 512, 512 * chance.randint(1, 16)) for _ in range(50)]
     batch += [request(Op.READ, 0, whole), request(Op.READ, 0, whole + 4096)]
     for each in batch:
@@ -432,7 +436,7 @@ def test_a_file_that_ends_inside_a_sector(reactor: Reactor, path: str, way: str,
 
 @pytest.mark.parametrize("way", WAYS)
 def test_what_has_gone_of_an_odd_file(reactor: Reactor, path: str, way: str) -> None:
-    """Zeros stand for what the file never had; what it had when it was opened and has no more is an error."""
+    """Zeros stand only for what the file never had; reading what it has lost since it was opened is an error."""
     os.truncate(path, SIZE - 100)
     files = HostFiles(reactor)
     image = files.open(path, read_only=True, **WAYS[way])
@@ -447,7 +451,7 @@ def test_what_has_gone_of_an_odd_file(reactor: Reactor, path: str, way: str) -> 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_larger_sectors_than_the_medium(reactor: Reactor, path: str, way: str) -> None:
-    """A file that ends inside a sector of 4096 bytes is read like one that ends inside one of 512."""
+    """A file that ends inside a sector of 4096 bytes is read like one that ends inside a sector of 512."""
     os.truncate(path, SIZE - 512)
     model = Path(path).read_bytes() + bytes(512)
     files = HostFiles(reactor)
@@ -462,7 +466,7 @@ def test_larger_sectors_than_the_medium(reactor: Reactor, path: str, way: str) -
 
 
 def test_close_leaves_nothing_open(reactor: Reactor, path: str) -> None:
-    """After images and files are closed no descriptor is left, and the loop has no hook of theirs."""
+    """Closing images and files leaves no descriptor and no hook in the loop."""
     before = open_descriptors()
     files = HostFiles(reactor)
     image = files.open(path, read_only=False)
@@ -475,7 +479,7 @@ def test_close_leaves_nothing_open(reactor: Reactor, path: str) -> None:
 
 
 def test_status_is_set_before_it_is_given_back(reactor: Reactor, path: str) -> None:
-    """D1, D6: no request comes back while its status still says that it is lent."""
+    """D1, D6: no request comes back with a status that says it is still pending."""
     files = HostFiles(reactor)
     for way in WAYS.values():
         image = files.open(path, read_only=False, **way)
@@ -487,7 +491,7 @@ def test_status_is_set_before_it_is_given_back(reactor: Reactor, path: str) -> N
 
 
 def test_what_a_file_has_lost_is_no_hole(reactor: Reactor, path: str) -> None:
-    """Where a file has become shorter, nobody is told that there are zeros; a hole at its end is one as before."""
+    """What a file has lost since it was opened is an error and no hole; a hole at its end still is one."""
     os.truncate(path, 2 * SIZE)
     files = HostFiles(reactor)
     image = files.open(path, read_only=True)
@@ -501,7 +505,7 @@ def test_what_a_file_has_lost_is_no_hole(reactor: Reactor, path: str) -> None:
 
 
 def test_an_image_was_changed_when_others_changed_it(reactor: Reactor, path: str) -> None:
-    """To open it for writing changes it, as far as its file system can tell: what is asked for is the time before."""
+    """`look` returns when others last changed an image: the time from before we opened it, which itself changes it."""
     os.utime(path, ns=(10**9, 10**9))
     files = HostFiles(reactor)
     image = files.open(path, read_only=False)

@@ -1,4 +1,4 @@
-"""The two ways to a guest's pages, on the rig: what is copied where, how much, and what is kept."""
+"""The two ways to access a guest's pages, on the rig: what is copied, how much fits, and what stays mapped."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Table:
     persistent: PersistentGrants
 
     def record(self, operation: int, spans: list[tuple[int, int]] | None, pages: int = 1) -> RingRequest:
-        """Return a request over new pages of the guest's; `spans` are sectors, None for whole pages."""
+        """Return a request over new pages of the guest; `spans` are first and last sectors, or None for whole pages."""
         record = RingRequest(0, None, Request())
         record.operation = operation
         frames = self.guest.allocate(len(spans) if spans else pages)
@@ -41,14 +41,14 @@ class Table:
         return record
 
     def bytes_of(self, record: RingRequest) -> memoryview:
-        """Return all bytes of a record's pages; frames are handed out side by side."""
+        """Return all bytes of a record's pages; the rig allocates frames side by side."""
         first = self.guest.table.entries[record.grefs[0]] >> 32
         return self.guest.page(first, len(record.grefs))
 
 
 @pytest.fixture
 def table(tmp_path: Path) -> Iterator[Table]:
-    """A guest, and both kinds of grants on its pages; nothing may stay mapped."""
+    """A guest, and both kinds of grants for its pages; nothing may stay mapped."""
     with Xen(tmp_path) as xen:
         guest = Guest(tmp_path, DOMID)
         host = open_host(f"xenbackend.rig.host:{tmp_path}")
@@ -65,7 +65,7 @@ def table(tmp_path: Path) -> Iterator[Table]:
 @pytest.mark.parametrize("kind", ["copied", "persistent"])
 @pytest.mark.rows("A12")
 def test_segments_of_any_shape_are_the_requests_bytes(table: Table, kind: str) -> None:
-    """`iov` has the bytes that the segments name, in their order, also where a segment lies across two chunks."""
+    """`iov` has the bytes that the segments name, in order, even if a segment lies across two chunks."""
     grants = getattr(table, kind)
     random = Random(1)
     for sectors in (1, 7, 88, 300):
@@ -84,7 +84,7 @@ def test_segments_of_any_shape_are_the_requests_bytes(table: Table, kind: str) -
 
 
 def test_read_reaches_the_guest_when_it_is_settled(table: Table) -> None:
-    """What was read is in the guest's segments after `settle`, and the bytes beside them are as they were."""
+    """After `settle` the guest's segments have what was read, and the bytes beside them are unchanged."""
     read = table.record(BLKIF_OP_READ, [(1, 2), (7, 7), (0, 7)])
     theirs = table.bytes_of(read)
     theirs[:] = b"c" * len(theirs)
@@ -100,7 +100,7 @@ def test_read_reaches_the_guest_when_it_is_settled(table: Table) -> None:
 
 
 def test_failed_read_brings_nothing(table: Table) -> None:
-    """A read that ended with an error copies nothing: what the memory held before is nobody's business."""
+    """A failed read copies nothing to the guest, since the memory may hold other data."""
     read = table.record(BLKIF_OP_READ, None)
     table.bytes_of(read)[:] = b"c" * PAGE
     (request,) = table.copied.lend([read])
@@ -111,7 +111,7 @@ def test_failed_read_brings_nothing(table: Table) -> None:
 
 
 def test_room_is_for_the_longest_requests(table: Table) -> None:
-    """Where `room` says one, a request of the most segments fits; all memory comes back when it is settled."""
+    """If `room` is at least 1, a request with the most segments fits; `settle` frees all memory."""
     longest = table.record(BLKIF_OP_READ, None, pages=MAX_SEGMENTS)
     records = []
     while table.copied.room(1):
@@ -127,7 +127,7 @@ def test_room_is_for_the_longest_requests(table: Table) -> None:
 
 
 def test_abandoned_memory_is_not_used_before_it_is_back(table: Table) -> None:
-    """Memory of a request that a layer lost is lent to nobody until that layer gives the request back."""
+    """The memory of a request that a layer lost is not used again until the layer gives the request back."""
     lost = table.record(BLKIF_OP_READ, None)
     (request,) = table.copied.lend([lost])
     chunks = set(table.copied.held[lost])
@@ -141,7 +141,7 @@ def test_abandoned_memory_is_not_used_before_it_is_back(table: Table) -> None:
 
 
 def test_page_is_mapped_once(table: Table) -> None:
-    """A page that was seen stays mapped; the same page again, or twice in a request, is not mapped anew."""
+    """A page stays mapped once it was seen, and is not mapped again, even if a request names it twice."""
     record = table.record(BLKIF_OP_WRITE, None, pages=2)
     record.grefs = [*record.grefs, record.grefs[0]]
     record.length = 3 * PAGE
@@ -154,7 +154,7 @@ def test_page_is_mapped_once(table: Table) -> None:
 
 @pytest.mark.parametrize("is_indirect", [False, True])
 def test_pages_that_were_mapped_together_are_one_view(table: Table, is_indirect: bool) -> None:
-    """Whole pages that lie side by side are lent as one piece, whichever kind of request names them."""
+    """Adjacent whole pages are lent as one piece, whichever kind of request names them."""
     grefs = [table.guest.grant(frame) for frame in table.guest.allocate(11)]
     segments = [(gref, 0, 7) for gref in grefs]
     decoder = Decoder(X86_64, 88, read_only=False, can_flush=True, can_discard=True, max_segments=256)
@@ -171,7 +171,7 @@ def test_pages_that_were_mapped_together_are_one_view(table: Table, is_indirect:
 
 @pytest.mark.rows("A28")
 def test_page_that_cannot_be_mapped_goes_the_other_way(table: Table) -> None:
-    """A page that is granted for reading only cannot stay mapped for writing; its content is copied instead."""
+    """A page that is granted read-only, and so cannot stay mapped for writing, is copied instead."""
     frame = table.guest.allocate(1)[0]
     table.guest.page(frame)[:] = b"o" * PAGE
     record = RingRequest(0, None, Request())
@@ -201,7 +201,9 @@ def test_bad_page_marks_its_record_only(table: Table, kind: str) -> None:
 @pytest.mark.parametrize("status", [-3, -32768, 1, 2, 32767])
 @pytest.mark.rows("B12", "R8")
 def test_a_status_but_okay_is_a_failure(table: Table, monkeypatch: pytest.MonkeyPatch, status: int) -> None:
-    """R8: only GNTST_okay means that a page was copied; a status that no header names, above 0 too, refuses."""
+    """R8: a page counts as copied only with GNTST_okay; any other status, even an unknown one above 0, refuses the
+    request.
+    """
     really = table.copied._table.copy
     monkeypatch.setattr(table.copied._table, "copy", lambda arena, copies: [*really(arena, copies)[:-1], status])
     write, read = table.record(BLKIF_OP_WRITE, None, pages=3), table.record(BLKIF_OP_READ, None, pages=3)
@@ -217,8 +219,8 @@ def test_a_status_but_okay_is_a_failure(table: Table, monkeypatch: pytest.Monkey
 
 
 def test_long_requests_on_mapped_pages_count_as_if_they_were_copied(table: Table) -> None:
-    """A29: those of more than FREE_SEGMENTS pages leave less room, until they are settled, or come back after a bug.
-    Where there is no room left, a successor lends what its predecessor had lent all the same.
+    """A29: requests of more than FREE_SEGMENTS mapped pages take room until they are settled, or come back after a bug.
+    A successor lends what its predecessor had lent even if there is no room.
     """
     short = table.record(BLKIF_OP_READ, None, pages=FREE_SEGMENTS)
     assert [short.request] == table.persistent.lend([short])

@@ -1,4 +1,4 @@
-"""Reasons to take nothing: what each of them stops, who is called when nothing is in flight, and when it goes on."""
+"""Holds, the reasons to take no request: what each stops, who is called when nothing is in flight, and what ends it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DATA = b"h" * PAGE
 
 
 def test_who_waits_is_called_once() -> None:
-    """Whoever waits until nothing is in flight is called then, once, and not at all where the reason went before."""
+    """A callback for the moment when nothing is in flight is called once, or never if its hold was removed before."""
     holds = Holds()
     called: list[str] = []
     holds.add(Hold.PAUSE, lambda: called.append("pause"))
@@ -38,7 +38,7 @@ def test_who_waits_is_called_once() -> None:
 
 
 def test_who_waits_for_quiet_is_called_once() -> None:
-    """Everybody who waits until nothing is in flight hears of it, once, and holds on until it lets go."""
+    """All such callbacks are called, once each, and their holds last until they are removed."""
     holds = Holds()
     called: list[str] = []
     holds.add(Hold.PAUSE, lambda: called.append("pause"))
@@ -52,7 +52,7 @@ def test_who_waits_for_quiet_is_called_once() -> None:
 
 
 def test_what_was_taken_goes_on_while_a_predecessors_requests_are_done() -> None:
-    """Every reason but REPLAY stands for a disk that must be left alone, so that nothing is tried again."""
+    """Every hold but REPLAY bars retries, since it stands for a disk that must be left alone."""
     barred = {}
     for why in Hold:
         holds = Holds()
@@ -64,7 +64,9 @@ def test_what_was_taken_goes_on_while_a_predecessors_requests_are_done() -> None
 
 
 def test_a_hold_takes_nothing_and_waits_for_what_is_in_flight(vbd: Served) -> None:
-    """What came before is answered, then who asked is told; what comes later waits until the hold is let go."""
+    """With a hold, earlier requests are answered, then the callback is called; later requests wait until the hold is
+    removed.
+    """
     frontend = vbd.connect(Wishes(queues=2))
     vbd.disk.holding = True
     early = [frontend.submit(BLKIF_OP_READ, 0, 8, ring=ring) for ring in (0, 1)]
@@ -88,7 +90,7 @@ def test_a_hold_takes_nothing_and_waits_for_what_is_in_flight(vbd: Served) -> No
 
 
 def test_who_waits_hears_of_the_last_answer(vbd: Served) -> None:
-    """Whoever waits until nothing is in flight is told when the last request is back, though no other comes."""
+    """The callback is called when the last request in flight is answered, even if no other request comes."""
     frontend = vbd.connect()
     vbd.disk.holding = True
     read = frontend.submit(BLKIF_OP_READ, 0, 8)
@@ -106,7 +108,7 @@ def test_who_waits_hears_of_the_last_answer(vbd: Served) -> None:
 
 
 def test_each_hold_is_let_go_by_itself(vbd: Served) -> None:
-    """Two reasons hold until both are gone, whichever goes first."""
+    """With two holds nothing is taken until both are removed, in whatever order."""
     frontend = vbd.connect()
     for first, second in ((Hold.PAUSE, Hold.SWAP), (Hold.SWAP, Hold.PAUSE)):
         vbd.engine.hold(Hold.PAUSE, lambda: None)
@@ -124,7 +126,7 @@ def test_each_hold_is_let_go_by_itself(vbd: Served) -> None:
 
 
 def test_a_pause_lets_a_barrier_come_to_its_end(vbd: Served) -> None:
-    """A barrier that was taken is done before anybody is told that nothing is in flight, with what was behind it."""
+    """A pause waits for a barrier that was taken, and for the requests behind it."""
     frontend = vbd.connect(Wishes(flush=False))
     vbd.disk.holding = True
     requests = [
@@ -144,7 +146,7 @@ def test_a_pause_lets_a_barrier_come_to_its_end(vbd: Served) -> None:
 
 
 def test_a_pause_is_reached_with_a_failed_flush_or_kept_requests(vbd: Served) -> None:
-    """What can go no further does not keep anybody waiting who wants the disk to be quiet, not even a barrier."""
+    """A pause does not wait for what cannot go on: a failed flush, or a kept request, even of a barrier."""
     frontend = vbd.connect(Wishes(flush=False))
     vbd.disk.errors = {Op.WRITE: errno.ENOSPC}
     frontend.submit(BLKIF_OP_WRITE_BARRIER, 0, data=DATA)
@@ -166,7 +168,7 @@ def test_a_pause_is_reached_with_a_failed_flush_or_kept_requests(vbd: Served) ->
 
 
 def test_a_failed_flush_is_not_done_again_while_the_chain_is_exchanged(vbd: Served) -> None:
-    """A resumption that comes in the middle of an exchange waits for its end, and goes to the new chain."""
+    """If `resume` comes during an exchange, a failed flush is repeated after it, in the new chain."""
     frontend = vbd.connect()
     vbd.disk.errors = {Op.FLUSH: errno.EIO}
     flush = frontend.submit(BLKIF_OP_FLUSH_DISKCACHE)
@@ -187,7 +189,9 @@ def test_a_failed_flush_is_not_done_again_while_the_chain_is_exchanged(vbd: Serv
 
 
 def test_a_predecessors_requests_are_done_before_a_paused_disk_is_left(vbd: Served) -> None:
-    """Nobody comes after a worker that closes in order who could do them; what is in the ring stays there."""
+    """A worker that closes in order does its predecessor's requests although the disk is paused, as no successor will;
+    later ones stay in the ring.
+    """
     frontend, write = _taken_over(vbd)
     vbd.engine.hold(Hold.PAUSE)
     later = frontend.submit(BLKIF_OP_WRITE, 8, data=DATA)
@@ -203,7 +207,7 @@ def test_a_predecessors_requests_are_done_before_a_paused_disk_is_left(vbd: Serv
 
 
 def test_a_pause_holds_a_predecessors_requests_too(vbd: Served) -> None:
-    """A successor of a worker that died while paused leaves the disk alone until it is told to resume."""
+    """If a worker dies while paused, its successor leaves the disk alone until it is told to resume."""
     frontend, write = _taken_over(vbd)
     told: list[int] = []
     vbd.engine.hold(Hold.PAUSE, lambda: told.append(vbd.engine.in_flight))
@@ -218,7 +222,7 @@ def test_a_pause_holds_a_predecessors_requests_too(vbd: Served) -> None:
 
 
 def _taken_over(vbd: Served) -> tuple[Frontend, Submitted]:
-    """Return a frontend that a successor has joined, and a write that the dead worker had taken."""
+    """Return a frontend that a successor has rejoined, and a write that the dead worker had taken."""
     frontend = vbd.connect()
     vbd.disk.holding = True
     write = frontend.submit(BLKIF_OP_WRITE, 0, data=DATA)

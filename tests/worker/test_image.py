@@ -1,4 +1,4 @@
-"""Tests of `xenbackend.worker.image`; what all ways have in common is in test_files.py."""
+"""Tests of `xenbackend.worker.image`; test_files.py has what all ways of doing I/O have in common."""
 
 import errno
 import os
@@ -17,7 +17,7 @@ from xenbackend.worker.image import Image
 
 @pytest.fixture
 def image() -> Iterator[Image]:
-    """Return 64 KiB of `x` in memory, as an image that is done by blocking calls."""
+    """Return 64 KiB of `x` in memory, as an image with blocking I/O."""
     fd = os.memfd_create("image")
     os.pwrite(fd, b"x" * 65536, 0)
     reactor = Reactor()
@@ -36,7 +36,7 @@ def read_of(offset: int, length: int) -> Request:
 
 
 def test_image_that_became_shorter(image: Image) -> None:
-    """What the image had when it was opened and no longer has is an error of the disk, not zeros."""
+    """Reading what an image has lost since it was opened is an error, and not zeros."""
     os.ftruncate(image.fd, 4096)
     read = read_of(0, 8192)
     image.do(read)
@@ -46,7 +46,7 @@ def test_image_that_became_shorter(image: Image) -> None:
 
 @pytest.mark.rows("R10")
 def test_long_read_past_the_end_is_cleared(image: Image) -> None:
-    """A read past the end is zeros over its whole length, however long."""
+    """The part of a read past the end is zeros, however long it is."""
     read = read_of(32768, 400_384)
     image.do(read)
 
@@ -55,7 +55,7 @@ def test_long_read_past_the_end_is_cleared(image: Image) -> None:
 
 
 def test_discard_that_was_not_offered(image: Image) -> None:
-    """A discard where it was not offered is answered EOPNOTSUPP."""
+    """A discard that was not offered ends with EOPNOTSUPP."""
     image.can_discard = False
     discard = Request()
     discard.op, discard.length = Op.DISCARD, 4096
@@ -65,7 +65,7 @@ def test_discard_that_was_not_offered(image: Image) -> None:
 
 
 def test_a_block_device_does_not_grow(image: Image) -> None:
-    """What cannot be longer has no space left for more."""
+    """A block device cannot grow, which is an error like a full disk."""
     image.medium = replace(image.medium, is_device=True)
     with pytest.raises(OSError, match="cannot grow") as caught:
         image.grow(131_072)
@@ -84,7 +84,7 @@ def test_a_file_ends_where_direct_io_can_reach(image: Image) -> None:
 
 
 def test_results_of_asynchronous_io(image: Image) -> None:
-    """An error is the request's status; what is short or not possible just now is done again, whole."""
+    """An error becomes the request's status; a request that was done in part is repeated as a whole."""
     failed, flushed, short = read_of(0, 4096), Request(), read_of(4096, 4096)
     flushed.op, flushed.length = Op.FLUSH, 0
     back: list[Request] = []
@@ -98,6 +98,6 @@ def test_results_of_asynchronous_io(image: Image) -> None:
 
 
 def test_requests_need_an_owner(image: Image) -> None:
-    """An image that was given requests before anybody wanted them back says so."""
+    """Submitting requests to an image before it has an owner is an error."""
     with pytest.raises(XenbackendError, match="before it had an owner"):
         image.submit([read_of(0, 4096)])

@@ -1,4 +1,4 @@
-"""Block devices and images that somebody else uses are refused, whoever it is, and theirs are refused to him."""
+"""Images and devices that others use are refused, whoever they are, and ours are refused to them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SIZE = 16 << 20
 
 @pytest.fixture(params=["itself", "an opener"])
 def files(request: pytest.FixtureRequest) -> Iterator[HostFiles]:
-    """Return what opens images: by itself, as an image command, or by what an opener gives it, as a worker."""
+    """Return files that open images themselves, as an image command does, or through an opener, as a worker does."""
     reactor, openers = Reactor(), Openers()
     remote = EachRemote(openers)
     files = HostFiles(reactor, remote if request.param == "an opener" else None)
@@ -60,7 +60,7 @@ def device(backing: Path) -> Iterator[str]:
 
 @contextmanager
 def opened(files: HostFiles, path: str | Path, *, read_only: bool = False, shareable: bool = False) -> Iterator[Image]:
-    """Have an image open."""
+    """Keep an image open."""
     image = files.open(str(path), read_only=read_only, shareable=shareable)
     try:
         yield image
@@ -69,7 +69,7 @@ def opened(files: HostFiles, path: str | Path, *, read_only: bool = False, share
 
 
 def refusal(files: HostFiles, path: str | Path, *, read_only: bool = False, shareable: bool = False) -> str:
-    """Return why an image is refused as being in use; empty where it is not."""
+    """Return why an image is refused as in use, or an empty text."""
     try:
         files.open(str(path), read_only=read_only, shareable=shareable).close()
     except DriverError as error:
@@ -80,14 +80,16 @@ def refusal(files: HostFiles, path: str | Path, *, read_only: bool = False, shar
 
 
 def fails(*command: str | Path) -> str:
-    """Run a command, which has to fail; return what it says."""
+    """Run a command that must fail, and return its error output."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode != 0, command
     return done.stderr
 
 
 def test_a_mounted_device(files: HostFiles, device: str, tmp_path: Path) -> None:
-    """It is neither written nor read, the refusal says where it is mounted and what to do; a shared one is opened."""
+    """A mounted device is opened neither for writing nor for reading, unless shared. The error says where it is mounted
+    and what to do.
+    """
     place = tmp_path / "a place"
     with loops.mounted(device, place):
         for read_only in (False, True):
@@ -100,7 +102,7 @@ def test_a_mounted_device(files: HostFiles, device: str, tmp_path: Path) -> None
 
 
 def test_a_device_that_is_served_cannot_be_mounted(files: HostFiles, device: str, tmp_path: Path) -> None:
-    """The kernel refuses a mount and swap while we write to a device, and no longer."""
+    """The kernel refuses to mount a device, or to swap to it, while we write to it, and only then."""
     subprocess.run(["mkfs.ext4", "-q", "-F", device], check=True)
     (tmp_path / "place").mkdir()
     with opened(files, device):
@@ -113,7 +115,7 @@ def test_a_device_that_is_served_cannot_be_mounted(files: HostFiles, device: str
 
 
 def test_swap(files: HostFiles, device: str) -> None:
-    """A device that the host swaps to is refused, by that name."""
+    """A device that the host swaps to is refused, and the error says so."""
     subprocess.run(["mkswap", "-q", device], check=True, stdout=-3, stderr=-3)
     if subprocess.run(["swapon", device], check=False, stderr=-3).returncode:
         pytest.skip("no swap here")
@@ -125,7 +127,7 @@ def test_swap(files: HostFiles, device: str) -> None:
 
 
 def test_device_mapper(files: HostFiles, device: str) -> None:
-    """So is one that a mapping is over: LVM, multipath, LUKS; the mapping is named."""
+    """A device below a mapping (LVM, multipath, LUKS) is refused, and the error names the mapping."""
     if not shutil.which("dmsetup") or subprocess.run(["dmsetup", "ls"], check=False, stdout=-3, stderr=-3).returncode:
         pytest.skip("no device mapper in this kernel")
     name = f"xb-{os.getpid()}"
@@ -154,7 +156,9 @@ def test_partitions(files: HostFiles, device: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_another_node_of_a_device(files: HostFiles, device: str, tmp_path: Path) -> None:
-    """Locks are a node's, the claim is the device's: by another node it is refused, too; readers go together."""
+    """A device is refused through another node too: locks belong to the node, but the claim to the device. Readers may
+    share it.
+    """
     node = tmp_path / "node"
     os.mknod(node, 0o600 | stat.S_IFBLK, Path(device).stat().st_rdev)
     with opened(files, device):
@@ -167,7 +171,9 @@ def test_another_node_of_a_device(files: HostFiles, device: str, tmp_path: Path)
 
 
 def test_readers_of_a_device_do_not_disturb_one_another(files: HostFiles, device: str) -> None:
-    """Looks for a claim are claims for a moment; who meets one tries again. Eight readers come at once, many times."""
+    """Readers that open a device at the same moment all succeed: a check claims the device for a moment, and whoever
+    meets it tries again.
+    """
     faults: list[str] = []
     barrier = threading.Barrier(8)
 
@@ -175,7 +181,7 @@ def test_readers_of_a_device_do_not_disturb_one_another(files: HostFiles, device
         barrier.wait()
         faults.extend(filter(None, (refusal(own, device, read_only=True) for _ in range(25))))
 
-    opener = None if isinstance(files.opener, LocalOpener) else files.opener  # that of a process is for one thread
+    opener = None if isinstance(files.opener, LocalOpener) else files.opener  # one that opens here is for one thread
     reactor = Reactor()
     readers = [HostFiles(reactor, opener, use_queues=False) for _ in range(8)]
     threads = [threading.Thread(target=read, args=(each,)) for each in readers]
@@ -190,13 +196,13 @@ def test_readers_of_a_device_do_not_disturb_one_another(files: HostFiles, device
 
 
 def test_qemu_and_we_on_a_device(files: HostFiles, device: str) -> None:
-    """QEMU claims no device, but locks its node; so both see each other there as on a file."""
+    """We and QEMU see each other's use of a device as of a file: QEMU does not claim it, but locks its node."""
     with opened(files, device):
         assert "lock" in qemu.refusal("qemu-io", "-f", "raw", "-c", "write 0 512", device)
     with opened(files, device, read_only=True):
         assert "lock" in qemu.refusal("qemu-io", "-f", "raw", "-c", "write 0 512", device)
     with qemu.held_open("raw", Path(device)) as pid:
-        said = refusal(files, device)  # somebody else may be looking at all loop devices just now
+        said = refusal(files, device)  # others may be examining all loop devices now
         assert f"{device} is locked by" in said
         assert f"qemu-io -f raw {device} (process {pid})" in said
         assert f"(process {pid})" in refusal(files, device, read_only=True)
@@ -204,7 +210,7 @@ def test_qemu_and_we_on_a_device(files: HostFiles, device: str) -> None:
 
 @pytest.mark.slow
 def test_a_file_below_a_loop_device(files: HostFiles, backing: Path, device: str, tmp_path: Path) -> None:
-    """A file is in use while a loop device over it is mounted, or served; one that nobody uses is not in the way."""
+    """A file is in use while a loop device over it is mounted or served; an unused loop device does no harm."""
     assert "" == refusal(files, backing)
     with loops.mounted(device, tmp_path / "place"):
         for read_only in (False, True):
@@ -217,7 +223,7 @@ def test_a_file_below_a_loop_device(files: HostFiles, backing: Path, device: str
         assert refusal(files, backing)
         assert "" == refusal(files, backing, read_only=True)
     with qemu.held_open("raw", Path(device)) as pid:
-        said = refusal(files, backing)  # somebody else may be looking at all loop devices just now
+        said = refusal(files, backing)  # others may be examining all loop devices now
         assert f"(process {pid})" in said
         assert f" as {device}, " in said
     assert "" == refusal(files, backing)
@@ -225,7 +231,7 @@ def test_a_file_below_a_loop_device(files: HostFiles, backing: Path, device: str
 
 @pytest.mark.slow
 def test_a_loop_device_over_a_file(files: HostFiles, backing: Path, device: str) -> None:
-    """The other way round: while a file is served, or used by QEMU, the loop device over it is refused."""
+    """A loop device is in use while the file below it is served, or used by QEMU."""
     with opened(files, backing):
         assert f"as {backing}, which is the same image" in refusal(files, device)
         assert refusal(files, device, read_only=True)
@@ -241,7 +247,7 @@ def test_a_loop_device_over_a_file(files: HostFiles, backing: Path, device: str)
 
 @pytest.mark.slow
 def test_faces_of_faces(files: HostFiles, backing: Path, device: str) -> None:
-    """Two loop devices over one file, and one over the other: whichever is served, all others are refused."""
+    """Of a file, two loop devices over it, and one over one of those, only one can be served at a time."""
     with loops.over(backing) as second, loops.over(device) as upper:
         for one in (backing, device, second, upper):
             with opened(files, one):
@@ -251,7 +257,7 @@ def test_faces_of_faces(files: HostFiles, backing: Path, device: str) -> None:
 
 
 def test_a_mounted_iso_is_read_by_guests(files: HostFiles, backing: Path, tmp_path: Path) -> None:
-    """What is mounted through a read-only loop device cannot change: it may be read, and not written."""
+    """A file that is mounted through a read-only loop device cannot change, so it may be read, but not written."""
     with loops.over(backing) as device:
         subprocess.run(["mkfs.ext4", "-q", "-F", device], check=True)
     with loops.over(backing, "--read-only") as device, loops.remounted(device, tmp_path / "place", "-o", "ro,noload"):
@@ -261,7 +267,7 @@ def test_a_mounted_iso_is_read_by_guests(files: HostFiles, backing: Path, tmp_pa
 
 
 def test_renamed_and_linked_files_below_a_loop_device(files: HostFiles, tmp_path: Path, backing: Path) -> None:
-    """It is the file that counts: renamed, and by its other name."""
+    """A file below a loop device is recognised after it was renamed, and by another link to it."""
     with loops.over(backing) as device, opened(files, device):
         moved = backing.rename(tmp_path / "moved")
         assert refusal(files, moved)
@@ -272,7 +278,7 @@ def test_renamed_and_linked_files_below_a_loop_device(files: HostFiles, tmp_path
 
 
 def test_a_claim_lasts_as_long_as_the_last_copy(files: HostFiles, device: str) -> None:
-    """A successor gets the device when the last descriptor of its predecessor is gone, and not before."""
+    """A successor gets a device only once the last descriptor of its predecessor is closed."""
     image = files.open(device, read_only=False)
     copy = os.dup(image.fd)
     image.close()
@@ -282,7 +288,7 @@ def test_a_claim_lasts_as_long_as_the_last_copy(files: HostFiles, device: str) -
 
 
 def test_nobody_is_told_of_himself(files: HostFiles, backing: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever looks for users is another process than the one that is refused, and has let go of the image by then."""
+    """The error never names our own processes as users of an image: they have released it by then."""
     with qemu.held_open("raw", backing) as pid:
         monkeypatch.setattr(os, "getpid", lambda: 1)
         said = refusal(files, backing)
@@ -292,7 +298,7 @@ def test_nobody_is_told_of_himself(files: HostFiles, backing: Path, monkeypatch:
 
 
 def test_only_looking_claims_nothing(files: HostFiles, device: str, tmp_path: Path) -> None:
-    """Who looks without a lock, as `image info` does, reads a device that is mounted or served."""
+    """Reading without a lock, as `image info` does, works on a device that is mounted or served."""
     reactor = Reactor()
     looking = HostFiles(reactor, use_queues=False, locks=False)
     with loops.mounted(device, tmp_path / "place"):
@@ -306,7 +312,7 @@ def test_only_looking_claims_nothing(files: HostFiles, device: str, tmp_path: Pa
 def test_a_device_that_the_kernels_backend_serves(
     files: HostFiles, backing: Path, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """xen-blkback claims nothing, and is found all the same: by the device, and by the file below it."""
+    """A device served by xen-blkback, which claims nothing, is refused, and so is the file below it."""
     number = Path(device).stat().st_rdev
     vbd = tmp_path / "bus" / "vbd-7-51712"
     vbd.mkdir(parents=True)
@@ -325,7 +331,7 @@ def test_a_device_that_the_kernels_backend_serves(
 
 
 def locks_on(*paths: Path) -> dict[str, list[str]]:
-    """Return the locks on files as the kernel lists them, by file: kind, and the first and last byte."""
+    """Return the locks on files as the kernel lists them, by name: kind, and first and last byte."""
     rows = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
     ends = {f":{path.stat().st_ino}": path.name for path in paths}
     found: dict[str, list[str]] = {path.name: [] for path in paths}
@@ -342,7 +348,9 @@ _WRITES = ["FLOCK WRITE", "OFDLCK 100 101", "OFDLCK 103 103", "OFDLCK 201 201", 
 
 @pytest.mark.slow
 def test_a_killed_worker_leaves_no_lock_and_no_claim(tmp_path: Path, device: str) -> None:
-    """Each file of a chain is locked as it is used; after SIGKILL nothing is left, and a successor has the same."""
+    """Each file of a chain is locked as it is used. After SIGKILL no lock or claim is left, and a successor gets the
+    same.
+    """
     parent, child = tmp_path / "parent", tmp_path / "child"
     qemu.qemu_img("create", "-q", "-f", "qcow2", parent, "4M")
     qemu.qemu_img("create", "-q", "-f", "qcow2", "-b", parent, "-F", "qcow2", child)
@@ -365,12 +373,14 @@ def test_a_killed_worker_leaves_no_lock_and_no_claim(tmp_path: Path, device: str
 
 
 def test_a_shared_disk_is_its_own_successors_alone(device: str, backing: Path) -> None:
-    """Who shares goes beside other disks, but not beside a predecessor: its last write would come after ours."""
+    """A shared disk may be used beside other disks, but not beside its own predecessor, whose last write could come
+    after ours.
+    """
     reactor = Reactor()
     one, two = HostFiles(reactor, disk=1), HostFiles(reactor, disk=2)
     for path in (str(backing), device):
         image = one.open(path, read_only=False, shareable=True)
-        copy = os.dup(image.fd)  # as a write in flight has one
+        copy = os.dup(image.fd)  # as a write in flight would
         image.close()
         assert "" == refusal(two, path, shareable=True)
         assert refusal(one, path, shareable=True)
@@ -386,7 +396,9 @@ def test_a_shared_disk_is_its_own_successors_alone(device: str, backing: Path) -
 def test_two_who_come_at_once_by_different_faces(
     files: HostFiles, backing: Path, device: str, monkeypatch: pytest.MonkeyPatch, first_step: str
 ) -> None:
-    """While one is between its two steps, to lock and to look, another comes by another face: never do both get it."""
+    """If two open one image as a file and as a device at the same moment, between each other's steps, exactly one gets
+    it.
+    """
     reactor = Reactor()
     others = HostFiles(reactor, names_users=False)
     got: list[Image] = []

@@ -1,4 +1,4 @@
-"""Tests of `xenbackend.worker.io_queue`, on the real kernel; skipped where it has no asynchronous I/O for us."""
+"""Tests of `xenbackend.worker.io_queue` with the real kernel, skipped if it has no asynchronous I/O for us."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -33,7 +33,7 @@ def reactor() -> Iterator[Reactor]:
 
 @pytest.fixture(params=[DirectQueue, CachedQueue])
 def image(reactor: Reactor, request: pytest.FixtureRequest) -> Iterator[Image]:
-    """Return an image of 64 pages, each of its own byte."""
+    """Return an image of 64 pages, each filled with its number."""
     fd = os.memfd_create("image")
     os.pwrite(fd, b"".join(bytes([number]) * 4096 for number in range(64)), 0)
     try:
@@ -47,7 +47,7 @@ def image(reactor: Reactor, request: pytest.FixtureRequest) -> Iterator[Image]:
 
 
 def reads(count: int) -> list[Request]:
-    """Return reads of the first pages, one each."""
+    """Return reads of the first pages, one page each."""
     batch = []
     for number in range(count):
         request = Request(number)
@@ -58,7 +58,7 @@ def reads(count: int) -> list[Request]:
 
 
 def run_until_back(reactor: Reactor, image: Image, count: int) -> list[Request]:
-    """Run until so many requests are back."""
+    """Run until `count` requests are back."""
     back: list[Request] = []
     image.complete = lambda batch: (back.extend(batch), len(back) >= count and reactor.stop())
     reactor.run()
@@ -66,7 +66,7 @@ def run_until_back(reactor: Reactor, image: Image, count: int) -> list[Request]:
 
 
 def test_numbers_are_used_again(reactor: Reactor, image: Image) -> None:
-    """The table of what is lent grows to what was in flight at once, and no further."""
+    """The table of requests grows to the number in flight at once, and no further."""
     for _ in range(20):
         batch = reads(10)
         image.submit(batch)
@@ -80,7 +80,7 @@ def test_numbers_are_used_again(reactor: Reactor, image: Image) -> None:
 
 
 def test_idle_queue_lets_the_loop_sleep(reactor: Reactor, image: Image) -> None:
-    """After the last completion the loop sleeps, for nothing is in flight any more."""
+    """When nothing is in flight any more, the loop sleeps."""
     image.submit(reads(4))
     run_until_back(reactor, image, 4)
     passes: list[int] = []
@@ -95,7 +95,9 @@ def test_idle_queue_lets_the_loop_sleep(reactor: Reactor, image: Image) -> None:
 def test_submitted_by_eights_and_before_sleeping(
     reactor: Reactor, image: Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The disk gets work while more is queued, and the rest by the call in which the loop sleeps, with its own look."""
+    """Requests are submitted eight at a time, and the rest in the call in which the loop sleeps, together with its
+    poll.
+    """
     calls: list[int] = []
     waits: list[int] = []
     submit, wait = Aio.submit, Aio.wait
@@ -119,7 +121,7 @@ def test_submitted_by_eights_and_before_sleeping(
 
 @pytest.mark.parametrize("image", [DirectQueue], indirect=True)
 def test_pieces_side_by_side_are_one(reactor: Reactor, image: Image, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Views that lie side by side in memory are one piece for the disk; noted views are looked up, others asked for."""
+    """Adjacent views are one piece for the disk, whether their addresses were noted or have to be asked for."""
     vectors: list[int] = []
     queue_vector = Aio.queue_vector
 
@@ -144,7 +146,7 @@ def test_pieces_side_by_side_are_one(reactor: Reactor, image: Image, monkeypatch
 
 @pytest.mark.parametrize("image", [DirectQueue], indirect=True)
 def test_bug_of_one_image_does_not_cost_the_others_theirs(reactor: Reactor, image: Image) -> None:
-    """What has completed for other images is given back although the first that was told lets a bug out."""
+    """Completed requests of other images come back even if the first image's owner raises an exception."""
     assert image._queue is not None
     fd = os.memfd_create("other")
     os.truncate(fd, 64 * 4096)

@@ -1,4 +1,4 @@
-"""A disk whose writes go to a file of their own, for good or for a while, in a worker's process."""
+"""A disk whose writes go to a file of their own, for good or for a time, in a worker's process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DATA = b"d" * PAGE
 
 
 def test_what_was_answered_outlives_the_worker(driven: Driven, images: list[Path], tmp_path: Path) -> None:
-    """D11: writes that no flush has brought into the map are there after a kill; the image has not been touched."""
+    """D11: answered writes that no flush has put into the map survive a kill; the image is unchanged."""
     text = f"cow:{tmp_path}/cow|aio:{images[0]}"
     driven.connect(text)
     for place in range(0, 256, 32):
@@ -35,7 +35,9 @@ def test_what_was_answered_outlives_the_worker(driven: Driven, images: list[Path
 
 
 def test_a_chain_without_it_is_another_disk(driven: Driven, images: list[Path], tmp_path: Path) -> None:
-    """To take the layer out would lose what was written: that is refused, and so is a snapshot of what is only read."""
+    """Removing the layer would lose the writes, so that is refused, and so is a snapshot of the image, which is only
+    read.
+    """
     driven.connect(f"log:|cow:{tmp_path}/cow|aio:{images[0]}").write(0, DATA)
     refused = driven.worker.ask(messages.Swap(f"aio:{images[0]}"))
     branch = driven.worker.ask(messages.Branch(f"{images[0]}.leaf", ""))
@@ -48,7 +50,9 @@ def test_a_chain_without_it_is_another_disk(driven: Driven, images: list[Path], 
 
 
 def test_what_a_cache_alone_has_outlives_the_worker(driven: Driven, images: list[Path], tmp_path: Path) -> None:
-    """D11: with mode=writeback, too; what would show or keep the image without it is refused."""
+    """D11: with mode=writeback, answered writes survive a kill, and a snapshot, or a chain without the cache, is
+    refused.
+    """
     text = f"cache:{tmp_path}/cache,size=1M,mode=writeback|aio:{images[0]}"
     driven.connect(text)
     for place in range(0, 256, 32):
@@ -68,7 +72,7 @@ def test_what_a_cache_alone_has_outlives_the_worker(driven: Driven, images: list
 
 
 def test_what_a_cache_keeps_at_the_end_is_logged(driven: Driven, images: list[Path], tmp_path: Path) -> None:
-    """The service hears of it once: somebody may take the image for the disk."""
+    """If a cache still holds writes at the end, that is logged once, since somebody may take the image for the disk."""
     driven.connect(f"cache:{tmp_path}/cache,size=1M,mode=writeback|fault:op=write,errno=ENOSPC|aio:{images[0]}")
     driven.frontend.write(0, DATA)
     driven.worker.close()

@@ -27,7 +27,7 @@ def machine() -> Iterator[Machine]:
     """Return a machine that is closed after the test."""
     machine = Machine()
     machine.files.lock_timeout_s = (
-        2.0  # the kernel lets go of a file that has I/O in flight a moment after its process has
+        2.0  # the kernel closes a file that has I/O in flight a moment after its process has ended
     )
     yield machine
     machine.close()
@@ -35,14 +35,14 @@ def machine() -> Iterator[Machine]:
 
 @pytest.fixture
 def openers() -> Iterator[Openers]:
-    """Return openers, whose workers are this process."""
+    """Return openers for workers in this process."""
     openers = Openers()
     yield openers
     openers.close()
 
 
 def make(openers: Openers, machine: Machine, chain: Chain, path: str, image_format: str = "") -> str:
-    """Make a leaf by an opener, with nothing else of this process being opened meanwhile."""
+    """Make a leaf through an opener; meanwhile this process opens nothing else."""
     text = "|".join(each.text for each in chain.layers if not each.parent_of)
     opener = openers.remote(opening.Job("vbd/5/51712", [text], read_only=False, makes=path))
     former, machine.files.opener = machine.files.opener, opener
@@ -56,7 +56,7 @@ def make(openers: Openers, machine: Machine, chain: Chain, path: str, image_form
 
 @pytest.mark.parametrize("driver", BLANK)
 def test_a_guest_goes_on_on_a_new_leaf(machine: Machine, openers: Openers, tmp_path: Path, driver: str) -> None:
-    """A leaf that was made while the guest wrote has, once it is opened, all that was written before and since."""
+    """A leaf that is made while the guest writes has, once it is opened, all writes from before and after."""
     (tmp_path / "base").write_bytes(BLANK[driver](SIZE))
     chain, model, chance = machine.open(f"log:|{driver}:{tmp_path}/base"), bytearray(SIZE), Random(1)
 
@@ -86,7 +86,7 @@ def test_a_guest_goes_on_on_a_new_leaf(machine: Machine, openers: Openers, tmp_p
 
 
 def test_nothing_is_written_over(machine: Machine, openers: Openers, tmp_path: Path) -> None:
-    """Where the name is taken, or there can be no such leaf, nothing is made, and the chain is as it was."""
+    """If the name is taken, or no such leaf is possible, nothing is made, and the chain stays as it was."""
     (tmp_path / "base").write_bytes(qcow2(SIZE))
     (tmp_path / "taken").write_bytes(b"mine")
     chain = machine.open(f"qcow2:{tmp_path}/base")
@@ -101,7 +101,7 @@ def test_nothing_is_written_over(machine: Machine, openers: Openers, tmp_path: P
 
 
 def test_only_its_owner_may_read_a_leaf(machine: Machine, openers: Openers, tmp_path: Path) -> None:
-    """It becomes the guest's disk."""
+    """A new leaf, which will be the guest's disk, is readable by its owner only."""
     (tmp_path / "base").write_bytes(qcow2(SIZE))
     chain = machine.open(f"qcow2:{tmp_path}/base")
     make(openers, machine, chain, f"{tmp_path}/new")
@@ -112,7 +112,7 @@ def test_only_its_owner_may_read_a_leaf(machine: Machine, openers: Openers, tmp_
 
 @pytest.mark.parametrize("driver", BLANK)
 def test_a_leaf_is_opened_with_its_parent_and_no_other(openers: Openers, tmp_path: Path, driver: str) -> None:
-    """A leaf in another directory is marked with the image that the guest wrote to, whatever takes that one's name."""
+    """A leaf in another directory is marked with its parent, and refuses another file with the parent's name."""
     (tmp_path / "far").mkdir()
     (tmp_path / "base").write_bytes(BLANK[driver](SIZE))
     machine = Machine(parents=())
@@ -133,7 +133,7 @@ def test_a_leaf_is_opened_with_its_parent_and_no_other(openers: Openers, tmp_pat
 def test_a_leaf_that_cannot_be_marked_says_where_its_parent_is(
     openers: Openers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the file system keeps no marks, the chain that is served names the directory of the parent."""
+    """If the file system keeps no marks, the new chain's text names the parent's directory."""
     monkeypatch.setattr(marks, "PARENT", "nonsense.xenbackend.parent")
     (tmp_path / "base").write_bytes(qcow2(SIZE))
     machine = Machine(parents=())

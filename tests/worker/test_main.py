@@ -1,4 +1,4 @@
-"""The worker's process against its supervisor's messages: in order, out of order, and when nobody is left to listen."""
+"""The worker's process and its supervisor's messages: in order, out of order, and when nobody is left to listen."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SLOW = "delay:write=100ms|ram:1M"
 
 
 def test_messages_in_order(driven: Driven) -> None:
-    """Open, Serve, Leave, Serve, Close: each has its answer, and the process ends with status 0."""
+    """Open, Serve, Leave, Serve and Close are each answered, and the process ends with status 0."""
     driven.connect("ram:1M").write(0, DATA)
     driven.reconnect()
 
@@ -35,7 +35,7 @@ def test_messages_in_order(driven: Driven) -> None:
 
 
 def test_a_frontend_that_comes_again_takes_no_more_descriptors(driven: Driven) -> None:
-    """What a worker opens for a connection it closes with it; what says whether to look for requests it has once."""
+    """A worker closes what it has opened for a connection, so that a reconnection takes no more descriptors."""
     descriptors = Path(f"/proc/{driven.worker.process.pid}/fd")
     driven.connect("ram:1M")
     before = sorted(each.name for each in descriptors.iterdir())
@@ -45,7 +45,7 @@ def test_a_frontend_that_comes_again_takes_no_more_descriptors(driven: Driven) -
 
 
 def test_supervisors_death_ends_the_worker_in_order(driven: Driven) -> None:
-    """When the socket closes, what is in flight is answered before the chain is closed and the process ends."""
+    """When the supervisor's socket closes, requests in flight are answered, the chain is closed and the worker ends."""
     driven.connect(SLOW)
     request = driven.begin_write(DATA)
     driven.worker.socket.close()
@@ -56,7 +56,7 @@ def test_supervisors_death_ends_the_worker_in_order(driven: Driven) -> None:
 
 
 def test_close_right_behind_leave_waits_for_it(driven: Driven) -> None:
-    """Close may come while Leave still drains: the chain is closed when nothing is in flight any more."""
+    """If Close comes while Leave still drains, the chain is closed once nothing is in flight."""
     driven.connect(SLOW)
     request = driven.begin_write(DATA)
     driven.worker.tell(messages.Leave)
@@ -68,7 +68,7 @@ def test_close_right_behind_leave_waits_for_it(driven: Driven) -> None:
 
 
 def test_failed_open_is_said(driven: Driven) -> None:
-    """A chain that cannot be opened is answered with a sentence, and the worker can be ended as ever."""
+    """If a chain cannot be opened, the standing says why, and the worker can be closed as usual."""
     standing = driven.worker.open("aio:/nonexistent/image")
 
     assert (Stage.IDLE, errno.ENOENT) == (standing.stage, standing.errno)
@@ -77,7 +77,7 @@ def test_failed_open_is_said(driven: Driven) -> None:
 
 
 def test_successor_gets_the_memories(driven: Driven) -> None:
-    """What a layer asked to keep is handed to the supervisor, and a successor that gets it back goes on with it."""
+    """A memory that a layer keeps goes to the supervisor, and a successor that gets it back continues with it."""
     driven.connect("ram:1M").write(8, DATA)
     driven.worker.process.kill()
     driven.worker.process.wait()
@@ -100,7 +100,7 @@ def test_journals_header_tells_what_was_agreed(driven: Driven) -> None:
 
 
 def test_command_is_answered_by_the_layer(driven: Driven) -> None:
-    """A verb reaches the layer that it names; where there is none, the reply says so."""
+    """A command reaches the layer that it names; if there is none, the reply says so."""
     driven.connect("fault:op=write,limit=1|ram:1M")
     with pytest.raises(DiskError):
         driven.frontend.write(0, DATA)
@@ -122,7 +122,9 @@ def test_command_is_answered_by_the_layer(driven: Driven) -> None:
     ],
 )
 def test_command_that_cannot_be_answered_is_told(driven: Driven, size: str, code: Code, expected: str) -> None:
-    """A layer's bug over a verb, and an answer that fits into no datagram, come back as a sentence; work goes on."""
+    """If a layer raises an exception over a command, or its answer is too long for a datagram, the reply says so, and
+    the worker goes on.
+    """
     driven.connect("clumsy:at=nothing|ram:1M")
     reply = driven.worker.ask(messages.Command("clumsy", "bytes", [size]))
 
@@ -132,7 +134,7 @@ def test_command_that_cannot_be_answered_is_told(driven: Driven, size: str, code
 
 
 def test_most_memories_can_be_handed_over(driven: Driven) -> None:
-    """As many memories as a supervisor keeps, and the journal, fit beside one message."""
+    """The largest number of memories and the journal fit beside one message."""
     driven.worker.kept = {str(number): os.memfd_create("kept") for number in range(messages.MAX_MEMORIES)}
 
     assert Stage.OPEN == driven.worker.open("ram:1M").stage
@@ -140,7 +142,7 @@ def test_most_memories_can_be_handed_over(driven: Driven) -> None:
 
 
 def test_paused_disk_is_told(driven: Driven) -> None:
-    """The supervisor hears of a flush that failed."""
+    """The supervisor is told of a failed flush."""
     driven.connect("fault:op=flush|ram:1M")
     driven.frontend.submit(BLKIF_OP_FLUSH_DISKCACHE)
 
@@ -148,7 +150,9 @@ def test_paused_disk_is_told(driven: Driven) -> None:
 
 
 def test_layers_bug_is_said_and_counted_and_survived(driven: Driven) -> None:
-    """D8: a layer's bug ends its requests with an error, is said with its text, is counted; the worker goes on."""
+    """D8: if a layer raises an exception, its requests end with an error, that is logged and counted, and the worker
+    goes on.
+    """
     driven.connect("clumsy:at=complete|ram:1M")
     with pytest.raises(DiskError) as caught:
         driven.frontend.write(0, DATA)
@@ -161,7 +165,7 @@ def test_layers_bug_is_said_and_counted_and_survived(driven: Driven) -> None:
 
 @pytest.mark.parametrize("at", ["submit", "complete"])
 def test_bug_in_the_last_flush_does_not_keep_the_disk(driven: Driven, at: str) -> None:
-    """R23: a layer that fails over the last flush, on its way down or up, is reported, and the disk goes away."""
+    """R23: if a layer raises an exception over the last flush, that is logged, and the disk goes away all the same."""
     driven.connect(f"clumsy:at={at}|ram:1M")
     driven.disconnect()
     driven.worker.end()
@@ -170,7 +174,7 @@ def test_bug_in_the_last_flush_does_not_keep_the_disk(driven: Driven, at: str) -
 
 
 def test_counters_outlive_connections(driven: Driven) -> None:
-    """The counters in the journal add up over connections, and are exact when one has ended."""
+    """The counters in the journal add up over connections, and are exact when a connection has ended."""
     driven.connect("ram:1M")
     for _ in range(2):
         driven.frontend.write(0, DATA)
@@ -188,7 +192,7 @@ def test_counters_outlive_connections(driven: Driven) -> None:
 
 
 def test_counters_are_up_to_date_when_a_worker_was_asked_where_it_stands(driven: Driven) -> None:
-    """Who asks need not wait for the second that counters are published in."""
+    """When a worker reports its standing, its counters are up to date."""
     frontend = driven.connect("ram:1M")
     counted = []
     for _ in range(3):
@@ -200,7 +204,9 @@ def test_counters_are_up_to_date_when_a_worker_was_asked_where_it_stands(driven:
 
 
 def test_a_pause_is_told_when_nothing_is_in_flight(driven: Driven) -> None:
-    """What was taken is answered first, what comes waits for Resume; a disk without a frontend is held at once."""
+    """A pause is answered once the requests in flight are; later ones wait for Resume. Without a frontend it is
+    answered at once.
+    """
     driven.open(SLOW)
     codes = [driven.worker.ask(each).code for each in (messages.Pause(), messages.Resume())]
     driven.attach(Wishes())
@@ -220,7 +226,7 @@ def test_a_pause_is_told_when_nothing_is_in_flight(driven: Driven) -> None:
 
 
 def test_a_pause_that_is_taken_back_is_told(driven: Driven) -> None:
-    """Whoever waits for a pause hears that the disk was resumed first; everybody who waited has one reply."""
+    """If a disk is resumed before a pause is reached, each pause gets one reply, which says so."""
     driven.connect(SLOW)
     driven.begin_write(DATA)
     pauses = [driven.worker.put(messages.Pause()) for _ in range(2)]
@@ -232,7 +238,7 @@ def test_a_pause_that_is_taken_back_is_told(driven: Driven) -> None:
 
 
 def test_a_pause_that_nothing_is_left_for_is_reached(driven: Driven) -> None:
-    """A frontend that leaves, or a worker that ends, leaves nothing in flight: whoever waits for that has a reply."""
+    """If the frontend leaves, or the worker ends, nothing is in flight, and a pause gets its reply."""
     driven.connect(SLOW)
     driven.begin_write(DATA)
     first = driven.worker.put(messages.Pause())
@@ -247,7 +253,7 @@ def test_a_pause_that_nothing_is_left_for_is_reached(driven: Driven) -> None:
 
 
 def test_a_paused_disk_stays_so(driven: Driven) -> None:
-    """A pause outlives the frontend's connection, and a worker that is opened so is paused."""
+    """A pause outlives the frontend's connection; a worker can also be opened paused."""
     standings = [driven.open("ram:1M", is_paused=True)]
     driven.attach(Wishes())
     standings.append(driven.worker.stand())
@@ -267,7 +273,9 @@ def test_a_paused_disk_stays_so(driven: Driven) -> None:
 
 
 def test_a_disk_that_lost_something_waits_to_be_resumed(driven: Driven) -> None:
-    """What an earlier worker lost holds a frontend in service until somebody resumes; one that begins anew is free."""
+    """A flush that an earlier worker failed holds a connected frontend until Resume; a frontend that starts anew is not
+    held.
+    """
     journal.poison(driven.worker.journal, errno.EIO)
     driven.goes_on = True
     driven.open("ram:1M")
@@ -286,7 +294,7 @@ def test_a_disk_that_lost_something_waits_to_be_resumed(driven: Driven) -> None:
 
 
 def test_a_frontend_that_begins_anew_goes_by_what_it_finds(driven: Driven) -> None:
-    """A guest that boots after something was lost is not held: it reads what is there."""
+    """A guest that boots after a failed flush is not held, since it reads what is there."""
     journal.poison(driven.worker.journal, errno.EIO)
     driven.open("ram:1M")
     driven.attach(Wishes()).flush()
@@ -295,7 +303,7 @@ def test_a_frontend_that_begins_anew_goes_by_what_it_finds(driven: Driven) -> No
 
 
 def test_where_a_worker_stands(driven: Driven) -> None:
-    """A supervisor that is a new one hears in which stage the worker is, of which chain, and what is wrong now."""
+    """A standing has the worker's stage, chain and layers, and whatever is wrong now."""
     standings = [driven.worker.stand()]
     driven.open(SLOW, policy="write=pause")
     standings.append(driven.worker.stand())
@@ -315,7 +323,9 @@ def test_where_a_worker_stands(driven: Driven) -> None:
 
 
 def test_a_worker_that_waits_for_its_image_says_so(driven: Driven, images: list[Path]) -> None:
-    """Between Connect and the image's lock a worker is connecting, so that nobody tells it to connect again."""
+    """A worker that was told to serve and waits for its image's lock reports that it is connecting, so that it is not
+    told again.
+    """
     other = WorkerProcess(driven.worker.host)
     other.open(f"aio:{images[0]}")
     driven.open(f"aio:{images[0]}", may_wait=True)
@@ -333,7 +343,7 @@ def test_a_worker_that_waits_for_its_image_says_so(driven: Driven, images: list[
 
 @pytest.mark.parametrize("kind", [messages.Leave, messages.Close])
 def test_a_later_order_ends_the_wait_for_the_image(driven: Driven, images: list[Path], kind: Any) -> None:
-    """Whoever waits for an image that somebody else has can be told to leave it."""
+    """A worker that waits for an image can be told to leave or close."""
     other = WorkerProcess(driven.worker.host)
     other.open(f"aio:{images[0]}")
     driven.open(f"aio:{images[0]}", may_wait=True)
@@ -352,7 +362,7 @@ def test_a_later_order_ends_the_wait_for_the_image(driven: Driven, images: list[
 
 
 def test_a_worker_that_still_ends_its_export_is_connecting(driven: Driven, tmp_path: Path) -> None:
-    """The export's last flush may take long; a supervisor that asks meanwhile need not send Connect again."""
+    """While its export ends, whose last flush may take long, a worker reports that it is connecting."""
     driven.open("delay:flush=100ms|ram:1M", export=str(tmp_path / "nbd" / "sock"))
     driven.announce(Wishes())
     driven.offer_rings()
@@ -363,7 +373,7 @@ def test_a_worker_that_still_ends_its_export_is_connecting(driven: Driven, tmp_p
 
 
 def test_trouble_is_told_and_a_new_policy_obeyed(driven: Driven) -> None:
-    """A full disk is told and stands in a report; a policy that says report ends it for the guest."""
+    """A full disk is reported as trouble; with the policy `report` the guest gets the error."""
     driven.connect("fault:op=write,errno=ENOSPC|ram:1M")
     write = driven.frontend.submit(BLKIF_OP_WRITE, 0, data=DATA)
     trouble = driven.worker.expect_standing().trouble
@@ -380,7 +390,7 @@ def test_trouble_is_told_and_a_new_policy_obeyed(driven: Driven) -> None:
 
 
 def test_a_worker_that_hands_over_leaves_what_it_held(driven: Driven) -> None:
-    """A request that failed and is kept is not answered by a worker that a successor follows: the successor does it."""
+    """A worker that hands over does not answer a request that is kept for a retry: its successor does."""
     driven.connect("fault:op=write,errno=ENOSPC|ram:1M")
     write = driven.frontend.submit(BLKIF_OP_WRITE, 0, data=DATA)
     driven.worker.expect_standing()
@@ -395,8 +405,8 @@ def test_a_worker_that_hands_over_leaves_what_it_held(driven: Driven) -> None:
 
 
 def test_a_last_flush_that_fails_pauses_the_successor(driven: Driven) -> None:
-    """What could not be made durable at the end of a worker is lost to a guest that goes on: the service hears of it,
-    and a successor that has the journal does not answer the guest's next flush.
+    """If a worker's last flush fails, the service is told, and a successor with its journal does not answer the guest's
+    next flush.
     """
     driven.connect("fault:op=flush,limit=1|ram:1M").write(0, DATA)
     left = driven.worker.close(hands_over=True).flush_failed
@@ -407,7 +417,7 @@ def test_a_last_flush_that_fails_pauses_the_successor(driven: Driven) -> None:
 
 
 def test_an_order_that_cannot_be_carried_out_is_told(driven: Driven) -> None:
-    """Whatever is wrong, whoever ordered it hears of it, and the next order begins without it."""
+    """If an order cannot be carried out, the standing says why, and the next standing no longer does."""
     early = driven.worker.tell(messages.Serve, None), driven.worker.expect_standing()
     driven.open("ram:1M", host="nonexistent")
     again = driven.worker.open("ram:1M")
@@ -425,7 +435,7 @@ def test_an_order_that_cannot_be_carried_out_is_told(driven: Driven) -> None:
 
 
 def test_a_frontend_is_served_once(driven: Driven) -> None:
-    """Rings that are served are not mapped again, and go on being served."""
+    """An order to serve rings that are served already is refused, and they are served on."""
     driven.connect("ram:1M")
     driven.offer_rings()
     standing = driven.worker.expect_standing()
@@ -435,9 +445,9 @@ def test_a_frontend_is_served_once(driven: Driven) -> None:
 
 
 def test_what_was_asked_of_a_worker_that_ends_has_its_reply(driven: Driven) -> None:
-    """A question right behind Close has a reply: that it came too late to be done, which is no failure to do it."""
+    """A question that comes right after Close is answered as too late, and not as failed."""
     driven.open("ram:1M")
-    driven.worker.process.send_signal(signal.SIGSTOP)  # else it may have ended by the time that the question is there
+    driven.worker.process.send_signal(signal.SIGSTOP)  # else it may have ended before the question comes
     driven.worker.tell(messages.Close)
     question = driven.worker.put(messages.Resume())
     driven.worker.process.send_signal(signal.SIGCONT)

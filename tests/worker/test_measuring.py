@@ -1,4 +1,4 @@
-"""The layers of a chain that is in service are measured by order, and the guest notices nothing."""
+"""The layers of a chain in service are measured by order; the guest does not notice."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def counts(reply: Reply) -> list[dict[str, int]]:
 
 
 def test_it_measures_each_layer_and_operation_from_then_on(driven: Driven) -> None:
-    """What was in flight when it began is not in it, nor what came later. The layer that takes the time is seen to."""
+    """A measurement has the requests of its own time, by layer and operation, and shows which layer takes the time."""
     driven.connect("log:|delay:write=300ms|ram:1M")
     early = driven.begin_write(DATA)
     number = driven.worker.put(messages.Measure(3_600_000))
@@ -40,7 +40,7 @@ def test_it_measures_each_layer_and_operation_from_then_on(driven: Driven) -> No
     again = driven.worker.ask(messages.Measure(1))
 
     seen = {"read": 1, "write": 1}
-    assert [seen, seen, {"read": 1, "write": 2}] == counts(reply)  # `delay` had held the early one until then
+    assert [seen, seen, {"read": 1, "write": 2}] == counts(reply)  # `delay` still held the early one when it began
     log, delay, ram = (each["operations"]["write"]["sum_ns"] for each in json.loads(reply.data))
     assert log > delay > 300_000_000 > ram
     assert [{}] * 3 == counts(again)
@@ -49,7 +49,7 @@ def test_it_measures_each_layer_and_operation_from_then_on(driven: Driven) -> No
 
 @pytest.mark.parametrize("milliseconds", [0, 300])
 def test_one_ends_where_another_begins(driven: Driven, milliseconds: int) -> None:
-    """It has the times until then, and the other one those from then on; none is no measurement, and ends it."""
+    """A new measurement ends the former one, which has the times until then. A measurement of 0 ms only ends it."""
     driven.connect(CHAIN)
     first = driven.worker.put(messages.Measure(3_600_000))
     driven.worker.ask(messages.Command("nosuch", "get", []))  # it has begun
@@ -64,7 +64,7 @@ def test_one_ends_where_another_begins(driven: Driven, milliseconds: int) -> Non
 
 
 def test_nothing_ends_where_nothing_was_begun(driven: Driven) -> None:
-    """Twice is as once, and the next one is whole."""
+    """Ending a measurement when none runs does nothing; the next one is complete."""
     driven.connect(CHAIN)
 
     assert [Code.OK] * 2 == [driven.worker.ask(messages.Measure(0)).code for _ in range(2)]
@@ -72,7 +72,7 @@ def test_nothing_ends_where_nothing_was_begun(driven: Driven) -> None:
 
 
 def test_another_chain_is_not_measured(driven: Driven, images: list[Path]) -> None:
-    """What is put in meanwhile is as fast as ever; the times are those of the chain that it was begun with."""
+    """A chain that is put in during a measurement is not measured; the times are those of the chain it began with."""
     one, two = images
     driven.connect(f"log:|aio:{one}")
     number = driven.worker.put(messages.Measure(500))
@@ -89,7 +89,7 @@ def test_another_chain_is_not_measured(driven: Driven, images: list[Path]) -> No
 
 
 def test_a_worker_ends_whoever_waits_for_its_times(driven: Driven) -> None:
-    """It closes the disk at once, and is not kept by a measurement."""
+    """A worker closes its disk without waiting for a measurement."""
     driven.connect(CHAIN)
     driven.worker.put(messages.Measure(3_600_000))
     driven.disconnect()

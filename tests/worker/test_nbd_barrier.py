@@ -1,4 +1,4 @@
-"""A worker dies with a write under way at an NBD server: that write never lands after what its successor writes."""
+"""If a worker dies with a write under way at an NBD server, that write never lands after those of its successor."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ A, B = b"A" * PAGE, b"B" * PAGE
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
-    """Return a server whose first write of As is slow."""
+    """Return a server whose first write of A bytes is slow."""
     with Server(tmp_path / "nbd.sock", Export(bytearray(SIZE)), slow=b"A") as server:
         yield server
 
@@ -35,7 +35,7 @@ def chain(server: Server, drain: str = "0s") -> str:
 
 
 def kill_amid_a_write(driven: Driven, server: Server, text: str) -> None:
-    """Kill the worker, which has opened a chain if one is given, once a write of As has come, the one that is slow."""
+    """Kill the worker while the server does a slow write of A bytes; first let it open `text`, if given."""
     if text:
         driven.connect(text)
     driven.begin_write(A)
@@ -47,7 +47,7 @@ def kill_amid_a_write(driven: Driven, server: Server, text: str) -> None:
 
 
 def begin_successor(driven: Driven, text: str) -> threading.Thread:
-    """Let a successor open the chain, and return what `has_opened` waits for."""
+    """Let a successor open the chain, and return the thread that waits for that."""
     thread = threading.Thread(target=driven.open, args=[text])
     thread.start()
     thread.join(0.5)
@@ -56,22 +56,22 @@ def begin_successor(driven: Driven, text: str) -> threading.Thread:
 
 
 def has_opened(opening: threading.Thread) -> None:
-    """See the successor's chain open."""
+    """Wait until the successor has opened the chain."""
     opening.join(20)
     assert not opening.is_alive(), "it waits for ever"
 
 
 def serve_and_overwrite(driven: Driven) -> None:
-    """Let the successor take over the rings, do again what was in flight, and, once that is answered, write on."""
+    """Let the successor take over the rings and repeat what was in flight; then write B bytes."""
     driven.worker.tell(messages.Serve, None)
     assert not driven.worker.expect_standing(Stage.SERVING).failure
-    driven.frontend.drain()  # of two writes in flight to one place either may be the last
+    driven.frontend.drain()  # of two writes in flight to one place either may win
     driven.frontend.write(0, B)
     driven.frontend.flush()
 
 
 def let_the_late_write_land(server: Server) -> None:
-    """See everything done that the server was given."""
+    """Let the server do all that it was sent."""
     server.go.set()
     for thread in list(server._threads):
         if thread.name.endswith("(_write)"):
@@ -82,7 +82,7 @@ def let_the_late_write_land(server: Server) -> None:
 def test_a_late_write_does_not_land_after_its_successors(
     driven: Driven, server: Server, tmp_path: Path, way: str
 ) -> None:
-    """A successor opens the disk only when the server has ended each connection of the worker that died."""
+    """A successor opens the disk only once the server has ended every connection of the dead worker."""
     text, count = chain(server), 1
     if way == "tls":
         ours = Authority(tmp_path / "ours")
@@ -106,7 +106,7 @@ def test_a_late_write_does_not_land_after_its_successors(
 
 
 def test_without_the_barrier_it_does(driven: Driven, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the barrier the same steps lose a write that was answered and flushed: so the test above would see it."""
+    """Without the barrier the same steps lose a write that was answered and flushed, so the test above would notice."""
     monkeypatch.setattr(connecting.Connections, "_drain", lambda *_: None)
     kill_amid_a_write(driven, server, chain(server))
     driven.open(chain(server))
@@ -117,7 +117,9 @@ def test_without_the_barrier_it_does(driven: Driven, server: Server, monkeypatch
 
 
 def test_a_server_that_closes_early_is_waited_for_as_the_chain_says(driven: Driven, server: Server) -> None:
-    """Where the end of a connection proves nothing, what lands within `drain` lands before a successor's writes."""
+    """If a server ends connections before its writes are done, a write that lands within `drain` comes before those of
+    the successor.
+    """
     server.drains = False
     kill_amid_a_write(driven, server, chain(server, "2s"))
     began = driven.worker.openers.now()
@@ -133,7 +135,9 @@ def test_a_server_that_closes_early_is_waited_for_as_the_chain_says(driven: Driv
 def test_a_server_that_is_silent_keeps_the_disk_waiting(
     driven: Driven, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A connection without an end is no proof: a successor says so, and the next one goes on when the end has come."""
+    """If the server does not end a connection, the successor fails with a sentence that says so, and the next one goes
+    on once it has ended.
+    """
     monkeypatch.setattr(connecting, "DRAIN_S", 0.2)
     kill_amid_a_write(driven, server, chain(server))
     refused = driven.worker.open(chain(server))
@@ -149,7 +153,7 @@ def test_a_server_that_is_silent_keeps_the_disk_waiting(
 
 
 def test_a_worker_that_closes_in_order_leaves_nothing_to_wait_for(driven: Driven, server: Server) -> None:
-    """A hand over is no death: the successor opens at once, whatever `drain` says."""
+    """After a worker has handed over, its successor opens the disk at once, whatever `drain` is."""
     driven.connect(chain(server, "30s")).write(0, B)
     driven.worker.close(hands_over=True)
     driven.worker.process.wait(10)
@@ -162,7 +166,7 @@ def test_a_worker_that_closes_in_order_leaves_nothing_to_wait_for(driven: Driven
 
 
 def test_a_lost_connection_is_made_anew_in_service(driven: Driven, server: Server) -> None:
-    """The guest waits while the server is away, and what was in flight is done by the connection that follows."""
+    """If a connection is lost, the guest waits, and what was in flight is done over the next connection."""
     server.drains = False
     driven.connect(chain(server))
     request = driven.begin_write(A)
@@ -180,7 +184,7 @@ def test_a_lost_connection_is_made_anew_in_service(driven: Driven, server: Serve
 
 
 def test_a_larger_export_is_offered_when_that_is_asked_for(driven: Driven, server: Server) -> None:
-    """`resize` looks at the size anew; the connection that is made for it is the one that a successor has to end."""
+    """`resize` reads the export's size again; a successor waits for the end of the connection made for that."""
     text = chain(server)
     driven.connect(text).write(0, B)
     server.export.content.extend(bytes(SIZE))

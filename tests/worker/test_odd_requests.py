@@ -1,4 +1,4 @@
-"""What a mixed batch is sorted into: data, what has none, what breaks a rule, and the first barrier."""
+"""How a mixed batch is sorted: requests with data, requests without, invalid ones, and the first barrier."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ HALF = (8, 0, 3)
 
 
 class Pages:
-    """Where the segments of indirect requests come from; `fails`: the guest's page cannot be had."""
+    """A source of the segments of indirect requests; with `fails` the guest's page cannot be had."""
 
     def __init__(self, content: bytes = b"", *, fails: bool = False) -> None:
         self.content = content
@@ -61,7 +61,7 @@ def sort(*slots: bytes, pages: Any = None) -> tuple[list[RingRequest], Sorted]:
 
 
 def test_each_kind_goes_where_it_belongs() -> None:
-    """Reads and writes need memory, flushes and discards are ready, and who breaks a rule is in neither."""
+    """Reads and writes need memory, flushes and discards are ready, and an invalid request is in neither list."""
     records, found = sort(
         direct(BLKIF_OP_READ, WHOLE),
         direct(BLKIF_OP_FLUSH_DISKCACHE),
@@ -78,7 +78,7 @@ def test_each_kind_goes_where_it_belongs() -> None:
 
 
 def test_what_has_no_data_is_ready_to_be_submitted() -> None:
-    """A flush says nothing but what it is; a discard says where, in bytes; both are pending and have no memory."""
+    """Flushes and discards are pending and have no memory; a discard has its place and length in bytes."""
     _, found = sort(direct(BLKIF_OP_FLUSH_DISKCACHE), encode_discard(X86_64, 1, 16, 24))
     flush, discard = found.ready
 
@@ -87,14 +87,16 @@ def test_what_has_no_data_is_ready_to_be_submitted() -> None:
 
 
 def test_a_page_among_others_names_its_own_grant() -> None:
-    """The grant of a request of one whole page is the one in its slot, whatever an earlier request had left there."""
+    """A request of one whole page has the grant in its own slot, whatever an earlier request left there."""
     records, _ = sort(direct(BLKIF_OP_READ, WHOLE), direct(BLKIF_OP_FLUSH_DISKCACHE))
 
     assert (7,) == records[0].grefs
 
 
 def test_a_barrier_ends_what_is_sorted() -> None:
-    """What stands behind the first barrier is left as it was taken; a flush with data is a barrier, one without not."""
+    """Requests behind the first barrier are left as they were taken. A flush with data is a barrier, one without is
+    not.
+    """
     for slot in (
         direct(BLKIF_OP_WRITE_BARRIER, WHOLE),
         direct(BLKIF_OP_WRITE_BARRIER),
@@ -108,7 +110,7 @@ def test_a_barrier_ends_what_is_sorted() -> None:
 
 
 def test_indirect_segments_are_fetched_and_checked() -> None:
-    """The segments of an indirect request are fetched once and decoded; where either fails it is refused, alone."""
+    """The segments of an indirect request are fetched once and decoded; if that fails, only this request is refused."""
     slots = [encode_indirect(X86_64, BLKIF_OP_WRITE, 1, 8, 2, [5]), direct(BLKIF_OP_READ, WHOLE)]
     records, found = sort(*slots, pages=Pages(encode_segments([WHOLE, WHOLE])))
     good = (found.data == records, records[0].length)

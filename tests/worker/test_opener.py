@@ -1,4 +1,4 @@
-"""The worker's side of an opener: what comes of answers that are none. Right answers: `tests/opener/test_main.py`."""
+"""The worker's side of an opener: invalid answers. Valid ones are tested in `tests/opener/test_main.py`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _answering: list[threading.Thread] = []
 
 
 def answered(data: bytes, fds: Sequence[int] = ()) -> RemoteOpener:
-    """Return an opener that gives one answer and is gone."""
+    """Return an opener that gives one answer and ends."""
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
     def answer() -> None:
@@ -44,7 +44,7 @@ def answered(data: bytes, fds: Sequence[int] = ()) -> RemoteOpener:
     ],
 )
 def test_an_answer_that_is_none_is_an_opener_that_is_gone(data: bytes, fds: list[int]) -> None:
-    """No descriptor is left, and who has asked ends, so that a successor begins anew."""
+    """An invalid answer counts as an opener that is gone, and leaves no descriptor open."""
     before = open_descriptors()
     opener = answered(data, fds)
     with pytest.raises(OpenerGone):
@@ -56,7 +56,7 @@ def test_an_answer_that_is_none_is_an_opener_that_is_gone(data: bytes, fds: list
 
 
 def test_errors_are_as_of_the_call_itself() -> None:
-    """With a number alone it is an OSError about the file, with a sentence one for people."""
+    """An answer with an errno alone becomes an OSError about the file, one with a sentence a ConfigError."""
     gone = answered(opening.encode(Given(2, "", "/img")))
     with pytest.raises(FileNotFoundError) as caught:
         gone.look("/img")
@@ -72,7 +72,7 @@ def test_errors_are_as_of_the_call_itself() -> None:
 
 
 def test_between_two_orders_nothing_is_opened() -> None:
-    """Whoever tries hears so."""
+    """Without an order under way nothing can be opened, and the error says so."""
     nobody = NoOpener()
     for function in (
         lambda: nobody.open("/img", write=False),

@@ -1,4 +1,4 @@
-"""Looking for work before sleeping: only as long as it pays."""
+"""Polling: a worker looks for requests before it sleeps, as long as that pays."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from xenbackend.kernel.cpu import CpuTimes
 from xenbackend.worker import polling
 from xenbackend.worker.polling import Permit, Poller, find_permit
 
-_STEP_NS = 500_000  # a fiftieth of how often it judges
+_STEP_NS = 500_000  # a fiftieth of the interval between judgements
 
 
 class Clock:
-    """A clock that goes on by one with every look."""
+    """A clock that advances by one each time it is read."""
 
     def __init__(self) -> None:
         self.now = 0
@@ -36,7 +36,7 @@ def make_ring() -> tuple[BackRing, memoryview]:
 
 
 def test_work_is_found_at_once() -> None:
-    """A request that is there ends the look after one glance."""
+    """If there is a request, a look ends at once."""
     ring, words = make_ring()
     words[REQ_PROD] = 1
     clock = Clock()
@@ -47,7 +47,7 @@ def test_work_is_found_at_once() -> None:
 
 @pytest.mark.parametrize("error", [OSError(5, "an I/O error"), ValueError("nothing to read")])
 def test_times_that_cannot_be_had_forbid_a_look(error: Exception) -> None:
-    """Where the kernel does not tell what a look costs, nobody looks for a while, and nothing else fails."""
+    """If the kernel does not say what polling costs, there is none for a while, and nothing else fails."""
     ring, words = make_ring()
     words[REQ_PROD] = 1
     clock = Clock()
@@ -63,7 +63,7 @@ def test_times_that_cannot_be_had_forbid_a_look(error: Exception) -> None:
 
 
 def test_a_look_ends_with_its_time() -> None:
-    """Nothing is found in an empty ring, and no longer than the duration is spent on it."""
+    """In an empty ring a look ends after its duration, having found nothing."""
     ring, _ = make_ring()
     clock = Clock()
 
@@ -73,7 +73,7 @@ def test_a_look_ends_with_its_time() -> None:
 
 @pytest.mark.parametrize("own", [0, 1])
 def test_another_ring_ends_the_look(own: int) -> None:
-    """Work in another ring is not kept waiting, not even by work in this one: the loop hears of it by its event."""
+    """Work in another ring ends a look, even if there is work in this ring: the loop learns of it by the event."""
     ring, own_words = make_ring()
     own_words[REQ_PROD] = own
     other, words = make_ring()
@@ -85,7 +85,7 @@ def test_another_ring_ends_the_look(own: int) -> None:
 
 
 def test_no_look_where_it_is_not_wanted() -> None:
-    """With a duration of zero, or where nobody can tell what it costs, not even the clock is read."""
+    """With a duration of zero, or without a permit, there is no look, and the clock is not read."""
     ring, words = make_ring()
     words[REQ_PROD] = 1
     clock = Clock()
@@ -96,14 +96,14 @@ def test_no_look_where_it_is_not_wanted() -> None:
 
 
 def looking(permit: Permit, times: Times, seconds: float, waits: float, stolen: float = 0.0) -> list[tuple[int, int]]:
-    """Look all the time for so long, and return from when to when that was allowed, in ms.
+    """Look all the time, and return the intervals, in ms, in which that was allowed.
 
     Args:
-        permit: what is asked, every 500 us.
-        times: what it gets to see.
-        seconds: how long.
-        waits: the part of the time in which we look that somebody else runs.
-        stolen: the part of all CPUs' time that the hypervisor takes meanwhile.
+        permit: is asked every 500 us.
+        times: what it reads.
+        seconds: how long to look.
+        waits: the part of our looking time in which somebody else runs.
+        stolen: the part of all CPUs' time that the hypervisor takes.
     """
     start, allowed = times.now, []
     while times.now < start + seconds * 1e9:
@@ -125,7 +125,7 @@ def looking(permit: Permit, times: Times, seconds: float, waits: float, stolen: 
 
 
 class Times:
-    """What a process got of the CPUs."""
+    """What a process got of the CPUs' time."""
 
     def __init__(self) -> None:
         self.now = 0
@@ -138,7 +138,7 @@ class Times:
 
 @pytest.mark.parametrize("waits", [0.0, 0.02, 0.15])
 def test_what_waits_for_us_is_no_reason_to_stop(waits: float) -> None:
-    """Something at nice 19 on each CPU makes us wait for a little of the time; looking goes on all the while."""
+    """Processes at nice 19, which take little of our time, do not stop polling."""
     times = Times()
 
     assert [(0, 9999)] == looking(Permit(times), times, 10, waits)
@@ -146,7 +146,9 @@ def test_what_waits_for_us_is_no_reason_to_stop(waits: float) -> None:
 
 @pytest.mark.parametrize(("waits", "stolen"), [(0.5, 0.0), (0.3, 0.0), (0.0, 0.2)])
 def test_beside_equals_tries_are_short_and_rare(waits: float, stolen: float) -> None:
-    """Where others want the CPUs as we do, or the hypervisor gives them away, a try takes 130 ms; rests get longer."""
+    """If others want the CPUs as much as we do, or the hypervisor gives them away, a try takes 130 ms, and the rests
+    get longer.
+    """
     times = Times()
     tries = looking(Permit(times), times, 120, waits, stolen)
     rests = [after[0] - before[1] for before, after in pairwise(tries)]
@@ -156,7 +158,7 @@ def test_beside_equals_tries_are_short_and_rare(waits: float, stolen: float) -> 
 
 
 def test_when_equals_have_gone_it_looks_again() -> None:
-    """At most half a minute later, and after that it is as quick to try again as at first."""
+    """Once the others have gone, polling begins again within half a minute, and later rests begin with the shortest."""
     times = Times()
     permit = Permit(times)
     looking(permit, times, 120, 0.5)
@@ -169,7 +171,7 @@ def test_when_equals_have_gone_it_looks_again() -> None:
 
 
 def test_rests_are_told() -> None:
-    """How often looking was given up, and for how long by now, is known at any moment, asked to look or not."""
+    """At any moment it is known how often polling has rested, and for how long, even while nobody asks for a look."""
     times = Times()
     permit = Permit(times, lambda: times.now)
     before = Poller(1000, permit)
@@ -182,12 +184,12 @@ def test_rests_are_told() -> None:
 
     assert [(0, 0, 1000), (1, 0.4, 0), (1, 1.0, 1000)] == told
     assert (1, 1.0) == (before.rests, before.rested_ns / 1e9)
-    assert (0, 0.6) == (later.rests, round(later.rested_ns / 1e9, 1))  # since there is this one
+    assert (0, 0.6) == (later.rests, round(later.rested_ns / 1e9, 1))  # since this poller was made
     assert (0, 0, 0) == (Poller(1000, None).rests, Poller(1000, None).rested_ns, Poller(1000, None).look_ns)
 
 
 def test_an_idle_worker_is_not_judged() -> None:
-    """What little it ran and waited says nothing: a wake-up that came late is no competition."""
+    """A worker that is mostly idle is not judged: a late wake-up is no sign of competition."""
     times = Times()
     permit = Permit(times)
     for _ in range(100_000):
@@ -198,7 +200,9 @@ def test_an_idle_worker_is_not_judged() -> None:
 
 
 def test_what_was_judged_once_is_not_judged_again() -> None:
-    """A tenth of a second in which others wanted the CPU is no better for one before it in which nobody did."""
+    """Each interval is judged by itself: a tenth of a second of competition is not made up for by an earlier one
+    without.
+    """
     times = Times()
     permit = Permit(times)
 
@@ -209,7 +213,7 @@ def test_what_was_judged_once_is_not_judged_again() -> None:
 
 
 def test_times_are_read_now_and_then() -> None:
-    """However often it is asked, it looks at the times forty times a second."""
+    """The times are read forty times a second, however often a look is asked for."""
     times = Times()
     reads: list[int] = []
 
@@ -223,7 +227,7 @@ def test_times_are_read_now_and_then() -> None:
 
 
 def test_nobody_looks_where_the_kernel_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the kernel's word on what looking costs there is no permit."""
+    """If the kernel does not count what polling costs, there is no permit."""
     assert find_permit() is not None
 
     def refuse() -> None:
@@ -235,7 +239,7 @@ def test_nobody_looks_where_the_kernel_does_not_count(monkeypatch: pytest.Monkey
 
 
 def test_looks_in_vain_are_given_up_for_a_while() -> None:
-    """After eight looks in vain the next 256 sleeps are not delayed; then it is tried again."""
+    """After eight looks in vain the next 256 are left out, and then one is tried."""
     ring, _ = make_ring()
     clock = Clock()
     poller = Poller(10, Permit(Times(), clock), clock)
@@ -251,7 +255,7 @@ def test_looks_in_vain_are_given_up_for_a_while() -> None:
 
 
 def test_success_forgives_what_was_in_vain() -> None:
-    """Looks that pay now and then go on: only failures in a row count."""
+    """Only looks in vain in a row count: one that finds work resets the number."""
     ring, words = make_ring()
     clock = Clock()
     poller = Poller(10, Permit(Times(), clock), clock)

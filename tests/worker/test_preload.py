@@ -1,4 +1,4 @@
-"""What is imported before a worker has its first message."""
+"""What is imported before a worker reads its first message."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ print("\\n".join(sys.modules))
 
 
 def test_all_that_is_built_in_is_there() -> None:
-    """Drivers, the host, codecs of names in images, and what errors are worded by."""
+    """Drivers, the host, the codecs of names in images, and what error sentences need are imported."""
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
     loaded = set(done.stdout.splitlines())
 

@@ -1,4 +1,4 @@
-"""A disk whose image another worker still writes: looked at first, opened when that one has let go."""
+"""A disk whose image another worker still writes: examined first, opened once that worker has released it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def reactor() -> Iterator[Reactor]:
 
 @pytest.fixture
 def former(tmp_path: Path, image: Path) -> Iterator[WorkerProcess]:
-    """A worker that has the image."""
+    """A worker that has the image open."""
     former = WorkerProcess(f"xenbackend.rig.host:{tmp_path}")
     assert Stage.OPEN == former.open(f"aio:{image}").stage
     yield former
@@ -51,8 +51,8 @@ def former(tmp_path: Path, image: Path) -> Iterator[WorkerProcess]:
 def test_a_guest_that_migrates_gets_its_disk_from_its_former_self(
     tmp_path: Path, image: Path, former: WorkerProcess
 ) -> None:
-    """The keys are there at once, as they will be; the ring is served when the former worker has let go, and no
-    sooner; what it wrote last is read.
+    """The disk's properties are known at once. The ring is served once the former worker has released the image, and
+    not before; the last write is read.
     """
     with Driven(tmp_path) as driven:
         opened = driven.open(f"log:|aio:{image}", may_wait=True)
@@ -74,7 +74,7 @@ def test_a_guest_that_migrates_gets_its_disk_from_its_former_self(
 
 
 def test_without_leave_to_wait_a_lock_is_an_answer(tmp_path: Path, image: Path, former: WorkerProcess) -> None:
-    """Two guests on one image are a mistake: the second is refused, with the reason."""
+    """Without `may_wait` an image that another guest uses is refused, with the reason."""
     user = f"the disk 5/xvda (process {former.process.pid})"
     with Driven(tmp_path) as driven:
         answer = driven.worker.open(f"aio:{image}")
@@ -84,7 +84,7 @@ def test_without_leave_to_wait_a_lock_is_an_answer(tmp_path: Path, image: Path, 
 
 
 def test_looking_alters_nothing(tmp_path: Path, image: Path, reactor: Reactor) -> None:
-    """A look keeps no file open and writes nothing, whatever the chain would do when it is open."""
+    """Examining a chain keeps no file open and writes nothing, whatever opening it would do."""
     descriptors = open_descriptors()
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     layers = probe(f"log:|aio:{image}", reactor, LocalOpener(), read_only=False)
@@ -95,7 +95,9 @@ def test_looking_alters_nothing(tmp_path: Path, image: Path, reactor: Reactor) -
 
 
 def test_what_could_not_be_written_to_is_refused(tmp_path: Path, reactor: Reactor) -> None:
-    """A file that ends inside a sector is a disk for readers, and a parent for everybody; a writer is refused now."""
+    """A file that ends inside a sector can be a read-only disk, or a parent; a writer is refused when the chain is
+    examined.
+    """
     (tmp_path / "odd").write_bytes(bytes(1000))
     (tmp_path / "child").write_bytes(qcow2(1024, backing=b"odd"))
     with pytest.raises(DriverError, match="not a multiple of its 512 byte sectors; attach the disk read-only"):

@@ -1,4 +1,4 @@
-"""A queue between a ring and its journal: at whatever point the worker dies, the journal tells what has to be done."""
+"""A queue between a ring and its journal: wherever the worker dies, the journal says what remains to be done."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ STARTS = [0, 2**32 - 5]
 
 
 class Peer:
-    """The other end of the event channel: counts."""
+    """The other end of the event channel, which counts."""
 
     def __init__(self) -> None:
         self.notified = self.rearmed = 0
@@ -43,16 +43,18 @@ class Peer:
         self.notified += 1
 
     def rearm(self) -> None:
-        """Count the wish for one."""
+        """Count a request to be notified."""
         self.rearmed += 1
 
     def halted(self, why: str) -> None:
-        """Remember why."""
+        """Record why."""
         self.why.append(why)
 
 
 class Desk:
-    """Both ends of a ring in private memory; requests carry their number as the id. `answered` are the published."""
+    """Both ends of a ring in private memory. Each request's id is its number; `answered` has those whose responses were
+    taken.
+    """
 
     def __init__(self, protocol: str, start: int) -> None:
         self.layout = LAYOUTS[protocol]
@@ -69,14 +71,14 @@ class Desk:
         self.answered: list[int] = []
 
     def push(self, *operations: int) -> None:
-        """Make requests visible."""
+        """Publish requests."""
         for operation in operations:
             segments = [] if operation == BLKIF_OP_FLUSH_DISKCACHE else [(9, 0, 7)]
             self.front.put(encode_direct(self.layout, operation, self.front.produced, 8, segments))
         self.front.push()
 
     def take(self) -> list[Request]:
-        """Take a batch, and mark it as lent together where it may be."""
+        """Take a batch, and mark it as lent together if that is allowed."""
         block = self.queue.take(99)
         assert block is not None
         requests = [record.request for record in block.taken]
@@ -85,7 +87,7 @@ class Desk:
         return requests
 
     def answer(self, requests: list[Request], *statuses: int) -> None:
-        """Answer requests, with status 0 where none is given."""
+        """Answer requests, with status 0 unless another is given."""
         for place, request in enumerate(requests):
             request.status = statuses[place] if place < len(statuses) else 0
         self.queue.answer(requests)
@@ -95,13 +97,13 @@ class Desk:
         return self.front.consumed + self.front.waiting()
 
     def reap(self) -> list[int]:
-        """Take the responses that are published; return the numbers of their requests."""
+        """Take the published responses, and return the numbers of their requests."""
         new = [self.front.take()[0] for _ in range(self.front.waiting())]
         self.answered += new
         return new
 
     def check(self) -> None:
-        """See that each request is waiting, or to be answered, or answered: exactly one of them, whoever looks now."""
+        """Check that each request is exactly one of: waiting in the ring, to be answered by the journal, answered."""
         journalled = self.journal
         peeked = []
         for place in range(self.front.consumed, self.published()):
@@ -129,7 +131,7 @@ class Desk:
 
 @contextmanager
 def checked_after_each_line(desk: Desk) -> Iterator[None]:
-    """Look at the journal after every line of the queue and the ring that runs, as a successor would."""
+    """Check the journal after every line of the queue and the ring that runs, as a successor would read it."""
 
     def trace(frame: FrameType, _event: str, _argument: Any) -> Any:
         if not frame.f_code.co_filename.endswith(("worker/queue.py", "blkif/ring.py")):
@@ -150,7 +152,9 @@ def checked_after_each_line(desk: Desk) -> Iterator[None]:
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("protocol", LAYOUTS)
 def test_journal_is_right_after_every_store(protocol: str, start: int) -> None:
-    """Death between any two stores of take and answer loses no request, repeats none, and answers none twice."""
+    """If the worker dies between any two stores of `take` and `answer`, no request is lost, repeated, or answered
+    twice.
+    """
     desk = Desk(protocol, start)
     random = Random(1)
     taken: list[list[Request]] = []
@@ -177,7 +181,7 @@ def test_journal_is_right_after_every_store(protocol: str, start: int) -> None:
 
 @pytest.mark.parametrize("start", STARTS)
 def test_batches_end_where_the_ring_wraps(start: int) -> None:
-    """A batch is at most BATCH slots that lie side by side, so that one copy takes them."""
+    """A batch has at most BATCH adjacent slots, so that one copy takes them."""
     desk = Desk("x86_64-abi", start)
     desk.push(*[BLKIF_OP_READ] * 32)
     sizes = []
@@ -189,7 +193,9 @@ def test_batches_end_where_the_ring_wraps(start: int) -> None:
 
 
 def test_answers_say_how_it_went() -> None:
-    """A status of 0 is okay, EOPNOTSUPP is told apart, and any other errno is an error; only the good are counted."""
+    """Status 0 becomes okay, EOPNOTSUPP its own code, and any other errno an error; only successful requests are
+    counted.
+    """
     desk = Desk("x86_64-abi", 0)
     desk.push(BLKIF_OP_READ, BLKIF_OP_WRITE, BLKIF_OP_WRITE)
     desk.answer(desk.take(), 0, 95, 5)
@@ -201,7 +207,7 @@ def test_answers_say_how_it_went() -> None:
 
 
 def test_one_kick_for_a_batch_that_was_asked_for() -> None:
-    """The frontend is notified once per batch that passes the response it waits for, and not at all otherwise."""
+    """The frontend is notified once for a batch that contains the response it waits for, and otherwise not."""
     desk = Desk("x86_64-abi", 0)
     desk.push(*[BLKIF_OP_READ] * 8)
     first = desk.take()
@@ -217,7 +223,7 @@ def test_one_kick_for_a_batch_that_was_asked_for() -> None:
 
 
 def test_blocks_are_used_again() -> None:
-    """However many requests pass, no more blocks exist than batches were in flight together; all are plain again."""
+    """No more blocks are used than batches were in flight at once, however many requests there are."""
     desk = Desk("x86_64-abi", 0)
     for _ in range(50):
         desk.push(BLKIF_OP_READ, BLKIF_OP_FLUSH_DISKCACHE, BLKIF_OP_READ)
@@ -231,7 +237,7 @@ def test_blocks_are_used_again() -> None:
 
 
 def test_halted_queue_says_why_and_still_answers() -> None:
-    """A ring that was broken is reported; what was taken before is answered all the same."""
+    """When a ring is stopped, the reason is reported, and requests that were taken before are answered."""
     desk = Desk("x86_64-abi", 0)
     desk.push(BLKIF_OP_READ)
     requests = desk.take()
@@ -247,7 +253,7 @@ def test_halted_queue_says_why_and_still_answers() -> None:
 
 
 def test_release_lets_go_of_all_memory() -> None:
-    """After `release` nothing of ours looks at the ring or the journal, so that both can be unmapped."""
+    """After `release` the queue holds no view of the ring or the journal, so that both can be unmapped."""
     desk = Desk("x86_64-abi", 0)
     desk.push(BLKIF_OP_READ)
     desk.answer(desk.take())
@@ -263,7 +269,7 @@ def records_of(queue: Queue) -> int:
 
 
 def test_requests_that_come_one_at_a_time_have_a_record_each() -> None:
-    """R12: a batch of one needs one record, however large batches may be."""
+    """R12: a batch of one request takes one record, however large batches may be."""
     desk = Desk("x86_64-abi", 0)
     taken = []
     for _ in range(desk.front.size):
@@ -278,8 +284,8 @@ def test_requests_that_come_one_at_a_time_have_a_record_each() -> None:
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.rows("R12")
 def test_records_are_bounded_in_whatever_order_requests_are_answered(seed: int) -> None:
-    """R12: each batch keeps one request that is not answered, so that all of them have gaps: a ring has a few records
-    for each slot all the same, batches get smaller, and every request is answered once.
+    """R12: even if each batch keeps one unanswered request, so that all have gaps, there are only a few records per
+    slot: batches get smaller. Every request is answered once.
     """
     random = Random(seed)
     desk = Desk("x86_64-abi", 0)
@@ -308,7 +314,7 @@ def test_records_are_bounded_in_whatever_order_requests_are_answered(seed: int) 
 
 
 def test_a_record_at_rest_keeps_no_memory_of_the_guest() -> None:
-    """R12: hundreds of views that a ragged request had are let go with its answer."""
+    """R12: the views of a request, hundreds perhaps, are released when it is answered."""
     desk = Desk("x86_64-abi", 0)
     desk.push(BLKIF_OP_FLUSH_DISKCACHE)
     (request,) = desk.take()

@@ -1,6 +1,6 @@
-"""A ring taken over from a worker that died: every order of events in a small one, and what no honest guest does.
+"""A ring taken over from a dead worker: every order of events in a small ring, and what a hostile guest does.
 
-`tests/explore` looks at larger rings, by `make test-model`.
+`make test-model` searches larger rings, with `tests/explore`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SMALL = Bounds(slots=2, requests=3, kills=1, limits=(1, 2))
 
 
 def explore(patch: pytest.MonkeyPatch, bounds: Bounds, wrong: str = "") -> Found:
-    """Look at everything that can happen within `bounds`, with the code as it is or wrong in one way."""
+    """Search all that can happen within `bounds`, with the code as it is, or wrong in one way."""
     use_words(patch, bounds.slots)
     make_wrong(patch, WRONG.get(wrong, []))
     return Search(bounds, stops=bool(wrong)).run()
@@ -49,7 +49,9 @@ def explore(patch: pytest.MonkeyPatch, bounds: Bounds, wrong: str = "") -> Found
     ids=str,
 )
 def test_nothing_is_lost_repeated_or_overwritten(monkeypatch: pytest.MonkeyPatch, bounds: Bounds) -> None:
-    """Whatever guest and disk do, wherever workers die, recovering too: each request is done, then answered once."""
+    """Whatever guest and disk do, and wherever workers die, even during recovery, each request is done and then
+    answered once.
+    """
     found = explore(monkeypatch, bounds)
 
     assert {} == found.violations, found.path
@@ -59,12 +61,12 @@ def test_nothing_is_lost_repeated_or_overwritten(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_what_is_known_to_be_wrong_is_found(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
-    """A search that finds nothing would be worth nothing: each way to get it wrong ends in a violation."""
+    """Each known way to get recovery wrong is found by the search, so that its silence means something."""
     assert explore(monkeypatch, SMALL, wrong).violations
 
 
 class Left:
-    """What a predecessor has left: a ring, and a journal in which blocks may be written by hand."""
+    """What a predecessor has left: a ring, and a journal whose blocks the test writes."""
 
     def __init__(self, start: int = 0, layout: Layout = X86_64) -> None:
         pages = memoryview(mmap.mmap(-1, PAGE))
@@ -77,7 +79,7 @@ class Left:
         self.start = start
 
     def take(self, block: int, first: int, *slots: bytes, answers: tuple[int, ...]) -> None:
-        """Write a block that was taken, request number `first` first, with its answer words."""
+        """Write a block of requests that were taken, the first with number `first`, and its answer words."""
         for slot in slots:
             self.front.put(slot)
         self.front.push()
@@ -96,13 +98,13 @@ class Left:
         return self.start + number << 2 | answer
 
     def reap(self) -> list[tuple[int, int, int]]:
-        """Return the (id, operation, status) of what is published."""
+        """Return (id, operation, status) of each published response."""
         return [self.front.take()[:3] for _ in range(self.front.waiting())]
 
 
 @pytest.mark.parametrize("start", STARTS)
 def test_what_was_begun_is_finished_in_order(start: int) -> None:
-    """Answers that were not published yet are written again, with their id, operation and status, in their order."""
+    """Answers that were begun and not published are written again in order, with their id, operation and status."""
     left = Left(start)
     words = [left.answer(2, ANSWER_OKAY), left.answer(0, ANSWER_ERROR), 0, left.answer(1, ANSWER_EOPNOTSUPP)]
     slots = [left.slot(7), left.slot(8, BLKIF_OP_WRITE), left.slot(9), left.slot(10, BLKIF_OP_WRITE)]
@@ -120,7 +122,7 @@ def test_what_was_begun_is_finished_in_order(start: int) -> None:
 
 
 def test_an_indirect_request_is_answered_by_its_inner_operation() -> None:
-    """A frontend compares the operation with the one inside, and would disable the disk for any other."""
+    """An indirect request is answered with its inner operation: for any other a frontend would disable the disk."""
     left = Left()
     slot = encode_indirect(X86_64, BLKIF_OP_WRITE, 5, 8, 2, [9])
     left.take(0, 0, slot, answers=(left.answer(0, ANSWER_OKAY),))
@@ -130,7 +132,7 @@ def test_an_indirect_request_is_answered_by_its_inner_operation() -> None:
 
 
 def test_what_was_taken_and_not_counted_is_counted() -> None:
-    """A batch that was noted just before death is done, and not taken from the ring a second time."""
+    """A batch that was noted right before the worker's death is done, and not taken from the ring again."""
     left = Left()
     left.take(1, 0, left.slot(1), left.slot(2), answers=(0, 0))
     found = recover(left.back, left.journal)
@@ -140,7 +142,7 @@ def test_what_was_taken_and_not_counted_is_counted() -> None:
 
 
 def test_unanswered_requests_come_in_the_order_of_the_ring() -> None:
-    """Whichever blocks hold them, what was taken first is done first."""
+    """Unanswered requests are done in the order in which they were taken, whichever blocks hold them."""
     left = Left()
     for block, first in ((2, 0), (0, 1), (1, 2)):
         left.take(block, first, left.slot(first), answers=(0,))
@@ -150,7 +152,9 @@ def test_unanswered_requests_come_in_the_order_of_the_ring() -> None:
 
 @pytest.mark.parametrize("moved", [-1, 2, 5, 2**31])
 def test_a_response_index_that_is_not_ours_is_refused(moved: int) -> None:
-    """Where the guest has moved our index beyond what was being answered, nothing is written but the error is said."""
+    """If the guest has moved our response index beyond the answers that were begun, that is an error, and nothing is
+    written.
+    """
     left = Left()
     left.take(0, 0, left.slot(1), left.slot(2), answers=(left.answer(0, ANSWER_OKAY), 0))
     left.front.index[RSP_PROD] = moved & 0xFFFF_FFFF
@@ -163,7 +167,7 @@ def test_a_response_index_that_is_not_ours_is_refused(moved: int) -> None:
 
 @pytest.mark.parametrize("published", [0, 1, 2])
 def test_what_was_published_is_not_written_again(published: int) -> None:
-    """The slot of a published answer may hold a new request by now: only what comes behind it is written."""
+    """A published answer is not written again, as its slot may hold a new request by now."""
     left = Left()
     left.take(0, 0, left.slot(1), left.slot(2), answers=(left.answer(0, ANSWER_OKAY), left.answer(1, ANSWER_OKAY)))
     left.front.index[RSP_PROD] = published

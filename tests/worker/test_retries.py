@@ -1,4 +1,4 @@
-"""Requests that are kept and tried again: when, how often, what is said, and what becomes of them at the end."""
+"""Requests that are kept and tried again: when, how often, what is reported, and how they end."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FULL = {Op.WRITE: errno.ENOSPC}
 
 @pytest.mark.parametrize("persistent", [False, True])
 def test_a_full_disk_is_waited_for(vbd: Served, persistent: bool) -> None:
-    """Writes that found no space are done when there is some; the guest sees only that it takes long."""
+    """Writes that find no space are done once there is some; the guest only sees that they take long."""
     frontend = vbd.connect(Wishes(persistent=persistent))
     vbd.disk.errors = FULL
     writes = [frontend.submit(BLKIF_OP_WRITE, 8 * place, data=DATA, push=False) for place in range(3)]
@@ -50,7 +50,7 @@ def test_a_full_disk_is_waited_for(vbd: Served, persistent: bool) -> None:
 
 @pytest.mark.parametrize("operation", [BLKIF_OP_READ, BLKIF_OP_WRITE, BLKIF_OP_FLUSH_DISKCACHE, BLKIF_OP_WRITE_BARRIER])
 def test_a_server_that_is_away_is_waited_for(vbd: Served, operation: int) -> None:
-    """Whatever never reached a server comes again when that is back, a flush too: none has failed, and none is lost."""
+    """Requests that never reached a server, flushes included, are repeated when it is back; none fails or is lost."""
     frontend = vbd.connect()
     vbd.disk.errors = dict.fromkeys(Op, AWAY)
     data = DATA if operation in (BLKIF_OP_WRITE, BLKIF_OP_WRITE_BARRIER) else b""
@@ -71,7 +71,9 @@ def test_a_server_that_is_away_is_waited_for(vbd: Served, operation: int) -> Non
 
 @pytest.mark.parametrize("operation", [BLKIF_OP_READ, BLKIF_OP_WRITE])
 def test_a_cache_that_alone_has_something_is_waited_for(vbd: Served, operation: int) -> None:
-    """Neither a read nor a write of what is in its file only ever fails: the sentence says not to remove that."""
+    """If a cache cannot access its file, which alone has some data, reads and writes wait, and the sentence says not to
+    remove the file.
+    """
     frontend = vbd.connect()
     vbd.disk.errors = dict.fromkeys(Op, CACHE_LOST)
     is_write = operation == BLKIF_OP_WRITE
@@ -89,7 +91,9 @@ def test_a_cache_that_alone_has_something_is_waited_for(vbd: Served, operation: 
 
 
 def test_a_damaged_image_is_waited_for(vbd: Served) -> None:
-    """A write that would destroy more of an image is never reported, and the sentence says how to mend it."""
+    """A write that would destroy more of a damaged image is never answered with an error; the sentence says how to
+    repair the image.
+    """
     frontend = vbd.connect()
     vbd.disk.errors = {Op.WRITE: IMAGE_DAMAGED}
     write = frontend.submit(BLKIF_OP_WRITE, 8, data=DATA)
@@ -107,7 +111,7 @@ def test_a_damaged_image_is_waited_for(vbd: Served) -> None:
 @pytest.mark.parametrize("persistent", [False, True])
 @pytest.mark.parametrize("count", [1, 3])
 def test_trouble_is_said_once_and_taken_back(vbd: Served, persistent: bool, count: int) -> None:
-    """However many requests wait and however often they are tried, one sentence says so, and one that it is over."""
+    """However many requests wait, and however often they are tried, the trouble is reported once, and so is its end."""
     frontend = vbd.connect(Wishes(persistent=persistent))
     vbd.disk.errors = FULL
     for place in range(count):
@@ -130,7 +134,7 @@ def test_trouble_is_said_once_and_taken_back(vbd: Served, persistent: bool, coun
 
 
 def test_so_many_tries_and_then_the_error(vbd: Served) -> None:
-    """A read that is retried 3 times is done 4 times, a second apart; then the guest gets the error."""
+    """A read with 3 retries is tried 4 times, a second apart, and then the guest gets the error."""
     frontend = vbd.connect()
     vbd.disk.errors = {Op.READ: errno.EIO}
     read = frontend.submit(BLKIF_OP_READ, 0, 8)
@@ -147,7 +151,7 @@ def test_so_many_tries_and_then_the_error(vbd: Served) -> None:
 
 
 def test_a_request_that_is_used_again_has_all_its_tries(vbd: Served) -> None:
-    """What was tried for one request does not count for the next one in its place, whether it failed or succeeded."""
+    """A new request has all its tries, whatever happened to the one that used the same record before."""
     frontend = vbd.connect()
     for _ in range(3):
         vbd.disk.errors = {Op.READ: errno.EIO}
@@ -165,7 +169,7 @@ def test_a_request_that_is_used_again_has_all_its_tries(vbd: Served) -> None:
 
 
 def test_each_kind_has_its_own_pace(vbd: Served) -> None:
-    """A request that is to be tried again soon does not boost one that is to wait, nor waits for it."""
+    """A request that is to be retried soon neither hastens nor waits for one that is to be retried later."""
     vbd.policy = "read=retry 2 every 10s"
     frontend = vbd.connect()
     vbd.disk.errors = {Op.READ: errno.EIO, **FULL}
@@ -186,7 +190,7 @@ def test_each_kind_has_its_own_pace(vbd: Served) -> None:
 
 
 def test_who_has_to_wait_long_is_not_forgotten(vbd: Served) -> None:
-    """A request that is due later than another one is tried then, also when nothing else is left to be tried."""
+    """A request that is due later is tried then, even if nothing else is left to be tried."""
     vbd.policy = "read=retry 2 every 10s"
     frontend = vbd.connect()
     vbd.disk.errors = {Op.READ: errno.EIO, **FULL}
@@ -204,7 +208,7 @@ def test_who_has_to_wait_long_is_not_forgotten(vbd: Served) -> None:
 
 
 def test_another_policy_counts_from_the_next_failure_on(vbd: Served) -> None:
-    """A paused request whose policy says `report` by now is answered at its next failure, and the trouble is over."""
+    """With a new policy `report`, a kept request is answered at its next failure, and the trouble is over."""
     frontend = vbd.connect()
     vbd.disk.errors = FULL
     write = frontend.submit(BLKIF_OP_WRITE, 0, data=DATA)
@@ -232,7 +236,7 @@ def test_discards_wait_too(vbd: Served) -> None:
 
 
 def test_the_end_answers_what_waits(vbd: Served) -> None:
-    """A frontend that goes away gets an error for what is kept; it is not tried again, then or later."""
+    """When a frontend goes away, kept requests are answered with an error, and never tried again."""
     frontend = vbd.connect()
     vbd.disk.errors = FULL
     writes = [frontend.submit(BLKIF_OP_WRITE, 8 * place, data=DATA) for place in range(3)]
@@ -248,7 +252,7 @@ def test_the_end_answers_what_waits(vbd: Served) -> None:
 
 
 def test_the_write_of_a_barrier_waits_and_the_barrier_with_it(vbd: Served) -> None:
-    """A barrier whose write finds no space goes on there when there is some; nothing passes it meanwhile."""
+    """A barrier whose write finds no space goes on with that write once there is some; nothing passes it meanwhile."""
     frontend = vbd.connect(Wishes(flush=False))
     vbd.disk.errors = FULL
     barrier = frontend.submit(BLKIF_OP_WRITE_BARRIER, 0, data=DATA, push=False)
@@ -266,7 +270,7 @@ def test_the_write_of_a_barrier_waits_and_the_barrier_with_it(vbd: Served) -> No
 
 
 def test_the_end_answers_a_barrier_that_waits(vbd: Served) -> None:
-    """A frontend that goes away gets an error for a barrier whose write is kept."""
+    """When a frontend goes away, a barrier whose write is kept is answered with an error."""
     frontend = vbd.connect(Wishes(flush=False))
     vbd.disk.errors = FULL
     barrier = frontend.submit(BLKIF_OP_WRITE_BARRIER, 0, data=DATA)
@@ -278,7 +282,7 @@ def test_the_end_answers_a_barrier_that_waits(vbd: Served) -> None:
 
 
 def test_a_barrier_does_not_pass_a_write_that_waits(vbd: Served) -> None:
-    """A write before a barrier is done before it even where it has to be tried again: that is what a barrier is for."""
+    """A barrier waits for earlier writes even if they have to be retried."""
     frontend = vbd.connect(Wishes(flush=False))
     vbd.disk.errors = FULL
     write = frontend.submit(BLKIF_OP_WRITE, 0, data=DATA)
@@ -295,7 +299,7 @@ def test_a_barrier_does_not_pass_a_write_that_waits(vbd: Served) -> None:
 
 
 def test_what_a_predecessor_left_is_kept_as_well(vbd: Served) -> None:
-    """A successor that finds a full disk waits for space like its predecessor did, with a barrier among it too."""
+    """A successor that finds a full disk waits for space with its predecessor's requests, barriers included."""
     frontend = vbd.connect(Wishes(flush=False))
     vbd.disk.errors = FULL
     requests = [
@@ -322,7 +326,7 @@ def test_what_a_predecessor_left_is_kept_as_well(vbd: Served) -> None:
 
 
 def test_nothing_is_tried_while_the_disk_must_not_be_touched(vbd: Served) -> None:
-    """What is due while a failed flush or an administrator holds the disk is tried when it is let go."""
+    """While a failed flush or an administrator holds the disk, nothing is retried; what fell due is tried later."""
     frontend = vbd.connect()
     vbd.disk.errors = {**FULL, Op.FLUSH: errno.EIO}
     write = frontend.submit(BLKIF_OP_WRITE, 0, data=DATA)
@@ -343,8 +347,8 @@ def test_nothing_is_tried_while_the_disk_must_not_be_touched(vbd: Served) -> Non
 
 
 def test_one_timer_is_enough() -> None:
-    """However many requests wait, one timer runs; what is overdue and may not be tried sets none, but waits for its
-    owner: a loop that a disk in trouble keeps busy would take the CPU from all the others.
+    """One timer runs, however many requests wait. A request that is overdue, and may not be tried yet, sets none: a
+    busy loop would take the CPU from all other disks.
     """
     now, timers = 0.0, []
     retries = Retries(Policy(""), lambda: now, lambda delay_s, call: timers.append((delay_s, call)), lambda _: None)

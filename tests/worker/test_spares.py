@@ -1,4 +1,4 @@
-"""Tests of `xenbackend.worker.spares`: nobody gets an image between two chains of one disk."""
+"""Tests of `xenbackend.worker.spares`: nobody else gets an image between two chains of one disk."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def files(reactor: Reactor) -> Iterator[HostFiles]:
 
 @pytest.fixture
 def other(reactor: Reactor) -> Iterator[HostFiles]:
-    """Return those of another one."""
+    """Return the files of another worker."""
     files = HostFiles(reactor)
     yield files
     files.close()
@@ -53,10 +53,12 @@ def path() -> Iterator[str]:
 
 
 def test_an_image_stays_locked_until_it_is_open_again(files: HostFiles, other: HostFiles, path: str) -> None:
-    """Closed and not yet opened again it is refused to everybody else, QEMU too; it is the same description then."""
+    """An image that is closed and not open again yet is refused to all others, QEMU included; then the same file
+    description is used.
+    """
     before = open_descriptors()
     image = files.open(path, read_only=False)
-    os.lseek(image.fd, 4711, os.SEEK_SET)  # which only the same description knows of
+    os.lseek(image.fd, 4711, os.SEEK_SET)  # a property of the file description
     with files.kept():
         image.close()
         with pytest.raises(DriverError, match="is locked"):
@@ -71,7 +73,7 @@ def test_an_image_stays_locked_until_it_is_open_again(files: HostFiles, other: H
 
 
 def test_a_claim_is_taken_over(files: HostFiles, tmp_path: Path) -> None:
-    """A block device stays claimed as well, by whatever node it is opened next."""
+    """A block device stays claimed too, even if it is opened again through another node."""
     with loops.loop(tmp_path / "disk", SIZE, sector_size=512) as (device, _):
         node = tmp_path / "node"
         os.mknod(node, 0o60600, Path(device).stat().st_rdev)
@@ -89,14 +91,14 @@ def test_a_claim_is_taken_over(files: HostFiles, tmp_path: Path) -> None:
 
 
 def test_a_partition_that_has_grown_is_taken_over(files: HostFiles, tmp_path: Path) -> None:
-    """Its identity has another size by then; it is claimed by its own spare all the same, and is not waited for."""
+    """A partition that has grown, and so has another identity, is taken over too, without waiting for its own claim."""
     with loops.loop(tmp_path / "disk", 16 << 20, sector_size=512) as (device, _), loops.partition(device) as part:
         image = files.open(part, read_only=False)
         with files.kept():
             image.close()
             loops.grow_partition(device, 8 << 20)
             image = files.open(part, read_only=False)
-            assert files._spares.are_kept  # else it was let go of, to be opened anew
+            assert files._spares.are_kept  # else it would have been released and opened anew
         assert 8 << 20 == image.medium.size
         with pytest.raises(OSError, match="busy"):
             os.open(part, os.O_RDWR | os.O_EXCL)
@@ -104,7 +106,9 @@ def test_a_partition_that_has_grown_is_taken_over(files: HostFiles, tmp_path: Pa
 
 
 def test_a_partition_that_grows_is_the_only_one_whose_identity_may_change(files: HostFiles, path: str) -> None:
-    """Another place on the disk, another medium, a smaller one, a file: none of them is what is kept."""
+    """Only a larger partition at the same place counts as the kept one: another place, medium or a smaller size does
+    not, nor does a file.
+    """
     image = files.open(path, read_only=False)
     access = locks.access(read_only=False, shareable=False)
     spares = Spares()
@@ -130,7 +134,7 @@ def test_a_partition_that_grows_is_the_only_one_whose_identity_may_change(files:
 
 
 def test_what_is_not_taken_over_is_let_go(files: HostFiles, other: HostFiles, path: str) -> None:
-    """When the exchange is over, also by an error, what the new chain does not have is free."""
+    """After the exchange, or an error, images that the new chain does not have are released."""
     image = files.open(path, read_only=False)
     with suppress(KeyError), files.kept():
         image.close()
@@ -139,7 +143,7 @@ def test_what_is_not_taken_over_is_let_go(files: HostFiles, other: HostFiles, pa
 
 
 def test_a_leaf_becomes_a_parent(files: HostFiles, other: HostFiles, path: str) -> None:
-    """An image that is opened for another access is opened anew, and others may read it, too."""
+    """An image that is needed with another access is opened anew, and then others may read it."""
     image = files.open(path, read_only=False)
     with files.kept():
         image.close()
@@ -151,7 +155,7 @@ def test_a_leaf_becomes_a_parent(files: HostFiles, other: HostFiles, path: str) 
 
 
 def test_another_face_of_an_image(files: HostFiles, tmp_path: Path) -> None:
-    """What is kept does not stand in the way of its own disk: a loop device takes the place of the file below it."""
+    """A kept image is not in the way of its own disk: a loop device can replace the file below it."""
     (tmp_path / "image").write_bytes(bytes(SIZE))
     with loops.over(tmp_path / "image") as device:
         image = files.open(str(tmp_path / "image"), read_only=False)
@@ -162,7 +166,7 @@ def test_another_face_of_an_image(files: HostFiles, tmp_path: Path) -> None:
 
 
 def test_twice_in_one_chain_is_refused(files: HostFiles, path: str) -> None:
-    """A file that the new chain has open already is not given out a second time."""
+    """A file that the new chain has open already is refused a second time."""
     image = files.open(path, read_only=False)
     with files.kept():
         image.close()
@@ -173,7 +177,7 @@ def test_twice_in_one_chain_is_refused(files: HostFiles, path: str) -> None:
 
 
 def test_another_file_of_the_name_is_another_one(files: HostFiles, path: str) -> None:
-    """It is the file that is taken over, not its name."""
+    """A kept file is recognised by the file itself, and not by its name."""
     image = files.open(path, read_only=False)
     with files.kept():
         image.close()
@@ -185,7 +189,7 @@ def test_another_file_of_the_name_is_another_one(files: HostFiles, path: str) ->
 
 
 def test_how_io_is_done_is_chosen_anew(files: HostFiles, path: str) -> None:
-    """The same description may bypass the page cache in one chain, and go through it in the next."""
+    """The way of doing I/O is chosen again for each chain: one may bypass the page cache, and the next may use it."""
     image = files.open(path, read_only=False)
     modes = [image.mode]
     for direct in (False, True):

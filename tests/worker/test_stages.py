@@ -32,7 +32,9 @@ DATA = b"d" * PAGE
 
 
 def test_a_chain_is_exchanged_under_a_guest(driven: Driven, images: list[Path]) -> None:
-    """What was in flight ends in the former chain, what comes later goes to the new one; memories are dropped."""
+    """Requests in flight end in the former chain, and later ones go to the new chain; memories of the former one are
+    dropped.
+    """
     one, two = images
     driven.connect(f"log:|delay:write=50ms|aio:{one}")
     early = driven.begin_write(DATA)
@@ -45,7 +47,7 @@ def test_a_chain_is_exchanged_under_a_guest(driven: Driven, images: list[Path]) 
     dropped = [message for message in driven.worker.said if isinstance(message, messages.Drop)]
 
     standing = driven.worker.stand()
-    assert (Code.OK, f"aio:{two}") == (reply.code, told[-1])  # it is told before it is replied
+    assert (Code.OK, f"aio:{two}") == (reply.code, told[-1])  # the standing comes before the reply
     assert f"aio:{two}" == standing.chain == standing.layers[0].text
     assert [next(iter(driven.worker.kept))] == [message.name for message in dropped]
     assert [DATA, bytes(PAGE)] == [one.read_bytes()[at : at + PAGE] for at in (0, PAGE)]
@@ -56,7 +58,7 @@ def test_a_chain_is_exchanged_under_a_guest(driven: Driven, images: list[Path]) 
 
 @pytest.mark.parametrize("chain", ["aio:/nonexistent/image", "ram:512K", "coarse:|ram:1M"])
 def test_a_chain_that_cannot_be_taken_changes_nothing(driven: Driven, chain: str) -> None:
-    """A refused exchange is answered with a sentence; the guest is served on as it was."""
+    """An exchange that is refused is answered with a sentence, and the guest is served as before."""
     driven.connect("ram:1M").write(0, DATA)
     reply = driven.worker.ask(messages.Swap(chain, replaces=True))
 
@@ -68,7 +70,9 @@ def test_a_chain_that_cannot_be_taken_changes_nothing(driven: Driven, chain: str
 
 @pytest.mark.parametrize("is_early", [True, False], ids=["before it is served", "in service"])
 def test_a_layer_that_fails_for_ever_pauses_the_disk(driven: Driven, *, is_early: bool) -> None:
-    """A layer whose callback fails again and again is stopped, and the disk waits, with its name, for `resume`."""
+    """If a layer's callback fails again and again, the layer is stopped, and the disk waits for `resume`; the trouble
+    names the layer.
+    """
     driven.open("clumsy:at=watch|ram:1M")
     if not is_early:
         driven.attach(Wishes())
@@ -81,7 +85,7 @@ def test_a_layer_that_fails_for_ever_pauses_the_disk(driven: Driven, *, is_early
     driven.worker.stand()
     driven.frontend.poll()
     waiting = request.status
-    driven.worker.ask(messages.Resume())  # which lets it fail as often once more, and what waits through meanwhile
+    driven.worker.ask(messages.Resume())  # after which it may fail as often again; requests pass meanwhile
     driven.frontend.wait([request])
     while not driven.worker.stand().trouble:
         pass
@@ -91,7 +95,7 @@ def test_a_layer_that_fails_for_ever_pauses_the_disk(driven: Driven, *, is_early
 
 
 def test_what_can_be_refused_at_once_is(driven: Driven) -> None:
-    """A chain that anybody could see to be wrong does not make the guest wait: what is in flight stays so."""
+    """An exchange that cannot succeed is refused without waiting for the requests in flight."""
     driven.connect("delay:write=500ms|ram:1M")
     request = driven.begin_write(DATA)
     reply = driven.worker.ask(messages.Swap("aio:/nonexistent/image"))
@@ -104,7 +108,7 @@ def test_what_can_be_refused_at_once_is(driven: Driven) -> None:
 
 
 def test_a_last_flush_that_fails_keeps_the_chain(driven: Driven, images: list[Path]) -> None:
-    """Where the former chain has lost something the guest does not go on in another one; the disk is paused."""
+    """If the former chain's last flush fails, the exchange fails, the former chain stays, and the disk is paused."""
     driven.connect(f"fault:op=flush,limit=1|aio:{images[0]}")
     reply = driven.worker.ask(messages.Swap(f"aio:{images[1]}", replaces=True))
 
@@ -118,7 +122,7 @@ def test_a_last_flush_that_fails_keeps_the_chain(driven: Driven, images: list[Pa
 
 
 def test_two_exchanges_at_once_are_one_too_many(driven: Driven, images: list[Path]) -> None:
-    """Whoever asks for another chain while one is being put in place is told so, and the first one is served."""
+    """While a chain is being exchanged, a second exchange or a snapshot is refused; the first one is done."""
     driven.connect("delay:write=100ms|null:1M")
     request = driven.begin_write(DATA)
     first, second = (driven.worker.put(messages.Swap(f"aio:{path}", replaces=True)) for path in images)
@@ -133,7 +137,7 @@ def test_two_exchanges_at_once_are_one_too_many(driven: Driven, images: list[Pat
 
 
 def test_who_leaves_during_an_exchange_leaves_after_it(driven: Driven, images: list[Path]) -> None:
-    """A frontend that goes away in the middle of an exchange is let go when the chain stands, whatever takes long."""
+    """A frontend that leaves during an exchange is disconnected after it."""
     driven.connect(f"delay:flush=50ms,write=50ms|aio:{images[0]}")
     driven.begin_write(DATA)
     swap = driven.worker.put(messages.Swap(f"delay:flush=50ms|aio:{images[1]}", replaces=True))
@@ -147,7 +151,9 @@ def test_who_leaves_during_an_exchange_leaves_after_it(driven: Driven, images: l
 
 
 def test_another_service_that_asks_during_an_exchange_hears_how_it_ended(driven: Driven, images: list[Path]) -> None:
-    """Else it would take the former chain for the one in service, and the guest's next writes would be lost."""
+    """A report that is ordered during an exchange comes after it: else a new service would take the former chain for
+    the one in service, and lose writes.
+    """
     driven.connect(f"delay:flush=50ms,write=50ms|aio:{images[0]}")
     driven.begin_write(DATA)
     driven.worker.put(messages.Swap(f"aio:{images[1]}", replaces=True))
@@ -158,7 +164,7 @@ def test_another_service_that_asks_during_an_exchange_hears_how_it_ended(driven:
 
 
 def test_who_comes_during_an_exchange_comes_after_it(driven: Driven, images: list[Path]) -> None:
-    """A frontend that connects in the middle of an exchange is served by the new chain."""
+    """A frontend that connects during an exchange is served by the new chain."""
     driven.open(f"delay:flush=50ms|aio:{images[0]}")
     driven.announce(Wishes())
     swap = driven.worker.put(messages.Swap(f"aio:{images[1]}", replaces=True))
@@ -171,7 +177,7 @@ def test_who_comes_during_an_exchange_comes_after_it(driven: Driven, images: lis
 
 
 def test_a_supervisor_that_dies_during_an_exchange(driven: Driven, images: list[Path]) -> None:
-    """The worker ends in order, after the exchange, when nobody is left to hear of it."""
+    """If the supervisor dies during an exchange, the worker ends in order after it."""
     driven.connect(f"delay:flush=50ms,write=50ms|aio:{images[0]}")
     driven.begin_write(DATA)
     driven.worker.put(messages.Swap(f"aio:{images[1]}", replaces=True))
@@ -182,7 +188,9 @@ def test_a_supervisor_that_dies_during_an_exchange(driven: Driven, images: list[
 
 
 def test_no_chain_left_ends_the_worker(driven: Driven) -> None:
-    """A layer that fails when its chain is closed leaves none to serve: it is said, and a successor tries again."""
+    """If a layer cannot be closed in an exchange, no chain is left: an alarm says so, the worker ends, and its
+    successor opens the former chain.
+    """
     driven.connect("clumsy:at=close|ram:1M")
     reply = driven.worker.ask(messages.Swap("null:1M", replaces=True))
 
@@ -193,7 +201,9 @@ def test_no_chain_left_ends_the_worker(driven: Driven) -> None:
 
 
 def test_what_a_snapshot_would_serve_is_told(driven: Driven, images: list[Path]) -> None:
-    """A new image over ours is made at once, and its chain may take the place of ours; another file is left alone."""
+    """A snapshot makes the new image, and returns the chain with it, which can then be put in. An existing file is left
+    alone.
+    """
     driven.connect(f"log:|aio:{images[0]}").write(0, DATA)
     leaf = f"{images[0]}.leaf"
     taken = driven.worker.ask(messages.Branch(str(images[1]), ""))
@@ -210,7 +220,7 @@ def test_what_a_snapshot_would_serve_is_told(driven: Driven, images: list[Path])
 
 
 def test_an_error_of_the_host_names_the_snapshot(driven: Driven, images: list[Path]) -> None:
-    """The answer is a sentence: the file that was asked for, and why there is none."""
+    """If the new image cannot be made, the reply names the file and the reason."""
     driven.connect(f"aio:{images[0]}")
     leaf = str(images[0].with_name("x" * 300))
     reply = driven.worker.ask(messages.Branch(leaf, ""))
@@ -219,7 +229,7 @@ def test_an_error_of_the_host_names_the_snapshot(driven: Driven, images: list[Pa
 
 
 def test_a_snapshot_that_the_image_keeps_itself(driven: Driven, images: list[Path], tmp_path: Path) -> None:
-    """It is asked of the source, under its own name; what has none says so, and so does one that gets no writes."""
+    """A snapshot within an image is made by its source; one that cannot, or that does not get the writes, says so."""
     driven.connect(f"log:|aio:{images[0]}")
     refused = driven.worker.ask(messages.Branch("@then", ""))
     driven.worker.ask(messages.Swap(f"cow:{tmp_path}/cow|aio:{images[0]}", replaces=True))
@@ -232,7 +242,7 @@ def test_a_snapshot_that_the_image_keeps_itself(driven: Driven, images: list[Pat
 
 
 def test_other_content_is_refused_unless_that_is_meant(driven: Driven, images: list[Path]) -> None:
-    """A guest that runs does not get another image under its hands by mistake."""
+    """A running guest gets another image only with --replace."""
     driven.connect(f"aio:{images[0]}")
     reply = driven.worker.ask(messages.Swap(f"aio:{images[1]}"))
 
@@ -241,7 +251,7 @@ def test_other_content_is_refused_unless_that_is_meant(driven: Driven, images: l
 
 
 def test_an_export_excludes_an_exchange(driven: Driven, images: list[Path], tmp_path: Path) -> None:
-    """While a device model has the disk its chain stays: what excludes the exchange is named."""
+    """While a disk is exported to a device model, an exchange is refused, and the reply says why."""
     driven.open(f"aio:{images[0]}", export=str(tmp_path / "nbd" / "sock"))
     reply = driven.worker.ask(messages.Swap(f"log:|aio:{images[0]}"))
 
@@ -250,7 +260,7 @@ def test_an_export_excludes_an_exchange(driven: Driven, images: list[Path], tmp_
 
 
 def test_a_socket_that_cannot_be_made_is_told(driven: Driven, tmp_path: Path) -> None:
-    """Where no export can be made the guest cannot boot from it, which an administrator reads; the disk is there."""
+    """If the export's socket cannot be made, that is logged, as the guest cannot boot from it; the disk is served."""
     (tmp_path / "nbd").write_text("a file where the directory should be")
     opened = driven.open("ram:1M", export=str(tmp_path / "nbd" / "sock"))
     (line,) = driven.worker.lines
@@ -261,7 +271,7 @@ def test_a_socket_that_cannot_be_made_is_told(driven: Driven, tmp_path: Path) ->
 
 
 def test_a_command_does_not_wait_for_an_exchange(driven: Driven, images: list[Path]) -> None:
-    """A verb that changes nothing is replied to at once, by the chain that is open; a pause waits for its turn."""
+    """During an exchange a command is answered at once, by the chain that is open; a pause waits."""
     driven.connect(f"fault:op=read,limit=1|delay:write=100ms|aio:{images[0]}")
     driven.begin_write(DATA)
     questions = [
@@ -277,7 +287,9 @@ def test_a_command_does_not_wait_for_an_exchange(driven: Driven, images: list[Pa
 
 
 def test_who_is_killed_during_an_exchange_leaves_the_former_chain(driven: Driven, images: list[Path]) -> None:
-    """Until the first request can go to the new chain the journal has the former one, by which a successor goes on."""
+    """The journal has the former chain until a request can go to the new one, so that a successor serves the right
+    chain.
+    """
     driven.connect(f"delay:write=200ms|aio:{images[0]}")
     request = driven.begin_write(DATA)
     driven.worker.put(messages.Swap(f"aio:{images[1]}", replaces=True))
@@ -292,7 +304,7 @@ def test_who_is_killed_during_an_exchange_leaves_the_former_chain(driven: Driven
 
 
 def test_an_exchange_before_a_guest_is_taken_over_keeps_what_it_had_agreed(driven: Driven, images: list[Path]) -> None:
-    """A successor that has not mapped the rings yet takes another chain; what was in flight is done there, once."""
+    """A successor may exchange the chain before it maps the rings: requests in flight are then done there, once."""
     driven.connect(f"delay:write=200ms|aio:{images[0]}")
     request = driven.begin_write(DATA)
     driven.kill()
@@ -308,7 +320,7 @@ def test_an_exchange_before_a_guest_is_taken_over_keeps_what_it_had_agreed(drive
 
 
 def test_a_full_counter_of_bugs_wraps(tmp_path: Path) -> None:
-    """A predecessor can have left anything in the page: a bug is counted and told of all the same."""
+    """Whatever a predecessor has left in the counter of bugs, a bug is counted and reported."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     memory = memfd.make("journal", journal.SIZE)
     page = memfd.map_sealed(memory, journal.SIZE)
@@ -329,7 +341,7 @@ def test_a_full_counter_of_bugs_wraps(tmp_path: Path) -> None:
 
 
 def test_bugs_of_an_earlier_connection_are_remembered(tmp_path: Path) -> None:
-    """D8: what a layer's bug lost may come back to whoever is above the chain later, who has to know."""
+    """D8: after a bug, later connections expect that a lost request may still come back."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     memory = memfd.make("journal", journal.SIZE)
     reactor, openers = Reactor(), Openers()

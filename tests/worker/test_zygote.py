@@ -15,7 +15,7 @@ from xenbackend.worker import zygote
 
 HOST = "xenbackend.rig.host"
 MODULE = "xenbackend.worker.zygote"
-# In a process of its own: who imports the drivers of this one, and what is open where.
+# A zygote whose workers report what is imported and open in them.
 _FORKED = f"""
 import os, socket, sys
 from xenbackend.block.drivers import BUILT_IN
@@ -62,7 +62,7 @@ def _ask_for_cord(near: socket.socket) -> tuple[socket.socket, int]:
 
 @pytest.mark.slow
 def test_a_worker_has_everything_imported_and_nothing_open() -> None:
-    """A forked worker has every built-in driver, its socket, a session of its own, and nothing of the zygote's."""
+    """A forked worker has every built-in driver, its socket and its own session, and nothing else of the zygote's."""
     process, near = _start("-c", _FORKED)
     assert b"ready" == near.recv(16)
     answers = set()
@@ -74,16 +74,16 @@ def test_a_worker_has_everything_imported_and_nothing_open() -> None:
     near.close()
     process.wait(20)
 
-    [answer] = answers  # one is as the other: none has inherited from its elder
+    [answer] = answers  # all are alike: none has inherited from an earlier one
     missing, held, leads_session = eval(answer)  # noqa: S307 - our own program's
     assert ([], True) == (missing, leads_session)
-    # libffi, since it has its trampolines in its file, holds that one in each process; walls close it.
+    # Newer libffi keeps its own file open in each process; the walls close it.
     assert 4 == len([each for each in held if "/libffi.so" not in each]), "three standard ones and the socket"
 
 
 @pytest.mark.slow
 def test_who_was_forked_ends_at_once() -> None:
-    """It does nothing of what an interpreter does at its end, which writes to each page that it shares: 20 ms."""
+    """A forked process ends without the interpreter's shutdown, which would write to each shared page (20 ms)."""
     ends = """
 import atexit
 def show(channel, walls, told):
@@ -103,7 +103,7 @@ def show(channel, walls, told):
 
 @pytest.mark.slow
 def test_who_is_forked_knows_all_messages() -> None:
-    """Their fields were looked up before, once for all of them."""
+    """The fields of all messages are looked up before the fork, once for all workers."""
     learns = """
 from xenbackend.protocol import codec, messages, opening
 def show(channel, walls, told):
@@ -126,7 +126,7 @@ def show(channel, walls, told):
 
 @pytest.mark.slow
 def test_it_ends_when_its_service_does_and_its_workers_by_themselves() -> None:
-    """The end of the service's socket ends the zygote; a worker lives by its own socket."""
+    """The zygote ends when the service's socket closes; a worker ends when its own does."""
     process, near = _start("-m", MODULE, "--host", HOST, "--socket")
     assert b"ready" == near.recv(16)
     ours, pidfd = _ask_for_worker(near)
@@ -146,7 +146,7 @@ def test_it_ends_when_its_service_does_and_its_workers_by_themselves() -> None:
 
 @pytest.mark.slow
 def test_who_gets_no_socket_ends() -> None:
-    """A worker whose cord is cut has heard nothing, and ends in order; the zygote goes on."""
+    """A worker that gets no socket, because its cord is closed, ends in order; the zygote goes on."""
     process, near = _start("-m", MODULE, "--host", HOST, "--socket")
     assert b"ready" == near.recv(16)
     cord, pidfd = _ask_for_cord(near)
@@ -163,7 +163,7 @@ def test_who_gets_no_socket_ends() -> None:
 
 
 def test_a_fork_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the kernel has no process left the service hears so, and the zygote goes on."""
+    """If a fork fails, the service is told, and the zygote goes on."""
 
     def fork() -> int:
         raise BlockingIOError
@@ -182,7 +182,7 @@ def test_a_fork_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_a_process_between_that_fails_is_told() -> None:
-    """Where the second fork fails, the service hears so."""
+    """If the process between zygote and worker fails, the service is told."""
     broken = _FORKED.replace('zygote.SERVE["w"] = show', "os.pidfd_open = lambda _: os.close(-1)")
     process, near = _start("-c", broken)
     assert b"ready" == near.recv(16)
@@ -197,6 +197,6 @@ def test_a_process_between_that_fails_is_told() -> None:
 
 @pytest.mark.parametrize("arguments", [[], ["--socket", "3"], ["--host", "x", "--socket", "three"]])
 def test_it_is_not_started_by_hand(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """Whoever starts it without what it needs is told who does."""
+    """Started without its arguments, the program says that the service starts it."""
     assert 2 == zygote.main(arguments)
     assert "started by the service" in capsys.readouterr().err
