@@ -1,4 +1,4 @@
-"""Tests of `xenbackend.opener.certificates`: what is read of a directory, and what is refused with the file's name."""
+"""Tests of `xenbackend.opener.certificates`: what is read from a directory, and which errors name the file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ def put(directory: Path, **files: str) -> str:
 
 
 def test_what_is_there_is_read(tmp_path: Path) -> None:
-    """Whom we believe is needed; who we are only where the files are there; nothing else is looked at."""
+    """The authorities' certificate is required, our own certificate and key are read if they exist, and nothing else
+    is.
+    """
     directory = put(tmp_path, ca_cert="ca", server_key="secret")
     assert {"ca-cert.pem": "ca"} == read_certificates(directory)
     put(tmp_path, client_cert="us", client_key="key")
@@ -28,7 +30,7 @@ def test_what_is_there_is_read(tmp_path: Path) -> None:
 
 
 def test_half_of_it_is_refused(tmp_path: Path) -> None:
-    """A certificate without its key, a key alone, and nobody to believe, are said by name."""
+    """A certificate without its key, a key without its certificate, and missing authorities are refused, by name."""
     with pytest.raises(FileNotFoundError, match=r"ca-cert\.pem"):
         read_certificates(put(tmp_path, client_cert="us", client_key="key"))
     (tmp_path / "client-key.pem").unlink()
@@ -37,7 +39,7 @@ def test_half_of_it_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_is_no_file_of_text_is_refused(tmp_path: Path) -> None:
-    """Devices, pipes that nobody writes to, bytes that are no text, and too much of it are refused at once."""
+    """A pipe, bytes that are not text, and a file that is too long are refused at once."""
     os.mkfifo(tmp_path / "ca-cert.pem")
     with pytest.raises(DriverError, match="is not a file"):
         read_certificates(str(tmp_path))

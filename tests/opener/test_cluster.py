@@ -1,4 +1,4 @@
-"""Tests of `xenbackend.opener.cluster`: ceph.conf and keyrings as Ceph reads them, and what is handed over of them."""
+"""Tests of `xenbackend.opener.cluster`: ceph.conf and keyrings as Ceph reads them, and what the worker gets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from xenbackend.errors import DriverError
 from xenbackend.opener import cluster
 from xenbackend.opener.cluster import boot_id, parse, read_settings, resolve_monitors
 
-# Files, and what client.x has as `mon_host` by them; None: they are refused.
+# The text of each file, and client.x's `mon_host` in it; None if the file is refused.
 FILES = {
     "[global]\nmon_host = 1.2.3.4\n": "1.2.3.4",
     "[global]\nmon host=a\nmon_host = b\n": "b",
@@ -50,7 +50,7 @@ FILES = {
 
 
 def found(text: str) -> str | None:
-    """Return what client.x has as `mon_host` by a file, None where that is refused."""
+    """Return client.x's `mon_host` in a file, or None if the file is refused."""
     try:
         sections = parse(text)
     except ValueError:
@@ -63,14 +63,14 @@ def found(text: str) -> str | None:
 
 @pytest.mark.parametrize("text", FILES)
 def test_files_are_understood(text: str) -> None:
-    """A file means what it says by Ceph's grammar, and what that does not have is refused by its line."""
+    """A file is read by Ceph's grammar, and refused if it does not follow it."""
     assert FILES[text] == found(text)
 
 
 @pytest.mark.skipif(not shutil.which("ceph-conf"), reason="there is no ceph-conf here")
 @pytest.mark.parametrize("text", FILES)
 def test_ceph_understands_them_likewise(text: str, tmp_path: Path) -> None:
-    """What is said above of each file is what `ceph-conf` says."""
+    """`ceph-conf` reads each of these files in the same way."""
     (tmp_path / "ceph.conf").write_bytes(text.encode())
     command = ["ceph-conf", "-c", "ceph.conf", "--name", "client.x", "--lookup", "mon_host"]
     done = subprocess.run(command, check=False, cwd=tmp_path, capture_output=True, text=True, timeout=20)
@@ -91,13 +91,15 @@ def conf(tmp_path: Path) -> Path:
 
 
 def test_what_is_handed_over(conf: Path) -> None:
-    """What concerns the cluster, with the key of the first keyring that is there; nothing of files and programs."""
+    """The worker gets the settings that concern the cluster, with the key of the first keyring that exists, and none
+    that name files or programs.
+    """
     expected = {"fsid": "7", "mon_host": "10.0.0.1", "ms_type": "async", "rbd_cache": "true", "key": "SECRET=="}
     assert expected == read_settings(Account(str(conf), "x"))
 
 
 def test_keys_from_elsewhere(conf: Path, tmp_path: Path) -> None:
-    """A key may stand in the configuration, or alone in a file; where none is asked for there need be none."""
+    """The key may also be in the configuration, or alone in a file; without authentication there need be none."""
     text = conf.read_text()
     (tmp_path / "key").write_text("ALONE==\n")
     for more, key in ((f"keyfile = {tmp_path}/key\n", "ALONE=="), ("key = HERE==\n", "HERE==")):
@@ -108,14 +110,16 @@ def test_keys_from_elsewhere(conf: Path, tmp_path: Path) -> None:
 
 
 def test_the_first_keyring_that_is_there_counts(conf: Path, tmp_path: Path) -> None:
-    """As for librados: a key that stands only in a later one is none."""
+    """As in librados, only the first keyring that exists is read: a key in a later one is not found."""
     (tmp_path / "none").write_text("[client.other]\nkey = OTHER==\n")
     with pytest.raises(DriverError, match=r"no key for client\.x"):
         read_settings(Account(str(conf), "x"))
 
 
 def test_what_is_wrong_is_a_sentence(conf: Path, tmp_path: Path) -> None:
-    """No key, no monitor, a line that is none, a directory, a file of another size: each is said with its file."""
+    """A missing key or monitor, an invalid line, a directory, and too large a file are refused with a sentence that
+    names the file.
+    """
     other = tmp_path / "other.conf"
     big = b"#" * (cluster.MAX_FILE + 1)
     for data, match, code in (
@@ -141,7 +145,7 @@ def test_what_is_wrong_is_a_sentence(conf: Path, tmp_path: Path) -> None:
 
 
 def test_names_of_monitors_are_resolved() -> None:
-    """Addresses stay as they are, whatever is around them; a name becomes its addresses, or a sentence."""
+    """Addresses of monitors are kept as they are; a name is replaced by its addresses, or refused."""
     for text in ("10.0.0.1,10.0.0.2:6789", "[v2:10.0.0.1:3300/0,v1:10.0.0.1:6789/0] [::1]:6789", "v2:10.0.0.1:3300/0"):
         assert text == resolve_monitors(text)
     assert {"127.0.0.1:6789", "[::1]:6789"} & set(resolve_monitors("localhost:6789").split(","))
@@ -150,6 +154,6 @@ def test_names_of_monitors_are_resolved() -> None:
 
 
 def test_a_host_is_told_from_any_other() -> None:
-    """What is said of this host's start is the same each time, and a UUID."""
+    """The id of this host's boot is a UUID, the same each time."""
     assert boot_id() == boot_id()
     assert 36 == len(boot_id())

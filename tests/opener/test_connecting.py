@@ -1,4 +1,4 @@
-"""Tests of `xenbackend.opener.connecting`: what is connected to, and former connections that are seen to their end."""
+"""Tests of `xenbackend.opener.connecting`: new connections, and former connections that are drained first."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ def listener(tmp_path: Path) -> Iterator[socket.socket]:
 
 
 class Said:
-    """What an opener has said to its supervisor."""
+    """What an opener has told its supervisor."""
 
     def __init__(self) -> None:
         self.found: list[opening.Found] = []
         self.refusal = ""
 
     def __call__(self, found: opening.Found, _fds: Sequence[int]) -> str:
-        """Take note of it."""
+        """Record it."""
         self.found.append(found)
         return self.refusal
 
 
 def kept(*places: int, is_broken: bool = False) -> tuple[Connections, list[socket.socket]]:
-    """Return connections that a job came with, and the server's ends of them."""
+    """Return the connections of a job, and the servers' ends of them."""
     pairs = [socket.socketpair() for _ in places]
     job = Job("vbd/5/51712", [], False, connections=[KeptConnection("s", place, is_broken) for place in places])
     return Connections(job, [near.detach() for near, _ in pairs]), [far for _, far in pairs]
@@ -58,12 +58,12 @@ def ask(place: int = 0, after: After = After.NOTHING) -> ConnectTo:
 def make(
     connections: Connections, question: ConnectTo, listener: socket.socket, said: Said, drain_s: float = 0
 ) -> None:
-    """Connect, and let go of the socket."""
+    """Connect, and close the socket."""
     socket.socket(fileno=connections.connect(question, Server(Endpoint(listener.getsockname()), drain_s), said)).close()
 
 
 def test_a_death_ends_all_former_connections(listener: socket.socket) -> None:
-    """All that a predecessor left are shut down at once, read to their ends, and then kept no more."""
+    """After a worker's death all its connections are shut down at once, read to their ends, and then no longer kept."""
     connections, fars = kept(0, 1)
     said = Said()
     seen: list[bytes] = []
@@ -84,7 +84,7 @@ def test_a_death_ends_all_former_connections(listener: socket.socket) -> None:
 
 
 def test_a_loss_ends_its_own_connection_alone(listener: socket.socket) -> None:
-    """In the place of a connection that was lost another one is made, while those of other places go on."""
+    """A lost connection is replaced, while those of other places go on."""
     connections, (one, other) = kept(0, 1)
     one.close()
     said = Said()
@@ -98,7 +98,7 @@ def test_a_loss_ends_its_own_connection_alone(listener: socket.socket) -> None:
 
 
 def test_no_end_is_no_connection(listener: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While a server does not end what it was given nothing takes its place, and that is said."""
+    """While a server does not end a former connection, no new one is made, and that is reported."""
     monkeypatch.setattr(connecting, "DRAIN_S", 0.05)
     connections, [far] = kept(0)
     said = Said()
@@ -106,13 +106,13 @@ def test_no_end_is_no_connection(listener: socket.socket, monkeypatch: pytest.Mo
         make(connections, ask(after=After.DEATH), listener, said)
     assert errno.ETIMEDOUT == caught.value.errno
     far.close()
-    make(connections, ask(after=After.DEATH), listener, said)  # it was read on
+    make(connections, ask(after=After.DEATH), listener, said)  # the first one was read to its end
     assert [Undrained("s", 0, is_broken=False), Connected("s", 0, is_alone=True)] == said.found
     connections.close()
 
 
 def test_a_server_that_sends_on_is_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once the time is over nothing more is waited for, however much there is to read; the next try reads on."""
+    """Draining stops when its time is over, however much there is to read; the next try continues."""
     monkeypatch.setattr(connecting, "_ROOM", 1)
     near, far = socket.socketpair()
     with near, far:
@@ -125,7 +125,9 @@ def test_a_server_that_sends_on_is_not_waited_for_without_end(monkeypatch: pytes
 
 @pytest.mark.parametrize("is_kept", [True, False], ids=["an earlier opener", "this one"])
 def test_what_the_network_broke_has_no_end_to_see(listener: socket.socket, *, is_kept: bool) -> None:
-    """What ended by the network's own time-out reads as ended, and is not: an administrator has to say that it is."""
+    """A connection that the network broke looks ended although the server may still use it: only an administrator can
+    say that it is over.
+    """
     connections, [far] = kept(0, is_broken=is_kept)
     far.close()
     said = Said()
@@ -137,7 +139,9 @@ def test_what_the_network_broke_has_no_end_to_see(listener: socket.socket, *, is
 
 
 def test_a_server_that_goes_on_after_the_end_is_given_time(listener: socket.socket) -> None:
-    """After the end of a former connection it takes `drain` before the next one; without a former one it takes none."""
+    """After the end of a former connection, `drain` passes before the next one is made; without a former one there is
+    no wait.
+    """
     connections, [far] = kept(0)
     far.close()
     began = time.monotonic()
@@ -152,7 +156,7 @@ def test_a_server_that_goes_on_after_the_end_is_given_time(listener: socket.sock
 
 
 def test_a_connection_that_is_not_kept_is_not_had(listener: socket.socket) -> None:
-    """Where the supervisor refuses to keep a socket the worker does not get it."""
+    """If the supervisor refuses to keep a socket, the worker does not get it."""
     connections, _ = kept()
     said = Said()
     said.refusal = "no room"
@@ -165,7 +169,7 @@ def test_a_connection_that_is_not_kept_is_not_had(listener: socket.socket) -> No
 
 
 def test_a_reset_is_an_end() -> None:
-    """A server that closes with something unread has let go of the connection."""
+    """A connection that the server closes with unread data counts as ended."""
     near, far = socket.socketpair()
     near.sendall(b"unread")
     far.close()
@@ -182,7 +186,7 @@ def test_a_reset_is_an_end() -> None:
     ],
 )
 def test_who_cannot_be_reached_is_named(endpoint: Endpoint, why: str) -> None:
-    """A path, a port, and a name that lead nowhere are told apart."""
+    """The errors for a path, a port and a name that lead nowhere differ, and name the server."""
     with pytest.raises(DriverError, match=why) as caught:
         connect(endpoint)
     assert str(endpoint) in caught.value.problem
@@ -190,7 +194,7 @@ def test_who_cannot_be_reached_is_named(endpoint: Endpoint, why: str) -> None:
 
 @pytest.mark.parametrize(("family", "host"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])
 def test_hosts_are_connected_to(family: int, host: str) -> None:
-    """An address of either kind leads to its server, and small writes are not held back."""
+    """IPv4 and IPv6 addresses can be connected to, and small writes are sent at once."""
     with socket.socket(family) as listener:
         try:
             listener.bind((host, 0))

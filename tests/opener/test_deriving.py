@@ -1,4 +1,4 @@
-"""Keys made of passphrases."""
+"""Keys derived from passphrases."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ ARGON2 = Derivation("argon2id", b"somesalt", 32, 4, memory_kib=65536, lanes=1)
 
 @pytest.fixture(autouse=True)
 def _cores() -> object:
-    """Give back the limit of core files, of which a test's process has no other."""
+    """Restore the limit of core files, which tests of this process change."""
     before = resource.getrlimit(resource.RLIMIT_CORE)
     yield
     resource.setrlimit(resource.RLIMIT_CORE, before)
 
 
 def test_pbkdf2(tmp_path: Path) -> None:
-    """A key is made as RFC 8018 says, of all bytes, or of all but a newline at the end."""
+    """PBKDF2 keys are derived as RFC 8018 says, from all bytes of the file, or without a newline at the end."""
     key = key_file(tmp_path / "key", b"pw\0\n")
     expected = hashlib.pbkdf2_hmac("sha256", b"pw\0\n", PBKDF2.salt, 1000, 64)
 
@@ -55,7 +55,7 @@ def test_pbkdf2(tmp_path: Path) -> None:
     ],
 )
 def test_argon2(tmp_path: Path, function: str, expected: str) -> None:
-    """A key is made as the reference implementation does, which cryptsetup uses; others wait for their turn."""
+    """Argon2 keys are those of the reference implementation, which cryptsetup uses; they are derived one at a time."""
     pytest.importorskip("argon2")
     turns = tmp_path / "turns"
     how = Derivation(function, b"somesalt", 32, 4, memory_kib=65536, lanes=1)
@@ -67,7 +67,7 @@ def test_argon2(tmp_path: Path, function: str, expected: str) -> None:
 
 
 def test_without_the_package_there_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where Python has no Argon2, the package is named; PBKDF2 does without."""
+    """If Python has no Argon2, the error names the package to install; PBKDF2 works without it."""
     monkeypatch.setitem(sys.modules, "argon2", None)
     key = key_file(tmp_path / "key")
     with pytest.raises(DriverError, match="install python3-argon2, or argon2-cffi with pip"):
@@ -77,13 +77,15 @@ def test_without_the_package_there_is_a_sentence(tmp_path: Path, monkeypatch: py
 
 
 def test_what_is_beyond_all_measure_is_not_begun(tmp_path: Path) -> None:
-    """Whoever asks is a worker, which may have been taken over: its numbers are looked at before the passphrase."""
+    """Parameters are checked before the passphrase is read, since they come from a worker, which may be hostile."""
     with pytest.raises(DriverError, match="1 iterations of PBKDF2"):
         derive(str(tmp_path / "no key"), Derivation("pbkdf2", b"salt" * 8, 64, 1, "sha256"))
 
 
 def test_a_worker_has_so_much_done_and_no_more() -> None:
-    """One that was taken over cannot keep the others from their turns: 60 slots as tools make them, and no thousand."""
+    """The work for one worker is limited, so that a hostile one cannot block the others: 60 usual slots are allowed, a
+    thousand are not.
+    """
     work, usual = Work(), Derivation("argon2id", b"somesalt", 32, 4, memory_kib=1 << 20, lanes=4)
     for _ in range(60):
         work.take(usual)
@@ -111,7 +113,9 @@ def test_a_worker_has_so_much_done_and_no_more() -> None:
     ],
 )
 def test_what_is_no_passphrase_is_refused(tmp_path: Path, what: str, problem: str) -> None:
-    """A passphrase is a regular file with something in it that not everybody reads; nothing makes us wait."""
+    """A passphrase must be in a regular file that is not empty, not too large, and not readable by everybody; no other
+    file makes us wait.
+    """
     path = tmp_path / "key"
     match what:
         case "directory":
@@ -130,7 +134,7 @@ def test_what_is_no_passphrase_is_refused(tmp_path: Path, what: str, problem: st
 
 
 def test_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A credential is looked for where systemd says, or, by a command, where it has the service's."""
+    """A credential is looked for in the directory that systemd names, or, by a command, in that of the service."""
     monkeypatch.setattr(deriving, "_CREDENTIALS", str(tmp_path / "service"))
     (tmp_path / "service").mkdir()
     key_file(tmp_path / "service" / "guest", b"of the service")
@@ -144,7 +148,7 @@ def test_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_memory_that_is_not_there_is_not_taken() -> None:
-    """E2: what a key takes is compared with what is left before it is taken, and the sentence has both."""
+    """E2: the memory that a key needs is compared with what is free before it is taken; the error has both."""
     check_memory(1 << 30, (1 << 30) + (64 << 20))
     with pytest.raises(DriverError, match="needs 1024 MiB of memory, and only 512 MiB are free") as caught:
         check_memory(1 << 30, 512 << 20)
@@ -153,7 +157,7 @@ def test_memory_that_is_not_there_is_not_taken() -> None:
 
 
 def test_what_is_left(tmp_path: Path) -> None:
-    """The least of what the host has, and of what each group above this process may still take, counts."""
+    """The free memory is the least of the host's and what each control group above this process may still take."""
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal: 9000000 kB\nMemAvailable:   4194304 kB\n")
     groups, group = tmp_path / "cgroup", tmp_path / "cgroup" / "system.slice" / "xenbackend.service"
@@ -173,7 +177,7 @@ def test_what_is_left(tmp_path: Path) -> None:
 
 
 def test_a_group_with_too_little_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """E2: in a unit with too small a limit the key is not made, and nobody is killed."""
+    """E2: if the unit's limit is too small, no key is derived, and no process is killed."""
     pytest.importorskip("argon2")
     monkeypatch.setattr(deriving, "free_memory", lambda: 100 << 20)
     with pytest.raises(DriverError, match="needs 64 MiB of memory, and only 100 MiB are free"):
@@ -181,8 +185,8 @@ def test_a_group_with_too_little_is_seen(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_no_core_file_has_a_passphrase(tmp_path: Path) -> None:
-    """The process that has a passphrase leaves no core file, whatever ends it: less than a page is none, and 1 is the
-    only limit by which Linux does not hand a core to a program (`kernel.core_pattern` with `|`).
+    """The process that has a passphrase leaves no core file. A limit below a page means none, and 1 is the only limit
+    with which Linux does not pass a core to a program (`kernel.core_pattern` with `|`).
     """
     program = (
         "import resource, sys\nfrom xenbackend.block.keys import Derivation\n"
@@ -197,8 +201,8 @@ def test_no_core_file_has_a_passphrase(tmp_path: Path) -> None:
 
 
 def test_who_makes_a_key_is_the_first_to_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While Argon2 has its memory the kernel ends this process before any other, and thereafter as before; the
-    passphrase that was read is overwritten.
+    """While Argon2 has its memory, the kernel would kill this process before any other; afterwards its score is as
+    before. The passphrase is overwritten.
     """
     low_level = pytest.importorskip("argon2").low_level
     score, read, scores = Path("/proc/self/oom_score_adj"), list[bytearray](), []

@@ -1,4 +1,4 @@
-"""What an opener makes of names whose files an earlier worker of the same disk had open."""
+"""How an opener treats names whose files an earlier worker of the same disk had open."""
 
 from __future__ import annotations
 
@@ -28,10 +28,8 @@ from xenbackend.worker.opener import RemoteOpener
 
 
 class Disk:
-    """A disk of several files, kept as they are when it is made.
-
-    told    what the supervisor was told: name, and place of the chain
-    refusal what it answers
+    """A disk with several files, kept as they are when it is made. `told` has the name and chain number of each file
+    that the supervisor was told of; `refusal` is its answer.
     """
 
     def __init__(self, *names: str, chains: list[str], keeps: bool = False, **more: Any) -> None:
@@ -48,7 +46,7 @@ class Disk:
         return self.refusal
 
     def content(self, name: str, chain: int = 0) -> bytes:
-        """Return what is read from a name's file."""
+        """Return the first bytes of the file that is opened for a name."""
         fd, _ = self.access.open(name, chain, write=False, create=False, claims=False)
         try:
             return os.pread(fd, 8, 0)
@@ -57,7 +55,7 @@ class Disk:
 
 
 class Asked(Thread):
-    """An opener whose supervisor has gone, for a disk with one kept file."""
+    """An opener without a supervisor, for a disk with one kept file."""
 
     def __init__(self, kept: str, *chains: str) -> None:
         super().__init__()
@@ -72,20 +70,20 @@ class Asked(Thread):
         self.start()
 
     def run(self) -> None:
-        """Answer."""
+        """Serve the worker."""
         self._attendant.serve()
         self._near.close()
         self._far.close()
 
     def close(self) -> None:
-        """End."""
+        """End the opener."""
         self.opener.close()
         self.join()
 
 
 @pytest.fixture
 def undo() -> Iterator[ExitStack]:
-    """Close what a test makes; then no descriptor is left."""
+    """A stack that closes what a test opens; then no descriptor may be left."""
     before = open_descriptors()
     with ExitStack() as undo:
         yield undo
@@ -93,7 +91,7 @@ def undo() -> Iterator[ExitStack]:
 
 
 def make(path: Path, content: bytes) -> str:
-    """Write a file in the place of another one, and return its path."""
+    """Write a file, replacing a former one, and return its path."""
     new = path.with_name("new")
     new.write_bytes(content)
     new.rename(path)
@@ -101,7 +99,9 @@ def make(path: Path, content: bytes) -> str:
 
 
 def test_the_chain_in_service_is_opened_through_what_is_kept(undo: ExitStack, tmp_path: Path) -> None:
-    """Its names are not looked up any more, so nobody is told of them; those of a second chain are."""
+    """Names of the chain in service are opened through the kept files, without being looked up or reported. Names of a
+    second chain are looked up.
+    """
     image = make(tmp_path / "image", b"former")
     disk = Disk(image, chains=[f"aio:{image}", f"log:|aio:{image}"])
     undo.callback(disk.access.close)
@@ -116,7 +116,7 @@ def test_the_chain_in_service_is_opened_through_what_is_kept(undo: ExitStack, tm
 
 
 def test_a_file_that_is_the_same_is_opened_through_what_is_kept(undo: ExitStack, tmp_path: Path) -> None:
-    """Where a name of the second chain means the file that is kept the supervisor hears that it has it, too."""
+    """If a name of the second chain means a kept file, the supervisor is told that the chain has it too."""
     image = make(tmp_path / "image", b"former")
     disk = Disk(image, chains=[f"aio:{image}", f"aio:{image}"])
     undo.callback(disk.access.close)
@@ -126,7 +126,7 @@ def test_a_file_that_is_the_same_is_opened_through_what_is_kept(undo: ExitStack,
 
 
 def test_a_size_that_changes_is_that_of_the_file_in_service(undo: ExitStack, tmp_path: Path) -> None:
-    """Where the second chain is the first one once more, names do not matter for it either."""
+    """If the job keeps the chain's files (`resize`), names of the second chain are not looked up either."""
     image = make(tmp_path / "image", b"former")
     disk = Disk(image, chains=[f"aio:{image}", f"aio:{image}"], keeps=True)
     undo.callback(disk.access.close)
@@ -137,7 +137,7 @@ def test_a_size_that_changes_is_that_of_the_file_in_service(undo: ExitStack, tmp
 
 
 def test_a_refused_file_is_not_opened(undo: ExitStack, tmp_path: Path) -> None:
-    """What the supervisor says of a file is why it cannot be opened."""
+    """If the supervisor refuses a file, it is not opened, and the error has the supervisor's reason."""
     image = make(tmp_path / "image", b"former")
     disk = Disk(image, chains=[f"aio:{image}", f"aio:{image}"])
     undo.callback(disk.access.close)
@@ -149,7 +149,7 @@ def test_a_refused_file_is_not_opened(undo: ExitStack, tmp_path: Path) -> None:
 
 
 def test_a_parent_that_lost_its_name_is_found(undo: ExitStack, tmp_path: Path) -> None:
-    """A parent that is kept is the one that its child names, also when it has lost that name."""
+    """A kept parent is found by the name that its child has for it, even if it no longer has that name."""
     image, parent, other = (make(tmp_path / name, name.encode()) for name in ("image", "parent", "other"))
     disk = Disk(image, parent, chains=[f"qcow2:{image}"], parents=[str(tmp_path)])
     undo.callback(disk.access.close)
@@ -164,7 +164,9 @@ def test_a_parent_that_lost_its_name_is_found(undo: ExitStack, tmp_path: Path) -
 
 
 def test_a_parent_that_is_kept_needs_no_further_act(undo: ExitStack, tmp_path: Path) -> None:
-    """The disk is served from it: that stands, by whatever name, when nothing else allows it; no mark is made."""
+    """A kept parent is allowed, by any name, even if nothing else allows it, since the disk is served from it; no mark
+    is made.
+    """
     image, parent, other = (make(tmp_path / name, name.encode()) for name in ("image", "parent", "other"))
     (tmp_path / "again").hardlink_to(parent)
     disk = Disk(image, parent, chains=[f"qcow2:{image}", f"log:|qcow2:{image}"])
@@ -184,7 +186,7 @@ def test_a_parent_that_is_kept_needs_no_further_act(undo: ExitStack, tmp_path: P
 
 
 def test_what_allows_a_parent_that_is_kept_is_said(undo: ExitStack, tmp_path: Path) -> None:
-    """For people: the act by which it is allowed stands beside it, as long as its name leads to it."""
+    """If something else also allows a kept parent, the facts name that, as long as the name leads to it."""
     image, parent = (make(tmp_path / name, name.encode()) for name in ("image", "parent"))
     disk = Disk(image, parent, chains=[f"qcow2:{image},parents={tmp_path}"])
     undo.callback(disk.access.close)
@@ -196,7 +198,7 @@ def test_what_allows_a_parent_that_is_kept_is_said(undo: ExitStack, tmp_path: Pa
 
 
 def test_a_name_that_the_chain_has_is_no_parent_by_that(undo: ExitStack, tmp_path: Path) -> None:
-    """An image may not have a file of another layer as its parent since that is kept under a name."""
+    """That a file of another layer is kept does not allow an image to have it as its parent."""
     image, record = make(tmp_path / "image", b"image"), make(tmp_path / "record", b"")
     disk = Disk(image, record, chains=[f"log:{record}|qcow2:{image}"])
     undo.callback(disk.access.close)
@@ -206,7 +208,9 @@ def test_a_name_that_the_chain_has_is_no_parent_by_that(undo: ExitStack, tmp_pat
 
 
 def test_a_found_file_stays_what_it_is(undo: ExitStack, tmp_path: Path) -> None:
-    """Once an image was followed to it, in this job, a name means that file; for another image it is asked anew."""
+    """Within a job, a name that an image was followed to keeps its file for that image; for another image it is checked
+    again.
+    """
     image, data, parent = (make(tmp_path / name, name.encode()) for name in ("image", "data", "parent"))
     disk = Disk(image, data, chains=[f"qcow2:{image},data_file={data}"], parents=[parent])
     undo.callback(disk.access.close)
@@ -221,7 +225,7 @@ def test_a_found_file_stays_what_it_is(undo: ExitStack, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("is_on_btrfs", [False, True])
 def test_what_the_last_release_had_is_marked(undo: ExitStack, tmp_path: Path, *, is_on_btrfs: bool) -> None:
-    """A file that a disk of the last release has open may be had, and is marked: it stays so when that has ended."""
+    """A file that a disk of the last release has open is allowed, and marked, so that it stays allowed later."""
     image, mid, base = (make(tmp_path / name, name.encode()) for name in ("image", "mid", "base"))
     status = Path(base).stat()
     known = HeldFile(base, status.st_dev + is_on_btrfs, status.st_ino)
@@ -237,7 +241,7 @@ def test_what_the_last_release_had_is_marked(undo: ExitStack, tmp_path: Path, *,
 
 
 def test_a_number_alone_is_not_a_file_of_the_last_release(undo: ExitStack, tmp_path: Path) -> None:
-    """The inode's number counts on its own file system, or at its own place; each file system has such a number."""
+    """An inode's number counts only on its own file system, or with its own path: other file systems have it too."""
     image, base = (make(tmp_path / name, name.encode()) for name in ("image", "base"))
     status = Path(base).stat()
     others = [HeldFile("/x", status.st_dev + 1, status.st_ino), HeldFile(base, status.st_dev, status.st_ino + 1)]
@@ -248,7 +252,7 @@ def test_a_number_alone_is_not_a_file_of_the_last_release(undo: ExitStack, tmp_p
 
 
 def test_a_new_image_is_marked_with_the_files_in_service(undo: ExitStack, tmp_path: Path) -> None:
-    """Its mark, and that of its parent, name the files that the disk is served from, whatever else the worker says."""
+    """The marks of a new image and its parent name the files that the disk is served from, whatever the worker says."""
     image, data, new = (make(tmp_path / name, name.encode()) for name in ("image", "data", "child"))
     disk = Disk(image, data, chains=[f"log:|qcow2:{image},data_file={data}"])
     undo.callback(disk.access.close)
@@ -269,13 +273,15 @@ def test_a_new_image_is_marked_with_the_files_in_service(undo: ExitStack, tmp_pa
 def test_a_name_that_a_new_image_is_to_have_must_lead_to_the_file_in_service(
     undo: ExitStack, tmp_path: Path, by: str
 ) -> None:
-    """A name that an image would write down as its parent's is refused where it leads elsewhere, with what to do."""
+    """A new image is refused if the name that it would record for its parent leads elsewhere; the error says what to
+    do.
+    """
     image = make(tmp_path / "image", b"former")
     record = make(tmp_path / "record", b"")
     disk = Disk(image, record, chains=[f"log:{record}|aio:{image}"])
     undo.callback(disk.access.close)
     make(tmp_path / "record", b"another")
-    disk.access.check_names()  # nobody finds a parent by the name of a record
+    disk.access.check_names()  # the name of a record does not matter
     if by == "another":
         make(tmp_path / "image", b"another")
     else:
@@ -291,8 +297,8 @@ def test_a_name_that_a_new_image_is_to_have_must_lead_to_the_file_in_service(
 
 
 def test_a_worker_whose_service_has_gone_may_open_what_is_kept(undo: ExitStack, tmp_path: Path) -> None:
-    """While there is no service nobody would keep another file, so none is opened; a chain that is being exchanged goes
-    back to the files that it had.
+    """Without a service only kept files are opened, as nobody would keep another one; a failed exchange goes back to
+    them.
     """
     image, other = make(tmp_path / "image", b"former"), make(tmp_path / "other", b"another")
     asked = Asked(image, f"aio:{image}", f"aio:{other}")
@@ -306,7 +312,7 @@ def test_a_worker_whose_service_has_gone_may_open_what_is_kept(undo: ExitStack, 
 
 
 def test_a_device_with_another_medium_is_refused(undo: ExitStack, tmp_path: Path) -> None:
-    """A device that is kept by its node is looked at when it is open: the node may lead to another medium by then."""
+    """A device is compared with the kept one when it is opened, since its node may lead to another medium by then."""
     other = tmp_path / "other"
     other.write_bytes(bytes(1 << 20))
     with loop(tmp_path / "one", 1 << 20, sector_size=512) as (device, _):
@@ -322,7 +328,9 @@ def test_a_device_with_another_medium_is_refused(undo: ExitStack, tmp_path: Path
 
 
 def test_a_parent_on_a_device_is_compared_when_it_is_open(undo: ExitStack, tmp_path: Path) -> None:
-    """An image that names a device by another name than the layer does is followed to the one that is kept by that."""
+    """An image that names a device by another name than its layer is followed to the kept device, which is compared
+    when it is opened.
+    """
     other, image = tmp_path / "other", make(tmp_path / "image", b"image")
     other.write_bytes(bytes(1 << 20))
     with loop(tmp_path / "one", 1 << 20, sector_size=512) as (device, _):
@@ -340,7 +348,7 @@ def test_a_parent_on_a_device_is_compared_when_it_is_open(undo: ExitStack, tmp_p
 
 
 def test_an_unnamed_file_is_the_kept_one(tmp_path: Path) -> None:
-    """D2: whoever opens the chain again gets what was written; there is another one only where the job says so."""
+    """D2: a chain that is opened again gets its unnamed file with what was written, unless the job replaces it."""
     chain = f"cow:|aio:{tmp_path}/base"
     held = steps.hold_unnamed(str(tmp_path))
     opened = steps.reopen(held, UNNAMED, write=True)
@@ -361,7 +369,9 @@ def test_an_unnamed_file_is_the_kept_one(tmp_path: Path) -> None:
 
 
 def test_an_unnamed_file_gets_the_name_that_the_job_has(tmp_path: Path) -> None:
-    """It is the same file by its name, for the second chain alone, and another name is a record like any other."""
+    """The name that the job gives to an unnamed file leads to it, for the second chain only; any other name is an
+    ordinary record.
+    """
     chains = [f"cow:|aio:{tmp_path}/base", f"cow:{tmp_path}/kept|aio:{tmp_path}/base"]
     held = steps.hold_unnamed(str(tmp_path))
     inode = os.fstat(held).st_ino

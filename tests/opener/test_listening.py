@@ -13,7 +13,7 @@ from xenbackend.opener.listening import listen
 
 
 def test_socket_is_for_our_user_only(tmp_path: Path) -> None:
-    """Nobody else can come near it, and the umask is as it was."""
+    """The socket and its directory are for our user only, and the umask is restored."""
     path = tmp_path / "nbd" / "disk.sock"
     with socket.socket(fileno=listen(str(path))):
         modes = [stat.S_IMODE(each.stat().st_mode) for each in (path, path.parent)]
@@ -25,7 +25,7 @@ def test_socket_is_for_our_user_only(tmp_path: Path) -> None:
 
 
 def test_predecessors_socket_is_replaced(tmp_path: Path) -> None:
-    """What a killed worker left at the path is in nobody's way: whoever connects comes to the new socket."""
+    """The socket that a killed worker left at the path is replaced, and clients reach the new one."""
     path = str(tmp_path / "disk.sock")
     with socket.socket(fileno=listen(path)) as first, socket.socket(fileno=listen(path)) as second:
         with socket.socket(socket.AF_UNIX) as client:
@@ -37,7 +37,7 @@ def test_predecessors_socket_is_replaced(tmp_path: Path) -> None:
 
 
 def test_socket_that_cannot_be_made(tmp_path: Path) -> None:
-    """A path that is too long or in no directory is an OSError about it, which the worker tells."""
+    """If the path is too long, or its directory cannot be made, that is an OSError about it."""
     with pytest.raises(OSError, match="path too long"):
         listen(str(tmp_path / ("x" * 120)))
     (tmp_path / "nbd").write_text("a file")

@@ -1,4 +1,4 @@
-"""Opening files in one's own process."""
+"""Opening files in this process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from xenbackend.opener.local import LocalOpener, identity_of, is_device
 
 @pytest.fixture
 def opener() -> Iterator[LocalOpener]:
-    """Return an opener without settings, and see that it lets go of everything."""
+    """Return an opener without settings; it may leave nothing open."""
     before = sorted(os.listdir("/proc/self/fd"))
     opener = LocalOpener(lambda: ())
     yield opener
@@ -36,7 +36,7 @@ def images(tmp_path: Path) -> Path:
 
 
 def read(opener: LocalOpener, path: Path | str) -> bytes:
-    """Return the first byte of what a name opens, which stays held."""
+    """Return the first byte of the file that a name opens; it stays held."""
     opener.hold(str(path))
     fd, _ = opener.open(str(path), write=False)
     try:
@@ -46,7 +46,7 @@ def read(opener: LocalOpener, path: Path | str) -> bytes:
 
 
 def test_what_was_found_is_what_is_opened(opener: LocalOpener, images: Path) -> None:
-    """A path to which an image led opens that very file, whatever the name means by then."""
+    """A path that an image was followed to opens the file that was found, whatever the name means by then."""
     opener.hold(str(images / "child"))
     found = opener.find(PARENT, str(images / "child"), ["base"], str(images))
     (images / "base").rename(images / "former")
@@ -59,7 +59,7 @@ def test_what_was_found_is_what_is_opened(opener: LocalOpener, images: Path) -> 
 
 
 def test_what_an_administrator_names_is_looked_up_anew(opener: LocalOpener, images: Path) -> None:
-    """A name of the chain means what it means when it is opened."""
+    """A name in the chain's text means the file that has it when it is opened."""
     assert b"b" == read(opener, images / "base")
     (images / "base").unlink()
     (images / "base").write_bytes(b"x")
@@ -68,7 +68,7 @@ def test_what_an_administrator_names_is_looked_up_anew(opener: LocalOpener, imag
 
 
 def test_errors_are_about_the_path(opener: LocalOpener, images: Path) -> None:
-    """What cannot be opened is named as a person named it, and leaves no descriptor."""
+    """An error has the path as a person wrote it, and leaves no descriptor open."""
     with pytest.raises(OSError, match=r"\w") as caught:
         opener.hold(str(images / "gone"))
     with pytest.raises(DriverError, match="is a directory") as refused:
@@ -82,7 +82,7 @@ def test_errors_are_about_the_path(opener: LocalOpener, images: Path) -> None:
 
 
 def test_a_child_is_marked(opener: LocalOpener, images: Path) -> None:
-    """A new image over one that is open is marked with it, and that one with the file that has its data."""
+    """A new image is marked with its parent, and that one with its data file."""
     (images / "data").write_bytes(b"d")
     for name in ("child", "base", "data"):
         opener.hold(str(images / name))
@@ -97,7 +97,7 @@ def test_a_child_is_marked(opener: LocalOpener, images: Path) -> None:
 
 
 def test_a_child_that_cannot_be_marked(opener: LocalOpener, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the file system has no such attributes, that is the answer, and no error."""
+    """If the file system cannot keep marks, `mark_child` returns false, and that is no error."""
     opener.hold(str(images / "base"))
     monkeypatch.setattr(marks, "PARENT", "nonsense.xenbackend.parent")
     with (images / "child").open("r+b") as file:
@@ -105,7 +105,7 @@ def test_a_child_that_cannot_be_marked(opener: LocalOpener, images: Path, monkey
 
 
 def test_the_settings_of_the_host(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The directories in the settings file are asked for when an image names another file, and not before."""
+    """The settings file is read only when an image names another file."""
     path = images / "xenbackend.toml"
     monkeypatch.setattr(settings_file, "PATH", path)
     path.write_text("parents = [")
@@ -124,7 +124,7 @@ def test_the_settings_of_the_host(images: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_what_is_closed_is_let_go_of(images: Path) -> None:
-    """Each opening has its own file description; while one is open its name is looked up no more."""
+    """Each opening has its own file description. A held name is not looked up again until it is released."""
     before, path = open_descriptors(), images / "base"
     opener = LocalOpener(lambda: ())
     opener.hold(str(path))

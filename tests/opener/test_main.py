@@ -1,4 +1,4 @@
-"""The process that opens for one worker, here in a thread: what it gives, refuses, hands over, and when it ends."""
+"""The opener's process, here in a thread: what it gives, refuses and reports, and when it ends."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from xenbackend.worker.opener import RemoteOpener
 
 @pytest.fixture
 def openers() -> Iterator[Openers]:
-    """Return openers; nothing is open when they have ended."""
+    """Return openers, which may leave nothing open."""
     before = open_descriptors()
     openers = Openers()
     yield openers
@@ -57,7 +57,7 @@ def read(opener: RemoteOpener, path: Path, *, write: bool = False) -> bytes:
 
 
 def test_who_writes_claims_what_he_opens(openers: Openers, image: Path) -> None:
-    """A worker that somebody has taken over writes to no device in use, unless an administrator said it is shared."""
+    """A worker can open a file for writing only with a claim, unless an administrator has said that it is shared."""
     opener = openers.remote(job(f"aio:{image}"))
     with pytest.raises(DriverError, match="must not be written to by others") as caught:
         opener.open(str(image), write=True)
@@ -71,7 +71,7 @@ def test_who_writes_claims_what_he_opens(openers: Openers, image: Path) -> None:
 
 
 def test_a_file_is_handed_over_before_the_worker_has_it(openers: Openers, image: Path) -> None:
-    """Once for each name, however often it is opened; what is not kept is not given."""
+    """The supervisor gets each file once, before the worker does; a file that it does not keep is not given."""
     opener = openers.remote(job(f"aio:{image}"))
     assert [b"first"] * 2 == [read(opener, image), read(opener, image, write=True)]
     opener.close()
@@ -86,7 +86,7 @@ def test_a_file_is_handed_over_before_the_worker_has_it(openers: Openers, image:
 
 
 def test_a_name_means_the_file_that_was_held(openers: Openers, image: Path) -> None:
-    """Whatever becomes of it meanwhile: within a job all questions are about one file."""
+    """Within a job, a name means the same file in all questions, whatever happens to it meanwhile."""
     opener = openers.remote(job(f"aio:{image}"))
     size = opener.look(str(image)).size
     image.unlink()
@@ -97,7 +97,9 @@ def test_a_name_means_the_file_that_was_held(openers: Openers, image: Path) -> N
 
 
 def test_nothing_else_is_opened(openers: Openers, image: Path, tmp_path: Path) -> None:
-    """Neither another name, nor for writing what is to be read, nor a device, socket or new file that no job is of."""
+    """Other names, writing to what is read-only, and devices, sockets or new files that the job does not have, are
+    refused.
+    """
     (tmp_path / "secret").write_bytes(b"s" * 512)
     (tmp_path / "images").mkdir()
     opener = openers.remote(job(f"aio:{image}", read_only=True))
@@ -120,12 +122,12 @@ def test_nothing_else_is_opened(openers: Openers, image: Path, tmp_path: Path) -
             function()
     with pytest.raises(ConfigError):
         opener.make()
-    assert b"first" == read(opener, image)  # it lives on
+    assert b"first" == read(opener, image)  # it goes on
     opener.close()
 
 
 def test_certificates_are_read(openers: Openers, tmp_path: Path) -> None:
-    """A worker gets what is in the directory that its chain names, and nothing from elsewhere."""
+    """A worker gets the certificates in the directory that its chain names, and no others."""
     (tmp_path / "ca-cert.pem").write_text("ours")
     (tmp_path / "secret").write_text("s")
     opener = openers.remote(job(f"nbd:nbds://host/a,certificates={tmp_path}"))
@@ -136,7 +138,7 @@ def test_certificates_are_read(openers: Openers, tmp_path: Path) -> None:
 
 
 def test_the_settings_of_a_cluster_are_read(openers: Openers, tmp_path: Path) -> None:
-    """A worker gets what its chain's account has, and a text that no other disk has."""
+    """A worker gets the settings of its chain's account, and an id that no other disk has."""
     conf = tmp_path / "ceph.conf"
     conf.write_text("[global]\nmon host = 10.0.0.1\nkey = SECRET==\nlog file = /x\n")
     opener = openers.remote(job(f"rbd:a/b,id=x,conf={conf}"))
@@ -150,7 +152,7 @@ def test_the_settings_of_a_cluster_are_read(openers: Openers, tmp_path: Path) ->
 
 
 def test_what_an_image_names_may_be_opened_once_it_was_found(openers: Openers, image: Path, tmp_path: Path) -> None:
-    """For reading, and it is kept as any other file."""
+    """A file that an image names can be opened once it was found, for reading, and is kept like any other."""
     (tmp_path / "base").write_bytes(b"based".ljust(512))
     opener = openers.remote(job(f"qcow2:{image},parents={tmp_path}"))
     with pytest.raises(DriverError):
@@ -166,7 +168,7 @@ def test_what_an_image_names_may_be_opened_once_it_was_found(openers: Openers, i
 
 
 def test_what_is_kept_counts_and_not_the_name(openers: Openers, image: Path) -> None:
-    """The chain in service has the file that it was attached with; a successor's names are looked up anew."""
+    """The chain in service gets the kept files; names of a chain that is to replace it are looked up."""
     first = openers.remote(job(f"aio:{image}"))
     read(first, image)
     first.close()
@@ -182,7 +184,7 @@ def test_what_is_kept_counts_and_not_the_name(openers: Openers, image: Path) -> 
 
 
 def test_a_new_file_appears_whole_or_not_at_all(openers: Openers, tmp_path: Path) -> None:
-    """Until it is published there is none of its name; one that never is leaves nothing."""
+    """A new file has its name only once it is published; if it never is, nothing is left."""
     for is_published in (False, True):
         opener = openers.remote(job("null:1G", makes=str(tmp_path / "new")))
         fd = opener.make()
@@ -190,7 +192,7 @@ def test_a_new_file_appears_whole_or_not_at_all(openers: Openers, tmp_path: Path
         os.close(fd)
         assert not (tmp_path / "new").exists()
         if is_published:
-            assert not opener.publish()  # there is no file to mark it with
+            assert not opener.publish()  # there is no parent to mark it with
         opener.close()
         openers.close()
         assert [tmp_path / "new"][: int(is_published)] == list(tmp_path.iterdir())
@@ -203,7 +205,7 @@ def test_a_new_file_appears_whole_or_not_at_all(openers: Openers, tmp_path: Path
 
 
 def test_one_that_is_asked_nonsense_ends(openers: Openers) -> None:
-    """Its exit status says that the worker is not one of ours."""
+    """An opener that gets an invalid question ends with an exit status that marks the breach."""
     near = openers.begin(job("null:1G"))
     near.send(b'{"kind": "Job"}')
     assert b"" == near.recv(16)
@@ -214,7 +216,9 @@ def test_one_that_is_asked_nonsense_ends(openers: Openers) -> None:
 
 
 def test_a_chain_that_cannot_be_is_an_answer(openers: Openers) -> None:
-    """Its driver may have been removed since; the opener lives on."""
+    """If a chain in the job is invalid, because its driver is gone for example, questions get an error, and the opener
+    goes on.
+    """
     opener = openers.remote(job("nosuch:/img"))
     for _ in range(2):
         with pytest.raises(DriverError, match="nosuch"):
@@ -223,7 +227,7 @@ def test_a_chain_that_cannot_be_is_an_answer(openers: Openers) -> None:
 
 
 def test_without_a_supervisor_nothing_new_is_opened(image: Path) -> None:
-    """Nobody would keep it: the next worker could find another file there."""
+    """Without a supervisor no new file is opened, as nobody would keep it for the next worker."""
     from xenbackend.opener.main import Attendant
     from xenbackend.protocol import datagrams, opening
 
@@ -242,7 +246,9 @@ def test_without_a_supervisor_nothing_new_is_opened(image: Path) -> None:
 
 
 def test_keys_of_a_passphrase(openers: Openers, image: Path, tmp_path: Path) -> None:
-    """A worker gets keys of its chain's passphrase in a sealed memory, never that itself; odd questions are refused."""
+    """A worker gets keys derived from its chain's passphrase, in a sealed memory, and never the passphrase; invalid
+    questions are refused.
+    """
     passphrase, how = key_file(tmp_path / "key"), Derivation("pbkdf2", b"salt" * 8, 64, 1000, "sha256")
     opener = openers.remote(job(f"luks:key={passphrase}|aio:{image}"))
     found = opener.derive(str(passphrase), how, without_newline=False)
@@ -260,7 +266,7 @@ def test_keys_of_a_passphrase(openers: Openers, image: Path, tmp_path: Path) -> 
 
 
 def test_a_worker_has_so_many_keys_made_and_no_more(openers: Openers, image: Path, tmp_path: Path) -> None:
-    """E4: what one worker asks for is counted before the passphrase is read, also where nothing comes of it."""
+    """E4: the work that a worker asks for is counted before the passphrase is read, even if no key comes of it."""
     passphrase = key_file(tmp_path / "key")
     passphrase.chmod(0o604)
     dear = Derivation("pbkdf2", b"salt" * 8, 64, MAX_ITERATIONS, "sha256")

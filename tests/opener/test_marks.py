@@ -1,4 +1,4 @@
-"""Marks at images: what they hold, and what they hold on to."""
+"""Marks on images: what they hold, and how files are recognised by them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Held = Callable[[Path], int]
 
 @pytest.fixture(params=[*places.OUTSIDE[:2]], ids=["memory", "disk"])
 def home(request: pytest.FixtureRequest) -> Iterator[Path]:
-    """Return a directory in memory, and one on a disk, with an image and a parent."""
+    """Return a directory with an image and a parent, in memory and on a disk in turn."""
     with places.directory(request.param) as path:
         (path / "child").write_bytes(b"c")
         (path / "base").write_bytes(b"b")
@@ -30,7 +30,7 @@ def home(request: pytest.FixtureRequest) -> Iterator[Path]:
 
 @pytest.fixture
 def held() -> Iterator[Held]:
-    """Return what opens files by O_PATH until the test ends."""
+    """Return a function that opens files with O_PATH until the test ends."""
     with ExitStack() as stack:
 
         def hold(path: Path) -> int:
@@ -42,7 +42,7 @@ def held() -> Iterator[Held]:
 
 
 def test_a_parent_is_known_by_any_name(home: Path, held: Held) -> None:
-    """A mark is kept at the image, and knows its parent after it was renamed, and the image after it was."""
+    """A mark stays on its image when that is renamed, and recognises the parent when that is."""
     assert mark_parents(held(home / "child"), [describe(held(home / "base"), f"{home}/base")])
     (home / "base").rename(home / "moved")
     (home / "child").rename(home / "grown-up")
@@ -53,7 +53,7 @@ def test_a_parent_is_known_by_any_name(home: Path, held: Held) -> None:
 
 
 def test_another_file_of_that_name_is_another_one(home: Path, held: Held) -> None:
-    """A file that takes the parent's name is not the parent, also where it takes its inode number."""
+    """A file that takes the parent's name is not taken for the parent, even if it gets its inode number."""
     mark_parents(held(home / "child"), [describe(held(home / "base"), f"{home}/base")])
     (marked,) = read(held(home / "child")).parents
     number = (home / "base").stat().st_ino
@@ -68,7 +68,7 @@ def test_another_file_of_that_name_is_another_one(home: Path, held: Held) -> Non
 
 
 def test_the_number_of_the_file_system_may_change(home: Path, held: Held) -> None:
-    """After the host was started again a file is the same, whatever number its file system has by then."""
+    """A file is recognised after the host was restarted, even if its file system has another number then."""
     base = held(home / "base")
     noted = describe(base, "")
     found = identity.identify(base)
@@ -83,7 +83,7 @@ def test_the_number_of_the_file_system_may_change(home: Path, held: Held) -> Non
 
 
 def test_a_mark_can_be_changed_and_taken_away(home: Path, held: Held) -> None:
-    """A mark names one parent in the place of another one, two, or none; files with data are a mark of their own."""
+    """A mark for parents can be replaced or removed; the mark for files with data is another one."""
     child, base = held(home / "child"), describe(held(home / "base"), "")
     other = Marked(device="/dev/vg/base")
     mark_files(child, [base])
@@ -94,7 +94,7 @@ def test_a_mark_can_be_changed_and_taken_away(home: Path, held: Held) -> None:
 
 
 def test_an_owner_cannot_make_a_mark(home: Path, held: Held) -> None:
-    """What a file's owner may write, an attribute user.*, is no mark, and nobody but root can write the other one."""
+    """Attributes user.*, which a file's owner may write, are no marks, and only root can write one."""
     child = held(home / "child")
     mark_parents(child, [describe(held(home / "base"), "")])
     value = os.getxattr(home / "child", marks.PARENT)
@@ -124,9 +124,11 @@ def test_an_owner_cannot_make_a_mark(home: Path, held: Held) -> None:
 
 @pytest.mark.parametrize("copy", [shutil.copyfile, shutil.copy2, shutil.move])
 def test_a_copy_has_no_mark(home: Path, held: Held, copy: Callable[[Path, Path], object]) -> None:
-    """A copy is another file, of which nobody has said anything; to move an image within its file system is no copy."""
+    """A copy, which is another file, has no mark, unless attributes are copied too; a file that is moved within its
+    file system keeps it.
+    """
     mark_parents(held(home / "child"), [describe(held(home / "base"), "")])
-    has_attributes = copy is shutil.copy2  # it copies those, as cp -a and rsync -X do for root
+    has_attributes = copy is shutil.copy2  # it copies attributes, as cp -a and rsync -X do for root
     copy(home / "child", home / "copy")
     found = read(held(home / "copy")).parents
 
@@ -141,7 +143,7 @@ _NOT_MARKS = [
 
 @pytest.mark.parametrize("value", _NOT_MARKS)
 def test_what_is_no_mark(home: Path, held: Held, value: bytes) -> None:
-    """A mark that cannot be read marks nothing, and that is said."""
+    """A mark that cannot be read marks nothing, and the problem is reported."""
     os.setxattr(home / "child", marks.PARENT, value)
     found = read(held(home / "child"))
 
@@ -150,7 +152,7 @@ def test_what_is_no_mark(home: Path, held: Held, value: bytes) -> None:
 
 
 def test_where_no_mark_can_be(held: Held, tmp_path: Path) -> None:
-    """A file system without such attributes is named, and so is a block device; there is no mark then."""
+    """On a file system without such attributes, or on a block device, no mark is made, and the obstacle is named."""
     assert "" == obstacle(held(tmp_path))
     place = held(Path("/proc/self/status"))
     assert "its file system cannot keep marks (trusted.* attributes)" == obstacle(place)
@@ -159,7 +161,9 @@ def test_where_no_mark_can_be(held: Held, tmp_path: Path) -> None:
 
 
 def test_a_device_is_known_by_the_name_that_was_written(tmp_path: Path, held: Held) -> None:
-    """Numbers of devices are given out anew; the administrator's name for one stays, and no file is a device."""
+    """A device is recognised by the name that the administrator wrote, since device numbers are reused; a file never
+    is.
+    """
     with loop(tmp_path / "a", 1 << 20, sector_size=512) as (device, file), ExitStack() as stack:
         other, _ = stack.enter_context(loop(tmp_path / "b", 1 << 20, sector_size=512))
         (tmp_path / "name").symlink_to(device)

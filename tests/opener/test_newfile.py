@@ -1,4 +1,4 @@
-"""New files, whole or not at all."""
+"""New files, which appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from xenbackend.opener.newfile import publish, refuse_existing, replace_durably,
 
 
 def test_a_new_file_holds_its_pieces(tmp_path: Path) -> None:
-    """The pieces are where they belong, holes around them; nothing else is left, and nobody else may read it."""
+    """A new file has its pieces, with holes between, is readable by its owner only, and leaves nothing beside it."""
     write_new(f"{tmp_path}/new", Blank(10, [(0, b"ab"), (8, b"yz")]))
 
     assert {"new": b"ab\0\0\0\0\0\0yz"} == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -23,7 +23,7 @@ def test_a_new_file_holds_its_pieces(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["file", "link"])
 def test_nothing_is_written_over(tmp_path: Path, kind: str) -> None:
-    """A name that is taken is refused, also by a link that leads nowhere, and what was there stays."""
+    """A name that exists is refused, even if it is a link that leads nowhere, and what is there stays."""
     path = tmp_path / "taken"
     if kind == "file":
         path.write_bytes(b"mine")
@@ -36,7 +36,7 @@ def test_nothing_is_written_over(tmp_path: Path, kind: str) -> None:
 
 
 def test_a_name_that_is_taken_meanwhile_is_not_written_over(tmp_path: Path) -> None:
-    """Who comes second loses: a link into place never replaces a file."""
+    """If the name appears meanwhile, publishing fails and does not replace that file."""
     (tmp_path / "a").write_bytes(b"new")
     (tmp_path / "b").write_bytes(b"mine")
 
@@ -46,7 +46,7 @@ def test_a_name_that_is_taken_meanwhile_is_not_written_over(tmp_path: Path) -> N
 
 
 def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the file cannot be completed, no temporary file stays behind."""
+    """If a file cannot be completed, no temporary file is left."""
 
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, "full")
@@ -60,13 +60,13 @@ def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_missing_directory_is_said(tmp_path: Path) -> None:
-    """A directory that is not there is named."""
+    """If the directory does not exist, the error names it."""
     with pytest.raises(ConfigError, match=r"no directory .*/none;"):
         refuse_existing(f"{tmp_path}/none/new")
 
 
 def test_a_small_file_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a full disk the older one is there, nothing is beside it, and the error names it."""
+    """If the disk is full, the former file stays, nothing is left beside it, and the error names it."""
     replace_durably(f"{tmp_path}/state", b"one")
 
     def full(_: int) -> None:
@@ -82,7 +82,7 @@ def test_a_small_file_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize("path", ["/proc/new", "{directory}/" + "x" * 300])
 def test_an_error_names_the_file_that_was_asked_for(tmp_path: Path, path: str) -> None:
-    """Its temporary name, which is gone by then, means nothing to an administrator."""
+    """An error names the file that was asked for, and not its temporary name, which is gone by then."""
     path = path.format(directory=tmp_path)
     with pytest.raises(OSError, match=r"No such file|too long") as problem:
         write_new(path, Blank(10))
@@ -92,7 +92,7 @@ def test_an_error_names_the_file_that_was_asked_for(tmp_path: Path, path: str) -
 
 
 def test_a_small_file_is_replaced(tmp_path: Path) -> None:
-    """What was there is gone, and nothing is left beside it."""
+    """The former file is replaced, and nothing is left beside it."""
     for data in (b"one", b"two"):
         replace_durably(f"{tmp_path}/state", data)
 

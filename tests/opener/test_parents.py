@@ -1,4 +1,4 @@
-"""The rule by which images are followed: each act of an administrator, what is never had, and names that change."""
+"""The rule for following images: what an administrator can allow, what is never allowed, and names that change."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RENAME_EXCHANGE = 2  # linux/fs.h
 
 
 class Place:
-    """A directory of images: `images/child` names others, `images/base`, `elsewhere/base` and `images/deep/base`."""
+    """A directory of images: `images/child` names others, as `images/base`, `elsewhere/base`, `images/deep/base`."""
 
     def __init__(self, top: Path) -> None:
         self.top = top
@@ -39,7 +39,7 @@ class Place:
 
     def find(self, *names: str, what: str = PARENT, within: str = "", settings: tuple[str, ...] = (),
              is_in_service: Callable[[int], bool] | None = None, trusts: bool = False) -> Allowed:  # fmt: skip
-        """Follow the child to the first of these names."""
+        """Follow the child to the first allowed one of these names."""
         named = Named(what, str(self.images / "child"), names, within)
         with closing(self.held("images/child")) as child:
             found = parents.find(child.fd, named, settings, is_in_service, trusts=trusts)
@@ -47,7 +47,7 @@ class Place:
         return found
 
     def held(self, name: str) -> Held:
-        """Return a file, opened by O_PATH."""
+        """Return a file, opened with O_PATH."""
         return Held(self.top / name)
 
     def mark(self, name: str, what: str = PARENT) -> None:
@@ -57,7 +57,7 @@ class Place:
             assert mark(child.fd, [marks.describe(file.fd, str(self.top / name))])
 
     def refuse(self, *names: str, match: str, **more: object) -> DriverError:
-        """See that none of these names is followed, and that nothing stays open."""
+        """Check that none of these names is followed, and that nothing stays open."""
         before = sorted(os.listdir("/proc/self/fd"))
         with pytest.raises(DriverError, match=match) as caught:
             self.find(*names, **more)  # type: ignore[arg-type]
@@ -66,7 +66,7 @@ class Place:
 
 
 class Held:
-    """A descriptor by O_PATH."""
+    """A descriptor opened with O_PATH."""
 
     def __init__(self, path: Path) -> None:
         self.fd = os.open(path, os.O_PATH)
@@ -77,7 +77,7 @@ class Held:
 
 
 def content(found: Allowed) -> str:
-    """Return what the file holds that may be had, opened as a worker gets it."""
+    """Return the content of an allowed file, opened as a worker gets it."""
     fd = openat.reopen(found.fd, os.O_RDONLY)
     try:
         return os.read(fd, 100).decode()
@@ -94,7 +94,9 @@ def place(tmp_path: Path) -> Iterator[Place]:
 
 
 def test_a_name_is_not_enough(place: Place) -> None:
-    """R18: a parent is not opened since an image names it, not even beside the image; the sentence has the way out."""
+    """R18: a parent is not opened only because an image names it, not even from the same directory; the error says how
+    to allow it.
+    """
     sentence = (
         rf"its parent {place.images}/base is named only by the image; if it is the right one, "
         rf"allow it with xenbackend image trust LAYER, or with parents={place.images} in its layer"
@@ -108,7 +110,7 @@ def test_a_name_is_not_enough(place: Place) -> None:
 
 
 def test_a_marked_parent_is_followed(place: Place) -> None:
-    """A mark at the child allows the parent that it names, by whatever name the image has for it, and no other file."""
+    """A mark on the child allows the parent that it names, under any name, and no other file."""
     place.mark("elsewhere/base")
     (place.images / "link").symlink_to("../elsewhere/base")
     for name in ("../elsewhere/base", "link", str(place.elsewhere / "base")):
@@ -122,7 +124,7 @@ def test_a_marked_parent_is_followed(place: Place) -> None:
 
 
 def test_other_files_have_a_mark_of_their_own(place: Place) -> None:
-    """The mark for a parent allows no data, nor the other way round."""
+    """A mark for a parent does not allow a data file, nor the other way round."""
     place.mark("images/base", DATA_FILE)
 
     assert "images/base" == content(place.find("base", what=DATA_FILE))
@@ -131,7 +133,7 @@ def test_other_files_have_a_mark_of_their_own(place: Place) -> None:
 
 
 def test_a_mark_at_the_parent_is_none(place: Place) -> None:
-    """A file that is marked itself, as each child is, is not open to whatever image names it."""
+    """That a file has a mark of its own, as each child has, does not allow other images to name it."""
     with closing(place.held("images/base")) as base, closing(place.held("elsewhere/base")) as other:
         marks.mark_parents(base.fd, [marks.describe(other.fd, "")])
         marks.mark_files(base.fd, [marks.describe(base.fd, "")])
@@ -140,7 +142,7 @@ def test_a_mark_at_the_parent_is_none(place: Place) -> None:
 
 
 def test_a_neighbour_who_takes_the_parents_name(place: Place) -> None:
-    """A marked parent that was exchanged for another file is refused, whoever exchanged it and however."""
+    """If another file takes a marked parent's name, it is refused, whoever did that, and however."""
     place.mark("images/base")
     (place.images / "base").rename(place.images / "former")
     place.refuse("base", match="its parent is not there")
@@ -156,7 +158,7 @@ def test_a_neighbour_who_takes_the_parents_name(place: Place) -> None:
 
 
 def test_a_copied_child_is_marked_anew(place: Place) -> None:
-    """What `cp` or `rsync` makes of a marked child has no mark, and the sentence says what makes one."""
+    """A copy of a marked child has no mark, and the error says how to make one."""
     place.mark("images/base")
     subprocess.run(["cp", place.images / "child", place.images / "copy"], check=True)
     (place.images / "copy").rename(place.images / "child")
@@ -166,7 +168,7 @@ def test_a_copied_child_is_marked_anew(place: Place) -> None:
 
 @pytest.mark.parametrize("by", ["the layer", "the settings"])
 def test_an_administrator_may_name_a_directory(place: Place, by: str) -> None:
-    """Names and links may lead anywhere beneath a directory that is named, and nowhere else."""
+    """If a directory is allowed, names and links may lead to any file below it, and nowhere else."""
     (place.images / "link").symlink_to("../elsewhere/base")
     (place.elsewhere / "out").symlink_to(place.images / "base")
     (place.top / "named").symlink_to("elsewhere")
@@ -191,7 +193,7 @@ def test_an_administrator_may_name_a_directory(place: Place, by: str) -> None:
 
 
 def test_an_administrator_may_name_several_places(place: Place) -> None:
-    """`parents=` takes several directories and files; a file is that one and no other."""
+    """`parents=` accepts several directories and files; a file allows only itself."""
     within = f"{place.images}/deep:{place.elsewhere}/base"
 
     assert "images/deep/base" == content(place.find("deep/base", within=within))
@@ -200,7 +202,7 @@ def test_an_administrator_may_name_several_places(place: Place) -> None:
 
 
 def test_the_first_that_may_be_had(place: Place) -> None:
-    """Of several names the first that is allowed is taken; where none is, the first that is there is named."""
+    """Of several names the first that is allowed is taken; if none is, the error has the first that exists."""
     deep, outside = str(place.images / "deep/base"), str(place.elsewhere / "base")
 
     assert "images/deep/base" == content(place.find("gone", outside, deep, "base", within=str(place.images)))
@@ -208,7 +210,7 @@ def test_the_first_that_may_be_had(place: Place) -> None:
 
 
 def test_links_on_the_way_to_the_image(place: Place) -> None:
-    """`..` leads to where the kernel goes, and else to where the path says; what is shown is what a person wrote."""
+    """`..` is followed as the kernel does, or else as the path reads; the path shown is the one that a person wrote."""
     (place.top / "short").symlink_to("images/deep")
     child = Named(PARENT, f"{place.top}/short/x", ["../base"], str(place.images))
     (place.images / "deep" / "x").touch()
@@ -226,7 +228,7 @@ def test_links_on_the_way_to_the_image(place: Place) -> None:
 
 
 def test_a_relative_image(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An image that is named relative to the working directory finds its parent too."""
+    """The parent of an image that is named relative to the working directory is found too."""
     monkeypatch.chdir(place.images)
     with closing(place.held("images/child")) as child:
         found = parents.find(child.fd, Named(PARENT, "child", ["base"], "."))
@@ -236,7 +238,7 @@ def test_a_relative_image(place: Place, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_what_is_in_service_stays_allowed(place: Place) -> None:
-    """What a disk of the last release has open may be had, and nothing else may."""
+    """What a disk of the last release has open is allowed, and nothing else."""
     with closing(place.held("images/base")) as base:
         known = os.fstat(base.fd)
 
@@ -248,7 +250,7 @@ def test_what_is_in_service_stays_allowed(place: Place) -> None:
 
 
 def test_an_administrator_may_trust_an_image(place: Place) -> None:
-    """Where he says so, an image is followed wherever it leads to, but to no device."""
+    """If an administrator trusts an image, it is followed anywhere, but to no device."""
     found = place.find("../elsewhere/base", trusts=True)
     assert ("elsewhere/base", TRUSTED) == (content(found), found.by)
 
@@ -257,7 +259,7 @@ def test_an_administrator_may_trust_an_image(place: Place) -> None:
 
 
 def test_a_parent_that_is_gone(place: Place) -> None:
-    """Where no name exists the sentence has all of them, and nothing in them moves the operator's cursor."""
+    """If none of the names exists, the error lists them all, with control characters escaped."""
     sentence = r"the image names 'gone', '\\x1b\[2Jx'; put the parent there, or record its new name"
     assert errno.ENOENT == place.refuse("gone", "\x1b[2Jx", match=sentence).errno
     place.refuse(match="nothing that can be a name")
@@ -266,7 +268,7 @@ def test_a_parent_that_is_gone(place: Place) -> None:
 
 
 def test_only_files_are_followed(place: Place) -> None:
-    """A directory, a pipe, a socket and a character device are never had, whoever allows them."""
+    """Directories, pipes, sockets and character devices are never followed, whatever is allowed."""
     os.mkfifo(place.images / "pipe")
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(os.path.relpath(place.images / "socket"))
@@ -283,7 +285,7 @@ def test_only_files_are_followed(place: Place) -> None:
 
 
 def test_nothing_in_dev_but_what_is_named(place: Place) -> None:
-    """A device is opened only where the administrator's own text names it; a directory of devices is not enough."""
+    """A device is opened only if the administrator's own text names it; allowing its directory is not enough."""
     with loop(place.top / "disk", 1 << 20, sector_size=512) as (device, _):
         (place.images / "device").symlink_to(device)
         for name in (device, "device", f"/dev/../dev/{Path(device).name}"):
@@ -301,7 +303,7 @@ def test_nothing_in_dev_but_what_is_named(place: Place) -> None:
 
 
 def test_a_place_for_files_below_dev(place: Place) -> None:
-    """/dev/shm holds files, and is a directory as any other; the rest of /dev is not, whatever lies there."""
+    """/dev/shm is treated like any directory; no file elsewhere in /dev is followed."""
     with places.directory(places.MEMORY) as memory:
         (memory / "base").write_text("in memory")
         assert "in memory" == content(place.find(f"{memory}/base", within=str(memory)))
@@ -324,7 +326,7 @@ def test_a_place_for_files_below_dev(place: Place) -> None:
 
 
 def test_magic_links_are_not_followed(place: Place) -> None:
-    """What this or another process has open cannot be got at by a name below /proc."""
+    """Files that this or another process has open cannot be reached through names in /proc."""
     with (place.elsewhere / "base").open("rb") as secret:
         for name in (f"/proc/self/fd/{secret.fileno()}", f"/dev/fd/{secret.fileno()}"):
             place.refuse(name, match="named only by the image|not there", within=f"{place.images}:/proc")
@@ -334,7 +336,9 @@ def test_magic_links_are_not_followed(place: Place) -> None:
 
 
 def test_where_no_mark_can_be_the_sentence_says_what_to_do(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a file system without such attributes, on a device, and for who is not root, `parents=` is named alone."""
+    """If no mark is possible (because of the file system, a device, or missing rights), the error names only
+    `parents=`.
+    """
     monkeypatch.setattr(marks, "obstacle", lambda _fd: "its file system cannot keep marks (trusted.* attributes)")
     sentence = (
         r"is named only by the image, and its file system cannot keep marks \(trusted\.\* attributes\); "
@@ -345,7 +349,7 @@ def test_where_no_mark_can_be_the_sentence_says_what_to_do(place: Place, monkeyp
 
 
 def flip(one: str, other: str) -> None:
-    """Exchange two names for as long as this process lives."""
+    """Exchange two names again and again, until this process is killed."""
     libc = ctypes.CDLL(None)
     first, second = os.fsencode(one), os.fsencode(other)
     while True:
@@ -354,7 +358,7 @@ def flip(one: str, other: str) -> None:
 
 @pytest.fixture
 def flipping() -> Iterator[Callable[[Path, Path], None]]:
-    """Return what lets a process exchange two names until the test ends."""
+    """Return a function that has a process exchange two names until the test ends."""
     with ExitStack() as stack:
 
         def start(one: Path, other: Path) -> None:
@@ -363,7 +367,7 @@ def flipping() -> Iterator[Callable[[Path, Path], None]]:
             stack.callback(process.wait)
             stack.callback(process.kill)
             there = other.lstat().st_ino
-            while other.lstat().st_ino == there:  # until it runs
+            while other.lstat().st_ino == there:  # until the process runs
                 pass
 
         yield start
@@ -375,7 +379,7 @@ def flipping() -> Iterator[Callable[[Path, Path], None]]:
 def test_an_exchange_between_check_and_open_reads_nothing(
     place: Place, flipping: Callable[[Path, Path], None], how: str, act: str
 ) -> None:
-    """R18: whoever exchanges what a name leads to, all the time, gets what is allowed opened, or a refusal."""
+    """R18: if what a name leads to is exchanged all the time, the allowed file is opened or the name is refused."""
     (place.top / "secret").mkdir()
     (place.top / "secret" / "base").write_text("secret")
     if act == "mark":

@@ -14,7 +14,9 @@ from xenbackend.protocol.opening import MAX_FILES
 
 
 def test_what_the_chain_names_may_be_opened() -> None:
-    """Images as the disk is attached; records always, and the file for their older half; nothing else at all."""
+    """Images may be opened as the disk is attached, and records and their older halves always for writing; no other
+    name.
+    """
     rules = Rules("log:/log|qcow2:/img,data_file=/data,parents=/all", read_only=False)
     reading = Rules("log:/log|qcow2:/img,data_file=/data", read_only=True)
 
@@ -30,7 +32,7 @@ def test_what_the_chain_names_may_be_opened() -> None:
 
 
 def test_what_lies_below_a_layer_that_keeps_the_writes_is_only_read() -> None:
-    """Below `cow:` nothing may be written, whatever the worker asks for, but the records of layers there."""
+    """Below `cow:` nothing can be written except the records of layers there, whatever the worker asks for."""
     rules = Rules("log:/one|cow:/cow|log:/two|partition:1|qcow2:/img", read_only=False)
 
     assert Rule(may_write=False) == rules.of("/img")
@@ -40,7 +42,7 @@ def test_what_lies_below_a_layer_that_keeps_the_writes_is_only_read() -> None:
 
 
 def test_what_is_shared() -> None:
-    """What the toolstack attached as w! is, and a layer that says so; a parent of such a disk is only read."""
+    """An image is shared if the disk was attached as w!, or if its layer says so; its parents are read-only."""
     rules = Rules("qcow2:/img,share=on", read_only=False)
     rules.allow("/base", "/img")
 
@@ -51,7 +53,7 @@ def test_what_is_shared() -> None:
 
 
 def test_the_data_file_of_a_layer_is_a_place_for_that_alone() -> None:
-    """`data_file=` says that the image's data are there, and not that it may be the parent of anything."""
+    """`data_file=` allows the file to hold an image's data, and not to be a parent or an extent."""
     rule = Rules("qcow2:/img,data_file=/data,parents=/all", read_only=False).of("/img")
 
     assert ["/all:/data", "/all", "/all"] == [rule.places_for(each) for each in (DATA_FILE, PARENT, EXTENT)]
@@ -59,7 +61,7 @@ def test_the_data_file_of_a_layer_is_a_place_for_that_alone() -> None:
 
 
 def test_certificates_are_those_of_the_chain() -> None:
-    """A directory that a layer names may be read, whether an option or a URI has it; no other one."""
+    """Only the directory of certificates that a layer names, in an option or a URI, may be read."""
     chains = ("nbd:nbds://h/a?tls-certificates=/certificates", "nbd:h:1,certificates=/certificates")
     for chain in chains:
         rules = Rules(f"log:/log|{chain}", read_only=False, shareable=False)
@@ -70,7 +72,7 @@ def test_certificates_are_those_of_the_chain() -> None:
 
 
 def test_the_account_of_a_cluster_is_the_chains() -> None:
-    """A configuration is read for the user that the chain names with it, and for no other one."""
+    """A configuration is read only for the user that the chain names with it."""
     rules = Rules("log:/log|rbd:a/b,id=x,conf=/c", read_only=False)
 
     assert Account("/c", "x") == rules.account(Account("/c", "x"))
@@ -83,14 +85,16 @@ def test_the_account_of_a_cluster_is_the_chains() -> None:
 
 
 def test_the_file_of_a_memory_disk_may_be_opened() -> None:
-    """`ram:` has a size or a file there."""
+    """The file that `ram:` names may be opened; a size is not taken for a file."""
     assert Rules("ram:/img", read_only=False).of("/img")
     with pytest.raises(DriverError):
         Rules("ram:64M", read_only=False).of("64M")
 
 
 def test_what_an_image_may_name_is_only_read() -> None:
-    """It has its files where the image has, and what the chain's text says of a file is not taken back by that."""
+    """A file that an image names is read-only, and may lead where the image may; a file that the chain names keeps its
+    rule.
+    """
     rules = Rules("qcow2:/img,parents=/all", read_only=False)
     rules.allow("/all/base", "/img")
     rules.allow("/all/deeper", "/all/base")
@@ -104,7 +108,7 @@ def test_what_an_image_may_name_is_only_read() -> None:
 
 
 def test_files_are_bounded() -> None:
-    """A worker that somebody has taken over cannot have any number of files held."""
+    """The number of files is bounded, whatever a hostile worker asks for."""
     rules = Rules("aio:/img", read_only=True)
     for number in range(MAX_FILES - 1):
         rules.allow(f"/{number}", "/img")
@@ -115,7 +119,7 @@ def test_files_are_bounded() -> None:
 
 
 def test_keys_are_made_of_what_the_chain_names() -> None:
-    """A worker has keys made of the passphrases in its chain's text, and cannot open them, nor name another."""
+    """Keys are derived only from the passphrases that the chain names, and those cannot be opened."""
     rules = Rules("log:|luks:key=/key|luks:key=credential:two|aio:/img", read_only=False)
     rules.check_key("/key")
     rules.check_key("credential:two")

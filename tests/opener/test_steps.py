@@ -14,7 +14,7 @@ from xenbackend.opener import steps
 
 
 def test_what_is_held_is_what_is_opened(tmp_path: Path) -> None:
-    """Whatever the name means by then, also when the file has none any more, the file that was looked at is opened."""
+    """The file that was examined is opened, whatever its name means by then."""
     path = tmp_path / "image"
     path.write_bytes(b"first")
     held = steps.hold(str(path))
@@ -32,7 +32,7 @@ def test_what_is_held_is_what_is_opened(tmp_path: Path) -> None:
     ("make", "what"), [(os.mkfifo, "is a pipe"), (os.mkdir, "is a directory")], ids=["pipe", "directory"]
 )
 def test_what_can_be_no_image_is_never_opened(tmp_path: Path, make: object, what: str) -> None:
-    """Its type is looked at first: nobody waits for a pipe's other end, and no device notices."""
+    """A file that cannot be an image is refused by its type without being opened, so that nothing waits for a pipe."""
     path = str(tmp_path / "odd")
     make(path)  # type: ignore[operator]
     with pytest.raises(DriverError, match=what):
@@ -40,7 +40,7 @@ def test_what_can_be_no_image_is_never_opened(tmp_path: Path, make: object, what
 
 
 def test_a_record_is_made_for_its_owner_and_through_no_link(tmp_path: Path) -> None:
-    """A file that is there stays; where a link is, somebody could have it lead anywhere."""
+    """A record is made for its owner only, an existing file stays, and a link is refused: it could lead anywhere."""
     path = tmp_path / "record"
     held = steps.hold_record(str(path), create=True)
     os.close(held)
@@ -54,7 +54,7 @@ def test_a_record_is_made_for_its_owner_and_through_no_link(tmp_path: Path) -> N
 
 
 def test_an_unnamed_file_is_in_no_directory(tmp_path: Path) -> None:
-    """It can be opened by whoever holds it, for its owner only, and its room is given back with the last descriptor."""
+    """An unnamed file can be opened through its descriptor, by its owner only, and is in no directory."""
     held = steps.hold_unnamed(str(tmp_path))
     opened = steps.reopen(held, "unnamed", write=True)
     os.write(opened, b"data")
@@ -71,7 +71,9 @@ def test_an_unnamed_file_is_in_no_directory(tmp_path: Path) -> None:
 def test_where_a_file_system_makes_none_a_name_is_removed_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As NFS: the file is as good, but never gets a name again."""
+    """On a file system without unnamed files, such as NFS, a file's name is removed at once; it cannot be given one
+    later.
+    """
     plain = os.open
 
     def refusing(path: str, flags: int, *more: int) -> int:
@@ -90,7 +92,7 @@ def test_where_a_file_system_makes_none_a_name_is_removed_at_once(
 
 
 def test_a_name_is_given_once_and_to_no_other_file(tmp_path: Path) -> None:
-    """Given again it is done already; one that is taken, or on another file system, is refused with a sentence."""
+    """Giving the same name again does nothing; one that is taken, or on another file system, is refused."""
     held = steps.hold_unnamed(str(tmp_path))
     path, taken = tmp_path / "kept", tmp_path / "taken"
     taken.write_bytes(b"precious")
@@ -107,7 +109,7 @@ def test_a_name_is_given_once_and_to_no_other_file(tmp_path: Path) -> None:
 
 
 def test_a_name_that_nobody_made_durable_is_made_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed between the two, whoever gives the name once more does what is left: the directory reaches the medium."""
+    """If a kill came between giving a name and making it durable, giving it again makes it durable."""
     held, path = steps.hold_unnamed(str(tmp_path)), tmp_path / "kept"
     plain, synced = os.fsync, list[int]()
 
@@ -135,13 +137,13 @@ def test_a_name_that_nobody_made_durable_is_made_durable(tmp_path: Path, monkeyp
     [("", "no directory for unnamed files is configured"), ("/nowhere", "/nowhere, the directory")],
 )
 def test_an_unnamed_file_needs_a_directory(directory: str, why: str) -> None:
-    """The sentence names the setting."""
+    """Without a usable directory for unnamed files, the error names it or the setting."""
     with pytest.raises(DriverError, match=why):
         steps.hold_unnamed(directory)
 
 
 def test_facts(tmp_path: Path) -> None:
-    """They are of the file that is held; the path is the one with all links followed."""
+    """The facts are those of the held file; the path has all links resolved."""
     (tmp_path / "image").write_bytes(bytes(100))
     (tmp_path / "link").symlink_to("image")
     held = steps.hold(str(tmp_path / "link"))
@@ -155,7 +157,9 @@ def test_facts(tmp_path: Path) -> None:
 
 
 def test_directories_with_links_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file's is where it is found; a slash at the end is of a directory, which need not be there."""
+    """A file's directory is returned with links resolved; a name that ends with a slash is a directory, and need not
+    exist.
+    """
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "link").symlink_to("a/b")
     monkeypatch.chdir(tmp_path)
@@ -168,7 +172,7 @@ def test_directories_with_links_followed(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_errors_are_about_the_name(tmp_path: Path) -> None:
-    """Nobody knows what /proc/self/fd/7 was."""
+    """An error has the file's name, and not /proc/self/fd/7."""
     path = tmp_path / "image"
     path.write_bytes(b"x")
     held = steps.hold(str(path))

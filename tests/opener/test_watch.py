@@ -7,11 +7,11 @@ from queue import Queue
 
 from xenbackend.opener.watch import Watch
 
-PATIENCE_S = 20.0  # for a thread of ours
+PATIENCE_S = 20.0  # for a thread of the watch
 
 
 def test_a_step_that_does_not_come_back_is_told_of_and_so_is_its_end() -> None:
-    """Whoever listens hears the name once while the step lasts, and an empty one when it is over; each time."""
+    """The name of a step that lasts is reported once, and an empty name when the step is over."""
     said: Queue[str] = Queue()
     watch = Watch(said.put, patience_s=0.01)
     for name in ("/a", "/b"):
@@ -24,7 +24,7 @@ def test_a_step_that_does_not_come_back_is_told_of_and_so_is_its_end() -> None:
 
 
 def test_who_looks_ends() -> None:
-    """No thread of it is left once it is closed, whether it was said anything or not."""
+    """After `close` no thread of a watch is left, whether it has reported anything or not."""
     others = set(threading.enumerate())
     watches = [Watch(lambda _: None, patience_s=PATIENCE_S) for _ in range(5)]
     threads = set(threading.enumerate()) - others
@@ -38,7 +38,7 @@ def test_who_looks_ends() -> None:
 
 
 def test_a_step_that_comes_back_is_nobodys_business() -> None:
-    """Of steps that take no time nothing is said, however many there are one after the other."""
+    """Short steps are not reported, however many there are."""
     said: Queue[str] = Queue()
     watch = Watch(said.put, patience_s=PATIENCE_S)
     for _ in range(100):
