@@ -1,4 +1,4 @@
-"""What the service answers, and what is taken for an answer."""
+"""The service's answers, encoded and decoded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from xenbackend.protocol.codes import Code
     ],
 )
 def test_an_answer_comes_back_as_it_was(answer: Answer) -> None:
-    """Over JSON, with its version; a sentence only where something was not done."""
+    """An answer is the same after JSON, and has a version; it has an error only if something was not done."""
     line = json.dumps(answer.as_json())
 
     assert answer == Answer.from_json(json.loads(line))
@@ -30,6 +30,6 @@ def test_an_answer_comes_back_as_it_was(answer: Answer) -> None:
     "line", [None, [], "ok", {}, {"version": VERSION + 1, "code": "ok"}, {"version": VERSION, "code": "fine"}]
 )
 def test_what_is_no_answer_is_refused(line: object) -> None:
-    """Another version, another code, or anything else: ValueError, and nothing else."""
+    """Another version, another code, or anything else that is not an answer raises ValueError."""
     with pytest.raises(ValueError, match=r"."):
         Answer.from_json(line)

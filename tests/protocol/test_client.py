@@ -1,4 +1,4 @@
-"""The caller's side of the control socket, against services that do well, take their time, or misbehave."""
+"""The caller's side of the control socket, with services that work, take long, or misbehave."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("code", [code for code in Code if code is not Code.OK])
 def test_a_no_has_code_sentence_and_what_is_known(tmp_path: Path, code: Code) -> None:
-    """Whatever the service answers reaches the caller whole."""
+    """A refusal reaches the caller with its code, sentence, data and order number."""
     answer = Answer(code, {"chain": "null:1G"}, "it cannot be", 17)
     with (
         answering(tmp_path / "x", lambda _: answer) as control,
@@ -49,7 +49,7 @@ def test_a_no_has_code_sentence_and_what_is_known(tmp_path: Path, code: Code) ->
     ],
 )
 def test_every_failure_is_a_sentence(tmp_path: Path, said: bytes | None, code: Code, sentence: str) -> None:
-    """A hang-up, silence, and what is no answer each reach the caller as a code and a sentence."""
+    """If the service hangs up, is silent, or sends what is not an answer, the caller gets a code and a sentence."""
     with answering(tmp_path / "x", lambda _: said) as control, pytest.raises(ServiceError, match=sentence) as caught:
         call(control.path, {"verb": "ping"}, 0.05 if said is None else 5.0)
 
@@ -57,7 +57,7 @@ def test_every_failure_is_a_sentence(tmp_path: Path, said: bytes | None, code: C
 
 
 def test_no_service_is_unreachable(tmp_path: Path) -> None:
-    """Where nothing listens nothing was asked, for orders too."""
+    """If nothing listens, the caller gets UNREACHABLE, since nothing was asked; that holds for orders too."""
     for ask in (lambda path: call(path, SET), lambda path: give_order(path, SET, "5/xvda: set", 1.0)):
         with pytest.raises(ServiceError, match="systemctl start xenbackend") as caught:
             ask(str(tmp_path / "none"))
@@ -65,7 +65,7 @@ def test_no_service_is_unreachable(tmp_path: Path) -> None:
 
 
 def test_an_order_waits_as_long_as_the_service_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The time that is enough for a question ends no order; whoever waits is told that he does."""
+    """An order waits longer than a question may, and a callback is told how long it has waited."""
     monkeypatch.setattr(client, "TIMEOUT_S", 0.0)
     ticks: list[float] = []
     enough = threading.Event()
@@ -91,7 +91,7 @@ def test_an_order_waits_as_long_as_the_service_needs(tmp_path: Path, monkeypatch
     ("number", "where"), [(17, "order 17; see: xenbackend orders 17"), (None, "see: xenbackend status")]
 )
 def test_a_time_limit_is_the_services_to_keep(tmp_path: Path, number: int | None, where: str) -> None:
-    """With a time the service is told how long the caller waits, and what it answers then names the order."""
+    """A time limit is passed to the service, whose answer then names the order that is still under way."""
     answer = Answer(Code.UNDER_WAY, {"chain": "null:2G"}, "it is still under way", number)
     with answering(tmp_path / "x", lambda _: answer) as control, pytest.raises(ServiceError) as caught:
         give_order(control.path, SET, "5/xvda: set", 3.5)
@@ -107,7 +107,7 @@ def test_a_time_limit_is_the_services_to_keep(tmp_path: Path, number: int | None
 def test_an_order_that_was_sent_has_not_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: bytes | None, why: str
 ) -> None:
-    """A service that ends or hangs after it was given an order may do it all the same: that is no failure."""
+    """If a service ends or hangs after it got an order, the order counts as possibly under way, and not as failed."""
     monkeypatch.setattr(client, "TIMEOUT_S", 0.0)
     with answering(tmp_path / "x", lambda _: said) as control, pytest.raises(ServiceError, match=why) as caught:
         give_order(control.path, SET, "5/xvda: set", 0.05)

@@ -1,4 +1,4 @@
-"""Tests of `xenbackend.protocol.codec`: each message comes back as it was, and nothing else is taken for one."""
+"""Tests of `xenbackend.protocol.codec`: each message is decoded as it was, and nothing else is accepted."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ each_kind = pytest.mark.parametrize(
 
 
 def random_value(chance: random.Random, wanted: Any) -> Any:
-    """Return a value of an annotated type."""
+    """Return a random value of an annotated type."""
     if isinstance(wanted, UnionType):
         return random_value(chance, chance.choice(get_args(wanted)))
     if wanted is type(None):
@@ -53,19 +53,19 @@ def random_value(chance: random.Random, wanted: Any) -> Any:
 
 
 def random_message(chance: random.Random, kind: Any) -> Any:
-    """Return a message of a kind with random content."""
+    """Return a message of this kind with random content."""
     return kind(**{name: random_value(chance, wanted) for name, wanted in get_type_hints(kind).items()})
 
 
 def plain(message: Any) -> dict[str, Any]:
-    """Return what is in a message's datagram."""
+    """Return the values in a message's datagram."""
     values: dict[str, Any] = json.loads(encode(message))
     return values
 
 
 @each_kind
 def test_round_trip(kind: Any, decode: Any) -> None:
-    """A message of any content comes out of its datagram as it went in, of the same type throughout."""
+    """A message of any content is the same after encoding and decoding, with the same types."""
     chance = random.Random(kind.__name__)
     for _ in range(100):
         message = random_message(chance, kind)
@@ -75,7 +75,7 @@ def test_round_trip(kind: Any, decode: Any) -> None:
 
 @pytest.mark.parametrize("kind", [kind for kind, _ in KINDS], ids=lambda kind: kind.__name__)
 def test_each_side_is_told_what_it_may_be_told(kind: Any) -> None:
-    """What a worker sends is no order, and what a supervisor sends no standing: a side takes only the other's."""
+    """Each side accepts only the messages that the other side may send."""
     datagram = encode(random_message(random.Random(4), kind))
     for side, decode in DECODERS.items():
         if kind in get_args(side):
@@ -87,7 +87,7 @@ def test_each_side_is_told_what_it_may_be_told(kind: Any) -> None:
 
 @each_kind
 def test_a_message_needs_the_fields_that_have_no_default(kind: Any, decode: Any) -> None:
-    """A datagram that lacks a field is refused, or has that field's default where there is one."""
+    """A datagram that lacks a field is refused, unless the field has a default."""
     message = random_message(random.Random(1), kind)
     for each in fields(kind):
         datagram = json.dumps({name: value for name, value in plain(message).items() if name != each.name}).encode()
@@ -101,7 +101,7 @@ def test_a_message_needs_the_fields_that_have_no_default(kind: Any, decode: Any)
 
 @each_kind
 def test_a_field_that_is_not_known_is_refused(kind: Any, decode: Any) -> None:
-    """Whoever says more than a message has is not of our version, whatever it says."""
+    """A datagram with an unknown field is refused: it is not of our version."""
     values = plain(random_message(random.Random(3), kind))
 
     with pytest.raises(NotAMessage):
@@ -110,7 +110,7 @@ def test_a_field_that_is_not_known_is_refused(kind: Any, decode: Any) -> None:
 
 @each_kind
 def test_fields_have_their_types(kind: Any, decode: Any) -> None:
-    """A field of another type is refused, so that nobody need look twice at what a worker says."""
+    """A field of another type is refused, so that no code needs to check what a worker says again."""
     message = random_message(random.Random(2), kind)
     values = plain(message)
     for name in get_type_hints(kind):
@@ -125,7 +125,7 @@ def test_fields_have_their_types(kind: Any, decode: Any) -> None:
 
 
 def test_nothing_is_longer_than_its_bound() -> None:
-    """A list of more items than anything of ours has is refused, whatever it holds."""
+    """A list with more than MAX_ITEMS items is refused, whatever they are."""
     values = plain(messages.Standing(1, messages.Stage.OPEN, "x", read_only=False, shareable=False))
     layer = as_fields(messages.LayerFacts("x", 1, 512, False, False, False, 0, 0, 512))
     codec.from_worker(json.dumps({**values, "layers": [layer] * 10}).encode())
@@ -135,7 +135,7 @@ def test_nothing_is_longer_than_its_bound() -> None:
 
 @pytest.mark.parametrize("version", [None, 0, VERSION + 1, str(VERSION), True, float(VERSION), [VERSION]])
 def test_another_version_is_refused(version: Any) -> None:
-    """Only a message of exactly our version is taken."""
+    """Only messages of exactly our version are accepted."""
     values = {**plain(messages.Close(1)), "version": version}
     with pytest.raises(NotAMessage, match="version"):
         codec.from_supervisor(json.dumps(values).encode())
@@ -143,7 +143,7 @@ def test_another_version_is_refused(version: Any) -> None:
 
 @pytest.mark.parametrize("kind", [None, "", "close", "LayerFacts", "RingParameters", "Pause", 5, ["Close"], {}])
 def test_another_kind_is_refused(kind: Any) -> None:
-    """Only the kinds of messages are taken, not their parts."""
+    """Only kinds of messages are accepted, and not their parts."""
     with pytest.raises(NotAMessage):
         codec.from_supervisor(json.dumps({"version": VERSION, "kind": kind, "number": 1}).encode())
 
@@ -157,14 +157,14 @@ def test_another_kind_is_refused(kind: Any) -> None:
     ids=["empty", "nul", "no utf-8", "null", "1", "text", "list", "nothing", "cut", "no kind", "deep", "NaN", "long"],
 )  # fmt: skip
 def test_what_is_no_message_is_refused(datagram: bytes) -> None:
-    """Bytes of any other form raise NotAMessage, and nothing else."""
+    """Bytes that are not a message raise NotAMessage, and nothing else."""
     for decode in DECODERS.values():
         with pytest.raises(NotAMessage):
             decode(datagram)
 
 
 def test_what_is_prepared_is_looked_up_no_more() -> None:
-    """Whoever has prepared looks up no class of a message, nor of what is in it, at the first one of its kind."""
+    """After `prepare`, no message makes the codec look up fields of a class."""
     codec._fields_of.cache_clear()
     codec.prepare(*DECODERS)
     prepared = codec._fields_of.cache_info().misses
@@ -177,7 +177,7 @@ def test_what_is_prepared_is_looked_up_no_more() -> None:
 
 @pytest.mark.slow
 def test_damaged_datagrams() -> None:
-    """A datagram with some bytes altered is a message of right types still, or NotAMessage."""
+    """A datagram with some bytes changed either is still a valid message, or raises NotAMessage."""
     chance = random.Random(7)
     taken = 0
     for _ in range(5000):
@@ -192,11 +192,11 @@ def test_damaged_datagrams() -> None:
         taken += 1
         assert message == decode(encode(message))
 
-    assert 100 < taken < 4000  # both outcomes were tried in earnest
+    assert 100 < taken < 4000  # both outcomes were frequent
 
 
 def test_what_is_plain_can_be_restored() -> None:
-    """What a worker left in the journal is a record again for its successor, and nothing else is; nor is it altered."""
+    """A record that was stored as plain values is restored unchanged, and anything else raises NotAMessage."""
     connect = messages.Connect("x86_64-abi", [RingParameters([1, 2], 3)], persistent=True, goes_on=True)
     values = as_fields(connect)
 

@@ -1,4 +1,4 @@
-"""The codes, and the exit status that each leads to."""
+"""The codes, and the exit status of each."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from xenbackend.protocol.codes import EXIT_STATUS, Code
 
 
 def test_each_code_has_an_exit_status() -> None:
-    """0 means done, 2 that nothing was touched for a mistake, 75 that it may still be done, 1 anything else."""
+    """Exit status 0 means done, 2 a mistake that changed nothing, 75 that it may still be done, and 1 anything else."""
     assert set(Code) == set(EXIT_STATUS)
     assert {Code.OK: 0, Code.INVALID: 2, Code.UNDER_WAY: 75} == {
         code: status for code, status in EXIT_STATUS.items() if status != 1

@@ -1,4 +1,4 @@
-"""Descriptors that come beside a datagram."""
+"""Descriptors that come with a datagram."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def pair() -> tuple[socket.socket, socket.socket]:
 
 
 def test_no_program_inherits_what_came(pair: tuple[socket.socket, socket.socket]) -> None:
-    """A descriptor closes at exec, whatever the sender's own was like."""
+    """A descriptor that was received is closed at exec, whatever the sender's own flags are."""
     near, far = pair
     sent = os.open("/dev/null", os.O_RDONLY)
     os.set_inheritable(sent, True)
@@ -38,7 +38,7 @@ def test_no_program_inherits_what_came(pair: tuple[socket.socket, socket.socket]
 
 @pytest.mark.parametrize(("size", "most"), [(2, 8), (16, 1)], ids=["long", "many descriptors"])
 def test_what_was_cut_is_said(pair: tuple[socket.socket, socket.socket], size: int, most: int) -> None:
-    """A datagram that is longer than wanted, or has more descriptors, is not whole."""
+    """A datagram that is too long, or has too many descriptors, is reported as not whole."""
     near, far = pair
     socket.send_fds(far, [b"xyz"], [far.fileno()] * 3)
 
@@ -52,7 +52,7 @@ def test_what_was_cut_is_said(pair: tuple[socket.socket, socket.socket], size: i
 
 
 def test_no_program_inherits_what_we_inherited(pair: tuple[socket.socket, socket.socket]) -> None:
-    """A socket that was given by number has to be open at our own exec, and at no other one."""
+    """A socket that a process was started with is closed at its own later execs."""
     near, far = pair
     near.set_inheritable(True)
     with inherited(near.detach()) as ours:
@@ -63,7 +63,7 @@ def test_no_program_inherits_what_we_inherited(pair: tuple[socket.socket, socket
 
 
 def test_nothing_takes_descriptors_by_the_way_that_children_inherit() -> None:
-    """Python's `recv_fds` drops its flags: what came by it would be open in whatever is started next."""
+    """No code uses Python's `recv_fds`, which drops its flags: child programs would inherit the descriptors."""
     users = [str(file) for file in SOURCE.rglob("*.py") if "recv_fds(" in file.read_text()]
 
     assert [] == users

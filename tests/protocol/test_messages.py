@@ -12,5 +12,5 @@ from xenbackend.protocol.messages import own_snapshot
     [("@monday", "monday"), ("@", ""), ("@@a", "@a"), ("/img/@monday", None), ("./@monday", None), ("", None)],
 )
 def test_a_snapshot_of_the_image_itself_begins_with_an_at(file: str, name: str | None) -> None:
-    """A name behind an @ is one that the image keeps; all else is a file."""
+    """A text that begins with @ names a snapshot within the image; any other text is a file."""
     assert name == own_snapshot(file)

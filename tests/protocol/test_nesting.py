@@ -1,4 +1,4 @@
-"""Messages whose values lie in one another: how deep does not matter."""
+"""Messages with nested values, of any depth."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MESSAGES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("message", MESSAGES, ids=["Reply", "Log", "Ask", "Ask for a list"])
 def test_a_value_of_any_depth_is_no_message(message: dict[str, Any]) -> None:
-    """What the interpreter's stack can just hold, and what it cannot, is refused in the same way."""
+    """A nested value is refused at any depth in the same way, around the limit of the interpreter's stack too."""
     text = json.dumps({"version": VERSION, **message})
     for depth in range(sys.getrecursionlimit() * 2 // 3, sys.getrecursionlimit() + 50):
         for deep in ("[" * depth + "]" * depth, '{"x":' * depth + "0" + "}" * depth):

@@ -1,4 +1,4 @@
-"""What services of several releases say has one set of names, with every key."""
+"""Answers of services of several releases get one set of names, with every key."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from xenbackend.protocol.client import ServiceError, call
 from xenbackend.protocol.codes import Code
 from xenbackend.protocol.plain import completed
 
-# Of the first services whose answers have this version: no key is plain.
+# An answer of the first services of this version, before the names of today.
 FIRST = {
     "vbd": "5/xvda", "kind": "vbd", "domid": 5, "device": "xvda", "chain": "log:|aio:/img", "read_only": False,
     "state": "Connected", "frontend_state": "Connected", "phase": "serving", "worker": 12, "since": 0.0, "error": "",
@@ -35,7 +35,7 @@ def old(request: Request) -> Answer:
 
 
 def test_all_that_a_service_says_is_known_here() -> None:
-    """A key that is added to an answer gets the value that means nobody has told it."""
+    """Each key of an answer has a value here that stands for a service which does not tell it."""
     said = {verb: working({"verb": verb}).data for verb in OLD}
 
     assert set(plain.SERVICE) == set(said["ping"])
@@ -47,14 +47,16 @@ def test_all_that_a_service_says_is_known_here() -> None:
 
 
 def claims_nothing(value: Any) -> bool:
-    """Return whether a value says no more than that nobody has told it."""
+    """Return whether a value says only that it is not known."""
     if isinstance(value, dict | list):
         return all(map(claims_nothing, value.values() if isinstance(value, dict) else value))
     return value in (None, 0, "", "Unknown")
 
 
 def test_what_was_not_told_claims_nothing() -> None:
-    """It has the type of what is told; where 0 would be an answer it is none, and a state is the one of nobody."""
+    """A value that stands for a missing key has the usual type and claims nothing: it is null where 0 would be an
+    answer, and an unknown state is Unknown.
+    """
     stop = working({"verb": "stop"}).data
     said = [working({"verb": "ping"}).data, DISK, LAYER, ENTRY, stop, stop["untold"][0]]
     known = [plain.SERVICE, plain.DISK, plain.LAYER, plain.ORDER, plain.STOP, plain.UNTOLD]
@@ -69,7 +71,7 @@ def test_what_was_not_told_claims_nothing() -> None:
 
 
 def test_what_was_said_stays_as_it_is() -> None:
-    """Of a service of this version, and of a later one with keys that nobody here knows."""
+    """Answers of this version, and unknown keys of later ones, are left as they are."""
     for verb in ("ping", "status", "orders", "stop"):
         said = working({"verb": verb}).data
         assert said == completed(verb, said)
@@ -79,7 +81,7 @@ def test_what_was_said_stays_as_it_is() -> None:
 
 
 def test_a_disk_without_its_newer_keys() -> None:
-    """It has a place in xenstore, counters from 0, and layers under the name that scripts get."""
+    """An older service's disk gets a place in xenstore, counters from 0, and layers under today's name."""
     [known] = completed("status", [FIRST])
 
     assert ("vbd/5/51712", 7, 0) == (known["node"], known["counters"]["reads"], known["counters"]["in_flight"])
@@ -99,7 +101,7 @@ def test_a_disk_without_its_newer_keys() -> None:
 def test_every_command_takes_the_answers_of_an_older_service(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: list[str]
 ) -> None:
-    """It prints what is known, and no fault of ours."""
+    """With an older service each command prints what is known, and does not fail with a bug."""
     with answering(tmp_path / "x", old) as control:
         monkeypatch.setenv("XENBACKEND_SOCKET", control.path)
         main(words)
@@ -111,20 +113,20 @@ def test_every_command_takes_the_answers_of_an_older_service(
 
 
 def test_a_write_that_was_not_told_has_every_key() -> None:
-    """Of a service that says of each only which disk it is."""
+    """An `untold` entry that has only the disk's name gets every other key."""
     said = completed("stop", {"pid": 1, "untold": [{"vbd": "5/xvda"}]})
 
     assert {"pid": 1, "untold": [{**plain.UNTOLD, "vbd": "5/xvda"}]} == said
 
 
 def test_it_is_done_for_whoever_asks(tmp_path: Path) -> None:
-    """The client does it: no command has to think of it."""
+    """The client completes each answer, so that no command needs to."""
     with answering(tmp_path / "x", old) as control:
         assert {**plain.SERVICE, "pid": 1} == call(control.path, {"verb": "ping"}).data
 
 
 def test_what_no_service_says_is_told(tmp_path: Path) -> None:
-    """A number in the place of a disk; one that says little is passed on, since somebody may want no more."""
+    """A number in place of a disk is an error; a disk with few keys is passed on."""
     assert "aio:/img" == completed("status", [{"chain": "aio:/img"}])[0]["chain"]
     with (
         answering(tmp_path / "x", lambda _: Answer(Code.OK, [7])) as control,
@@ -134,7 +136,7 @@ def test_what_no_service_says_is_told(tmp_path: Path) -> None:
 
 
 def test_an_answer_that_is_altered_alters_no_other() -> None:
-    """What stands for a key that was not told is of each answer alone."""
+    """Changing one completed answer does not change another one."""
     [first] = completed("status", [FIRST])
     whole = deepcopy(first)
     first["walls"].append("x")
@@ -145,14 +147,16 @@ def test_an_answer_that_is_altered_alters_no_other() -> None:
 
 
 def test_a_disk_of_the_last_release() -> None:
-    """Its `vbd` was the place in xenstore; what it has of its own is left."""
+    """A disk of the last release, whose `vbd` was its place in xenstore, gets today's `vbd` and `node`; its other keys
+    are left.
+    """
     [values] = completed("status", [{**FIRST, "vbd": "vbd/5/51712"}])
 
     assert ("5/xvda", "vbd/5/51712", {"50%": 1}) == (values["vbd"], values["node"], values["latency_ns"])
 
 
 def test_where_a_disk_is_is_made_up_only_where_nobody_says_it() -> None:
-    """A place that was told stays; a device that nobody knows here has the number 0, and no fault comes of it."""
+    """A `node` that was told is kept. For an unknown device the made-up one has number 0, and that is no error."""
     [told] = completed("status", [{**DISK, "node": "vbd/5/1"}])
     [unknown] = completed("status", [{**FIRST, "vbd": "5/nosuch", "device": "nosuch"}])
 
@@ -160,7 +164,7 @@ def test_where_a_disk_is_is_made_up_only_where_nobody_says_it() -> None:
 
 
 def test_layers_have_one_name() -> None:
-    """In the answer to an order they have another one, and names of figures that are none yet."""
+    """Layers in the answer to an order get the same name as in `status`, without figures."""
     [layer] = plain.answered(CHAIN)["layers"]
 
     assert {"layer": "aio:/img", **{key: LAYER[key] for key in LAYER if key not in ("text", "figures")}} == layer
