@@ -1,4 +1,4 @@
-"""The client: what it asks, what it returns, how it fails. tests/contract/test_client.py has real services."""
+"""The client: what it asks, returns and raises. tests/contract/test_client.py tests it with real services."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ QUESTIONS: dict[str, Callable[[Client], Any]] = {
 
 
 def names(text: str) -> list[str]:
-    """Return what stands between backquotes."""
+    """Return the words in backquotes."""
     return re.findall(r"`([^`]+)`", text)
 
 
 def test_every_method_is_documented() -> None:
-    """docs/client.md names each public method with its parameters, and this file tries each."""
+    """docs/client.md names each public method with its parameters, and this file tests each."""
     documented = {each for row in pages.rows(PAGE, "method") for each in names(row[0])}
     methods = inspect.getmembers(Client, inspect.isfunction)
     found = {}
@@ -70,7 +70,7 @@ def test_every_method_is_documented() -> None:
 
 
 def test_every_error_is_documented() -> None:
-    """There is an exception for each code that is no success, and the page has both."""
+    """Each code but OK has an exception, and the page lists both."""
     rows = {names(name)[0]: names(code)[0] for name, code, _ in pages.rows(PAGE, "exception")}
 
     assert {code.value for code in Code if code is not Code.OK} == set(rows.values())
@@ -79,7 +79,7 @@ def test_every_error_is_documented() -> None:
 
 
 def test_what_is_exported_is_documented() -> None:
-    """Each name that a program may import stands on the page."""
+    """Each name that a program may import is on the page."""
     text = PAGE.read_text()
 
     assert [] == [
@@ -88,7 +88,7 @@ def test_what_is_exported_is_documented() -> None:
 
 
 def test_fields_are_the_keys_of_the_json() -> None:
-    """Service, Disk and Order have a field for each key of json.md, and no other."""
+    """Service, Disk and Order have exactly the fields that json.md has keys for."""
     text = JSON.read_text()
     for cls, prefix in ((client.Service, "service."), (client.Disk, "vbds[]."), (client.Order, "orders[].")):
         section = text.partition("\n## orders\n" if cls is client.Order else "\n## status\n")[2].partition("\n## ")[0]
@@ -99,7 +99,7 @@ def test_fields_are_the_keys_of_the_json() -> None:
 
 
 def test_what_is_asked_is_the_documented_protocol(tmp_path: Path) -> None:
-    """Each verb and each key that the client sends has its place in the page's table, and none is there in vain."""
+    """The page's table has exactly the verbs and keys that the client sends."""
     documented: dict[str, set[str]] = {}
     for verbs, keys, _ in pages.rows(PAGE, "verb"):
         documented |= {verb: set(names(keys)) for verb in names(verbs)}
@@ -115,7 +115,7 @@ def test_what_is_asked_is_the_documented_protocol(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ORDERS)
 def test_an_order_that_takes_longer_is_a_typed_outcome(tmp_path: Path, name: str) -> None:
-    """Whoever has given a time gets the order's number, and a sentence with it; the service was told the time."""
+    """With a time limit, an order that takes longer raises UnderWay with its number; the service is told the limit."""
 
     def answer(request: dict[str, Any]) -> Answer:
         return working(request) if request["verb"] == "ping" else Answer(Code.UNDER_WAY, None, "still", 17)
@@ -129,7 +129,9 @@ def test_an_order_that_takes_longer_is_a_typed_outcome(tmp_path: Path, name: str
 
 @pytest.mark.parametrize("name", [*ORDERS, *QUESTIONS])
 def test_an_error_is_of_its_codes_class(tmp_path: Path, name: str) -> None:
-    """With the sentence, the number, and the chain that is in service all the same; it may pass between processes."""
+    """An error has the class of its code, the sentence, the order's number and the chain in service, and can be
+    pickled.
+    """
     no = Answer(Code.FAILED, {"chain": "aio:/a"}, "it cannot be", 17)
     with answering(tmp_path / "x", lambda _: no) as control, pytest.raises(client.Failed) as caught:
         (ORDERS | QUESTIONS)[name](Client(control.path))
@@ -141,14 +143,16 @@ def test_an_error_is_of_its_codes_class(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", [*ORDERS, *QUESTIONS])
 def test_no_service_is_unreachable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Where nothing listens, nothing was asked."""
-    monkeypatch.setattr("xenbackend.client.following.RETURN_S", 0.0)  # for which `wait` waits for one
+    """If nothing listens, each method raises Unreachable."""
+    monkeypatch.setattr("xenbackend.client.following.RETURN_S", 0.0)  # how long `wait` waits for a service
     with pytest.raises(Unreachable, match="systemctl start"):
         (ORDERS | QUESTIONS)[name](Client(str(tmp_path / "none")))
 
 
 def test_a_disk_is_found_by_all_of_its_names(tmp_path: Path) -> None:
-    """By number, by its guest's name, as xenstore has it; another one is invalid, and so is what is no name."""
+    """A disk is found by domain and device, by its guest's name, and by its place in xenstore; any other name is
+    Invalid.
+    """
     other = {**DISK, "vbd": "6/xvda", "node": "vbd/6/51712", "domid": 6, "guest": "web"}
     with answering(tmp_path / "x", lambda _: Answer(Code.OK, [DISK, other])) as control:
         service = Client(control.path)
@@ -164,8 +168,8 @@ def test_a_disk_is_found_by_all_of_its_names(tmp_path: Path) -> None:
 
 
 def test_a_release_that_looks_at_nothing_is_asked_for_no_exchange(tmp_path: Path) -> None:
-    """0.1.0 tells no version: it would do at once what is only planned, and exchange any file for any other. So it is
-    told nothing of either; where that is wanted it may.
+    """Release 0.1.0, which tells no version, would carry out what is only planned, and exchange any file for any other.
+    So the client asks it for neither, except for an exchange with `replace`.
     """
 
     def answer(request: dict[str, Any]) -> Answer:
@@ -188,7 +192,7 @@ def test_a_release_that_looks_at_nothing_is_asked_for_no_exchange(tmp_path: Path
 
 
 def test_the_environment_says_where_to_ask(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As for the command line: an argument, then the variable, then where a package has it."""
+    """The socket is the argument, else that of XENBACKEND_SOCKET, else the packaged one, as for the command line."""
     monkeypatch.setenv("XENBACKEND_SOCKET", "/elsewhere")
     assert ("/here", "/elsewhere") == (Client("/here").socket, Client().socket)
     monkeypatch.delenv("XENBACKEND_SOCKET")
@@ -196,7 +200,7 @@ def test_the_environment_says_where_to_ask(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_callback_hears_how_long_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of questions and of orders."""
+    """The callback `waiting` is told how long a question or an order has taken so far."""
     monkeypatch.setattr("xenbackend.protocol.client.TICK_S", 0.01)
     for ask in (Client.service, lambda service: service.pause("5/xvda")):
         heard: list[float] = []
@@ -218,7 +222,7 @@ def test_a_callback_hears_how_long_it_takes(tmp_path: Path, monkeypatch: pytest.
 
 
 def what_is_raised(ask: Callable[[], Any]) -> ServiceError | None:
-    """Return the error that a call ends with, if it does; none of another kind passes."""
+    """Return the ServiceError that a call raises, or None; any other exception is a failure."""
     try:
         ask()
     except ServiceError as problem:
@@ -234,7 +238,7 @@ LIES: list[Any] = [None, 1, "text", [1], [{}], [{**DISK, "domid": "5"}], [{**DIS
 @pytest.mark.parametrize("said", LIES)
 @pytest.mark.parametrize("name", ["service", "disks", "disk", "orders", "order", "set", "upgrade", "stop"])
 def test_a_service_that_lies_is_one_sentence(tmp_path: Path, name: str, said: Any) -> None:
-    """Whatever an answer holds, a caller gets a typed value or a `ServiceError`."""
+    """Whatever an answer holds, the caller gets a typed value or a `ServiceError`."""
 
     def answer(request: dict[str, Any]) -> Answer:
         return working(request) if request["verb"] == "ping" and name != "service" else Answer(Code.OK, said)
@@ -246,7 +250,7 @@ def test_a_service_that_lies_is_one_sentence(tmp_path: Path, name: str, said: An
 
 
 def test_what_a_newer_service_says_is_passed_on(tmp_path: Path) -> None:
-    """Keys that this version does not know change nothing, and are in `values`."""
+    """Unknown keys of a newer service do no harm, and are in `values`."""
     with answering(tmp_path / "x", lambda _: Answer(Code.OK, [{**DISK, "colour": "red"}])) as control:
         [disk] = Client(control.path).disks()
 
@@ -255,7 +259,7 @@ def test_what_a_newer_service_says_is_passed_on(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_it_imports_little() -> None:
-    """A program that asks the service pays for neither the supervisor, nor drivers, nor what draws."""
+    """Importing the client imports neither the supervisor, nor drivers, nor libraries for the terminal."""
     text = "import sys, xenbackend.client; print(*sorted(sys.modules))"
     said = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True).stdout
     rooms = {each.split(".")[1] for each in said.split() if each.startswith("xenbackend.")}
@@ -276,7 +280,7 @@ def test_it_imports_little() -> None:
 def test_what_no_service_says_is_an_error_like_any_other(
     tmp_path: Path, ask: Callable[[Client], Any], said: Any
 ) -> None:
-    """Whatever answers at the socket, a program has to expect nothing but a `ServiceError`."""
+    """Whatever answers at the socket, a program gets no exception but a `ServiceError`."""
     answer = said if isinstance(said, bytes) else Answer(Code.OK, said)
     with (
         answering(tmp_path / "x", lambda _: answer) as control,
@@ -286,7 +290,7 @@ def test_what_no_service_says_is_an_error_like_any_other(
 
 
 def test_a_code_of_a_newer_release_is_a_failure_with_its_sentence(tmp_path: Path) -> None:
-    """A program goes on while its host is upgraded below it: what it cannot know yet keeps nothing else from it."""
+    """An unknown code, of a newer release, is a failure with its sentence, and does not hide other orders."""
     said = b'{"version": 1, "code": "new", "error": "no room", "data": null, "order": 18}\n'
     orders = Answer(Code.OK, [ENTRY, {**ENTRY, "number": 18, "code": "new"}])
     with answering(tmp_path / "x", lambda request: orders if request["verb"] == "orders" else said) as control:

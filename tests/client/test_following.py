@@ -1,4 +1,4 @@
-"""An order is waited for until it has ended, whichever service ends it; tests/cli/test_waiting.py has the commands."""
+"""Waiting for the end of an order, whichever service ends it; tests/cli/test_waiting.py tests the commands."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ AWAY = Answer(Code.GONE, sentence="the service is being replaced")
 
 
 class Behind:
-    """A service that leaves each order to the next one, with its number or killed; then what that says.
+    """A service that leaves each order to the next one, by an answer with its number, or by being killed (None); then
+    the next one's answers.
 
-    An entry without a token is of the last order that was given.
+    An entry without a token belongs to the latest order.
     """
 
     def __init__(self, orders: list[dict[str, Any]], served: list[dict[str, Any]], number: int | None = 17) -> None:
@@ -30,7 +31,7 @@ class Behind:
         self._token = ""
 
     def answer(self, request: dict[str, Any]) -> Answer | bytes:
-        """Answer as both do."""
+        """Answer for both services."""
         if request["verb"] == "orders":
             return Answer(Code.OK, [{**each, "token": each["token"] or self._token} for each in self._orders])
         if request["verb"] == "status":
@@ -45,14 +46,16 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def wait(path: Path, answers: list[Answer], **options: Any) -> Any:
-    """Wait for order 17 of a service that gives these answers, the last of them for ever."""
+    """Wait for order 17 of a service that gives these answers in turn, and the last one again and again."""
     left = list(answers)
     with answering(path, lambda _: left.pop(0) if len(left) > 1 else left[0]) as control:
         return Client(control.path, **options).wait(17)
 
 
 def test_it_returns_how_the_order_ended(tmp_path: Path) -> None:
-    """A failure is a value here, since the order may be somebody else's; a service that is replaced is waited for."""
+    """`wait` returns a failed order as a value, since it may be somebody else's; it waits for a service that is being
+    replaced.
+    """
     ticks: list[float] = []
     order = wait(tmp_path / "x", [OPEN, AWAY, OPEN, ENDED], waiting=ticks.append)
 
@@ -61,7 +64,7 @@ def test_it_returns_how_the_order_ended(tmp_path: Path) -> None:
 
 
 def test_it_waits_no_longer_than_it_may(tmp_path: Path) -> None:
-    """Then the outcome says which order it is."""
+    """After the time limit UnderWay is raised, with the order's number."""
     with pytest.raises(UnderWay, match="order 17") as caught:
         wait(tmp_path / "x", [OPEN], timeout_s=0.05)
 
@@ -69,7 +72,7 @@ def test_it_waits_no_longer_than_it_may(tmp_path: Path) -> None:
 
 
 def test_a_service_that_does_not_come_back_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody waits for ever for one that has gone, in order or not."""
+    """A service that does not come back is given up after RETURN_S, whether it said that it goes or not."""
     monkeypatch.setattr(following, "RETURN_S", 0.02)
     with pytest.raises(Gone):
         wait(tmp_path / "x", [OPEN, AWAY])
@@ -79,7 +82,7 @@ def test_a_service_that_does_not_come_back_is_told(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.parametrize("away", [AWAY, Answer(Code.UNREACHABLE, sentence="nobody listens")])
 def test_it_waits_for_a_service_since_that_went(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, away: Answer) -> None:
-    """However long the order has been under way by then."""
+    """RETURN_S counts from the moment when the service went, however long the order had been under way."""
     clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
 
     def sleep(_: float) -> None:
@@ -91,13 +94,13 @@ def test_it_waits_for_a_service_since_that_went(tmp_path: Path, monkeypatch: pyt
     heard: list[float] = []
     assert 17 == wait(tmp_path / "x", [OPEN, OPEN, OPEN, away, ENDED], waiting=heard.append).number
     assert clock.now > 2 * following.RETURN_S
-    assert [each * following.RETURN_S * 2 / 3 for each in range(1, 5)] == pytest.approx(heard)  # since it began
+    assert [each * following.RETURN_S * 2 / 3 for each in range(1, 5)] == pytest.approx(heard)  # since the wait began
 
 
 @pytest.mark.parametrize("number", [None, 18])
 def test_only_the_order_that_was_given_is_taken_for_it(tmp_path: Path, number: int | None) -> None:
-    """A program gives many equal orders, also at the same moment: none of the others is the answer, whether the service
-    lived to tell a number or not. Else it would be told that its order was done, which nobody has heard of.
+    """Of many equal orders, even at the same moment, only the one that was given is taken for it, whether the service
+    told its number or not: else a program could be told that its order was done when it was not.
     """
     ours, others = {**ENTRY, "number": 18}, [{**ENTRY, "token": "another"}, {**ENTRY, "number": 19, "token": "third"}]
     with left_behind(tmp_path / "x", [others[0], ours, others[1]], number=number) as control:
@@ -110,7 +113,7 @@ def test_only_the_order_that_was_given_is_taken_for_it(tmp_path: Path, number: i
 def test_only_a_service_that_is_away_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: Code, *, is_waited_for: bool
 ) -> None:
-    """One that ends answers for a moment that it does; one that does not say what became of orders never will."""
+    """The client waits for a service that is ending or away, but not for one that cannot say what became of orders."""
     monkeypatch.setattr(following, "RETURN_S", 20.0)
     looks = [Answer(code, sentence="no")]
     service = Behind([ENTRY], [DISK])
@@ -130,7 +133,7 @@ def test_only_a_service_that_is_away_is_waited_for(
 
 
 def test_an_order_that_was_done_is_no_failure_where_its_disk_has_gone(tmp_path: Path) -> None:
-    """Whoever ordered it hears that it was done, and that there is no disk any more of which it could be told more."""
+    """If the order was done and its disk has gone since, the error says both."""
     with (
         answering(tmp_path / "x", Behind([ENTRY], []).answer) as control,
         pytest.raises(Gone, match=r"order 17 was done.*5/xvda is not in service any more"),
@@ -156,14 +159,14 @@ OTHER = {**DISK, "vbd": "6/xvda", "node": "vbd/6/51712", "domid": 6, "guest": "w
 
 
 def left_behind(path: Path, orders: list[dict[str, Any]], *, number: int | None = 17) -> Any:
-    """Return a control socket of a service that leaves each order, with its number or killed, to one of two disks."""
+    """Return the control socket of a service with two disks that leaves each order to the next one."""
     served = [OTHER, {**DISK, "layers": [LAYER]}, OTHER]
     return answering(path, Behind(orders, served, number).answer)
 
 
 @pytest.mark.parametrize("verb", GIVEN)
 def test_what_would_be_lost_is_not_waited_for(tmp_path: Path, verb: str) -> None:
-    """An order whose answer is more than its end is under way for whoever gave it; each other one is waited for."""
+    """An order whose answer would be lost raises UnderWay if its service goes away; all others are waited for."""
     with left_behind(tmp_path / "x", [ENTRY]) as control:
         if verb in LOST:
             with pytest.raises(UnderWay):
@@ -174,7 +177,7 @@ def test_what_would_be_lost_is_not_waited_for(tmp_path: Path, verb: str) -> None
 
 
 def test_the_answer_has_what_is_in_service_of_its_own_disk(tmp_path: Path) -> None:
-    """Its chain, layers and worker, and none of the others'."""
+    """The result has the chain, layers and worker of the order's own disk."""
     orders = [ENTRY, {**ENTRY, "number": 18, "vbd": "6/xvda", "token": "another"}]
     with left_behind(tmp_path / "x", orders) as control:
         changed = GIVEN["set"](Client(control.path))
@@ -185,7 +188,7 @@ def test_the_answer_has_what_is_in_service_of_its_own_disk(tmp_path: Path) -> No
 
 
 def test_an_order_that_failed_says_why(tmp_path: Path) -> None:
-    """With its number, and the chain that is in service all the same."""
+    """A failed order raises its error, with its number and the chain in service."""
     with (
         left_behind(tmp_path / "x", [{**ENTRY, "code": "failed", "error": "it cannot be"}]) as control,
         pytest.raises(Failed, match="it cannot be") as caught,

@@ -1,4 +1,4 @@
-"""What a service says becomes typed values, or none."""
+"""A service's answers as typed values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from xenbackend.client.results import Changed, Code, Done, Planned, Policy, Upgr
 
 
 def test_a_description_has_everything() -> None:
-    """Each key that is there reaches its field, with its type."""
+    """Each key of an answer becomes a field with its type."""
     layer = {**LAYER, "layer": LAYER["text"], "figures": {"hits": 3}}
     del layer["text"]
     disk = results.disk({**DISK, "layers": [layer], "under_way": [{"order": 17, "verb": "set"}]})
@@ -25,7 +25,7 @@ def test_a_description_has_everything() -> None:
 
 
 def test_an_answer_to_an_order_is_of_its_class() -> None:
-    """What only an older service leaves out has a default, and its text has a meaning where there is one."""
+    """The answer to an order becomes an object of its class; keys that an older service leaves out have defaults."""
     changed = results.done(Changed, 17, CHAIN)
     planned = results.done(Planned, None, {**CHAIN, "before": ["aio:/a"], "after": ["log:", "aio:/a"]})
 
@@ -38,7 +38,7 @@ def test_an_answer_to_an_order_is_of_its_class() -> None:
 
 
 def test_a_histogram_has_all_of_its_buckets() -> None:
-    """What was measured of a layer compares with what is known of its disk: buckets that nobody told are empty."""
+    """A layer's histogram has as many buckets as its disk's: those that are not told are empty."""
     times = results.Times(bytes=0, sum_ns=0, buckets={"17": 2, "47": 1})
 
     assert {17: 2, 47: 1} == {place: count for place, count in enumerate(times.histogram) if count}
@@ -47,20 +47,20 @@ def test_a_histogram_has_all_of_its_buckets() -> None:
 
 @pytest.mark.parametrize("key", ["vbd", "kind", "domid", "device"])
 def test_what_must_be_there_is_missed(key: str) -> None:
-    """A disk that has no name is none."""
+    """A disk without a name, or part of one, is an error."""
     with pytest.raises(ValueError, match=key):
         results.disk({name: value for name, value in DISK.items() if name != key})
 
 
 @pytest.mark.parametrize("key", ["domid", "since", "restarts", "worker", "waits_s"])
 def test_a_boolean_is_no_number(key: str) -> None:
-    """Although Python takes one for 0 or 1."""
+    """A boolean is not accepted as a number."""
     with pytest.raises(ValueError, match="True"):
         results.disk({**DISK, key: True})
 
 
 @pytest.mark.parametrize("key", [each.name for each in fields(results.Disk) if each.name != "values"])
 def test_no_field_has_another_type(key: str) -> None:
-    """Whatever stands in the place of a value, a field has none of it."""
+    """A value of the wrong type is an error in every field."""
     with pytest.raises(ValueError, match=r"no|not"):
         results.disk({**DISK, key: {"x": object()}})
