@@ -66,7 +66,7 @@ class Systemd:
             self.heard.append(self._socket.recv(1000).decode())
 
     def listen_until(self, end: int) -> None:
-        """Receive messages until a process has ended: a process that waits for us to receive could not end."""
+        """Receive messages until a process has ended: a service waits if nobody receives its messages."""
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
         poll.register(end, select.POLLIN)
