@@ -37,7 +37,7 @@ def openers() -> Iterator[Openers]:
 
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
-    """Return a file."""
+    """Return an image."""
     (tmp_path / "image").write_bytes(b"first".ljust(512))
     return tmp_path / "image"
 

@@ -119,7 +119,7 @@ def test_fields_have_their_types(kind: Any, decode: Any) -> None:
                 decode(json.dumps({**values, name: wrong}).encode())
             except NotAMessage:
                 continue
-            assert wrong in (None, True)  # where a field may be nothing, or is a truth value
+            assert wrong in (None, True)  # where a field may be None, or is a bool
             assert type(wrong) in (type(None), bool)
             assert wrong is not None or type(None) in get_args(get_type_hints(kind)[name])
 

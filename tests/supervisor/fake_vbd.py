@@ -155,7 +155,7 @@ class Place:
         return found
 
     def close(self) -> None:
-        """Let go of everything."""
+        """End everything."""
         for path in list(self.registry.vbds):
             self.vbd(path).end()
         self.registry.stop()

@@ -221,7 +221,7 @@ class World:
         """Let the next service start with what is there, and hear what happened meanwhile."""
         life = self._life
         self._begin(has_past=True)
-        if self.is_running:  # `Inherited` says it
+        if self.is_running:  # `Inherited` tells the automaton so
             self.device = Device(PATH, Limits())
         self.is_away = False
         self._life = self._seen = life

@@ -118,7 +118,7 @@ def test_rests_are_published(vbd: Served) -> None:
     permit = Permit(lambda: CpuTimes(now, now, 0, now), lambda: now)
     vbd.connect()
     vbd.connection.engine.poller = Poller(60_000, permit, lambda: now)
-    for now in (0, 50_000_000):  # half of it waiting
+    for now in (0, 50_000_000):  # half of the time it has waited
         permit.allows(now)
     now += 400_000_000
     vbd.connection.publish_counters()

@@ -76,7 +76,7 @@ def test_late_completion_of_a_lost_request_is_harmless(vbd: Served) -> None:
     frontend.wait([good])
 
     assert BLKIF_RSP_OKAY == good.status
-    assert {} == vbd.engine._grants.held  # its memory is free again too
+    assert {} == vbd.engine._grants.held  # its memory is free again
     assert [0, 0] == [vbd.engine.in_flight, frontend.rings[0].in_flight()]
 
 
@@ -103,7 +103,7 @@ def test_bug_on_the_way_up_ends_what_was_not_answered(vbd: Served) -> None:
     """D8: if a layer raises an exception over completed requests, each of them is answered all the same."""
     disk = vbd.disk = BrokenDisk()
     frontend = vbd.connect()
-    answer, disk.complete = disk.complete, lambda batch: answer(batch[:1])  # the rest is lost on its way up
+    answer, disk.complete = disk.complete, lambda batch: answer(batch[:1])  # the rest never reaches the engine
     disk.broken = True
     requests = [frontend.submit(BLKIF_OP_READ, sector, 8, push=False) for sector in (0, 8)]
     frontend.wait(requests)

@@ -137,7 +137,7 @@ def test_it_ends_when_its_service_does_and_its_workers_by_themselves() -> None:
     with pytest.raises(BlockingIOError):
         ours.recv(1)
     ours.settimeout(20)
-    ours.shutdown(socket.SHUT_WR)  # the service is gone for it, too
+    ours.shutdown(socket.SHUT_WR)  # to the worker the service is gone, too
     while ours.recv(10_000):
         pass
     os.close(pidfd)

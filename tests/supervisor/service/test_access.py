@@ -27,7 +27,7 @@ from xenbackend.supervisor.service.server import Server
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes somebody else")
 
 STRANGER, READERS, OTHERS = 65533, 65532, 65531
-# Connects as somebody else; says what it was answered, or why it was not.
+# Connects as another user; prints the answer, or why there was none.
 _CLIENT = """
 import os, socket, sys
 path, uid, gid, *groups = sys.argv[1:]
@@ -46,7 +46,7 @@ except OSError as error:
 
 @pytest.fixture
 def place() -> Iterator[Path]:
-    """A directory that everybody may look into."""
+    """A directory through which every user can reach the socket."""
     with directory(MEMORY) as made:
         made.chmod(0o711)
         yield made
@@ -146,7 +146,7 @@ def _heard(near: socket.socket, loop: Reactor) -> object:
 
 
 def _turn(loop: Reactor) -> None:
-    """Let the server do what there is to do."""
+    """Let the server do what is due."""
     loop.call_later(0.02, loop.stop)
     loop.run()
 

@@ -40,18 +40,18 @@ class Line:
     """A queue with its loop, and all processes that were asked for."""
 
     def __init__(self, command: tuple[str, ...]) -> None:
-        self.ahead_s = 0.0  # of the time that there is
+        self.ahead_s = 0.0  # how far the loop's clock is ahead
         self.loop = Reactor(lambda: time.monotonic() + self.ahead_s)
         self.births = Births(self.loop, command)
         self.asked: list[Process] = []
 
     @property
     def zygote(self) -> int:
-        """The zygote's process number; 0 where there is none."""
+        """The zygote's process number, or 0 if there is none."""
         return self.births._zygote.pid if self.births._zygote else 0
 
     def prepare(self) -> None:
-        """Have a zygote that is ready."""
+        """Start a zygote, and wait until it is ready."""
         self.births.prepare()
         self.until(lambda: self.births._zygote is not None and self.births._zygote.is_ready)
 
@@ -212,7 +212,7 @@ def test_where_a_zygote_cannot_live_they_come_by_exec(line: Callable[..., Line])
     assert [True] * BY_EXEC + [False] == it.there()
     it.births.has_begun(it.asked[1])
     assert all(it.there())
-    it.births._command = NEVER_READY  # one that is there to be seen
+    it.births._command = NEVER_READY  # one that lives long enough to be seen
     it.pass_time(REST_S)
 
     assert it.zygote

@@ -25,7 +25,7 @@ class Braked:
         self.loop = Reactor(self.clock)
         self.store = Store(xenstored.address)
         self.others = Store(xenstored.address)
-        self.begun: list[str] = []  # tokens of those that began to be braked
+        self.begun: list[str] = []  # the tokens of watches that are braked, in order
         self.brake = Brake(self.loop, self.store, frozenset({"exempt"}), self.begun.append)
         self.store.watch("/guest/state", "guest")
         self.store.watch("/other/state", "other")
@@ -41,7 +41,7 @@ class Braked:
         """Return the events that are let through after so much time."""
         self.clock.time += seconds
         settle(self.loop)
-        self.store.own_domid()  # its answer comes after the events of what was answered before
+        self.store.own_domid()  # its answer comes after the events of earlier writes
         found = self.store.events()
         self.brake.look()
         return found

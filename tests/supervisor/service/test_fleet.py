@@ -33,7 +33,7 @@ class Heard:
     """A worker and all that it has said."""
 
     def __init__(self, command: tuple[str, ...], zygote: tuple[str, ...] = ()) -> None:
-        self.ahead_s = 0.0  # of the time that there is
+        self.ahead_s = 0.0  # how far the loop's clock is ahead
         self.bugs: list[Exception] = []
         self.loop = Reactor(lambda: time.monotonic() + self.ahead_s, on_bug=self.bugs.append)
         self.messages: list[messages.FromWorker] = []
@@ -224,7 +224,7 @@ def test_a_bug_over_a_message_concerns_no_other(hear: Callable[..., Heard], tmp_
 def test_last_words_are_heard(hear: Callable[..., Heard], tmp_path: Path) -> None:
     """All messages that a worker sent before it died are handled before its end is reported."""
     heard = hear(_python(tmp_path, f"for _ in range(200): channel.send({LOG!r})\nos._exit(1)"))
-    os.waitid(os.P_PID, heard.worker.pid, os.WEXITED | os.WNOWAIT)  # messages and end are all there to be seen
+    os.waitid(os.P_PID, heard.worker.pid, os.WEXITED | os.WNOWAIT)  # all messages and the end have come
     heard.worker._reap()
 
     assert [messages.Log("info", "bye")] * 200 == heard.messages
@@ -361,7 +361,7 @@ def test_workers_come_from_a_zygote_where_there_is_one(
     heard.until(lambda: heard.worker.is_there)
     assert zygote.COMMAND[-1] in Path(f"/proc/{heard.worker.pid}/cmdline").read_text()
     worker = heard.worker.pid
-    for _ in range(3):  # for each disk's upgrade: the program is the same
+    for _ in range(3):  # as for each disk's upgrade, with the same program
         heard.fleet.renew()
         settle(heard.loop)
         assert {worker, second} == set(children())

@@ -207,7 +207,7 @@ def test_a_service_that_is_kept_is_followed_by_another_one(
     until(lambda: os.getpriority(os.PRIO_PROCESS, successor) == os.getpriority(os.PRIO_PROCESS, 0))
     session = os.getsid(successor)
     log = _stop(keeping)
-    assert select.select([end], [], [], 0)[0]  # it is another's child by now, who may not have noticed yet
+    assert select.select([end], [], [], 0)[0]  # another process is its parent by now, and may not have noticed yet
     os.close(end)
 
     assert known["worker"] == after["worker"]
@@ -271,7 +271,7 @@ def test_a_mistake_in_the_settings_harms_no_disk(
     assert before == after
     assert 1 == log.count("the settings are invalid; those of the former service stay in force")
     assert 2 == keeping.returncode
-    assert 2 == log.count(sentence)  # by the service that went on, and by the one that did not
+    assert 2 == log.count(sentence)  # by the service that goes on, and by the one that ends
 
 
 @pytest.mark.skipif(not MAY_COME_FIRST, reason="we may not come before others")
@@ -285,7 +285,7 @@ def test_a_service_comes_before_others_while_it_starts(tmp_path: Path) -> None:
         store.settimeout(30)
         arguments = ("run", "--store", str(tmp_path / "store"), "--socket", str(tmp_path / "control"))
         with subprocess.Popen([*_COMMAND, *arguments], env=_environment()) as service:
-            asks, _ = store.accept()  # for its domain, and waits for the answer
+            asks, _ = store.accept()  # it asks for its domain, and waits for the answer
             seen = os.getpriority(os.PRIO_PROCESS, service.pid)
             service.kill()
         asks.close()
@@ -300,13 +300,13 @@ def test_how_a_service_ends_its_workers(
     """At SIGTERM a service with a keeper leaves its workers to the next service; at SIGINT it always drains them."""
     control_socket = tmp_path / "control.sock"
     systemd.environment["FDSTORE"] = "16"
-    del systemd.environment["WATCHDOG_USEC"]  # nobody listens, and what is kept has to find room
+    del systemd.environment["WATCHDOG_USEC"]  # nobody reads the socket, which must have room for what is kept
     service = _start(xenstored, control_socket, systemd)
     attach(toolstack, Attachment(PATH, "null:1G"), str(control_socket))
     worker = _status(control_socket)["worker"]
     end, end_of_service = os.pidfd_open(worker), os.pidfd_open(service.pid)
     service.send_signal(number)
-    if not stays:  # whoever hears what is said gets the descriptors with it
+    if not stays:  # whoever reads the messages gets the descriptors
         systemd.listen_until(end_of_service)
     service.wait(30)
     os.close(end_of_service)
@@ -314,7 +314,7 @@ def test_how_a_service_ends_its_workers(
     systemd.let_go()
     assert select.select([end], [], [], 30)[0]
     os.close(end)
-    service.communicate()  # the worker had the same stream
+    service.communicate()  # the worker has the same stream
 
     assert (0, stays) == (service.returncode, not ended)
     assert "2" == toolstack.read(f"{PATH.backend}/state")
@@ -487,7 +487,7 @@ def test_questions_about_disks_wait_until_all_are_found(xenstored: Xenstored, to
     """Requests about disks are answered only after all disks have been found, so that none seems to be missing.
     Questions about the service are answered at once.
     """
-    write_like_libxl(toolstack, params="odd:")  # which no worker has to open
+    write_like_libxl(toolstack, params="odd:")  # a chain that no worker has to open
     settings, clock = Settings(store=xenstored.address, socket=str(tmp_path / "control.sock")), Clock()
     service = Service(settings, Notifier({}), Keeper({}), clock=clock)
     clients = {verb: socket.socket(socket.AF_UNIX) for verb in ("status", "pause", "ping", "orders")}

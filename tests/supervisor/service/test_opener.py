@@ -88,7 +88,7 @@ def test_one_that_was_killed_hangs_only_in_a_call(service: Service, monkeypatch:
     assert not opener.hangs()
     until_begun(service, opener)
     assert opener._process is not None
-    states = {opener._process.pid: "D"}  # of no other process
+    states = {opener._process.pid: "D"}  # no other process is looked up
     opener.kill()
     is_slow = opener.hangs()
     with monkeypatch.context() as patched:

@@ -31,7 +31,7 @@ class Service:
         self.bugs: list[Exception] = []
         self.loop = Reactor(lambda: time.monotonic() + self.ahead_s, on_bug=self.bugs.append)
         self.fleet = Fleet(self.loop, opener=command)
-        self.ends: list[int] = []  # which have ended
+        self.ends: list[int] = []  # the numbers of those that have ended
         self.openers: list[Opener] = []
         self.remotes: list[RemoteOpener] = []
 

@@ -87,7 +87,7 @@ def test_it_may_come_before_others() -> None:
     process.describe_end()
     process = start(_python(""))
     os.waitid(os.P_PID, process.pid, os.WEXITED)
-    boost(process.pid)  # there is nobody any more
+    boost(process.pid)  # the process is gone
     process.describe_end()
 
     assert after == ours

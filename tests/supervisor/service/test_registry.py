@@ -105,7 +105,7 @@ def test_nothing_reaches_a_vbd_that_is_over(place: Place, toolstack: Store, firs
         "end": former.end,
         "script": lambda: place.registry.hotplug(PATH.backend, lambda _: None),
     }
-    place.store.read("domid")  # the events are there
+    place.store.read("domid")  # now the events have come
     for step in (first, *(each for each in steps if each != first)):
         steps[step]()
     made = [path for path, method in FakeVbd.calls if method == "__init__"]

@@ -244,7 +244,7 @@ def test_a_service_takes_over_from_another_one(
         assert worker == stepped.vbd().worker.pid
     known = describe(stepped.vbd())
     answer = stepped.give("command", layer="log", command="get")
-    said = lines.getvalue()  # up to now: what the test kills in the end is succeeded, too
+    said = lines.getvalue()  # so far: a worker that the test kills at the end has a successor too
     with closing(stepped):
         assert before == toolstack.dictionary(PATH.backend)
 

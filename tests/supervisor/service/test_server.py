@@ -32,7 +32,7 @@ from xenbackend.supervisor.service.server import (
     Server,
 )
 
-DEEP = b"[" * MAX_DEPTH + b"]" * MAX_DEPTH  # with the object around it one too many
+DEEP = b"[" * MAX_DEPTH + b"]" * MAX_DEPTH  # one level too many, with the object around it
 
 
 def _ok(data: Any) -> bytes:
@@ -174,7 +174,7 @@ def test_other_users_are_sent_away(uid: int) -> None:
         client.sendall(b'{"verb": "ping"}\n')
         loop.settle()
 
-        with contextlib.suppress(ConnectionResetError):  # what it had said was never read
+        with contextlib.suppress(ConnectionResetError):  # what it sent was never read
             assert b"" == client.recv(1)
         assert ("ok", 1) == (loop.ask(own, b"{}\n")["code"], len(loop.peers))
 
@@ -474,7 +474,7 @@ def test_the_next_service_listens_on(tmp_path: Path) -> None:
     with closing(Reactor()) as reactor, socket.socket(socket.AF_UNIX) as client:
         first = Server(path, reactor, lambda *_: None)
         kept = os.dup(first.fileno())
-        os.set_blocking(kept, True)  # whoever kept it may have done anything to it
+        os.set_blocking(kept, True)  # as the keeper might have left it
         first.close(leaves=True)
         client.connect(path)
         client.sendall(b'{"verb": "x"}\n')
@@ -500,7 +500,7 @@ def test_the_last_answer_goes_out(loop: Loop) -> None:
         loop.server.close()
         answer = client.recv(1000)
         loop.server = Server(loop.path, loop.reactor, lambda *_: None)
-        loop.settle()  # nothing is left of those who were sent away
+        loop.settle()  # nothing is left of former clients
 
     assert (_ok("stopped"), []) == (answer, loop.bugs)
 

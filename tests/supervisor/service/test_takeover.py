@@ -131,7 +131,7 @@ def test_a_host_that_is_short_of_something_costs_no_guest_what_was_left(
     before = sorted(kept.fds)
     place = Place(xenstored.address, keeper=kept.keeper())
     FakeVbd.short = {PATH} if of == "memory" else set()
-    place.store.fileno()  # is made when it is first asked for
+    place.store.fileno()  # it is made when it is first asked for
     with no_descriptors() if of == "descriptors" else nullcontext():
         place.registry.start()
     replies: list[Answer] = []

@@ -221,7 +221,7 @@ def test_who_comes_too_late_has_heard_nothing_and_ends(ask: Callable[..., Asked]
     assert {asked.it.pid, following[0].pid} == _children() - before
     assert [False, False] == [each.is_there for each in late]
     if how == "given up":
-        with pytest.raises(ConnectionResetError):  # what was said was not read
+        with pytest.raises(ConnectionResetError):  # what was sent was not read
             late[0].socket.recv(16)
     else:
         assert late[0].far is not None

@@ -624,7 +624,7 @@ def test_a_frontend_that_is_served_before_it_says_connected_is_served_on() -> No
 
 
 def test_a_frontend_that_let_go_without_a_word_has_no_rings() -> None:
-    """A frontend that goes back to InitWait is disconnected, and has no guest waiting until it offers rings again."""
+    """A frontend that goes back to InitWait is disconnected, and has no rings until new ones are served."""
     world = connected()
     world.theirs = S.INIT_WAIT
     world.settle()

@@ -270,7 +270,7 @@ def test_a_service_that_was_only_replaced_finds_out_by_itself(
     """If the notes were kept, the next service finds out how the exchange ended from the worker or its journal, and
     removes the file.
     """
-    monkeypatch.setitem(phase.LIMIT_S, phase.Phase.ADOPTING, 0.5)  # the worker is dead, which nobody tells its heir
+    monkeypatch.setitem(phase.LIMIT_S, phase.Phase.ADOPTING, 0.5)  # the worker is dead, which its heir is not told
     stepped = Stepped(xenstored.address, Settings(), directory=tmp_path, keeper=kept.keeper())
     serve(stepped, toolstack, guest, "null:4G")
     begin(stepped, "set", chain="null:7G")

@@ -171,7 +171,7 @@ def test_a_worker_that_cannot_be_talked_to_is_ended_first(kept: Kept) -> None:
     process.communicate()
 
     assert -9 == process.returncode
-    assert b"" == os.read(heir.worker[0], 1)  # as of a worker that has gone
+    assert b"" == os.read(heir.worker[0], 1)  # as from a worker that has gone
     heir.close()
 
 
@@ -190,10 +190,10 @@ def test_what_cannot_be_taken_over_now_is_closed(
     """
     made_before = Handover(Keeper({}), PATH)
     copies = {current("journal"): os.dup(made_before._journal), current("notes"): os.dup(made_before._notes)}
-    if what == "pidfd":  # without the worker's socket
+    if what == "pidfd":  # only the pidfd is kept, and not the worker's socket
         copies[current(what)] = made(b"pidfd")
         monkeypatch.setattr("xenbackend.supervisor.vbd.handover.kill", lambda _: None)
-    elif what == "open":  # what is left of the release before, whose notes are to be made ours
+    elif what == "open":  # the last release's, whose notes have to be converted
         copies = {("journal", 2): copies[current("journal")], current("open"): copies[current("notes")]}
     elif not what:
         for fd in copies.values():

@@ -57,4 +57,4 @@ def test_a_newer_version_s_disks_are_left_alone(kind: str) -> None:
     ) as problem:
         check_versions([*known, f"vbd-0-5-51712.{kind}.9"])
 
-    assert not isinstance(problem.value, ConfigError)  # with its exit status systemd would not start another one
+    assert not isinstance(problem.value, ConfigError)  # its exit status would keep systemd from a restart

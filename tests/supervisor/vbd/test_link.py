@@ -70,7 +70,7 @@ class NoOpenings:
         return Job("vbd/5/51712", ["null:1G"], read_only=False) if isinstance(question, messages.Branch) else None
 
     def kept(self) -> list[int]:
-        """Return none."""
+        """Return no descriptors."""
         return []
 
     def found(self, _found: Any, _fds: list[int]) -> str:
@@ -111,7 +111,7 @@ class Owner:
         self.log = SimpleNamespace(say_for_worker=self._say)
 
     def stands(self, standing: messages.Standing, *, is_last: bool) -> None:
-        """Take note."""
+        """Record it."""
         self.heard.append(standing if is_last else ("before", standing.number))
         if standing.failure == "bug":
             raise ZeroDivisionError
@@ -125,12 +125,12 @@ class Owner:
         self.heard.append((level, event, fields))
 
     def ends(self, worker: FakeProcess, sentence: str) -> None:
-        """Take note."""
+        """Record it."""
         self.heard.append(("ends", sentence))
         self.breaches += worker.has_broken_protocol
 
     def fault(self, bug: Exception) -> None:
-        """Take note."""
+        """Record it."""
         self.heard.append(("fault", type(bug)))
 
 

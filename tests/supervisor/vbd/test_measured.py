@@ -29,7 +29,7 @@ def test_what_it_has_measured_is_handed_on() -> None:
     assert 512 == answer.data["layers"][0]["operations"]["read"]["bytes"]
 
 
-NOTHING = GOOD.replace('{"2": 1}', "{}"), GOOD.replace('"2": 1', '"2": 0')  # whoever divides by it ends
+NOTHING = GOOD.replace('{"2": 1}', "{}"), GOOD.replace('"2": 1', '"2": 0')  # whoever divides by it fails
 
 
 @pytest.mark.parametrize("data", ["", "7", "[1]", "[" * 100_000, GOOD.replace("512", "-1"), *NOTHING])

@@ -69,8 +69,8 @@ def test_each_order_has_what_it_needs_and_no_more(tmp_path: Path) -> None:
 
 
 def test_a_guest_that_comes_has_not_written_here_before_it_is_served(tmp_path: Path) -> None:
-    """A worker that opens a chain for a guest that is migrating here resumes nothing until it serves: the guest may
-    still write elsewhere.
+    """If a worker has opened the chain of a guest that migrates here, its successor resumes nothing unless that worker
+    has served: the guest may still write elsewhere.
     """
     it = openings(tmp_path)
     assert it.resumes(has_opened=True), "as far as a new service knows"

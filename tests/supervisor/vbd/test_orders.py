@@ -291,7 +291,7 @@ def test_orders_that_exclude_each_other(serving: Stepped, verb: str) -> None:
     assert {*REQUESTS, *UNNAMED, "detach"} == set(BARRED_BY)  # the end of a disk excludes nothing
     for other, request in REQUESTS.items():
         first = begin(serving, verb, **REQUESTS[verb])
-        is_under_way = not first  # else it is done: it cannot exclude anything
+        is_under_way = not first  # else it is done, and excludes nothing
         second = begin(serving, other, **request)
         is_refused = [each.code for each in second] == [Code.BUSY]
         serving.until(lambda: first and second)  # noqa: B023 - at once
@@ -410,7 +410,7 @@ def test_worker_and_service_that_both_die_after_a_chain_was_put_in(
     """If worker and service die after an exchange, the next service finds the new chain in the journal, and writes it
     to params.
     """
-    monkeypatch.setitem(phase.LIMIT_S, phase.Phase.ADOPTING, 0.5)  # the worker is dead, which nobody tells its heir
+    monkeypatch.setitem(phase.LIMIT_S, phase.Phase.ADOPTING, 0.5)  # the worker is dead, which its heir is not told
     stepped = Stepped(xenstored.address, Settings(), keeper=kept.keeper())
     serve(stepped, toolstack, guest)
     answers = begin(stepped, "set", chain="null:6G")
@@ -436,7 +436,7 @@ def test_an_order_that_came_to_nothing_is_forgotten(serving: Stepped, toolstack:
     toolstack can name either chain afterwards.
     """
     vbd = serving.vbd()
-    worker = kill(serving)  # it has no time to take the question
+    worker = kill(serving)  # it cannot take the question any more
     answer = ask(serving, "set", chain="null:7G")
     serving.until(is_served(serving, worker))
     assert (Code.FAILED, "null:1G") == (answer.code, answer.data["chain"])

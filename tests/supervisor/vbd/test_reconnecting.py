@@ -35,7 +35,7 @@ def test_a_worker_that_wants_connections_is_given_an_opener_now_and_then() -> No
     assert 1 == len(asked)
     now[0] += REST_S
     turn()
-    assert 2 == len(asked)  # it still wants one
+    assert 2 == len(asked)  # it still wants connections
     reconnecting.stands(STANDING)
     asked[1](messages.Reply(2, Code.GONE))
     now[0] += REST_S

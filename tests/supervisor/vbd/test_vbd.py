@@ -408,7 +408,7 @@ def test_a_fault_before_the_beginning_leaves_nothing_open(
     following = Stepped(xenstored.address, Settings(), keeper=kept.keeper(), starts=False)
     with monkeypatch.context() as patch:
         patch.setattr(owner, step, _fail)
-        following.store.fileno()  # opens one, the first time
+        following.store.fileno()  # opens a descriptor the first time
         before = len(open_descriptors()) - 2 * left
         following.registry.start()
         following.until(lambda: following.registry.has_taken_over)

@@ -161,7 +161,7 @@ def be_the_device(fd: int, count: int, written: list[bytes]) -> None:
 
 
 def read_exactly(fd: int, size: int) -> bytes:
-    """Read so many bytes."""
+    """Read exactly `size` bytes."""
     data = b""
     while len(data) < size:
         data += os.read(fd, size - len(data))
@@ -240,12 +240,12 @@ def test_the_descriptor_is_the_same_for_ever(xenstored: Xenstored, store: Store)
     store.watch("/a", "token")
     assert [("/a", "token")] == drained(store)
     lost = store._connection.fileno()
-    held = os.dup(lost)  # as a program that is just being started has it
+    held = os.dup(lost)  # as a program has it that is being started
     xenstored.stop()
     with pytest.raises(StoreError):
         store.read("/a")
     event = os.eventfd(1)
-    os.dup2(event, lost)  # something that is ready has the number that has become free
+    os.dup2(event, lost)  # a readable descriptor gets the free number
     before = poll.poll(0)
     os.close(lost)
     os.close(held)
@@ -351,8 +351,8 @@ def polled(store: Store) -> list[tuple[int, int]]:
 
 
 def drained(store: Store) -> list[tuple[str, str]]:
-    """Return all events that earlier operations of ours or of others caused."""
-    store.read("domid")  # its reply comes after the events of what was answered before
+    """Return all events caused by earlier operations."""
+    store.read("domid")  # its reply comes after the events of earlier requests
     return store.events()
 
 
