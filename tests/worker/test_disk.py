@@ -80,7 +80,7 @@ class Bench:
         return self._opening(self.disk.open)
 
     def probe(self) -> Any:
-        """Look at the chain."""
+        """Examine the chain."""
         return self._opening(self.disk.probe)
 
     def check_successor(self, chain: str, **how: bool) -> Any:
@@ -96,7 +96,7 @@ class Bench:
             return function(*arguments, **named)
 
     def close(self) -> None:
-        """Release everything."""
+        """Close everything."""
         self.disk.close()
         self.reactor.close()
 

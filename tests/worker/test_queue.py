@@ -39,11 +39,11 @@ class Peer:
         self.why: list[str] = []
 
     def notify(self) -> None:
-        """Count a kick."""
+        """Count a notification."""
         self.notified += 1
 
     def rearm(self) -> None:
-        """Count a request to be notified."""
+        """Count a request to be notified again."""
         self.rearmed += 1
 
     def halted(self, why: str) -> None:

@@ -86,7 +86,7 @@ class Heard:
         return self.ends[0]
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Close everything."""
         self.fleet.close()
         self.loop.close()
         for fd in self.fds:

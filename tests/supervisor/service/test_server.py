@@ -161,7 +161,7 @@ def test_the_handler_is_told_who_asks(loop: Loop) -> None:
 
 
 def test_the_socket_is_for_its_owner_only(loop: Loop) -> None:
-    """R22: the socket's mode is 0600 from its birth."""
+    """R22: the socket has mode 0600 from the moment that it exists."""
     assert 0o600 == Path(loop.path).stat().st_mode & 0o777
 
 

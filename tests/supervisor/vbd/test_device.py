@@ -46,8 +46,8 @@ def test_frontend_that_is_faster_than_the_chain_waits() -> None:
 
 
 def test_guest_closes_and_comes_back() -> None:
-    """After the frontend's Closing and Closed the worker is closed, and the vbd is Closed when it has ended, so that
-    the image is free; Initialising offers the disk again, and another worker serves it.
+    """When a frontend has gone through Closing and Closed, the worker is closed, and the vbd is Closed once that has
+    ended, so that the image is free. At Initialising the disk is offered again, and another worker serves it.
     """
     world = connected()
     world.theirs = S.CLOSING
