@@ -1,4 +1,6 @@
-"""Where a real Xen is missing, which the contract is tried on beside the simulated one."""
+"""The Xen parts that are missing on this host. With them, the contract tests run on a real Xen as well as on the
+simulated one.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ _CAPABILITIES = Path("/proc/xen/capabilities")
 
 
 def is_missing(reason: str) -> NoReturn:
-    """Skip a test for this reason; in the dom0 of a real Xen, where all of it is to be had, it is a failure."""
+    """Skip a test for this reason. In the dom0 of a real Xen, which has everything that the tests need, fail it."""
     if _CAPABILITIES.is_file() and "control_d" in _CAPABILITIES.read_text():
         pytest.fail(f"{reason}, and this is a dom0", pytrace=False)
     pytest.skip(reason)

@@ -1,5 +1,5 @@
-"""What a program may rely on in a service, by `xenbackend.client`: of today's release, of the last one, and of the one
-that tests of the command line speak to.
+"""What a program may rely on when it uses `xenbackend.client` with a service of the current release, with one of the
+last release, and with the fake service of the command line's tests.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ VBD = "5/xvda"
 
 @dataclass(frozen=True)
 class Served:
-    """A service that serves 5/xvda of `chain`; `image` is what lies below, of a real one."""
+    """A service that serves `chain` as 5/xvda. With a real service, `image` is the file below it."""
 
     kind: str
     service: Client
@@ -85,7 +85,9 @@ def test_it_says_what_it_serves(served: Served) -> None:
 
 
 def test_orders_are_done_and_numbered(served: Served) -> None:
-    """Each returns its typed value once it is done; today's are among the orders, with that number."""
+    """Each order returns its typed value once it is done. The current release also lists it among its orders, by its
+    number.
+    """
     service = served.service
     done = [service.pause(VBD), service.resume(VBD), service.policy(VBD, "enospc=pause"), service.upgrade(VBD)]
     changed = service.set(VBD, served.chain, replace=True)
@@ -104,7 +106,9 @@ def test_orders_are_done_and_numbered(served: Served) -> None:
 
 
 def test_what_cannot_be_asked_is_an_error_with_a_sentence(served: Served) -> None:
-    """A mistake is told as one, and changes nothing; release 0.1.0 tells mistakes and failures not apart."""
+    """A mistake of the caller is reported as a mistake and changes nothing. Release 0.1.0 does not tell mistakes from
+    failures.
+    """
     if served.kind == "fake":
         pytest.skip("it takes everything")
     for ask in (
@@ -119,7 +123,7 @@ def test_what_cannot_be_asked_is_an_error_with_a_sentence(served: Served) -> Non
 
 
 def test_a_look_is_none_where_it_would_be_done(served: Served) -> None:
-    """`plan` changes nothing, whichever release would be asked; nor does `set`, where that would refuse nothing."""
+    """`plan` changes nothing. Release 0.1.0 would carry it out, and `set` unchecked: the client refuses both."""
     chain = f"aio:{served.image}"
     if served.kind == "former":
         for ask in (served.service.plan, served.service.set):
@@ -133,7 +137,9 @@ def test_a_look_is_none_where_it_would_be_done(served: Served) -> None:
 
 
 def test_an_order_outlives_the_wait_for_it(served: Served) -> None:
-    """With a time an order is typed as one that goes on, and ends later, whether somebody waits or not."""
+    """If an order is not done within the client's time-out, the client gets its number, and the order is completed all
+    the same.
+    """
     if served.kind != "today":
         pytest.skip("the last release knows no time, and the fake one is never late")
     worker = served.service.disk(VBD).worker
@@ -148,7 +154,7 @@ def test_an_order_outlives_the_wait_for_it(served: Served) -> None:
 
 
 def test_the_page_has_the_services_verbs(served: Served) -> None:
-    """What the protocol's table has is what a service lists when it does not understand."""
+    """The verbs that the service lists after an unknown one are those in the table of docs/client.md."""
     if served.kind != "today":
         pytest.skip("the page is about today's")
     assert served.machine is not None

@@ -1,4 +1,4 @@
-"""Every registered driver through the same cases, with the asserting layer between all layers."""
+"""The same cases for every registered driver, with the asserting layer between all layers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from xenbackend.block.chain import Chain
 from xenbackend.block.drivers import driver_names, find_driver
 from xenbackend.block.request import Op, Request
 
-PLACES = {  # where a driver needs more than its name; {file}, {qcow}, ... are fresh images of SIZE zeros
+PLACES = {  # for drivers that need more than their name; {file}, {qcow}, ... are fresh images of SIZE zeros
     "aio": "aio:{file}",
     "cache": "cache:{cache},size=1M,mode=writethrough|ram:1M",
     "checksum": "checksum:{sums}|ram:1M",
@@ -39,14 +39,14 @@ PLACES = {  # where a driver needs more than its name; {file}, {qcow}, ... are f
     "throttle": "throttle:iops=5000,bps=500M|ram:1M",
     "vhd": "vhd:{vhd}",
 }
-FORGETS = {"null"}  # reads give zeros whatever was written
+FORGETS = {"null"}  # these read zeros, whatever was written
 NEEDS_CLUSTER = {"rbd"}  # tests/engines has one
-ONLY_READ = {"vdi", "vhdx", "vmdk"}  # nothing here could write to them: tests/block/drivers has what they are held to
-NOT_ZERO = {"xor": 0xA5}  # what a driver reads where nothing was written
+ONLY_READ = {"vdi", "vhdx", "vmdk"}  # no case here can write to them: tests/block/drivers has their tests
+NOT_ZERO = {"xor": 0xA5}  # the byte that an unwritten disk of this driver reads as
 
 
 def usable() -> list[str]:
-    """Return the drivers that can be loaded, third parties' included."""
+    """Return the drivers that can be loaded, including those of third parties."""
     names = []
     for name in set(driver_names()) - ONLY_READ - NEEDS_CLUSTER:
         try:
@@ -62,7 +62,7 @@ SERVERS: list[subprocess.Popen[bytes]] = []  # processes of their own: descripto
 
 @pytest.fixture(autouse=True)
 def _no_servers() -> Iterator[None]:
-    """End a test's servers."""
+    """End the servers that a test has started."""
     yield
     while SERVERS:
         server = SERVERS.pop()
@@ -71,7 +71,7 @@ def _no_servers() -> Iterator[None]:
 
 
 def serve(path: Path) -> Path:
-    """Have a disk of zeros served by NBD, and return its socket."""
+    """Start an NBD server for a disk of zeros, and return its socket."""
     command = [sys.executable, "-m", "tests.nbd_server", str(path), str(SIZE)]
     server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     SERVERS.append(server)
@@ -127,13 +127,13 @@ def pieces(random: Random, length: int) -> list[int]:
 
 
 def place(random: Random) -> tuple[int, int]:
-    """Return offset and length of a random range."""
+    """Return the offset and length of a random range."""
     length = random.choice([1, 1, 8, 8, random.randint(1, 64)]) * 512
     return random.randrange(0, (SIZE - length) // 512 + 1) * 512, length
 
 
 def random_request(random: Random, model: bytearray, *, can_discard: bool) -> Request:
-    """Return a random request, and do to the model what it does to the disk."""
+    """Return a random request, and apply it to the model as the disk should apply it."""
     offset, length = place(random)
     op = random.choice([Op.READ, Op.WRITE, Op.WRITE, Op.FLUSH, Op.DISCARD if can_discard else Op.READ])
     if op == Op.READ:
@@ -149,13 +149,13 @@ def random_request(random: Random, model: bytearray, *, can_discard: bool) -> Re
 
 
 def blank(name: str) -> bytearray:
-    """Return what the disk reads as before anything was written."""
+    """Return what the disk reads as before anything has been written."""
     return bytearray([NOT_ZERO.get(name, 0)]) * SIZE
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_the_disk_behaves_like_an_array_of_bytes(machine: Machine, chain: Chain, name: str, seed: int) -> None:
-    """Any sequence of operations leaves and gives what the same operations on an array of bytes leave and give."""
+    """Any sequence of operations has the same effect, and reads the same, as on an array of bytes."""
     random, model = Random(seed), blank(name)
     for _ in range(60):
         request = random_request(random, model, can_discard=chain.geometry.can_discard)
@@ -171,7 +171,7 @@ def test_the_disk_behaves_like_an_array_of_bytes(machine: Machine, chain: Chain,
 
 
 def test_a_batch_comes_back_whole(machine: Machine, chain: Chain, name: str) -> None:
-    """D1: of a batch of many requests in flight at the same time, each comes back once, with its own data."""
+    """D1: when many requests are in flight at the same time, each of them comes back once, with its own data."""
     data = [bytes([number]) * 4096 for number in range(64)]
     writes = [write(number * 4096, piece) for number, piece in enumerate(data)]
     reads = [read(number * 4096, 4096) for number in range(64)]
@@ -182,7 +182,7 @@ def test_a_batch_comes_back_whole(machine: Machine, chain: Chain, name: str) -> 
 
 
 def test_operations_that_are_offered_succeed(machine: Machine, chain: Chain) -> None:
-    """D6: a flush that is offered succeeds, and a discard that is not offered says that it never happens."""
+    """D6: flush and discard succeed if the geometry offers them, and end with EOPNOTSUPP if it does not."""
     expected = 0 if chain.geometry.can_discard else errno.EOPNOTSUPP
 
     assert [0 if chain.geometry.can_flush else errno.EOPNOTSUPP] == machine.do(chain, flush())
@@ -190,7 +190,7 @@ def test_operations_that_are_offered_succeed(machine: Machine, chain: Chain) -> 
 
 
 def test_a_read_fills_every_byte(machine: Machine, chain: Chain, name: str) -> None:
-    """What was never written reads as zeros, to the last sector, whatever the buffer held before."""
+    """Sectors that were never written read as zeros, up to the last one, whatever the buffer held before."""
     first, last = read(0, 4096, 512), read(SIZE - 512, 512)
 
     assert [0, 0] == machine.do(chain, first, last)
@@ -199,7 +199,7 @@ def test_a_read_fills_every_byte(machine: Machine, chain: Chain, name: str) -> N
 
 
 def test_the_geometry_makes_sense(chain: Chain) -> None:
-    """Sizes are whole sectors, and a granularity is given exactly where discard is."""
+    """The size is a multiple of the sector size, and a discard granularity is given exactly if discard is offered."""
     geometry = chain.geometry
 
     assert geometry.size == SIZE
@@ -208,7 +208,7 @@ def test_the_geometry_makes_sense(chain: Chain) -> None:
 
 
 def test_a_read_only_chain_can_be_read(machine: Machine, name: str, tmp_path: Path) -> None:
-    """Opened read-only a driver says so, offers no discard, and reads."""
+    """If a chain is opened read-only, its driver says so, offers no discard, and can be read."""
     chain = machine.open(text_of(name, tmp_path), read_only=True)
     request = read(0, 4096)
 

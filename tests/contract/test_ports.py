@@ -55,11 +55,11 @@ class RigGuest:
         return self.port.number
 
     def notify(self) -> None:
-        """Notify whoever has bound the port."""
+        """Notify the port's other end, if anybody has bound it."""
         self.port.notify()
 
     def was_notified(self) -> bool:
-        """Wait for a notification; False if none comes."""
+        """Wait for a notification. Return False if none comes."""
         return self.port.wait(SIGNAL_TIMEOUT_S)
 
     def close_port(self) -> None:
@@ -67,11 +67,11 @@ class RigGuest:
         self.port.close()
 
     def is_mapped(self, gref: int) -> bool:
-        """Say what the guest's own table says of a page."""
+        """Return whether the guest's own table says that a page is mapped."""
         return self.guest.table.in_use(gref)
 
     def close(self) -> None:
-        """Let the guest go."""
+        """End the guest."""
         self.guest.close()
         self.xen.close()
 
@@ -120,7 +120,7 @@ class LoopbackGuest:
         fcntl.ioctl(self.evtchn, 0x00044503, struct.pack("=I", self.port))  # IOCTL_EVTCHN_UNBIND
 
     def close(self) -> None:
-        """Let the guest go."""
+        """End the guest."""
         os.close(self.alloc)
         os.close(self.evtchn)
 
@@ -158,13 +158,13 @@ def events(far, host):
 
 
 def wait_pending(events) -> list[int]:
-    """Wait until something is pending and return it."""
+    """Wait until a port is pending, and return it."""
     select.select([events], [], [], SIGNAL_TIMEOUT_S)
     return list(events.pending())
 
 
 def bound(events, far) -> int:
-    """Bind a new port, and take the event that every bind brings."""
+    """Bind a new port, and consume the event that every bind causes."""
     port = events.bind(far.allocate_port())
     assert [port] == wait_pending(events)
     events.unmask(port)
@@ -172,7 +172,7 @@ def bound(events, far) -> int:
 
 
 def test_mapping_is_side_by_side(far, grants) -> None:
-    """Scattered grants are mapped one after the other in the order asked for, and shared with the guest."""
+    """Scattered grants are mapped side by side, in the order asked for, and the memory is shared with the guest."""
     (one, one_page), (two, two_page) = far.grant(), far.grant()
     one_page[:3], two_page[:3] = b"one", b"two"
     mapping = grants.map([two, one], writable=True)
@@ -196,7 +196,7 @@ def test_mapping_has_an_address(far, grants) -> None:
 
 
 def test_one_grant_is_mapped_twice(far, grants) -> None:
-    """The same page may be mapped again, after a release and beside another mapping of it."""
+    """The same page can be mapped again, both after its release and while it is still mapped."""
     gref, _ = far.grant()
     grants.map([gref], writable=True).release()
     one, two = grants.map([gref], writable=True), grants.map([gref], writable=True)
@@ -220,7 +220,7 @@ def test_read_only_grant_is_not_mapped_writable(far, grants) -> None:
 
 
 def test_mapping_is_all_or_nothing(far, grants) -> None:
-    """One bad gref among good ones refuses the whole mapping, and none of them stays mapped."""
+    """If one gref of many is invalid, the whole mapping is refused, and no page of it stays mapped."""
     good, _ = far.grant()
     with pytest.raises(KernelError):
         grants.map([good, NEVER_GRANTED], writable=True)
@@ -230,7 +230,7 @@ def test_mapping_is_all_or_nothing(far, grants) -> None:
 
 
 def test_copy_both_ways(far, host, grants) -> None:
-    """Copies move exactly the bytes named, to the guest and from it, in one call."""
+    """A copy moves exactly the bytes that were named; one call can copy to the guest and from it."""
     gref, page = far.grant()
     page[100:104] = b"from"
     arena = host.allocate(PAGE)
@@ -245,7 +245,7 @@ def test_copy_both_ways(far, host, grants) -> None:
 
 
 def test_copy_status_is_per_segment(far, host, grants) -> None:
-    """A segment that fails has its own status, copies nothing, and does not harm its neighbours."""
+    """A segment that fails has its own status and copies nothing. Its neighbours are copied."""
     good, page = far.grant()
     locked, locked_page = far.grant(read_only=True)
     arena = host.allocate(2 * PAGE)
@@ -267,7 +267,7 @@ def test_copy_status_is_per_segment(far, host, grants) -> None:
 
 @pytest.mark.parametrize("to_guest", [True, False])
 def test_copy_across_a_page_refuses_the_whole_call(far, host, grants, *, to_guest: bool) -> None:
-    """A segment that leaves its granted page is the caller's mistake: nothing of the call is copied."""
+    """A segment that leaves its granted page is the caller's mistake, so the call copies nothing at all."""
     gref, page = far.grant()
     page[:] = b"g" * PAGE
     arena = host.allocate(2 * PAGE)
@@ -294,7 +294,7 @@ def test_copy_from_a_read_only_grant(far, host, grants) -> None:
 
 
 def test_arena_is_aligned(host) -> None:
-    """An arena begins at a page, holds zeros and has the size asked for."""
+    """An arena is aligned to a page, holds zeros, and has the size asked for."""
     arena = host.allocate(3 * PAGE)
 
     assert 0 == arena.address % PAGE
@@ -302,14 +302,16 @@ def test_arena_is_aligned(host) -> None:
 
 
 def test_bind_is_pending_at_once(far, events) -> None:
-    """A bound port fires without a notification, so that whoever takes over a ring looks at it."""
+    """A port is pending as soon as it is bound, so that a worker that takes over a ring looks at it."""
     port = events.bind(far.allocate_port())
 
     assert [port] == wait_pending(events)
 
 
 def test_port_is_masked_until_unmask(far, events) -> None:
-    """A port that fired stays silent until it is unmasked, and then fires at once if it was notified meanwhile."""
+    """A port that was pending stays silent until it is unmasked. If it was notified meanwhile, it is then pending at
+    once.
+    """
     port = bound(events, far)
     far.notify()
     assert [port] == wait_pending(events)
@@ -345,17 +347,17 @@ def test_unknown_port_is_refused(events) -> None:
 
 
 def test_rebind_after_unbind(far, events) -> None:
-    """After our end closed, the guest may notify unharmed, and its port can be bound again and is pending again."""
+    """Once our end is closed, the guest may still notify it without harm. A new bind is pending at once."""
     remote = far.allocate_port()
     events.unbind(events.bind(remote))
     far.notify()
     port = events.bind(remote)
 
-    assert {port} == set(wait_pending(events))  # the real device may still tell of the port's former life
+    assert {port} == set(wait_pending(events))  # the real device may still report the port's former life
 
 
 def test_notify_to_nobody_is_silent(far, events) -> None:
-    """Notifying a guest that has closed its end fails nowhere."""
+    """It is no error to notify a guest that has closed its end."""
     port = bound(events, far)
     far.close_port()
 
@@ -363,7 +365,7 @@ def test_notify_to_nobody_is_silent(far, events) -> None:
 
 
 def test_unbind_of_nothing_is_refused(events) -> None:
-    """Closing a port that is not ours is an error of the caller."""
+    """Closing a port that is not ours is an error."""
     with pytest.raises(KernelError):
         events.unbind(4000)
 
@@ -383,7 +385,7 @@ sys.stdin.read()
 
 @pytest.mark.slow
 def test_death_releases_everything(far, grants, events) -> None:
-    """What a process has mapped and bound is free again as soon as it is seen to be dead, even after SIGKILL."""
+    """As soon as a process is seen to be dead, even by SIGKILL, everything that it mapped and bound is free again."""
     grefs = [far.grant()[0] for _ in range(3)]
     remote = far.allocate_port()
     arguments = [far.host, far.domid, remote, *grefs]

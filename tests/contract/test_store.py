@@ -1,7 +1,8 @@
-"""What the client may expect of a xenstored: the rig's and, where one runs, the host's pass the same cases.
+"""What the client may expect of a xenstored. The rig's passes these cases and, if the host runs one, the host's does
+too.
 
-The host's is used under a directory of its own that is removed afterwards. Starting a private xenstored is no way:
-C xenstored 4.17 without a hypervisor crashes at the first write, and oxenstored does not start.
+The host's is used below a directory of its own, which is removed afterwards. The tests cannot start a private
+xenstored: without a hypervisor, C xenstored 4.17 crashes at the first write, and oxenstored does not start.
 """
 
 import errno
@@ -58,7 +59,7 @@ def drained(store: Store) -> list[tuple[str, str]]:
 
 
 def test_values_come_back_as_written(pair: Pair, top: str) -> None:
-    """A value of any text, the empty one too, is read as it was written, by every connection."""
+    """Any text, including the empty one, is read by every connection as it was written."""
     one, two = pair
     for value in ("log:|aio:/img", "", "größe", "a b\nc", "x" * 2000):
         one.write(f"{top}/value", value)
@@ -67,7 +68,7 @@ def test_values_come_back_as_written(pair: Pair, top: str) -> None:
 
 
 def test_a_missing_node_is_missing(pair: Pair, top: str) -> None:
-    """Reading a missing node is ENOENT or None, listing it gives nothing, and removing it is fine."""
+    """Reading a missing node gives ENOENT or None, listing it gives nothing, and removing it is no error."""
     store, _ = pair
     with pytest.raises(StoreError) as caught:
         store.read(f"{top}/a")
@@ -81,7 +82,7 @@ def test_a_missing_node_is_missing(pair: Pair, top: str) -> None:
 
 
 def test_directories_list_their_children(pair: Pair, top: str) -> None:
-    """Writing makes the parents with empty values; a directory gives direct children only."""
+    """Writing a node creates its parents with empty values. Listing a node gives its direct children only."""
     store, _ = pair
     store.write(f"{top}/a/b", "1")
     store.write(f"{top}/a/c", "2")
@@ -117,7 +118,7 @@ def test_a_listing_longer_than_one_reply_is_complete(pair: Pair, top: str) -> No
 
 
 def test_permissions_come_back_as_set(pair: Pair, top: str) -> None:
-    """Permissions are kept in order, and what is made below has the parent's."""
+    """Permissions are kept in their order, and new nodes inherit those of their parent."""
     store, _ = pair
     store.write(top, "")
     store.set_permissions(top, ["n0", "r5"])
@@ -137,7 +138,7 @@ def test_a_watch_fires_once_when_it_is_set(pair: Pair, top: str) -> None:
 
 
 def test_a_watch_hears_of_its_node_and_below(pair: Pair, top: str) -> None:
-    """Writing, making and removing fire at the node and below it, not beside it."""
+    """A watch fires if its node, or a node below it, is written, created or removed. Other nodes do not fire it."""
     one, two = pair
     two.write(f"{top}/a", "")
     one.watch(f"{top}/a", "token")
@@ -156,7 +157,7 @@ def test_a_watch_hears_of_its_node_and_below(pair: Pair, top: str) -> None:
 
 
 def test_a_watch_hears_that_its_parent_was_removed(pair: Pair, top: str) -> None:
-    """Removing a node fires the watches of what lay below it, with their own path."""
+    """If a node is removed, the watches on nodes below it fire too, each with its own path."""
     one, two = pair
     two.write(f"{top}/a/b/c", "1")
     one.watch(f"{top}/a/b/c", "token")
@@ -168,7 +169,7 @@ def test_a_watch_hears_that_its_parent_was_removed(pair: Pair, top: str) -> None
 
 
 def test_a_relative_watch_is_told_relative_paths(pair: Pair) -> None:
-    """A watch on a path relative to our own domain reports events in the same way."""
+    """A watch on a path relative to our own domain reports relative paths in its events."""
     one, two = pair
     name = f"xenbackend-test-{os.getpid()}"
     one.watch(name, "token")
@@ -182,7 +183,7 @@ def test_a_relative_watch_is_told_relative_paths(pair: Pair) -> None:
 
 
 def test_a_transaction_is_seen_only_when_committed(pair: Pair, top: str) -> None:
-    """Others see nothing of a transaction before its end, and its watches fire then."""
+    """Others see nothing of a transaction before it is committed. Only then do its watches fire."""
     one, two = pair
     two.watch(top, "token")
     drained(two)
@@ -200,7 +201,9 @@ def test_a_transaction_is_seen_only_when_committed(pair: Pair, top: str) -> None
 
 
 def test_a_transaction_sees_the_tree_as_it_began(pair: Pair, top: str) -> None:
-    """What others write after the start is not seen inside, and a commit that depended on it is EAGAIN."""
+    """A transaction does not see what others write after its start. If it depends on such a node, the commit fails with
+    EAGAIN.
+    """
     one, two = pair
     one.write(f"{top}/a", "old")
     seen = []
@@ -220,7 +223,7 @@ def test_a_transaction_sees_the_tree_as_it_began(pair: Pair, top: str) -> None:
 
 
 def test_transactions_in_other_places_do_not_collide(pair: Pair, top: str) -> None:
-    """Two who touch different nodes both commit at the first attempt."""
+    """Two transactions that touch different nodes are both committed at the first attempt."""
     one, two = pair
     one.write(f"{top}/a", "")
     one.write(f"{top}/b", "")

@@ -1,6 +1,7 @@
-"""What a supervisor may rely on in a worker: the real one, and the fake one of the supervisor's tests.
+"""What a supervisor may rely on in a worker, tested with the real worker and with the fake one of the supervisor's
+tests.
 
-Whoever speaks `protocol.messages` as a worker is held to the same; a row of `KINDS` makes it so.
+Any other program that speaks `protocol.messages` as a worker has to pass these tests too: add it to `KINDS`.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ class Kind:
     """A program that takes `--socket N`, and chains that it knows.
 
     good     can be opened
-    other    may take its place
-    unfit    may not
+    other    may take the place of `good`
+    unfit    may not take it
     broken   cannot be opened
     """
 
@@ -55,7 +56,7 @@ KINDS = {
 
 
 class Candidate:
-    """A worker, and rings that it can serve; `heard` is everything that it has said."""
+    """A worker, and rings that it can serve. `heard` holds every message that it has sent."""
 
     def __init__(self, kind: Kind, directory: Path) -> None:
         self.kind = kind
@@ -68,37 +69,37 @@ class Candidate:
         self.asked: list[int] = []
 
     def connect(self) -> messages.Connect:
-        """Return what is agreed with a frontend that begins anew."""
+        """Return the message that connects a new frontend."""
         ring = GuestRing(self.guest, NATIVE, 0, open_host(self.host).fence)
         return messages.Connect(
             NATIVE.protocol, [messages.RingParameters(ring.grefs, ring.port.number)], persistent=True
         )
 
     def open(self, chain: str = "") -> messages.Standing:
-        """Let it open a chain, and return where it stands then."""
+        """Let the worker open a chain, and return its standing afterwards."""
         self.heard.append(self.worker.open(chain or self.kind.good))
         return self.standings[-1]
 
     def tell(self, kind: type[messages.Order], *fields: object) -> messages.Standing:
-        """Give an order, and return where it stands once that is carried out."""
+        """Give an order, and return the worker's standing once the order has been carried out."""
         self.worker.tell(kind, *fields)
         return self.hear_until(lambda it: self.answers(it) and it.stage not in (Stage.CONNECTING, Stage.LEAVING))
 
     def answers(self, message: messages.FromWorker) -> bool:
-        """Return whether a message tells where it stands after the last order."""
+        """Return whether a message is the standing that answers the last order."""
         return isinstance(message, messages.Standing) and message.number == self.worker.number
 
     def put(self, question: messages.Question) -> None:
-        """Ask."""
+        """Send a question."""
         self.asked.append(self.worker.put(question))
 
     def ask(self, question: messages.Question) -> messages.Reply:
-        """Ask, and return the reply."""
+        """Send a question, and return the reply."""
         self.put(question)
         return self.hear_until(lambda it: isinstance(it, messages.Reply) and it.id == self.asked[-1])
 
     def hear_until(self, is_last: Callable[[Any], bool]) -> Any:
-        """Hear what it says up to a message that is the last, and return that."""
+        """Receive messages until `is_last` accepts one, and return that one."""
         while True:
             message = self.worker.hear()
             assert message is not None, f"it has ended, and had said {self.heard}"
@@ -107,19 +108,19 @@ class Candidate:
                 return message
 
     def end(self) -> None:
-        """Let it end, and hear everything that it has to say."""
+        """Order the worker to close, and receive everything that it still sends."""
         self.worker.tell(messages.Close)
         while (message := self.worker.hear()) is not None:
             self.heard.append(message)
 
     @property
     def standings(self) -> list[messages.Standing]:
-        """Return where it stood, each time that it said so."""
+        """Return all standings received so far."""
         return [each for each in self.heard if isinstance(each, messages.Standing)]
 
     @property
     def replied(self) -> list[int]:
-        """Return which questions were replied to."""
+        """Return the ids of the questions that have been replied to."""
         return [each.id for each in self.heard if isinstance(each, messages.Reply)]
 
     def close(self) -> None:
@@ -131,7 +132,9 @@ class Candidate:
 
 @pytest.fixture(params=KINDS)
 def candidate(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Candidate]:
-    """A worker that has not been told anything yet; whatever it does, it has broken no rule in the end."""
+    """A worker that has been told nothing yet. After the test, numbers of standings never fell, and no question lacks a
+    reply.
+    """
     candidate = Candidate(KINDS[request.param], tmp_path)
     try:
         yield candidate
@@ -144,7 +147,7 @@ def candidate(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Candid
 
 
 def test_each_order_is_answered_by_where_it_stands(candidate: Candidate) -> None:
-    """Whatever it is told, it says where it stands with that order's number; and it can be told the same again."""
+    """The worker answers every order by a standing with that order's number, even if the same order is given again."""
     stages = [candidate.tell(messages.Report).stage, candidate.open().stage]
     for _ in range(2):
         stages.append(candidate.tell(messages.Serve, candidate.connect()).stage)
@@ -157,7 +160,7 @@ def test_each_order_is_answered_by_where_it_stands(candidate: Candidate) -> None
 
 
 def test_a_standing_holds_everything(candidate: Candidate) -> None:
-    """A supervisor that comes later hears all of it at once, and the same as the one before."""
+    """Each standing is complete, so a supervisor that comes later learns as much as the one before it."""
     opened = candidate.open()
     served = candidate.tell(messages.Serve, candidate.connect())
     again = candidate.tell(messages.Report)
@@ -171,7 +174,7 @@ def test_a_standing_holds_everything(candidate: Candidate) -> None:
 
 
 def test_what_cannot_be_opened_is_told(candidate: Candidate) -> None:
-    """A chain that cannot be opened is a failure, also for whoever asks later; the worker can be ended."""
+    """A chain that cannot be opened is reported as a failure, also to a later Report. The worker can then be closed."""
     standing = candidate.open(candidate.kind.broken)
     again = candidate.tell(messages.Report)
     candidate.end()
@@ -186,7 +189,7 @@ def test_what_cannot_be_opened_is_told(candidate: Candidate) -> None:
 
 @pytest.mark.parametrize("is_served", [False, True])
 def test_what_a_question_changes_is_told_before_its_reply(candidate: Candidate, is_served: bool) -> None:
-    """Who hears that another chain is in service, or the disk is paused, has heard that it stands so."""
+    """If a question changes the chain or pauses the disk, the new standing arrives before the reply."""
     candidate.open()
     if is_served:
         candidate.tell(messages.Serve, candidate.connect())
@@ -203,7 +206,7 @@ def test_what_a_question_changes_is_told_before_its_reply(candidate: Candidate, 
 
 
 def test_what_cannot_be_asked_changes_nothing(candidate: Candidate) -> None:
-    """A mistake of whoever asks has its code and a sentence, and it stands as it stood."""
+    """An invalid question is answered by the code `invalid` and a sentence, and the standing does not change."""
     opened = candidate.open()
     replies = [
         candidate.ask(messages.Swap(candidate.kind.unfit, replaces=True)),
@@ -217,7 +220,7 @@ def test_what_cannot_be_asked_changes_nothing(candidate: Candidate) -> None:
 
 
 def test_a_look_at_a_chain_is_none_more(candidate: Candidate) -> None:
-    """Which layers another chain would have is told, and ours stays."""
+    """A dry run of an exchange returns the layers of the other chain and does not replace the chain in service."""
     opened = candidate.open()
     reply = candidate.ask(messages.Swap(candidate.kind.other, replaces=True, is_dry_run=True))
     standing = candidate.tell(messages.Report)
@@ -227,7 +230,9 @@ def test_a_look_at_a_chain_is_none_more(candidate: Candidate) -> None:
 
 
 def test_what_was_agreed_is_left_to_a_successor(candidate: Candidate) -> None:
-    """The journal has which chain serves a frontend, or was the last to; what was agreed with it ends with it."""
+    """The journal names the chain that serves the frontend or did so last. What was agreed with the frontend is removed
+    at its end.
+    """
     found = []
     candidate.open()
     candidate.tell(messages.Serve, candidate.connect())
@@ -244,7 +249,7 @@ def test_what_was_agreed_is_left_to_a_successor(candidate: Candidate) -> None:
 
 
 def test_a_supervisor_that_is_gone_ends_it(candidate: Candidate) -> None:
-    """Nobody is left to say anything: the worker ends by itself."""
+    """A worker ends by itself once its supervisor has closed the socket."""
     candidate.open()
     candidate.worker.socket.close()
 
@@ -253,9 +258,10 @@ def test_a_supervisor_that_is_gone_ends_it(candidate: Candidate) -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_whatever_comes_in_whatever_order(candidate: Candidate, seed: int) -> None:
-    """Orders and questions at random, without waiting: the last order is carried out, every question is replied to.
+    """Whatever orders and questions arrive without a pause, the last order is carried out, and every question gets a
+    reply.
 
-    What the fixture looks at in the end holds all the time.
+    The conditions that the fixture checks at the end hold here too.
     """
     random = Random(seed)
     candidate.open()
