@@ -20,7 +20,7 @@ def machine() -> Iterator[Machine]:
 
 @pytest.fixture
 def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Make the drivers of the tests known, and return the list of what they do."""
+    """Register the drivers of the tests, and return the list in which they record what they do."""
     for name, place in TEST_DRIVERS.items():
         monkeypatch.setitem(drivers.BUILT_IN, name, place)
     EVENTS.clear()

@@ -1,4 +1,4 @@
-"""Random chains of up to five layers over every source that is written to, beside a plain disk."""
+"""Random chains of up to five layers over every source that can be written to, compared with a plain disk."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from xenbackend.units import SECTOR
 SIZE = 256 << 10
 PART = 64 << 10  # where the partition of each disk begins
 PLAIN = SIZE - (36 << 10)  # bytes of the disk, where that is encrypted
-GROUPS = 10  # tests that share the chains
+GROUPS = 10  # tests among which the chains are divided
 
-# A discard of a part of a cluster changes nothing: with clusters of a sector there is no such part.
+# A discard of part of a cluster changes nothing. If clusters are one sector large, no discard covers only a part.
 SOURCES: dict[str, Callable[[Path], object]] = {
     "aio:{}": lambda path: path.write_bytes(bytes(SIZE)),
     "aio:{},cache=on": lambda path: path.write_bytes(bytes(SIZE)),
@@ -41,18 +41,18 @@ FILTERS = (
 
 
 def chain_of(random: Random, directory: Path) -> str:
-    """Return a random chain, whose source has a table with one partition, and random bytes besides."""
+    """Return a random chain whose source has a table with one partition and otherwise random bytes."""
     source = random.choice(list(SOURCES))
     SOURCES[source](directory / "image")
     filters: list[str] = []
     while len(filters) < random.randint(0, 4):
         each = random.choice(FILTERS)
         if each == "partition:1" and any(other.startswith(("offset", "partition")) for other in filters):
-            continue  # its table would be out of sight, or another
+            continue  # the table would be out of sight, or another one
         if "length=" in each and any("length=" in other for other in filters):
-            continue  # the lower one would be too short
+            continue  # the lower partition would be too short
         filters.append(each.format(directory / f"layer{len(filters)}"))
-    if "partition:1" in filters:  # nothing below it moves the table
+    if "partition:1" in filters:  # no layer below it moves the table
         filters = [each for each in filters if not each.startswith("offset")]
     if random.random() < 0.3 and not source.startswith("ram:"):
         places = range(len(filters) + 1)
@@ -62,7 +62,7 @@ def chain_of(random: Random, directory: Path) -> str:
 
 
 def fill(machine: Machine, text: str, random: Random) -> None:
-    """Give the source of a chain its content, by itself."""
+    """Write the initial content to the source of a chain, without the other layers."""
     source = text.rpartition("|")[2]
     if source.startswith("ram:"):
         return
@@ -82,7 +82,9 @@ def pieces(random: Random, length: int) -> list[int]:
 
 
 def batch_of(random: Random, model: bytearray, *, can_discard: bool) -> list[tuple[Request, bytes]]:
-    """Return requests that do not meet, with what the reads among them have to find; the model gets their writes."""
+    """Return requests that do not overlap, with the bytes that each read should find. Writes are applied to the
+    model.
+    """
     found: list[tuple[Request, bytes]] = []
     for _ in range(random.randint(1, 8)):
         length = min(len(model), random.choice([1, 1, 8, random.randint(1, 100)]) * SECTOR)
@@ -105,7 +107,7 @@ def batch_of(random: Random, model: bytearray, *, can_discard: bool) -> list[tup
 
 
 def try_one(machine: Machine, random: Random, directory: Path) -> str:
-    """Hold a random chain beside a plain disk, and return its text."""
+    """Compare a random chain with a plain disk, and return its text."""
     text = chain_of(random, directory)
     fill(machine, text, random)
     if "partition" in text and "ram:" in text:
@@ -126,10 +128,12 @@ def try_one(machine: Machine, random: Random, directory: Path) -> str:
 
 @pytest.mark.parametrize("group", range(GROUPS))
 def test_any_chain_is_a_disk(machine: Machine, tmp_path: Path, request: pytest.FixtureRequest, group: int) -> None:
-    """Whatever layers lie over whatever source, the disk is an array of bytes, and is there when opened anew."""
+    """Whatever the layers and the source, the disk behaves as an array of bytes, and keeps its content when opened
+    again.
+    """
     random = Random(f"{request.config.getoption('--seed')} {group}")
     tried = 0
-    chains = max(100, request.config.getoption("--requests") // 100)  # 10,000 of them in the suite of images
+    chains = max(100, request.config.getoption("--requests") // 100)  # `make test-images` tries 10,000
     for number in range(chains // GROUPS):
         directory = tmp_path / str(number)
         directory.mkdir()
@@ -149,7 +153,9 @@ def test_any_chain_is_a_disk(machine: Machine, tmp_path: Path, request: pytest.F
     ],
 )  # fmt: skip
 def test_a_filter_at_length(machine: Machine, tmp_path: Path, request: pytest.FixtureRequest, layer: str) -> None:
-    """Whatever is asked of a filter, several at once, the disk is an array of bytes; 20,000 in the suite of images."""
+    """Under any concurrent requests to a filter, the disk behaves as an array of bytes. `make test-images` sends
+    20,000.
+    """
     random = Random(f"{request.config.getoption('--seed')} {layer}")
     model = bytearray(random.randbytes(SIZE))
     (tmp_path / "image").write_bytes(model)

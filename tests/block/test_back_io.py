@@ -1,4 +1,4 @@
-"""What a write-back cache sends; tests/block/test_write_back.py has all of it in a disk."""
+"""What a write-back cache sends to FILE and to the layer below; tests/block/test_write_back.py tests it in a disk."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from xenbackend.block.request import Op
 @pytest.mark.parametrize("is_killed", [False, True])
 @pytest.mark.parametrize("which", ["image", "cache"])
 def test_a_flush_of_our_own_that_failed_is_told(tmp_path: Path, which: str, *, is_killed: bool) -> None:
-    """The kernel tells only once of what it has lost: the guest's next flush fails for it, and no later one; also where
-    a successor has it. One that is killed before anybody has heard of it leaves it to be told.
+    """If a flush of the cache's own fails, the guest's next flush fails, and only that one, because the kernel reports
+    lost data only once. This also holds if the worker is killed before it could tell the guest: its successor does.
     """
     life = Life(tmp_path, Random(1), size=400 << 10)
-    assert [0] == life.disk.do(write(100 << 10, b"a" * (200 << 10)))  # past FILE
+    assert [0] == life.disk.do(write(100 << 10, b"a" * (200 << 10)))  # too large for FILE: it goes below
     assert [0] == life.disk.do(write(0, b"n" * 4096))
     file = life.image if which == "image" else life.file
     failed: list[int] = []
@@ -38,7 +38,7 @@ def test_a_flush_of_our_own_that_failed_is_told(tmp_path: Path, which: str, *, i
 
 
 def test_below_is_flushed_only_for_what_went_there(tmp_path: Path) -> None:
-    """A guest that flushes again and again waits for FILE alone."""
+    """Guests wait for a flush of the layer below only if something was written there since its last flush."""
     life = Life(tmp_path, Random(1))
     assert [0] == life.disk.do(flush())  # a predecessor may have left something
     for number in range(5):
@@ -48,9 +48,9 @@ def test_below_is_flushed_only_for_what_went_there(tmp_path: Path) -> None:
 
 
 def test_a_file_that_fails_is_given_nothing_more(tmp_path: Path) -> None:
-    """After 16 errors in a row; what is written and read then goes past it, and the fact says so."""
+    """After 16 errors in a row, FILE is not written to any more: reads and writes go past it, and a fact says so."""
     life = Life(tmp_path, Random(1))
-    assert [0] == life.disk.do(read(64 << 10, 4096))  # FILE has it, too, and is not needed for it
+    assert [0] == life.disk.do(read(64 << 10, 4096))  # FILE has it too, but is not needed for it
     life.file.fails = lambda request: errno.EIO if request.op == Op.WRITE else 0
     for number in range(16):
         assert [0] == life.disk.do(write(number << 12, b"n" * 4096))

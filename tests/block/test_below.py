@@ -1,4 +1,4 @@
-"""What lies below a filter."""
+"""Descriptions of what lies below a filter."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def machine() -> Iterator[Machine]:
 
 
 def text_of(machine: Machine, chain: str, *, with_changes: bool = False) -> str:
-    """Return what is below the top layer of a chain."""
+    """Return the description of what is below the top layer of a chain."""
     found = machine.open(chain, checked=False, read_only=True)
     try:
         return describe(found.layers[0].driver.next, machine.files, with_changes=with_changes)
@@ -30,7 +30,9 @@ def text_of(machine: Machine, chain: str, *, with_changes: bool = False) -> str:
 
 
 def test_it_is_the_files_and_what_alters_them(machine: Machine, tmp_path: Path) -> None:
-    """A layer that shows the same as the one below does not count, another view does, and another file is another."""
+    """The description names the files and the layers that alter what is read. A layer that passes data on unchanged
+    does not count.
+    """
     for name in ("a", "b"):
         (tmp_path / name).write_bytes(bytes(1 << 20))
     plain = text_of(machine, f"log:|aio:{tmp_path}/a")
@@ -41,7 +43,9 @@ def test_it_is_the_files_and_what_alters_them(machine: Machine, tmp_path: Path) 
 
 
 def test_a_change_counts_if_it_is_to(machine: Machine, tmp_path: Path) -> None:
-    """A time of change is in the text or not, and can be asked for."""
+    """The description includes a file's time of change if the caller asks for it; the time can also be asked
+    for alone.
+    """
     (tmp_path / "a").write_bytes(bytes(1 << 20))
     chain = f"log:|aio:{tmp_path}/a"
     before = [text_of(machine, chain, with_changes=each) for each in (False, True)]

@@ -15,7 +15,7 @@ from xenbackend.block.formats.cow import Header
 
 
 def test_it_is_new_until_it_is_whole() -> None:
-    """Killed anywhere while it is begun, torn or not, it is new for whoever comes next, or whole."""
+    """Killed anywhere while the file is being begun, torn or not, it is found either new or complete."""
     header, file = Header(64 << 10, 4096, "x", bytes(16)), RecordedFile(bytearray(HEADER_SIZE))
     begin(file, header, size=header.file_size, written=3 * HEADER_SIZE)
     outcomes = set()
@@ -33,7 +33,9 @@ def test_it_is_new_until_it_is_whole() -> None:
 
 
 def test_its_time_of_change_is_that_before_it_was_opened(tmp_path: Path) -> None:
-    """By that it is known whether a disk was changed later; what is made gets room for a header."""
+    """The time of change is the one before the file was opened, so that later changes of the disk are noticed. A file
+    is at least as long as a header.
+    """
     path, machine = tmp_path / "file", Machine()
     path.write_bytes(bytes(HEADER_SIZE))
     os.utime(path, ns=(0, 12345))

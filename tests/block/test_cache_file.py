@@ -1,4 +1,4 @@
-"""The files of caches: which are taken, and which are refused."""
+"""Which files a cache uses, and which it refuses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIZE = 1 << 20
 
 @pytest.fixture
 def machines() -> Iterator[list[Machine]]:
-    """Return two workers that know nothing of each other; the second one does not write below what is dirty."""
+    """Return two workers that know nothing of each other. Neither serves a guest, so dirty blocks stay in FILE."""
     machines = [Machine(), Machine()]
     machines[0].make_env.serves = machines[1].make_env.serves = False
     yield machines
@@ -28,7 +28,7 @@ def machines() -> Iterator[list[Machine]]:
 
 
 def dirty(machine: Machine, tmp_path: Path) -> str:
-    """Return the text of a chain whose cache has a block that is nowhere else, and is closed."""
+    """Return the text of a closed chain, one of whose blocks is in the cache's file only."""
     (tmp_path / "image").write_bytes(bytes(SIZE))
     text = f"cache:{tmp_path}/cache,size=1M,mode=writeback|aio:{tmp_path}/image"
     chain = machine.open(text)
@@ -39,7 +39,7 @@ def dirty(machine: Machine, tmp_path: Path) -> str:
 
 
 def test_commands_see_what_is_dirty(machines: list[Machine], tmp_path: Path) -> None:
-    """Who only reads the chain writes nothing below, and nothing into FILE."""
+    """A command that only reads the chain sees dirty blocks. It writes nothing below, and nothing to FILE."""
     text = dirty(machines[0], tmp_path)
     before = (tmp_path / "cache").read_bytes()
 
@@ -63,7 +63,9 @@ def test_commands_see_what_is_dirty(machines: list[Machine], tmp_path: Path) -> 
 def test_a_file_that_has_something_is_not_lost(
     machines: list[Machine], tmp_path: Path, change: str, problem: str
 ) -> None:
-    """F3: above another disk, or with other options, it is refused with a way out, and left as it is."""
+    """F3: if FILE holds dirty blocks, but disk, options or content do not fit, it is refused unchanged, with what to
+    do.
+    """
     text, cache = dirty(machines[0], tmp_path), tmp_path / "cache"
     match change:
         case "another image":
@@ -95,7 +97,9 @@ def test_a_file_that_has_something_is_not_lost(
 
 
 def test_what_went_below_last_is_no_change_of_others(machines: list[Machine], tmp_path: Path) -> None:
-    """A slow medium below may take what is on its way there long after FILE was written: closing writes that again."""
+    """A late write below, by the cache itself, is not taken for somebody else's change: closing renews FILE's time of
+    change.
+    """
     image, cache = tmp_path / "image", tmp_path / "cache"
     image.write_bytes(bytes(SIZE))
     text = f"cache:{cache},size=1M,mode=writeback|aio:{image}"
@@ -108,7 +112,7 @@ def test_what_went_below_last_is_no_change_of_others(machines: list[Machine], tm
 
 
 def test_a_file_that_has_nothing_is_begun_anew(machines: list[Machine], tmp_path: Path) -> None:
-    """Of another mode, size or disk: what it had is of no use."""
+    """If FILE holds nothing dirty, and mode, size or disk are others, its content is discarded and it is begun anew."""
     image, cache = tmp_path / "image", tmp_path / "cache"
     image.write_bytes(bytes(SIZE))
     for machine, options in zip(machines, ("size=1M,mode=read", "size=2M,mode=writeback"), strict=True):
@@ -123,7 +127,9 @@ def test_a_file_that_has_nothing_is_begun_anew(machines: list[Machine], tmp_path
 
 
 def test_a_header_of_more_than_there_can_be(machines: list[Machine], tmp_path: Path) -> None:
-    """F3: by whoever had the file, which is a hole of terabytes, and nobody looks at all of it."""
+    """F3: a header that claims more slots than are possible is refused, without reading the terabytes of holes behind
+    it.
+    """
     image, cache = tmp_path / "image", Path(f"/dev/shm/{tmp_path.name}")
     image.write_bytes(bytes(SIZE))
     header = BackHeader((MAX_SLOTS + 1) * 4096, 4096, "x", bytes(16))
@@ -142,7 +148,9 @@ def test_a_header_of_more_than_there_can_be(machines: list[Machine], tmp_path: P
     ("former", "later"), [("size=1M", "size=2M"), ("size=2M", "size=1M"), ("size=2M,mode=read", "size=1M")]
 )
 def test_killed_while_it_is_begun_anew(tmp_path: Path, former: str, later: str) -> None:
-    """Or without power, at any moment: it is begun anew again, and no map in memory is one of it any more."""
+    """If the worker is killed or the power fails while FILE is begun anew, it is begun anew again, and no former map is
+    used.
+    """
     path, image = at(tmp_path / "cache"), RecordedFile(bytearray(64 << 10))
     file = RecordedFile(bytearray(4096))
     if "mode" not in former:

@@ -1,4 +1,4 @@
-"""Which slot has which block."""
+"""The map of a cache: which slot holds which block."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ def _map(env: StepEnv, slots: int, token: bytes) -> CacheMap:
 
 
 def test_it_is_a_dictionary_that_forgets() -> None:
-    """Of random calls: what is found is what was put last, in a slot that nothing else has had since."""
+    """Under random calls, a lookup finds the slot where the block was put last, if that slot holds no other block
+    since.
+    """
     chance, known = Random(1), _map(StepEnv(), 64, b"t")
-    content: dict[int, int] = {}  # by slot: the block whose bytes are there
+    content: dict[int, int] = {}  # by slot, the block whose bytes are there
     for _ in range(5000):
         block = chance.randrange(200)
         slot = known.find(block)
@@ -37,7 +39,9 @@ def test_it_is_a_dictionary_that_forgets() -> None:
 
 
 def test_a_successor_finds_what_was_put_and_nothing_that_was_only_taken() -> None:
-    """D11: a slot that is being written has nothing."""
+    """D11: a successor finds the blocks that were put, and none in slots that were only taken and were still being
+    written.
+    """
     env = StepEnv()
     known = _map(env, 64, b"t")
     first, second = known.take(1), known.take(2)
@@ -50,7 +54,7 @@ def test_a_successor_finds_what_was_put_and_nothing_that_was_only_taken() -> Non
 
 
 def test_a_pinned_slot_is_not_given_away() -> None:
-    """Somebody reads from it, or writes to it; where all of a set are, nothing is kept."""
+    """A slot that is being read or written is not given away. If all slots of a set are, nothing is kept."""
     known = _map(StepEnv(), WAYS, b"t")
     slots = [known.take(block) for block in range(WAYS)]
     assert -1 == known.take(100)
@@ -63,7 +67,7 @@ def test_a_pinned_slot_is_not_given_away() -> None:
 
 
 def test_what_is_used_stays() -> None:
-    """A block that was looked for since the last round outlives those that were not."""
+    """A block that was looked up since the hand came round last outlives those that were not."""
     known = _map(StepEnv(), WAYS, b"t")
     for block in range(40):
         known.find(0)
@@ -77,7 +81,9 @@ def test_what_is_used_stays() -> None:
 
 
 def test_a_block_is_in_one_slot_at_most() -> None:
-    """Of two copies of a block that were on their way at once one is kept: to drop it drops it."""
+    """If one block was copied into two slots at the same time, one of them is kept, and dropping the block
+    removes it.
+    """
     known = _map(StepEnv(), WAYS, b"t")
     for slot in (known.take(5), known.take(5)):
         known.put(slot, 5)
@@ -89,7 +95,7 @@ def test_a_block_is_in_one_slot_at_most() -> None:
 
 @pytest.mark.parametrize("way", ["by its place", "by looking for it"])
 def test_a_block_that_is_found_again_and_again_stays(way: str) -> None:
-    """Whoever has its place does not look for it: the hand takes the place away, so that the next one looks."""
+    """A block that is found again and again is kept, although a lookup by its cached place does not mark it as used."""
     known = _map(StepEnv(), WAYS, b"t")
     for block in range(200):
         if way == "by looking for it" or 0 not in known.places:
@@ -103,7 +109,9 @@ def test_a_block_that_is_found_again_and_again_stays(way: str) -> None:
 
 
 def test_a_slot_that_is_given_to_another_block_is_no_place_of_the_former_one() -> None:
-    """Also where it was found a moment before."""
+    """A slot that is given to another block is not found for its former block, even if that was looked up just
+    before.
+    """
     known = _map(StepEnv(), WAYS, b"t")
     slot = known.take(1)
     known.put(slot, 1)
@@ -115,7 +123,7 @@ def test_a_slot_that_is_given_to_another_block_is_no_place_of_the_former_one() -
 
 
 def test_places_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many blocks a cache has, their places take so much memory and no more."""
+    """The number of cached places is limited, however many blocks a cache holds."""
     monkeypatch.setattr(cache_map, "_MOST_PLACES", 10)
     known = _map(StepEnv(), 64, b"t")
     for block in range(64):
@@ -126,5 +134,5 @@ def test_places_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("slots", [1, 7, 8, 1000])
 def test_there_are_whole_sets(slots: int) -> None:
-    """No more slots than there is room for, but for the one set that there has to be."""
+    """Slots come in whole sets. Their number is rounded down, but there is at least one set."""
     assert _map(StepEnv(), slots, b"t").slots == max(WAYS, slots // WAYS * WAYS)

@@ -1,4 +1,4 @@
-"""Open chains: wiring, geometry, control, blame, closing."""
+"""Open chains: wiring, geometry, verbs, blame for exceptions, closing."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ def test_an_empty_filter_between_two_others_is_skipped(machine: Machine, events:
 
 
 def test_an_exception_on_the_way_up_is_handed_over_with_its_batch(machine: Machine) -> None:
-    """D8: what a layer lets out while requests come back goes to `contain`, with what it had been given."""
+    """D8: an exception that a layer raises while requests come back is passed to `contain`, with the batch the layer
+    was given.
+    """
     chain = machine.open("delay:|ram:1M", checked=False)
     caught: list[tuple[str, list[Request]]] = []
 
@@ -61,7 +63,9 @@ def test_an_exception_on_the_way_up_is_handed_over_with_its_batch(machine: Machi
 def test_a_layer_has_its_own_requests_back_before_anybody_is_served(
     machine: Machine, events: list[str], *, checked: bool
 ) -> None:
-    """A frontend may take long to connect, and a layer does not wait for it: a cache writes what it has below."""
+    """Requests of a layer's own come back to it before a frontend has connected, so that a cache can already write to
+    the layer below.
+    """
     chain = machine.open("busy:|silent:|ram:1M", checked=checked)
     busy = chain.layers[0].driver
     busy.ask()
@@ -89,7 +93,7 @@ def test_completions_can_be_taken_elsewhere_between_batches(machine: Machine) ->
 
 
 def test_geometry_is_that_of_the_top(machine: Machine, tmp_path: Path) -> None:
-    """The guest's end has the size of the layers below it, and a chain that is opened read-only says so."""
+    """The chain has the size of the layers below its top."""
     path = image(tmp_path / "img")
     chain = machine.open(f"delay:|aio:{path}", read_only=True)
     geometry = chain.geometry
@@ -99,7 +103,7 @@ def test_geometry_is_that_of_the_top(machine: Machine, tmp_path: Path) -> None:
 
 
 def test_a_disk_that_is_only_read_offers_nothing_that_alters() -> None:
-    """A chain opened read-only says so and offers no discard, even where its top layer does not care."""
+    """A chain that is opened read-only says so and offers no discard, even if its top layer does not care."""
     layer = OpenLayer("bottom:", Bottom(), Geometry(1024, can_discard=True, discard_granularity=512))
 
     assert Geometry(1024, read_only=True) == Chain([layer], read_only=True).geometry
@@ -107,7 +111,7 @@ def test_a_disk_that_is_only_read_offers_nothing_that_alters() -> None:
 
 
 def test_a_layer_reports_what_it_chose(machine: Machine, tmp_path: Path) -> None:
-    """What a driver reports is found with its layer."""
+    """What a driver reports is listed with its layer."""
     chain = machine.open(f"delay:|aio:{image(tmp_path / 'img')},cache=on")
     facts = [layer.driver.env.facts for layer in chain.layers]
     chain.close()
@@ -117,7 +121,7 @@ def test_a_layer_reports_what_it_chose(machine: Machine, tmp_path: Path) -> None
 
 
 def test_a_verb_reaches_the_layer_that_is_named(machine: Machine) -> None:
-    """A layer is named by its driver, or by its number where that is not clear."""
+    """A verb is addressed to a layer by the name of its driver, or by its number if several layers have that driver."""
     chain = machine.open("fault:op=read|fault:op=flush|delay:|ram:1M")
     machine.do(chain, flush())
 
@@ -136,7 +140,7 @@ def test_a_verb_reaches_the_layer_that_is_named(machine: Machine) -> None:
 
 @pytest.mark.parametrize("place", ["submit", "complete"])
 def test_an_exception_is_blamed_on_its_layer(machine: Machine, events: list[str], place: str) -> None:
-    """D8: the layer out of which an exception came is found, whether on the way down or up."""
+    """D8: the layer that raised an exception is found, whether requests were on their way down or up."""
     chain = machine.open(f"silent:|clumsy:|clumsy:at={place}|delay:|ram:1M", checked=False)
     with pytest.raises(KeyError) as caught:
         machine.do(chain, flush())
@@ -146,7 +150,9 @@ def test_an_exception_is_blamed_on_its_layer(machine: Machine, events: list[str]
 
 
 def test_a_file_is_blamed_as_its_layer(machine: Machine, events: list[str], tmp_path: Path) -> None:
-    """An exception inside a file belongs to the layer that opened it, though its driver is not on the way."""
+    """An exception raised in a file is blamed on the layer that opened it, although its driver is not on the requests'
+    way.
+    """
     text = f"sync:{image(tmp_path / 'img')}"
     chain = machine.open(f"silent:|{text}", checked=False)
     broken = flush()
@@ -160,7 +166,7 @@ def test_a_file_is_blamed_as_its_layer(machine: Machine, events: list[str], tmp_
 
 
 def test_every_layer_is_closed_though_one_fails(machine: Machine, events: list[str], tmp_path: Path) -> None:
-    """A layer whose closing fails does not keep those below open, and its error is not lost."""
+    """If one layer fails to close, the layers below it are closed all the same, and its error is reported."""
     leaf = tmp_path / "leaf"
     leaf.write_text("")
     chain = machine.open(f"clumsy:at=close|child:{leaf}")
@@ -173,7 +179,7 @@ def test_every_layer_is_closed_though_one_fails(machine: Machine, events: list[s
 def test_a_disk_that_can_only_be_read_is_no_writable_one(
     machine: Machine, events: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A chain whose top can only be read is refused for a writable vbd, and opens for one that only reads."""
+    """A chain whose top is read-only is refused for a writable vbd, and opened for a read-only one."""
     leaf, base = tmp_path / "leaf", tmp_path / "base"
     leaf.write_text(f"child:{base}")
     base.write_text("")
@@ -186,7 +192,9 @@ def test_a_disk_that_can_only_be_read_is_no_writable_one(
 
 
 def test_a_parent_answers_what_the_child_passes_on(machine: Machine, events: list[str], tmp_path: Path) -> None:
-    """From its parent on, a source goes down like a filter, and completions come up through it."""
+    """A source that has a parent passes requests to it as a filter does, and completions come back up through the
+    source.
+    """
     leaf = tmp_path / "leaf"
     leaf.write_text("ram:1M")
     chain = machine.open(f"child:{leaf}", read_only=True)

@@ -15,7 +15,7 @@ SIZE = 8192
 
 
 def linked(geometry: Geometry | None = None) -> tuple[Checked, Bottom, list[list[Request]]]:
-    """Return an asserting layer, the layer below it, and what comes up."""
+    """Return an asserting layer, the layer below it, and the list of what comes back up."""
     checked, bottom, done = Checked("upper:", "lower:", geometry or Geometry(SIZE)), Bottom(), []
     checked.next, checked.complete = bottom, done.append
     bottom.complete = checked.on_complete
@@ -58,7 +58,9 @@ def changed(request: Request, **fields: object) -> Request:
     ],
 )
 def test_what_the_upper_layer_does_wrong_is_its_fault(batch: list[Request], rule: str) -> None:
-    """A request that must not be submitted is found before the layer below sees it."""
+    """A request that must not be submitted is found before it reaches the layer below, and the upper layer is
+    blamed.
+    """
     checked, bottom, _ = linked()
     with pytest.raises(ContractError, match=rule):
         checked.submit(batch)
@@ -67,7 +69,7 @@ def test_what_the_upper_layer_does_wrong_is_its_fault(batch: list[Request], rule
 
 
 def test_a_read_only_layer_gets_no_writes() -> None:
-    """Nothing that alters data is sent to a layer that said it can only be read."""
+    """A layer that said that it is read-only gets no request that alters data."""
     checked, _, _ = linked(Geometry(SIZE, read_only=True))
     checked.submit([read(0, 512), flush()])
     for request in (write(0, bytes(512)), discard(0, 512)):
@@ -76,7 +78,7 @@ def test_a_read_only_layer_gets_no_writes() -> None:
 
 
 def test_a_request_is_lent_once_at_a_time() -> None:
-    """D1: what is in flight cannot be submitted again."""
+    """D1: a request that is in flight cannot be submitted again."""
     checked, _, _ = linked()
     request = flush()
     checked.submit([request])
@@ -96,7 +98,7 @@ def test_a_request_is_lent_once_at_a_time() -> None:
     ],
 )
 def test_what_the_lower_layer_does_wrong_is_its_fault(spoil: Callable[[Request], list[Request]], rule: str) -> None:
-    """What comes back wrong is found before the layer above sees it."""
+    """A completion that breaks the rules is found before it reaches the layer above, and the lower layer is blamed."""
     checked, bottom, done = linked()
     request = read(0, 512)
     checked.submit([request])
@@ -107,7 +109,7 @@ def test_what_the_lower_layer_does_wrong_is_its_fault(spoil: Callable[[Request],
 
 
 def test_nothing_is_in_flight_at_the_end() -> None:
-    """D1: a layer that kept a request is found when the chain is closed."""
+    """D1: a layer that has kept a request is found when the chain is closed."""
     checked, _, _ = linked()
     checked.submit([flush()])
     with pytest.raises(ContractError, match="D1: lower: was closed while it held"):

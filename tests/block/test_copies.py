@@ -1,4 +1,4 @@
-"""Memory that requests are done with instead of a guest's."""
+"""Memory that requests use in place of the guest's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from xenbackend.block.copies import Copies, fill, give
 
 
 def test_what_is_put_back_is_taken_again() -> None:
-    """Memory is asked of the kernel once, for sizes that come again."""
+    """Memory that is put back is used again for the next copy of its size, so the kernel is asked only once."""
     copies = Copies()
     first = copies.take(5000)
     copies.put(first)
@@ -19,7 +19,7 @@ def test_what_is_put_back_is_taken_again() -> None:
 
 
 def test_there_is_a_limit_but_for_one() -> None:
-    """Whatever a guest asks for at a time, no more than 32 MiB are in use; one request of any size always passes."""
+    """At most 32 MiB are in use at a time, whatever a guest asks for. A single request passes whatever its size."""
     copies, taken = Copies(), []
     assert copies.have_room(64 << 20)
     while copies.have_room(1 << 20):
@@ -31,7 +31,7 @@ def test_there_is_a_limit_but_for_one() -> None:
 
 
 def test_what_is_spared_is_bounded() -> None:
-    """Memory of sizes that are not used any more goes back to the host."""
+    """The amount of spare memory is limited, so sizes that are not used any more go back to the host."""
     copies, chance = Copies(), Random(1)
     for _ in range(200):
         copies.put(copies.take(chance.choice([4096, 1 << 20, 4 << 20])))
@@ -39,7 +39,7 @@ def test_what_is_spared_is_bounded() -> None:
 
 
 def test_views_are_copied_in_their_order() -> None:
-    """Both ways, from any place on."""
+    """Copies keep the order of the views, in both directions and from any offset."""
     memory = memoryview(bytearray(16))
     fill(memory, 4, [memoryview(b"ab"), memoryview(b"cde")])
     views = [memoryview(bytearray(3)), memoryview(bytearray(2))]

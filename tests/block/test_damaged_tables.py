@@ -1,11 +1,11 @@
-"""Images whose refcounts or tables are damaged, written to by a guest: nothing is ever written over a table.
+"""Images with damaged refcounts or tables, written to by a guest: no table is ever overwritten.
 
-What lies where is read by `tests/image_places.py`, which knows nothing of ours. An image may be refused, and so may a
-write; one that was answered is there afterwards, and so is all that nobody wrote. The one thing that no disk in service
-can see is data that are counted as free, or that lie where the file has ended: they may be handed out again, and only
-there anything may be found.
+`tests/image_places.py`, which shares no code with the package, finds out what lies where. An image may be refused, and
+so may a write. A write that was answered must be readable afterwards, and so must everything that nobody wrote to. The
+one damage that a disk in service cannot notice is data that are counted as free, or that lie beyond the end of the
+file: their place may be handed out again, so only there may anything be found.
 
-How many images there are is `--requests`; `make test-images` has a hundred thousand for each format.
+`--requests` sets the number of images; `make test-images` tries a hundred thousand of each format.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from xenbackend.errors import DriverError
 
 SIZE = 96 << 10
 BLOCK = 8 << 10  # of VHD
-MARK = b"what a guest has"  # each sector of a guest's write begins with it
+MARK = b"what a guest has"  # each sector that a guest writes begins with it
 REFUSALS = {IMAGE_DAMAGED, errno.EIO, errno.ENOSPC, errno.EINVAL}
-SHARES = 12  # so that a part of the suite has a part of the images
-JUDGED = 50  # one in so many images is looked at by qemu-img, too, where all its data are counted
+SHARES = 12  # so that a part of the suite tests a part of the images
+JUDGED = 50  # qemu-img checks one in so many of the images all of whose data are counted
 Damage = Callable[[bytearray, Places, Random], None]
 
 
@@ -60,7 +60,7 @@ def _clusters(chance: Random, cluster: int) -> dict[int, bytes]:
 
 @cache
 def sound(layer: str, variant: int) -> bytes:
-    """Return a small image that nothing is wrong with."""
+    """Return a small image without a fault."""
     chance = Random(variant)
     if layer == "vhd":
         blocks = {
@@ -84,14 +84,14 @@ def sound(layer: str, variant: int) -> bytes:
 
 
 def damage_qcow2(image: bytearray, places: Places, chance: Random) -> None:
-    """Give refcounts other values: of tables, of anything, or of whole blocks; or let blocks be somewhere else."""
+    """Change the refcounts of tables, of any clusters or of whole blocks, or move refcount blocks."""
     version, bits = image[7], image[23]
     order = image[99] if version > 2 else 4
     table = int.from_bytes(image[48:56], "big")
     block = int.from_bytes(image[table : table + 8], "big")
     used = [start >> bits for start, _ in places.tables]
     kind = chance.random()
-    if kind < 0.5:  # tables only: everything has to be kept
+    if kind < 0.5:  # tables only: no data may be lost
         clusters = chance.sample(used, chance.randint(1, min(4, len(used))))
     elif kind < 0.9:
         clusters = [chance.randrange(len(image) >> bits) for _ in range(chance.randint(1, 6))]
@@ -102,7 +102,7 @@ def damage_qcow2(image: bytearray, places: Places, chance: Random) -> None:
         _set_refcount(image, block, cluster, order, chance.choice((0, 0, 0, 1, 2, 3)), 1 << bits)
     if chance.random() < 0.1:  # a block that is full
         image[block : block + (1 << bits)] = b"\x55" * (1 << bits)
-    if chance.random() < 0.2:  # a block that is somewhere else, or nowhere
+    if chance.random() < 0.2:  # a block that is moved, or missing
         place = table + 8 * chance.choice((0, 0, 1, 2))
         other = chance.choice((0, len(image), len(image) + (9 << bits), *(number << bits for number in used)))
         image[place : place + 8] = other.to_bytes(8, "big")
@@ -110,7 +110,7 @@ def damage_qcow2(image: bytearray, places: Places, chance: Random) -> None:
 
 def _set_refcount(image: bytearray, block: int, cluster: int, order: int, count: int, size: int) -> None:
     bit = cluster << order
-    if bit >= 8 * size:  # of another block
+    if bit >= 8 * size:  # the place of another block
         return
     count = min(count, (1 << (1 << order)) - 1)
     if order >= 3:
@@ -123,7 +123,7 @@ def _set_refcount(image: bytearray, block: int, cluster: int, order: int, count:
 
 
 def damage_qcow(image: bytearray, places: Places, chance: Random) -> None:
-    """Let tables or data be where the file has ended, or the file end earlier."""
+    """Move tables or data beyond the end of the file, or truncate the file."""
     l1, end = int.from_bytes(image[40:48], "big"), len(image)
     cluster = places.cluster
     if chance.random() < 0.4:
@@ -139,7 +139,7 @@ def damage_qcow(image: bytearray, places: Places, chance: Random) -> None:
 
 
 def damage_vhd(image: bytearray, places: Places, chance: Random) -> None:
-    """Let blocks, names, the table or the map be anywhere; let the footer at the end be gone."""
+    """Move blocks, names, the table or the map anywhere, or remove the footer at the end."""
     end = len(image)
     count = SIZE // BLOCK
     for _ in range(chance.choice((0, 0, 0, 1, 2))):
@@ -149,7 +149,7 @@ def damage_vhd(image: bytearray, places: Places, chance: Random) -> None:
             sector = int.from_bytes(image[other : other + 4], "big") + chance.choice((0, 0, 1, -1, 17))
         place = 1536 + 4 * chance.randrange(count)
         image[place : place + 4] = (sector & UNUSED).to_bytes(4, "big")
-    for number in range(chance.choice((0, 0, 1, 2))):  # names, which need not be a parent's
+    for number in range(chance.choice((0, 0, 1, 2))):  # names, which may be those of no parent
         offset = chance.choice((end, end - 512, chance.randrange(end + 4 * BLOCK), 1536, 512, 2048)) // 512 * 512
         locator = b"W2ku" + chance.choice((1, 512, 2048)).to_bytes(4, "big") + bytes(8) + offset.to_bytes(8, "big")
         image[512 + 576 + 24 * number : 512 + 600 + 24 * number] = locator
@@ -180,7 +180,7 @@ READERS: dict[str, Callable[[bytes], Places]] = {
 
 
 def run(layer: str, path: str, chance: Random) -> Case | None:
-    """Damage an image and let a guest write to it; None where it is refused, and nothing was written then."""
+    """Damage an image and let a guest write to it. Return None if it is refused; nothing was written then."""
     image = bytearray(sound(layer, chance.randrange(16)))
     DAMAGE[layer](image, READERS[layer](bytes(image)), chance)
     start = bytes(image)
@@ -227,7 +227,7 @@ def _write(case: Case, disk: Disk, chance: Random) -> None:
 
 
 def look(case: Case) -> None:
-    """Find guest's data over tables, tables that have changed which nobody may change, and data that are lost."""
+    """Find guest data in a table's place, tables that were changed without right, and lost data."""
     file = bytes(case.file.bytes)
     after = READERS[case.layer](file)
     assert set(case.statuses) <= REFUSALS | {0}
@@ -262,7 +262,9 @@ def _compare(case: Case, found: bytes, after: Places, verb: str) -> None:
 @pytest.mark.parametrize("layer", DAMAGE)
 @pytest.mark.rows("D10")
 def test_no_table_is_written_over(layer: str, share: int, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """Whatever refcounts and tables say: no guest's data come to lie over a table, none that were answered are lost."""
+    """Whatever refcounts and tables say, guest data never overwrite a table, and no data that were answered are
+    lost.
+    """
     is_long = request.config.getoption("--long")
     count = request.config.getoption("--requests") // (10 if is_long else 100) // SHARES + 1
     path, judge = at(tmp_path / "image"), layer == "qcow2" and shutil.which("qemu-img")
@@ -285,6 +287,6 @@ def test_no_table_is_written_over(layer: str, share: int, tmp_path: Path, reques
 
 
 def judged(image: bytes | bytearray, directory: Path) -> int:
-    """Return how many errors qemu-img finds."""
+    """Return the number of errors that qemu-img finds."""
     (directory / "judged").write_bytes(image)
     return qemu.check(directory / "judged")[0]

@@ -1,4 +1,6 @@
-"""When blocks go below; tests/block/test_write_back.py has that in a disk, killed and without power."""
+"""When dirty blocks are written to the layer below; tests/block/test_write_back.py does that in a disk, with kills and
+power loss.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +22,13 @@ BLOCK = 4096
 
 
 def below(life: Life) -> int:
-    """Return how many blocks have gone below, after all that can be done without time."""
+    """Return how many blocks have been written below, after everything that can be done without a timer."""
     life.run()
     return sum(each.kind == "write" for each in life.image.log)
 
 
 def pass_time(life: Life, seconds: float) -> None:
-    """Let time pass, a little at a time."""
+    """Let time pass in small steps."""
     for _ in range(round(seconds / 0.25)):
         life.time += 0.25
         for env in life.envs:
@@ -35,7 +37,9 @@ def pass_time(life: Life, seconds: float) -> None:
 
 
 def test_a_block_rests_before_it_goes_below(tmp_path: Path) -> None:
-    """What is written again and again goes once; nothing is asked of the media once nothing is dirty."""
+    """A block is written below once it has rested, and only once if it was written often. With nothing dirty, nothing
+    is sent to the media.
+    """
     life = Life(tmp_path, Random(1))
     for _ in range(10):
         assert [0] == life.disk.do(write(0, b"n" * BLOCK))
@@ -52,7 +56,9 @@ def test_a_block_rests_before_it_goes_below(tmp_path: Path) -> None:
 
 
 def test_the_rate_is_kept(tmp_path: Path) -> None:
-    """As many bytes a second go below as was said, and no more; what is dirty is told meanwhile."""
+    """No more bytes per second go below than `destage=` says. The figure `dirty` counts blocks until they are flushed
+    below.
+    """
     life = Life(tmp_path, Random(1))
     life.text = life.text.replace("mode=writeback", "mode=writeback,destage=8K")
     life.start()
@@ -63,11 +69,11 @@ def test_the_rate_is_kept(tmp_path: Path) -> None:
     pass_time(life, 5)
 
     assert 9 <= below(life) - first <= 11
-    assert 0 <= life.figures()["dirty"] - (30 - below(life)) <= 2  # what is below, and not yet flushed
+    assert 0 <= life.figures()["dirty"] - (30 - below(life)) <= 2  # below already, but not flushed yet
 
 
 def test_many_do_not_rest(tmp_path: Path) -> None:
-    """Once more than half of those are dirty that may be, the oldest go at once."""
+    """If more than half of the permitted dirty blocks are dirty, the oldest are written below without rest."""
     life = Life(tmp_path, Random(1), size=1 << 20)
     limit = life.writer.destage._limit
     for place in range(0, (limit // 2 + 10) * BLOCK, BLOCK):
@@ -79,7 +85,9 @@ def test_many_do_not_rest(tmp_path: Path) -> None:
 
 
 def test_media_that_answer_at_once(tmp_path: Path) -> None:
-    """Thousands of blocks go below, as of files in the page cache, and a guest's request waits for a few at most."""
+    """While thousands of blocks go below to a medium that answers at once, as the page cache does, a guest's request
+    waits for a few at most.
+    """
     machine, size, file = Machine(), 16 << 20, Path(f"/dev/shm/{tmp_path.name}")
     (tmp_path / "image").write_bytes(bytes(size))
     text = f"cache:{file},size=16M,block=4K,mode=writeback|aio:{tmp_path}/image,cache=on"
@@ -98,14 +106,16 @@ def test_media_that_answer_at_once(tmp_path: Path) -> None:
             counts.append(driver.figures()["destaged"])
         assert max(later - sooner for sooner, later in pairwise(counts)) <= 4 * 8
         chain.close()
-        assert b"n" * size == machine.contents(text)  # a slow host has not had the time for all of it
+        assert b"n" * size == machine.contents(text)  # a slow host has not had the time for all of them
     finally:
         file.unlink()
         machine.close()
 
 
 def test_a_flush_below_that_takes_long_stops_what_goes_there(tmp_path: Path) -> None:
-    """As of an image in the page cache, which takes any number: of blocks that wait for the flush there are few."""
+    """While a flush below takes long, writing below stops, so that only a limited number of blocks waits for that
+    flush, even if the medium takes any number.
+    """
     life = Life(tmp_path, Random(1), size=8 << 20)
     life.text = life.text.replace("size=1M", "size=8M")
     life.file.bytes[:] = bytes(BLOCK)
@@ -132,7 +142,9 @@ def test_a_flush_below_that_takes_long_stops_what_goes_there(tmp_path: Path) -> 
 
 
 def test_a_discard_waits_for_what_is_moving_alone(tmp_path: Path) -> None:
-    """Also where hundreds of its blocks are still to go below, and might be moving one after the other."""
+    """A discard waits only for those of its blocks that are being written below at that moment, not for hundreds that
+    might follow.
+    """
     life = Life(tmp_path, Random(1), size=1 << 20)
     for place in range(0, 100 * BLOCK, BLOCK):
         life.disk.do(write(place, b"n" * BLOCK))
@@ -151,7 +163,9 @@ def test_a_discard_waits_for_what_is_moving_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("op", [Op.WRITE, Op.FLUSH])
 def test_an_error_below_is_tried_again(tmp_path: Path, op: int) -> None:
-    """F4: the guest's writes go on, nothing is forgotten, and once the medium is back all of it goes there."""
+    """F4: if the layer below fails, writing there is tried again. The guest's writes succeed meanwhile, and all of them
+    arrive in the end.
+    """
     life = Life(tmp_path, Random(1))
     life.disk.do(write(0, b"n" * BLOCK))
     tries: list[int] = []
@@ -168,8 +182,8 @@ def test_an_error_below_is_tried_again(tmp_path: Path, op: int) -> None:
 
 @pytest.mark.parametrize("moment", range(12))
 def test_a_flush_below_that_fails_loses_nothing_of_file(tmp_path: Path, moment: int) -> None:
-    """F1: also the guest's own, at any step of what goes below: the kernel drops what it could not write, tells of it
-    once, and later flushes succeed. What FILE has is written again.
+    """F1: if a flush below fails at any step, even the guest's own, the blocks are written again from FILE. The kernel
+    drops what it could not write, reports that once, and lets later flushes succeed.
     """
     life = Life(tmp_path, Random(moment))
     for number in range(20):
@@ -201,7 +215,7 @@ def test_a_flush_below_that_fails_loses_nothing_of_file(tmp_path: Path, moment: 
 
 @pytest.mark.parametrize("op", [Op.WRITE, Op.FLUSH])
 def test_an_error_below_is_told_while_it_lasts(tmp_path: Path, op: int) -> None:
-    """As a fact: what the guest hears of is the write to FILE, and that was well."""
+    """While writing below fails, a fact says so. The guest gets no error, since its writes to FILE succeeded."""
     life = Life(tmp_path, Random(1))
     for place in range(0, 3 * BLOCK, BLOCK):
         life.disk.do(write(place, b"n" * BLOCK))
@@ -218,7 +232,9 @@ def test_an_error_below_is_told_while_it_lasts(tmp_path: Path, op: int) -> None:
 
 
 def test_what_closing_leaves_in_file_is_said(tmp_path: Path) -> None:
-    """Once, and why: somebody may take what is below for the disk."""
+    """If closing leaves dirty blocks in FILE, one alarm says so and why: somebody could take the layer below for the
+    whole disk.
+    """
     life = Life(tmp_path, Random(1))
     life.disk.do(write(0, b"n" * BLOCK))
     life.disk.chain.close()
@@ -233,7 +249,7 @@ def test_what_closing_leaves_in_file_is_said(tmp_path: Path) -> None:
 
 
 def test_closing_brings_it_below(tmp_path: Path) -> None:
-    """And where that fails, it stays in FILE durably."""
+    """Closing writes all dirty blocks below. If that fails, they stay in FILE durably."""
     life = Life(tmp_path, Random(1))
     life.disk.do(write(0, b"n" * BLOCK))
     life.disk.chain.close()

@@ -1,4 +1,4 @@
-"""The dirty map against a plain set of pieces, across deaths, and at the sizes of real disks."""
+"""The dirty map, compared with a plain set of pieces, across deaths, and at the sizes of real disks."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def peek_all(dirty: DirtyMap) -> list[Range]:
 
 
 def take_all(dirty: DirtyMap) -> list[Range]:
-    """Return the ranges of a whole sweep, each page acknowledged."""
+    """Return the ranges of a whole sweep, acknowledging each page."""
     found, number = dirty.take()
     ranges = found
     while ranges:
@@ -70,7 +70,9 @@ def take_all(dirty: DirtyMap) -> list[Range]:
 
 
 def random_range(random: Random, size: int) -> tuple[int, int]:
-    """Return a range of any shape that the marking treats apart: pieces, whole bytes, whole chunks, across borders."""
+    """Return a random range of one of the shapes that marking handles separately: pieces, whole bytes, whole chunks,
+    across borders.
+    """
     unit = random.choice((512, 512, 4096, 4096, CHUNK))
     first = random.randrange(size // unit)
     count = random.randrange(1, random.choice((2, 3, 20, 300)))
@@ -78,7 +80,7 @@ def random_range(random: Random, size: int) -> tuple[int, int]:
 
 
 def test_take_keeps_what_is_in_flight_in_the_page_only() -> None:
-    """Of what is in flight, what the page hands out stays dirty; what it does not have gets no mark."""
+    """Pieces with a request in flight stay dirty if the page hands them out. Pieces outside of the page get no mark."""
     dirty = new_map()
     for offset, length in ((0, 1024), (4096, 512), (8192, 512)):
         dirty.mark(offset, length)
@@ -93,7 +95,7 @@ def test_take_keeps_what_is_in_flight_in_the_page_only() -> None:
 @pytest.mark.parametrize("granularity", [512, 4096])
 @pytest.mark.parametrize("seed", range(6))
 def test_agrees_with_a_set_of_pieces(seed: int, granularity: int) -> None:
-    """Whatever was written and discarded, cleared and taken, the map shows exactly the pieces that a set would."""
+    """After any writes, discards, clears and takes, the map shows exactly the pieces that a set would hold."""
     random = Random(seed)
     dirty = new_map(granularity=granularity)
     model: set[int] = set()
@@ -120,7 +122,7 @@ def test_agrees_with_a_set_of_pieces(seed: int, granularity: int) -> None:
 
 
 def test_ranges_are_joined_and_end_with_the_disk() -> None:
-    """Neighbours make one range, across chunks too, and the last range does not reach past the end of the disk."""
+    """Adjacent pieces are joined into one range, across chunks too, and the last range ends where the disk does."""
     dirty = new_map(size=2 * CHUNK + 512, granularity=4096)
     for offset in range(CHUNK - 8192, 2 * CHUNK, 4096):
         dirty.mark(offset, 4096)
@@ -130,7 +132,7 @@ def test_ranges_are_joined_and_end_with_the_disk() -> None:
 
 
 def test_only_writes_and_discards_are_marked() -> None:
-    """A read or a flush changes nothing and so marks nothing."""
+    """Reads and flushes mark nothing."""
     dirty = new_map()
     dirty.mark_changes([request(Op.READ, 0, 4096), request(Op.FLUSH, 0, 0)])
 
@@ -150,7 +152,9 @@ def test_successor_finds_the_map() -> None:
 
 
 def test_memory_of_another_disk_is_not_believed() -> None:
-    """A map of another size or granularity, in memory that happens to have the same size, is begun anew."""
+    """Memory with a map of another size or granularity is begun anew, even if the memory happens to have the right
+    size.
+    """
     memory = memoryview(bytearray(memory_size(SIZE, 512)))
     DirtyMap(memory, SIZE, 512, is_tracking=False).mark(0, SIZE)
 
@@ -160,7 +164,7 @@ def test_memory_of_another_disk_is_not_believed() -> None:
 
 
 def test_unacknowledged_page_is_dirty_again() -> None:
-    """A page that nobody acknowledged is handed out again, with what was written since, even after a death."""
+    """A page that was not acknowledged is handed out again with what was written since, even after a death."""
     memory = memoryview(bytearray(memory_size(SIZE, 512)))
     dirty = DirtyMap(memory, SIZE, 512, is_tracking=True)
     dirty.mark(0, 4096)
@@ -175,7 +179,7 @@ def test_unacknowledged_page_is_dirty_again() -> None:
 
 
 def test_write_after_its_range_was_handed_out_is_kept() -> None:
-    """What is written between two pages of a sweep is in the next one; to acknowledge a page does not lose it."""
+    """What is written between two pages of a sweep is in the next page. Acknowledging a page does not lose it."""
     dirty = new_map()
     dirty.mark(0, 4096)
     _, number = dirty.take()
@@ -187,7 +191,7 @@ def test_write_after_its_range_was_handed_out_is_kept() -> None:
 
 @pytest.mark.parametrize("is_written", [False, True])
 def test_death_inside_take_loses_nothing(monkeypatch: pytest.MonkeyPatch, *, is_written: bool) -> None:
-    """A process that dies just before or just after it wrote down what it hands out leaves all of it dirty."""
+    """A process that dies just before or just after it has noted what it hands out leaves all of it dirty."""
     memory = memoryview(bytearray(memory_size(SIZE, 512)))
     dirty = DirtyMap(memory, SIZE, 512, is_tracking=True)
     dirty.mark(4096, 4096)
@@ -206,7 +210,9 @@ def test_death_inside_take_loses_nothing(monkeypatch: pytest.MonkeyPatch, *, is_
 
 
 def test_second_reader_takes_the_sweep_over() -> None:
-    """Two readers cannot split a sweep between them: the number of a page that is not the last is refused."""
+    """A second reader takes over the sweep: the first one's next acknowledgement, which names an outdated page, is
+    refused.
+    """
     dirty = new_map()
     dirty.mark(0, 4096)
     _, number = dirty.take()
@@ -229,7 +235,9 @@ def test_clear_ends_a_sweep() -> None:
 
 
 def test_pages_are_bounded_and_lose_nothing() -> None:
-    """A disk with every other piece dirty comes in pages of at most MAX_PAGE_RANGES, each piece once."""
+    """If every other piece of a disk is dirty, pages have at most MAX_PAGE_RANGES ranges, and each piece is in one of
+    them.
+    """
     dirty = new_map(size=4 * CHUNK)
     for offset in range(0, 4 * CHUNK, 1024):
         dirty.mark(offset, 512)
@@ -244,7 +252,9 @@ def test_pages_are_bounded_and_lose_nothing() -> None:
 
 
 def test_whole_disk_discard_costs_no_bits() -> None:
-    """A discard of a TiB takes no bits and is walked in bounded pages, so that a guest cannot stall its worker."""
+    """A discard of 1 TiB costs no memory for bits and is walked in pages of limited size, so a guest cannot stall its
+    worker.
+    """
     fd = os.memfd_create("dirty")
     os.ftruncate(fd, memory_size(TIB, 512))
     dirty = DirtyMap(memoryview(mmap.mmap(fd, memory_size(TIB, 512))), TIB, 512, is_tracking=True)
@@ -262,8 +272,8 @@ def test_whole_disk_discard_costs_no_bits() -> None:
 @pytest.mark.parametrize("wanted", [512, 4096, 1 << 30])
 @pytest.mark.rows("D8", "R12")
 def test_a_map_is_bounded_whatever_size_an_image_claims(size: int, wanted: int) -> None:
-    """R19, D8: more than 257 MiB are never asked for. The pieces are the ones that were wanted where there is room for
-    them, and else no larger than they have to be.
+    """R19, D8: a map takes at most 257 MiB, whatever size an image claims. Pieces have the wanted size if that fits,
+    else the smallest size that does.
     """
     granularity = fitting(size, wanted)
 
@@ -274,7 +284,9 @@ def test_a_map_is_bounded_whatever_size_an_image_claims(size: int, wanted: int) 
 
 
 def test_a_disk_of_pebibytes_is_tracked_in_little_memory() -> None:
-    """Of 2 PiB a new map touches a few hundred KiB, a write marks its own MiB, and nothing is lost at the end."""
+    """On a disk of 2 PiB a new map touches a few hundred KiB, a write marks its own MiB, and the end of the disk is
+    tracked too.
+    """
     size = 1 << 51
     granularity = fitting(size, 512)
     bytes_of_map = memory_size(size, granularity)

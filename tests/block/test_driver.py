@@ -1,4 +1,4 @@
-"""The contract's bases."""
+"""The base classes of the contract."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def picky(base: type[SimpleDriver]) -> SimpleDriver:
 
 @pytest.mark.parametrize("base", [SimpleDriver, BlockingDriver])
 def test_an_oserror_becomes_the_status_of_its_request(base: type[SimpleDriver]) -> None:
-    """An author's OSError ends one request with its errno; what he did not write is EOPNOTSUPP, a flush succeeds."""
+    """If a driver's method raises OSError, its errno becomes the request's status. Operations that are not implemented
+    end with EOPNOTSUPP, but a flush succeeds.
+    """
     driver, done = picky(base), []
     driver.env = StepEnv()
     driver.complete = done.extend
@@ -53,7 +55,7 @@ def test_a_simple_driver_gives_a_batch_back_as_one() -> None:
 
 
 def test_physical_sectors() -> None:
-    """What a medium writes at once is no less than a sector, also where a filter makes the sectors larger."""
+    """The physical sector is never smaller than the sector, even if a filter makes sectors larger."""
     disk = Geometry(1 << 20, physical_sector_size=1024)
 
     assert [512, 4096] == [Geometry(512).physical_sector_size, Geometry(4096, 4096).physical_sector_size]
@@ -72,7 +74,9 @@ def test_a_filter_as_it_stands_passes_everything_on() -> None:
 
 
 def test_a_driver_that_is_not_wired_says_so() -> None:
-    """A completion that nobody would get is a bug, and its message shows the requests."""
+    """A driver that is not wired raises when it completes requests, because nobody would get them; the message shows
+    the requests.
+    """
     with pytest.raises(RuntimeError, match="FLUSH 0"):
         Bottom().complete([flush()])
 
@@ -84,7 +88,7 @@ def test_a_driver_knows_no_verbs() -> None:
 
 
 def test_a_driver_must_write_open_and_submit() -> None:
-    """The base promises nothing that it does not do."""
+    """The base class implements neither `open` nor `submit`: a driver must."""
     for call in (lambda: Driver(None).open(StepEnv()), lambda: Driver(None).submit([])):
         with pytest.raises(NotImplementedError):
             call()

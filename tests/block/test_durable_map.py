@@ -1,4 +1,4 @@
-"""The map of `cow:`; tests/block/drivers/test_cow.py has it in a disk, killed and without power."""
+"""The map of `cow:`; tests/block/drivers/test_cow.py tests it in a disk, with kills and power loss."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def opened(env: StepEnv, file: RecordedFile, pages: int = 3, token: bytes = b"t"
 
 
 def run(file: RecordedFile) -> None:
-    """Do all that waits."""
+    """Do all steps that are due."""
     while file.step():
         pass
 
@@ -44,7 +44,7 @@ def test_only_pages_that_changed_are_written() -> None:
 
 
 def test_a_successor_knows_what_was_never_written() -> None:
-    """What a killed worker had only in memory is written by its successor's next flush."""
+    """A successor's next flush writes the pages that a killed worker had changed only in memory."""
     env, file, ended = StepEnv(), RecordedFile(bytearray(3 * PAGE)), list[int]()
     opened(env, file).mark(PAGE + 5, 1)
     again = opened(env, file)
@@ -57,7 +57,7 @@ def test_a_successor_knows_what_was_never_written() -> None:
 
 @pytest.mark.parametrize("step", ["first flush", "write", "second flush"])
 def test_what_failed_is_done_again(step: str) -> None:
-    """Where a step fails the flush says so, and the next one writes the same pages."""
+    """If a step of a flush fails, the flush fails, and the next one writes the same pages again."""
     env, file, ended = StepEnv(), RecordedFile(bytearray(3 * PAGE)), list[int]()
     found = opened(env, file)
     found.mark(7, 1)
@@ -72,7 +72,7 @@ def test_what_failed_is_done_again(step: str) -> None:
 
 
 def test_closing_writes_what_is_left() -> None:
-    """Who closes without a flush leaves data and map durable; who only read leaves nothing."""
+    """Closing without a flush makes data and map durable. A reader's closing writes nothing."""
     for writes in (True, False):
         env, file = StepEnv(), RecordedFile(bytearray(3 * PAGE))
         found = opened(env, file)
@@ -82,7 +82,7 @@ def test_closing_writes_what_is_left() -> None:
 
 
 def test_a_range_is_marked_like_each_of_its_blocks() -> None:
-    """Blocks of the one state get the other, none beside them; only pages that changed are written."""
+    """Marking a range changes its blocks in the expected state and no others, and only changed pages are written."""
     chance = Random(1)
     for _ in range(50):
         states = chance.choices(range(3), k=3 * PAGE)
@@ -102,7 +102,7 @@ def test_a_range_is_marked_like_each_of_its_blocks() -> None:
 
 @pytest.mark.parametrize("where", ["memory", "file"])
 def test_a_state_that_is_none_is_refused(where: str) -> None:
-    """Whoever wrote it, there or in memory, where a worker was taken over: with a sentence that says what to do."""
+    """A state that does not exist, in the file or in the memory that a predecessor left, is refused with what to do."""
     env, file = StepEnv(), RecordedFile(bytearray(3 * PAGE))
     opened(env, file)
     if where == "memory":

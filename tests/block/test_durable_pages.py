@@ -1,4 +1,4 @@
-"""Pages in memory and in a file; tests/block/test_durable_map.py flushes them with errors at each step."""
+"""Pages in memory and in a file; tests/block/test_durable_map.py lets each step of their flush fail."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ def opened(env: StepEnv, file: RecordedFile, token: bytes = b"t" * TOKEN) -> Dur
 
 
 def test_they_are_taken_from_memory_only_for_the_same_file() -> None:
-    """Another token is another file's: then what the file has counts, as where nobody said that all is sound."""
+    """Pages are taken from memory only if the token is the same. With another token, or after an unclean end, the file
+    counts.
+    """
     file = RecordedFile(bytearray(b"f" * 4 * PAGE))
     env = StepEnv()
     first = opened(env, file)
@@ -32,7 +34,9 @@ def test_they_are_taken_from_memory_only_for_the_same_file() -> None:
 
 
 def test_what_is_altered_during_a_flush_is_of_the_next_one() -> None:
-    """What a flush writes is as it was when it began, since only the data of that time are durable by then."""
+    """A page that is altered during a flush is written by the next one, because the data behind it may not be durable
+    yet.
+    """
     env, file, ended = StepEnv(), RecordedFile(bytearray(4 * PAGE)), list[int]()
     pages = opened(env, file)
     pages.bytes[PAGE] = 1
@@ -50,8 +54,8 @@ def test_what_is_altered_during_a_flush_is_of_the_next_one() -> None:
 
 
 def test_many_pages_take_few_mappings() -> None:
-    """The kernel gives a process 65530: as many pages change where 1 TiB is discarded. Neighbours are written together,
-    1 MiB at a time, and what lies between others is left alone.
+    """A discard of 1 TiB changes many pages, but needs few mappings, of which the kernel gives a process 65530.
+    Adjacent pages are written together, 1 MiB at a time, and pages between them that did not change are not written.
     """
     env, file, ended, size = StepEnv(), RecordedFile(bytearray(1800 * PAGE)), list[int](), 1800 * PAGE
     pages = DurablePages(env, "pages", file, 0, size, b"t" * TOKEN)

@@ -1,4 +1,4 @@
-"""The tags of a write-back cache; tests/block/test_write_back.py has them in a disk, killed and without power."""
+"""The tags of a write-back cache; tests/block/test_write_back.py tests them in a disk, with kills and power loss."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def opened(env: StepEnv, file: RecordedFile) -> DurableTags:
 
 
 def test_a_tag_is_put_and_taken_away() -> None:
-    """Which slots have one is told with their blocks, by memory and, once it was flushed, by the file."""
+    """The slots that have a tag are returned with their blocks, from memory and, after a flush, from the file."""
     env, file, ended = StepEnv(), RecordedFile(bytearray(2 * PAGE)), list[int]()
     tags = opened(env, file)
     for slot, block in ((3, 0), (700, 12), (8, 2**40)):
@@ -36,7 +36,9 @@ def test_a_tag_is_put_and_taken_away() -> None:
 
 
 def test_what_a_predecessor_left_is_durable_before_anything_is_made_of_it() -> None:
-    """Also where the file seems to have it already: nobody knows whether its medium does."""
+    """Tags that a predecessor left are written durably before they are used, even if the file seems to hold them: its
+    medium may not.
+    """
     env, file = StepEnv(), RecordedFile(bytearray(2 * PAGE))
     opened(env, file).put(1, 1)
     opened(env, file)
@@ -51,14 +53,14 @@ def test_what_a_predecessor_left_is_durable_before_anything_is_made_of_it() -> N
     ("tags", "fits"),
     [
         ({0: 0, 9: 1, 17: 130}, True),
-        ({0: 1}, False),  # of another set
-        ({0: 0, 1: 0}, False),  # twice
-        ({0: 1024}, False),  # behind the disk's end
+        ({0: 1}, False),  # a block of another set
+        ({0: 0, 1: 0}, False),  # the same block twice
+        ({0: 1024}, False),  # beyond the end of the disk
         ({0: 2**60}, False),
     ],
 )
 def test_tags_that_cannot_be_are_refused(tags: dict[int, int], *, fits: bool) -> None:
-    """Whoever wrote them: a worker that was taken over, or a disk that has shrunk."""
+    """Tags that cannot be right are refused, whether a guest has taken over the worker or the disk has shrunk."""
     found = opened(StepEnv(), RecordedFile(bytearray(2 * PAGE)))
     for slot, block in tags.items():
         found.put(slot, block)

@@ -1,4 +1,4 @@
-"""A write-back cache whose FILE gives errors: what it alone has waits, and all else goes past it."""
+"""A write-back cache whose FILE gives errors. Requests that need FILE wait, and all others go past it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from xenbackend.block.request import CACHE_LOST, Op, Request
 
 @pytest.mark.parametrize("op", [Op.READ, Op.WRITE, Op.FLUSH])
 def test_an_error_of_file_pauses_what_needs_it(tmp_path: Path, op: int) -> None:
-    """F4: what FILE alone has is an error that every policy waits for, until FILE is back. The rest goes past FILE."""
+    """F4: a request for a block that only FILE holds ends with an error that every policy waits for, until FILE is
+    back. Other requests go past FILE.
+    """
     life = Life(tmp_path, Random(1))
     assert [0] == life.disk.do(write(0, b"d" * 4096))
     life.file.fails = lambda request: errno.EIO if request.op == op else 0
@@ -36,8 +38,8 @@ def test_an_error_of_file_pauses_what_needs_it(tmp_path: Path, op: int) -> None:
 
 
 def test_a_slot_that_cannot_be_read_says_nothing_of_another_one(tmp_path: Path) -> None:
-    """F2: a read of a block that was discarded and written anew meanwhile, to another slot, ends with an error of FILE:
-    what FILE alone has by then is still found there.
+    """F2: a read from FILE fails after its block was discarded and written again, to another slot. The read is answered
+    from the new slot, and that slot's block is not given up.
     """
     life = Life(tmp_path, Random(1))
     assert [0] == life.disk.do(read(0, 4096))
@@ -57,15 +59,15 @@ def test_a_slot_that_cannot_be_read_says_nothing_of_another_one(tmp_path: Path) 
 
 
 def dead_for_writes(life: Life) -> None:
-    """Have FILE give an error for each write from now on."""
+    """Let every write to FILE fail from now on."""
     life.file.fails = lambda request: errno.EIO if request.op == Op.WRITE else 0
 
 
 @pytest.mark.parametrize("is_written", [False, True])
 @pytest.mark.parametrize("is_killed", [False, True])
 def test_a_clean_block_goes_past_a_file_that_fails(tmp_path: Path, *, is_written: bool, is_killed: bool) -> None:
-    """F4: the layer below has all of what was read, or written and destaged: a write or discard of a part of it ends
-    well, without FILE. So does a write to it and to its neighbours, and a flush.
+    """F4: a block that was read, or written and destaged, is complete in the layer below. A write or discard of a part
+    of it, a write that includes its neighbours, and a flush succeed without FILE.
     """
     life = Life(tmp_path, Random(1), block="16K")
     model = bytearray(life.first)
@@ -99,7 +101,9 @@ def test_a_clean_block_goes_past_a_file_that_fails(tmp_path: Path, *, is_written
 
 @pytest.mark.parametrize("failing", range(3))
 def test_writes_to_one_clean_block_of_which_one_fails(tmp_path: Path, failing: int) -> None:
-    """F2: what the other ones have put into FILE stays there, or follows below; none is lost, in any order of steps."""
+    """F2: several writes to one clean block are under way and one of them fails. What the others wrote stays in FILE or
+    goes below, in any order of steps.
+    """
     for seed in range(30):
         life = Life(tmp_path, Random(seed), block="16K")
         assert [0] == life.disk.do(read(0, 512))
@@ -135,8 +139,8 @@ def test_writes_to_one_clean_block_of_which_one_fails(tmp_path: Path, failing: i
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(("block", "size"), SHAPES)
 def test_killed_anywhere_while_file_gives_errors(tmp_path: Path, seed: int, block: str, size: int) -> None:
-    """D11, F4: a third of what is written to FILE fails, torn: a write that does not go past it waits, and is done
-    again. A successor reads nothing that is older than what was answered, whether that is in FILE or below.
+    """D11, F4: a third of the writes to FILE fail, torn. A write that cannot go past FILE waits and is done again.
+    After a kill no read returns data older than an answered write, whether they are in FILE or below.
     """
     chance = Random(seed)
     life = Life(tmp_path, chance, block=block, size=size)

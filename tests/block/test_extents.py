@@ -1,4 +1,4 @@
-"""Ranges of a disk: cut by a file's holes, made of a table's entries, and put together again."""
+"""Ranges of a disk: cut at a file's holes, made from a table's entries, and joined."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ K = 1024
 
 
 class Holey:
-    """A file that has data in some ranges."""
+    """A file that has data in some ranges only."""
 
     def __init__(self, size: int, data: list[tuple[int, int]]) -> None:
         self.size = size
@@ -28,7 +28,7 @@ class Holey:
 
 
 def test_a_files_holes_are_zeros_up_to_the_end_of_the_disk() -> None:
-    """What lies behind the disk, as a footer does, is not the disk's."""
+    """A file's holes are zeros. Bytes beyond the end of the disk, such as a footer, do not count."""
     file = Holey(10 * K, [(2 * K, 4 * K), (7 * K, 10 * K)])
 
     assert [
@@ -40,7 +40,9 @@ def test_a_files_holes_are_zeros_up_to_the_end_of_the_disk() -> None:
 
 
 def test_data_are_cut_where_the_file_has_holes() -> None:
-    """Places count, not the disk's order; behind the end of the file is a hole; what has no place stays whole."""
+    """Data are cut at holes by their place in the file, whatever their order on the disk. Beyond the file's end is a
+    hole; ranges without a place stay whole.
+    """
     file = Holey(8 * K, [(2 * K, 4 * K)])
     before = [
         Extent(0, 4 * K, Kind.DATA, 3 * K),
@@ -62,7 +64,7 @@ def test_data_are_cut_where_the_file_has_holes() -> None:
 
 
 def test_neighbours_share_a_question() -> None:
-    """Many clusters in a row of one stretch of data cost one question to the file."""
+    """For many adjacent clusters in one stretch of data the file is asked only once."""
     file = Holey(1 << 30, [(0, 1 << 30)])
     found = list(merged(with_holes((Extent(n * K, K, Kind.DATA, n * K) for n in range(1000)), file)))
 
@@ -72,7 +74,7 @@ def test_neighbours_share_a_question() -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_holes_lose_nothing(seed: int) -> None:
-    """For any file and any places, each byte is a hole or not as the file has it, and there are no gaps."""
+    """For any file and any places, every byte is reported once, as a hole exactly if it is one in the file."""
     chance = Random(seed)
     edges = sorted(chance.sample(range(100), 20))
     file = Holey(100, list(zip(edges[::2], edges[1::2], strict=True)))
@@ -93,7 +95,7 @@ def test_holes_lose_nothing(seed: int) -> None:
 
 
 def test_entries_are_ranges() -> None:
-    """Clusters in a row are one range; compressed ones have no place; the last one ends with the disk."""
+    """Adjacent clusters make one range, compressed ones have no place, and the last range ends with the disk."""
     entries = [8 * K | OWNED, 9 * K | OWNED, 20 * K | OWNED, 0, 0, ZERO, ZERO | 5 * K, SPECIAL | 3 * K, 4 * K | OWNED]
 
     assert [
@@ -108,6 +110,6 @@ def test_entries_are_ranges() -> None:
 
 
 def test_empty_tables_are_one_range() -> None:
-    """A table without an entry is absent as a whole, also where the disk ends inside of it or before it."""
+    """A table without entries is absent as a whole, even if the disk ends inside of it or before it."""
     assert [Extent(4 * K, 3 * K, Kind.ABSENT)] == list(of_entries([0] * 8, K, 4 * K, 7 * K))
     assert [] == list(of_entries([0] * 8, K, 4 * K, 4 * K))

@@ -35,13 +35,13 @@ LOG = Layer("log")
     ],
 )
 def test_layers_are_read_without_prefix_and_escapes(text: str, expected: tuple[Layer, ...]) -> None:
-    """Layers stand between bars, the prefixes of toolstacks fall away, and a backslash protects what follows."""
+    """Layers are separated by bars, prefixes of toolstacks are removed, and a backslash protects the next character."""
     assert expected == parse(text)
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_every_name_survives_the_round_trip(seed: int) -> None:
-    """`parse(format(layers)) == layers` for any names whatever they are made of, and formatting is canonical."""
+    """`parse(format(layers)) == layers` for names with any characters, and the formatted text is canonical."""
     random = Random(seed)
     alphabet = "|,\\=:/.ab log:tap2 \n\udc80ä"
     for _ in range(100):
@@ -57,7 +57,7 @@ def test_every_name_survives_the_round_trip(seed: int) -> None:
 
 @pytest.mark.parametrize("name", ["log:x", "tap2:log:|aio:/img", r"a\b", "|", ",", "a,b=c"])
 def test_the_text_of_one_layer_holds_any_file_name(name: str) -> None:
-    """`format_layer` writes a file name so that the layer is read back as it was, wherever it stands."""
+    """`format_layer` writes any file name so that the layer is read back unchanged, at any place in a chain."""
     layer = Layer("aio", (Item(name),))
 
     assert (layer,) == parse(format_layer("aio", name))
@@ -66,7 +66,7 @@ def test_the_text_of_one_layer_holds_any_file_name(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["log:x", "tap2:log:|aio:/img", r"a\b", "|", ",", "a,b=c"])
 def test_an_item_that_is_added_holds_any_value(name: str) -> None:
-    """`format_item` writes an item so that it is read back as it was, behind whatever a layer has already."""
+    """`format_item` writes any value so that it is read back unchanged, after any items that a layer already has."""
     layer = Layer("aio", (Item("/img"), Item(f"key={name}")))
 
     assert (layer, LOG) == parse(f"aio:/img,{format_item(f'key={name}')}|log:")
@@ -89,7 +89,9 @@ def test_an_item_that_is_added_holds_any_value(name: str) -> None:
     ],
 )
 def test_a_broken_text_is_shown_with_a_caret_under_the_place(text: str, problem: str, marked: str) -> None:
-    """Each fault of the text has its own sentence, and the caret stands in the text as the operator wrote it."""
+    """Each fault of a text has a message of its own, with a caret under the fault in the text as the operator
+    wrote it.
+    """
     with pytest.raises(ChainError) as caught:
         parse(text)
 

@@ -1,4 +1,4 @@
-"""Blocks that something alters."""
+"""Blocks that a request is altering, which other requests have to wait for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from xenbackend.block.request import Op
 
 
 def test_whoever_comes_finds_who_is_there() -> None:
-    """Of a thousand random holds each finds another one exactly where they have a block in common, discards too."""
+    """Of a thousand random holds, discards included, each finds another one exactly if they have a block in common."""
     chance, holds = Random(1), Holds()
     held: list[tuple[int, int, int]] = []
     for _ in range(1000):
@@ -27,7 +27,7 @@ def test_whoever_comes_finds_who_is_there() -> None:
 
 
 def test_what_waited_is_returned_once() -> None:
-    """By the end of what held any of its blocks."""
+    """A request that waits for a hold is returned once, when that hold is removed."""
     holds, request = Holds(), write(0, bytes(512))
     holds.add(Op.WRITE, 3, 5)
     found = holds.find(5, 9)

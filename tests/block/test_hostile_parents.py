@@ -1,4 +1,4 @@
-"""R18: whatever an image names as its parent or its data, only what is allowed is opened: watched by an audit hook."""
+"""R18: whatever an image names as its parent or its data, only what is allowed is opened. An audit hook watches."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ LOCATORS: dict[bytes, Callable[[str], bytes]] = {
 
 
 def images_of(name: str) -> Iterator[tuple[str, str, bytes]]:
-    """Yield images that name their parent so in every way that a format has: driver, options, bytes."""
+    """Yield images that name `name` as their parent or data in every way that a format has: driver, options, bytes."""
     raw = name.encode()
     for kind in ("raw", "qcow", "qcow2", "vpc", "vmdk", "vhdx", "vdi"):
         yield "qcow2", f",parent_format={kind}", qcow2(SIZE, backing=raw)
@@ -47,7 +47,7 @@ def images_of(name: str) -> Iterator[tuple[str, str, bytes]]:
     yield "qcow", ",parent_format=raw", qcow(SIZE, backing=raw)
     yield "qcow", ",parent_format=qcow2", qcow(SIZE, backing=raw)
     for code, encode in LOCATORS.items():
-        for parent_uuid in (UUID, bytes(16)):  # the second one is that of a raw parent
+        for parent_uuid in (UUID, bytes(16)):  # the second UUID is that of a raw parent
             names = [(code, encode(name))]
             yield "vhd", ",changed=accept", image(SIZE, uuid=b"c" * 16, parent_uuid=parent_uuid, names=names)
     yield "vmdk", ",changed=accept", vmdk(SIZE, {}, parent_cid=1, parent=name)
@@ -58,7 +58,7 @@ def images_of(name: str) -> Iterator[tuple[str, str, bytes]]:
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    """Return a directory for images, beside one with a secret that no image may lead to."""
+    """Return a directory for images. Beside it is a directory with a secret, which no image may lead to."""
     (tmp_path / "secret").mkdir()
     (tmp_path / "secret" / "canary").write_bytes(b"secret".ljust(SIZE, b"!"))
     images = tmp_path / "images"
@@ -70,9 +70,10 @@ def directory(tmp_path: Path) -> Path:
 
 
 def watch(directory: Path, chains: list[str], *places: Path) -> list[dict[str, Any]]:
-    """Return what each chain said and caused, in a process that has loaded all drivers before it is watched.
+    """Return the answer for each chain and the events that it caused, in a process that loads all drivers before it is
+    watched.
 
-    `places` are where the settings allow parents.
+    `places` are the directories in which the settings allow parents.
     """
     sound = {"qcow2": qcow2(SIZE), "qcow": qcow(SIZE), "vhd": image(SIZE), "vmdk": vmdk(SIZE, {}),
              "vhdx": vhdx(SIZE, {}), "vdi": vdi(SIZE, {}), "aio": bytes(SIZE)}  # fmt: skip
@@ -92,9 +93,10 @@ def watch(directory: Path, chains: list[str], *places: Path) -> list[dict[str, A
 @pytest.mark.rows("D9", "R18")
 @pytest.mark.parametrize("is_allowed", [False, True])
 def test_nothing_outside_is_ever_opened(directory: Path, *, is_allowed: bool) -> None:
-    """Absolute, relative, linked, /proc, /dev, URL, json, every locator: nothing but what is in an allowed directory.
+    """Absolute and relative paths, links, /proc, /dev, URLs, json, every locator: only files in an allowed directory
+    are opened.
 
-    Where none is allowed, nothing but the image itself.
+    If no directory is allowed, only the image itself is opened.
     """
     chains = []
     with (directory.parent / "secret" / "canary").open() as secret:
@@ -118,7 +120,7 @@ def test_nothing_outside_is_ever_opened(directory: Path, *, is_allowed: bool) ->
 
 @pytest.mark.slow
 def test_the_watch_sees(directory: Path) -> None:
-    """The test above is no decoration: a parent that the operator allowed is seen to be opened, and is read."""
+    """The watch sees every file: a parent that the operator allowed is seen to be opened, and is read."""
     (directory / "a").write_bytes(qcow2(SIZE, backing=b"link", backing_format=b"raw"))
     (answer,) = watch(directory, [f"qcow2:{directory / 'a'},parents={directory.parent}"])
 

@@ -1,4 +1,4 @@
-"""Where passphrases are, and what a header may ask for."""
+"""Where passphrases are kept, and how much work a header may ask for."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ ARGON2 = Derivation("argon2id", bytes(16), 64, 4, memory_kib=1 << 20, lanes=4)
     ],
 )
 def test_what_is_beyond_all_measure_is_refused(how: Derivation, problem: str) -> None:
-    """A header can neither keep the host busy for long, nor make passphrases easier to try than tools do."""
+    """A header that asks for more work than a host can afford, or for so little that passphrases are easy to guess, is
+    refused.
+    """
     if not problem:
         how.check()
         return
@@ -53,7 +55,7 @@ def test_what_is_beyond_all_measure_is_refused(how: Derivation, problem: str) ->
 
 
 def test_key_files_are_named_whole() -> None:
-    """A chain in service names the files of passphrases by their whole paths; a credential is no file."""
+    """In a chain in service, key files are named by absolute paths. A credential is not a file."""
     check_whole_paths(parse_chain("luks:key=/k|aio:/img"))
     check_whole_paths(parse_chain("luks:key=credential:guest|aio:/img"))
     with pytest.raises(ConfigError, match="option key: k is relative to the service's working directory"):

@@ -1,7 +1,8 @@
-"""Image formats at length: every size of cluster and disk, eight parents, against a model that is a raw file.
+"""Image formats at length: every size of cluster and disk, up to eight parents, compared with a model that is a raw
+file.
 
-How many requests there are in all is `--requests`, for each format; `make test-images` asks for a million, and for
-every shape of image (`--long`).
+`--requests` is the total number of requests for each format; `make test-images` asks for a million, and for every shape
+of image (`--long`).
 """
 
 from __future__ import annotations
@@ -28,15 +29,17 @@ DEPTH = 8
 
 @dataclass(frozen=True)
 class Shape:
-    """What sort of image: `depth` parents, one over the other, each written to in its turn."""
+    """What sort of image: it has `depth` parents, one over the other, each of which was written to before the next was
+    made.
+    """
 
     layer: str
     options: str = ""
     size: int = 64 * MIB
     depth: int = 0
-    format: str = ""  # as QEMU calls it, where it has another name
+    format: str = ""  # QEMU's name for the format, if it differs
     is_compressed: bool = False  # at the beginning
-    cluster_size: int = 0  # of one that we make ourselves: QEMU makes no others than its own
+    cluster_size: int = 0  # only for an image that we make ourselves: QEMU makes no others than its own
 
 
 SHAPES = {
@@ -72,7 +75,7 @@ FAST = {  # one of each kind, without --long
 
 
 class Model:
-    """What a disk should hold: a raw file with holes. Requests go to a few places all over the disk."""
+    """What a disk should hold, in a raw file with holes. Requests go to a few places all over the disk."""
 
     def __init__(self, path: Path, size: int, chance: Random) -> None:
         self.path, self.size, self.chance = path, size, chance
@@ -81,12 +84,12 @@ class Model:
         self.hot = [0, max(0, size - 4 * MIB), *(chance.randrange(0, size) >> 9 << 9 for _ in range(14))]
 
     def fill(self) -> None:
-        """Put what can be compressed to places that requests go to."""
+        """Write compressible data to the places that requests go to."""
         for place in self.hot:
             os.pwrite(self.fd, (self.chance.randbytes(64) * 64) * min(1024, (self.size - place) // 4096), place)
 
     def batch(self, can_discard: int) -> list[Request]:
-        """Return requests that do not overlap; what is discarded is in whole clusters of so many bytes."""
+        """Return requests that do not overlap. Discards cover whole clusters of `can_discard` bytes."""
         chance = self.chance
         batch: list[Request] = []
         for _ in range(chance.randint(8, 32)):
@@ -107,7 +110,7 @@ class Model:
         return [os.pread(self.fd, each.length, each.offset) if each.op == Op.READ else b"" for each in batch]
 
     def do(self, batch: list[Request]) -> None:
-        """Do what the disk has done."""
+        """Apply what the disk has done."""
         for each in batch:
             if each.op == Op.WRITE:
                 os.pwrite(self.fd, content(each), each.offset)
@@ -115,8 +118,8 @@ class Model:
                 os.pwrite(self.fd, bytes(each.length), each.offset)
 
     def exercise(self, machine: Machine, chain: Chain, count: int) -> None:
-        """Send so many requests, and compare what is read."""
-        # A cluster that an image does not have stays its parent's when it is discarded.
+        """Send so many requests, and compare what they read."""
+        # If an image does not have a cluster, a discard leaves its parent's data visible.
         can_discard = chain.geometry.discard_granularity if len(chain.layers) == 1 else 0
         while count > 0:
             batch = self.batch(can_discard)
@@ -129,7 +132,7 @@ class Model:
             count -= len(batch)
 
     def compare(self, machine: Machine, text: str) -> None:
-        """Read all of the places from a chain that was opened anew."""
+        """Compare all of the places with a chain that was opened anew."""
         chain = machine.open(text, read_only=True, checked=False)
         for start in sorted(self.hot):
             request = read(start, min(5 * MIB, self.size - start))
@@ -174,7 +177,7 @@ def make(shape: Shape, directory: Path, number: int) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
 def test_against_a_model(machine: Machine, tmp_path: Path, request: pytest.FixtureRequest, name: str) -> None:
-    """Whatever is written to an image, and to one over it, is what is read, by us and by QEMU, which finds no fault."""
+    """Whatever is written to an image and to its children is read back, by us and by QEMU, and QEMU finds no fault."""
     if name not in FAST and not request.config.getoption("--long"):
         pytest.skip("as others, at greater length; --long, or make test-images")
     shape = SHAPES[name]

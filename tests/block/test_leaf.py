@@ -1,4 +1,4 @@
-"""What a new image over an open one is; image/test_create.py makes them of every format."""
+"""What a new image over an open one is; image/test_create.py makes one of every format."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ SIZE = 1 << 20
     ],
 )
 def test_a_leaf_goes_on_as_its_parent(machine: Machine, tmp_path: Path, layer: str, leaf: str) -> None:
-    """By default a leaf is of its parent's format, over raw QCOW2, as large, and says what the parent's layer said."""
+    """By default a leaf has its parent's format (QCOW2 over a raw parent), its parent's size, and the options of its
+    parent's layer.
+    """
     names = {"base": tmp_path / "base", "new": tmp_path / "new"}
     maker = {"qcow2": qcow2, "qcow": qcow, "vhd": image}.get(layer.partition(":")[0], bytes)
     names["base"].write_bytes(maker(SIZE))
@@ -40,7 +42,9 @@ def test_a_leaf_goes_on_as_its_parent(machine: Machine, tmp_path: Path, layer: s
 
 
 def test_what_can_have_no_leaf(machine: Machine, tmp_path: Path) -> None:
-    """A disk that is no image, or one of a format that cannot be the parent of what was asked for, is refused."""
+    """A disk that is not an image has no leaf, nor has an image whose format cannot be a parent for the format asked
+    for.
+    """
     (tmp_path / "base").write_bytes(qcow2(SIZE))
     for layer, image_format, sentence in (
         ("ram:1M", "", "^ram:1M is not an image that another one can have as its parent$"),
@@ -56,7 +60,9 @@ def test_what_can_have_no_leaf(machine: Machine, tmp_path: Path) -> None:
 
 
 def test_what_a_leaf_says_that_cannot_be_marked(machine: Machine, tmp_path: Path) -> None:
-    """Where the mark cannot be made, the layer names the parent's directory, beside what that one's names."""
+    """If a leaf cannot be marked, its layer has to say `parents=` with the parent's directory, added to those that the
+    parent's layer allows.
+    """
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "base").write_bytes(qcow2(SIZE))
     new = f"{tmp_path}/new"
@@ -72,7 +78,7 @@ def test_what_a_leaf_says_that_cannot_be_marked(machine: Machine, tmp_path: Path
 
 
 def test_a_leaf_over_a_device(machine: Machine, tmp_path: Path) -> None:
-    """A device is named by the name that the administrator has for it, which its links do not change."""
+    """A device is named by the name that the administrator uses; its symbolic links are not resolved."""
     with loop(tmp_path / "disk", SIZE, sector_size=512) as (device, _):
         (tmp_path / "name").symlink_to(device)
         chain = machine.open(f"aio:{tmp_path}/name", read_only=True)

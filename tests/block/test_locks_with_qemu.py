@@ -1,6 +1,6 @@
-"""QEMU's tools and our chains refuse each other's images: what QEMU's iotests 153 and 182 ask of its locks, of both.
+"""QEMU's tools and our chains refuse each other's images. The cases are those of QEMU's iotests 153 and 182, both ways.
 
-Must not take a lock by itself: whatever is refused is refused by a tool, or by a chain.
+Must not take a lock by itself: only tools and chains refuse.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from xenbackend.errors import DriverError
 
 WRITTEN = ("raw", "qcow2", "qcow", "vhd")
 ONLY_READ = ("vmdk", "vhdx", "vdi")
-WITH_METADATA = tuple(each for each in FORMATS if each != "raw")  # only these forbid QEMU's own readers
+WITH_METADATA = tuple(each for each in FORMATS if each != "raw")  # only these forbid readers of QEMU's own
 
 
 def make(path: Path, name: str, *options: str | Path) -> str:
@@ -28,7 +28,7 @@ def make(path: Path, name: str, *options: str | Path) -> str:
 
 
 def is_locked(machine: Machine, layer: str, *, read_only: bool = False, shareable: bool = False) -> bool:
-    """Return whether a chain is refused because somebody has its image."""
+    """Return whether a chain is refused because somebody uses its image."""
     try:
         machine.open(layer, read_only=read_only, shareable=shareable).close()
     except DriverError as error:
@@ -39,14 +39,14 @@ def is_locked(machine: Machine, layer: str, *, read_only: bool = False, shareabl
 
 
 def refused(*command: str | Path) -> bool:
-    """Return whether a tool is refused because of a lock; any other failure fails the test."""
+    """Return whether a tool is refused because of a lock. Any other failure fails the test."""
     said = qemu.refusal(*map(str, command))
     assert not said or ("Failed to get" in said and "lock" in said), said
     return bool(said)
 
 
 def writers(name: str, path: Path) -> dict[str, list[str | Path]]:
-    """Return commands that write to an image, or would: each is refused before it changes anything."""
+    """Return commands that write to an image, or would: each has to be refused before it changes anything."""
     word = FORMATS[name].qemu_name
     commands: dict[str, list[str | Path]] = {
         "qemu-io": ["qemu-io", "-f", word, "-c", "write 0 512", path],
@@ -78,7 +78,9 @@ def writers(name: str, path: Path) -> dict[str, list[str | Path]]:
 def test_no_tool_of_qemus_writes_to_what_we_have_open(
     machine: Machine, tmp_path: Path, name: str, read_only: bool
 ) -> None:
-    """Each way in which they write is refused, and the image stays as it is; once it is closed they may."""
+    """Each of QEMU's ways to write to an image is refused while we have it open, and leaves it unchanged. Afterwards
+    they succeed.
+    """
     path = tmp_path / "image"
     layer = make(path, name)
     (tmp_path / "source").write_bytes(bytes(1 << 20))
@@ -93,7 +95,7 @@ def test_no_tool_of_qemus_writes_to_what_we_have_open(
 
 @pytest.mark.parametrize("name", ONLY_READ)
 def test_nor_to_what_we_only_read(machine: Machine, tmp_path: Path, name: str) -> None:
-    """So for the formats that are served read-only."""
+    """QEMU does not write to images of read-only formats that we have open, either."""
     path = tmp_path / "image"
     with closing(machine.open(make(path, name), read_only=True)):
         assert refused("qemu-io", "-f", FORMATS[name].qemu_name, "-c", "write 0 512", path)
@@ -102,7 +104,7 @@ def test_nor_to_what_we_only_read(machine: Machine, tmp_path: Path, name: str) -
 
 @pytest.mark.parametrize("name", WRITTEN)
 def test_readers_go_beside_readers(machine: Machine, tmp_path: Path, name: str) -> None:
-    """QEMU and we read one image together, whoever comes first."""
+    """QEMU and we read an image at the same time, whoever comes first."""
     path, word = tmp_path / "image", FORMATS[name].qemu_name
     layer = make(path, name)
     with closing(machine.open(layer, read_only=True)):
@@ -114,7 +116,7 @@ def test_readers_go_beside_readers(machine: Machine, tmp_path: Path, name: str) 
 
 @pytest.mark.parametrize("name", [each for each in WRITTEN if each in WITH_METADATA])
 def test_what_we_write_qemu_does_not_take_for_stable(machine: Machine, tmp_path: Path, name: str) -> None:
-    """Its readers are refused beside our writer, unless they are told that it may change (-U)."""
+    """While we write to an image, QEMU's readers are refused, unless they are told that it may change (-U)."""
     path, word = tmp_path / "image", FORMATS[name].qemu_name
     layer = make(path, name)
     with closing(machine.open(layer)):
@@ -125,7 +127,7 @@ def test_what_we_write_qemu_does_not_take_for_stable(machine: Machine, tmp_path:
 
 
 def test_a_child_may_be_made_of_what_we_write(machine: Machine, tmp_path: Path) -> None:
-    """`qemu-img create -b` only names its parent, and is not refused."""
+    """`qemu-img create -b` only names the parent, so it is not refused while we write to that image."""
     layer = make(tmp_path / "image", "qcow2")
     with closing(machine.open(layer)):
         assert not refused("qemu-img", "create", "-q", "-f", "qcow2", "-b", tmp_path / "image", "-F", "qcow2",
@@ -135,7 +137,9 @@ def test_a_child_may_be_made_of_what_we_write(machine: Machine, tmp_path: Path) 
 @pytest.mark.parametrize("name", [*WRITTEN, *ONLY_READ])
 @pytest.mark.parametrize("holder", ["qemu-io", "qemu-nbd", "qemu-storage-daemon"])
 def test_we_refuse_what_qemu_writes_to(machine: Machine, tmp_path: Path, name: str, holder: str) -> None:
-    """While one of its tools has an image open for writing, we neither write nor read; when it has ended we do both."""
+    """While one of QEMU's tools has an image open for writing, we neither write nor read; once it has ended we
+    do both.
+    """
     path, word = tmp_path / "image", FORMATS[name].qemu_name
     layer = make(path, name)
     command = writers(name, path)["daemon" if holder == "qemu-storage-daemon" else "nbd"][1:]
@@ -150,7 +154,7 @@ def test_we_refuse_what_qemu_writes_to(machine: Machine, tmp_path: Path, name: s
 
 @pytest.mark.parametrize("name", WRITTEN)
 def test_we_do_not_write_to_what_qemu_reads(machine: Machine, tmp_path: Path, name: str) -> None:
-    """A reader of QEMU's that forbids writers keeps us out; of a raw image that is its NBD server only."""
+    """A QEMU reader that forbids writers keeps us from writing. For raw images only its NBD server does."""
     path, word = tmp_path / "image", FORMATS[name].qemu_name
     layer = make(path, name)
     with qemu.daemon("qemu-nbd", tmp_path / "pid", "-r", "-f", word, "-k", tmp_path / "socket", path):
@@ -162,7 +166,9 @@ def test_we_do_not_write_to_what_qemu_reads(machine: Machine, tmp_path: Path, na
 
 @pytest.mark.parametrize("name", WRITTEN)
 def test_who_looks_with_force_does_not_keep_us_out(machine: Machine, tmp_path: Path, name: str) -> None:
-    """A `qemu-img convert -U` of a disk in service, which may take hours, does not keep a successor from it."""
+    """`qemu-img convert -U` of a disk in service, which may take hours, does not keep a successor from opening the
+    disk.
+    """
     path = tmp_path / "image"
     layer = make(path, name)
     with qemu.held_open(FORMATS[name].qemu_name, path, "-r", "-U"):
@@ -171,7 +177,7 @@ def test_who_looks_with_force_does_not_keep_us_out(machine: Machine, tmp_path: P
 
 @pytest.mark.parametrize("name", ["qcow2", "vhd"])
 def test_parents_are_locked_for_readers(machine: Machine, tmp_path: Path, name: str) -> None:
-    """A parent that is open behind ours is not written to; others read it, also behind a child of QEMU's."""
+    """An image that is open as a parent is not written to. Others read it, even as the parent of a child of QEMU's."""
     parent, child, other = (tmp_path / each for each in ("parent", "child", "other"))
     word = FORMATS[name].qemu_name
     make(parent, name)
@@ -190,7 +196,7 @@ def test_parents_are_locked_for_readers(machine: Machine, tmp_path: Path, name: 
 
 
 def test_data_files_and_extents_are_locked_too(machine: Machine, tmp_path: Path) -> None:
-    """Each file of an image has locks of its own."""
+    """Every file of an image, such as a data file or an extent, is locked."""
     path, data = tmp_path / "image", tmp_path / "data"
     layer = f"{make(path, 'qcow2', '-o', f'data_file={data},data_file_raw=on')},data_file={data}"
     with closing(machine.open(layer)):
@@ -203,7 +209,7 @@ def test_data_files_and_extents_are_locked_too(machine: Machine, tmp_path: Path)
 
 
 def test_a_link_is_the_same_image(machine: Machine, tmp_path: Path) -> None:
-    """By whatever name: a symbolic link, and a hard one."""
+    """An image is locked under all of its names: symbolic and hard links too."""
     path = tmp_path / "image"
     layer = make(path, "qcow2")
     (tmp_path / "link").symlink_to(path)
@@ -217,7 +223,7 @@ def test_a_link_is_the_same_image(machine: Machine, tmp_path: Path) -> None:
 
 
 def test_who_shares_goes_beside_who_shares(machine: Machine, tmp_path: Path) -> None:
-    """A disk that is attached as w! goes beside a writer of QEMU's that forbids nothing, and not beside another one."""
+    """A disk attached as w! can be used beside a QEMU writer that forbids nothing, but not beside one that does."""
     path = tmp_path / "image"
     layer = make(path, "raw")
     with closing(machine.open(layer, shareable=True)):

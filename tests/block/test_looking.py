@@ -1,4 +1,4 @@
-"""What lies below a filter is read while that is opened."""
+"""Reading the layers below a filter while that filter is being opened."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from xenbackend.block.looking import look
 
 
 def test_any_bytes_of_a_chain_are_read(machine: Machine, tmp_path: Path) -> None:
-    """Any range comes back, aligned or not, and the chain works afterwards as if nobody had looked."""
+    """Any range is read, aligned or not, and the chain works afterwards as if nobody had read from it."""
     path, data = tmp_path / "img", Random(1).randbytes(1 << 20)
     path.write_bytes(data)
     chain = machine.open(f"delay:read=1us|log:{tmp_path}/rec|aio:{path}", checked=False)

@@ -35,7 +35,9 @@ def refused(machine: Machine, text: str, *, read_only: bool = False) -> DriverEr
 
 
 def test_a_layer_has_its_own_requests_back_while_others_are_opened(machine: Machine, events: list[str]) -> None:
-    """What a filter below asks for by itself comes back to it, before and after a filter above has looked at it."""
+    """Requests of a filter's own come back to it, both before and after a filter above has read from it while being
+    opened.
+    """
     opening = Opening(machine.make_env, lambda _: None)
     upper, lower, source = parse_chain("busy:|busy:|ram:1M").layers
     layers = opening.source_and_parents(source, read_only=False, shareable=False)
@@ -52,7 +54,9 @@ def test_a_layer_has_its_own_requests_back_while_others_are_opened(machine: Mach
 def test_the_source_is_opened_first_then_its_parents_then_the_filters(
     machine: Machine, events: list[str], tmp_path: Path
 ) -> None:
-    """Parents at every level are opened read-only, and looked at by the child that named them."""
+    """The source is opened first, then its parents, then the filters. Each parent is opened read-only, and checked by
+    the child that named it.
+    """
     leaf, middle, base = family(tmp_path, "leaf", "middle", "base")
     chain = machine.open(f"clumsy:|child:{leaf}", checked=False)
     chain.close()
@@ -74,7 +78,7 @@ def test_the_source_is_opened_first_then_its_parents_then_the_filters(
 
 
 def test_a_failure_closes_what_was_opened_in_reverse_order(machine: Machine, events: list[str], tmp_path: Path) -> None:
-    """Whatever fails, nothing stays open, and the last that was opened is closed first."""
+    """If a layer cannot be opened, everything that was opened is closed, in reverse order."""
     leaf, base = family(tmp_path, "leaf", "base")
     error = refused(machine, f"clumsy:at=open|clumsy:|child:{leaf}")
 
@@ -92,7 +96,9 @@ def test_a_parent_that_is_refused_is_closed_again(machine: Machine, events: list
 
 
 def test_a_loop_of_parents_is_found_through_links(machine: Machine, events: list[str], tmp_path: Path) -> None:
-    """A file is known by device and inode: a link to a child is that child, and is refused before it is opened."""
+    """A loop is found by device and inode: a parent that is a hard link to one of its children is refused before it is
+    opened.
+    """
     leaf, base = family(tmp_path, "leaf", "base")
     alias = tmp_path / "alias"
     os.link(leaf, alias)
@@ -120,7 +126,9 @@ def test_a_loop_that_leaves_out_the_first_image_is_found(machine: Machine, event
 def test_files_are_told_apart_only_where_there_are_parents(
     machine: Machine, events: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An opener is asked nothing about an image without a parent, and twice about each parent: before, and after."""
+    """An opener has to identify no file of an image without a parent, and each parent twice: before and after it is
+    opened.
+    """
     leaf, middle, base = family(tmp_path, "leaf", "middle", "base")
     asked: list[str] = []
     look = machine.files.look
@@ -134,7 +142,7 @@ def test_files_are_told_apart_only_where_there_are_parents(
 
 
 def test_parents_have_a_limit(machine: Machine, events: list[str], tmp_path: Path) -> None:
-    """MAX_PARENTS parents are opened; with one more nothing stays open."""
+    """MAX_PARENTS parents are opened. With one more the chain is refused, and nothing stays open."""
     paths = family(tmp_path, *(str(number) for number in range(MAX_PARENTS + 2)))
     machine.open(f"child:{paths[1]}").close()
     events.clear()
@@ -149,7 +157,7 @@ def test_parents_have_a_limit(machine: Machine, events: list[str], tmp_path: Pat
     [("null:|null:", "cannot be opened"), ("delay:|null:", "is a chain and not an image"), ("zonk:", "unknown driver")],
 )
 def test_a_parent_is_one_source(machine: Machine, events: list[str], tmp_path: Path, text: str, problem: str) -> None:
-    """What an image names as its parent is one layer: images are not trusted with chains."""
+    """A parent is one layer. An image cannot name a chain as its parent, because images are not trusted that much."""
     leaf = tmp_path / "leaf"
     leaf.write_text(text)
 
@@ -157,12 +165,12 @@ def test_a_parent_is_one_source(machine: Machine, events: list[str], tmp_path: P
 
 
 def test_a_filter_has_no_parent(machine: Machine, events: list[str]) -> None:
-    """A filter has a layer below it already (D10)."""
+    """D10: a filter cannot have a parent, since it has a layer below it already."""
     assert "a filter cannot have a parent" in str(refused(machine, "clumsy:at=parent|null:"))
 
 
 def test_only_eio_is_tried_again(machine: Machine, events: list[str]) -> None:
-    """Opening that ends with EIO is tried again ten times, a second apart; any other error is final at once."""
+    """A layer that fails to open with EIO is tried again ten times, a second apart. Any other error is final."""
     machine.open("clumsy:at=eio,times=10|null:").close()
 
     assert [1.0] * EIO_RETRIES == machine.slept
@@ -172,7 +180,7 @@ def test_only_eio_is_tried_again(machine: Machine, events: list[str]) -> None:
 
 
 def test_eio_that_stays_is_reported_after_the_last_try(machine: Machine, events: list[str]) -> None:
-    """After ten more tries the error is given, and the layers below are closed."""
+    """If EIO is still there after ten more tries, it is reported, and the layers below are closed."""
     error = refused(machine, "clumsy:at=eio|clumsy:|null:")
 
     assert str(error) == "clumsy:at=eio: [Errno 5] not yet"
@@ -181,7 +189,7 @@ def test_eio_that_stays_is_reported_after_the_last_try(machine: Machine, events:
 
 
 def test_faults_of_files_name_layer_option_and_file(machine: Machine, tmp_path: Path) -> None:
-    """Each way in which a file cannot be a disk has its own sentence, with the layer and the file in it."""
+    """Each reason why a file cannot be a disk has a message of its own, which names the layer and the file."""
     missing, odd, empty = tmp_path / "missing", image(tmp_path / "odd", 1000), image(tmp_path / "empty", 0)
 
     error = refused(machine, f"aio:{missing}")
@@ -200,14 +208,14 @@ def test_faults_of_files_name_layer_option_and_file(machine: Machine, tmp_path: 
 
 @pytest.mark.usefixtures("events")
 def test_physical_sectors_that_nothing_has(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A driver that says what no medium writes at once is named."""
+    """A driver that reports an impossible physical sector size is refused by name."""
     monkeypatch.setattr(Coarse, "open", lambda self, _env: replace(self.below, physical_sector_size=3000))
 
     assert "its physical sector of 3000 bytes is not a power of two" in str(refused(machine, "coarse:|null:1M"))
 
 
 def test_a_locked_image_is_refused(machine: Machine, tmp_path: Path) -> None:
-    """An image has only one writer; the second one learns that it is locked, and the layer is named."""
+    """An image has only one writer. A second one is refused, with the layer's name, because the image is locked."""
     path = image(tmp_path / "img")
     chain = machine.open(f"aio:{path}")
     error = refused(machine, f"delay:|aio:{path}")
@@ -218,7 +226,7 @@ def test_a_locked_image_is_refused(machine: Machine, tmp_path: Path) -> None:
 
 
 def test_layers_of_the_same_text_have_names_of_their_own(machine: Machine) -> None:
-    """Each layer's memory has a name that is unique in the chain and does not change with layers around it."""
+    """Each layer's memory has a name that is unique in the chain and does not change when other layers are added."""
     names: list[str] = []
 
     def make_env(layer: str, *, read_only: bool, shareable: bool) -> Env:
@@ -233,7 +241,7 @@ def test_layers_of_the_same_text_have_names_of_their_own(machine: Machine) -> No
 
 
 def test_a_layer_may_be_shared_by_its_option(machine: Machine, tmp_path: Path) -> None:
-    """share=on says of one layer what w! says of a disk; its parents are not written to for that."""
+    """share=on shares one layer, as w! shares a disk. Parents and other layers are not shared by it."""
     shared: dict[str, bool] = {}
 
     def make_env(layer: str, *, read_only: bool, shareable: bool) -> Env:
@@ -252,7 +260,7 @@ def test_a_layer_may_be_shared_by_its_option(machine: Machine, tmp_path: Path) -
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody without permission")
 def test_a_file_without_permission_is_refused(machine: Machine, tmp_path: Path) -> None:
-    """Who may not open an image learns that it is the permission that is missing."""
+    """If permission is missing, the error says so."""
     path = image(tmp_path / "img")
     path.chmod(0o400)
     for directory in (tmp_path, *list(tmp_path.parents)[:2]):
@@ -270,7 +278,9 @@ def test_a_file_without_permission_is_refused(machine: Machine, tmp_path: Path) 
 def test_a_file_that_its_server_knows_no_more_has_a_sentence(
     machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is not known to an NFS server any more keeps its errno, by which a disk in service waits."""
+    """If an NFS server does not know a file any more, the error is a sentence and keeps its errno, by which a disk in
+    service waits.
+    """
     path = image(tmp_path / "image")
 
     def opens(*_: object, **__: object) -> None:

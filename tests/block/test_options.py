@@ -59,7 +59,7 @@ class Needy:
 
 @dataclass(frozen=True, slots=True)
 class Lenient:
-    """A target that may be left out."""
+    """A target that can be omitted."""
 
     file: FilePath = option("a file", default="", target=True)
     size: Size = option("a size", default=0)
@@ -125,7 +125,7 @@ def test_the_annotation_chooses_how_a_value_is_read(item: str, name: str, expect
     ],
 )
 def test_a_bad_option_is_marked_where_it_stands(text: str, problem: str, marked: str) -> None:
-    """Each fault of an option has its own sentence, with the caret under the key or the value at fault."""
+    """Each fault of an option has a message of its own, with the caret under the key or the value at fault."""
     with pytest.raises(ChainError) as caught:
         parsed(text)
 
@@ -142,19 +142,21 @@ def test_an_option_without_default_must_be_given() -> None:
 
 
 def test_the_target_is_whatever_the_first_item_contains() -> None:
-    """In a driver with a target the first item is never read as key=value."""
+    """If a driver has a target, the first item is the target, even if it looks like key=value."""
     assert Everything(file="on=yes", on=True) == parsed("x:on=yes,on=yes")
 
 
 def test_a_target_that_may_be_left_out_is_no_other_option() -> None:
-    """Where the target has a default, ``log:track=off`` switches tracking off and names no file of that name."""
+    """If the target can be omitted, ``log:track=off`` switches tracking off and names no file."""
     assert Lenient(size=4096) == parsed("x:size=4K", Lenient)
     assert Lenient(file="./size=4K") == parsed("x:./size=4K", Lenient)
     assert Lenient(file="other=1", size=512) == parsed("x:other=1,size=512", Lenient)
 
 
 def test_a_misspelt_option_is_no_file_that_may_be_left_out() -> None:
-    """Else ``log:trakc=off`` would create a file of that name; a path is a file, whatever its name resembles."""
+    """A misspelt option such as ``log:trakc=off`` is refused and does not create a file of that name. A path is always
+    a file.
+    """
     for text, problem in (
         ("x:szie=4K", "unknown option 'szie'; it knows size; did you mean size? For a file write ./szie=4K"),
         ("x:file=/img,size=4K", "write file first and without file="),
@@ -169,12 +171,12 @@ def test_a_misspelt_option_is_no_file_that_may_be_left_out() -> None:
 
 
 def test_files_are_found_by_their_kind() -> None:
-    """Of all options only those of the kind `FilePath` are files, and only where they are given."""
+    """Only options of the type `FilePath` that are given count as files."""
     assert files_of(parsed("x:/img,text=/other")) == {"file": "/img"}
 
 
 def test_the_help_comes_from_the_dataclass() -> None:
-    """The table of options has each option's kind, default and text, and says which one is the target."""
+    """The table of options shows the type, default and text of each option, and marks the target."""
     table = {each.name: each for each in describe_options(Everything)}
 
     assert OptionHelp("file", "file", "", "the image", is_target=True) == table["file"]
@@ -184,6 +186,6 @@ def test_the_help_comes_from_the_dataclass() -> None:
 
 
 def test_a_word_that_resembles_nothing_gets_no_proposal() -> None:
-    """A nearest word is only named where there is one."""
+    """A similar word is proposed only if there is one."""
     assert nearest("zzzz", ["aio", "log"]) == ""
     assert nearest("LOH", ["aio", "log"]) == "; did you mean log?"

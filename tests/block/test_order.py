@@ -1,4 +1,4 @@
-"""Remarks about orders of layers."""
+"""Remarks about the order of layers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from xenbackend.block.spec import parse_chain
     ],
 )
 def test_an_order_that_makes_no_sense_is_remarked(chain: str, words: list[str]) -> None:
-    """Each odd order has one sentence, wherever it stands in the chain, and a sensible one has none."""
+    """Each order that makes no sense has one remark, wherever it stands in the chain. Sensible orders have none."""
     found = remarks(chain.split())
 
     assert len(words) == len(found), found
@@ -42,7 +42,7 @@ def test_an_order_that_makes_no_sense_is_remarked(chain: str, words: list[str]) 
 
 
 def test_the_table_names_drivers() -> None:
-    """Each row is about two drivers that there are, the upper one a filter."""
+    """Each row of the table names two existing drivers, of which the upper one is a filter."""
     for upper, lower in [*order._BELOW, *order._NEXT]:
         assert find_driver(upper.partition(" ")[0]).is_filter
         assert find_driver(lower).name == lower
@@ -59,7 +59,7 @@ def test_the_table_names_drivers() -> None:
     ],
 )
 def test_a_mode_makes_another_layer_of_it(mode: str, words: list[str]) -> None:
-    """What is written below later is limited and seen later."""
+    """A cache with mode=writeback has remarks of its own, because layers below it see and limit writes only later."""
     layers = parse_chain(f"cache:/c,size=1M,mode={mode}|throttle:iops=5|log:|ram:1M").layers
     found = remarks(words_of(layers))
 

@@ -1,4 +1,4 @@
-"""What tells copies on their way into a cache from what was written meanwhile."""
+"""Which copies on their way into a cache were overtaken by a write."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from xenbackend.block.overtaken import Copy, Overtaken
 
 
 def test_a_copy_is_old_exactly_if_a_write_of_its_blocks_met_it() -> None:
-    """Of random copies and writes: one under way when it began, or begun before it was done, and of one block at least.
-    Neighbours in one chunk may count, too: then something is read once more.
+    """A copy is old if a write to one of its blocks was under way when it began, or began before it ended. A write to a
+    neighbour in the same chunk may count too: the block is then read once more.
     """
     chance, overtaken = Random(1), Overtaken()
     writes: list[tuple[int, int]] = []
@@ -41,7 +41,7 @@ def test_a_copy_is_old_exactly_if_a_write_of_its_blocks_met_it() -> None:
 
 
 def test_nothing_is_left_of_what_is_over() -> None:
-    """Whatever was under way, wide or not."""
+    """Once all copies and writes have ended, nothing of them is kept, however large they were."""
     overtaken = Overtaken()
     copies = [overtaken.copy(block, block + 20) for block in range(0, 100, 7)]
     for last in (5, 10**9):

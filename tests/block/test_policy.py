@@ -1,4 +1,4 @@
-"""What a policy's text says, and what it may not say."""
+"""What the text of a policy can say, and what it must not."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PAUSE, REPORT = Action(None), Action(0)
 
 
 def test_nothing_said_is_the_default() -> None:
-    """An empty text is the default, and a policy's text reads back as the same policy."""
+    """An empty text means the default, and the text of a policy is read back as the same policy."""
     assert DEFAULT == str(Policy()) == str(Policy(DEFAULT))
 
 
@@ -36,12 +36,14 @@ def test_nothing_said_is_the_default() -> None:
     ],
 )
 def test_kinds_of_errors(op: Op, code: int, action: Action) -> None:
-    """No space is a kind of its own, of whatever alters the disk; else a request's operation is its error's kind."""
+    """ENOSPC is a kind of error of its own for requests that alter the disk. Any other error has the kind of its
+    operation.
+    """
     assert action == Policy().action(op, code)
 
 
 def test_what_is_said_replaces_its_part_only() -> None:
-    """A text names the kinds that are to be otherwise, with blanks where people put them; the last word counts."""
+    """A text changes only the kinds that it names. Blanks are allowed, and the last word for a kind counts."""
     policy = Policy(" write = retry 2 every 0.5s , read=report, read=pause ")
 
     assert "enospc=pause,read=pause,write=retry 2 every 0.5s,flush=pause,away=pause" == str(policy)
@@ -50,14 +52,16 @@ def test_what_is_said_replaces_its_part_only() -> None:
 
 
 def test_what_only_a_cache_has_is_waited_for_whatever_was_said() -> None:
-    """An error would be for good, and the file may come back."""
+    """A request that needs a block of which only a cache's failing file has a copy is paused, whatever the
+    policy says.
+    """
     policy = Policy("read=report,write=report,away=report")
 
     assert [PAUSE] * 3 == [policy.action(op, CACHE_LOST) for op in (Op.READ, Op.WRITE, Op.DISCARD)]
 
 
 def test_a_server_that_is_away_may_be_an_error_but_for_a_flush() -> None:
-    """Whoever wants errors while a server is away gets them; a flush waits all the same."""
+    """The kind `away` can be an error for all requests but a flush, which waits in any case."""
     policy = Policy("away=retry 5 every 2s")
 
     assert [Action(5, 2.0)] * 3 == [policy.action(op, AWAY) for op in (Op.READ, Op.WRITE, Op.DISCARD)]
@@ -83,7 +87,7 @@ def test_a_server_that_is_away_may_be_an_error_but_for_a_flush() -> None:
     ],
 )
 def test_what_may_not_be_said(text: str, why: str) -> None:
-    """A text that is not understood, or that would hurt a guest, is refused by a sentence that quotes it."""
+    """A text that is not understood, or that would harm a guest, is refused by a message that quotes it."""
     with pytest.raises(ConfigError) as caught:
         Policy(text)
 

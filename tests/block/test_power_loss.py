@@ -1,4 +1,4 @@
-"""Plain chains whose worker is killed, or whose host loses its power: what was flushed is there, whatever else is."""
+"""Plain chains whose worker is killed or whose host loses power: whatever else happens, flushed data are there."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CHAINS = ("aio:{path}", "sync:{path}", "log:|aio:{path}", "delay:|log:granularit
 
 
 def session(chain: str, path: str, chance: Random) -> Session:
-    """Return a guest's requests to a disk that held random bytes before, all of them done."""
+    """Run a guest's random requests against a disk of random bytes until all are done, and return the session."""
     first = chance.randbytes(SIZE)
     file = RecordedFile(bytearray(first), chance)
     disk = Disk(chain.format(path=path), RecordedFiles(**{path: file}))
@@ -30,14 +30,14 @@ def session(chain: str, path: str, chance: Random) -> Session:
 
 
 def again(chain: str, path: str, data: bytearray) -> bytes:
-    """Return what a successor reads from a file that was left so."""
+    """Return what a successor reads if the file was left with these bytes."""
     disk = Disk(chain.format(path=path), RecordedFiles(**{path: RecordedFile(data)}))
     return disk.everything()
 
 
 @pytest.mark.parametrize("chain", CHAINS)
 def test_power_lost_anywhere(tmp_path: Path, request: pytest.FixtureRequest, chain: str) -> None:
-    """Of what was not flushed any part may be there, torn or not; what was flushed before is as it was."""
+    """After a power loss, flushed data are intact. Of unflushed writes any part may be there, torn or not."""
     chance = Random(request.config.getoption("--seed"))
     path = at(tmp_path / "image")
     guest = session(chain, path, chance)
@@ -49,7 +49,7 @@ def test_power_lost_anywhere(tmp_path: Path, request: pytest.FixtureRequest, cha
 
 @pytest.mark.parametrize("chain", CHAINS)
 def test_power_lost_at_each_flush(tmp_path: Path, chain: str) -> None:
-    """Right after each flush all that it promised is there, with nothing of what came later."""
+    """If the power fails right after a flush, everything that the flush promised is there."""
     chance = Random(1)
     path = at(tmp_path / "image")
     guest = session(chain, path, chance)
@@ -63,7 +63,7 @@ def test_power_lost_at_each_flush(tmp_path: Path, chain: str) -> None:
 
 @pytest.mark.parametrize("chain", CHAINS)
 def test_killed_anywhere(tmp_path: Path, chain: str) -> None:
-    """Wherever a worker is killed, what was answered is there; of what was not, any part."""
+    """Wherever a worker is killed, answered writes are there, and of the others any part may be."""
     chance = Random(2)
     path = at(tmp_path / "image")
     guest = session(chain, path, chance)
@@ -74,7 +74,7 @@ def test_killed_anywhere(tmp_path: Path, chain: str) -> None:
 
 
 def test_a_flush_that_is_not_passed_on_is_found(tmp_path: Path) -> None:
-    """The judge of these tests finds a chain guilty that answers flushes without doing them."""
+    """The check that these tests rely on finds a chain guilty if it answers flushes without doing them."""
     chance = Random(3)
     path = at(tmp_path / "image")
     guest = session("aio:{path}", path, chance)
@@ -88,8 +88,8 @@ def test_a_flush_that_is_not_passed_on_is_found(tmp_path: Path) -> None:
     ("layer", "wishes"), [("qcow2", Wishes(4096)), ("qcow2", Wishes()), ("vhd", Wishes(64 << 10)), ("qcow", Wishes())]
 )
 def test_a_draft_is_whole_up_to_its_last_flush(tmp_path: Path, layer: str, wishes: Wishes) -> None:
-    """An image that is being made orders nothing between flushes. After a power failure it is what it was at the last
-    one, and can be written on from there, once it was mended; or else it is found to be damaged.
+    """An image that is being made does not order its writes between flushes. After a power failure it either holds what
+    it held at the last flush and can be written on, once it has been repaired, or it is found to be damaged.
     """
     size, piece, chance = 2 << 20, 64 << 10, Random(4)
     new, path, data = blank(layer, size, wishes, None), at(tmp_path / "image"), Random(5).randbytes(2 << 20)
@@ -129,7 +129,7 @@ def test_a_draft_is_whole_up_to_its_last_flush(tmp_path: Path, layer: str, wishe
 
 
 def mend(file: RecordedFile) -> None:
-    """Do what `image check --repair` does. Raises: DriverError."""
+    """Repair an image as `image check --repair` does. Raises: DriverError."""
     check = Check(file.read_at, file.size)
     check.run()
     for writes in plan_repair(check):

@@ -1,4 +1,4 @@
-"""The record file: what is packed is read, what is damaged is survived, and sums are right."""
+"""The record file: records are read back as packed, damage is tolerated, and summaries are right."""
 
 from __future__ import annotations
 
@@ -35,14 +35,16 @@ def test_every_record_is_32_bytes() -> None:
 
 
 def test_layout_is_as_documented() -> None:
-    """A request's fields stand where the head of the module says, so that other programs can read the file."""
+    """The fields of a request are at the offsets that the module's docstring gives, so that other programs can read the
+    file.
+    """
     packed = record.pack_request(Entry(0x0102030405060708, 512 * 0x11, 512 * 0x22, 0x33, 5, Op.DISCARD))
 
     assert bytes.fromhex("0807060504030201 1100000000000000 3300000000000000 22000000 0500 03 00") == packed
 
 
 def test_what_is_packed_is_read() -> None:
-    """Sessions, requests and losses come back as they were packed, in the order of the file."""
+    """Sessions, requests and losses are read back as they were packed, in the order of the file."""
     entries = [entry(op, status=errno.EIO) for op in Op]
     data = record.pack_session(SESSION) + b"".join(map(record.pack_request, entries)) + record.pack_lost(Lost(BEGAN, 9))
 
@@ -50,7 +52,7 @@ def test_what_is_packed_is_read() -> None:
 
 
 def test_huge_discard_saturates() -> None:
-    """A discard of more sectors than the field holds is recorded as that many, and not as a small number."""
+    """A discard of more sectors than the field can hold is recorded with the largest number that fits."""
     packed = record.pack_request(entry(Op.DISCARD, 0, 1 << 33))
 
     assert record.MAX_COUNT * 512 == read(record.pack_session(SESSION) + packed)[1].length
@@ -58,14 +60,14 @@ def test_huge_discard_saturates() -> None:
 
 @pytest.mark.parametrize("cut", range(SIZE))
 def test_last_record_may_be_cut_short(cut: int) -> None:
-    """A record that a death cut short is passed over, and those before it are read."""
+    """A last record that was cut short by a death is skipped, and those before it are read."""
     data = record.pack_session(SESSION) + record.pack_request(entry()) + record.pack_request(entry())[:cut]
 
     assert [SESSION, entry()] == read(data)
 
 
 def test_damaged_record_counts_as_lost() -> None:
-    """A hole that a crash of the host left in the file does not hide what follows it."""
+    """Records after a hole that a crash of the host left in the file are still read."""
     data = record.pack_session(SESSION) + bytes(SIZE) + record.pack_request(entry())
 
     assert [SESSION, Lost(0, 1), entry()] == read(data)
@@ -73,7 +75,7 @@ def test_damaged_record_counts_as_lost() -> None:
 
 @pytest.mark.parametrize("data", [b"x" * 64, b"xbelog\x02\xff" + bytes(24), b"\0"])
 def test_other_file_is_refused(data: bytes) -> None:
-    """A file that is none of ours, or of a later version, is refused and not guessed at."""
+    """A file of another kind, or of a later version, is refused."""
     with pytest.raises(ValueError, match="not a record"):
         read(data)
 
@@ -92,7 +94,7 @@ def test_other_file_is_refused(data: bytes) -> None:
     ],
 )
 def test_choice(choice: Choice, expected: str) -> None:
-    """Each filter narrows the choice; a range chooses what touches it, with the bounds of half-open ranges."""
+    """Each filter narrows the selection. A range selects the requests that overlap it; its end is exclusive."""
     entries = {
         "a": entry(Op.READ, 0, 8),
         "b": entry(Op.WRITE, 8, 8, took_ns=5000, at_ns=10),
@@ -104,7 +106,7 @@ def test_choice(choice: Choice, expected: str) -> None:
 
 
 def test_summary() -> None:
-    """A summary counts per operation, by the nearest rank for percentiles, and names the busiest ranges."""
+    """A summary counts requests by operation, gives percentiles by nearest rank, and names the busiest ranges."""
     summary = Summary()
     summary.add(entry(Op.READ, 8 * n, 8, took_ns=n + 1, at_ns=n) for n in range(100))
     summary.add([entry(Op.WRITE, 4096, 8, status=errno.EIO), Lost(0, 3)])
@@ -119,7 +121,7 @@ def test_summary() -> None:
 
 
 def test_sequential_share_survives_a_batch_that_completes_backwards() -> None:
-    """Runs are found although the requests of a batch complete in another order than the guest sent them."""
+    """Sequential runs are found even if the requests of a batch complete in another order than the guest sent them."""
     summary = Summary()
     order = [batch + place for batch in range(0, 96, 3) for place in (1, 0, 2)]
     summary.add(entry(Op.WRITE, 8 * n, 8) for n in order)
@@ -128,5 +130,5 @@ def test_sequential_share_survives_a_batch_that_completes_backwards() -> None:
 
 
 def test_empty_summary() -> None:
-    """A file without requests sums up to nothing and is no error."""
+    """A file without requests has an empty summary, which is no error."""
     assert {"duration_s": 0, "lost": 0, "operations": {}, "hottest": []} == Summary().result()

@@ -1,4 +1,4 @@
-"""The writer of record files: bounded buffer, bounded files, and no fault that gets out."""
+"""The writer of record files: its buffer and files are bounded, and no error of the file reaches the guest."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ BATCH = 32  # records, as from a ring
 
 
 class StuckEnv(StepEnv):
-    """An `Env` whose threads never come to do anything."""
+    """An `Env` whose threads never run."""
 
     def run_in_thread(self, function: Callable[[], None], then: Callable[[], None]) -> None:
-        """Forget it."""
+        """Never run it."""
 
 
 class LateEnv(StepEnv):
-    """An `Env` whose threads do their work when the test says so."""
+    """An `Env` whose threads run when the test says so."""
 
     def __init__(self) -> None:
         super().__init__()
         self.jobs: list[Callable[[], None]] = []
 
     def run_in_thread(self, function: Callable[[], None], then: Callable[[], None]) -> None:
-        """Keep it for later."""
+        """Keep it until the test runs it."""
         self.jobs += [function, then]
 
 
 def new_recorder(env: StepEnv, path: Path, limit: int = 64 << 20) -> Recorder:
-    """Return a recorder for which it is always the same time."""
+    """Return a recorder whose clock stands still."""
     return Recorder(env, str(path), limit, record.pack_session(SESSION), lambda: SESSION.began_ns)
 
 
@@ -53,7 +53,7 @@ def packed(first: int, count: int) -> bytes:
 
 
 def fill(recorder: Recorder, count: int) -> None:
-    """Add records of the sectors 0 to `count`, by batches."""
+    """Add records of sectors 0 to `count`, in batches."""
     for first in range(0, count, BATCH):
         recorder.add(packed(first, min(BATCH, count - first)))
 
@@ -81,7 +81,7 @@ def file_size_limit(size: int) -> Iterator[None]:
 
 
 def test_record_is_written_after_a_second(tmp_path: Path) -> None:
-    """A record waits in the buffer for the timer at most, and the timer is asked for once."""
+    """A record waits in the buffer until the timer at most, and the timer is set only once."""
     env, path = StepEnv(), tmp_path / "rec"
     recorder = new_recorder(env, path)
     recorder.add(packed(0, 1))
@@ -94,7 +94,7 @@ def test_record_is_written_after_a_second(tmp_path: Path) -> None:
 
 
 def test_full_buffer_is_written_at_once(tmp_path: Path) -> None:
-    """Records are on their way to the file when WRITE_AT bytes have gathered, without a timer."""
+    """As soon as WRITE_AT bytes are in the buffer, they are written to the file, without a timer."""
     recorder = new_recorder(StepEnv(), tmp_path / "rec")
     fill(recorder, WRITE_AT // SIZE)
 
@@ -103,7 +103,7 @@ def test_full_buffer_is_written_at_once(tmp_path: Path) -> None:
 
 
 def test_timer_after_close_does_nothing(tmp_path: Path) -> None:
-    """A timer that goes off when the file is closed already finds nothing to do."""
+    """A timer that goes off after the file was closed does nothing."""
     env, path = StepEnv(), tmp_path / "rec"
     recorder = new_recorder(env, path)
     recorder.add(packed(0, 1))
@@ -114,7 +114,7 @@ def test_timer_after_close_does_nothing(tmp_path: Path) -> None:
 
 
 def test_close_overtakes_a_thread_that_has_not_begun(tmp_path: Path) -> None:
-    """`close` writes what a thread was asked to write, once and in order, and the thread finds nothing left."""
+    """`close` writes what a thread was asked to write, once and in order, and the thread then finds nothing to do."""
     env, path = LateEnv(), tmp_path / "rec"
     recorder = new_recorder(env, path)
     fill(recorder, WRITE_AT // SIZE + 40)
@@ -126,14 +126,14 @@ def test_close_overtakes_a_thread_that_has_not_begun(tmp_path: Path) -> None:
 
 
 def test_session_without_requests_leaves_no_trace(tmp_path: Path) -> None:
-    """Opening a chain only to look at it adds nothing to the file."""
+    """A chain that is opened only to be looked at adds nothing to the file."""
     new_recorder(StepEnv(), tmp_path / "rec").close()
 
     assert b"" == (tmp_path / "rec").read_bytes()
 
 
 def test_next_worker_goes_on_after_a_torn_record(tmp_path: Path) -> None:
-    """What a death cut short is overwritten, and the next worker's records follow a session record of its own."""
+    """The next worker overwrites a record that a death cut short, and begins its own records with a session record."""
     path = tmp_path / "rec"
     for sector in (0, 1):
         recorder = new_recorder(StepEnv(), path)
@@ -147,7 +147,7 @@ def test_next_worker_goes_on_after_a_torn_record(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_file_begins_anew_at_its_limit(tmp_path: Path) -> None:
-    """Both files together stay within twice the limit and hold the latest records without a gap."""
+    """Two files together take at most twice the limit, and hold the latest records without a gap."""
     path, older = tmp_path / "rec", tmp_path / "rec.1"
     recorder = new_recorder(StepEnv(), path, MIN_LIMIT)
     count = 3 * MIN_LIMIT // SIZE // 2 + 100
@@ -161,7 +161,7 @@ def test_file_begins_anew_at_its_limit(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_file_begins_anew_without_its_older_half_when_that_finds_no_place(tmp_path: Path) -> None:
-    """Where the older half cannot be kept, it is given up once and not copied in vain with every write."""
+    """If the older half cannot be kept, it is given up once and for all; it is not copied in vain with every write."""
     path = tmp_path / "rec"
     recorder = new_recorder(StepEnv(), path, MIN_LIMIT)
     fill(recorder, MIN_LIMIT // SIZE - BATCH)
@@ -176,7 +176,9 @@ def test_file_begins_anew_without_its_older_half_when_that_finds_no_place(tmp_pa
 
 
 def test_what_the_file_does_not_take_is_counted_and_told(tmp_path: Path) -> None:
-    """A failed write leaves no half record; the loss is counted, and the file tells it once it can be written."""
+    """A failed write leaves no partial record. The loss is counted, and recorded in the file as soon as it can be
+    written.
+    """
     path = tmp_path / "rec"
     recorder = new_recorder(StepEnv(), path)
     with file_size_limit(WRITE_AT + 4096):
@@ -191,7 +193,7 @@ def test_what_the_file_does_not_take_is_counted_and_told(tmp_path: Path) -> None
 
 
 def test_slow_file_bounds_the_buffer(tmp_path: Path) -> None:
-    """When the thread does not come back, the buffer stays bounded, and `close` writes what there is."""
+    """If the thread does not return, the buffer stays bounded, and `close` writes what it holds."""
     path = tmp_path / "rec"
     recorder = new_recorder(StuckEnv(), path)
     kept = (WRITE_AT + BUFFER_LIMIT) // SIZE
@@ -204,7 +206,7 @@ def test_slow_file_bounds_the_buffer(tmp_path: Path) -> None:
 
 
 def test_other_file_is_not_touched(tmp_path: Path) -> None:
-    """A path that holds something else is refused, and stays as it is."""
+    """A path that holds another kind of file is refused and left unchanged."""
     path = tmp_path / "passwd"
     path.write_bytes(b"root:x:0:0\n")
     with pytest.raises(DriverError, match="holds 11 B of something other than records"):
@@ -214,7 +216,9 @@ def test_other_file_is_not_touched(tmp_path: Path) -> None:
 
 
 def test_special_files_are_refused(tmp_path: Path) -> None:
-    """A FIFO, a link or a directory is no place for records, and none of them is waited for or followed."""
+    """A FIFO, a link or a directory is refused as a record file; the first is not waited for, the second not
+    followed.
+    """
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "link").symlink_to("target")
     for name in ("fifo", "link", ""):
@@ -225,7 +229,7 @@ def test_special_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_refused_file_leaves_no_descriptor_open(tmp_path: Path) -> None:
-    """A recorder that cannot be opened releases what it had opened already."""
+    """A recorder that cannot be opened closes the descriptors that it has opened."""
     (tmp_path / "rec.1").mkdir()
     before = len(open_descriptors())
     with pytest.raises(DriverError, match=r"rec\.1 is not a regular file"):

@@ -1,4 +1,4 @@
-"""How one limit is shared by several disks."""
+"""How several disks share one limit."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from xenbackend.block.shares import FIRST, divide, step, wanted
     ],
 )
 def test_who_wants_more_than_his_part_gets_what_the_others_leave(wishes: list[float], shares: list[float]) -> None:
-    """Whatever somebody claims, he gets no more than all who want as much."""
+    """A disk that wants more than its fair part gets what the others leave, in equal parts, however much it claims."""
     found = divide(dict(enumerate(wishes)))
 
     assert pytest.approx(shares) == [found[number] for number in range(len(wishes))]
 
 
 def test_nobody_loses_by_what_another_one_says() -> None:
-    """Of random wishes: who wants his fair part has at least that, all of it is handed out, and no more."""
+    """Whatever the wishes, a disk gets its fair part if it wants it, and the shares add up to the whole limit."""
     chance = Random(1)
     for _ in range(2000):
         wishes = {number: chance.choice([0.0, 1.0, chance.random(), 1e18]) for number in range(chance.randint(1, 12))}
@@ -44,7 +44,9 @@ def test_nobody_loses_by_what_another_one_says() -> None:
 
 
 def test_at_no_moment_there_is_more_than_the_limit() -> None:
-    """What is taken from one is given to another only with the next step, by which it has heard of it."""
+    """The shares in use never exceed the limit: what is taken from one disk is given to another only in the
+    next step.
+    """
     chance = Random(2)
     now = dict.fromkeys(range(8), FIRST)
     for _ in range(500):
@@ -58,7 +60,7 @@ def test_at_no_moment_there_is_more_than_the_limit() -> None:
 
 
 def test_too_much_that_was_handed_out_is_taken_back() -> None:
-    """More disks than first shares fit into the limit."""
+    """If first shares exceed the limit because there are many disks, they are reduced."""
     now = dict.fromkeys(range(40), FIRST)
     aims = divide(dict.fromkeys(range(40), 1.0))
 
@@ -66,7 +68,9 @@ def test_too_much_that_was_handed_out_is_taken_back() -> None:
 
 
 def test_who_is_not_held_back_gets_a_little_more_than_he_uses() -> None:
-    """And who does nothing enough to begin with; what he says beyond all measure is the whole limit."""
+    """A disk that is not held back gets a little more than it uses, and an idle one a small share to begin with. An
+    absurd claim counts as the whole limit.
+    """
     assert 1.0 == wanted(0.0, is_held=True, members=4)
     assert 0.5 == wanted(0.4, is_held=False, members=4)
     assert 0.0 < wanted(0.0, is_held=False, members=4) < 0.05

@@ -1,4 +1,4 @@
-"""Chains that could be opened."""
+"""Parsed chains, which can be opened."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from xenbackend.errors import ChainError, ConfigError
 
 
 def test_a_chain_knows_its_drivers_options_and_canonical_text() -> None:
-    """A parsed chain has each layer's class, checked options and text, and opened nothing."""
+    """A parsed chain has the class, the checked options and the canonical text of each layer. No file has been
+    opened.
+    """
     spec = parse_chain("tap2:delay:read=5ms|aio:/no/such/file")
 
     assert spec.text == "delay:read=5ms|aio:/no/such/file"
@@ -35,7 +37,7 @@ def test_a_chain_knows_its_drivers_options_and_canonical_text() -> None:
     ],
 )
 def test_a_chain_that_cannot_work_is_refused(text: str, problem: str, marked: str) -> None:
-    """Unknown and unbuilt drivers, and layers in a wrong place, each have their sentence and their caret."""
+    """Unknown drivers, drivers that are not built, and layers in a wrong place each have a message with a caret."""
     with pytest.raises(ChainError) as caught:
         parse_chain(text)
 
@@ -45,7 +47,9 @@ def test_a_chain_that_cannot_work_is_refused(text: str, problem: str, marked: st
 
 
 def test_a_file_that_is_not_named_whole_is_found() -> None:
-    """A relative name means another file in another process: layer, option and the whole path are told."""
+    """A relative file name is refused, because it means another file in another process. The error has layer, option
+    and path.
+    """
     check_whole_paths(parse_chain("log:/var/log/x.rec|aio:/img"))
 
     with pytest.raises(

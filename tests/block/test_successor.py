@@ -1,4 +1,4 @@
-"""What may take a chain's place below a running guest."""
+"""Which chain may replace another one below a running guest."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def files(tmp_path: Path) -> Path:
 def test_the_same_content_is_known_by_its_file(
     machine: Machine, files: Path, former: str, new: str, *, keeps: bool
 ) -> None:
-    """Filters come and go, and a file has many names; another file, or none, is another content."""
+    """Two chains have the same content if their source is the same file, whatever its name and whatever filters are
+    added or removed.
+    """
     chains = [machine.open(text.format(d=files), read_only=True) for text in (former, new)]
     found = keeps_content(*(chain.layers for chain in chains))
     for chain in chains:
@@ -67,7 +69,9 @@ def test_the_same_content_is_known_by_its_file(
 def test_filters_that_alter_what_is_read_have_to_stay(
     machine: Machine, files: Path, former: str, new: str, *, same: bool
 ) -> None:
-    """Another part of the same image is another disk, although its source is the same."""
+    """Filters that alter what is read must stay: another part of the same image is another disk, although the source is
+    the same.
+    """
     chains = [machine.open(text.format(d=files), read_only=True) for text in (former, new)]
     layers = [chain.layers for chain in chains]
     found, source = shows_the_same(*layers), keeps_content(*layers)
@@ -78,7 +82,7 @@ def test_filters_that_alter_what_is_read_have_to_stay(
 
 
 def test_a_name_that_means_another_file_now(machine: Machine, files: Path) -> None:
-    """The text may be the same, letter by letter: what counts is the file."""
+    """If a name means another file now, the content is another one, even if the chain's text is the same."""
     chain = machine.open(f"aio:{files}/one", read_only=True)
     (files / "two").rename(files / "new")
     successor = machine.open(f"aio:{files}/new", read_only=True)
@@ -89,7 +93,9 @@ def test_a_name_that_means_another_file_now(machine: Machine, files: Path) -> No
 
 
 def test_a_snapshot_has_the_content_and_what_it_was_taken_of_has_lost_it(machine: Machine, files: Path) -> None:
-    """Over the image that the guest writes to is the same content; back from it to its parent is not."""
+    """A new leaf over the guest's image has its content. Going back from the leaf to its parent does not keep the
+    content.
+    """
     base = machine.open(f"aio:{files}/one", read_only=True)
     leaf = leaf_over(base.layers, f"{files}/leaf")
     write_new(f"{files}/leaf", leaf.blank)

@@ -1,4 +1,6 @@
-"""A sum for each block, in memory and in a file. tests/block/drivers/test_checksum.py kills and fails below them."""
+"""Checksums of blocks, in memory and in a file. tests/block/drivers/test_checksum.py kills workers and lets
+media fail.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ HEADER = Header(3 * SUMS * 4096, 4096, "", b"t" * 16)
 
 
 class Kept:
-    """Sums on a file that is stepped, and a disk that is flushed at once."""
+    """The sums of a disk, in a file whose requests the test steps through. Flushes of the disk end when the test says
+    so.
+    """
 
     def __init__(self) -> None:
         self.env = StepEnv()
@@ -31,18 +35,18 @@ class Kept:
         self.start()
 
     def start(self) -> Sums:
-        """Open them, as a successor does where the memories are kept."""
+        """Open the sums, as a successor does if the memories are kept."""
         self.sums = Sums(self.env, self.file, HEADER, self.flushes.append)
         self.file.complete = lambda batch: [self.sums.take(each) for each in batch]  # type: ignore[arg-type,func-returns-value]  # a lambda
         return self.sums
 
     def run(self) -> None:
-        """Let all that waits happen."""
+        """Do everything that is waiting."""
         while self.file.step():
             pass
 
     def rest(self) -> None:
-        """Let the time pass in which pages are settled, and all that comes of it happen."""
+        """Let the time pass after which pages are settled, and do everything that follows from it."""
         for _ in range(2):
             self.env.ring()
             while self.flushes:
@@ -50,7 +54,7 @@ class Kept:
             self.run()
 
     def alter(self, block: int, value: int) -> None:
-        """Alter a block, which has a sum afterwards."""
+        """Alter a block and give it a sum."""
         if not self.sums.doubt(block, block, self.said.append):
             self.run()
         self.sums.begin(block, block)
@@ -58,13 +62,13 @@ class Kept:
         self.sums.end(block, block)
 
     def anew(self) -> Sums:
-        """Return what one finds who has the file alone."""
+        """Return the sums that are found if only the file is left."""
         file = RecordedFile(bytearray(self.file.bytes))
         return Sums(StepEnv(), file, HEADER, lambda done: done(0))
 
 
 def test_what_has_rested_is_known_from_the_file_alone() -> None:
-    """A page in doubt is forgotten with the memory, and only that; one that has rested is not."""
+    """A page that has been settled is known from the file alone. A page in doubt is lost with the memory."""
     kept = Kept()
     kept.alter(5, 7)
     kept.alter(SUMS + 5, 8)
@@ -79,7 +83,7 @@ def test_what_has_rested_is_known_from_the_file_alone() -> None:
 
 
 def test_a_page_stays_in_doubt_while_something_alters_it() -> None:
-    """However long that takes: neither what has begun, nor what only waits to begin, is overtaken by a settling."""
+    """A page stays in doubt as long as something alters it, or waits to do so, however long that takes."""
     kept = Kept()
     kept.alter(0, 1)
     assert kept.sums.doubt(1, 1, kept.said.append)
@@ -96,7 +100,7 @@ def test_a_page_stays_in_doubt_while_something_alters_it() -> None:
 
 
 def test_a_flush_that_failed_settles_nothing() -> None:
-    """The data may not be durable: the page stays in doubt, and it is tried again."""
+    """If the flush of the disk fails, the page stays in doubt, and settling it is tried again."""
     kept = Kept()
     kept.alter(0, 1)
     for _ in range(2):
@@ -113,7 +117,9 @@ def test_a_flush_that_failed_settles_nothing() -> None:
 
 @pytest.mark.parametrize("op", [Op.WRITE, Op.FLUSH])
 def test_a_log_that_cannot_be_written_is_told(op: Op) -> None:
-    """Whoever wants to alter a block hears of it; and nobody takes the page for one in doubt."""
+    """If the log cannot be written, the request that wants to alter a block learns the error, and the page does not
+    count as in doubt.
+    """
     kept = Kept()
     kept.file.fails = lambda request: errno.ENOSPC if request.op == op else 0
     assert not kept.sums.doubt(0, 0, kept.said.append)
@@ -128,7 +134,9 @@ def test_a_log_that_cannot_be_written_is_told(op: Op) -> None:
 
 
 def test_closed_in_order_nothing_is_in_doubt_that_was_flushed() -> None:
-    """What was altered after the last flush of the disk stays so, as a power failure may still come."""
+    """After an orderly close, blocks that were flushed are not in doubt. Those altered later are, as a power failure
+    may still come.
+    """
     kept = Kept()
     kept.alter(0, 1)
     flushed = kept.sums.flushing()
@@ -141,7 +149,7 @@ def test_closed_in_order_nothing_is_in_doubt_that_was_flushed() -> None:
 
 
 def test_a_flush_covers_what_was_altered_before_it() -> None:
-    """What began before, and ended after it was sent, may have come too late for it."""
+    """A flush covers only alterations that had ended when it was sent."""
     kept = Kept()
     assert not kept.sums.doubt(0, 0, kept.said.append)
     kept.run()
@@ -156,7 +164,7 @@ def test_a_flush_covers_what_was_altered_before_it() -> None:
 
 
 def test_only_pages_of_the_file_that_are_more_than_holes_are_read() -> None:
-    """What a large disk's file has of sums is found between its holes."""
+    """Only those pages of the file are read that are not holes."""
     kept = Kept()
     kept.alter(2 * SUMS + 1, 5)
     kept.rest()

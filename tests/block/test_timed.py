@@ -1,4 +1,4 @@
-"""Timers between layers: what they count, and that a chain is afterwards as it was before."""
+"""Timers between layers: what they count, and that they leave the chain as it was."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MS = 1_000_000
 
 
 class Held(Filter):
-    """Takes requests, and gives them back when it is told."""
+    """A layer that holds requests until the test completes them."""
 
     def __init__(self) -> None:
         super().__init__(NoOptions())
@@ -29,14 +29,16 @@ class Held(Filter):
 
 
 def request(op: Op, length: int) -> Request:
-    """Return one."""
+    """Return a request."""
     made = Request()
     made.op, made.length = op, length
     return made
 
 
 def test_each_operation_has_its_times() -> None:
-    """From being given to being given back, with its bytes, in a bucket that is a power of two."""
+    """Each operation is timed from submission to completion, with its bytes, in buckets whose limits are powers
+    of two.
+    """
     now = [0]
     timer, below, back = Timed("x:", lambda: now[0]), Held(), []
     timer.next, timer.complete, below.complete = below, back.extend, timer.on_complete
@@ -59,7 +61,7 @@ def test_each_operation_has_its_times() -> None:
 
 
 def test_what_it_has_not_seen_begin_is_passed_on() -> None:
-    """It came while requests were in flight; of those nothing is known."""
+    """A request that was in flight before the timer came is passed on and not counted."""
     timer, back = Timed("x:"), []
     timer.complete = back.extend
     stray = request(Op.READ, 512)
@@ -77,8 +79,8 @@ def test_what_it_has_not_seen_begin_is_passed_on() -> None:
 @pytest.mark.parametrize("checked", [True, False])
 @pytest.mark.usefixtures("events")
 def test_timers_come_and_go_in_service(tmp_path: Path, filters: str, source: str, *, checked: bool) -> None:
-    """Whatever the layers are: requests that are in flight then come back, once, with the right data, each layer is
-    timed, and afterwards the chain is wired as it was before.
+    """Timers are inserted and removed while requests are in flight. Whatever the layers, each request comes back once
+    with the right data, each layer is timed, and afterwards the chain is wired as before.
     """
     machine = Machine()
     chain = machine.open(f"{filters}{source}:{image(tmp_path / 'img', SIZE)}", checked=checked)
@@ -133,6 +135,6 @@ def test_timers_come_and_go_in_service(tmp_path: Path, filters: str, source: str
     ],
 )  # fmt: skip
 def test_what_a_timer_cannot_have_said(values: Any) -> None:
-    """A worker may say anything."""
+    """Times that no timer can have measured are refused, because a worker may send anything."""
     with pytest.raises(ValueError, match="not "):
         parse_times(values)

@@ -1,4 +1,4 @@
-"""A range of a layer as a disk."""
+"""A range of a layer as a disk of its own."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ BELOW = Geometry(1 << 20, can_discard=True, discard_granularity=8192, discard_al
 
 
 def shown(start: int, length: int, below: Geometry = BELOW) -> tuple[Window, Geometry, Bottom, StepEnv]:
-    """Return a window over a source that keeps what it is given."""
+    """Return a window over a source that records what it is given."""
     window, env, bottom = Window(None), StepEnv(), Bottom()
     window.env, window.next, window.below = env, bottom, below
     return window, window.show(start, length), bottom, env
 
 
 def test_requests_are_moved_and_stay_as_they_were() -> None:
-    """What goes down is moved by the start; the guest's request keeps its fields while it is under way (D1)."""
+    """D1: requests are moved by the start of the range on their way down, but the guest's request keeps its fields."""
     window, _, bottom, _ = shown(4096, 65536)
     back: list[object] = []
     window.complete = back.extend
@@ -40,7 +40,7 @@ def test_requests_are_moved_and_stay_as_they_were() -> None:
 
 
 def test_what_goes_down_is_used_again() -> None:
-    """A hundred batches take as many requests as one does."""
+    """The requests that go down are reused: a hundred batches need no more of them than one."""
     window, _, bottom, _ = shown(0, 65536)
     window.complete = lambda batch: None
     seen = set()
@@ -57,7 +57,7 @@ def test_what_goes_down_is_used_again() -> None:
 
 
 def test_the_geometry_is_the_ranges() -> None:
-    """Size and alignment of discards are as they are seen from the range's beginning."""
+    """Size and alignment of discards are those seen from the beginning of the range."""
     _, geometry, _, env = shown(5120, 65536)
 
     assert (65536, 8192, 4096) == (geometry.size, geometry.discard_granularity, geometry.discard_alignment)
@@ -77,6 +77,6 @@ def test_the_geometry_is_the_ranges() -> None:
     ],
 )
 def test_what_cannot_be_a_range(start: int, length: int, problem: str) -> None:
-    """A range outside of the layer below, an empty one, and one that cuts a sector are refused."""
+    """A range that is empty, outside of the layer below, or not made of whole sectors is refused."""
     with pytest.raises(DriverError, match=problem):
         shown(start, length)

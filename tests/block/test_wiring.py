@@ -1,4 +1,4 @@
-"""Where the completions of layers go."""
+"""The path of completions through the layers."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ from xenbackend.block.wiring import wire_up
 
 
 class Sees(Filter):
-    """A filter that sees what comes back."""
+    """A filter that handles completions."""
 
     def __init__(self) -> None:
         super().__init__(None)
         self.seen: list[Request] = []
 
     def on_complete(self, batch: list[Request]) -> None:
-        """Look at it, and pass it on."""
+        """Pass completions on."""
         self.seen += batch
         self.complete(batch)
 
 
 def test_a_completion_goes_to_the_next_layer_that_sees_it() -> None:
-    """Layers that do not look at completions are left out; the caller is the last one, and may wrap each."""
+    """A completion goes to the next layer that handles completions, and finally to the caller, who may wrap
+    each step.
+    """
     top, between, lower, bottom = Sees(), Filter(None), Sees(), Bottom()
     back: list[Request] = []
     guarded: list[object] = []

@@ -1,4 +1,4 @@
-"""A cache that answers before the layer below has what was written: killed, without power, in any order of steps."""
+"""A cache that answers writes before the layer below has them: with kills, power loss, and any order of steps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHAPES = [("4K", 160 << 10), ("16K", 2 << 20), ("128K", (3 << 20) + 512)]
 
 
 class Life(lives.Beside):
-    """A disk with such a cache. Time stands still but for `rest`, by which everything that is dirty is old."""
+    """A disk with a write-back cache. Time stands still except in `rest`, after which all dirty blocks have rested."""
 
     def __init__(self, home: Path, chance: Random, *, block: str = "4K", size: int = 160 << 10) -> None:
         self.path = at(home / "cache")
@@ -38,12 +38,12 @@ class Life(lives.Beside):
             env.now = lambda: self.time  # type: ignore[method-assign]  # a clock of ours
 
     def kill(self) -> None:
-        """See `lives.Life`: FILE gives no errors from then on."""
+        """See `lives.Life`. From then on FILE gives no errors."""
         self.file.fails = lambda request: 0
         super().kill()
 
     def fails_at_times(self, part: float) -> None:
-        """Have FILE give errors for a part of what is written to slots; some of that may be there all the same."""
+        """Let a part of the writes to slots fail. Some of their data may be in FILE all the same."""
 
         def fails(request: Request) -> int:
             if request.op != Op.WRITE or request.offset < self.writer._data_at or self.chance.random() >= part:
@@ -61,18 +61,18 @@ class Life(lives.Beside):
 
     @property
     def writer(self) -> WriteBack:
-        """Return what does all."""
+        """Return the object that handles the cache's requests."""
         assert isinstance(self.top, Cache)
         assert isinstance(self.top._requests, WriteBack)
         return self.top._requests
 
     def run(self) -> None:
-        """Do all that waits."""
+        """Do all steps that are due."""
         while self.disk.step():
             pass
 
     def settle(self) -> None:
-        """Let everything get below."""
+        """Let all dirty blocks reach the layer below."""
         for _ in range(200):
             self.run()
             if not self.figures()["dirty"] and not self.writer.destage._freed:
@@ -82,7 +82,9 @@ class Life(lives.Beside):
 
 
 def test_a_write_is_answered_before_it_is_below(tmp_path: Path) -> None:
-    """Then it goes there by itself, once it has rested; what is read is right at any moment."""
+    """A write is answered before the layer below has it. It goes there once it has rested, and reads are right at any
+    moment.
+    """
     life = Life(tmp_path, Random(1), block="16K")
     assert [0] == life.disk.do(write(512, b"n" * 4096))
     model = life.first[:512] + b"n" * 4096 + life.first[4608:]
@@ -98,7 +100,7 @@ def test_a_write_is_answered_before_it_is_below(tmp_path: Path) -> None:
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(("block", "size"), SHAPES)
 def test_killed_anywhere(tmp_path: Path, seed: int, block: str, size: int) -> None:
-    """D11: over 40 deaths with anything in flight, destaging too, which is done again, nothing is ever lost."""
+    """D11: over 40 deaths with requests and destaging in flight, which are done again, nothing is lost."""
     chance = Random(seed)
     life = Life(tmp_path, chance, block=block, size=size)
     model, destaged = bytearray(life.first), 0
@@ -115,8 +117,9 @@ def test_killed_anywhere(tmp_path: Path, seed: int, block: str, size: int) -> No
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(("block", "size"), SHAPES)
 def test_power_lost_anywhere(tmp_path: Path, seed: int, block: str, size: int, errors: float) -> None:
-    """F1: whatever part of what both media were given since they were flushed is there, torn and in any order: what the
-    guest had flushed is there, and around what it had not nothing is lost; also where writes to FILE fail, torn.
+    """F1: after a power loss, any part of what the two media were given since their last flush is there, torn and in
+    any order. What the guest had flushed is intact, and so are the neighbours of unflushed writes, even if writes to
+    FILE fail, torn.
     """
     chance = Random(seed)
     life = Life(tmp_path, chance, block=block, size=size)
@@ -151,26 +154,26 @@ def test_power_lost_anywhere(tmp_path: Path, seed: int, block: str, size: int, e
 
 
 class RecordedLog:
-    """What was done to two files together: only its length counts."""
+    """The changes of several files together, of which only the number counts."""
 
     def __init__(self, *files: RecordedFile) -> None:
         self.files = files
 
     @property
     def log(self) -> range:
-        """Return as many as both have."""
+        """Return a range as long as the logs of all files together."""
         return range(sum(len(each.log) for each in self.files))
 
 
 def without_power(life: Life, chance: Random, before: int = 0) -> Disk:
-    """Return the disk after its host has lost its power now, or so many changes of FILE ago."""
+    """Return the disk as it is after a power loss now, or `before` changes of FILE ago."""
     image, _ = lost_power(life.first, life.image.log, len(life.image.log), chance)
     file, _ = lost_power(bytes(4096), life.file.log, len(life.file.log) - before, chance)
     return Disk(life.text, RecordedFiles(**{life.path: RecordedFile(file), "image": RecordedFile(image)}))
 
 
 def test_a_flush_covers_what_a_killed_worker_left(tmp_path: Path) -> None:
-    """D11: the successor knows nothing of what its predecessor wrote below, and flushes there all the same."""
+    """D11: a successor does not know what its predecessor wrote below, so its first flush includes the layer below."""
     for seed in range(10):
         life = Life(tmp_path, Random(seed))
         assert [0, 0] == life.disk.do(write(0, b"a" * (140 << 10)), write(150 << 10, b"b" * 512))
@@ -183,8 +186,9 @@ def test_a_flush_covers_what_a_killed_worker_left(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("place", [0, 512])
 def test_a_discard_is_never_undone(tmp_path: Path, place: int) -> None:
-    """Of a block that is on its way below at any step, too: it reads as zeros, also in a successor, and once flushed
-    after a power failure. One that the power failure cut short leaves what was flushed before, or zeros.
+    """A discard is never undone, even if its block is on its way below: the block reads as zeros, also in a successor
+    and, once flushed, after a power loss. A discard that a power loss cut short leaves what was flushed before, or
+    zeros.
     """
     old = b"o" * 4096
     for seed in range(80):
@@ -197,7 +201,7 @@ def test_a_discard_is_never_undone(tmp_path: Path, place: int) -> None:
         request = discard(place, 4096)
         for each in (request, flush()):
             life.disk.chain.submit([each])
-            for _ in range(life.chance.randint(0, 12)):  # of two media one may be slower by any measure
+            for _ in range(life.chance.randint(0, 12)):  # either of the two media may be slower by any amount
                 life.chance.choice([life.disk.step, life.file.step, life.file.step])()
         cut = without_power(life, life.chance).everything()[place : place + 4096]
         parts = {cut[at : at + 512] for at in range(0, 4096 - place, 512)}
@@ -213,7 +217,9 @@ def test_a_discard_is_never_undone(tmp_path: Path, place: int) -> None:
 
 
 def test_file_forgets_nothing_that_the_medium_below_may_not_have(tmp_path: Path) -> None:
-    """A discard is durable below before a tag is taken away for it: else neither of both would have anything left."""
+    """A discard is durable below before the block's tag is removed from FILE. Otherwise the block might be in neither
+    of them.
+    """
     life = Life(tmp_path, Random(1))
     for request in (write(0, b"o" * 4096), flush(), discard(0, 4096)):
         assert [0] == life.disk.do(request)
@@ -225,7 +231,9 @@ def test_file_forgets_nothing_that_the_medium_below_may_not_have(tmp_path: Path)
 
 
 def test_a_slot_is_not_given_away_before_file_knows(tmp_path: Path) -> None:
-    """A tag that was taken away comes back with the power, if that was not durable: its slot has its block still."""
+    """A slot is not reused before the removal of its tag is durable. Until then a power loss may bring the tag back, so
+    the slot must still hold its block.
+    """
     life = Life(tmp_path, Random(1), block="128K", size=4 << 20)
     for block in range(6):
         life.disk.do(write(block << 17, bytes([block]) * 512))
@@ -246,7 +254,9 @@ def test_a_slot_is_not_given_away_before_file_knows(tmp_path: Path) -> None:
 
 
 def test_a_successor_gives_no_slot_away_either(tmp_path: Path) -> None:
-    """Where its predecessor was killed between the two, FILE has the tag still, or the medium below it."""
+    """A successor does not reuse such a slot, either. Wherever its predecessor was killed, FILE still has the tag, or
+    the layer below has the block durably.
+    """
     for seed in range(12):
         life = Life(tmp_path, Random(seed), block="128K", size=4 << 20)
         life.disk.do(write(0, b"n" * 512))
@@ -264,7 +274,7 @@ def test_a_successor_gives_no_slot_away_either(tmp_path: Path) -> None:
 
 
 def test_two_blocks_of_one_write_have_two_slots(tmp_path: Path) -> None:
-    """Also where the second one has a slot before, which is the next to be given away: to the first one, if at all."""
+    """Two blocks of one write get two slots, even if the second block's slot is the next to be given away."""
     for victim in range(2, 18, 2):
         life = Life(tmp_path, Random(1), block="128K", size=4 << 20)
         for block in [*range(2, 18, 2)] * 2:  # none is less used than the others
@@ -278,7 +288,9 @@ def test_two_blocks_of_one_write_have_two_slots(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_has_grown(tmp_path: Path) -> None:
-    """What the disk ended inside of is below alone: there is more of it now."""
+    """If a disk has grown, the block in which it used to end is read from the layer below, where there is more of it
+    now.
+    """
     life = Life(tmp_path, Random(1), block="64K", size=160 << 10)
     assert [0, 0] == life.disk.do(write(0, b"a" * 512), write(150 << 10, b"b" * 512))
     life.image.bytes += b"n" * (32 << 10)
@@ -289,7 +301,9 @@ def test_a_disk_that_has_grown(tmp_path: Path) -> None:
 
 
 def test_a_miss_that_is_overtaken_is_not_kept(tmp_path: Path) -> None:
-    """F2: by a write that goes past FILE, as it is large: in every order of their steps no later read is old."""
+    """F2: if a read is overtaken by a write so large that it goes past FILE, no later read returns old data, in any
+    order of steps.
+    """
     for seed in range(40):
         life = Life(tmp_path, Random(seed))
         batch = [read(0, 512), write(0, b"n" * (150 << 10)), read(512, 512)]
@@ -308,7 +322,9 @@ def test_a_miss_that_is_overtaken_is_not_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seed", range(2))
 def test_on_real_files(tmp_path: Path, seed: int) -> None:
-    """In a worker's loop any requests give what they should, opened again too, and once it is closed all is below."""
+    """On real files, any requests in a worker's loop give the right data, also when opened again. Closing brings all
+    data below.
+    """
     chance, model, machine = Random(seed), bytearray(4 << 20), Machine()
     (tmp_path / "image").write_bytes(model)
     text = f"cache:{tmp_path}/cache,size=1M,mode=writeback|aio:{tmp_path}/image"

@@ -1,4 +1,4 @@
-"""The requests of a cache with mode=read or writethrough, in a disk whose workers are killed."""
+"""Requests to a cache with mode=read or mode=writethrough, in a disk whose workers are killed."""
 
 from __future__ import annotations
 
@@ -35,19 +35,21 @@ class Life(lives.Beside):
 
     @property
     def requests(self) -> WriteThrough:
-        """Return what does the requests."""
+        """Return the object that handles the cache's requests."""
         assert isinstance(self.driver._requests, WriteThrough)
         return self.driver._requests
 
     def hits(self, request: Request) -> bool:
-        """Do a read, and return whether it was a hit."""
+        """Do a read, and return whether it was a cache hit."""
         before = self.driver.figures()["hits"]
         assert [0] == self.disk.do(request)
         return self.driver.figures()["hits"] > before
 
 
 def test_what_was_read_is_read_from_the_file(tmp_path: Path) -> None:
-    """The second time the disk below is asked for nothing; a large read goes by, and changes nothing."""
+    """A block that is read again comes from FILE, without the layer below. A large read goes past the cache and changes
+    nothing there.
+    """
     life = Life(tmp_path, Random(1))
     assert not life.hits(read(512, 1024))
     life.image.fails = lambda request: errno.EIO
@@ -61,7 +63,9 @@ def test_what_was_read_is_read_from_the_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["read", "writethrough"])
 def test_what_was_written_is_below_when_it_is_answered(tmp_path: Path, mode: str) -> None:
-    """With writethrough it is kept as well: whole blocks, and what is written to a part of one that is there."""
+    """A write is in the layer below when it is answered. With mode=writethrough it is cached too: whole blocks, and
+    parts of cached blocks.
+    """
     life = Life(tmp_path, Random(1), mode=mode)
     life.disk.do(read(4096, 512))
     for request in (write(0, b"a" * 8192), write(4096 + 512, b"b" * 512)):
@@ -78,7 +82,7 @@ def test_what_was_written_is_below_when_it_is_answered(tmp_path: Path, mode: str
 @pytest.mark.parametrize("op", ["write", "discard", "large write"])
 @pytest.mark.parametrize("mode", ["read", "writethrough"])
 def test_a_miss_that_is_overtaken_is_not_kept(tmp_path: Path, op: str, mode: str) -> None:
-    """F2: read and write of one block in every order of their steps, then a read: it is never old."""
+    """F2: whatever the order of the steps of a read and a write of one block, a later read does not return old data."""
     for seed in range(30):
         life = Life(tmp_path, Random(seed), mode=mode)
         life.image.can_discard, life.image.discard_granularity = True, 512
@@ -105,7 +109,9 @@ def test_a_miss_that_is_overtaken_is_not_kept(tmp_path: Path, op: str, mode: str
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("mode", ["read", "writethrough"])
 def test_killed_anywhere(tmp_path: Path, mode: str, seed: int) -> None:
-    """D11, F3: over 30 deaths with anything in flight, which is done again, no read is ever old, and most are hits."""
+    """D11, F3: over 30 deaths with requests in flight, which are done again, no read returns old data, and many are
+    hits.
+    """
     chance = Random(seed)
     life = Life(tmp_path, chance, mode=mode, block=chance.choice(["4K", "16K"]))
     model, hits = bytearray(life.first), 0
@@ -120,7 +126,7 @@ def test_killed_anywhere(tmp_path: Path, mode: str, seed: int) -> None:
 
 
 def test_no_entry_is_lost_by_kills(tmp_path: Path) -> None:
-    """F3: after fifty of them everything is a hit as before."""
+    """F3: after fifty kills every block is still a hit."""
     life = Life(tmp_path, Random(1))
     places = range(0, 128 << 10, 4096)
     for place in places:
@@ -134,8 +140,8 @@ def test_no_entry_is_lost_by_kills(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", ["read", "writethrough"])
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
 def test_the_loss_of_the_file_costs_speed_only(tmp_path: Path, mode: str, code: int) -> None:
-    """F4: whatever FILE does, every read is right and no request fails. It is left alone after a while, unless it is
-    only full, and a successor finds nothing that was kept before.
+    """F4: whatever FILE does, every read is right and no request fails. After a number of errors FILE is not used any
+    more, unless it is only full. A successor does not use what was cached before.
     """
     chance = Random(2)
     life = Life(tmp_path, chance, mode=mode)
@@ -166,7 +172,7 @@ def test_the_loss_of_the_file_costs_speed_only(tmp_path: Path, mode: str, code: 
 
 
 def test_a_slot_that_is_being_read_is_not_given_away(tmp_path: Path) -> None:
-    """A read that takes its time gets the block that it was for, however many others come to the same places."""
+    """A slot that is being read is not given to another block, so a slow read returns the right data."""
     life = Life(tmp_path, Random(1), block="128K", size=4 << 20)
     for block in [*range(8), *range(8)]:  # none is less used than the others
         life.disk.do(read(block << 17, 512))
@@ -185,9 +191,9 @@ def test_a_slot_that_is_being_read_is_not_given_away(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("is_lost", [False, True])
 def test_nothing_of_it_is_under_way_once_it_is_closed(tmp_path: Path, *, is_lost: bool) -> None:
-    """What FILE was given when the last answer came has ended: else it would land in a slot of the next chain's.
+    """When the cache is closed, all writes to FILE have ended. A late one would otherwise hit a slot of the next chain.
 
-    Also where FILE was given up meanwhile.
+    The same holds if FILE was given up meanwhile.
     """
     life = Life(tmp_path, Random(1), mode="writethrough")
     life.disk.do(read(0, 4096))
@@ -211,7 +217,7 @@ def test_nothing_of_it_is_under_way_once_it_is_closed(tmp_path: Path, *, is_lost
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("mode", ["read", "writethrough"])
 def test_nothing_stays_pinned(tmp_path: Path, mode: str, seed: int) -> None:
-    """However requests end, on both sides, no slot is held and no copy is kept once all are done."""
+    """However requests end, in FILE or below, no slot stays pinned and no copy is kept once all are done."""
     chance = Random(seed)
     life = Life(tmp_path, chance, mode=mode, block="16K", size=4 << 20)
     rate = 0.0
@@ -237,7 +243,7 @@ def test_nothing_stays_pinned(tmp_path: Path, mode: str, seed: int) -> None:
 
 
 def test_an_error_below_is_the_guests(tmp_path: Path) -> None:
-    """F4: nothing is kept of a read or write that failed, and what is there is still right."""
+    """F4: a read or write that fails below is not cached, and what is cached stays right."""
     life = Life(tmp_path, Random(1), mode="writethrough")
     life.image.fails = lambda request: errno.EIO
     failed = write(0, b"n" * 4096)
@@ -249,7 +255,7 @@ def test_an_error_below_is_the_guests(tmp_path: Path) -> None:
 
 
 def test_a_guest_that_alters_its_pages_harms_no_other_read(tmp_path: Path) -> None:
-    """D7: what is kept of a write is what is below, whatever becomes of the guest's page meanwhile."""
+    """D7: if the guest alters its page during a write, the cache keeps what went below."""
     life = Life(tmp_path, Random(1), mode="writethrough")
     request = write(0, b"a" * 4096)
     life.disk.chain.submit([request])
@@ -263,7 +269,7 @@ def test_a_guest_that_alters_its_pages_harms_no_other_read(tmp_path: Path) -> No
 
 
 def test_a_discard_of_anything_empties_no_more_than_it_has_to(tmp_path: Path) -> None:
-    """A small one drops its blocks; one of more blocks than are looked at one by one drops all."""
+    """A small discard drops its blocks. One of more blocks than would be looked up one by one empties the cache."""
     life = Life(tmp_path, Random(1))
     for place in (0, 4096):
         life.disk.do(read(place, 4096))
