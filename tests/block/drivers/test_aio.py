@@ -19,7 +19,7 @@ from xenbackend.errors import ChainError, DriverError
 
 @pytest.mark.parametrize("cache", ["on", "off"])
 def test_the_disk_is_the_file(machine: Machine, tmp_path: Path, cache: str) -> None:
-    """What is written lands in the file at the same place, and what is in the file is read."""
+    """A write reaches the file at the same offset, and a read returns what the file holds."""
     path = image(tmp_path / "img")
     with path.open("r+b") as file:
         file.seek(8192)
@@ -36,7 +36,7 @@ def test_the_disk_is_the_file(machine: Machine, tmp_path: Path, cache: str) -> N
 
 @pytest.mark.parametrize("name", ["a|b", "a,b", r"a\b", "a=b", " ", "ä\n"])
 def test_any_file_name_can_be_written(machine: Machine, tmp_path: Path, name: str) -> None:
-    """Backslashes make every name of a file a name in a chain."""
+    """With backslashes, any file name can be written in a chain."""
     path = str(image(tmp_path / name))
     for special in "\\|,":
         path = path.replace(special, "\\" + special)
@@ -47,7 +47,7 @@ def test_any_file_name_can_be_written(machine: Machine, tmp_path: Path, name: st
 
 
 def test_a_read_only_disk_offers_nothing_that_alters(machine: Machine, tmp_path: Path) -> None:
-    """Read-only, the geometry says so and no discard is offered; a second reader may open the file too."""
+    """A read-only disk says so and offers no discard. A second reader can open the file at the same time."""
     path = image(tmp_path / "img")
     chain, second = (machine.open(f"aio:{path}", read_only=True) for _ in range(2))
     geometry = chain.geometry
@@ -58,7 +58,7 @@ def test_a_read_only_disk_offers_nothing_that_alters(machine: Machine, tmp_path:
 
 
 def test_a_discard_does_what_the_file_said(machine: Machine, tmp_path: Path) -> None:
-    """Where discard is offered, the discarded range of a file reads as zeros."""
+    """If discard is offered, a discarded range of the file reads as zeros."""
     path = image(tmp_path / "img")
     chain = machine.open(f"aio:{path}")
     if not chain.geometry.can_discard:
@@ -74,7 +74,7 @@ def test_a_discard_does_what_the_file_said(machine: Machine, tmp_path: Path) -> 
 
 
 def test_a_file_that_is_not_open_takes_no_requests() -> None:
-    """A driver that was never opened says so, and can be closed."""
+    """A driver that was never opened refuses requests with a clear error, and can be closed."""
     driver = Aio(Aio.Options("/img"))
     with pytest.raises(RuntimeError, match="before the file was open"):
         driver.submit([flush()])
@@ -89,7 +89,9 @@ WHOLE = ODD.ljust(70_144, b"\0")
 @pytest.mark.parametrize("cache", ["on", "off"])
 @pytest.mark.parametrize("place", [places.DISK, places.MEMORY], ids=str)
 def test_a_file_that_ends_inside_a_sector(machine: Machine, driver: str, cache: str, place: Path) -> None:
-    """Attached read-only, its last sector ends in zeros; for writing it is refused, and left as it is."""
+    """If a file ends inside a sector, the rest of its last sector reads as zeros. It is refused for writing and left
+    unchanged.
+    """
     with places.directory(place) as directory:
         path = directory / "odd"
         path.write_bytes(ODD)
@@ -103,7 +105,9 @@ def test_a_file_that_ends_inside_a_sector(machine: Machine, driver: str, cache: 
 
 
 def test_a_parent_that_ends_inside_a_sector(machine: Machine, tmp_path: Path) -> None:
-    """A QCOW2 image over such a file reads its last sector, copies it when it writes near it, and leaves it alone."""
+    """A QCOW2 image over such a file reads its last sector, copies it for a write beside it, and leaves the file
+    unchanged.
+    """
     (tmp_path / "odd").write_bytes(ODD)
     (tmp_path / "child").write_bytes(qcow2(len(WHOLE), backing=b"odd"))
     text = f"qcow2:{tmp_path}/child,parent_format=raw"
@@ -118,7 +122,7 @@ def test_a_parent_that_ends_inside_a_sector(machine: Machine, tmp_path: Path) ->
 
 @pytest.mark.parametrize("sector", ["512", "1024", "2048", "4096"])
 def test_sectors_that_are_asked_for(machine: Machine, tmp_path: Path, sector: str) -> None:
-    """The disk has the sectors that the chain says, and what is written at once is no less than one."""
+    """The disk has the sector size that the chain asks for, and its physical sector is at least as large."""
     path = image(tmp_path / "img")
     chain = machine.open(f"aio:{path},sector={sector}")
     geometry = chain.geometry
@@ -130,13 +134,15 @@ def test_sectors_that_are_asked_for(machine: Machine, tmp_path: Path, sector: st
 
 @pytest.mark.parametrize("sector", ["", "0", "256", "513", "8192", "4K", "-512"])
 def test_sectors_that_no_disk_has(machine: Machine, tmp_path: Path, sector: str) -> None:
-    """Anything but the sizes that guests know is refused before the file is opened, with those sizes."""
+    """A sector size that guests do not support is refused before the file is opened, and the error lists those they
+    support.
+    """
     with pytest.raises(ChainError, match=r"option sector: .* is not one of medium, 512, 1024, 2048, 4096"):
         machine.open(f"aio:{tmp_path}/none,sector={sector}")
 
 
 def test_a_size_that_is_no_multiple_of_the_sector(machine: Machine, tmp_path: Path) -> None:
-    """A file that ends inside a sector of the size that was asked for is read-only, too."""
+    """A file whose size is not a multiple of the sector size that was asked for can be opened read-only."""
     path = image(tmp_path / "img", 8192 + 512)
     text = f"aio:{path},sector=4096"
     with pytest.raises(
@@ -149,9 +155,10 @@ def test_a_size_that_is_no_multiple_of_the_sector(machine: Machine, tmp_path: Pa
 
 @pytest.mark.slow
 def test_small_sectors_of_a_device_with_large_ones(machine: Machine, tmp_path: Path) -> None:
-    """`sector=512`: writes of single sectors, many at once and side by side, lose nothing of one another.
+    """With `sector=512` on a device with larger sectors, concurrent writes of single sectors do not lose each other's
+    data.
 
-    Among them are writes of whole blocks of the device, flushes, and discards of less than such a block.
+    There are writes of whole device sectors, flushes, and discards of less than a device sector too.
     """
     with loop(tmp_path / "disk", 1 << 20, sector_size=4096) as (device, path):
         chance = Random(2)
@@ -159,7 +166,7 @@ def test_small_sectors_of_a_device_with_large_ones(machine: Machine, tmp_path: P
         chain = machine.open(f"aio:{device},sector=512")
         assert (512, 4096) == (chain.geometry.sector_size, chain.geometry.physical_sector_size)
         for _ in range(6):
-            cuts = sorted(chance.sample(range(256), 120))  # ranges side by side, most of them less than a block
+            cuts = sorted(chance.sample(range(256), 120))  # adjacent ranges, most of them less than a device sector
             batch = [write(first * 512, chance.randbytes((last - first) * 512)) for first, last in pairwise(cuts)]
             batch.append(write(32768 * 8, chance.randbytes(8192)))
             chance.shuffle(batch)
@@ -178,7 +185,7 @@ def test_small_sectors_of_a_device_with_large_ones(machine: Machine, tmp_path: P
 
 @pytest.mark.slow
 def test_an_image_on_a_device_with_large_sectors(machine: Machine, tmp_path: Path) -> None:
-    """A QCOW2 image whose clusters are smaller than the device's sectors is read and written as everywhere."""
+    """A QCOW2 image whose clusters are smaller than the device's sectors can be read and written."""
     small = tmp_path / "small"
     qemu.qemu_img("create", "-f", "qcow2", "-o", "cluster_size=512", small, "1M")
     with loop(tmp_path / "disk", 8 << 20, sector_size=4096) as (device, path):

@@ -35,7 +35,7 @@ def image(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("what", ["another disk", "another file", "memory", "another size"])
 def test_entries_from_a_former_life_do_not_come_back(tmp_path: Path, what: str) -> None:
-    """F3: over another disk, in another file, or where nobody knows what happened meanwhile, the cache is empty."""
+    """F3: the cache is empty over another disk, in another file, with another size, or if its memory was lost."""
     life = Life(tmp_path, Random(1))
     life.disk.do(read(0, 4096))
     assert life.hits(read(0, 4096))
@@ -56,7 +56,7 @@ def test_entries_from_a_former_life_do_not_come_back(tmp_path: Path, what: str) 
 
 @pytest.mark.parametrize(("block", "stays"), [("32K", True), ("64K", False)])
 def test_a_disk_that_has_grown(tmp_path: Path, block: str, *, stays: bool) -> None:
-    """What was kept stays, unless the disk ended inside a block, of which there is more now."""
+    """After the disk has grown, cached blocks are kept, unless the disk used to end inside a block."""
     life = Life(tmp_path, Random(1), block=block)
     for place in (0, 128 << 10):
         life.disk.do(read(place, 512))
@@ -69,7 +69,9 @@ def test_a_disk_that_has_grown(tmp_path: Path, block: str, *, stays: bool) -> No
 
 
 def test_a_successor_that_cannot_open_the_file_serves_without(tmp_path: Path) -> None:
-    """Before the first opening it is a mistake; later the guest goes on, and what was kept then is no more, ever."""
+    """If a successor cannot open FILE, the guest is served without it, and what FILE held is never used again. For a
+    disk that nobody uses yet, the same is an error.
+    """
     life = Life(tmp_path, Random(1))
     life.disk.do(read(0, 4096))
     kept, life.files[life.path] = life.file, RecordedFile(bytearray(b"a file of somebody else's".ljust(8192)))
@@ -99,13 +101,15 @@ def test_a_successor_that_cannot_open_the_file_serves_without(tmp_path: Path) ->
     ],
 )
 def test_settings_that_cannot_be_are_refused(machine: Machine, tmp_path: Path, options: str, problem: str) -> None:
-    """Each with a sentence."""
+    """Settings that are impossible or have no effect are refused with a message."""
     with pytest.raises(ChainError, match=problem):
         machine.open(f"cache:{tmp_path}/cache,{options}|ram:1M")
 
 
 def test_who_only_looks_touches_no_file(tmp_path: Path, image: Path) -> None:
-    """`check`, and commands that read the chain, read past the cache, whoever is served through it meanwhile."""
+    """`check` and commands that only read a chain go past the cache and do not touch FILE, even while a guest
+    uses it.
+    """
     machine, looking = Machine(), Machine()
     looking.make_env.serves = False
     text = f"cache:{tmp_path}/cache,size=1M|aio:{image}"
@@ -123,7 +127,7 @@ def test_who_only_looks_touches_no_file(tmp_path: Path, image: Path) -> None:
 
 
 def test_only_as_much_is_kept_as_there_is_room_for(tmp_path: Path, image: Path) -> None:
-    """The file is no larger than was said, whatever is read, and every read is right."""
+    """FILE never exceeds the configured size, whatever is read, and every read is right."""
     machine, chance = Machine(), Random(1)
     path, data = tmp_path / "cache", image.read_bytes()
     machine.files.open_record(str(path))
@@ -143,7 +147,9 @@ def test_only_as_much_is_kept_as_there_is_room_for(tmp_path: Path, image: Path) 
     "modes", [("read", "writethrough"), ("writethrough", "read"), ("writethrough", "writethrough")]
 )
 def test_a_cache_below_a_cache(machine: Machine, tmp_path: Path, image: Path, modes: tuple[str, str]) -> None:
-    """Each gives back what it was lent, and takes for its own what it has made itself."""
+    """With a cache below another one, each returns the requests that it was lent and consumes those that it made
+    itself.
+    """
     layers = [f"cache:{tmp_path}/{number},size=1M,mode={mode}" for number, mode in enumerate(modes)]
     chain = machine.open("|".join([*layers, f"aio:{image}"]))
     data = bytes(range(256)) * 64

@@ -34,7 +34,7 @@ def machine() -> Iterator[Machine]:
 
 @pytest.fixture
 def later() -> Iterator[Machine]:
-    """Return one that knows nothing of the first one's memories."""
+    """Return a machine that does not have the memories of the first one."""
     machine = Machine()
     yield machine
     machine.close()
@@ -49,7 +49,7 @@ def image(tmp_path: Path) -> Path:
 
 
 def rot(path: Path, place: int) -> None:
-    """Alter a bit of the medium, of which no time of change tells."""
+    """Alter a bit on the medium without changing the file's time of change."""
     times = path.stat()
     with path.open("r+b") as file:
         file.seek(place)
@@ -67,8 +67,8 @@ def driver_of(chain: Chain) -> Checksum:
 
 
 def test_rot_is_an_error_and_never_data(machine: Machine, later: Machine, tmp_path: Path, image: Path) -> None:
-    """A block that was read or written once and is another one now ends its read, and no other one's. Figures and a
-    fact say so, also after the disk was opened anew. Writing it puts it right.
+    """A block that differs from what was last read or written fails the reads that include it, and no others. Figures
+    and a fact report it, also after the disk was opened anew. Writing the whole block repairs it.
     """
     text = f"checksum:{tmp_path}/sums|aio:{image}"
     chain = machine.open(text)
@@ -92,7 +92,7 @@ def test_rot_is_an_error_and_never_data(machine: Machine, later: Machine, tmp_pa
 
 
 def test_a_block_in_the_place_of_another_is_found(machine: Machine, tmp_path: Path, image: Path) -> None:
-    """A write that lands elsewhere leaves two blocks that are whole, and both are wrong."""
+    """If two blocks have changed places, both are found to be wrong, although each of them is intact."""
     text = f"checksum:{tmp_path}/sums|sync:{image}"
     chain = machine.open(text)
     assert [0, 0] == machine.do(chain, write(0, b"a" * BLOCK), write(BLOCK, b"b" * BLOCK))
@@ -104,7 +104,7 @@ def test_a_block_in_the_place_of_another_is_found(machine: Machine, tmp_path: Pa
 
 
 def test_what_others_wrote_meanwhile_is_no_rot(machine: Machine, later: Machine, tmp_path: Path, image: Path) -> None:
-    """An image that was changed without this layer, later than layers do when they are closed, gets new sums."""
+    """An image that was changed without this layer, later than the layer's own closing explains, gets new sums."""
     text = f"checksum:{tmp_path}/sums|aio:{image}"
     chain = machine.open(text)
     machine.everything(chain)
@@ -124,7 +124,7 @@ def test_what_others_wrote_meanwhile_is_no_rot(machine: Machine, later: Machine,
 def test_a_guest_that_was_served_without_it_meanwhile_finds_no_rot(
     machine: Machine, later: Machine, tmp_path: Path, image: Path
 ) -> None:
-    """`set` may take the layer away and put it back within a second: what was written between is no rot."""
+    """`set` may remove the layer and put it back within a second. What was written in between does not count as rot."""
     text = f"checksum:{tmp_path}/sums|aio:{image}"
     chain = machine.open(text)
     machine.everything(chain)
@@ -142,7 +142,7 @@ def test_a_guest_that_was_served_without_it_meanwhile_finds_no_rot(
 
 @pytest.mark.parametrize("change", ["another image", "size", "shorter", "header", "cow", "empty"])
 def test_a_file_that_does_not_fit_is_refused(machine: Machine, tmp_path: Path, image: Path, change: str) -> None:
-    """It is left as it is, with a sentence that says what to do."""
+    """A file that does not fit the disk is refused and left unchanged, with a message that says what to do."""
     sums, text = tmp_path / "sums", f"checksum:{tmp_path}/sums|aio:{image}"
     machine.open(text).close()
     problem = "has the sums of another disk, of 1048576 bytes; name another file, or remove this one"
@@ -178,7 +178,9 @@ def test_a_file_that_does_not_fit_is_refused(machine: Machine, tmp_path: Path, i
 
 @pytest.mark.parametrize("block", ["2K", "3K", "2M"])
 def test_odd_blocks_are_refused(machine: Machine, tmp_path: Path, block: str) -> None:
-    """A block is a power of two from 4 KiB to 1 MiB; what would take more than 1 GiB of sums is refused as well."""
+    """A block size that is not a power of two from 4 KiB to 1 MiB is refused, and so is one that would need more than 1
+    GiB of sums.
+    """
     with pytest.raises(ChainError, match="it must be 4K, 8K"):
         machine.open(f"checksum:{tmp_path}/sums,block={block}|ram:1M")
     with pytest.raises(DriverError, match="need too many sums; give a larger block="):
@@ -186,7 +188,9 @@ def test_odd_blocks_are_refused(machine: Machine, tmp_path: Path, block: str) ->
 
 
 def test_partial_writes_to_one_block_all_arrive(machine: Machine, tmp_path: Path, image: Path) -> None:
-    """Of writes of 512 bytes to the same blocks in one batch, with reads between them, none is lost, or rot."""
+    """Writes of 512 bytes to the same blocks in one batch, with reads between them, all arrive, and none looks like
+    rot.
+    """
     chain = machine.open(f"checksum:{tmp_path}/sums,block=8K|delay:read=2ms,write=1ms,jitter=2ms|aio:{image}")
     expected = bytearray(image.read_bytes())
     batch: list[Request] = []
@@ -207,9 +211,11 @@ def test_partial_writes_to_one_block_all_arrive(machine: Machine, tmp_path: Path
 
 @pytest.mark.parametrize("is_known", [False, True])
 def test_a_read_that_is_overtaken_by_a_write_teaches_nothing(tmp_path: Path, *, is_known: bool) -> None:
-    """What it brings is older than what is there: it is given back, and is no sum of the block for later reads."""
+    """A read that was overtaken by a write returns the older data, but the sum of these data is not taken for the
+    block's.
+    """
     life = Life(tmp_path, Random(1), "4K")
-    assert [0] == life.disk.do(write(BLOCK, bytes(BLOCK)))  # the page is in doubt
+    assert [0] == life.disk.do(write(BLOCK, bytes(BLOCK)))  # so that the page is in doubt
     if is_known:
         life.disk.everything()
     held: list[Request] = []
@@ -237,9 +243,9 @@ def test_a_read_that_is_overtaken_by_a_write_teaches_nothing(tmp_path: Path, *, 
 
 
 def test_a_large_discard_takes_no_long_time(machine: Machine, tmp_path: Path) -> None:
-    """One of 64 GiB costs no look at each block."""
+    """A discard of 64 GiB is done without looking at each block."""
     chain = machine.open(f"checksum:{tmp_path}/sums,block=64K|fault:rate=0|null:64G", checked=False)
-    driver_of(chain)._can_discard = True  # null: has none
+    driver_of(chain)._can_discard = True  # null: offers no discard
     driver_of(chain).next.submit = lambda batch: driver_of(chain).on_complete(_done(batch))  # type: ignore[method-assign,union-attr]  # a disk that discards
     began = time.process_time()
     assert [0, 0] == machine.do(chain, discard(512, (1 << 36) - 1024), write(0, bytes(512)))
@@ -254,7 +260,7 @@ def _done(batch: list[Request]) -> list[Request]:
 
 
 class Life(lives.Life):
-    """A disk whose workers are killed, and whose host loses its power."""
+    """A disk whose workers are killed and whose host loses power."""
 
     def __init__(self, home: Path, chance: Random, block: str) -> None:
         self.path = at(home / "sums")
@@ -275,7 +281,9 @@ class Life(lives.Life):
 
 @pytest.mark.parametrize(("place", "length"), [(0, BLOCK), (0, 3 * BLOCK), (1024, 512), (1024, BLOCK)])
 def test_a_guest_that_alters_its_pages_makes_no_rot(tmp_path: Path, place: int, length: int) -> None:
-    """D7: whatever becomes of them at any moment, a sum is of what is on the medium, and a read is judged by that."""
+    """D7: if the guest alters its pages during a request, sums still match the medium, and reads are checked against
+    that.
+    """
     for seed in range(12):
         life = Life(tmp_path, Random(seed), "4K")
         life.disk.everything()
@@ -285,7 +293,7 @@ def test_a_guest_that_alters_its_pages_makes_no_rot(tmp_path: Path, place: int, 
             def alter(request: Request = request, life: Life = life) -> None:
                 request.iov[0][life.chance.randrange(length)] = life.chance.randrange(256)
 
-            # also between the medium and whoever looks at what came from it
+            # also between the medium and the layers that see its data
             life.image.complete = lambda batch, alter=alter, complete=complete: (alter(), complete(batch))  # type: ignore[misc,func-returns-value]  # a lambda
             life.disk.chain.submit([request])
             while not life.disk.back:
@@ -304,7 +312,7 @@ def test_a_guest_that_alters_its_pages_makes_no_rot(tmp_path: Path, place: int, 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("block", ["4K", "16K"])
 def test_killed_anywhere(tmp_path: Path, seed: int, block: str) -> None:
-    """D11: over 30 deaths with anything in flight, which is done again, nothing is lost, and nothing looks like rot."""
+    """D11: over 30 deaths with requests in flight, which are done again, nothing is lost and nothing looks like rot."""
     chance = Random(seed)
     life = Life(tmp_path, chance, block)
     model = bytearray(life.first)
@@ -317,8 +325,8 @@ def test_killed_anywhere(tmp_path: Path, seed: int, block: str) -> None:
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("block", ["4K", "16K"])
 def test_power_lost_anywhere(tmp_path: Path, seed: int, block: str) -> None:
-    """Whatever part of what both media were given is there, torn and in any order: no sum contradicts it, and what was
-    flushed is there. Rot of what had rested is found all the same.
+    """After a power loss, whatever parts of the writes to both media are there, torn and in any order, no sum
+    contradicts the data, and flushed data are intact.
     """
     chance = Random(seed)
     life = Life(tmp_path, chance, block)
@@ -337,7 +345,7 @@ def test_power_lost_anywhere(tmp_path: Path, seed: int, block: str) -> None:
     start = bytes(life.sums.bytes)
     for _ in range(12):
         guest.run(10, 24)
-        for _ in range(chance.randint(0, 3)):  # it rests, and goes on at any moment of what is done then
+        for _ in range(chance.randint(0, 3)):  # settling begins, and the guest goes on at any of its steps
             life.rest()
             for _ in range(chance.randint(0, 5)):
                 stepping()
@@ -353,7 +361,9 @@ def test_power_lost_anywhere(tmp_path: Path, seed: int, block: str) -> None:
 
 
 def test_what_has_rested_is_not_forgotten_by_a_power_failure(tmp_path: Path) -> None:
-    """A page is in doubt only as long as its data may not be durable; then rot below it is found after a power loss."""
+    """A page is in doubt only as long as its data may not be durable. Rot in it after that is found even after a power
+    loss.
+    """
     life = Life(tmp_path, Random(1), "4K")
     assert [0, 0] == life.disk.do(write(0, b"x" * BLOCK), flush())
     for _ in range(3):
@@ -371,7 +381,9 @@ def test_what_has_rested_is_not_forgotten_by_a_power_failure(tmp_path: Path) -> 
 
 
 def test_a_page_is_in_doubt_before_its_first_write(tmp_path: Path) -> None:
-    """Nothing of it is sent to the medium before the log says so durably; where that cannot be, the write fails."""
+    """Before the first write to a page is sent to the medium, the log durably says that the page is in doubt. If that
+    fails, the write fails.
+    """
     life = Life(tmp_path, Random(1), "4K")
     begun = len(life.sums.log)
     order: list[str] = []
@@ -397,7 +409,7 @@ def _noting(order: list[str], name: str) -> Callable[[Request], int]:
 
 
 def test_another_file_of_the_same_name_has_its_own_sums(tmp_path: Path) -> None:
-    """What memory has of a file says nothing of one that was put in its place: a new one knows nothing."""
+    """If another file was put in FILE's place, the sums in memory are not used. A new file knows no sums."""
     life = Life(tmp_path, Random(1), "4K")
     life.disk.everything()
     life.files[life.path] = RecordedFile(bytearray(4096))

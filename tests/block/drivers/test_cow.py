@@ -31,7 +31,9 @@ def base(tmp_path: Path) -> Path:
 
 
 def test_the_base_is_only_read(machine: Machine, tmp_path: Path, base: Path) -> None:
-    """Several disks start from one image, each has its own writes, also when it is opened again, and the image none."""
+    """Several disks can start from one image. Each has its own writes, also when opened again, and the image is never
+    written.
+    """
     before = base.read_bytes()
     chains = [machine.open(f"cow:{tmp_path}/{name}|aio:{base}") for name in "ab"]
     for chain, byte in zip(chains, (b"a", b"b"), strict=True):
@@ -50,7 +52,9 @@ def test_the_base_is_only_read(machine: Machine, tmp_path: Path, base: Path) -> 
 
 
 def test_partial_first_writes_to_one_block_all_arrive(machine: Machine, tmp_path: Path, base: Path) -> None:
-    """D3: of sixteen writes of 512 bytes to one block in one batch none is lost, nor what is around them."""
+    """D3: sixteen first writes of 512 bytes to one block in one batch all arrive, and the bytes between them are not
+    lost.
+    """
     chain = machine.open(f"cow:{tmp_path}/cow|delay:read=2ms,jitter=2ms|aio:{base}")
     places = [1024 * number for number in range(16)]
     writes = [write(place, bytes([number]) * 512) for number, place in enumerate(places)]
@@ -65,7 +69,7 @@ def test_partial_first_writes_to_one_block_all_arrive(machine: Machine, tmp_path
 
 
 def test_a_discard_never_uncovers_the_base(machine: Machine, tmp_path: Path) -> None:
-    """D3: what was discarded reads as zeros, under a partial write and in a successor too, and the file shrinks."""
+    """D3: discarded blocks read as zeros, also after a partial write and in a successor, and the file shrinks."""
     base, cow = tmp_path / "base", tmp_path / "cow"
     base.write_bytes(b"\xaa" * SIZE)
     text = f"cow:{cow}|aio:{base}"
@@ -86,7 +90,9 @@ def test_a_discard_never_uncovers_the_base(machine: Machine, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("change", ["a byte", "another file", "size", "shorter", "header", "no cow", "empty"])
 def test_a_file_that_does_not_fit_is_refused(machine: Machine, tmp_path: Path, base: Path, change: str) -> None:
-    """D2: over a base that was changed or exchanged, or cut, or damaged, the file is refused, and left as it is."""
+    """D2: if the base was changed or replaced, or the file was truncated or damaged, the file is refused and left
+    unchanged.
+    """
     cow = tmp_path / "cow"
     text = f"cow:{cow}|aio:{base}"
     chain = machine.open(text)
@@ -126,7 +132,9 @@ def test_a_file_that_does_not_fit_is_refused(machine: Machine, tmp_path: Path, b
 
 
 def test_what_was_only_read_is_not_begun(machine: Machine, tmp_path: Path, base: Path) -> None:
-    """Opened for reading a new file shows the base; who writes may begin it later, with other blocks."""
+    """A new file that is opened read-only shows the base and is not begun. A writer may begin it later, with another
+    block size.
+    """
     text = f"cow:{tmp_path}/cow|aio:{base}"
     assert base.read_bytes() == machine.contents(text)
     chain = machine.open(f"cow:{tmp_path}/cow,block=8K|aio:{base}")
@@ -137,7 +145,7 @@ def test_what_was_only_read_is_not_begun(machine: Machine, tmp_path: Path, base:
 
 
 def test_two_cannot_have_one_file(machine: Machine, tmp_path: Path, base: Path) -> None:
-    """The file is locked while it is open, and a link is not followed."""
+    """The file is locked while it is open, and must not be a symbolic link."""
     cow = tmp_path / "cow"
     chain = machine.open(f"cow:{cow}|aio:{base}")
     (tmp_path / "link").symlink_to(cow)
@@ -150,14 +158,14 @@ def test_two_cannot_have_one_file(machine: Machine, tmp_path: Path, base: Path) 
 
 @pytest.mark.parametrize("block", ["2K", "3K", "2M", "0"])
 def test_odd_blocks_are_refused(block: str, tmp_path: Path, machine: Machine) -> None:
-    """A block is a power of two from 4 KiB to 1 MiB."""
+    """The block size must be a power of two from 4 KiB to 1 MiB."""
     with pytest.raises(ChainError, match="it must be 4K, 8K"):
         machine.open(f"cow:{tmp_path}/cow,block={block}|ram:1M")
 
 
 def test_a_full_file_system_leaves_reads_and_discards(tmp_path: Path) -> None:
-    """D1: where a new block finds no room, its write says so; reads, blocks that are there and flushes go on, and then
-    the same write succeeds.
+    """D1: if there is no room for a new block, its write ends with ENOSPC. Reads, flushes and writes to existing blocks
+    go on, and the same write succeeds once there is room.
     """
     path, first, file = at(tmp_path / "cow"), Random(3).randbytes(64 << 10), RecordedFile(bytearray(4096))
     disk = Disk(f"cow:{path},block=4K|aio:base", RecordedFiles(**{path: file, "base": RecordedFile(bytearray(first))}))
@@ -175,7 +183,9 @@ def test_a_full_file_system_leaves_reads_and_discards(tmp_path: Path) -> None:
 @pytest.mark.parametrize("life", range(4))
 @pytest.mark.parametrize("block", ["4K", "16K"])
 def test_power_lost_anywhere(tmp_path: Path, request: pytest.FixtureRequest, block: str, life: int) -> None:
-    """After a power failure what was flushed is there, and around what was not nothing is lost, torn and reordered."""
+    """After a power loss, torn and reordered, flushed data are intact, and so are the neighbours of unflushed
+    writes.
+    """
     chance = Random(f"{request.config.getoption('--seed')} {life}")
     first, path, file = chance.randbytes(64 << 10), at(tmp_path / "cow"), RecordedFile(bytearray(4096), chance)
     base = RecordedFile(bytearray(first))
@@ -192,7 +202,9 @@ def test_power_lost_anywhere(tmp_path: Path, request: pytest.FixtureRequest, blo
 
 
 def test_a_begun_file_is_begun_anew(tmp_path: Path) -> None:
-    """Killed anywhere while the file is made, torn or not, the next one who opens it has the base, and goes on."""
+    """If a worker is killed while it makes the file, torn or not, the next one begins it anew, shows the base, and can
+    write.
+    """
     first, path, file = Random(4).randbytes(64 << 10), at(tmp_path / "cow"), RecordedFile(bytearray(4096))
     Disk(f"cow:{path}|aio:base", RecordedFiles(**{path: file, "base": RecordedFile(bytearray(first))}))
     assert len(file.log) > 3
@@ -205,7 +217,7 @@ def test_a_begun_file_is_begun_anew(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seed", range(12))
 def test_killed_anywhere(tmp_path: Path, seed: int) -> None:
-    """D11: over 40 deaths with writes, discards and flushes in flight, which are done again, nothing is ever lost."""
+    """D11: over 40 deaths with writes, discards and flushes in flight, which are done again, nothing is lost."""
     chance = Random(seed)
     first, path = chance.randbytes(64 << 10), at(tmp_path / "cow")
     file = RecordedFile(bytearray(4096), chance, can_discard=True, discard_granularity=4096)
@@ -216,7 +228,7 @@ def test_killed_anywhere(tmp_path: Path, seed: int) -> None:
 
 
 def test_another_file_of_the_same_name_has_its_own_map(tmp_path: Path) -> None:
-    """What memory has of a file says nothing of one that was put in its place: a new one begins as the base."""
+    """If another file was put in FILE's place, the map in memory is not used. A new file shows the base."""
     first, path = Random(5).randbytes(64 << 10), at(tmp_path / "cow")
     files = {path: RecordedFile(bytearray(4096)), "base": RecordedFile(bytearray(first))}
     life = Life(f"cow:{path},block=8K|aio:base", files, Random(0))
@@ -228,7 +240,7 @@ def test_another_file_of_the_same_name_has_its_own_map(tmp_path: Path) -> None:
 
 
 def test_a_flush_puts_nothing_into_the_map_that_is_not_durable(tmp_path: Path) -> None:
-    """The map is written between two flushes of the file: after the data, before the answer."""
+    """A flush writes the map between two flushes of FILE: after the data are durable, and before the answer."""
     first, path, file = bytes(64 << 10), at(tmp_path / "cow"), RecordedFile(bytearray(4096))
     disk = Disk(f"cow:{path},block=4K|aio:base", RecordedFiles(**{path: file, "base": RecordedFile(bytearray(first))}))
     begun = len(file.log)
@@ -247,7 +259,7 @@ def states(chain: Chain) -> bytes:
 
 
 def test_a_whole_block_is_not_read_first(machine: Machine, tmp_path: Path) -> None:
-    """A write that covers a block needs nothing from below, and a whole discard writes nothing at all."""
+    """A write of a whole block reads nothing from below, and a discard of whole blocks writes nothing."""
     chain = machine.open(f"cow:{tmp_path}/cow,block=4K|fault:op=read|ram:1M")
     assert [0, 0, 5] == machine.do(chain, write(4096, bytes(4096)), discard(8192, 8192), write(0, bytes(512)))
     assert bytes([0, OWN, ZEROS, ZEROS, 0]) == states(chain)[:5]
@@ -255,9 +267,10 @@ def test_a_whole_block_is_not_read_first(machine: Machine, tmp_path: Path) -> No
 
 
 def test_a_discard_goes_by_runs(tmp_path: Path) -> None:
-    """However many blocks it has, FILE gets one request for those that it has between two that are being written.
+    """A discard is one request to FILE for each run of its blocks that no write interrupts, however many blocks that
+    is.
 
-    Those wait for their turn, so that the discard comes after their first writes.
+    A block that is just being written is waited for, so that the discard comes after its first write.
     """
     first, path, file = Random(6).randbytes(1 << 20), at(tmp_path / "cow"), RecordedFile(bytearray(4096))
     file.can_discard, file.discard_granularity = True, 4096
@@ -280,7 +293,7 @@ def test_a_discard_goes_by_runs(tmp_path: Path) -> None:
 
 
 def test_what_was_written_can_be_kept(machine: Machine, tmp_path: Path, base: Path) -> None:
-    """A detached chain is converted like any image: that is how what was written becomes an image of its own."""
+    """A detached chain can be converted like any image, so that what was written becomes an image of its own."""
     text = f"cow:{tmp_path}/cow,block=8K|aio:{base}"
     chain = machine.open(text)
     assert [0, 0] == machine.do(chain, write(4096, b"k" * 20480), discard(65536, 65536))
@@ -292,7 +305,7 @@ def test_what_was_written_can_be_kept(machine: Machine, tmp_path: Path, base: Pa
 
 
 def test_without_a_file_nothing_is_left(tmp_path: Path, base: Path) -> None:
-    """D2: what was written is there while the disk is open, in a file that no directory has, and is gone afterwards."""
+    """D2: without FILE, what was written lies in an unnamed file and is gone when the disk is closed."""
     (tmp_path / "scratch").mkdir()
     before, text = base.read_bytes(), f"cow:block=8K|aio:{base}"
     machine = Machine(scratch=str(tmp_path / "scratch"))
@@ -308,7 +321,7 @@ def test_without_a_file_nothing_is_left(tmp_path: Path, base: Path) -> None:
 
 
 def test_of_two_unnamed_files_one_is_written_to(tmp_path: Path, base: Path) -> None:
-    """The lower layer is only read, and needs none."""
+    """Of two unnamed layers in one chain, the upper one is written to. The lower one is only read and needs no file."""
     machine = Machine(scratch=str(tmp_path))
     chain = machine.open(f"cow:|log:|cow:|aio:{base}")
     assert [0] == machine.do(chain, write(0, b"x" * 512))

@@ -18,7 +18,7 @@ def opened(**options: float) -> tuple[Delay, StepEnv, Bottom]:
 
 
 def test_each_operation_waits_for_its_own_time() -> None:
-    """Requests of one time go down as one batch when it has come, and those without a time at once."""
+    """Requests with the same delay go down as one batch when it has passed, and those without a delay go at once."""
     driver, env, bottom = opened(read=0.005, write=0.010)
     reads, writes, others = [read(0, 512), read(512, 512)], [write(0, bytes(512))], [flush(), discard(0, 512)]
     driver.submit([reads[0], writes[0], others[0], reads[1], others[1]])
@@ -30,7 +30,7 @@ def test_each_operation_waits_for_its_own_time() -> None:
 
 
 def test_jitter_is_bounded_and_repeatable() -> None:
-    """With jitter each request waits for a time of its own, at most `jitter` more, the same for the same seed."""
+    """With jitter, each request waits up to `jitter` longer. The delays are the same for the same seed."""
     times = []
     for seed in (1, 1, 2):
         driver, env, _ = opened(read=0.005, jitter=0.002, seed=seed)

@@ -1,4 +1,4 @@
-"""The table of drivers and third parties' drivers."""
+"""The table of drivers, and drivers of third parties."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ needs_third_party = pytest.mark.skipif(
 
 @pytest.mark.parametrize("name", sorted(drivers.BUILT_IN))
 def test_the_table_names_what_is_there(name: str) -> None:
-    """Each word of the table leads to a driver of that name."""
+    """Each name in the table leads to a driver of that name."""
     found = drivers.find_driver(name)
 
     assert issubclass(found, Driver)
@@ -27,12 +27,12 @@ def test_the_table_names_what_is_there(name: str) -> None:
 
 
 def test_no_word_is_both_built_and_unbuilt_to_the_operator() -> None:
-    """A word that is built is not called unbuilt."""
+    """No name is listed both as built and as not built."""
     assert set() == set(drivers.BUILT_IN) & set(drivers.UNBUILT)
 
 
 def test_words_of_blktap_lead_to_a_driver_or_to_what_takes_their_place() -> None:
-    """A word that blktap had is another name of a driver, or its error says in a sentence what there is instead."""
+    """Every driver name of blktap is another name of a driver here, or its error says what to use instead."""
     for name in ("bc", "lc", "llp", "qed", "remus", "valve", "vhdi", "vhdsync"):
         if name in drivers.ALIASES:
             assert drivers.ALIASES[name] == drivers.find_driver(name).name
@@ -44,7 +44,7 @@ def test_words_of_blktap_lead_to_a_driver_or_to_what_takes_their_place() -> None
 
 @needs_third_party
 def test_a_third_partys_driver_is_a_word_like_any_other() -> None:
-    """An entry point makes a driver known by its name, and it is listed."""
+    """A third party's driver is found by its entry point, and is listed."""
     assert drivers.find_driver("xor").name == "xor"
     assert "xor" in drivers.driver_names()
 
@@ -60,7 +60,9 @@ def test_a_third_partys_driver_is_a_word_like_any_other() -> None:
     ],
 )
 def test_a_driver_that_cannot_be_used_says_why(name: str, sentence: str) -> None:
-    """A third party's driver that fails to import, or is for another contract, is refused with its package's name."""
+    """A third party's driver that cannot be imported, or follows another contract, is refused, and the error names its
+    package.
+    """
     with pytest.raises(LookupError) as caught:
         drivers.find_driver(name)
 
@@ -69,7 +71,7 @@ def test_a_driver_that_cannot_be_used_says_why(name: str, sentence: str) -> None
 
 @pytest.mark.slow
 def test_a_built_in_driver_is_found_without_looking_at_packages() -> None:
-    """A worker that needs only built-in drivers reads no other package's metadata, and loads no other driver."""
+    """A worker whose drivers are all built in reads no package metadata and loads no other driver."""
     program = """
 import sys
 from importlib import metadata

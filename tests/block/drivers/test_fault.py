@@ -21,7 +21,7 @@ def outcome(machine: Machine, options: str, *batch: Request) -> list[int]:
 
 
 def reads(count: int) -> list[Request]:
-    """Return reads of 4 KiB, side by side."""
+    """Return reads of 4 KiB at consecutive places."""
     return [read(number * 4096, 4096) for number in range(count)]
 
 
@@ -49,12 +49,12 @@ def test_without_conditions_everything_fails(machine: Machine) -> None:
     ],
 )
 def test_conditions_choose_what_fails(machine: Machine, options: str, expected: list[int]) -> None:
-    """Operation, range, every, skip and limit choose exactly which of six reads of 4 KiB fail, and with what."""
+    """Operation, range, every, skip and limit choose exactly which of six reads of 4 KiB fail, and with which error."""
     assert expected == outcome(machine, options, *reads(6))
 
 
 def test_a_flush_matches_no_range(machine: Machine) -> None:
-    """A flush covers no bytes: where a range is given it passes, and it can be chosen as an operation."""
+    """A flush covers no bytes, so it passes if a range is given. It can be chosen as an operation."""
     assert [0] == outcome(machine, "range=0-1G", flush())
     assert [0, errno.EIO] == outcome(machine, "op=flush", read(0, 512), flush())
 
@@ -79,6 +79,6 @@ def test_failures_are_counted(machine: Machine) -> None:
 
 
 def test_one_in_none_is_refused(machine: Machine) -> None:
-    """A division by nothing is found before the chain is opened."""
+    """`every=0` is refused before the chain is opened."""
     with pytest.raises(ChainError, match="option every"):
         machine.open("fault:every=0|null:")

@@ -30,7 +30,7 @@ TAKEN_OVER = "another program is reading, too; begin again with get"
 
 
 class Instant(Driver):
-    """A source that does nothing and gives back at once."""
+    """A source that does nothing and completes requests at once."""
 
     def __init__(self) -> None:
         super().__init__(None)
@@ -43,7 +43,7 @@ class Instant(Driver):
 
 
 def lone_log(env: StepEnv, below: Driver, size: int = SIZE, **options: object) -> Log:
-    """Return an open `log:` above `below`, wired as a chain would; what it completes is dropped."""
+    """Return an open `log:` above `below`, connected as in a chain. Its completions are discarded."""
     log = Log(Log.Options(**options))
     log.next, log.below = below, Geometry(size=size, can_discard=True)
     log.env = env
@@ -78,7 +78,7 @@ def requests_in(path: Path) -> list[tuple[Op, int, int, int]]:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_shows_exactly_the_written_ranges(machine: Machine, tmp_path: Path, seed: int) -> None:
-    """`peek` and `get` name each sector that was written or discarded, and no other."""
+    """`peek` and `get` report every sector that was written or discarded, and no other."""
     random = Random(seed)
     chain = machine.open(f"log:|aio:{image(tmp_path / 'img')}")
     written: set[int] = set()
@@ -100,7 +100,9 @@ def test_shows_exactly_the_written_ranges(machine: Machine, tmp_path: Path, seed
 
 
 def test_range_is_dirty_before_the_layer_below_has_it() -> None:
-    """A death after the request went down and before it came back finds the range marked already."""
+    """A range is marked before the write goes down, so it is found even if the worker dies before the write
+    comes back.
+    """
     seen = []
 
     class Looking(Instant):
@@ -124,7 +126,9 @@ def test_failed_write_stays_dirty(machine: Machine) -> None:
 
 
 def test_without_file_completions_pass_by(machine: Machine, tmp_path: Path) -> None:
-    """Only a record looks at completions; without one the layer below answers to the layer above."""
+    """Completions pass through the layer only if there is a record file. Otherwise they go to the layer above
+    directly.
+    """
     with_file = machine.open(f"log:{tmp_path / 'rec'}|ram:1M")
     without = machine.open("log:|ram:1M")
 
@@ -135,7 +139,7 @@ def test_without_file_completions_pass_by(machine: Machine, tmp_path: Path) -> N
 
 
 def test_start_stop_clear() -> None:
-    """`stop` keeps what was found, `start` begins with an empty map unless it was on, `clear` forgets."""
+    """`stop` keeps the map, `start` empties it unless tracking was on, and `clear` empties it."""
     log = lone_log(StepEnv(), Instant(), track=False)
     shown = []
     for verb in ("", "start", "start", "stop", "start", "clear"):
@@ -149,7 +153,7 @@ def test_start_stop_clear() -> None:
 
 
 def test_status_names_what_an_operator_asks_for() -> None:
-    """`status` says whether writes are tracked, in what pieces, and never less than is dirty."""
+    """`status` says whether writes are tracked, how large the map's pieces are, and at least as much as is dirty."""
     log = lone_log(StepEnv(), Instant(), size=4 * CHUNK, granularity=512)
     log.submit([write(CHUNK, b"x" * 512)])
 
@@ -163,7 +167,7 @@ def test_status_names_what_an_operator_asks_for() -> None:
 
 
 def test_a_disk_of_pebibytes_takes_no_more_memory_than_others() -> None:
-    """An image may claim any size: the map never asks for more than 257 MiB, and `status` shows its pieces' size."""
+    """The map never asks for more than 257 MiB, whatever size an image claims. `status` has the size of its pieces."""
     env = StepEnv()
     log = lone_log(env, Instant(), size=1 << 51, granularity=512)
     log.submit([write(1 << 50, b"x" * 512)])
@@ -173,7 +177,9 @@ def test_a_disk_of_pebibytes_takes_no_more_memory_than_others() -> None:
 
 
 def test_a_map_with_smaller_pieces_is_begun_anew() -> None:
-    """After an upgrade from a version that took more memory for a large disk everything is dirty: no write is lost."""
+    """After an upgrade from a version that took more memory for a large disk, everything is dirty, so no write
+    is lost.
+    """
     size = 2 << 40
     env = StepEnv(resumes=True)
     former = DirtyMap(env.memory("dirty", memory_size(size, 512)), size, 512, is_tracking=True)
@@ -184,7 +190,9 @@ def test_a_map_with_smaller_pieces_is_begun_anew() -> None:
 
 
 def test_get_forgets_a_page_only_when_the_next_is_asked_for() -> None:
-    """A reader that dies with a page in its hands loses nothing: the next sweep has it, with what came since."""
+    """A page is forgotten only when the next one is asked for. If its reader dies, the next sweep has it, with later
+    writes.
+    """
     log = lone_log(StepEnv(), Instant())
     log.submit([write(0, b"x" * 512)])
 
@@ -199,7 +207,9 @@ def test_get_forgets_a_page_only_when_the_next_is_asked_for() -> None:
 
 
 def test_what_is_in_flight_at_a_get_is_dirty_for_the_next_sweep() -> None:
-    """A write that lands after its range was handed out and acknowledged is in the next sweep, and then in no other."""
+    """A write that lands after its range was handed out and acknowledged is in the next sweep, and in none
+    after that.
+    """
     below = Bottom()
     log = lone_log(StepEnv(), below)
     log.submit([write(512, b"x" * 512), read(8192, 512), flush(), discard(4096, 512)])
@@ -216,7 +226,9 @@ def test_what_is_in_flight_at_a_get_is_dirty_for_the_next_sweep() -> None:
 
 @pytest.mark.parametrize("verb", ["start", "clear"])
 def test_an_empty_map_begins_with_what_is_in_flight(verb: str) -> None:
-    """What went down before `start` or `clear` may land behind a copy: it is dirty, if it changes the disk at all."""
+    """A request in flight at a `start` or `clear` may land after a copy was made, so its range is dirty if it changes
+    the disk.
+    """
     below = Bottom()
     log = lone_log(StepEnv(), below, track=verb == "clear")
     back, pending = write(0, b"x" * 512), write(4096, b"x" * 512)
@@ -228,7 +240,7 @@ def test_an_empty_map_begins_with_what_is_in_flight(verb: str) -> None:
 
 
 def test_a_map_that_does_not_track_gets_no_ranges_from_in_flight_requests() -> None:
-    """After `stop` a write in flight is dirty again where `get` hands its range out, and nowhere else."""
+    """After `stop`, a write in flight is marked again if `get` hands out its range, and not otherwise."""
     log = lone_log(StepEnv(), Bottom())
     log.submit([write(0, b"x" * 512)])
     log.control("stop", [])
@@ -241,7 +253,9 @@ def test_a_map_that_does_not_track_gets_no_ranges_from_in_flight_requests() -> N
 
 
 def test_requests_that_came_back_are_not_remembered_for_ever() -> None:
-    """However many requests a layer above makes, the memory of them is bounded, and what is in flight stays in it."""
+    """However many requests a layer above makes, the memory for those in flight is bounded, and none in flight is
+    forgotten.
+    """
     log = lone_log(StepEnv(), Instant(), size=1 << 30)
     instant, log.next = log.next, Bottom()
     log.submit([write(0, b"x" * 512)])
@@ -255,7 +269,9 @@ def test_requests_that_came_back_are_not_remembered_for_ever() -> None:
 
 
 def test_replies_fit_into_a_message() -> None:
-    """The worst page, every other sector dirty and the others handed out meanwhile, fits into one datagram."""
+    """The largest reply fits into one datagram: a page with every other sector dirty, while the others were
+    handed out.
+    """
     log = lone_log(StepEnv(), Instant(), size=2 * CHUNK)
     for start in (0, 512):
         for offset in range(start, 2 * CHUNK, 1024):
@@ -270,7 +286,7 @@ def test_replies_fit_into_a_message() -> None:
 
 
 def test_pages_of_peek_cover_the_disk() -> None:
-    """The argument that the last line of a page names leads to the next page, until the end."""
+    """The last line of a page has the argument for the next page, until the end of the disk."""
     log = lone_log(StepEnv(), Instant(), size=4 * CHUNK)
     for offset in range(0, 4 * CHUNK, 1024):
         log._dirty.mark(offset, 512)
@@ -296,7 +312,7 @@ def test_pages_of_peek_cover_the_disk() -> None:
     ],
 )
 def test_refusals(verb: str, arguments: list[str], sentence: str) -> None:
-    """What cannot be done is refused in a sentence, and changes nothing."""
+    """An order that cannot be carried out is refused with a message and changes nothing."""
     log = lone_log(StepEnv(), Instant())
     with pytest.raises(DriverError) as refused:
         log.control(verb, arguments)
@@ -305,7 +321,7 @@ def test_refusals(verb: str, arguments: list[str], sentence: str) -> None:
 
 
 def test_peek_past_the_end_is_the_end() -> None:
-    """A position past the disk, from a reader of another disk, finds nothing."""
+    """A position beyond the end of the disk, such as that of another disk's reader, finds nothing."""
     log = lone_log(StepEnv(), Instant())
     log.submit([write(0, b"x" * 512)])
 
@@ -314,13 +330,15 @@ def test_peek_past_the_end_is_the_end() -> None:
 
 @pytest.mark.parametrize(("option", "value"), [("granularity", "1000"), ("granularity", "256"), ("limit", "1K")])
 def test_impossible_options(machine: Machine, option: str, value: str) -> None:
-    """A granularity that is no power of two, or a limit below the buffer, is refused before anything is opened."""
+    """A granularity that is not a power of two, or a limit below the buffer's size, is refused before anything is
+    opened.
+    """
     with pytest.raises(ChainError, match=option):
         machine.open(f"log:,{option}={value}|ram:1M")
 
 
 def test_successor_goes_on_where_the_dead_worker_was(machine: Machine) -> None:
-    """The map and the state of tracking are those of the dead worker, whatever the option `track` says."""
+    """A successor has the map and the tracking state of the dead worker, whatever the option `track` says."""
     kept: dict[str, int] = {}
     machine.make_env = EnvFactory(
         machine.reactor, machine.files, keep=lambda name, _, fd: kept.update({name: os.dup(fd)})
@@ -338,7 +356,7 @@ def test_successor_goes_on_where_the_dead_worker_was(machine: Machine) -> None:
 
 
 def test_record_holds_every_request(machine: Machine, tmp_path: Path) -> None:
-    """Each request leaves its operation, range and status in the file, readable for its owner alone."""
+    """The file records operation, range and status of each request, and only its owner can read it."""
     path = tmp_path / "rec"
     chain = machine.open(f"log:{path}|aio:{image(tmp_path / 'img')}")
     machine.do(chain, write(512, b"x" * 1024), read(0, 512))
@@ -356,10 +374,10 @@ def test_record_holds_every_request(machine: Machine, tmp_path: Path) -> None:
 
 
 class Failing(Bottom):
-    """A source that gives back with EIO when the test says so."""
+    """A source that completes requests with EIO when the test says so."""
 
     def fail(self) -> None:
-        """Fail everything that is held."""
+        """Fail all requests that are held."""
         for batch in self.batches:
             for request in batch:
                 request.status = errno.EIO
@@ -377,7 +395,7 @@ class ClockEnv(StepEnv):
 
 
 def test_record_tells_errors_and_latency(tmp_path: Path) -> None:
-    """A record has the status that the guest got, and the time between submission and completion."""
+    """A record has the status that the guest got and the time from submission to completion."""
     env, below, path = ClockEnv(), Failing(), tmp_path / "rec"
     log = lone_log(env, below, record=str(path))
     log.submit([read(0, 512)])
@@ -409,7 +427,9 @@ def file_size_limit(size: int) -> Iterator[None]:
 
 
 def test_fault_of_the_file_never_reaches_the_guest(tmp_path: Path) -> None:
-    """Records that the file does not take are counted and told later; every request ends as if there were no file."""
+    """If the file cannot be written, records are counted as lost and the loss is recorded later. Requests are not
+    affected.
+    """
     env, path = StepEnv(), tmp_path / "rec"
     log = lone_log(env, Instant(), size=1 << 30, record=str(path))
     done: list[Request] = []

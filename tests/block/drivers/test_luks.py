@@ -58,7 +58,7 @@ def text_of(image: Path, key: Path, options: str = "") -> str:
 
 @pytest.mark.parametrize("name", MADE)
 def test_a_volume_is_read_and_written(machine: Machine, tmp_path: Path, key: Path, name: str) -> None:
-    """What the specification has encrypted is read, and what is written is encrypted so, at each place and length."""
+    """A volume made by the specification is read, and writes are encrypted by it, at any place and of any length."""
     make, options = MADE[name]
     chance = Random(name)
     plain = bytearray(chance.randbytes(256 << 10))
@@ -87,7 +87,7 @@ def test_a_volume_is_read_and_written(machine: Machine, tmp_path: Path, key: Pat
 @needs_cryptsetup
 @pytest.mark.parametrize("name", MADE)
 def test_cryptsetup_opens_what_the_tests_make(tmp_path: Path, key: Path, name: str) -> None:
-    """The images that the driver is held to are what cryptsetup takes them for; few stripes are ours alone."""
+    """The images that these tests make are accepted by cryptsetup, except for those with few stripes."""
     make, options = MADE[name]
     if "stripes" in options:
         pytest.skip("cryptsetup knows 4000 stripes only")
@@ -112,8 +112,8 @@ FORMATS = {
 @needs_cryptsetup
 @pytest.mark.parametrize("name", FORMATS)
 def test_what_cryptsetup_makes(machine: Machine, tmp_path: Path, name: str) -> None:
-    """E1: an image of cryptsetup opens by the very bytes of its key file, NUL and newline among them; data lie in it as
-    its key, its offset and its sectors have them, computed without the driver.
+    """E1: an image of cryptsetup is opened by the exact bytes of its key file, NUL and newline included. Its data are
+    where its offset and sectors say, encrypted by its key; the test computes them without the driver.
     """
     if "argon2" in name or name == "LUKS2, AES-128":
         pytest.importorskip("argon2")
@@ -147,13 +147,13 @@ def test_what_cryptsetup_makes(machine: Machine, tmp_path: Path, name: str) -> N
 @needs_qemu
 @pytest.mark.parametrize("cipher", ["xts", "cbc"])
 def test_qemu_reads_what_is_written_and_the_reverse(machine: Machine, tmp_path: Path, key: Path, cipher: str) -> None:
-    """An image of QEMU is written to here and read there, and written there and read here."""
+    """We read what QEMU has written to its image, and QEMU reads what we write."""
     image, secret = tmp_path / "img", f"secret,id=s,file={key}"
     options = "key-secret=s,iter-time=100"
     if cipher == "cbc":
         options += ",cipher-alg=aes-128,cipher-mode=cbc,ivgen-alg=essiv,ivgen-hash-alg=sha256"
     create = ["qemu-img", "create", "-q", "-f", "luks", "--object", secret, "-o", options, image, "4M"]
-    for _ in range(20):  # it measures its own speed, and fails where the host is busy
+    for _ in range(20):  # qemu-img measures the host's speed, and fails if the host is busy
         done = subprocess.run([str(each) for each in create], capture_output=True, check=False)
         if b"accurate CPU usage" not in done.stderr:
             break
@@ -185,7 +185,7 @@ def test_qemu_reads_what_is_written_and_the_reverse(machine: Machine, tmp_path: 
 def test_all_bytes_of_a_passphrase_count(
     machine: Machine, tmp_path: Path, written: bytes, passphrase: bytes, problem: str
 ) -> None:
-    """E1: a file is taken as it is, and where only its last newline is too much, the sentence says so."""
+    """E1: a key file is used byte for byte. If its last newline is the only fault, the error says so."""
     image = tmp_path / "img"
     image.write_bytes(luks2(Made(bytes(8192), passphrases=[written])))
     text = text_of(image, key_file(tmp_path / "key", passphrase))
@@ -197,7 +197,7 @@ def test_all_bytes_of_a_passphrase_count(
 
 
 def test_each_slot_opens_and_one_can_be_named(machine: Machine, tmp_path: Path) -> None:
-    """The slots are tried in their order until one opens; with `slot=` only that one is."""
+    """Key slots are tried in order until one opens. With `slot=` only that one is tried."""
     image, second = tmp_path / "img", key_file(tmp_path / "key", b"second")
     for make in (luks1, luks2):
         image.write_bytes(make(Made(bytes(8192), passphrases=[b"first", b"second"])))
@@ -223,13 +223,13 @@ def test_each_slot_opens_and_one_can_be_named(machine: Machine, tmp_path: Path) 
     ],
 )
 def test_odd_options_are_refused(machine: Machine, text: str, problem: str) -> None:
-    """What cannot be a passphrase's place is refused before anything is opened."""
+    """A `key=` that cannot be the place of a passphrase is refused before anything is opened."""
     with pytest.raises(ChainError, match=problem):
         machine.open(text)
 
 
 def test_no_discard_unless_it_is_asked_for(machine: Machine, tmp_path: Path, key: Path) -> None:
-    """Without `discard=on` no discard is offered or done; with it the place below is given back."""
+    """Without `discard=on` no discard is offered or done. With it, the range is discarded in the layer below."""
     image = tmp_path / "img"
     image.write_bytes(luks1(Made(Random(1).randbytes(SIZE))))
     start = image.stat().st_size - SIZE
@@ -251,7 +251,7 @@ def test_no_discard_unless_it_is_asked_for(machine: Machine, tmp_path: Path, key
 
 
 def test_discards_count_from_where_the_data_begin() -> None:
-    """Whole blocks of the layer below are other places of the disk, as that begins behind the header."""
+    """The alignment of discards takes into account that the data begin behind the header."""
     image, driver = luks1(Made(bytes(65536))), Luks(Luks.Options(key="/k", discard=True))
     driver.env, driver.below = StepEnv(files=Unlocking()), Geometry(len(image), can_discard=True)
     driver.below = replace(driver.below, discard_granularity=65536, discard_alignment=4096)
@@ -265,7 +265,9 @@ def test_discards_count_from_where_the_data_begin() -> None:
 
 
 def test_sectors_fit_those_below(machine: Machine, tmp_path: Path, key: Path) -> None:
-    """E3: the disk has the larger sectors of both; data that begin inside one of those below are refused."""
+    """E3: the disk has the larger sector size of the volume and the layer below. Data that begin inside a sector of
+    that layer are refused.
+    """
     image = tmp_path / "img"
     image.write_bytes(luks1(Made(bytes(65536))))
     chain = machine.open(f"luks:key={key}|aio:{image},sector=4096")
@@ -274,21 +276,21 @@ def test_sectors_fit_those_below(machine: Machine, tmp_path: Path, key: Path) ->
     chain.close()
     data = image.read_bytes()
     image.write_bytes(data[:104] + (int.from_bytes(data[104:108], "big") - 1).to_bytes(4, "big") + data[108:])
-    key.unlink()  # nobody waits for a key that is of no use
+    key.unlink()  # the check comes before the key is asked for
 
     with pytest.raises(DriverError, match="inside a sector of the layer below, which has 4096 bytes"):
         machine.open(f"luks:key={key}|aio:{image},sector=4096")
 
 
 class Held(Bottom):
-    """A source that does a request when it is told, over bytes of its own."""
+    """A source over bytes in memory that does requests when the test says so."""
 
     def __init__(self, data: bytes) -> None:
         super().__init__()
         self.data = bytearray(data)
 
     def do(self) -> None:
-        """Do what has come until now."""
+        """Do all requests that have come."""
         batches, self.batches = self.batches, []
         for batch in batches:
             for request in batch:
@@ -302,13 +304,13 @@ class Held(Bottom):
 
 
 class Unlocking:
-    """The `files` of a layer, which make keys and count how often."""
+    """The `files` of a layer, which derive keys and count how often."""
 
     def __init__(self) -> None:
         self.made = 0
 
     def derive(self, source: str, how: Derivation, *, without_newline: bool = False) -> memoryview:
-        """Return a key of the passphrase of the tests."""
+        """Return the key derived from the passphrase of the tests."""
         import hashlib
 
         self.made += 1
@@ -316,7 +318,7 @@ class Unlocking:
 
 
 def opened(image: bytes, env: StepEnv, options: Luks.Options | None = None) -> tuple[Luks, Held, list[Request]]:
-    """Return an open layer over an image, and where finished requests go."""
+    """Return an open layer over an image, the source below, and the list of finished requests."""
     driver, disk, back = Luks(options or Luks.Options(key="/k")), Held(image), list[Request]()
     driver.env, driver.next, driver.below = env, disk, Geometry(len(image), can_discard=True)
     driver.look = lambda offset, length: image[offset : offset + length]
@@ -326,8 +328,8 @@ def opened(image: bytes, env: StepEnv, options: Luks.Options | None = None) -> t
 
 
 def test_a_guest_sees_and_alters_no_copy(tmp_path: Path) -> None:
-    """D7: what is below gets memory that is not the guest's, encrypted as the guest's page was when it was submitted;
-    a guest's page gets plain text only, once it is there.
+    """D7: the layer below gets memory of our own, encrypted from the guest's page as it was at submission. The guest's
+    page gets nothing but plain text, after the read below has ended.
     """
     made = Made(b"p" * 8192)
     image = luks2(made)
@@ -351,7 +353,7 @@ def test_a_guest_sees_and_alters_no_copy(tmp_path: Path) -> None:
 
 
 def test_errors_go_up_and_nothing_is_shown(tmp_path: Path) -> None:
-    """A read that fails below fails with the same status, and leaves the guest's page alone."""
+    """A read that fails below ends with the same status and leaves the guest's page unchanged."""
     driver, disk, back = opened(luks2(Made(bytes(8192))), StepEnv(files=Unlocking()))
     asked = read(0, 4096)
     driver.submit([asked, flush()])
@@ -364,7 +366,7 @@ def test_errors_go_up_and_nothing_is_shown(tmp_path: Path) -> None:
 
 
 def test_copies_have_a_bound(tmp_path: Path) -> None:
-    """However much a guest asks for at once, the copies of what is in flight stay below 32 MiB; the rest waits."""
+    """However much a guest asks for at once, copies take at most 32 MiB. Other requests wait."""
     driver, disk, back = opened(luks2(Made(bytes(65536))), StepEnv(files=Unlocking()))
     length, count = 1 << 20, 100
     page = memoryview(bytearray(length))
@@ -385,7 +387,7 @@ def test_copies_have_a_bound(tmp_path: Path) -> None:
 
 
 def test_a_host_without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there is no memory for a copy the request says so, by its status; later ones are done."""
+    """If there is no memory for a copy, the request ends with ENOMEM. Later ones are done."""
     driver, disk, back = opened(luks2(Made(b"p" * 65536)), StepEnv(files=Unlocking()))
     allocate = module.allocate
 
@@ -406,7 +408,7 @@ def test_a_host_without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_successor_has_the_key(tmp_path: Path) -> None:
-    """E2: the key is made once: a successor takes it from memory, and one of another volume makes its own."""
+    """E2: the key is derived once. A successor takes it from memory, and derives its own for another volume."""
     plain = Random(2).randbytes(8192)
     image, files, memories = luks2(Made(plain)), Unlocking(), dict[str, bytearray]()
     first, _, _ = opened(image, StepEnv(files=files, memories=memories))
@@ -429,7 +431,7 @@ def test_a_successor_has_the_key(tmp_path: Path) -> None:
 
 
 def test_a_memory_that_was_cut_off_is_no_key(tmp_path: Path) -> None:
-    """D11: who dies before the memory is whole leaves none; its successor makes the key again."""
+    """D11: if a worker dies before the memory is complete, its successor derives the key again."""
     image, files, memories = luks2(Made(bytes(8192))), Unlocking(), dict[str, bytearray]()
     opened(image, StepEnv(files=files, memories=memories))[0].close()
     memories["key"][:32] = bytes(32)
@@ -439,8 +441,8 @@ def test_a_memory_that_was_cut_off_is_no_key(tmp_path: Path) -> None:
 
 
 def test_a_chain_that_is_looked_at_beside_makes_no_key(tmp_path: Path) -> None:
-    """Another opening of the same volume in this process, as `set` and `resize` look at one, has the same key, but
-    where it names another passphrase or slot: whether that opens it is what a dry run is asked.
+    """A second opening of the same volume in this process, as for `set` and `resize`, shares the key. If it names
+    another passphrase or slot it derives its own, because a dry run has to find out whether that opens the volume.
     """
     image, files = luks2(Made(bytes(8192))), Unlocking()
     first, _, _ = opened(image, StepEnv(files=files))

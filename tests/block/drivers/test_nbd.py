@@ -1,4 +1,4 @@
-"""The driver nbd against a server of the tests: what it reads and writes, what it refuses, a server that goes away."""
+"""The driver nbd against a server of the tests: reads, writes, refusals, and a server that goes away."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def machine() -> Iterator[Machine]:
 
 @pytest.fixture(params=[True, False], ids=["structured", "simple"])
 def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Server]:
-    """Return a server with random content, with either form of replies."""
+    """Return a server with random content, with structured and with simple replies."""
     export = Export(bytearray(Random(1).randbytes(SIZE)), structured=request.param)
     with Server(tmp_path / "nbd.sock", export) as server:
         yield server
@@ -57,7 +57,7 @@ def fact(chain: Chain, key: str) -> str:
 
 
 def until_says(machine: Machine, chain: Chain, why: str) -> None:
-    """Let time pass until the layer says so of its connection."""
+    """Let time pass until the layer says this about its connection."""
     give_up = machine.reactor.now() + 20
     while why not in fact(chain, "connection"):
         assert machine.reactor.now() < give_up, fact(chain, "connection")
@@ -66,7 +66,7 @@ def until_says(machine: Machine, chain: Chain, why: str) -> None:
 
 
 def until_served(machine: Machine, chain: Chain, *batch: Request) -> list[int]:
-    """Do requests as the engine does: what is AWAY is sent again a little later, for as long as it takes."""
+    """Do requests as the engine does: those that end with AWAY are sent again a little later, as often as needed."""
     while AWAY in (found := machine.do(chain, *batch)):
         machine.reactor.call_later(0.05, machine.reactor.stop)
         machine.reactor.run()
@@ -76,7 +76,7 @@ def until_served(machine: Machine, chain: Chain, *batch: Request) -> list[int]:
 
 
 def test_what_is_read_is_what_the_server_has(machine: Machine, server: Server) -> None:
-    """Reads of any size, into any pieces, give the server's bytes; so do many at once."""
+    """Reads of any size, into any pieces, and many at once return the server's bytes."""
     chain = machine.open(text(server))
     batch = [read(0, SIZE), read(512, 512, 1024), read(4096, 131072, 512, 65536), read(SIZE - 512, 512)]
     assert [0] * 4 == machine.do(chain, *batch)
@@ -86,7 +86,7 @@ def test_what_is_read_is_what_the_server_has(machine: Machine, server: Server) -
 
 
 def test_a_read_of_zeros_clears_what_was_in_the_buffer(machine: Machine, plain: Server) -> None:
-    """A hole in a reply leaves nothing of what the guest's pages held before."""
+    """A hole in a reply clears the guest's pages."""
     plain.export.content[:] = bytes(SIZE)
     chain = machine.open(text(plain))
     assert bytes(SIZE) == machine.everything(chain)
@@ -94,7 +94,7 @@ def test_a_read_of_zeros_clears_what_was_in_the_buffer(machine: Machine, plain: 
 
 
 def test_what_is_written_is_on_the_server(machine: Machine, server: Server) -> None:
-    """Writes, also of many pieces and of more than a socket takes at once, arrive; so do discards."""
+    """Writes of many pieces, and of more than a socket takes at once, arrive at the server; so do discards."""
     chain = machine.open(text(server))
     pieces = [Random(2).randbytes(512) for _ in range(1500)]
     assert [0, 0] == machine.do(chain, write(512, *pieces), flush())
@@ -105,14 +105,14 @@ def test_what_is_written_is_on_the_server(machine: Machine, server: Server) -> N
 
 
 def test_a_chain_that_is_closed_says_goodbye(machine: Machine, plain: Server) -> None:
-    """One chain after the other needs one connection each, and none is left."""
+    """A chain that is closed ends its connection. Each chain needs one connection."""
     for count in range(1, 4):
         machine.open(text(plain)).close()
         assert count == plain.accepted
 
 
 def test_requests_are_cut_to_what_the_server_takes(machine: Machine, plain: Server) -> None:
-    """Requests that are longer than the server's largest go as parts, and end once, with the worst of their errors."""
+    """A request longer than the server accepts is sent in parts and ends once, with the worst of their errors."""
     plain.export.blocks = (512, 4096, 8192)
     seen: list[int] = []
 
@@ -134,7 +134,7 @@ def test_requests_are_cut_to_what_the_server_takes(machine: Machine, plain: Serv
 
 
 def test_a_smallest_request_becomes_the_sector(machine: Machine, plain: Server) -> None:
-    """A server that takes nothing smaller than 4096 bytes has sectors of that; one that wants more is refused."""
+    """The server's smallest request becomes the sector size: 4096 bytes are served, and more is refused."""
     plain.export.blocks = (4096, 4096, 1 << 20)
     chain = machine.open(text(plain))
     assert 4096 == chain.geometry.sector_size
@@ -145,14 +145,16 @@ def test_a_smallest_request_becomes_the_sector(machine: Machine, plain: Server) 
 
 
 def test_a_size_that_is_no_whole_number_of_sectors_is_refused(machine: Machine, plain: Server) -> None:
-    """An export with a tail below a sector is refused with both numbers."""
+    """An export whose size is not a multiple of the sector size is refused, and the error has both numbers."""
     plain.export.content.extend(b"tail")
     with pytest.raises(DriverError, match=r"1048580 bytes.*512"):
         machine.open(text(plain))
 
 
 def test_an_export_is_asked_for_by_its_name(machine: Machine, plain: Server) -> None:
-    """The name comes from the option or from the URI, decoded once; another one is refused with the server's words."""
+    """The export's name comes from the option, or from the URI, decoded once. For an unknown export, the error has the
+    server's words.
+    """
     plain.export.name = b"a|b, %41"
     machine.open(text(plain, r",export=a\|b\, %41")).close()
     machine.open(f"nbd:nbd+unix:///a%7Cb%2C%20%2541?socket={plain.path},drain=0s").close()
@@ -162,7 +164,7 @@ def test_an_export_is_asked_for_by_its_name(machine: Machine, plain: Server) -> 
 
 
 def test_a_server_that_can_only_be_read_makes_a_read_only_disk(machine: Machine, plain: Server) -> None:
-    """A read-only export is refused for writing, and served for reading."""
+    """A read-only export is refused for writing and served for reading."""
     plain.export.flags = HAS_FLAGS | READ_ONLY
     with pytest.raises(DriverError, match="read-only"):
         machine.open(text(plain))
@@ -173,7 +175,7 @@ def test_a_server_that_can_only_be_read_makes_a_read_only_disk(machine: Machine,
 
 
 def test_durable_writes_bear_the_flag(machine: Machine, plain: Server) -> None:
-    """With durable=on each write asks to be on the medium when it is answered; a server that cannot is refused."""
+    """With durable=on each write has the FUA flag. A server without FUA is refused."""
     chain = machine.open(text(plain, ",durable=on"))
     assert [0] == machine.do(chain, write(0, bytes(512)))
     chain.close()
@@ -188,7 +190,9 @@ def test_durable_writes_bear_the_flag(machine: Machine, plain: Server) -> None:
 
 
 def test_an_error_of_the_server_is_that_of_the_request(machine: Machine, server: Server) -> None:
-    """Errors arrive by their number, unknown ones as EIO, and the connection goes on."""
+    """A server's error becomes the request's status by the protocol's numbers, EIO if unknown. The connection
+    goes on.
+    """
     codes = iter([errno.ENOSPC, errno.EPERM, 4711])
 
     def odd(near: socket.socket, _flags: int, kind: int, cookie: bytes, *_: int) -> bool:
@@ -206,7 +210,7 @@ def test_an_error_of_the_server_is_that_of_the_request(machine: Machine, server:
 
 
 def test_what_is_zero_is_known_without_reading(machine: Machine, plain: Server) -> None:
-    """Block status tells data from zeros; a server that has none has data only."""
+    """Block status tells data from zeros. If the server has none, everything counts as data."""
     plain.export.content[4096:65536] = bytes(65536 - 4096)
     chain = machine.open(text(plain))
     found = [(each.start, each.length, each.is_zeros) for each in map_chain(chain.layers)]
@@ -232,7 +236,7 @@ GARBAGE = {
 
 @pytest.mark.parametrize("said", GARBAGE.values(), ids=GARBAGE)
 def test_garbage_ends_the_connection_and_nothing_else(machine: Machine, plain: Server, said: bytes) -> None:
-    """What is no answer costs the server its connection; the request is done by the next one."""
+    """An invalid reply ends the connection, and the request is done by the next one."""
     left = [said]
 
     def odd(near: socket.socket, *_: object) -> bool:
@@ -252,7 +256,7 @@ def test_garbage_ends_the_connection_and_nothing_else(machine: Machine, plain: S
 
 
 def test_what_was_in_flight_is_away_when_the_server_goes(machine: Machine, plain: Server) -> None:
-    """All requests of a lost connection come back as AWAY, and each is done by the one connection that follows."""
+    """All requests in flight on a lost connection come back as AWAY, and each is done by the next connection."""
     held: list[bytes] = []
 
     def odd(_near: socket.socket, _flags: int, _kind: int, cookie: bytes, *_: int) -> bool:
@@ -273,7 +277,9 @@ def test_what_was_in_flight_is_away_when_the_server_goes(machine: Machine, plain
 
 
 def test_a_server_that_is_away_is_waited_for(machine: Machine, plain: Server) -> None:
-    """While nobody listens all is AWAY, and the layer says so; the disk goes on with the server's return."""
+    """While no server listens, requests end with AWAY and the layer says why. When the server is back, the disk goes
+    on.
+    """
     chain = machine.open(text(plain))
     plain.stop()
     assert [AWAY] == machine.do(chain, read(0, 512))
@@ -296,7 +302,9 @@ def test_a_server_that_is_away_is_waited_for(machine: Machine, plain: Server) ->
 def test_a_server_that_comes_back_with_less_is_not_served_from(
     machine: Machine, plain: Server, change: object, why: str
 ) -> None:
-    """A smaller export, none, or one that can do less keeps the disk waiting, with a sentence, until it is mended."""
+    """If the export is smaller, gone, or can do less when the server is back, the disk waits and says why until that is
+    corrected.
+    """
     chain = machine.open(text(plain))
     former = Export(bytearray(plain.export.content))
     change(plain.export)  # type: ignore[operator]  # a parameter of the test
@@ -310,7 +318,7 @@ def test_a_server_that_comes_back_with_less_is_not_served_from(
 
 
 def test_a_larger_export_goes_on(machine: Machine, plain: Server) -> None:
-    """An export that has grown while its server was away is served on at its former size."""
+    """An export that has grown while its server was away is served with its former size."""
     chain = machine.open(text(plain))
     plain.export.content.extend(bytes(SIZE))
     plain.cut()
@@ -320,7 +328,9 @@ def test_a_larger_export_goes_on(machine: Machine, plain: Server) -> None:
 
 
 def test_a_server_that_owes_an_answer_and_says_nothing_has_gone(machine: Machine, plain: Server) -> None:
-    """Silence counts only while something is in flight, and then for as long as `timeout` says."""
+    """A server that is silent for longer than `timeout` has gone if it owes an answer. Silence while idle does not
+    count.
+    """
     silent = [True]
     plain.odd = lambda *_: silent and silent.pop()
     chain = machine.open(text(plain, ",timeout=2s"))
@@ -339,7 +349,7 @@ def test_a_server_that_owes_an_answer_and_says_nothing_has_gone(machine: Machine
     "said", [b"", b"SSH-2.0-OpenSSH\r\n", b"NBDMAGIC" + pack(">QQ", 0x00420281861253, SIZE) + bytes(128)]
 )
 def test_what_is_no_server_is_refused_in_a_sentence(machine: Machine, plain: Server, said: bytes) -> None:
-    """Another service, an old server, and one that hangs up are told apart from an image that is not there."""
+    """Another service, an old server, and one that hangs up each have a message of their own."""
 
     def greet(near: socket.socket) -> bool:
         near.sendall(said)
@@ -351,7 +361,7 @@ def test_what_is_no_server_is_refused_in_a_sentence(machine: Machine, plain: Ser
 
 
 def test_several_connections_need_a_server_that_says_so(machine: Machine, plain: Server) -> None:
-    """Only where all connections see the same are there several, and then each has its share of the requests."""
+    """Several connections require a server that announces multi-conn. Each of them gets its share of the requests."""
     with pytest.raises(DriverError, match="multi-conn"):
         machine.open(text(plain, ",connections=2"))
     plain.export.flags |= MULTI_CONN
@@ -375,9 +385,10 @@ def test_several_connections_need_a_server_that_says_so(machine: Machine, plain:
 
 @pytest.mark.parametrize("place", [0, 1])
 def test_while_one_connection_is_missing_nothing_is_sent(machine: Machine, plain: Server, place: int) -> None:
-    """What was lost may still be done by the server, so that until that has ended no other connection overtakes it.
+    """While one of several connections is missing nothing is sent: the server may still be doing a lost request, and no
+    later one may overtake it.
 
-    What the others have in flight is done.
+    Requests in flight on the other connections are completed.
     """
     plain.export.flags |= MULTI_CONN
     chain = machine.open(text(plain, ",connections=2"))
@@ -420,13 +431,13 @@ def test_while_one_connection_is_missing_nothing_is_sent(machine: Machine, plain
 
 @pytest.mark.parametrize("options", [",drain=31s", ",drain=-1s", ",timeout=1s", ",export=b"])
 def test_options_that_cannot_be_are_refused(machine: Machine, options: str) -> None:
-    """A drain that no opening could wait for, a time-out of nothing, and two names are mistakes of the text."""
+    """A `drain` longer than any opening would wait, a `timeout` that is too short, and two export names are refused."""
     with pytest.raises(ChainError):
         machine.open(f"nbd:nbd://host/a{options}")
 
 
 def test_the_same_export_is_the_same_disk(machine: Machine, plain: Server) -> None:
-    """How an export is used does not make another disk of it; its name does."""
+    """The same export is the same disk, however it is used or written."""
     chain = machine.open(text(plain))
     driver = chain.layers[0].driver
     assert isinstance(driver, Nbd)

@@ -9,7 +9,7 @@ from tests.helpers_block import Machine, content, discard, flush, read, write
 
 @pytest.mark.parametrize("length", [512, 4096, 8192, 65536, 1 << 20, 3 << 20])
 def test_reads_are_zeros_whatever_the_buffer_held(machine: Machine, length: int) -> None:
-    """A read fills every byte of its buffer with zeros: what was in there may be another guest's."""
+    """A read fills every byte of its buffer with zeros, because the buffer may hold another guest's data."""
     chain = machine.open("null:1G")
     request = read(0, length, 512)
 
@@ -19,7 +19,7 @@ def test_reads_are_zeros_whatever_the_buffer_held(machine: Machine, length: int)
 
 
 def test_the_size_is_what_was_asked_for(machine: Machine) -> None:
-    """Without a size the disk has 1 GiB."""
+    """The disk has the size asked for, or 1 GiB."""
     sizes = []
     for text in ("null:", "null:1T"):
         chain = machine.open(text)

@@ -12,7 +12,7 @@ from xenbackend.errors import DriverError
 
 
 def test_only_the_range_is_touched(machine: Machine, tmp_path: Path) -> None:
-    """What is before and behind the range is as it was, whatever the guest does to the ends of its disk."""
+    """Bytes before and behind the range never change, whatever the guest does at the ends of its disk."""
     path, before = tmp_path / "img", Random(1).randbytes(1 << 20)
     path.write_bytes(before)
     chain = machine.open(f"offset:start=68K,length=100K|aio:{path}")
@@ -32,7 +32,9 @@ def test_only_the_range_is_touched(machine: Machine, tmp_path: Path) -> None:
 
 
 def test_without_a_length_it_reaches_to_the_end(machine: Machine, tmp_path: Path) -> None:
-    """Without `length` the disk is what is left, and grows with the layer below; a start behind the end is refused."""
+    """Without `length` the disk extends to the end of the layer below, and grows with it. A start beyond that end is
+    refused.
+    """
     path = tmp_path / "img"
     sizes = []
     for size in (1 << 20, 2 << 20):

@@ -22,7 +22,7 @@ SIZE = 4 << 20
     ],
 )  # fmt: skip
 def test_a_table_is_found_through_any_layer(machine: Machine, tmp_path: Path, way: str) -> None:
-    """Whatever lies below, the table is read through it when the chain is opened."""
+    """The table is read through the layers below, whatever they are, when the chain is opened."""
     disk = gpt(SIZE, {2: (2048, 4095)})
     disk[1 << 20 : (1 << 20) + 512] = b"here" * 128
     raw = tmp_path / "raw"
@@ -41,7 +41,7 @@ def test_a_table_is_found_through_any_layer(machine: Machine, tmp_path: Path, wa
 
 
 def test_the_table_cannot_be_reached(machine: Machine, tmp_path: Path) -> None:
-    """A guest that fills its whole disk leaves the table and the neighbours as they were."""
+    """A guest that overwrites its whole disk changes neither the table nor other partitions."""
     path = tmp_path / "img"
     before = mbr(SIZE, {1: (0x83, 2048, 100), 2: (0x83, 2148, 50)})
     path.write_bytes(before)
@@ -54,7 +54,9 @@ def test_the_table_cannot_be_reached(machine: Machine, tmp_path: Path) -> None:
 
 
 def test_a_table_that_cannot_be_used_is_refused(machine: Machine, tmp_path: Path) -> None:
-    """No table, no such number, a bad number, a table that cannot be read: a sentence each; nothing stays open."""
+    """If there is no table, no such partition, an invalid number, or a table that cannot be read, the error says so and
+    nothing stays open.
+    """
     path = tmp_path / "img"
     path.write_bytes(mbr(SIZE, {1: (0x83, 2048, 100)}))
 
@@ -70,7 +72,7 @@ def test_a_table_that_cannot_be_used_is_refused(machine: Machine, tmp_path: Path
 
 
 def test_a_damaged_header_is_told(machine: Machine, tmp_path: Path) -> None:
-    """What is wrong with a table that is used nevertheless stands among the layer's facts."""
+    """If a damaged table is used nevertheless, the layer has a fact that says what is wrong."""
     disk = gpt(SIZE, {1: (2048, 4095)})
     disk[600] ^= 1
     path = tmp_path / "img"

@@ -17,7 +17,7 @@ SIZE = 1 << 20
 
 
 def test_both_ways(machine: Machine, tmp_path: Path) -> None:
-    """QEMU reads what we wrote, and we what QEMU wrote, over a parent and over compressed clusters."""
+    """QEMU reads what we wrote and we read what QEMU wrote, over a parent and over compressed clusters."""
     path, base, raw = tmp_path / "a", tmp_path / "base", tmp_path / "raw"
     model = bytearray(Random(1).randbytes(SIZE))
     base.write_bytes(model)
@@ -39,7 +39,7 @@ def test_both_ways(machine: Machine, tmp_path: Path) -> None:
 
 
 def test_a_compressed_cluster(machine: Machine, tmp_path: Path) -> None:
-    """A compressed cluster is read, and written by half."""
+    """A compressed cluster can be read, and be written in part."""
     data = Random(1).randbytes(1000).ljust(4096, b"\0")
     (tmp_path / "a").write_bytes(qcow(SIZE, compressed={2: data}))
     chain = machine.open(f"qcow:{tmp_path}/a")
@@ -52,7 +52,7 @@ def test_a_compressed_cluster(machine: Machine, tmp_path: Path) -> None:
 
 
 def test_the_format_of_a_parent_is_never_guessed(machine: Machine, tmp_path: Path) -> None:
-    """An image with a parent says not of which format it is, so the chain must."""
+    """An image with a parent does not say which format that has, so the chain must."""
     (tmp_path / "base").write_bytes(b"p" * SIZE)
     (tmp_path / "a").write_bytes(qcow(SIZE, backing=b"base"))
     with pytest.raises(DriverError, match="never guessed; say parent_format=raw"):
@@ -66,7 +66,7 @@ def test_the_format_of_a_parent_is_never_guessed(machine: Machine, tmp_path: Pat
 
 
 def test_no_discard(machine: Machine, tmp_path: Path) -> None:
-    """Nothing in the format could say that a cluster is free."""
+    """No discard is offered, because the format has no way to say that a cluster is free."""
     (tmp_path / "a").write_bytes(qcow(SIZE))
     chain = machine.open(f"qcow:{tmp_path}/a")
     assert [errno.EOPNOTSUPP] == machine.do(chain, discard(0, SIZE))

@@ -1,4 +1,4 @@
-"""qcow2: what it opens and refuses, parents, and that QEMU and we read what the other one wrote."""
+"""qcow2: what it opens and what it refuses, parents, and images that QEMU and we write in turn."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ CLUSTER = 4096
 
 def make(path: Path, **options: object) -> str:
     """Write an image and return the text of its layer."""
-    path.write_bytes(qcow2(SIZE, **options))  # whatever the test says
+    path.write_bytes(qcow2(SIZE, **options))  # whether or not the test asks for data
     return f"qcow2:{path}"
 
 
 def test_what_is_reported(machine: Machine, tmp_path: Path) -> None:
-    """Size, granularity and format are the image's."""
+    """The reported size, granularity and format are those of the image."""
     chain = machine.open(make(tmp_path / "a"))
     geometry = chain.geometry
     chain.close()
@@ -43,7 +43,7 @@ def test_what_is_reported(machine: Machine, tmp_path: Path) -> None:
     [(1, "out of date .dirty.*qemu-img check -r all"), (2, "corrupt, and can only be opened read-only")],
 )
 def test_dirty_and_corrupt_images(machine: Machine, tmp_path: Path, bits: int, sentence: str) -> None:
-    """An image that says it is dirty or corrupt can be read, and not be written to; it is not touched by that."""
+    """An image that is marked dirty or corrupt can be read and not written, and opening it does not change it."""
     text = make(tmp_path / "a", clusters={0: b"x" * CLUSTER}, incompatible=bits)
     before = (tmp_path / "a").read_bytes()
     with pytest.raises(DriverError, match=sentence):
@@ -54,7 +54,7 @@ def test_dirty_and_corrupt_images(machine: Machine, tmp_path: Path, bits: int, s
 
 
 def test_features_that_end_by_writing(machine: Machine, tmp_path: Path) -> None:
-    """Auto-clear features are cleared before anything is written, and not by a reader."""
+    """A writer clears auto-clear features before it writes anything. A reader does not."""
     text = make(tmp_path / "a", autoclear=1)
     machine.open(text, read_only=True).close()
     assert 1 == (tmp_path / "a").read_bytes()[95]
@@ -66,7 +66,7 @@ def test_features_that_end_by_writing(machine: Machine, tmp_path: Path) -> None:
     ("image_format", "layer"), [(b"raw", "aio"), (b"qcow2", "qcow2"), (b"qcow", "qcow"), (b"vpc", "vhd")]
 )
 def test_formats_of_parents(machine: Machine, tmp_path: Path, image_format: bytes, layer: str) -> None:
-    """A parent is opened as what the image says that it is, with what is special in a chain's text escaped."""
+    """A parent is opened in the format that the image gives, and special characters in its name are escaped."""
     qemu.qemu_img("create", "-f", image_format.decode(), tmp_path / "ba,se", "1M")
     chain = machine.open(make(tmp_path / "a", backing=b"ba,se", backing_format=image_format))
     texts = [each.text for each in chain.layers]
@@ -102,7 +102,9 @@ def test_formats_of_parents(machine: Machine, tmp_path: Path, image_format: byte
     ],
 )
 def test_parents_that_are_refused(tmp_path: Path, options: dict[str, object], more: str, sentence: str) -> None:
-    """A parent without a format, of an unknown one, that is no file, or somewhere else is refused with the way out."""
+    """A parent without a format, with an unknown one, that is not a file, or in another place is refused with what to
+    do.
+    """
     directory = tmp_path / "images"
     directory.mkdir()
     (tmp_path / "base").write_bytes(bytes(SIZE))
@@ -115,7 +117,7 @@ def test_parents_that_are_refused(tmp_path: Path, options: dict[str, object], mo
 
 
 def test_parents_elsewhere(machine: Machine, tmp_path: Path) -> None:
-    """`parents=` and `parent_format=` allow what the image alone may not ask for."""
+    """`parents=` and `parent_format=` allow what an image alone may not ask for."""
     (tmp_path / "images").mkdir()
     (tmp_path / "base").write_bytes(b"p" * SIZE)
     text = make(tmp_path / "images" / "a", backing=b"../base")
@@ -124,7 +126,7 @@ def test_parents_elsewhere(machine: Machine, tmp_path: Path) -> None:
 
 
 def test_eight_parents(machine: Machine, tmp_path: Path) -> None:
-    """Each of nine images shows through where none above it has anything."""
+    """In a chain of nine images, data of each show through where no image above has any."""
     for number in range(9):
         options = {"backing": b"%d" % (number - 1), "backing_format": b"qcow2"} if number else {}
         make(tmp_path / str(number), clusters={number: bytes([65 + number]) * CLUSTER}, **options)
@@ -135,7 +137,7 @@ def test_eight_parents(machine: Machine, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("parent_size", [SIZE // 2, 2 * SIZE])
 def test_sizes_of_parents(machine: Machine, tmp_path: Path, parent_size: int) -> None:
-    """A parent may be smaller, and then there are zeros behind it, or larger."""
+    """A parent may be smaller than its child, which then reads zeros behind it, or larger."""
     (tmp_path / "base").write_bytes(b"p" * parent_size)
     found = machine.contents(make(tmp_path / "a", backing=b"base", backing_format=b"raw"))
 
@@ -143,7 +145,7 @@ def test_sizes_of_parents(machine: Machine, tmp_path: Path, parent_size: int) ->
 
 
 def test_where_a_parent_ends(machine: Machine, tmp_path: Path) -> None:
-    """Requests inside one cluster end where the parent does: before, across and behind its last sector."""
+    """Requests inside the cluster in which the parent ends are right before, across and behind its last sector."""
     end = SIZE // 2 + 512
     (tmp_path / "base").write_bytes(b"p" * end)
     chain = machine.open(make(tmp_path / "a", backing=b"base", backing_format=b"raw"))
@@ -156,13 +158,13 @@ def test_where_a_parent_ends(machine: Machine, tmp_path: Path) -> None:
 
 
 def test_tables_that_are_forgotten_are_gone(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A table that the cache has forgotten takes no memory any more, also without a garbage collection."""
+    """Tables that the cache has dropped free their memory, even without a garbage collection."""
     monkeypatch.setattr("xenbackend.block.qcow.disk.TABLES", 4096)  # two of them
     chain = machine.open(make(tmp_path / "a", cluster_bits=9, table_clusters=16))
-    gc.collect()  # what earlier tests left
+    gc.collect()  # remains of earlier tests
     gc.disable()
     try:
-        for place in range(0, SIZE, 32 << 10):  # what a table speaks of
+        for place in range(0, SIZE, 32 << 10):  # the range of one table
             assert [0, 0] == machine.do(chain, write(place, b"w" * 512), read(place + 512, 512))
         tables = [each for each in gc.get_objects() if type(each) is L2Table]  # and no proxies
     finally:
@@ -173,7 +175,7 @@ def test_tables_that_are_forgotten_are_gone(machine: Machine, tmp_path: Path, mo
 
 
 def test_zeros_hide_the_parent(machine: Machine, tmp_path: Path) -> None:
-    """A cluster of zeros is zeros, whatever the parent has; after a discard a cluster is one, too."""
+    """A cluster of zeros hides the parent's data, and so does a discarded cluster."""
     (tmp_path / "base").write_bytes(b"p" * SIZE)
     text = make(
         tmp_path / "a",
@@ -191,7 +193,7 @@ def test_zeros_hide_the_parent(machine: Machine, tmp_path: Path) -> None:
 
 
 def test_no_discard_in_version_2_with_a_parent(machine: Machine, tmp_path: Path) -> None:
-    """Version 2 cannot say that a cluster is zeros, so that nothing can hide the parent."""
+    """An image of version 2 with a parent offers no discard, because it cannot mark a cluster as zeros."""
     (tmp_path / "base").write_bytes(bytes(SIZE))
     chain = machine.open(make(tmp_path / "a", backing=b"base", backing_format=b"raw", version=2))
     assert not chain.geometry.can_discard
@@ -201,7 +203,7 @@ def test_no_discard_in_version_2_with_a_parent(machine: Machine, tmp_path: Path)
 
 @pytest.mark.parametrize("compression", ["zlib", "zstd"])
 def test_compressed_clusters(machine: Machine, tmp_path: Path, compression: str) -> None:
-    """A compressed cluster is read in pieces, at the same time, and written by half: the rest of it stays."""
+    """A compressed cluster can be read in pieces, concurrently, and be written in part; the rest of it is kept."""
     data = Random(1).randbytes(2048) + bytes(2048)
     chain = machine.open(make(tmp_path / "a", compressed={3: data, 4: data[::-1]}, compression=compression))
     requests = [read(3 * CLUSTER + place, 512) for place in range(0, CLUSTER, 512)]
@@ -217,7 +219,7 @@ def test_compressed_clusters(machine: Machine, tmp_path: Path, compression: str)
 
 
 def test_a_compressed_cluster_is_discarded(machine: Machine, tmp_path: Path) -> None:
-    """A discard of one compressed cluster frees it, also where its table is known already, and nothing else."""
+    """A discard of one compressed cluster frees it and nothing else, even if its table is already loaded."""
     data = Random(1).randbytes(64) + bytes(CLUSTER - 64)
     text = make(tmp_path / "a", compressed={0: data, 3: data})
     chain = machine.open(text)
@@ -232,7 +234,7 @@ def test_a_compressed_cluster_is_discarded(machine: Machine, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("compression", ["zlib", "zstd"])
 def test_a_compressed_cluster_that_is_damaged(machine: Machine, tmp_path: Path, compression: str) -> None:
-    """Bytes that do not inflate are EIO for whoever reads them, and for nobody else."""
+    """A compressed cluster that cannot be inflated gives EIO to those who read it, and to nobody else."""
     path = tmp_path / "a"
     text = make(path, compressed={3: b"x" * CLUSTER}, clusters={0: b"y" * CLUSTER}, compression=compression)
     data = path.read_bytes()
@@ -258,7 +260,7 @@ def test_a_compressed_cluster_that_is_damaged(machine: Machine, tmp_path: Path, 
     ],
 )
 def test_words_that_qemu_reads(machine: Machine, tmp_path: Path, index: int, change: Callable[[int], int]) -> None:
-    """Of reserved bits, and of flags that mean nothing where they are, we make what QEMU makes of them."""
+    """Reserved bits, and flags that mean nothing where they are, have the effect that they have in QEMU."""
     path, raw = tmp_path / "a", tmp_path / "raw"
     image = qcow2(SIZE, {0: b"a" * CLUSTER, 2: b"c" * CLUSTER}, compressed={3: b"z" * CLUSTER})
     path.write_bytes(with_word(image, 2, change, index))
@@ -270,7 +272,7 @@ def test_words_that_qemu_reads(machine: Machine, tmp_path: Path, index: int, cha
 
 
 def test_an_l1_entry_without_a_place(machine: Machine, tmp_path: Path) -> None:
-    """A table that is nowhere and may be written, as the image has it, is not written over the header."""
+    """A table that is at offset 0 and marked as writable is not written over the header."""
     path = tmp_path / "a"
     path.write_bytes(with_word(qcow2(SIZE), 1, lambda _word: COPIED))
     before = path.read_bytes()[:CLUSTER]
@@ -284,7 +286,7 @@ def test_an_l1_entry_without_a_place(machine: Machine, tmp_path: Path) -> None:
 
 
 def test_zstd_that_the_host_does_not_have(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without anything that unpacks zstd the image is refused and not touched, and the sentence says what to do."""
+    """If the host has no decompressor for zstd, the image is refused and not changed, and the error says what to do."""
     text = make(tmp_path / "a", compression="zstd", autoclear=1)
     before = (tmp_path / "a").read_bytes()
     for module in ("zstandard", "compression"):
@@ -298,7 +300,9 @@ def test_zstd_that_the_host_does_not_have(machine: Machine, tmp_path: Path, monk
 @pytest.mark.slow
 @pytest.mark.parametrize("cluster_size", [512, 4096, 65536, 2 << 20])
 def test_zstd_both_ways(machine: Machine, tmp_path: Path, request: pytest.FixtureRequest, cluster_size: int) -> None:
-    """Clusters that QEMU compressed by zstd are read; after we wrote over some, QEMU reads all and finds no fault."""
+    """Clusters that QEMU compressed by zstd are read. After we have overwritten some, QEMU reads all and finds no
+    fault.
+    """
     chance = Random(request.config.getoption("--seed") + cluster_size)
     raw, path = tmp_path / "raw", tmp_path / "a"
     model = bytearray(b"".join(chance.randbytes(64) * chance.choice([1, 8]) for _ in range(4 * SIZE // 256)))
@@ -315,7 +319,7 @@ def test_zstd_both_ways(machine: Machine, tmp_path: Path, request: pytest.Fixtur
 
 
 def test_a_snapshot_stays(machine: Machine, tmp_path: Path) -> None:
-    """What is written after a snapshot leaves the snapshot as it was."""
+    """Writes after a snapshot do not change the snapshot."""
     path = tmp_path / "a"
     qemu.qemu_img("create", "-f", "qcow2", path, "1M")
     qemu.qemu_io(path, "qcow2", "write -P 1 0 256k")
@@ -331,7 +335,7 @@ def test_a_snapshot_stays(machine: Machine, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cluster_size", ["64k", "2M"])
 def test_two_tebibytes(machine: Machine, tmp_path: Path, cluster_size: str) -> None:
-    """A disk of 2 TiB is opened at once, written at its ends, and read by QEMU."""
+    """A disk of 2 TiB is opened at once, can be written at both ends, and is read by QEMU."""
     path, size = tmp_path / "a", 2 << 40
     qemu.qemu_img("create", "-f", "qcow2", "-o", f"cluster_size={cluster_size}", path, str(size))
     chain = machine.open(f"qcow2:{path}")
@@ -345,7 +349,7 @@ def test_two_tebibytes(machine: Machine, tmp_path: Path, cluster_size: str) -> N
 
 
 def test_an_image_that_is_not_whole_sectors(machine: Machine, tmp_path: Path) -> None:
-    """qemu-img's new images end inside a sector; they are read as they are, and made longer by a writer only."""
+    """New images of qemu-img end inside a sector. A reader leaves their length as it is, and a writer extends them."""
     path = tmp_path / "a"
     qemu.qemu_img("create", "-f", "qcow2", path, "1G")
     size = path.stat().st_size
@@ -358,7 +362,7 @@ def test_an_image_that_is_not_whole_sectors(machine: Machine, tmp_path: Path) ->
 
 
 def random_guest(machine: Machine, text: str, model: bytearray, chance: Random, requests: int) -> None:
-    """Do random requests to a disk and its model, many at a time."""
+    """Send random requests to a disk and to its model, many at a time."""
     chain = machine.open(text)
     while requests > 0:
         batch, used = [], bytearray(len(model) >> 9)
@@ -383,7 +387,9 @@ def random_guest(machine: Machine, text: str, model: bytearray, chance: Random, 
 @pytest.mark.slow
 @pytest.mark.parametrize("cluster_bits", range(9, 22))
 def test_both_ways(machine: Machine, tmp_path: Path, request: pytest.FixtureRequest, cluster_bits: int) -> None:
-    """Whatever QEMU and we write in turn, both read it, and qemu-img finds no fault: every cluster size and width."""
+    """Whatever QEMU and we write in turn, both read it and qemu-img finds no fault, for every cluster size and refcount
+    width.
+    """
     chance = Random(request.config.getoption("--seed") + cluster_bits)
     order = cluster_bits % 7
     base, path, raw = tmp_path / "base", tmp_path / "a", tmp_path / "raw"

@@ -1,4 +1,4 @@
-"""The manual's table of QCOW2's features: each row is true of images that qemu-img made."""
+"""The table of QCOW2's features in the manual: each row is checked on images that qemu-img made."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from xenbackend.block.drivers import qcow2 as driver
 from xenbackend.errors import DriverError
 
 SIZE = 1 << 20
-_BITS = {"incompatible": 72, "compatible": 80, "autoclear": 88}  # where in the header features of each kind are
+_BITS = {"incompatible": 72, "compatible": 80, "autoclear": 88}  # offsets of the features of each kind in the header
 _SECRET = ("--object", "secret,id=s,data=secret")
 Make = Callable[[Path], list[Path]]
 
 
 def table() -> dict[str, tuple[bool, bool]]:
-    """Return the table of the manual: whether a feature is read, and written."""
+    """Return the table of the manual: for each feature, whether it is read and whether it is written."""
     rows = re.findall(r"^        (\S.*?)  +(yes|no) +(yes|no)(?: |$)", driver.__doc__ or "", re.MULTILINE)
     return {feature: (reads == "yes", writes == "yes") for feature, reads, writes in rows}
 
 
 def created(*options: str, commands: tuple[str, ...] = ("write -P 1 0 200k", "write -P 2 700k 1k")) -> Make:
-    """Return what makes images with each of these options, and lets QEMU write to them."""
+    """Return a function that makes images with each of these options and lets QEMU write to them."""
 
     def make(path: Path) -> list[Path]:
         made = []
@@ -42,7 +42,7 @@ def created(*options: str, commands: tuple[str, ...] = ("write -P 1 0 200k", "wr
 
 
 def patched(kind: str, bit: int) -> Make:
-    """Return what makes an image, and then sets a feature in its header."""
+    """Return a function that makes an image and then sets a feature in its header."""
 
     def make(path: Path) -> list[Path]:
         (image,) = created("compat=1.1")(path)
@@ -63,7 +63,7 @@ def backed(path: Path) -> list[Path]:
 
 
 def compressed(kind: str) -> Make:
-    """Return what makes an image whose clusters are compressed."""
+    """Return a function that makes an image with compressed clusters."""
 
     def make(path: Path) -> list[Path]:
         (path / "base").write_bytes(Random(1).randbytes(64) * (SIZE // 64))
@@ -75,14 +75,14 @@ def compressed(kind: str) -> Make:
 
 
 def encrypted(path: Path) -> list[Path]:
-    """Make an image that is encrypted by AES."""
+    """Make an image encrypted by AES."""
     options = "encrypt.format=aes,encrypt.key-secret=s"
     qemu_img("create", "-f", "qcow2", *_SECRET, "-o", options, path / "a.qcow2", str(SIZE))
     return [path / "a.qcow2"]
 
 
 def with_number(place: int, number: int, size: int) -> Make:
-    """Return what makes an image, and then writes a number of so many bytes to its header."""
+    """Return a function that makes an image and then writes a number of so many bytes to its header."""
 
     def make(path: Path) -> list[Path]:
         (image,) = created("compat=1.1")(path)
@@ -95,7 +95,7 @@ def with_number(place: int, number: int, size: int) -> Make:
 
 
 def with_snapshot(path: Path) -> list[Path]:
-    """Make an image with a snapshot, and other data since."""
+    """Make an image with a snapshot and with data written after it."""
     (image,) = created("compat=1.1")(path)
     qemu_img("snapshot", "-c", "before", image)
     qemu_io(image, "qcow2", "write -P 3 100k 200k")
@@ -111,7 +111,7 @@ def with_bitmap(path: Path) -> list[Path]:
 
 
 def with_extension(path: Path) -> list[Path]:
-    """Make an image whose table of names is an extension that nobody knows."""
+    """Make an image with a header extension of an unknown type, in the place of its table of feature names."""
     (image,) = created("compat=1.1")(path)
     data = image.read_bytes()
     place = data.index(bytes.fromhex("6803f857"))
@@ -136,7 +136,7 @@ MAKERS: dict[str, Make] = {
     "dirty": patched("incompatible", 0),
     "corrupt": patched("incompatible", 1),
     "encryption by AES": encrypted,
-    "encryption by LUKS": with_number(32, 2, 4),  # to let QEMU make one takes it seconds
+    "encryption by LUKS": with_number(32, 2, 4),  # as QEMU would take seconds to make one
     "unknown header extension": with_extension,
     "unknown compatible feature": patched("compatible", 40),
     "unknown auto-clear feature": patched("autoclear", 40),
@@ -146,20 +146,22 @@ MAKERS: dict[str, Make] = {
 
 
 def layer_of(image: Path) -> str:
-    """Return the layer with which an image may be written, if it may."""
+    """Return the layer with which an image may be written, if it can be."""
     data = image.parent / "data"
     return f"qcow2:{image}" + (f",data_file={data}" if data.exists() else "")
 
 
 def test_every_feature_has_a_row() -> None:
-    """The table has a row for each feature that is tried here, and no other one."""
+    """The table has a row for each feature that is tried here, and no other."""
     assert set(MAKERS) == set(table())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("feature", MAKERS)
 def test_the_table_is_true(machine: Machine, tmp_path: Path, feature: str) -> None:
-    """What is read holds what it does for QEMU, which reads what is written and finds no fault; the rest is refused."""
+    """What the table calls readable reads as in QEMU. What it calls writable is read by QEMU afterwards without a
+    fault. The rest is refused.
+    """
     reads, writes = table()[feature]
     for image in MAKERS[feature](tmp_path):
         raw, text = tmp_path / "raw", layer_of(image)
@@ -184,12 +186,14 @@ def test_the_table_is_true(machine: Machine, tmp_path: Path, feature: str) -> No
         assert bytes(model) == machine.contents(f"qcow2:{image}")
         qemu_img("compare", "-f", "qcow2", "-F", "raw", image, raw)
         errors, leaks = qemu.check(image)
-        assert (0, feature == "persistent bitmaps") == (errors, leaks > 0)  # nobody names the room that those had
+        assert (0, feature == "persistent bitmaps") == (errors, leaks > 0)  # no table refers to those clusters any more
 
 
 @pytest.mark.slow
 def test_what_the_table_says_besides(machine: Machine, tmp_path: Path) -> None:
-    """Snapshots, extensions and compatible features stay; bitmaps and auto-clear features end; what is raw stays so."""
+    """Snapshots, extensions and compatible features are kept, bitmaps and auto-clear features are dropped, and a raw
+    data file stays raw.
+    """
     for feature in ("internal snapshots", "unknown header extension", "unknown compatible feature",
                     "unknown auto-clear feature", "persistent bitmaps", "raw external data file"):  # fmt: skip
         directory = tmp_path / feature

@@ -23,7 +23,7 @@ def opened(content: int | str, env: StepEnv) -> Ram:
 
 
 def test_a_successor_finds_what_was_written() -> None:
-    """The content is in memory that outlives the worker: who opens the same disk again finds it."""
+    """The content is in memory that outlives the worker, so a successor finds it."""
     env = StepEnv()
     opened(1 << 20, env).submit([write(512, b"mine" * 128)])
     request = read(512, 512)
@@ -33,7 +33,9 @@ def test_a_successor_finds_what_was_written() -> None:
 
 
 def test_a_file_is_read_once(machine: Machine, tmp_path: Path) -> None:
-    """The file's content is there at first; a successor keeps what the guest wrote, and the file is never written."""
+    """The disk begins with the file's content, and the file is never written. A successor keeps what the guest
+    wrote.
+    """
     path = image(tmp_path / "img", 3 << 20)
     path.write_bytes(b"file" * (3 << 18))
     env = StepEnv(files=machine.files)
@@ -49,7 +51,7 @@ def test_a_file_is_read_once(machine: Machine, tmp_path: Path) -> None:
 
 
 def test_a_worker_that_dies_while_it_reads_the_file_has_not_loaded(machine: Machine, tmp_path: Path) -> None:
-    """A memory without the mark that it was filled, which is set last, is filled again."""
+    """If a worker dies while it reads the file, the memory lacks the mark that is set last, and is filled again."""
     path = image(tmp_path / "img", 4096)
     env = StepEnv(files=machine.files)
     opened(str(path), env)
@@ -75,7 +77,7 @@ def test_a_discard_is_exact(machine: Machine) -> None:
 
 
 def test_a_discard_gives_memory_back_and_takes_none(machine: Machine) -> None:
-    """Whole pages go back to the host, and a discard of what was never written takes no page for its zeros."""
+    """A discard returns whole pages to the host, and one of ranges that were never written allocates no pages."""
     kept: list[int] = []
     machine.make_env = EnvFactory(machine.reactor, machine.files, keep=lambda name, size, fd: kept.append(os.dup(fd)))
     chain = machine.open("ram:4M")
@@ -92,7 +94,7 @@ def test_a_discard_gives_memory_back_and_takes_none(machine: Machine) -> None:
 
 
 def test_no_discard_where_the_memory_takes_no_holes() -> None:
-    """Memory that is no mapping cannot give pages back, so the disk offers no discard."""
+    """If the memory is not a mapping, it cannot return pages, so the disk offers no discard."""
     env = StepEnv()
     driver = Ram(Ram.Options(4096))
 
@@ -101,7 +103,7 @@ def test_no_discard_where_the_memory_takes_no_holes() -> None:
 
 @pytest.mark.parametrize("is_file", [False, True])
 def test_a_guest_that_goes_on_gets_no_fresh_disk(machine: Machine, tmp_path: Path, is_file: bool) -> None:
-    """Content that was lost with the service's memory is an error of opening, unless nobody could have written."""
+    """If the content was lost with the service's memory, opening fails, unless the disk is read-only."""
     what = str(image(tmp_path / "img", 4096)) if is_file else 4096
     with pytest.raises(DriverError, match="was lost with the service's memory; detach the disk and attach it again"):
         opened(what, StepEnv(files=machine.files, resumes=True))
@@ -110,7 +112,7 @@ def test_a_guest_that_goes_on_gets_no_fresh_disk(machine: Machine, tmp_path: Pat
 
 
 def test_a_guest_that_goes_on_finds_its_own_disk() -> None:
-    """A disk whose memory was kept is opened for the guest that wrote to it, whether it wrote anything or not."""
+    """A disk whose memory was kept is opened for the guest that used it, whether that has written to it or not."""
     env = StepEnv()
     opened(4096, env)
     env.resumes = True
@@ -122,12 +124,12 @@ def test_a_guest_that_goes_on_finds_its_own_disk() -> None:
 
 @pytest.mark.parametrize("text", ["ram:64P", "ram:9999999P", "ram:0"])
 def test_a_disk_that_the_host_cannot_hold_is_refused(machine: Machine, text: str) -> None:
-    """A size without memory behind it is an error of opening and not of the first write."""
+    """A size that the host's memory cannot hold is refused when the disk is opened, not at the first write."""
     with pytest.raises(DriverError, match=r"ram:.*option content"):
         machine.open(text)
 
 
 def test_what_is_neither_size_nor_file_is_refused(machine: Machine) -> None:
-    """A file is told by its first character; everything else must be a size."""
+    """A target that begins with "/" is a file. Anything else must be a size."""
     with pytest.raises(ChainError, match="is not a size"):
         machine.open("ram:img")

@@ -1,4 +1,4 @@
-"""The driver rbd without a cluster: what it refuses before it connects. tests/engines has a real Ceph below it."""
+"""The driver rbd without a cluster: what it refuses before it connects. tests/engines runs it on a real Ceph."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def machine() -> Iterator[Machine]:
     ],
 )
 def test_what_is_asked_for(text: str, account: Account) -> None:
-    """A chain names an image, a user and a configuration; names may have commas and bars in them."""
+    """A chain names an image, a user and a configuration file. Names may contain commas and bars."""
     [layer] = parse_chain(text).layers
     assert account == layer.options.account
     assert text == layer.text
@@ -58,25 +58,25 @@ def test_what_is_asked_for(text: str, account: Account) -> None:
     ],
 )
 def test_what_cannot_be_is_refused(text: str, match: str) -> None:
-    """A chain that means no image is refused before anything is touched."""
+    """A chain that cannot name an image is refused before anything is touched."""
     with pytest.raises(ChainError, match=match):
         parse_chain(text)
 
 
 def test_nobody_shares_it(machine: Machine) -> None:
-    """An image has only one writer: attached to be shared it is refused before its cluster is asked for."""
+    """An image has only one writer, so attaching it as shared is refused before the cluster is contacted."""
     with pytest.raises(DriverError, match="has only one writer"):
         machine.open("rbd:a/b,conf=/nonesuch", shareable=True)
 
 
 def test_a_configuration_that_is_not_there(machine: Machine, tmp_path: Path) -> None:
-    """What is wrong with the configuration is said with its name."""
+    """If something is wrong with the configuration file, the error names the file."""
     with pytest.raises(DriverError, match=r"no file or device .*/nonesuch"):
         machine.open(f"rbd:a/b,conf={tmp_path}/nonesuch")
 
 
 def test_a_cluster_that_cannot_be_reached(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What librados cannot do is a sentence, and nothing of it is left in the driver."""
+    """If librados fails, the error says why, and the driver keeps nothing of the connection."""
 
     def refuse(self: object, user: str, settings: Mapping[str, str]) -> None:
         raise DriverError(f"no monitor, as {user} by {settings['key']}")
@@ -91,7 +91,9 @@ def test_a_cluster_that_cannot_be_reached(machine: Machine, monkeypatch: pytest.
 def test_what_was_connected_is_let_go_of_when_opening_fails(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, *, is_late: bool
 ) -> None:
-    """A client whose image cannot be opened is closed, whatever was wrong, also where nobody waits for it any more."""
+    """If an image cannot be opened, the connection to its cluster is closed, even if the opening has already
+    timed out.
+    """
     goes_on, closed = threading.Event(), threading.Event()
 
     def fail(*_: object) -> None:
@@ -113,14 +115,16 @@ def test_what_was_connected_is_let_go_of_when_opening_fails(
 
 
 def test_a_worker_is_told_of_it_before_its_walls() -> None:
-    """A chain with it says so, and what it needs is known by then; other drivers of ours are not loaded ahead."""
+    """A chain with rbd says so before the worker is behind its walls, and declares its needs. Other built-in drivers
+    are not loaded ahead.
+    """
     assert ["rbd"] == to_load_ahead("log:|throttle:iops=5|rbd:a/b")
     assert [] == to_load_ahead("log:|aio:/img")
     assert frozenset({"ceph", "network"}) == Rbd.needs
 
 
 def test_no_process_has_it_that_does_not_need_it() -> None:
-    """Drivers can be imported, as the process does from which workers are forked, without the library being loaded."""
+    """Importing the driver, as the zygote does, does not load librbd."""
     program = "import xenbackend.block.drivers.rbd; print('librbd' in open('/proc/self/maps').read())"
     done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
     assert "False" == done.stdout.strip()

@@ -20,7 +20,7 @@ PIECE = 64 << 10
 
 
 class Disk(Bottom):
-    """A source that does a request when it is told, with the content that it has then."""
+    """A source that does a request when the test says so, with the content of that moment."""
 
     def __init__(self, data: bytes) -> None:
         super().__init__()
@@ -29,11 +29,11 @@ class Disk(Bottom):
 
     @property
     def held(self) -> list[Request]:
-        """What was not done yet."""
+        """Return the requests that are not done yet."""
         return [request for batch in self.batches for request in batch]
 
     def do(self, request: Request) -> None:
-        """Do one."""
+        """Do one request."""
         for batch in self.batches:
             if request in batch:
                 batch.remove(request)
@@ -47,7 +47,7 @@ class Disk(Bottom):
 
 
 def opened(data: bytes) -> tuple[Readahead, Disk, list[Request]]:
-    """Return a filter that is open over a disk, and where finished requests go."""
+    """Return an open filter over a disk, and the list of finished requests."""
     driver, disk, back = Readahead(Readahead.Options(size=PIECE)), Disk(data), list[Request]()
     driver.env, driver.next, driver.below = StepEnv(), disk, Geometry(len(data))
     driver.open(driver.env)
@@ -56,7 +56,7 @@ def opened(data: bytes) -> tuple[Readahead, Disk, list[Request]]:
 
 
 def streamed(data: bytes) -> tuple[Readahead, Disk, list[Request]]:
-    """Return the same after three reads in order, all of which are done: a piece is on its way."""
+    """Return the same after three sequential reads that are done, so that a piece is being read ahead."""
     driver, disk, back = opened(data)
     for place in range(3):
         driver.submit([read(place * 4096, 4096)])
@@ -65,7 +65,7 @@ def streamed(data: bytes) -> tuple[Readahead, Disk, list[Request]]:
 
 
 def test_a_guest_that_reads_in_order_is_ahead_of(machine: Machine, tmp_path: Path) -> None:
-    """Of a disk that is read in order hardly any read goes down; everything is read right, to the last byte."""
+    """If a disk is read sequentially, hardly any read goes down, and all data are right up to the last byte."""
     path, data = tmp_path / "img", Random(1).randbytes(SIZE - 1536)
     path.write_bytes(data)
     chain = machine.open(f"readahead:size=64K|log:{tmp_path}/rec|aio:{path}")
@@ -83,7 +83,7 @@ def test_a_guest_that_reads_in_order_is_ahead_of(machine: Machine, tmp_path: Pat
 
 
 def test_random_reads_are_left_alone() -> None:
-    """A guest that jumps about has nothing read for it."""
+    """Nothing is read ahead for random reads."""
     driver, disk, back = opened(bytes(SIZE))
     for place in (0, 7, 3, 4, 100, 50, 51):
         driver.submit([read(place * 4096, 4096)])
@@ -96,8 +96,8 @@ def test_random_reads_are_left_alone() -> None:
 @pytest.mark.parametrize("order", list(permutations(range(3))))
 @pytest.mark.parametrize("is_read_first", [True, False])
 def test_a_write_is_never_overtaken(kind: Op, order: tuple[int, ...], *, is_read_first: bool) -> None:
-    """F2: with a piece, a read of it and a write to it on their way, in whatever order they are done, whoever reads
-    after the write was answered finds what it wrote.
+    """F2: while a piece is read ahead, a read of it and a write to it are done in any order. A read after the write was
+    answered returns what was written.
     """
     driver, disk, back = streamed(b"o" * SIZE)
     change = write(12288, b"n" * 4096) if kind == Op.WRITE else discard(12288, 4096)
@@ -121,7 +121,7 @@ def test_a_write_is_never_overtaken(kind: Op, order: tuple[int, ...], *, is_read
 
 
 def test_nothing_is_read_ahead_beside_a_write() -> None:
-    """What a write in flight may change is not read into memory, wherever it is."""
+    """While a write is in flight anywhere on the disk, nothing is read ahead."""
     driver, disk, _ = opened(bytes(SIZE))
     driver.submit([write(40960, bytes(512))])
     for place in range(5):
@@ -135,7 +135,7 @@ def test_nothing_is_read_ahead_beside_a_write() -> None:
 
 
 def test_a_piece_that_fails_is_nobodys_error() -> None:
-    """Where reading ahead fails, who waited for it is sent down, and is answered as the layer below answers."""
+    """If reading ahead fails, the reads that waited for it are sent down and get the answer of the layer below."""
     driver, disk, back = streamed(b"d" * SIZE)
     waiting = read(12288, 4096)
     driver.submit([waiting])
@@ -149,7 +149,7 @@ def test_a_piece_that_fails_is_nobodys_error() -> None:
 
 
 def test_a_stream_that_has_ended_keeps_nothing_from_the_next() -> None:
-    """A guest that begins to read in order elsewhere, also before what was read ahead, has that read ahead."""
+    """A guest that starts to read sequentially in another place, even an earlier one, has that read ahead."""
     driver, disk, _ = streamed(bytes(SIZE))
     while disk.held:
         disk.do(disk.held[0])
@@ -164,7 +164,7 @@ def test_a_stream_that_has_ended_keeps_nothing_from_the_next() -> None:
 
 
 def test_sizes_are_bounded() -> None:
-    """A piece is 64 KiB to 16 MiB."""
+    """A piece must be 64 KiB to 16 MiB."""
     for size in ("4K", "1G"):
         with pytest.raises(ChainError, match="it must be 64 KiB to 16 MiB"):
             Machine().open(f"readahead:size={size}|null:1G")

@@ -8,7 +8,7 @@ from tests.helpers_block import Machine, content, flush, image, read, write
 
 
 def test_everything_is_done_when_submit_returns(machine: Machine, tmp_path: Path) -> None:
-    """Requests come back from inside `submit`, with the file's content, and without the worker's loop."""
+    """Requests complete inside `submit`, with the file's content and without the worker's loop."""
     path = image(tmp_path / "img")
     chain = machine.open(f"sync:{path}")
     done = []
@@ -24,7 +24,7 @@ def test_everything_is_done_when_submit_returns(machine: Machine, tmp_path: Path
 
 
 def test_it_says_that_it_blocks(machine: Machine, tmp_path: Path) -> None:
-    """The reported mode tells it apart from aio."""
+    """The reported mode distinguishes it from aio."""
     chain = machine.open(f"sync:{image(tmp_path / 'img')},cache=on")
     mode = chain.layers[0].driver.env.facts["mode"]
     chain.close()

@@ -25,7 +25,7 @@ GEOMETRY = Geometry(1 << 40, can_discard=True, discard_granularity=4096)
 
 @dataclass
 class Clock(StepEnv):
-    """An `Env` whose timers go off when their time has come, each of them late by what `late` says."""
+    """An `Env` whose timers go off when they are due, each delayed by what `late` returns."""
 
     time: float = 1000.0
     late: Callable[[], float] = lambda: 0.0
@@ -49,7 +49,7 @@ class Clock(StepEnv):
 
 
 class Instant(Bottom):
-    """A source that does everything at once, and remembers when."""
+    """A source that does everything at once and records the time."""
 
     def __init__(self, env: Clock) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class Instant(Bottom):
 
 @dataclass
 class Load:
-    """A throttle over a source, and what has come back from it."""
+    """A throttle over a source, with the requests that have come back."""
 
     options: str
     env: Clock = field(default_factory=Clock)
@@ -83,7 +83,9 @@ class Load:
         self.checked.complete = self.back.extend
 
     def keep_up(self, requests: list[Request], seconds: float) -> list[Request]:
-        """Keep these requests in flight for so long, each anew when it is back; return those that were done."""
+        """Keep these requests in flight for so long, sending each again as soon as it is back. Return those that were
+        done.
+        """
         before, end = len(self.bottom.done), self.env.time + seconds
         self.back.extend(requests)
         while self.env.time < end:
@@ -113,7 +115,7 @@ class Load:
     ],
 )
 def test_the_rate_is_what_was_asked_for(options: str, length: int, rate: float, depth: int) -> None:
-    """C2: with a busy neighbour, by whom each timer is late up to 30 ms, too, the rate is right within 2 %."""
+    """C2: the rate is right within 2 %, even if a busy neighbour delays each timer by up to 30 ms."""
     chance = Random(1)
     load = Load(options, Clock(late=lambda: chance.random() * 0.03))
     load.keep_up([read(place * length, length) for place in range(depth)], 1)
@@ -125,7 +127,7 @@ def test_the_rate_is_what_was_asked_for(options: str, length: int, rate: float, 
 
 @pytest.mark.parametrize(("options", "most"), [("iops=500", 50), ("iops=50,iops_burst=500,burst=2s", 50)])
 def test_nothing_above_the_burst_in_any_100_ms(options: str, most: int) -> None:
-    """C2: after a rest, too, no 100 ms have more requests than the bucket holds and what leaks meanwhile."""
+    """C2: no 100 ms have more requests than the bucket holds and what leaks from it meanwhile, even after a rest."""
     load = Load(options)
     for rest in (0.0, 30.0, 0.05):
         load.env.run(load.env.time + rest)
@@ -139,7 +141,7 @@ def test_nothing_above_the_burst_in_any_100_ms(options: str, most: int) -> None:
 
 
 def test_a_burst_lasts_as_long_as_was_said() -> None:
-    """A disk that was idle does the burst's rate for `burst` seconds and a little longer, and then its own."""
+    """An idle disk runs at the burst's rate for `burst` seconds and a little longer, then at its own."""
     load = Load("iops=20,iops_burst=200,burst=10s")
     counts = [len(load.keep_up([read(0, 512) for _ in range(32)] * (second == 0), 1)) for second in range(20)]
 
@@ -148,7 +150,7 @@ def test_a_burst_lasts_as_long_as_was_said() -> None:
 
 
 def test_one_direction_holds_up_the_other_never() -> None:
-    """C3: reads at their limit wait, while writes run free."""
+    """C3: reads that wait at their limit do not delay writes."""
     load = Load("iops_read=10,iops=10000")
     batch = [read(0, 512) for _ in range(32)] + [write(0, bytes(512)) for _ in range(32)]
     load.keep_up(batch, 1)
@@ -159,7 +161,7 @@ def test_one_direction_holds_up_the_other_never() -> None:
 
 
 def test_both_directions_have_their_turn() -> None:
-    """Where both wait for the same limit none starves."""
+    """If reads and writes wait for the same limit, neither starves."""
     load = Load("iops=100")
     done = load.keep_up([read(0, 512) for _ in range(60)] + [write(0, bytes(512)) for _ in range(4)], 20)
     writes = sum(request.op == Op.WRITE for request in done)
@@ -168,7 +170,7 @@ def test_both_directions_have_their_turn() -> None:
 
 
 def test_each_request_passes_once_and_in_order() -> None:
-    """C3: of twenty thousand requests below two limits each goes down once, those of a direction in their order."""
+    """C3: twenty thousand requests below two limits each go down once, in order within each direction."""
     load, chance = Load("iops=20000,bps=80M,bps_read=70M,size=8K"), Random(2)
     sent: tuple[list[Request], list[Request]] = ([], [])
     for _ in range(800):
@@ -188,7 +190,7 @@ def test_each_request_passes_once_and_in_order() -> None:
 
 
 def test_a_flush_waits_for_nothing_and_a_discard_is_a_write() -> None:
-    """A flush passes whatever waits; a discard counts as one request, however much it covers."""
+    """A flush never waits. A discard counts as one write, however much it covers."""
     load = Load("iops_write=1,bps=1M")
     first, second, third, last = discard(0, 1 << 30), discard(0, 1 << 30), flush(), read(0, 4096)
     load.checked.submit([first, second, third, last])
@@ -199,7 +201,9 @@ def test_a_flush_waits_for_nothing_and_a_discard_is_a_write() -> None:
 
 
 def test_what_is_held_back_is_let_go_and_charged() -> None:
-    """C1: whoever waits until nothing is in flight waits for no limit; the limit holds before and after."""
+    """C1: when requests have to drain, `release` passes on all that are held back and charges them, so the limit holds
+    before and after.
+    """
     load = Load("iops=10")
     load.checked.submit([read(0, 512) for _ in range(200)])
     at_first = len(load.bottom.done)
@@ -215,7 +219,7 @@ def test_what_is_held_back_is_let_go_and_charged() -> None:
 
 
 def test_a_timer_belongs_to_one_opening() -> None:
-    """C1: a timer of a throttle that is closed by now does nothing."""
+    """C1: a timer of a throttle that has been closed does nothing."""
     load = Load("iops=1")
     load.checked.submit([read(0, 512) for _ in range(3)])
     load.driver.release()
@@ -226,7 +230,7 @@ def test_a_timer_belongs_to_one_opening() -> None:
 
 
 def test_what_was_used_up_outlives_a_worker() -> None:
-    """D11: a guest gets no new burst by the death of its worker."""
+    """D11: a guest gets no new burst when its worker dies."""
     former = Load("iops=10,iops_burst=100,burst=5s")
     assert len(former.keep_up([read(0, 512) for _ in range(600)], 0.01)) == len(former.bottom.done)
     used = len(former.bottom.done)
@@ -239,7 +243,7 @@ def test_what_was_used_up_outlives_a_worker() -> None:
 
 
 def test_what_waits_is_shown() -> None:
-    """C2: how many wait, how many ever did and for how long, can be seen."""
+    """C2: figures show how many requests wait, and how many have waited and for how long."""
     load = Load("iops=10")
     load.checked.submit([read(0, 512) for _ in range(4)])
     assert {"waiting": 2, "held": 2, "held_ms": 0} == load.driver.figures()
@@ -266,13 +270,13 @@ def test_what_waits_is_shown() -> None:
     ],
 )
 def test_settings_without_effect_are_refused(options: str, problem: str) -> None:
-    """C3: what would be taken and do nothing is refused before anything is opened."""
+    """C3: settings that would be accepted without any effect are refused before anything is opened."""
     with pytest.raises(ChainError, match=problem):
         parse_chain(f"throttle:{options}|null:1G")
 
 
 def test_it_holds_back_through_the_real_loop(machine: Machine) -> None:
-    """In a worker's loop requests come back with the status of the layer below, once it is their time."""
+    """In a worker's loop, requests come back late by the limit and with the status of the layer below."""
     chain = machine.open("throttle:iops=50|fault:op=write|ram:1M")
     began = machine.reactor.now()
     statuses = machine.do(chain, *(read(0, 512) for _ in range(15)), write(0, bytes(512)))
@@ -288,7 +292,9 @@ def test_it_holds_back_through_the_real_loop(machine: Machine) -> None:
     [("iops=1000,group=g", 1000), ("iops=4000,bps=4000K,group=g", 1000), ("bps=4000K,group=g", 1000)],
 )
 def test_a_member_of_a_group_goes_by_its_share(options: str, full: int) -> None:
-    """Before it was told one it has a small one; what waits passes as soon as there is more, and all limits shrink."""
+    """A member of a group begins with a small share. When its share grows, waiting requests pass sooner; all its limits
+    scale with the share.
+    """
     load = Load(options)
     load.keep_up([read(place * 4096, 4096) for place in range(64)], 1)
     assert abs(len(load.keep_up([], 8)) - 8 * full / 16) <= 0.02 * 8 * full / 16
@@ -302,7 +308,7 @@ def test_a_member_of_a_group_goes_by_its_share(options: str, full: int) -> None:
 
 
 def test_a_raised_share_lets_go_at_once() -> None:
-    """A request that waited for long does not wait for the timer that was right for the smaller share."""
+    """When the share grows, a waiting request does not wait for the timer that was set for the smaller share."""
     load = Load("iops=10,group=g")
     load.driver.control("share", ["0.001"])
     load.checked.submit([read(place * 4096, 4096) for place in range(12)])
@@ -314,7 +320,7 @@ def test_a_raised_share_lets_go_at_once() -> None:
 
 
 def test_a_successor_keeps_the_share() -> None:
-    """D11: until it is told another one, a killed worker's successor goes on with its share; alone it has none."""
+    """D11: a successor keeps the share until it gets another one. A disk without a group has no share."""
     load = Load("iops=1000,group=g")
     load.driver.control("share", ["0.5"])
     later = Load("iops=1000,group=g", load.env)
@@ -324,7 +330,9 @@ def test_a_successor_keeps_the_share() -> None:
 
 
 def test_what_was_let_pass_is_counted_in_time_of_the_whole_limit() -> None:
-    """By that the service knows what a disk uses that is not held back, whichever limit is nearest."""
+    """`spent_ms` counts passed requests in time at the whole limit, so the service knows what a disk uses even if it is
+    not held back.
+    """
     load = Load("iops=1000,bps=40M,group=g")
     load.driver.control("share", ["0.5"])
     for _ in range(100):
@@ -337,7 +345,7 @@ def test_what_was_let_pass_is_counted_in_time_of_the_whole_limit() -> None:
 
 @pytest.mark.parametrize("arguments", [[], ["0"], ["1.5"], ["nan"], ["-1"], ["x"], ["0.5", "0.5"]])
 def test_odd_shares_are_refused(arguments: list[str]) -> None:
-    """And who shares nothing knows no share."""
+    """A share must be a number above 0 and at most 1. A disk without a group does not know the verb."""
     with pytest.raises(DriverError, match="a share must be a number above 0, and at most 1"):
         Load("iops=10,group=g").driver.control("share", arguments)
     with pytest.raises(DriverError, match="does not know the verb 'share'"):
@@ -346,7 +354,8 @@ def test_odd_shares_are_refused(arguments: list[str]) -> None:
 
 @pytest.mark.parametrize("left", ["nan", "inf", "-inf", "1e300", "-1"])
 def test_what_a_predecessor_left_is_not_believed(left: str) -> None:
-    """A worker that its guest has taken over may leave anything: its successor keeps the limit, and waits not for ever.
+    """Whatever values a predecessor left, which its guest may have taken over, its successor keeps the limit and does
+    not wait for ever.
 
     The guest gets the first share, and what it has used up is forgotten.
     """

@@ -1,4 +1,4 @@
-"""The same limits in QEMU's throttling and in ours, over the same number of writes."""
+"""QEMU's throttling and ours with the same limits and the same number of writes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BURST = "x-iops-total=100,x-iops-total-max=500,x-iops-total-max-length=2"
 
 
 def theirs(directory: Path, limits: str, length: int, count: int) -> float:
-    """Return for how many seconds QEMU does so many writes below limits, given as of its throttle-group."""
+    """Return the seconds that QEMU needs for so many writes, with limits in the terms of its throttle-group."""
     if not (shutil.which("qemu-storage-daemon") and shutil.which("qemu-img")):
         pytest.skip("qemu-storage-daemon or qemu-img is not installed (Debian: qemu-utils)")
     path = directory / "socket"
@@ -44,7 +44,7 @@ def theirs(directory: Path, limits: str, length: int, count: int) -> float:
 
 
 def ours(options: str, length: int, count: int) -> float:
-    """Return for how many seconds we do."""
+    """Return the seconds that our driver needs."""
     load = Load(options)
     began = load.env.time
     load.keep_up([write(0, bytes(length)) for _ in range(DEPTH)], 30)
@@ -75,7 +75,7 @@ def ours(options: str, length: int, count: int) -> float:
     ],
 )
 def test_limits_mean_what_they_mean_to_qemu(tmp_path: Path, limits: str, options: str, length: int, count: int) -> None:
-    """So many writes take as long as QEMU takes, which comes late where the host is busy, and never early."""
+    """A number of writes takes as long as with QEMU, which may be late on a busy host but is never early."""
     here, there = ours(options, length, count), theirs(tmp_path, limits, length, count)
 
     assert here <= there + 0.02

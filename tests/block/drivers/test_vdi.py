@@ -1,4 +1,4 @@
-"""vdi, vhdx, vmdk: disks that QEMU wrote, alone and as parents; what random damage makes of them."""
+"""vdi, vhdx, vmdk: disks that QEMU wrote, alone and as parents, and images with random damage."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ FORMATS = {
     "vmdk, sparse in parts": ("vmdk", "subformat=twoGbMaxExtentSparse"),
 }
 LOG = b"identity of log1"
-RING = vhdx_ring({  # two entries, of which the first goes on at the beginning
+RING = vhdx_ring({  # two entries, the first of which wraps around to the beginning
     MIB - 4096: vhdx_entry(LOG, 7, MIB - 4096, [(MIB, pack("<QQ", 3 * MIB | 6, 0).ljust(4096, b"\0"))]),
     4096: vhdx_entry(LOG, 8, MIB - 4096, [(MIB, 4096)], flushed=MIB, last=8 * MIB),
 })  # fmt: skip
-SMALL = {  # by hand: to be damaged
+SMALL = {  # made by hand, to be damaged
     "vdi": vdi(4 * MIB, {1: b"v" * MIB}),
     "vhdx": vhdx(4 * MIB, {1: b"v" * MIB}),
     "vhdx, not closed": vhdx(4 * MIB, {1: b"v" * MIB}, log=LOG, ring=RING),
@@ -49,7 +49,7 @@ SMALL = {  # by hand: to be damaged
 
 
 def disk(chance: Random, size: int = SIZE) -> bytes:
-    """Return a disk with holes, and with bytes that hardly become smaller and such that do."""
+    """Return a disk with holes, with bytes that compress well and bytes that do not."""
     pieces = []
     while sum(map(len, pieces)) < size:
         length = chance.randint(1, 2 * GRAIN // 512) * 512
@@ -60,7 +60,7 @@ def disk(chance: Random, size: int = SIZE) -> bytes:
 
 
 def converted(directory: Path, name: str, data: bytes) -> str:
-    """Let qemu-img write a disk in a format, and return the text of its layer."""
+    """Let qemu-img convert a disk to a format, and return the text of its layer."""
     image_format, options = FORMATS[name]
     (directory / "raw").write_bytes(data)
     path = directory / f"image.{image_format}"
@@ -71,7 +71,9 @@ def converted(directory: Path, name: str, data: bytes) -> str:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_what_qemu_wrote(machine: Machine, tmp_path: Path, name: str) -> None:
-    """A disk that qemu-img converted is read as it was: as a whole, in random pieces, and many of them at once."""
+    """A disk that qemu-img converted reads as the original: as a whole, in random pieces, and with many reads
+    at once.
+    """
     chance = Random(1)
     data = disk(chance)
     text = converted(tmp_path, name, data)
@@ -88,7 +90,7 @@ def test_what_qemu_wrote(machine: Machine, tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["vdi", "vhdx", "vmdk"])
 def test_blocks_in_any_order(machine: Machine, tmp_path: Path, name: str) -> None:
-    """Blocks that lie in the file in another order than on the disk are found, also by a request across them."""
+    """Blocks that are in another order in the file than on the disk are found, also by a request across them."""
     path = tmp_path / "image"
     qemu.qemu_img("create", "-f", name, *(("-o", "block_size=1M") if name == "vhdx" else ()), path, "16M")
     qemu.qemu_io(path, name, *(f"write -P {number} {number}M 1M" for number in (9, 4, 5, 3, 15)))
@@ -99,7 +101,7 @@ def test_blocks_in_any_order(machine: Machine, tmp_path: Path, name: str) -> Non
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_parent(machine: Machine, tmp_path: Path, request: pytest.FixtureRequest, name: str) -> None:
-    """A QCOW2 image over such a disk takes what is written; QEMU reads both as we do."""
+    """A QCOW2 image over such a disk can be written, and QEMU reads both as we do."""
     model = bytearray(disk(Random(2)))
     text = converted(tmp_path, name, bytes(model))
     image_format, _, path = text.partition(":")
@@ -115,7 +117,7 @@ def test_a_parent(machine: Machine, tmp_path: Path, request: pytest.FixtureReque
 
 @pytest.mark.parametrize("name", SMALL)
 def test_a_writer_is_refused(machine: Machine, tmp_path: Path, name: str) -> None:
-    """A disk that can only be read is not attached for writing, and a write that comes all the same is refused."""
+    """A disk of a read-only format is refused for writing. A write that comes all the same is refused too."""
     path = tmp_path / "image"
     path.write_bytes(SMALL[name])
     text = f"{name.partition(',')[0]}:{path}"
@@ -128,7 +130,7 @@ def test_a_writer_is_refused(machine: Machine, tmp_path: Path, name: str) -> Non
 
 
 def test_a_parent_whose_format_is_said_by_the_chain(machine: Machine, tmp_path: Path) -> None:
-    """Where the image does not say of which format its parent is, the chain may."""
+    """If an image does not give its parent's format, the chain can."""
     (tmp_path / "base").write_bytes(SMALL["vdi"])
     (tmp_path / "a").write_bytes(qcow2(4 * MIB, backing=b"base"))
 
@@ -136,7 +138,7 @@ def test_a_parent_whose_format_is_said_by_the_chain(machine: Machine, tmp_path: 
 
 
 def look(machine: Machine, text: str) -> None:
-    """Open a disk and read some of it, or be refused."""
+    """Open a disk and read some of it. A refusal is accepted."""
     try:
         chain = machine.open(text, read_only=True, checked=False)
     except DriverError:
@@ -148,7 +150,7 @@ def look(machine: Machine, text: str) -> None:
 
 
 def fuzz(machine: Machine, path: Path, name: str, chance: Random, count: int) -> float:
-    """Look at images with random damage in what is no data; return the seconds that the slowest took."""
+    """Open images with random damage outside of their data. Return the seconds that the slowest took."""
     good = SMALL[name]
     places = [place for place, byte in enumerate(good) if byte and byte != ord("v")] + list(range(512))
     slowest = 0.0
@@ -173,9 +175,9 @@ def fuzz(machine: Machine, path: Path, name: str, chance: Random, count: int) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_random_damage(machine: Machine, tmp_path: Path, request: pytest.FixtureRequest, name: str) -> None:
-    """A damaged image is read or refused by one kind of error, within a second and 512 MiB."""
+    """A damaged image is read, or refused by one kind of error, within a second and 512 MiB."""
     chance = Random(request.config.getoption("--seed"))
     count = request.config.getoption("--requests") // 1000
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of whatever this process did
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # the peak of everything that this process did
     assert fuzz(machine, tmp_path / "image", name, chance, count) < 1
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 512 << 10

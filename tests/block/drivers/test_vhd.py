@@ -1,4 +1,4 @@
-"""The driver vhd, on real files and beside QEMU."""
+"""The driver vhd on real files, compared with QEMU."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def qemu_img(*arguments: object) -> None:
 
 
 def blocks(content: bytes, block_size: int = 2 * MIB) -> dict[int, dict[int, bytes]]:
-    """Return those sectors of a disk that are not zeros, by block."""
+    """Return the sectors of a disk that are not zeros, by block."""
     found: dict[int, dict[int, bytes]] = {}
     for place in range(0, len(content), 512):
         if any(content[place : place + 512]):
@@ -44,7 +44,7 @@ def blocks(content: bytes, block_size: int = 2 * MIB) -> dict[int, dict[int, byt
 
 
 def put(path: Path, data: bytes) -> Path:
-    """Write a file, padded as `aio:` wants it."""
+    """Write a file, padded to the sector size of `aio:`."""
     path.write_bytes(data)
     return path
 
@@ -79,7 +79,7 @@ def exercise(machine: Machine, chain: Chain, model: bytearray, chance: Random, c
 def test_what_we_write_qemu_reads(
     machine: Machine, tmp_path: Path, options: str, cache: str, request: pytest.FixtureRequest
 ) -> None:
-    """Random requests leave what they leave on an array of bytes, with us and for QEMU, and QEMU may write on."""
+    """Random requests have the same effect as on an array of bytes, for us and for QEMU, which can then write on."""
     path, raw = tmp_path / "img.vhd", tmp_path / "img.raw"
     qemu_img("create", "-q", "-f", "vpc", "-o", options, path, 20 * MIB)
     chain = machine.open(f"vhd:{path},cache={cache}")
@@ -105,7 +105,7 @@ def test_what_we_write_qemu_reads(
 @needs_qemu
 @pytest.mark.parametrize("subformat", ["dynamic", "fixed"])
 def test_what_qemu_writes_we_read(machine: Machine, tmp_path: Path, subformat: str) -> None:
-    """An image that QEMU converted holds with us what it was made from."""
+    """We read an image that QEMU converted as its original."""
     raw = put(tmp_path / "img.raw", Random(1).randbytes(5 * MIB).ljust(9 * MIB, b"\0"))
     path = tmp_path / "img.vhd"
     qemu_img("convert", "-f", "raw", "-O", "vpc", "-o", f"subformat={subformat},force_size", raw, path)
@@ -118,7 +118,7 @@ def test_what_qemu_writes_we_read(machine: Machine, tmp_path: Path, subformat: s
 
 @pytest.mark.parametrize(("size", "block_size"), [(2 << 40, 2 << 20), (1 << 30, 16 << 20)])
 def test_what_was_made_before_is_served(machine: Machine, tmp_path: Path, size: int, block_size: int) -> None:
-    """Disks and blocks that are larger than those of a new image are read and written; such a disk does not grow."""
+    """Disks and blocks larger than those of a new image can be read and written. Such a disk cannot grow."""
     path = tmp_path / "old.vhd"
     path.write_bytes(vhd_images.image(size, {1: {0: b"o" * 512}}, block_size=block_size))
     chain = machine.open(f"vhd:{path}")
@@ -136,7 +136,7 @@ def test_what_was_made_before_is_served(machine: Machine, tmp_path: Path, size: 
 @needs_qemu
 @pytest.mark.parametrize("size", [1 << 40, 2040 << 30])
 def test_large_disks(machine: Machine, tmp_path: Path, size: int) -> None:
-    """On a disk of up to 2 TiB the last sector can be written, here and for QEMU."""
+    """On disks up to 2 TiB, the last sector can be written by us and by QEMU."""
     path = tmp_path / "img.vhd"
     qemu_img("create", "-q", "-f", "vpc", "-o", "force_size", path, size)
     chain = machine.open(f"vhd:{path}")
@@ -164,7 +164,9 @@ def test_large_disks(machine: Machine, tmp_path: Path, size: int) -> None:
 
 
 def test_a_written_down_chain(machine: Machine, tmp_path: Path) -> None:
-    """A grandparent, a parent and a child, byte by byte, are the disk that they should be, to the last sector."""
+    """A grandparent, a parent and a child that are given byte by byte read as the disk that they should be, to the last
+    sector.
+    """
     size = 5 * MIB
     put(tmp_path / "a.vhd", vhd_images.image(size, {0: {0: b"a" * 512, 1: b"a" * 512}, 2: {7: b"a" * 512}}, uuid=P))
     put(
@@ -202,7 +204,7 @@ def test_another_implementation_reads_our_chains(machine: Machine, tmp_path: Pat
     text, model, chance = f"vhd:{tmp_path}/0", bytearray(5 * MIB + 512), Random(1)
     for number in range(1, 10):
         chain = machine.open(text)
-        pages = chance.sample(range(len(model) // 4096), 40)  # libvhdi takes a byte of a bitmap for all or nothing
+        pages = chance.sample(range(len(model) // 4096), 40)  # libvhdi takes a byte of a bitmap as all set or all clear
         batch = [write(page * 4096, chance.randbytes(4096)) for page in pages]
         assert [0] * 40 == machine.do(chain, *batch)
         chain.close()
@@ -216,7 +218,9 @@ def test_another_implementation_reads_our_chains(machine: Machine, tmp_path: Pat
 
 
 def test_a_raw_parent(machine: Machine, tmp_path: Path) -> None:
-    """A parent without UUID is a raw image (libvhd): it is opened as `aio:`, also if it is smaller than its child."""
+    """A parent with UUID zero is a raw image, as in libvhd. It is opened as `aio:`, also if it is smaller than its
+    child.
+    """
     base = put(tmp_path / "base.raw", Random(1).randbytes(3 * MIB))
     names = [(b"W2ru", ".\\base.raw".encode("utf-16-le"))]
     put(tmp_path / "img.vhd", vhd_images.image(5 * MIB, {1: {1: b"c" * 512}}, parent_uuid=bytes(16), names=names))
@@ -240,7 +244,9 @@ def test_a_raw_parent(machine: Machine, tmp_path: Path) -> None:
     ],
 )
 def test_a_parent_that_is_not_right(tmp_path: Path, change: str, sentence: str) -> None:
-    """A parent that was exchanged, altered, moved or linked away is refused, and the way out works."""
+    """A parent that was replaced, altered, moved or linked to another place is refused, and the advice in the error
+    works.
+    """
     directory = tmp_path / "images"
     directory.mkdir()
     machine = Machine(parents=[str(directory)])
@@ -264,7 +270,9 @@ def test_a_parent_that_is_not_right(tmp_path: Path, change: str, sentence: str) 
 
 
 def test_blktap_does_not_keep_times(machine: Machine, tmp_path: Path) -> None:
-    """Blktap alters parents (it marks them hidden) without telling the child, so its times mean nothing."""
+    """A parent's time of change is not checked, because blktap alters parents (it marks them hidden) without telling
+    the child.
+    """
     put(tmp_path / "base.vhd", vhd_images.image(MIB, uuid=P))
     names = [(b"MacX", b"file://./base.vhd")]
     put(tmp_path / "img.vhd", vhd_images.image(MIB, parent_uuid=P, parent_timestamp=1000, names=names))
@@ -282,7 +290,7 @@ def test_a_chain_that_bites_its_tail(machine: Machine, tmp_path: Path) -> None:
 
 
 def test_the_batmap_is_used_and_kept(machine: Machine, tmp_path: Path) -> None:
-    """Blocks that the batmap says are full need no bitmap; those that became full are in it after closing."""
+    """Blocks that the batmap says are full need no bitmap. Closing adds the blocks that have become full."""
     names = [(b"MacX", b"file://./base.vhd")]
     put(tmp_path / "base.vhd", vhd_images.image(8 * MIB, uuid=P))
     full = dict.fromkeys(range(4096), b"f" * 512)
@@ -306,7 +314,9 @@ def test_the_batmap_is_used_and_kept(machine: Machine, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cut", [512, 1024, MIB])
 def test_an_end_that_is_missing(machine: Machine, tmp_path: Path, cut: int) -> None:
-    """Of an image whose writer was killed inside its last block what is missing is zeros, and the end is made."""
+    """If a writer was killed inside its last block, the missing part reads as zeros, and the end of the file is
+    completed.
+    """
     full = dict.fromkeys(range(4096), b"f" * 512)
     path = put(tmp_path / "img.vhd", vhd_images.image(8 * MIB, {1: full})[:-cut])
     chain = machine.open(f"vhd:{path}", read_only=True)
@@ -331,7 +341,7 @@ def test_an_end_that_is_missing(machine: Machine, tmp_path: Path, cut: int) -> N
     ],
 )
 def test_what_is_no_image(machine: Machine, tmp_path: Path, make: Callable[[], bytes], sentence: str) -> None:
-    """What is no VHD image, or has lost its end, is refused as it stands, with nothing left open."""
+    """A file that is not a VHD image, or has lost its end, is refused unchanged, and nothing stays open."""
     path = put(tmp_path / "img.vhd", make())
     before, counts = path.read_bytes(), []
     for _ in range(2):
@@ -344,7 +354,7 @@ def test_what_is_no_image(machine: Machine, tmp_path: Path, make: Callable[[], b
 
 
 def test_a_footer_without_its_last_byte(machine: Machine, tmp_path: Path) -> None:
-    """Virtual PC once wrote footers of 511 bytes: the last byte means nothing, and readers can do without it."""
+    """Virtual PC once wrote footers of 511 bytes. They can be read, since the last byte means nothing."""
     path = put(tmp_path / "img.vhd", vhd_images.fixed(b"x" * MIB)[:-1])
     chain = machine.open(f"vhd:{path}", read_only=True)
     found = machine.everything(chain)
@@ -356,7 +366,9 @@ def test_a_footer_without_its_last_byte(machine: Machine, tmp_path: Path) -> Non
 
 
 def test_a_fixed_disk_is_its_file(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fixed disk can do what its file can, and writes at once what that does; its footer is out of reach."""
+    """A fixed disk has the capabilities and the physical sector of its file. Its footer cannot be reached by
+    the guest.
+    """
     monkeypatch.setattr(blockdev, "_unit_of_file", lambda _fd: 4096)
     path = put(tmp_path / "img.vhd", vhd_images.fixed(b"x" * MIB))
     chain = machine.open(f"vhd:{path}")

@@ -1,4 +1,4 @@
-"""vhdx: what it reports, sectors of 4 KiB, and logs that were not replayed; other reading is in test_vdi.py."""
+"""vhdx: what it reports, sectors of 4 KiB, and logs that were not replayed. test_vdi.py tests other reading."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("parents_anywhere")
 
 
 def test_large_sectors(machine: Machine, tmp_path: Path) -> None:
-    """A disk with sectors of 4 KiB says so, and is read in them."""
+    """A disk with sectors of 4 KiB says so, and is read by such sectors."""
     (tmp_path / "a").write_bytes(vhdx(4 * MIB, {3: b"d" * MIB}, sector_size=4096))
     chain = machine.open(f"vhdx:{tmp_path}/a", read_only=True)
     request = read(3 * MIB - 4096, 8192)
@@ -32,7 +32,7 @@ def test_large_sectors(machine: Machine, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("sector", "says", "physical"), [(512, 4096, 4096), (512, 512, 512), (4096, 4096, 4096),
                                                           (512, 3, 512), (4096, 512, 4096)])  # fmt: skip
 def test_physical_sectors(machine: Machine, tmp_path: Path, sector: int, says: int, physical: int) -> None:
-    """The guest is told what Hyper-V would tell it; what cannot be is not taken for it."""
+    """The guest gets the physical sector size that Hyper-V would report. An impossible one is ignored."""
     (tmp_path / "a").write_bytes(vhdx(4 * MIB, {}, sector_size=sector, physical=says))
     chain = machine.open(f"log:|vhdx:{tmp_path}/a", read_only=True)
     chain.close()
@@ -44,7 +44,7 @@ LOG = b"identity of log1"
 
 
 def dirty(kind: str) -> bytes:
-    """Return an image of 4 MiB that was not closed: its block 1 is in the table, the others by its log alone."""
+    """Return an image of 4 MiB that was not closed: block 1 is in its table, and the others only in its log."""
     table = {0: 3 * MIB | 6, 1: 4 * MIB | 6, 3: 7 * MIB | 6}
     sector = b"".join(struct.pack("<Q", table.get(block, 0)) for block in range(512))
     place = {"plain": 0, "an old round": 65536}[kind]
@@ -64,7 +64,7 @@ def dirty(kind: str) -> bytes:
 
 @pytest.mark.parametrize("kind", ["plain", "an old round"])
 def test_a_log_is_replayed(machine: Machine, tmp_path: Path, kind: str) -> None:
-    """An image that was not closed is read as QEMU reads it once it has replayed the log, and stays as it is.
+    """An image that was not closed reads as in QEMU after a replay of the log, and is not changed.
 
     Not where the log goes on at its beginning: QEMU 7.2 replays what it finds there, and not what came before.
     """
@@ -84,7 +84,7 @@ def test_a_log_is_replayed(machine: Machine, tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["plain", "an old round"])
 def test_the_map_of_a_log(tmp_path: Path, kind: str) -> None:
-    """What the disk has is what it has with the log replayed."""
+    """The map of a disk takes the log into account."""
     path, other = tmp_path / "a", tmp_path / "b"
     for each in (path, other):
         each.write_bytes(dirty(kind))
@@ -98,7 +98,7 @@ def test_the_map_of_a_log(tmp_path: Path, kind: str) -> None:
 
 
 def test_what_a_log_says(machine: Machine, tmp_path: Path) -> None:
-    """`check` shows how much of the disk is in the log; an image that was closed says nothing of one."""
+    """`check` shows how much of the disk is in the log. It shows nothing for an image that was closed."""
     (tmp_path / "a").write_bytes(dirty("plain"))
     (tmp_path / "b").write_bytes(vhdx(4 * MIB, {}))
     says = []
@@ -111,7 +111,7 @@ def test_what_a_log_says(machine: Machine, tmp_path: Path) -> None:
 
 
 def test_a_log_that_cannot_be_right(machine: Machine, tmp_path: Path) -> None:
-    """An image whose header says that its log is in use, where nothing is in it, is refused with a sentence."""
+    """An image whose header says that its log is in use is refused if the log holds nothing."""
     (tmp_path / "a").write_bytes(vhdx(4 * MIB, {}, log=LOG, ring=bytes(MIB)))
     with pytest.raises(DriverError, match=r"it is damaged: .* but has no complete entry"):
         machine.open(f"vhdx:{tmp_path}/a", read_only=True)

@@ -1,4 +1,4 @@
-"""vmdk: disks in several files, OVAs, parents, and compressed grains; reading what QEMU wrote is in test_vdi.py."""
+"""vmdk: disks in several files, OVAs, parents, and compressed grains. test_vdi.py reads what QEMU wrote."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def make(directory: Path, *, parent: str = "base.vmdk", parent_cid: int = 0x1234
 
 @pytest.mark.parametrize("parent", ["base.vmdk", "C:\\\\machines\\\\base.vmdk", "/gone/base.vmdk"])
 def test_a_snapshot(machine: Machine, tmp_path: Path, parent: str) -> None:
-    """What a snapshot does not have is its parent's, which is found beside it whatever its directory was."""
+    """What a snapshot does not have comes from its parent, which is found beside it, whatever its former directory."""
     found = machine.contents(make(tmp_path, parent=parent))
 
     assert b"pc\0\0" == found[: 4 * GRAIN : GRAIN]
@@ -45,7 +45,7 @@ def test_a_parent_that_was_altered(machine: Machine, tmp_path: Path) -> None:
 
 
 def test_a_parent_that_is_another_kind_of_image(machine: Machine, tmp_path: Path) -> None:
-    """Whatever the parent's name is, it is read as VMDK, and refused where it is none."""
+    """A parent is read as VMDK whatever its name, and refused if it is not."""
     text = make(tmp_path)
     (tmp_path / "base.vmdk").write_bytes(bytes(SIZE))
     with pytest.raises(DriverError, match="it is not a VMDK image"):
@@ -53,7 +53,7 @@ def test_a_parent_that_is_another_kind_of_image(machine: Machine, tmp_path: Path
 
 
 def test_damaged_grains(machine: Machine, tmp_path: Path) -> None:
-    """A compressed grain that does not inflate is EIO for whoever reads it, and for nobody else."""
+    """A compressed grain that cannot be inflated gives EIO to those who read it, and to nobody else."""
     data = vmdk(SIZE, {0: b"a" * GRAIN, 1: b"b" * GRAIN}, compressed=True)
     (tmp_path / "a").write_bytes(data[:GRAIN] + bytes(512) + data[GRAIN + 512 :])
     chain = machine.open(f"vmdk:{tmp_path}/a", read_only=True)
@@ -65,7 +65,7 @@ def test_damaged_grains(machine: Machine, tmp_path: Path) -> None:
 
 
 def in_pieces(directory: Path, chance: Random, *, zeros: bool) -> bytes:
-    """Write a disk of flat and sparse extents of any length, and return what it holds."""
+    """Write a disk of flat and sparse extents of random lengths, and return its content."""
     lines, model = [], b""
     for number, grains in enumerate([3, 17, 33, 1, 40]):
         name, size = f"p-{number}.vmdk", grains * GRAIN
@@ -88,7 +88,7 @@ def in_pieces(directory: Path, chance: Random, *, zeros: bool) -> bytes:
 
 @pytest.mark.parametrize("zeros", [False, True])
 def test_a_disk_in_several_files(machine: Machine, tmp_path: Path, zeros: bool) -> None:
-    """Extents of all kinds follow one another, wherever their borders are; QEMU reads the same."""
+    """Extents of all kinds follow one another, whatever their borders, and QEMU reads the same."""
     chance = Random(1)
     model = in_pieces(tmp_path, chance, zeros=zeros)
     chain = machine.open(f"vmdk:{tmp_path}/a.vmdk", read_only=True)
@@ -99,13 +99,13 @@ def test_a_disk_in_several_files(machine: Machine, tmp_path: Path, zeros: bool) 
 
     for request in requests:
         assert model[request.offset :][: request.length] == content(request)
-    if not zeros:  # which QEMU leaves out
+    if not zeros:  # QEMU does not read those
         (tmp_path / "raw").write_bytes(model)
         qemu_img("compare", "-f", "vmdk", "-F", "raw", tmp_path / "a.vmdk", tmp_path / "raw")
 
 
 def test_a_disk_of_esx(machine: Machine, tmp_path: Path) -> None:
-    """A snapshot of ESX: grains of a sector over a flat parent; QEMU reads the same."""
+    """A snapshot of ESX, with grains of one sector over a flat parent, reads as in QEMU."""
     base = bytearray(Random(2).randbytes(3 * MIB))
     (tmp_path / "base-flat.vmdk").write_bytes(base)
     (tmp_path / "base.vmdk").write_bytes(descriptor(f'RW {3 * MIB // 512} VMFS "base-flat.vmdk"', create_type="vmfs"))
@@ -124,9 +124,9 @@ def test_a_disk_of_esx(machine: Machine, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("compressed", [False, True])
 def test_a_disk_in_an_ova(machine: Machine, tmp_path: Path, compressed: bool) -> None:
-    """The disk is read where it lies in the archive, and nothing behind it."""
+    """A disk in an archive is read where it lies there, and nothing behind it is."""
     one = vmdk(SIZE, {3: b"1" * GRAIN}, compressed=compressed, at_end=compressed)
-    two = vmdk(SIZE, {63: b"2" * GRAIN})[:-1024]  # its last grain ends behind the end of its file
+    two = vmdk(SIZE, {63: b"2" * GRAIN})[:-1024]  # the last grain ends beyond the end of the file
     files = [("a.ovf", ovf("1.vmdk", "2.vmdk")), ("1.vmdk", one), ("2.vmdk", two), ("secret", b"s" * 4096)]
     (tmp_path / "a.ova").write_bytes(archive(files))
     text = f"vmdk:{tmp_path}/a.ova"
@@ -139,7 +139,7 @@ def test_a_disk_in_an_ova(machine: Machine, tmp_path: Path, compressed: bool) ->
 
 
 def test_a_choice_where_there_is_none(machine: Machine, tmp_path: Path) -> None:
-    """`disk=` is refused where nothing can be chosen."""
+    """`disk=` is refused if there is nothing to choose from."""
     in_pieces(tmp_path, Random(1), zeros=False)
     for name in ("a.vmdk", "p-0.vmdk"):
         with pytest.raises(DriverError, match="it is not an OVA"):
@@ -174,7 +174,9 @@ def one_extent(directory: Path, line: str) -> str:
     ],
 )
 def test_extents_that_are_refused(tmp_path: Path, line: str, sentence: str) -> None:
-    """R18: what a descriptor names is a file where an administrator allows it, large enough, and nothing but a file."""
+    """R18: a file that a descriptor names is opened only in a place that an administrator allows, if it is large
+    enough, and if it is a regular file.
+    """
     images = tmp_path / "images"
     images.mkdir()
     machine = Machine(parents=[str(images)])
@@ -190,7 +192,7 @@ def test_extents_that_are_refused(tmp_path: Path, line: str, sentence: str) -> N
 
 
 def test_an_operator_may_name_the_directory_of_extents(machine: Machine, tmp_path: Path) -> None:
-    """`parents=` says where the files of the disk may be, and a device stays refused."""
+    """`parents=` allows the directory of the extents. A device is refused all the same."""
     (tmp_path / "images").mkdir()
     (tmp_path / "data").write_bytes(b"d" * 4096)
     text = one_extent(tmp_path / "images", 'RW 8 FLAT "../data" 0')
@@ -202,7 +204,7 @@ def test_an_operator_may_name_the_directory_of_extents(machine: Machine, tmp_pat
 
 
 def test_a_table_that_is_damaged(machine: Machine, tmp_path: Path) -> None:
-    """A table that names a place behind its file is EIO for whoever reads there, and for nobody else."""
+    """A table that names a place beyond the end of the file gives EIO to those who read there, and to nobody else."""
     data = bytearray(vmdk(64 * MIB, {0: b"a" * GRAIN, 512: b"b" * GRAIN}))
     place = 512 + 10240 + 512  # of the first table
     data[place : place + 4] = b"\xff\xff\xff\x7f"
@@ -216,7 +218,7 @@ def test_a_table_that_is_damaged(machine: Machine, tmp_path: Path) -> None:
 
 
 def test_nothing_is_left_open(machine: Machine, tmp_path: Path) -> None:
-    """Where one extent of many is refused, the files of the others are closed again."""
+    """If one of many extents is refused, the files of the others are closed."""
     in_pieces(tmp_path, Random(1), zeros=False)
     (tmp_path / "p-4.vmdk").write_bytes(bytes(512))
     with pytest.raises(DriverError, match=r"p-4\.vmdk: it is not a VMDK image"):
@@ -229,7 +231,7 @@ def test_nothing_is_left_open(machine: Machine, tmp_path: Path) -> None:
 def test_directories_that_would_fill_the_memory(
     machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What extents keep in memory is bounded for all of them together."""
+    """The memory for all extents of a disk together is bounded."""
     monkeypatch.setattr(vmdk_format, "MAX_DIRECTORY", 8)
     (tmp_path / "s").write_bytes(vmdk(SIZE, {}))
     line = f'RW {SIZE // 512} SPARSE "s"'
