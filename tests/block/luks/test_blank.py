@@ -24,12 +24,12 @@ SIZE = 1 << 20
 
 
 def cheap() -> Derivation:
-    """Return how a key is made that costs little."""
+    """Return a cheap key derivation."""
     return replace(derivation(), memory_kib=1024, lanes=1)
 
 
 def made(size: int = SIZE) -> Blank:
-    """Return a volume that the passphrase of the tests opens."""
+    """Return a volume that the tests' passphrase opens."""
     low_level = pytest.importorskip("argon2").low_level
     how = cheap()
     key = low_level.hash_secret_raw(
@@ -39,7 +39,9 @@ def made(size: int = SIZE) -> Blank:
 
 
 def test_what_is_made_is_opened_and_used(machine: Machine, tmp_path: Path) -> None:
-    """The driver opens it by the passphrase; what is written lies there encrypted, and nothing of the key does."""
+    """The passphrase opens a new volume. What is written to it is encrypted there, and the key is nowhere in plain
+    text.
+    """
     image, key = tmp_path / "img", key_file(tmp_path / "key")
     write_new(str(image), made())
     chain = machine.open(f"luks:key={key}|aio:{image}")
@@ -58,7 +60,7 @@ def test_what_is_made_is_opened_and_used(machine: Machine, tmp_path: Path) -> No
 
 
 def test_no_two_are_alike() -> None:
-    """Key, salts and names are by chance: two volumes of one passphrase have nothing in common."""
+    """Key, salts and names are random: two volumes with the same passphrase have nothing in common."""
     one, other = (made().pieces for _ in range(2))
 
     assert all(first[1] != second[1] for first, second in zip(one, other, strict=True))
@@ -67,8 +69,8 @@ def test_no_two_are_alike() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("cryptsetup") is None, reason="cryptsetup is not installed")
 def test_cryptsetup_takes_it(tmp_path: Path, machine: Machine) -> None:
-    """Cryptsetup opens it, shows it, and adds a key slot to it that the driver opens; with the first header destroyed
-    both use the second one.
+    """Cryptsetup opens and shows a new volume and adds a key slot, which the driver opens. If the first header is
+    destroyed, both use the second one.
     """
     image, key, second = tmp_path / "img", key_file(tmp_path / "key"), key_file(tmp_path / "second", b"second")
     write_new(str(image), made())
@@ -91,7 +93,9 @@ def test_cryptsetup_takes_it(tmp_path: Path, machine: Machine) -> None:
 
 @pytest.mark.slow
 def test_the_command(tmp_path: Path, machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
-    """`image create raw FILE SIZE --encrypt KEY` makes one, prints the chain that opens it, and replaces nothing."""
+    """`image create raw FILE SIZE --encrypt KEY` makes a volume, prints the chain that opens it, and does not replace a
+    file.
+    """
     pytest.importorskip("argon2")
     image, key = tmp_path / "img", key_file(tmp_path / "a,key")
     create = ["image", "create", "raw", str(image), "1000448", "--sector-size", "512", "--encrypt", str(key)]
@@ -124,7 +128,7 @@ def test_the_command(tmp_path: Path, machine: Machine, capsys: pytest.CaptureFix
 def test_what_cannot_be_made_is_refused(
     tmp_path: Path, words: list[str], problem: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What is wrong is said before anything is made."""
+    """If something is wrong, the error says so and no file is made."""
     key_file(tmp_path / "key")
     assert 2 == main(["image", "create", *(word.format(tmp_path) for word in words)])
 
@@ -133,7 +137,7 @@ def test_what_cannot_be_made_is_refused(
 
 
 def test_a_size_is_whole_sectors() -> None:
-    """No volume has a part of a sector, or none at all."""
+    """The size of a volume must be a multiple of its sector size, and not 0."""
     for size, sector in ((0, 4096), (-4096, 4096), (4095, 4096), (512, 4096), (0, 512), (700, 512)):
         with pytest.raises(ConfigError, match=f"choose a multiple of {sector}"):
             blank_volume(size, cheap(), bytearray(64), sector)

@@ -1,4 +1,4 @@
-"""AES of whole sectors."""
+"""Encryption of whole sectors by AES."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from xenbackend.block.luks import cipher as module
 from xenbackend.block.luks.cipher import Sectors, address_of
 from xenbackend.errors import DriverError
 
-PLACE = 7 << 20  # of the first sector on its disk
+PLACE = 7 << 20  # byte offset of the first sector on its disk
 
 
 def done(sectors: Sectors, data: bytes, place: int = PLACE, *, decrypt: bool = False) -> bytes:
-    """Return data as it is encrypted, or decrypted."""
+    """Return data after they were encrypted or decrypted."""
     memory = bytearray(data)
     (sectors.decrypt if decrypt else sectors.encrypt)(address_of(memory), len(memory), place)
     return bytes(memory)
@@ -42,7 +42,7 @@ VECTORS = [
 
 @pytest.mark.parametrize(("key", "number", "plain", "expected"), VECTORS)
 def test_xts_is_the_standard_s(key: str, number: int, plain: str, expected: str) -> None:
-    """The vectors of the standard come out, and go back."""
+    """The standard's test vectors are encrypted as it says, and decrypted again."""
     secret, data = bytearray.fromhex(key), bytes.fromhex(plain)
     sectors = Sectors(Cipher("aes-xts-plain64", len(secret)), secret, len(data), tweak=number)
     found = done(sectors, data, 0)
@@ -55,8 +55,8 @@ def test_xts_is_the_standard_s(key: str, number: int, plain: str, expected: str)
 @pytest.mark.parametrize("size", [32, 64])
 @pytest.mark.parametrize("how", ["written", "begun"])
 def test_many_sectors(size: int, sector: int, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each sector is encrypted with its own number, which counts in 512 bytes whatever its size, plus the tweak; be it
-    that the number is written to where the library has it, or that the library does not let us.
+    """Each sector is encrypted with its own number, counted in units of 512 bytes whatever its size, plus the tweak.
+    The number is written directly into the library's context, or passed by a call if the library does not allow that.
     """
     if how == "begun":
         monkeypatch.setattr(module._Context, "find_number", lambda self: None)
@@ -71,7 +71,7 @@ def test_many_sectors(size: int, sector: int, how: str, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("size", [16, 24, 32])
 def test_cbc(size: int) -> None:
-    """The modes of CBC: each sector begins with its number, or with that encrypted by the hash of the key."""
+    """CBC modes: the initialization vector is the sector's number, or that number encrypted by the hash of the key."""
     key, data = os.urandom(size), os.urandom(2048)
     hidden = Sectors(Cipher("aes-cbc-essiv:sha256", size), bytearray(key))
     plain = Sectors(Cipher("aes-cbc-plain64", size), bytearray(key))
@@ -84,7 +84,7 @@ def test_cbc(size: int) -> None:
 
 @pytest.mark.parametrize("how", ["written", "begun"])
 def test_plain_has_32_bits(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With `plain` the number of a sector begins anew after 2 TiB, with `plain64` it does not."""
+    """With `plain` the sector number wraps around after 2 TiB, with `plain64` it does not."""
     if how == "begun":
         monkeypatch.setattr(module._Context, "find_number", lambda self: None)
     key, data, far = bytearray(os.urandom(64)), os.urandom(512), 512 << 32
@@ -95,13 +95,13 @@ def test_plain_has_32_bits(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_key_of_equal_halves_is_refused() -> None:
-    """XTS with such a key would be none; the library says no, and so do we, with a sentence."""
+    """A key with equal halves makes XTS useless. The library refuses it, and so do we, with a message."""
     with pytest.raises(DriverError, match="the two halves are equal"):
         Sectors(Cipher("aes-xts-plain64", 64), bytearray(64))
 
 
 def test_nothing_is_encrypted_after_the_end() -> None:
-    """Once the key was wiped, neither is done any more, and closing again does no harm."""
+    """Once the key has been wiped, nothing is encrypted or decrypted, and closing again does no harm."""
     sectors = Sectors(Cipher("aes-xts-plain64", 64), bytearray(os.urandom(64)))
     sectors.close()
     sectors.close()
@@ -110,7 +110,7 @@ def test_nothing_is_encrypted_after_the_end() -> None:
 
 
 def test_a_host_without_the_library_has_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What encrypts may be missing: then it is named."""
+    """If the encryption library is not installed, the error names it."""
     module.find_libcrypto.cache_clear()
     monkeypatch.setattr(module, "_LIBRARY", "libnothing.so.0")
     with pytest.raises(
@@ -122,7 +122,7 @@ def test_a_host_without_the_library_has_a_sentence(monkeypatch: pytest.MonkeyPat
 
 
 def test_nothing_is_loaded_later() -> None:
-    """A worker opens nothing: after `find_libcrypto` no call of the library opens a file or loads a part of itself."""
+    """A worker behind its walls cannot open files: after `find_libcrypto` no call of the library opens a file."""
     program = """
 import os, sys, ctypes
 from xenbackend.block.formats.luks_volume import Cipher
@@ -154,7 +154,7 @@ for name in ("sha1", "sha256", "sha512"):
 
 
 class Other:
-    """A library that says something else of where it keeps a sector's number."""
+    """A library that reports another place for the sector's number."""
 
     def __init__(self, library: object, where: Callable[[int], int] | None) -> None:
         self._library = library
@@ -178,7 +178,9 @@ class _Found:
 
 @pytest.mark.parametrize("what", ["nowhere", "elsewhere", "beside", "missing"])
 def test_a_number_that_does_not_count_is_not_written(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A library that keeps it elsewhere, or does not say where, is given each number by a call: the data are right."""
+    """If the library keeps the number elsewhere, or does not say where, each number is passed by a call, and the data
+    are right.
+    """
     library, ciphers = module.find_libcrypto()
     memory = bytearray(16)
     real = library.EVP_CIPHER_CTX_iv_noconst  # type: ignore[attr-defined]  # of the library itself

@@ -17,7 +17,9 @@ from xenbackend.errors import DriverError
 @pytest.mark.parametrize("name", ["sha1", "sha224", "sha256", "sha384", "sha512"])
 @pytest.mark.parametrize(("size", "count"), [(64, 4000), (32, 100), (16, 2), (24, 1)])
 def test_stripes_are_joined(name: str, size: int, count: int) -> None:
-    """What the splitter of the specification made of a key is that key again; with a bit of it changed it is not."""
+    """Stripes that the specification's splitter made from a key are merged into that key, and with one bit changed they
+    are not.
+    """
     key = os.urandom(size)
     stripes = bytearray(split(key, count, name))
     assert key == merge(stripes, size, count, name)
@@ -27,7 +29,7 @@ def test_stripes_are_joined(name: str, size: int, count: int) -> None:
 
 
 def derived(passphrase: bytes, given: list[memoryview]) -> object:
-    """Return what makes keys of a passphrase, and keeps which it gave."""
+    """Return a function that derives keys from a passphrase and records them."""
 
     def derive(how: Derivation) -> memoryview:
         given.append(
@@ -40,7 +42,7 @@ def derived(passphrase: bytes, given: list[memoryview]) -> object:
 
 @pytest.mark.parametrize("make", [luks1, luks2])
 def test_the_first_slot_that_opens(make: object) -> None:
-    """Slots are tried in turn; the keys that were made on the way are wiped."""
+    """Slots are tried in order, and all keys that were derived on the way are wiped."""
     made = Made(bytes(8192), passphrases=[b"other", PASSPHRASE, b"third"])
     image = make(made)  # type: ignore[operator]
     volume = luks.parse(lambda offset, length: image[offset : offset + length], len(image))
@@ -57,7 +59,7 @@ def test_the_first_slot_that_opens(make: object) -> None:
 
 
 def test_no_slot_that_opens_is_no_key() -> None:
-    """Another passphrase opens none; what the key makers say goes up, and no key is left."""
+    """A wrong passphrase opens no slot. Errors of the key derivation are passed on, and no key is left in memory."""
     image = luks1(Made(bytes(8192)))
     volume = luks.parse(lambda offset, length: image[offset : offset + length], len(image))
     look = lambda offset, length: image[offset : offset + length]  # noqa: E731
