@@ -1,4 +1,4 @@
-"""Tests of `xenbackend.block.mapped.blocks`: VHD images that are written, killed, torn, and short of room."""
+"""Tests of `xenbackend.block.mapped.blocks`: VHD images that are written, killed, torn, and out of space."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KINDS = ("dynamic", "differencing", "device")
 
 
 class Image:
-    """An image of one kind on a recorded file, with what its disk holds at first."""
+    """An image of one kind on a recorded file, with the initial content of its disk."""
 
     def __init__(self, kind: str, directory: Path, seed: int) -> None:
         chance = Random(seed)
@@ -37,7 +37,7 @@ class Image:
         is_child = kind == "differencing"
         names = [(b"MacX", b"file://./base.vhd")] if is_child else []
         image = vhd_images.image(SIZE, block_size=BLOCK, parent_uuid=b"p" * 16 if is_child else None, names=names)
-        if kind == "device":  # as large as it may become, and full of what was there before
+        if kind == "device":  # as large as the image may become, and full of old data
             image = image[:-512] + chance.randbytes(SIZE + SIZE // 2) + image[-512:]
         self.start = image
         self.is_device = kind == "device"
@@ -46,7 +46,7 @@ class Image:
         self.file = RecordedFile(bytearray(image), chance, is_device=self.is_device)
 
     def open(self, file: RecordedFile | None = None, *, read_only: bool = False) -> Disk:
-        """Open the disk, on this file in the place of the image's."""
+        """Open the disk on this file, in place of the image's own."""
         files = RecordedFiles()
         files.files = {**self.files.files, self.path: file or self.file}
         disk = Disk(f"vhd:{self.path}", files, read_only=read_only)
@@ -68,14 +68,14 @@ class Image:
 
 
 def _blocks(content: bytes) -> dict[int, dict[int, bytes]]:
-    """Return the sectors of a disk by block."""
+    """Return the sectors of a disk, by block."""
     sectors = [content[place : place + 512] for place in range(0, len(content), 512)]
     return {block: dict(enumerate(sectors[block * SECTORS :][:SECTORS])) for block in range(len(sectors) // SECTORS)}
 
 
 @pytest.fixture
 def make(tmp_path: Path) -> Callable[[str, int], Image]:
-    """Return what makes images; files stand for block devices where the test says so."""
+    """Return a function that makes images. Their files count as block devices if the test says so."""
 
     def make(kind: str, seed: int) -> Image:
         return Image(kind, tmp_path, seed)
@@ -84,7 +84,7 @@ def make(tmp_path: Path) -> Callable[[str, int], Image]:
 
 
 def seeds(config: pytest.Config) -> range:
-    """Return a number for each image that is to be made."""
+    """Return a seed for each image to be made."""
     first: int = config.getoption("--seed")
     return range(first, first + max(1, config.getoption("--requests") // 20_000))
 
@@ -92,7 +92,9 @@ def seeds(config: pytest.Config) -> range:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_at_any_write(make: Callable[[str, int], Image], kind: str, request: pytest.FixtureRequest) -> None:
-    """Killed at any write, also in its middle, a disk opens and holds what was answered, or what was being written."""
+    """Killed at any write, or in the middle of one, a disk opens and holds every answered write; the last one may be
+    partial.
+    """
     for seed in seeds(request.config):
         image = make(kind, seed)
         session = image.session(40)
@@ -106,7 +108,7 @@ def test_killed_at_any_write(make: Callable[[str, int], Image], kind: str, reque
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_power_lost(make: Callable[[str, int], Image], kind: str, request: pytest.FixtureRequest) -> None:
-    """Whatever of the unflushed writes a power loss leaves, the disk opens and holds every sector that was flushed."""
+    """Whatever unflushed writes a power loss leaves, the disk opens and holds every flushed sector."""
     for seed in seeds(request.config):
         image = make(kind, seed)
         session = image.session(60)
@@ -119,7 +121,9 @@ def test_power_lost(make: Callable[[str, int], Image], kind: str, request: pytes
 
 @pytest.mark.parametrize("kind", ["dynamic", "differencing"])
 def test_there_is_always_a_footer_at_the_end(make: Callable[[str, int], Image], kind: str) -> None:
-    """After each change of the file a footer with a right checksum is at its end, and no write is behind the end."""
+    """After each change of the file, a footer with a correct checksum is at its end, and nothing is written beyond the
+    end.
+    """
     image = make(kind, 3)
     image.session(40)
     for count in range(len(image.file.log) + 1):
@@ -130,7 +134,9 @@ def test_there_is_always_a_footer_at_the_end(make: Callable[[str, int], Image], 
 
 
 def test_the_order_of_a_first_write(make: Callable[[str, int], Image]) -> None:
-    """A first write: the file grows with its footer, a flush, the entry, the data, the bitmap; then the answer."""
+    """The order of a first write: the file grows with its footer, a flush, the table entry, the data, the bitmap, the
+    answer.
+    """
     image = make("differencing", 1)
     disk, log = image.open(), image.file.log
     disk.do(write(BLOCK + 512, b"w" * 1024))
@@ -145,7 +151,9 @@ def test_the_order_of_a_first_write(make: Callable[[str, int], Image]) -> None:
 
 
 def test_a_filter_may_look_at_what_it_lent(make: Callable[[str, int], Image]) -> None:
-    """A write that lands after `log:` has handed its range out is dirty again: it is where the guest wrote it."""
+    """If a write lands after `log:` has handed its range out, the range is dirty again, at the place where the guest
+    wrote.
+    """
     image = make("dynamic", 1)
     files = RecordedFiles()
     files.files = {image.path: image.file}
@@ -163,7 +171,7 @@ def test_a_filter_may_look_at_what_it_lent(make: Callable[[str, int], Image]) ->
 
 
 def test_what_is_there_costs_no_metadata(make: Callable[[str, int], Image]) -> None:
-    """Writes to sectors that the image has write nothing but their data."""
+    """A write to sectors that the image already has writes only its data."""
     for kind in ("dynamic", "differencing"):
         image = make(kind, 1)
         disk = image.open()
@@ -176,7 +184,7 @@ def test_what_is_there_costs_no_metadata(make: Callable[[str, int], Image]) -> N
 
 
 def test_writes_of_one_batch_share_metadata(make: Callable[[str, int], Image]) -> None:
-    """First writes to many sectors of many blocks at once grow the file once, and share tables and bitmaps."""
+    """First writes to many sectors of many blocks in one batch grow the file once, and share tables and bitmaps."""
     image = make("differencing", 1)
     disk = image.open()
     batch = [write(block * BLOCK + sector * 1024, b"w" * 512) for block in range(4) for sector in range(8)]
@@ -188,7 +196,7 @@ def test_writes_of_one_batch_share_metadata(make: Callable[[str, int], Image]) -
 
 
 def test_reads_mix_sectors_of_image_and_parent(make: Callable[[str, int], Image]) -> None:
-    """A read over sectors of the image, of the parent, and beyond the parent's end finds each of them."""
+    """One read returns sectors of the image, of the parent, and zeros from beyond the parent's end."""
     image = make("differencing", 1)
     disk, model = image.open(), bytearray(image.first)
     for place in range(PARENT - BLOCK, PARENT + BLOCK, 2048):
@@ -203,7 +211,7 @@ def test_reads_mix_sectors_of_image_and_parent(make: Callable[[str, int], Image]
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
 def test_what_fails_fails_alone(make: Callable[[str, int], Image], kind: str, code: int) -> None:
-    """Where the file fails at random, every request ends; what ended well is there, now and after opening anew."""
+    """If the file fails at random, every request ends. Successful writes are there, both now and when opened again."""
     for seed in range(12):
         image = make(kind, seed)
         chance = Random(seed)
@@ -221,7 +229,7 @@ def test_what_fails_fails_alone(make: Callable[[str, int], Image], kind: str, co
 
 
 def test_a_write_after_a_failed_one_is_durable(make: Callable[[str, int], Image]) -> None:
-    """Where a bitmap could not be written, the next write to its sectors does not rely on it."""
+    """If a bitmap could not be written, the next write to its sectors writes it again."""
     image = make("differencing", 1)
     disk = image.open()
     disk.do(write(0, b"0" * 512))
@@ -235,7 +243,7 @@ def test_a_write_after_a_failed_one_is_durable(make: Callable[[str, int], Image]
 
 
 def test_no_room(make: Callable[[str, int], Image]) -> None:
-    """On a device that is full a first write is answered ENOSPC, what is there can be written, and the footer stays."""
+    """On a full device a first write ends with ENOSPC, existing blocks can be written, and the footer is kept."""
     image = make("device", 1)
     del image.file.bytes[5 * BLOCK : -512]
     disk = image.open()
@@ -248,15 +256,15 @@ def test_no_room(make: Callable[[str, int], Image]) -> None:
 
 
 def changed(image: Image, **fields: object) -> None:
-    """Give an image's header other fields."""
+    """Change fields of an image's header."""
     footer, _ = vhd.read_footer(image.file.read_at, image.file.size)
     header = vhd.read_header(image.file.read_at, footer, image.file.size)
     image.file.bytes[512:1536] = vhd.pack_header(replace(header, **fields))  # type: ignore[arg-type]
 
 
 def test_no_block_is_put_where_a_name_is(make: Callable[[str, int], Image]) -> None:
-    """Where the image says that a parent's name is behind its end, a guest could write that name: nothing is done, and
-    the disk says so. What the image has is written as before.
+    """If the image says that a parent's name lies beyond its end, a guest could write that name. A write that needs a
+    new block there is refused as damage of the image; other writes are done.
     """
     image = make("differencing", 1)
     image.open().do(write(0, b"0" * BLOCK))
@@ -274,7 +282,7 @@ def test_no_block_is_put_where_a_name_is(make: Callable[[str, int], Image]) -> N
 
 
 def test_a_device_keeps_what_lies_behind_its_blocks(make: Callable[[str, int], Image]) -> None:
-    """New blocks on a block device begin behind everything that the image says it has there, a map of old too."""
+    """On a block device, new blocks begin behind everything that the image says it has there, such as a former map."""
     image = make("device", 1)
     name = 5 * BLOCK
     changed(image, locators=(vhd.Locator(b"W2ku", 512, 20, name),))
@@ -296,11 +304,13 @@ def test_a_device_keeps_what_lies_behind_its_blocks(make: Callable[[str, int], I
 def test_what_changes_is_written_over_nothing(
     make: Callable[[str, int], Image], fields: dict[str, object], sentence: str
 ) -> None:
-    """A table or a map that lies over something else is not written: such an image is read only, and not changed."""
+    """A table or map that overlaps something else is never written: the image can only be opened read-only, and is
+    unchanged.
+    """
     image = make("dynamic", 1)
     file = image.file.bytes
     file[:] = vhd_images.image(SIZE, block_size=BLOCK, full=[])
-    if not fields:  # a map in the second half of the header, with a right checksum
+    if not fields:  # a map in the second half of the header, with a correct checksum
         file[2048 + 8 : 2048 + 16] = (1024).to_bytes(8, "big")
         file[2048 + 24 : 2048 + 28] = (~sum(file[1024:1536]) & 0xFFFFFFFF).to_bytes(4, "big")
     changed(image, **fields)
@@ -312,7 +322,7 @@ def test_what_changes_is_written_over_nothing(
 
 
 def test_bitmaps_are_bounded(make: Callable[[str, int], Image], monkeypatch: pytest.MonkeyPatch) -> None:
-    """With room for two bitmaps only, reads and writes find what they should, and bitmaps are read again."""
+    """With room for two bitmaps only, reads and writes are right, and bitmaps are loaded again when needed."""
     monkeypatch.setattr("xenbackend.block.mapped.blocks._BITMAPS", 2 * SECTORS)
     image = make("differencing", 5)
     session = image.session(150)
@@ -324,7 +334,7 @@ def test_bitmaps_are_bounded(make: Callable[[str, int], Image], monkeypatch: pyt
 
 
 def test_a_bitmap_stays_while_it_is_used(make: Callable[[str, int], Image], monkeypatch: pytest.MonkeyPatch) -> None:
-    """However few bitmaps are kept, writes to one block that are in flight together are both in its bitmap."""
+    """However few bitmaps are kept, two writes to one block that are in flight together are both in its bitmap."""
     monkeypatch.setattr("xenbackend.block.mapped.blocks._BITMAPS", SECTORS)
     image = make("differencing", 5)
     assert [0] * 5 == image.open().do(*(write(block * BLOCK, b"0" * 512) for block in range(5)))
@@ -332,7 +342,7 @@ def test_a_bitmap_stays_while_it_is_used(make: Callable[[str, int], Image], monk
     disk.do(read(0, 512))
     early, late = write(512, b"1" * 512), write(1024, b"2" * 512)
     disk.chain.submit([early])
-    data, file.waiting = file.waiting, []  # they take their time
+    data, file.waiting = file.waiting, []  # they are delayed
     for block in range(1, 5):
         disk.do(read(block * BLOCK, 512))
     disk.chain.submit([late])
@@ -344,7 +354,7 @@ def test_a_bitmap_stays_while_it_is_used(make: Callable[[str, int], Image], monk
 
 
 def test_a_bitmap_that_cannot_be_read(make: Callable[[str, int], Image]) -> None:
-    """Whoever needs a bitmap that cannot be read gets the error; the next one tries again."""
+    """Requests that need a bitmap that cannot be read fail. The next one tries to read it again."""
     image = make("differencing", 1)
     disk = image.open()
     disk.do(write(512, b"w" * 512))

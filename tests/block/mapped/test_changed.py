@@ -1,4 +1,4 @@
-"""Changes over a file that is only read."""
+"""Changes laid over a file that is only read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SIZE = 64 << 10
 
 
 def model(changes: list[Change], data: bytes) -> bytes:
-    """Return the bytes with the changes written over them, the newest of which comes first."""
+    """Return the bytes with the changes applied; the newest change comes first."""
     found = bytearray(data)
     for start, length, what in reversed(changes):
         found[start : start + length] = bytes(length) if what is None else what
@@ -22,7 +22,7 @@ def model(changes: list[Change], data: bytes) -> bytes:
 
 
 def some(chance: Random, count: int) -> list[Change]:
-    """Return changes that lie over one another."""
+    """Return changes that overlap one another."""
     changes: list[Change] = []
     for _ in range(count):
         start, length = chance.randrange(SIZE - 8192), chance.randint(1, 8192)
@@ -32,7 +32,7 @@ def some(chance: Random, count: int) -> list[Change]:
 
 @pytest.mark.parametrize("seed", range(10))
 def test_the_newest_counts(seed: int) -> None:
-    """Where changes lie over one another, the newest is seen; where there are none, the file."""
+    """Where changes overlap, the newest is seen. Where there are none, the file is."""
     chance = Random(seed)
     data, changes = chance.randbytes(SIZE), some(chance, chance.randint(0, 40))
     seen = Changes(changes).reader(lambda offset, length: data[offset : offset + length], SIZE)
@@ -45,7 +45,7 @@ def test_the_newest_counts(seed: int) -> None:
 
 
 def test_what_is_newest_is_kept_once() -> None:
-    """What lies below newer changes is not kept, and nothing is looked at once for each of them."""
+    """Parts of changes that newer ones cover are not kept, and each newer change is not searched one by one."""
     changes = Changes([(0, SIZE, None), *((place, 512, b"x" * 512) for place in range(0, SIZE, 512))])
 
     assert (1, SIZE) == (len(changes), changes.end)
@@ -53,14 +53,16 @@ def test_what_is_newest_is_kept_once() -> None:
 
 @pytest.mark.slow
 def test_many_changes() -> None:
-    """Thousands of changes, each over all the former ones, are sorted in no time."""
+    """Thousands of overlapping changes are sorted quickly."""
     many = [((1 << 20) - number, 2 * number + 1, None) for number in range(1 << 14)]
 
     assert 2 * (1 << 14) - 1 == len(Changes(many))
 
 
 def test_a_file_seen_with_changes(machine: Machine, tmp_path: Path) -> None:
-    """Requests and helpers see the file with its changes, and zeros up to its new end; the file stays as it is."""
+    """Requests and direct reads see the file with its changes, and zeros up to its new end. The file itself is not
+    changed.
+    """
     chance = Random(3)
     path = image(tmp_path / "file", SIZE)
     path.write_bytes(data := chance.randbytes(SIZE))
@@ -85,7 +87,9 @@ def test_a_file_seen_with_changes(machine: Machine, tmp_path: Path) -> None:
 
 
 def test_data_of_a_file_with_changes(machine: Machine, tmp_path: Path) -> None:
-    """Data are where the file has some or a change brings some; what it makes zeros may still be called data."""
+    """There are data where the file has some or a change brings some. A range that a change sets to zeros may be
+    reported as data.
+    """
     path = image(tmp_path / "file", SIZE)
     with path.open("r+b") as file:
         file.seek(16384)
@@ -108,7 +112,7 @@ def test_data_of_a_file_with_changes(machine: Machine, tmp_path: Path) -> None:
 
 
 def test_a_read_that_failed_is_left_alone(machine: Machine, tmp_path: Path) -> None:
-    """Where the file could not be read, nothing of the changes is shown in its place."""
+    """If the file cannot be read, the request's buffer gets none of the changes either."""
     path = image(tmp_path / "file", SIZE)
     opened = machine.files.open(str(path), read_only=True, direct=False, blocking=True)
     file = ChangedFile(opened, Changes([(0, 512, b"n" * 512)]), SIZE)

@@ -1,4 +1,4 @@
-"""Tests of `xenbackend.block.mapped.disk`, by a format whose tables are in the test."""
+"""Tests of `xenbackend.block.mapped.disk`, with a format whose tables the test makes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from xenbackend.block.request import Op
 
 
 def test_a_batch_stays_a_batch() -> None:
-    """What lies in clusters of the file goes there as one batch, with the same memory, and is not altered meanwhile."""
+    """Requests whose clusters are in the file go to it as one batch, with the same memory."""
     disk = Plain([at(0) | OWNED, at(1) | READABLE])
-    disk.do(read(0, 512))  # the table is there from now on
+    disk.do(read(0, 512))  # loads the table
     batch = [write(512, b"w" * 1024), read(CLUSTER, 512, 512), read(0, CLUSTER)]
     before = [(request.offset, request.status, request.iov) for request in batch]
     disk.submit(list(batch))
@@ -33,7 +33,7 @@ def test_a_batch_stays_a_batch() -> None:
 
 
 def test_requests_to_the_file_are_used_again() -> None:
-    """However many requests come, only as many of our own exist as were in flight at once; and they keep no memory."""
+    """There are never more requests of our own than were in flight at once, and idle ones keep no memory."""
     disk = Plain([at(number) | OWNED for number in range(8)])
     for _ in range(50):
         disk.do(*(read(number * CLUSTER, 512) for number in range(8)), flush())
@@ -43,7 +43,7 @@ def test_requests_to_the_file_are_used_again() -> None:
 
 
 def test_neighbours_in_the_file_are_one() -> None:
-    """A request over clusters that lie side by side in the file is not cut."""
+    """A request over clusters that are adjacent in the file is not cut."""
     disk = Plain([at(0) | OWNED, at(0) + CLUSTER | OWNED, 0, 0])
     disk.do(read(0, 512))
     both = write(512, b"n" * CLUSTER)
@@ -55,7 +55,7 @@ def test_neighbours_in_the_file_are_one() -> None:
 
 
 def test_every_kind_of_cluster() -> None:
-    """One read over everything finds in each cluster what its entry says."""
+    """One read over clusters of every kind returns what each entry says."""
     entries = [at(0) | OWNED, ZERO, 0, at(3) | READABLE, SPECIAL, SPECIAL | 1 << 40, at(6) | OWNED, ZERO | at(7)]
     disk = Plain(entries)
     request = read(0, 8 * CLUSTER)
@@ -68,7 +68,9 @@ def test_every_kind_of_cluster() -> None:
 
 
 def test_writes_that_need_a_place() -> None:
-    """Writes to what the image may not alter come to the format, cut where clusters are its own or a table ends."""
+    """Writes to clusters that may not be overwritten are passed to the format, cut where owned clusters or a
+    table end.
+    """
     disk = Plain([0, ZERO, at(2) | READABLE, at(3) | OWNED, SPECIAL, 0, 0, 0])
     request = write(512, b"w" * (7 * CLUSTER))
     disk.submit([request])
@@ -87,7 +89,7 @@ def test_writes_that_need_a_place() -> None:
 
 @pytest.mark.parametrize("parent_size", [512, 3 * CLUSTER + 512, 64 * CLUSTER])
 def test_a_parent_of_any_size(parent_size: int) -> None:
-    """What the image does not have comes from the parent as far as that reaches, and is zeros beyond."""
+    """Clusters that the image does not have come from the parent, and are zeros beyond its end."""
     disk, parent = Plain([0, at(1) | OWNED, 0, 0, 0, 0, 0, 0]), Bottom()
     disk.next, disk.below = parent, Geometry(parent_size)
     disk.check_parent(disk.below)
@@ -110,7 +112,7 @@ def test_a_parent_of_any_size(parent_size: int) -> None:
 
 
 def test_a_request_that_is_all_the_parents_is_passed_on() -> None:
-    """Requests that lie in the parent as a whole go there themselves, and together."""
+    """Requests that lie wholly in the parent are passed to it as they are, in one batch."""
     disk, parent = Plain([0, 0, ZERO, 0]), Bottom()
     disk.next = parent
     disk.check_parent(Geometry(4 * CLUSTER))
@@ -122,7 +124,9 @@ def test_a_request_that_is_all_the_parents_is_passed_on() -> None:
 
 
 def test_a_table_is_loaded_once() -> None:
-    """Those who need a table that is being loaded wait for it, others do not; where it cannot be read they fail."""
+    """Requests that need a table that is being loaded wait for it, and others do not. If it cannot be read,
+    they fail.
+    """
     disk = Plain([at(number) | OWNED for number in range(8)])
     disk.do(read(4 * CLUSTER, 512))
     disk.submit([read(0, 512), read(CLUSTER, 512), read(5 * CLUSTER, 512)])
@@ -141,7 +145,7 @@ def test_a_table_is_loaded_once() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_few_tables_are_enough(seed: int) -> None:
-    """With room for one table any request ends, however many it needs, and finds what is there."""
+    """With room for one table only, every request ends and is right, however many tables it needs."""
     chance = Random(seed)
     places = chance.sample(range(64), 32)
     disk = Plain([place * CLUSTER | OWNED for place in places], limit=1)
@@ -161,7 +165,7 @@ def test_few_tables_are_enough(seed: int) -> None:
 
 
 def test_a_request_across_any_number_of_tables() -> None:
-    """A request that is cut at each of thousands of tables, one of which is kept, ends in one step with the others."""
+    """A request that crosses thousands of tables ends, although only one of them is kept."""
     disk = Plain([at(0) | OWNED, *[ZERO] * 5999], limit=1)
     request = read(0, 6000 * CLUSTER)
 
@@ -172,16 +176,16 @@ def test_a_request_across_any_number_of_tables() -> None:
 
 @pytest.mark.parametrize("entry", [0, ZERO, ZERO | at(0), SPECIAL, at(0) | READABLE, at(0) | OWNED])
 def test_flush_and_discard(entry: int) -> None:
-    """A flush goes to the file, and a discard to the format, whatever is there: it has no place in the file itself."""
+    """A flush goes to the file. A discard goes to the format, whatever the clusters are."""
     disk = Plain([entry])
-    disk.do(read(0, 512))  # the table is there from now on
+    disk.do(read(0, 512))  # loads the table
 
     assert [0, errno.EOPNOTSUPP] == disk.do(flush(), discard(0, CLUSTER))
     assert ["flush"] == [change.kind for change in disk.image.log]
 
 
 def test_quiet_is_when_all_of_before_is_back() -> None:
-    """Who waits for quiet is called when what the file had is back, whatever has come since."""
+    """`when_quiet` calls once all requests are back that the file had at that time, whatever has come since."""
     disk, heard = Plain([at(0) | OWNED]), list[str]()
     disk.do(read(0, 512))
     disk.submit([read(0, 512)])
@@ -199,7 +203,7 @@ def test_quiet_is_when_all_of_before_is_back() -> None:
 
 
 def test_flushes_of_our_own_are_shared() -> None:
-    """Who asks for a flush in one turn shares one; and what fails is told to each."""
+    """All who ask for a flush in one turn share it, and each of them learns if it fails."""
     disk, heard = Plain([0]), list[int]()
     disk.image.fails = lambda request: errno.EIO if request.op == Op.FLUSH else 0
     disk.io.soon(lambda: [disk.io.sync(heard.append) for _ in range(3)])
@@ -209,7 +213,7 @@ def test_flushes_of_our_own_are_shared() -> None:
 
 
 def test_threads_give_a_status() -> None:
-    """What a thread raises as an OSError is its status, and what that leads to is sent."""
+    """An OSError raised in a thread becomes the status, and requests that the callback makes are sent."""
     disk, heard = Plain([0]), list[int]()
 
     def fails() -> None:

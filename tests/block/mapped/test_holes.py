@@ -20,7 +20,7 @@ FULL = dict.fromkeys(range(4096), b"f" * 512)
 
 
 def open_image(machine: Machine, path: Path) -> Chain:
-    """Open an image, where its file system can make holes."""
+    """Open an image, or skip the test if its file system cannot make holes."""
     chain = machine.open(f"vhd:{path}")
     if not chain.geometry.can_discard:
         chain.close()
@@ -29,7 +29,9 @@ def open_image(machine: Machine, path: Path) -> Chain:
 
 
 def test_a_hole_is_zeros_and_gives_room_back(machine: Machine, tmp_path: Path) -> None:
-    """What was discarded, in blocks that are there and others, is zeros; headers and table stay as they were."""
+    """Discarded ranges are zeros, in blocks that exist and in others, and their space is freed. Headers and table stay
+    the same.
+    """
     path = tmp_path / "image"
     path.write_bytes(image(8 * MIB, {0: FULL, 2: FULL}))
     room, front = path.stat().st_blocks, path.read_bytes()[:2048]
@@ -48,7 +50,7 @@ def test_a_hole_is_zeros_and_gives_room_back(machine: Machine, tmp_path: Path) -
 
 
 def test_the_parents_sectors_stay(machine: Machine, tmp_path: Path) -> None:
-    """Of a block that lacks sectors those that it has become zeros, and the others stay the parent's."""
+    """If a block lacks sectors, a discard makes those that it has zeros, and the others still come from the parent."""
     names = [(b"MacX", b"file://./base")]
     (tmp_path / "base").write_bytes(image(4 * MIB, {0: FULL, 1: FULL}, uuid=b"p" * 16))
     own = {0: {1: b"c" * 512, 2: b"c" * 512, 9: b"c" * 512}}
@@ -64,7 +66,7 @@ def test_the_parents_sectors_stay(machine: Machine, tmp_path: Path) -> None:
 
 
 def test_a_discard_of_everything(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However large it is, a discard looks at so many blocks at a time, and ends; the last sector is one of its."""
+    """A discard of any size works on a limited number of blocks at a time, ends, and includes the last sector."""
     monkeypatch.setattr(holes, "_AT_ONCE", 16)
     path = tmp_path / "image"
     path.write_bytes(image(1024 * MIB, {0: FULL, 511: FULL}))
@@ -78,7 +80,7 @@ def test_a_discard_of_everything(machine: Machine, tmp_path: Path, monkeypatch: 
 
 
 def test_a_device_is_left_alone(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A block device that discards does not promise zeros: it is not offered, and refused."""
+    """On a block device, whose discards do not promise zeros, discard is not offered, and is refused."""
     look = LocalOpener.look
     monkeypatch.setattr(LocalOpener, "look", lambda self, path: replace(look(self, path), is_device=True))
     path = tmp_path / "image"

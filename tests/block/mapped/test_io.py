@@ -1,4 +1,4 @@
-"""Tests of `xenbackend.block.mapped.io`: a disk whose tables and clusters are in two files."""
+"""Tests of `xenbackend.block.mapped.io`: a disk whose tables and clusters are in different files."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def clusters() -> RecordedFile:
 
 
 def test_clusters_and_tables_are_apart(clusters: RecordedFile) -> None:
-    """A guest's requests go to the file that has the clusters; what a format asks goes to the image."""
+    """A guest's requests go to the file with the clusters, and those of the format go to the image."""
     disk = Plain([at(0) | OWNED, at(1) | READABLE], data=clusters)
     image = bytes(disk.image.bytes)
     got: list[bytes] = []
-    for _ in range(2):  # the second time the table is there
+    for _ in range(2):  # the second time, the table is loaded
         request = read(0, 2 * CLUSTER)
         assert [0, 0] == disk.do(write(512, b"w" * 512), request)
         disk.io.read_meta(0, 512, lambda _status, view: got.append(bytes(view)))
@@ -41,7 +41,7 @@ def test_clusters_and_tables_are_apart(clusters: RecordedFile) -> None:
 
 
 def test_clusters_are_durable_before_tables(clusters: RecordedFile) -> None:
-    """A flush, whoever wants it, is one of the clusters and then, when that has ended, one of the tables."""
+    """Every flush first flushes the clusters and, when that has ended, the tables."""
     disk = Plain([0], data=clusters)
     order: list[str] = []
     for name, file in (("clusters", clusters), ("tables", disk.image)):
@@ -57,7 +57,9 @@ def test_clusters_are_durable_before_tables(clusters: RecordedFile) -> None:
 
 @pytest.mark.parametrize("which", ["clusters", "tables"])
 def test_a_flush_that_fails(clusters: RecordedFile, which: str) -> None:
-    """A flush of either file that fails is the answer; tables are not flushed after clusters that are not durable."""
+    """If the flush of either file fails, its error is the answer. If clusters are not durable, tables are not
+    flushed.
+    """
     disk = Plain([0], data=clusters)
     seen: list[str] = []
 
@@ -74,7 +76,7 @@ def test_a_flush_that_fails(clusters: RecordedFile, which: str) -> None:
 
 
 def test_both_are_closed() -> None:
-    """Closing closes both files, the image also where the other one cannot be."""
+    """Closing closes both files, even if the first of them fails."""
     closed: list[str] = []
 
     class Closing(RecordedFile):

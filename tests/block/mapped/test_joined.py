@@ -1,4 +1,4 @@
-"""Ranges of files as one."""
+"""Ranges of several files, joined into one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SECTOR = 512
 
 
 class Closing:
-    """A file that only counts how often it was closed."""
+    """A file that counts how often it was closed."""
 
     def __init__(self, closed: list[str], name: str, *, fails: bool = False) -> None:
         self.closed, self.name, self.fails = closed, name, fails
@@ -24,7 +24,7 @@ class Closing:
         self.physical_sector_size = 4096 if name == "one" else 512
 
     def close(self) -> None:
-        """Take note of it."""
+        """Count the call."""
         self.closed.append(self.name)
         if self.fails:
             raise OSError(errno.EIO, self.name)
@@ -54,7 +54,9 @@ def done(machine: Machine, joined: Joined, *batch: Request) -> list[int]:
 
 
 def test_ranges_of_files(machine: Machine, tmp_path: Path) -> None:
-    """A request goes to the file that has its place; what is behind the end of a range is zeros, not what follows."""
+    """A request goes to the file that has its place. Beyond the end of a range there are zeros, not the file's next
+    bytes.
+    """
     joined = Joined()
     one = opened(machine, tmp_path / "one", b"".join(bytes([each]) * SECTOR for each in range(8)))
     bases = [joined.add(one, 2 * SECTOR, 2 * SECTOR)]
@@ -75,7 +77,7 @@ def test_ranges_of_files(machine: Machine, tmp_path: Path) -> None:
 
 
 def test_reading_at_a_place(machine: Machine, tmp_path: Path) -> None:
-    """Blocking reads end where the range does."""
+    """Blocking reads end where the range ends."""
     joined = Joined()
     one = opened(machine, tmp_path / "one", bytes(range(256)) * 4)
     joined.add(one, 10, 20)
@@ -87,7 +89,9 @@ def test_reading_at_a_place(machine: Machine, tmp_path: Path) -> None:
 
 
 def test_holes_and_places(machine: Machine, tmp_path: Path) -> None:
-    """Where data are is asked of the file that has the place, and ends where the range does; places can be told."""
+    """The file that has a place is asked where its data are. The answer ends with the range, and places can be
+    translated.
+    """
     (tmp_path / "one").write_bytes(b"d" * 4096)
     with (tmp_path / "one").open("r+b") as file:
         file.truncate(1 << 20)
@@ -103,7 +107,7 @@ def test_holes_and_places(machine: Machine, tmp_path: Path) -> None:
 
 
 def test_nothing_is_written() -> None:
-    """Whatever would alter a file is refused; there is nothing to sync."""
+    """Writes and discards are refused, and there is nothing to sync."""
     joined = Joined()
     for call in (lambda: joined.write_at(0, b"x"), lambda: joined.grow(1)):
         with pytest.raises(OSError, match="only read"):
@@ -112,7 +116,7 @@ def test_nothing_is_written() -> None:
 
 
 def test_all_files_are_closed() -> None:
-    """Each file is closed once, also where one fails."""
+    """Each file is closed once, even if closing one of them fails."""
     closed: list[str] = []
     joined = Joined()
     one, two = (Closing(closed, name, fails=name == "one") for name in ("one", "two"))

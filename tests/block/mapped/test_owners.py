@@ -1,4 +1,4 @@
-"""Tests of `xenbackend.block.mapped.owners`, and of reads that go past the levels of a chain by it."""
+"""Tests of `xenbackend.block.mapped.owners`, and of reads that use it to skip levels of a chain."""
 
 from __future__ import annotations
 
@@ -39,20 +39,22 @@ class Spied:
         return counted
 
     def reads(self, offset: int, length: int) -> tuple[bytes, list[int]]:
-        """Return what is there, and how many requests came to each level for that."""
+        """Return the data, and how many requests each level got for them."""
         self.counts = [0] * len(self.counts)
         request = read(offset, length)
         assert [0] == self.machine.do(self.chain, request)
         return content(request), self.counts[1:]
 
     def writes(self, offset: int, data: bytes) -> None:
-        """Write."""
+        """Write data."""
         assert [0] == self.machine.do(self.chain, write(offset, data))
 
 
 @pytest.fixture
 def qcow2_chain(machine: Machine, tmp_path: Path) -> Spied:
-    """Return a chain of four, whose clusters have 4, 64, 4 and 4 KiB; the third has clusters 0 and 17, the last all."""
+    """Return a chain of four images with clusters of 4, 64, 4 and 4 KiB. The third has clusters 0 and 17, the last has
+    all.
+    """
     whole = {number: bytes([number % 251]) * 4096 for number in range(SIZE // 4096)}
     (tmp_path / "d").write_bytes(qcow2(SIZE, whole))
     third = qcow2(SIZE, {0: b"c" * 4096, 17: b"c" * 4096}, backing=b"d", backing_format=b"qcow2")
@@ -63,7 +65,7 @@ def qcow2_chain(machine: Machine, tmp_path: Path) -> Spied:
 
 
 def test_a_warm_read_goes_where_the_data_are(qcow2_chain: Spied) -> None:
-    """Once the tables are known, a read goes past all levels that do not have it; each finds what it should."""
+    """Once the tables are loaded, a read goes directly to the level that has the data, and the data are right."""
     for place, levels, expected in ((18, [0, 0, 1], b"\x12"), (17, [0, 1, 0], b"c"), (200, [0, 0, 1], b"\xc8")):
         for _ in range(3):
             data, counts = qcow2_chain.reads(place * 4096, 4096)
@@ -73,7 +75,7 @@ def test_a_warm_read_goes_where_the_data_are(qcow2_chain: Spied) -> None:
 
 
 def test_a_large_warm_read_goes_there_too(qcow2_chain: Spied) -> None:
-    """A read of many clusters that one level has goes there as it is; one that several have is cut."""
+    """A read of many clusters that one level has goes there uncut. One whose clusters are on several levels is cut."""
     expected = b"".join(bytes([number]) * 4096 for number in range(20, 40))
     for _ in range(4):
         data, counts = qcow2_chain.reads(20 * 4096, 20 * 4096)
@@ -85,7 +87,7 @@ def test_a_large_warm_read_goes_there_too(qcow2_chain: Spied) -> None:
 
 
 def test_what_is_written_is_the_disks_own(qcow2_chain: Spied) -> None:
-    """A write after warm reads is what is read from then on."""
+    """A write after such reads is seen by later ones."""
     for _ in range(3):
         qcow2_chain.reads(18 * 4096, 4096)
     qcow2_chain.writes(18 * 4096 + 512, b"w" * 512)
@@ -97,7 +99,7 @@ def test_what_is_written_is_the_disks_own(qcow2_chain: Spied) -> None:
 
 
 def test_sectors_that_a_block_lacks(machine: Machine, tmp_path: Path) -> None:
-    """Reads from a VHD block that has other sectors go past the levels as well, page by page, and see later writes."""
+    """Reads from a VHD block that lacks their sectors skip levels too, page by page, and see later writes."""
     names = [(b"MacX", b"file://./%s")]
     full = {block: {sector: bytes([sector % 251]) * 512 for sector in range(4096)} for block in range(2)}
     (tmp_path / "d").write_bytes(image(SIZE, full, uuid=b"d" * 16))
@@ -123,7 +125,7 @@ def test_sectors_that_a_block_lacks(machine: Machine, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_random_chains(machine: Machine, tmp_path: Path, seed: int) -> None:
-    """Whatever the levels have, and whatever is written between reads, a chain of five reads as the model."""
+    """Whatever the levels hold and whatever is written between reads, a chain of five reads as the model."""
     chance, model = Random(seed), bytearray(SIZE // 4)
     for level in range(5):
         bits = chance.choice([9, 12, 13])
@@ -149,7 +151,7 @@ def test_random_chains(machine: Machine, tmp_path: Path, seed: int) -> None:
 
 
 def test_owners_have_numbers() -> None:
-    """An owner keeps its number, and what is gathered is taken once; with 255 of them no more get one."""
+    """An owner keeps its number, and gathered requests are taken once. The 256th owner gets no number."""
     all_of_them, drivers = Owners(), [Bottom() for _ in range(256)]
     assert [*range(1, 256), 0] == [all_of_them.number(driver) for driver in drivers]
     assert 3 == all_of_them.number(drivers[2])
@@ -162,7 +164,7 @@ def test_owners_have_numbers() -> None:
 
 
 def test_a_memo_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of many tables the memory stays as large as it may be; what was forgotten is unknown."""
+    """However many tables are remembered, the memory is bounded. What was dropped counts as unknown."""
     monkeypatch.setattr(owners, "_MOST", 3 * (100 + 128))
     memo = Memo(100)
     for table in range(20):

@@ -15,7 +15,7 @@ from xenbackend.block.spec import parse_chain
 
 @pytest.mark.parametrize("name", ["a|b", "a,b", r"a\b", "aio:x", " "])
 def test_a_parent_is_one_layer(name: str) -> None:
-    """Whatever characters its path has, a parent is written as one layer with that file; empty options are left out."""
+    """Whatever characters its path has, a parent is written as one layer with that file. Empty options are omitted."""
     text = parent_ref("vhd", f"/img/{name}", parents="/a,b", cache="").text
     (layer,) = parse_chain(text).layers
 
@@ -34,12 +34,12 @@ def test_a_parent_is_one_layer(name: str) -> None:
     ],
 )
 def test_several_places(text: str, places: list[str]) -> None:
-    """A colon before a slash separates two places of `parents=`; any other one is part of a name."""
+    """In `parents=`, a colon before a slash separates two places. Any other colon is part of a name."""
     assert places == places_of(text)
 
 
 def test_the_act_is_reported() -> None:
-    """A disk says what its image names and where that may be, and reports by which act it may be followed."""
+    """A disk passes on what its image names and where that may be, and reports by whose decision it was opened."""
     asked: list[Any] = []
     facts: dict[str, str] = {}
 
@@ -59,5 +59,5 @@ def test_the_act_is_reported() -> None:
     ("name", "expected"), [("base", True), ("/img/base", True), ("nbd://x", False), ("json:{}", False), ("C:x", False)]
 )
 def test_what_is_a_file_to_qemu(name: str, expected: bool) -> None:
-    """A word and a colon at the beginning are a protocol to QEMU."""
+    """In QEMU's names, a word and a colon at the beginning are a protocol, and the rest is not a file."""
     assert expected == is_file_name(name)

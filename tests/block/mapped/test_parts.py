@@ -10,7 +10,7 @@ from xenbackend.block.request import PENDING, Op, clear
 
 
 def test_cutting_keeps_every_byte() -> None:
-    """Whatever the pieces of memory and wherever it is cut, the parts hold the bytes in their order, and are views."""
+    """However the memory is divided and wherever it is cut, the parts are views that hold the bytes in order."""
     chance = Random(1)
     for _ in range(300):
         views = [memoryview(bytearray(chance.randbytes(chance.choice([0, 512, 512, 1024, 4096])))) for _ in range(5)]
@@ -28,7 +28,7 @@ def test_cutting_keeps_every_byte() -> None:
 
 
 def test_parts_are_used_again() -> None:
-    """A part that was given back is lent again, as new; the pool knows how many are out."""
+    """A part that was given back is reused as if new, and the pool counts the parts in use."""
     pool = Pool()
     part = pool.take(Op.WRITE, 512, 1024, [memoryview(bytearray(1024))], lambda _: None, "tag")
     part.status = 5
@@ -40,7 +40,7 @@ def test_parts_are_used_again() -> None:
 
 
 def test_memory_is_aligned() -> None:
-    """Memory for metadata begins at a page: direct I/O takes it as it is."""
+    """Memory for metadata is aligned to a page, as direct I/O needs it."""
     view = allocate(512)
 
     assert (512, 0) == (len(view), ctypes.addressof(ctypes.c_char.from_buffer(view)) % 4096)

@@ -20,13 +20,15 @@ TABLES = {
 
 
 def cut(op: int, offset: int, length: int) -> list[Piece]:
-    """Return the pieces of a request to the disk above, whose fourth table is not there."""
+    """Return the pieces of a request to a disk whose fourth table does not exist."""
     request = read(offset, length) if op == Op.READ else write(offset, bytes(length))
     return pieces_of(request, TABLES.get, SHAPE)
 
 
 def test_reads() -> None:
-    """Each kind of cluster has its way; neighbours in the file, and stretches that are absent, are one piece."""
+    """Each kind of cluster makes its own kind of piece. Adjacent clusters in the file, and adjacent absent ones, make
+    one piece.
+    """
     assert [(Way.FILE, 8704, 1024)] == cut(Op.READ, 512, 1024)
     assert [
         (Way.FILE, 8704, 7680), (Way.FILE, 65536, 4096), (Way.PARENT, 0, 8192), (Way.ZEROS, 0, 8192),
@@ -36,7 +38,7 @@ def test_reads() -> None:
 
 
 def test_writes() -> None:
-    """What may not be written in place is one piece as far as its table reaches, whatever it is."""
+    """Clusters that may not be overwritten make one piece up to the end of their table, whatever their kind."""
     assert [
         (Way.FILE, 8192, 8192), (Way.FILE, 65536, 4096), (Way.ELSEWHERE, 0, 4096), (Way.ELSEWHERE, 1, 16384),
         (Way.ELSEWHERE, 2, 16384), (Way.LOAD, 3, 4096),
@@ -45,7 +47,7 @@ def test_writes() -> None:
 
 @pytest.mark.parametrize("op", [Op.READ, Op.WRITE])
 def test_nothing_is_lost(op: Op) -> None:
-    """The pieces of any request have its length together, and none is empty."""
+    """The pieces of any request add up to its length, and none is empty."""
     chance = Random(1)
     for _ in range(500):
         offset, length = 512 * chance.randrange(100), 512 * chance.randint(1, 60)

@@ -22,14 +22,14 @@ class Work:
         self.shared.want(lambda status: self.ended.append((name, status)))
 
     def turn(self) -> None:
-        """Let begin what wants to."""
+        """Start the work that was asked for."""
         calls, self.soon[:] = self.soon[:], []
         for call in calls:
             call()
 
 
 def test_those_of_one_turn_share_the_work() -> None:
-    """Who asks before the work begins shares it; who asks while it is under way gets the next one, with its status."""
+    """All who ask before the work begins share it. Those who ask while it runs share the next run, with its status."""
     work = Work()
     work.want("a")
     work.want("b")
@@ -50,7 +50,7 @@ def test_those_of_one_turn_share_the_work() -> None:
 
 
 def test_who_is_answered_may_ask_again() -> None:
-    """From within an answer the work can be asked for once more, and begins once."""
+    """A callback can ask for the work again, which then begins once."""
     work = Work()
     work.shared.want(lambda _: partial(work.want, "again")())
     work.turn()
@@ -63,7 +63,7 @@ def test_who_is_answered_may_ask_again() -> None:
 
 
 def test_work_with_numbers_is_shared_by_number() -> None:
-    """Each number has its own work; it is begun once for all who want it, and never twice at a time."""
+    """The work for each number begins once for all who want it, and never runs twice at a time for one number."""
     begun: list[tuple[int, Then]] = []
     calls: list[Callable[[], None]] = []
     works = SharedByNumber(lambda number, then: begun.append((number, then)), calls.append)
@@ -83,7 +83,7 @@ def test_work_with_numbers_is_shared_by_number() -> None:
     for call in calls[2:]:
         call()
     assert [7, 8, 7] == [number for number, _ in begun]
-    works.want(7, lambda status: heard.append(f"last {status}"))  # that of `again` is under way
+    works.want(7, lambda status: heard.append(f"last {status}"))  # the work that `again` asked for is under way
     for call in calls[3:]:
         call()
     assert [7, 8, 7] == [number for number, _ in begun]
@@ -100,7 +100,7 @@ def test_work_with_numbers_is_shared_by_number() -> None:
 
 
 def test_what_is_got_once_is_for_all_who_wait() -> None:
-    """The first one has it begun, the others wait; all go on with what came of it, and the next has it begun anew."""
+    """The first caller starts the work and the others wait. All get its result, and the next caller starts it anew."""
     begun: list[Callable[..., None]] = []
     heard: list[tuple[str, int, bytes]] = []
     once: Once[str] = Once(lambda who, status, data: heard.append((who, status, data)))

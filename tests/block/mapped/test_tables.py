@@ -8,7 +8,7 @@ from xenbackend.block.mapped.tables import Tables
 
 
 def test_what_was_used_last_stays() -> None:
-    """The tables that were used last are there, at most twice the limit, and what comes back from old age is young."""
+    """The tables used last are kept, at most twice the limit. An old table that is used again counts as new."""
     tables: Tables[str] = Tables(3)
     for number in range(20):
         tables.put(number, f"t{number}")
@@ -21,7 +21,7 @@ def test_what_was_used_last_stays() -> None:
 
 
 def test_pinned_tables_stay() -> None:
-    """A table that is pinned is never forgotten, until it is unpinned as often as it was pinned."""
+    """A pinned table is never dropped, until it has been unpinned as often as it was pinned."""
     tables: Tables[str] = Tables(2)
     tables.put(7, "kept")
     tables.pin(7)
@@ -38,7 +38,7 @@ def test_pinned_tables_stay() -> None:
 
 
 def test_a_dropped_table_is_gone() -> None:
-    """A dropped table is loaded anew, whether it was young or old."""
+    """A dropped table is loaded again, whether it was new or old."""
     tables: Tables[str] = Tables(1)
     tables.put(1, "old")
     tables.put(2, "young")
@@ -49,7 +49,7 @@ def test_a_dropped_table_is_gone() -> None:
 
 
 def test_it_never_forgets_more_than_it_says() -> None:
-    """Whatever is asked for in whatever order, the last `limit` different ones are found."""
+    """Whatever the order of use, the last `limit` different tables are found."""
     chance, tables, last = Random(1), Tables[int](4), list[int]()
     for _ in range(2000):
         number = chance.randrange(12)
