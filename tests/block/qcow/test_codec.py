@@ -1,4 +1,4 @@
-"""How each version writes its tables: entries from words, words from entries, and the words that cannot be."""
+"""How each version encodes its tables: words to entries, entries to words, and invalid words."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ TWO = Version2(format2.parse_header(lambda offset, length: DATA2[offset : offset
     ],
 )
 def test_entries_of_version_2(word: int, entry: int) -> None:
-    """Each kind of word gives its entry, alone and among all the others; reserved bits mean nothing."""
+    """Each kind of word gives its entry, alone and among others. Reserved bits are ignored."""
     others = [0, PLACE | COPIED, PLACE, WORD_OF_ZEROS, COMPRESSED | 1]
 
     assert [entry] == list(TWO.decode_l2(array("Q", [word])))
@@ -49,14 +49,14 @@ def test_entries_of_version_2(word: int, entry: int) -> None:
 
 @pytest.mark.parametrize("word", [PLACE + 512, PLACE + 512 | WORD_OF_ZEROS, COMPRESSED | 1 << 56])
 def test_bad_words_of_version_2(word: int) -> None:
-    """A table with a word whose place cannot be is refused."""
+    """A table with a word whose offset is impossible is refused."""
     with pytest.raises(DriverError, match="L2 tables"):
         TWO.decode_l2(array("Q", [PLACE | COPIED, word]))
 
 
 @pytest.mark.parametrize("entry", [0, PLACE | OWNED, PLACE | READABLE, ZERO])
 def test_words_of_version_2(entry: int) -> None:
-    """A word that was made from an entry gives that entry again."""
+    """An entry that is encoded as a word is decoded to the same entry."""
     assert [entry] == list(TWO.decode_l2(array("Q", [TWO.encode_l2(entry)])))
 
 
@@ -72,12 +72,12 @@ def test_words_of_version_2(entry: int) -> None:
     ],
 )
 def test_places_of_version_2(word: int, places: list[int]) -> None:
-    """A word's clusters are its own, or those that its compressed bytes touch."""
+    """The clusters of a word are its own one, or those that its compressed bytes touch."""
     assert places == list(TWO.places_of(word))
 
 
 def test_l1_of_version_2() -> None:
-    """An L2 table may be written where it is if the flag says so; a new one may; reserved bits mean nothing."""
+    """An L2 table may be overwritten if its flag says so, or if it is new. Reserved bits are ignored."""
     assert (PLACE, True) == TWO.decode_l1(PLACE | COPIED)
     assert (PLACE, False) == TWO.decode_l1(PLACE)
     assert (0, False) == TWO.decode_l1(0)
@@ -89,7 +89,9 @@ def test_l1_of_version_2() -> None:
 
 
 def test_tables_of_version_1() -> None:
-    """A word is a place or a compressed cluster; a place that is no cluster's is refused; nothing is ever free."""
+    """A word is an offset or a compressed cluster. An offset that is not a cluster's is refused, and no cluster is ever
+    freed.
+    """
     compressed = 1 << 63 | 99
     assert [0, PLACE | OWNED, SPECIAL] == list(ONE.decode_l2(array("Q", [0, PLACE, compressed])))
     assert PLACE == ONE.encode_l2(PLACE | OWNED)

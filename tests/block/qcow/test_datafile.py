@@ -1,4 +1,4 @@
-"""External data files of QCOW2: which are opened and refused, what is read and written, and what a crash leaves."""
+"""External data files of QCOW2: which are opened and which refused, reads and writes, kills and power loss."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RAW = 1 << 1  # an auto-clear feature
 
 
 def make(path: Path, name: bytes = b"data", **options: Any) -> str:
-    """Write an image with a data file, and return the text of its layer, which suffices to read it."""
+    """Write an image with a data file, and return the text of a layer that can read it."""
     path.write_bytes(qcow2(SIZE, data_name=name, **options))
     return f"qcow2:{path}"
 
@@ -36,14 +36,16 @@ def writable(text: str, data: Path) -> str:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Return a data file that is full of something."""
+    """Return a data file that is full of old data."""
     path = tmp_path / "data"
     path.write_bytes(b"d" * SIZE)
     return path
 
 
 def test_what_is_read(machine: Machine, tmp_path: Path, data: Path) -> None:
-    """Clusters are where they are on the disk, the first one too; what the image does not have is not read there."""
+    """Clusters are at their disk's offsets in the data file, even the first one. Absent clusters are not read
+    from it.
+    """
     (tmp_path / "base").write_bytes(b"p" * SIZE)
     words = {0: b"", 2: b""}
     text = make(tmp_path / "a", clusters=words, zeros=[1], backing=b"base", backing_format=b"raw")
@@ -52,7 +54,7 @@ def test_what_is_read(machine: Machine, tmp_path: Path, data: Path) -> None:
 
 
 def test_what_is_written(machine: Machine, tmp_path: Path, data: Path) -> None:
-    """A write to part of a cluster that the image does not have puts around it what the disk had, at its one place."""
+    """A write to part of an absent cluster fills the rest of that cluster with what the disk showed there."""
     text = make(tmp_path / "a", os.fsencode(data), clusters={3: b""}, zeros=[1])  # QEMU knows a whole path only
     before = data.read_bytes()
     chain = machine.open(writable(text, data))
@@ -68,7 +70,7 @@ def test_what_is_written(machine: Machine, tmp_path: Path, data: Path) -> None:
 
 
 def test_the_last_cluster_ends_with_the_disk(machine: Machine, tmp_path: Path) -> None:
-    """Where a disk ends inside a cluster its data file does not become longer, and nothing behind it is written."""
+    """If a disk ends inside a cluster, its data file is not extended and nothing is written beyond the disk's end."""
     size = SIZE - 1024
     (tmp_path / "data").write_bytes(b"d" * size)
     (tmp_path / "a").write_bytes(qcow2(size, data_name=b"data"))
@@ -81,7 +83,7 @@ def test_the_last_cluster_ends_with_the_disk(machine: Machine, tmp_path: Path) -
 
 
 def test_holes_are_made_in_it(machine: Machine, tmp_path: Path, data: Path) -> None:
-    """A discard gives the room of the data file back, and the tables stay as they are."""
+    """A discard frees the data file's space and does not change the tables."""
     image = tmp_path / "a"
     text = make(image, clusters=dict.fromkeys(range(SIZE // CLUSTER), b""), autoclear=RAW)
     before = image.read_bytes()
@@ -98,7 +100,7 @@ def test_holes_are_made_in_it(machine: Machine, tmp_path: Path, data: Path) -> N
 
 @pytest.mark.parametrize(("autoclear", "kept"), [(0, 0), (1 | RAW, RAW), (RAW | 1 << 5, RAW)])
 def test_raw_stays_raw(machine: Machine, tmp_path: Path, data: Path, autoclear: int, kept: int) -> None:
-    """That the data file is a raw disk stays true where we write, and only that."""
+    """Writing keeps the flag that says that the data file is a raw disk, and drops other auto-clear features."""
     text = make(tmp_path / "a", autoclear=autoclear)
     machine.open(writable(text, data)).close()
 
@@ -125,7 +127,7 @@ def test_raw_stays_raw(machine: Machine, tmp_path: Path, data: Path, autoclear: 
     ],
 )
 def test_names_that_are_refused(tmp_path: Path, name: bytes, sentence: str) -> None:
-    """R18: what only an image names is not opened, wherever it is, not to be read either."""
+    """R18: a data file that only the image names is not opened, wherever it is, not even for reading."""
     machine = Machine(parents=())
     refuse(machine, tmp_path, name, sentence, is_chosen=False, read_only=True)
     machine.close()
@@ -133,12 +135,12 @@ def test_names_that_are_refused(tmp_path: Path, name: bytes, sentence: str) -> N
 
 @pytest.mark.parametrize("name", [b"a", b"same"])
 def test_an_image_has_not_its_data_in_itself(machine: Machine, tmp_path: Path, name: bytes) -> None:
-    """An image that names itself as its data file is refused, by whatever name, also where it may be followed."""
+    """An image that names itself as its data file, by any name, is refused, even if its names may be followed."""
     refuse(machine, tmp_path, name, "is the image itself", is_chosen=False, read_only=True)
 
 
 def test_a_name_does_not_suffice_for_writing(machine: Machine, tmp_path: Path) -> None:
-    """What an image names is not written to, also where it may be followed to be read."""
+    """A data file that only the image names is not opened for writing, even if it may be opened for reading."""
     sentence = "sound is named only by the image, which is not enough for writing; .* add data_file=/.*/sound$"
     refuse(machine, tmp_path, b"sound", sentence, is_chosen=False, read_only=False)
 
@@ -156,12 +158,12 @@ def test_a_name_does_not_suffice_for_writing(machine: Machine, tmp_path: Path) -
     ],
 )
 def test_data_files_that_are_refused(machine: Machine, tmp_path: Path, name: bytes, sentence: str) -> None:
-    """A data file that the operator has named and that cannot hold the disk is refused, and nothing written."""
+    """If the data file that the operator has named cannot hold the disk, it is refused and nothing is written."""
     refuse(machine, tmp_path, name, sentence, is_chosen=True, read_only=False)
 
 
 def refuse(machine: Machine, tmp_path: Path, name: bytes, sentence: str, *, is_chosen: bool, read_only: bool) -> None:
-    """See that a data file is refused, by a sentence, and nothing is touched."""
+    """Check that a data file is refused by a message, and that nothing is changed."""
     directory = tmp_path / "images"
     directory.mkdir()
     (tmp_path / "outside").write_bytes(bytes(SIZE))
@@ -184,7 +186,9 @@ def refuse(machine: Machine, tmp_path: Path, name: bytes, sentence: str, *, is_c
 
 
 def test_what_an_operator_may_name(machine: Machine, tmp_path: Path) -> None:
-    """`data_file=` names any file, in the place of what the image says; `parents=` allows what the image says."""
+    """`data_file=` names any file, in place of the one that the image names. `parents=` allows the one that the image
+    names.
+    """
     (tmp_path / "images").mkdir()
     (tmp_path / "data").write_bytes(b"1" * SIZE)
     (tmp_path / "images" / "data").write_bytes(b"2" * SIZE)
@@ -197,14 +201,14 @@ def test_what_an_operator_may_name(machine: Machine, tmp_path: Path) -> None:
 
 
 def test_an_image_without(machine: Machine, tmp_path: Path, data: Path) -> None:
-    """`data_file=` is refused where the image has no such file: whoever wrote it takes the image for another one."""
+    """`data_file=` is refused if the image has no data file, because the operator must have meant another image."""
     (tmp_path / "a").write_bytes(qcow2(SIZE))
     with pytest.raises(DriverError, match="its data are in the image itself"):
         machine.open(writable(f"qcow2:{tmp_path / 'a'}", data))
 
 
 def test_a_short_data_file_is_read(machine: Machine, tmp_path: Path) -> None:
-    """Where a data file has ended the disk is zeros for a reader, as QEMU has it."""
+    """A reader sees zeros beyond the end of a short data file, as with QEMU."""
     (tmp_path / "data").write_bytes(b"d" * CLUSTER)
     text = make(tmp_path / "a", clusters={0: b"", 1: b""})
 
@@ -212,7 +216,7 @@ def test_a_short_data_file_is_read(machine: Machine, tmp_path: Path) -> None:
 
 
 def test_it_is_locked(machine: Machine, tmp_path: Path, data: Path) -> None:
-    """A data file has one writer or any number of readers, by whatever image or layer they came to it."""
+    """A data file has one writer or any number of readers, whatever images or layers use it."""
     one, other = (writable(make(tmp_path / name), data) for name in ("a", "b"))
     chain = machine.open(one)
     for text in (other, f"aio:{data}"):
@@ -229,7 +233,7 @@ def test_it_is_locked(machine: Machine, tmp_path: Path, data: Path) -> None:
 
 @pytest.mark.parametrize("read_only", [False, True])
 def test_no_file_is_used_twice_in_a_chain(machine: Machine, tmp_path: Path, data: Path, *, read_only: bool) -> None:
-    """A parent that is the data file of its child, or whose data file a child has, is refused by its name."""
+    """A parent that is its child's data file, or uses a data file of one of its children, is refused by name."""
     text = writable(make(tmp_path / "a", backing=b"data", backing_format=b"raw"), data)
     with pytest.raises(DriverError, match=rf"parent aio:{data} is the same file as the image .*, or has their data"):
         machine.open(text, read_only=read_only)
@@ -252,7 +256,7 @@ def test_no_file_is_used_twice_in_a_chain(machine: Machine, tmp_path: Path, data
 def test_clusters_at_other_places(
     machine: Machine, tmp_path: Path, data: Path, index: int, word: int, sentence: str
 ) -> None:
-    """A cluster that is not where it is on the disk, or compressed, is EIO and not somebody else's data."""
+    """A cluster that is not at its disk's offset, or is compressed, gives EIO."""
     path = tmp_path / "a"
     text = make(path, clusters={0: b""})
     path.write_bytes(with_word(path.read_bytes(), 2, lambda _word: word, index))
@@ -263,7 +267,7 @@ def test_clusters_at_other_places(
 
 
 def test_snapshots_are_not_written_over(machine: Machine, tmp_path: Path, data: Path) -> None:
-    """An image with snapshots, all of which would be in the one data file, can be read only."""
+    """An image with snapshots can only be read, since all of them share the data file."""
     text = make(tmp_path / "a", clusters={1: b""}, snapshot=True)
     with pytest.raises(DriverError, match="it has snapshots"):
         machine.open(writable(text, data))
@@ -272,7 +276,7 @@ def test_snapshots_are_not_written_over(machine: Machine, tmp_path: Path, data: 
 
 
 def random_guest(machine: Machine, chain: Chain, model: bytearray, chance: Random, requests: int) -> None:
-    """Do random requests to a disk and its model."""
+    """Send random requests to a disk and to its model."""
     for _ in range(requests // 4):
         batch, end = [], 0
         while len(batch) < 4 and end < len(model) - 200_000:
@@ -298,7 +302,9 @@ def random_guest(machine: Machine, chain: Chain, model: bytearray, chance: Rando
 def test_both_ways(
     machine: Machine, tmp_path: Path, request: pytest.FixtureRequest, cluster_bits: int, kind: str
 ) -> None:
-    """Whatever QEMU and we write in turn, both read it, and qemu-img finds no fault; a raw file is the disk itself."""
+    """Whatever QEMU and we write in turn, both read it and qemu-img finds no fault. A raw data file is the disk
+    itself.
+    """
     chance = Random(request.config.getoption("--seed") + cluster_bits)
     base, path, raw, size = tmp_path / "base", tmp_path / "a", tmp_path / "raw", 2 * SIZE - 1024
     base.write_bytes(chance.randbytes(SIZE))
@@ -323,20 +329,20 @@ def test_both_ways(
 
 
 class Log(list[Change]):
-    """The changes of one file, which stand also in the order of the changes of both."""
+    """The changes of one file, each of which is also added to the common log of both files."""
 
     def __init__(self, name: str, both: list[tuple[str, Change]]) -> None:
         super().__init__()
         self._name, self._both = name, both
 
     def append(self, change: Change) -> None:
-        """Take note of a change."""
+        """Add a change to both logs."""
         super().append(change)
         self._both.append((self._name, change))
 
 
 class Bed:
-    """A disk in two recorded files; the data file is full of what nobody may see where it holds nothing of the disk."""
+    """A disk in two recorded files. The data file is full of old data that must not show where the disk has none."""
 
     SIZE = 64 << 10
     STALE = b"\xa5" * 512
@@ -357,7 +363,7 @@ class Bed:
         self.paths = {name: at(directory / name) for name in self.start}
 
     def open(self, **content: bytes | bytearray) -> tuple[Disk, list[tuple[str, Change]]]:
-        """Return a disk on files with this content, and the changes of both, in their order."""
+        """Return a disk on files with this content, and the common log of the changes of both."""
         both: list[tuple[str, Change]] = []
         files = {}
         for name, path in self.paths.items():
@@ -368,16 +374,16 @@ class Bed:
         return Disk(text, RecordedFiles(**files)), both
 
     def session(self, count: int) -> tuple[Session, list[tuple[str, Change]]]:
-        """Run a guest against a new disk."""
+        """Send a guest's random requests to a new disk."""
         disk, both = self.open()
         clock = RecordedFile(bytearray())
-        clock.log = both  # type: ignore[assignment]  # a session only counts what is in it
+        clock.log = both  # type: ignore[assignment]  # a session only uses its length
         session = Session(disk, clock, bytes(self.first), self.chance)
         session.run(count, 40)
         return session, both
 
     def lost(self, name: str, both: list[tuple[str, Change]]) -> bytearray:
-        """Return a file after these changes, of which those since its own last flush may be there or not."""
+        """Return a file after a power loss: of these changes, those since its own last flush may be missing."""
         changes = [change for each, change in both if each == name]
         flushed = max((place for place, change in enumerate(changes) if change.kind == "flush"), default=0)
         kept = [change for change in changes[flushed:] if self.chance.random() < 0.5]
@@ -387,14 +393,14 @@ class Bed:
         )
 
     def look(self, image: bytearray) -> None:
-        """See that the tables are sound."""
+        """Check that the tables are sound."""
         report = check(lambda offset, length: bytes(image[offset : offset + length]), len(image))
         assert 0 == report.errors, report
 
 
 @pytest.mark.parametrize(("cluster_bits", "backed"), [(9, False), (12, True)])
 def test_killed_anywhere(tmp_path: Path, request: pytest.FixtureRequest, cluster_bits: int, *, backed: bool) -> None:
-    """Wherever a writer is killed, what was answered is there, and nothing that the disk never held."""
+    """Wherever a writer is killed, answered writes are there, and nothing that the disk never held."""
     bed = Bed(tmp_path, request.config.getoption("--seed"), cluster_bits, backed=backed)
     session, both = bed.session(20)
     places = list(tears([change for _, change in both]))
@@ -416,7 +422,7 @@ def test_killed_anywhere(tmp_path: Path, request: pytest.FixtureRequest, cluster
 def test_power_lost_anywhere(
     tmp_path: Path, request: pytest.FixtureRequest, cluster_bits: int, *, backed: bool
 ) -> None:
-    """Whatever each medium keeps of what was not flushed, what was flushed is there, and no table names stale data."""
+    """Whatever unflushed writes each medium keeps, flushed data are there, and no table refers to stale data."""
     for turn in range(max(1, request.config.getoption("--requests") // 20_000)):
         bed = Bed(tmp_path, request.config.getoption("--seed") + turn, cluster_bits, backed=backed)
         session, both = bed.session(20)
@@ -433,14 +439,14 @@ def test_power_lost_anywhere(
 
 @pytest.mark.parametrize(("cluster_bits", "number"), [(9, errno.EIO), (12, errno.ENOSPC)])
 def test_files_that_fail(tmp_path: Path, request: pytest.FixtureRequest, cluster_bits: int, number: int) -> None:
-    """Requests of either file that fail harm those of the guest that needed them, and nothing else."""
+    """If requests to either file fail, only those requests of the guest fail that needed them."""
     bed = Bed(tmp_path, request.config.getoption("--seed"), cluster_bits, backed=True)
     disk, both = bed.open()
     files = [disk.files.files[bed.paths[name]] for name in ("image", "data")]
     for file in files:
         file.fails = lambda _: number if bed.chance.random() < 0.1 else 0
     clock = RecordedFile(bytearray())
-    clock.log = both  # type: ignore[assignment]  # a session only counts what is in it
+    clock.log = both  # type: ignore[assignment]  # a session only uses its length
     session = Session(disk, clock, bytes(bed.first), bed.chance)
     session.run(30, 40)
     assert {0, number} <= {each.status for each in session.writes}

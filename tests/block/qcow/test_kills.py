@@ -1,4 +1,6 @@
-"""QCOW disks that are killed, lose power, or have a file that fails: no flushed sector is lost, no table broken."""
+"""QCOW disks whose worker is killed, whose host loses power, or whose file fails: no flushed sector is lost, and no
+table is broken.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ class Shape:
     parent: bool = False
     table_clusters: int = 4
     size: int = SIZE
-    filled: int = 0  # clusters at the beginning that the image has
+    filled: int = 0  # clusters at the beginning that the image already has
 
 
 SHAPES = {
@@ -46,7 +48,7 @@ SHAPES = {
 
 
 class Bed:
-    """An image in memory, with a parent or without, and disks on it."""
+    """An image in memory, with or without a parent, and disks on it."""
 
     def __init__(self, shape: Shape, directory: Path, seed: int) -> None:
         self.shape = shape
@@ -85,7 +87,7 @@ class Bed:
         return Disk(f"{driver}:{self.path}{option}", files, read_only=read_only), file
 
     def session(self, count: int) -> Session:
-        """Run a guest against a new disk and close it."""
+        """Send a guest's random requests to a new disk, and close it."""
         disk, file = self.open(self.image)
         session = Session(disk, file, bytes(self.first), self.chance)
         session.run(count, 40)
@@ -97,14 +99,14 @@ class Bed:
         return self.open(data, read_only=self.chance.random() < 0.5)[0].everything()
 
     def look(self, data: bytearray) -> Report:
-        """Return what is wrong with a file; nothing can be with one of version 1."""
+        """Return the faults of a file. There are none to be found in version 1."""
         if self.shape.version == 1:
             return Report()
         return check(lambda offset, length: bytes(data[offset : offset + length]), len(data))
 
 
 def kill_everywhere(bed: Bed, requests: int, most: int, *, by_qemu: int = 1) -> None:
-    """Kill a disk at `most` places of its writes, and look at what is left, `by_qemu` times by qemu-img too."""
+    """Kill a disk at up to `most` of its writes and check what is left, `by_qemu` times with qemu-img too."""
     session = bed.session(requests)
     log = session.file.log
     places = list(tears(log))
@@ -119,11 +121,13 @@ def kill_everywhere(bed: Bed, requests: int, most: int, *, by_qemu: int = 1) -> 
             assert (0, report.leaks) == qemu.check(Path(bed.path)), (count, torn)
             figures.add("checked by others", 1)
         figures.add("crash points", 1)
-    assert 0 == report.leaks  # it was closed
+    assert 0 == report.leaks  # for a disk that was closed
 
 
 def lost_writes(log: list[Change]) -> Iterator[tuple[int, int, int]]:
-    """Yield each write that may be lost alone: its place, that of the last flush, how many changes there were."""
+    """Yield each write that may be the only one lost: its place in the log, that of the last flush, and the log's
+    length.
+    """
     flushed = 0
     for count in range(1, len(log) + 1):
         if log[count - 1].kind == "flush":
@@ -132,7 +136,7 @@ def lost_writes(log: list[Change]) -> Iterator[tuple[int, int, int]]:
 
 
 def lose_power(bed: Bed, requests: int, times: int) -> None:
-    """Take the power from a disk, and look at what is left: some writes are lost, or just one."""
+    """Let the host of a disk lose power, and check what is left if several unflushed writes are lost, or just one."""
     session = bed.session(requests)
     log = session.file.log
     losses = [after_power_loss(bed.image, log, bed.chance) for _ in range(times // 2)]
@@ -149,19 +153,19 @@ def lose_power(bed: Bed, requests: int, times: int) -> None:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_killed_anywhere(tmp_path: Path, name: str) -> None:
-    """Wherever a writer is killed, what was answered is there, and no cluster is used by two or counted too low."""
+    """Wherever a writer is killed, answered writes are there, and no cluster has two users or too low a refcount."""
     kill_everywhere(Bed(SHAPES[name], tmp_path, 1), requests=12, most=12)
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_power_lost_anywhere(tmp_path: Path, name: str) -> None:
-    """Whatever the medium keeps of unflushed writes, what was flushed is there, and the tables are sound."""
+    """Whatever unflushed writes the medium keeps, flushed data are there and the tables are sound."""
     lose_power(Bed(SHAPES[name], tmp_path, 2), requests=8, times=16)
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_file_that_fails(tmp_path: Path, name: str) -> None:
-    """Reads, writes and flushes that fail harm the requests that needed them, and nothing else; tables stay sound."""
+    """If reads, writes and flushes of the file fail, only the requests that needed them fail. Tables stay sound."""
     bed = Bed(SHAPES[name], tmp_path, 3)
     disk, file = bed.open(bed.image)
     file.fails = lambda _: errno.EIO if bed.chance.random() < 0.1 else 0
@@ -178,7 +182,7 @@ def test_a_file_that_fails(tmp_path: Path, name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
 def test_for_long(tmp_path: Path, request: pytest.FixtureRequest, name: str) -> None:
-    """The same with other guests, as long as asked for."""
+    """The same with other guests, for as long as asked for."""
     seed, turns = request.config.getoption("--seed"), request.config.getoption("--requests") // 20_000
     if not turns:
         pytest.skip("as the tests above, at greater length; --requests 20000, or make test-images")

@@ -1,4 +1,6 @@
-"""An image whose refcounts say that its tables are free: nothing is written over them, and the image says so."""
+"""Images whose refcounts say that their tables are free: no table is overwritten, and the image is marked as
+damaged.
+"""
 
 from __future__ import annotations
 
@@ -28,14 +30,14 @@ DATA = {number: bytes([1 + number]) * CLUSTER for number in range(4)} | {700: b"
 
 
 def looked_at(data: bytes) -> Check:
-    """Return a check of an image that has been run."""
+    """Return a finished check of an image."""
     check = Check(lambda offset, length: bytes(data[offset : offset + length]), len(data))
     check.run()
     return check
 
 
 def freed(data: bytes, cluster: int) -> bytearray:
-    """Return an image that counts a cluster as free."""
+    """Return an image whose refcounts say that a cluster is free."""
     header = parse_header(lambda offset, length: data[offset : offset + length], len(data))
     index, inside = divmod(cluster, 1 << header.block_bits)
     block = unpack_table(data[header.refcount_table.offset :][: 8 * (index + 1)])[index]
@@ -55,8 +57,9 @@ def opened(path: Path, data: bytes, *, layer: str = "qcow2", read_only: bool = F
 @pytest.mark.parametrize("version", [2, 3])
 @pytest.mark.parametrize("snapshot", [False, True])
 def test_no_table_is_written_over(tmp_path: Path, version: int, *, snapshot: bool) -> None:
-    """Whichever table's cluster is counted as free: what the disk held and what was answered is there, in the end, and
-    a write that found no room says that the image is damaged. Version 3 says so of itself. A repair mends it.
+    """Whichever table's cluster is counted as free, nothing that the disk held or was answered is lost. A write that
+    finds no other room fails with the error for a damaged image, and an image of version 3 is marked corrupt. A repair
+    mends it.
     """
     image = qcow2(SIZE, DATA, cluster_bits=CLUSTER_BITS, version=version, snapshot=snapshot)
     tables = sorted(looked_at(image)._metadata)
@@ -65,7 +68,7 @@ def test_no_table_is_written_over(tmp_path: Path, version: int, *, snapshot: boo
         disk, file = opened(tmp_path / "x", freed(image, cluster))
         expected = bytearray(disk.everything())
         statuses = []
-        for number in (100, 0, 701, 900):  # in a table that is there, over data, beside data, in a new table
+        for number in (100, 0, 701, 900):  # in an existing table, over data, beside data, in a new table
             statuses += disk.do(write(number * CLUSTER, b"new" * 1365 + b"n"))
             if not statuses[-1]:
                 expected[number * CLUSTER : (number + 1) * CLUSTER] = b"new" * 1365 + b"n"
@@ -85,7 +88,7 @@ def test_no_table_is_written_over(tmp_path: Path, version: int, *, snapshot: boo
 
 
 def test_a_sound_image_is_not_called_corrupt(tmp_path: Path) -> None:
-    """Tables that move, that a snapshot keeps, or whose room is used again are told from those that are in use."""
+    """A sound image is not called corrupt because its tables move, a snapshot keeps them, or their room is reused."""
     disk, file = opened(tmp_path / "x", qcow2(SIZE, DATA, cluster_bits=9, snapshot=True))
     chance = Random(3)
     for _ in range(400):
@@ -98,8 +101,8 @@ def test_a_sound_image_is_not_called_corrupt(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("what", ["L1", "L2", "refcount table", "block", "twice", "snapshot"])
 def test_tables_over_one_another_are_not_written(tmp_path: Path, what: str) -> None:
-    """Where a refcount block or an L2 table lies over another table, what is written to one would destroy the other:
-    such an image is read, and not written to.
+    """If a refcount block or an L2 table overlaps another table, writing one would destroy the other. Such an image can
+    only be opened read-only.
     """
     image = bytearray(qcow2(SIZE, DATA, cluster_bits=CLUSTER_BITS, snapshot=True))
     header = parse_header(lambda offset, length: image[offset : offset + length], len(image))
@@ -107,7 +110,7 @@ def test_tables_over_one_another_are_not_written(tmp_path: Path, what: str) -> N
     places = {"L1": l1, "refcount table": table, "L2": unpack_table(image[l1 : l1 + 8])[0]}
     places["block"] = unpack_table(image[table : table + 8])[0]
     places["snapshot"] = header.snapshots_offset
-    if what == "twice":  # two entries of L1 at one L2 table
+    if what == "twice":  # two entries of L1 point to one L2 table
         image[l1 + 8 : l1 + 16] = image[l1 : l1 + 8]
     else:
         image[table + 8 : table + 16] = places[what].to_bytes(8, "big")
@@ -117,7 +120,7 @@ def test_tables_over_one_another_are_not_written(tmp_path: Path, what: str) -> N
 
 
 def test_tables_that_take_long_to_read_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sparse file has room for tables of any length: an image that asks for too many is not opened for writing."""
+    """A sparse file can claim tables of any length. An image with too many is not opened for writing."""
     image = qcow2(SIZE, DATA, cluster_bits=CLUSTER_BITS, snapshot=True)
     monkeypatch.setattr(occupied, "MAX_TABLES", 8)
     with pytest.raises(DriverError, match="the tables of its snapshots or bitmaps have 16 bytes, more than 8"):
@@ -126,7 +129,9 @@ def test_tables_that_take_long_to_read_are_refused(tmp_path: Path, monkeypatch: 
 
 
 def test_a_table_of_version_1_behind_the_end_is_refused(tmp_path: Path) -> None:
-    """New data would go where it is: such an image is read, and not written to."""
+    """If a table lies beyond the end of the file, new data would overwrite it. Such an image can only be opened
+    read-only.
+    """
     image = bytearray(qcow(SIZE, DATA, cluster_bits=CLUSTER_BITS))
     place = int.from_bytes(image[40:48], "big")
     image[place : place + 8] = len(image).to_bytes(8, "big")
@@ -139,7 +144,9 @@ def test_a_table_of_version_1_behind_the_end_is_refused(tmp_path: Path) -> None:
 
 
 def test_tables_of_version_1_over_one_another_are_refused(tmp_path: Path) -> None:
-    """Two entries at one table, a table inside another, or over L1: such an image is read, and not written to."""
+    """If two L1 entries share a table, or a table overlaps another one or L1, the image can only be opened
+    read-only.
+    """
     image = qcow(SIZE, DATA, cluster_bits=CLUSTER_BITS)
     place = int.from_bytes(image[40:48], "big")
     first = int.from_bytes(image[place : place + 8], "big")
@@ -152,7 +159,7 @@ def test_tables_of_version_1_over_one_another_are_refused(tmp_path: Path) -> Non
 
 
 def test_what_is_occupied_is_found() -> None:
-    """The first cluster that a table has is named; one that two tables share is let go by the second of them."""
+    """The first occupied cluster of a range is found. A cluster that two tables share is free once both are removed."""
     occupied = Occupied(12, [Region(0, 4096), Region(10 << 12, 5000)], [20 << 12, 30 << 12, 20 << 12, 0])
     found = [occupied.find(*span) for span in ((0, 1), (1, 10), (1, 11), (11, 12), (12, 20), (12, 21), (21, 99))]
     occupied.remove_table(20 << 12)
@@ -168,7 +175,7 @@ def test_what_is_occupied_is_found() -> None:
 
 
 def pointed(data: bytes, entry: int, place: int) -> bytearray:
-    """Return an image whose first L2 table says that a cluster of the disk is at `place`, to be written there."""
+    """Return an image whose first L2 table says that a cluster of the disk is at `place` and may be overwritten."""
     read = partial(read_of, data)
     is_v1 = data[4:8] == bytes([0, 0, 0, 1])
     l1 = (parse_qcow(read, len(data)) if is_v1 else parse_header(read, len(data))).l1
@@ -185,8 +192,8 @@ def read_of(data: bytes, offset: int, length: int) -> bytes:
 
 @pytest.mark.parametrize(("layer", "version"), [("qcow2", 2), ("qcow2", 3), ("qcow", 1)])
 def test_a_cluster_of_the_disk_that_is_a_table_is_not_written(tmp_path: Path, layer: str, version: int) -> None:
-    """An L2 table that names one of the image's own tables as data lets nobody write there, nor free it; the rest of
-    the disk is read and written on, but for new clusters where the format says that it is corrupt.
+    """If an L2 table names one of the image's own tables as data, nobody can write to that cluster or free it. The rest
+    of the disk can be read and written, but gets no new clusters once the image is marked corrupt.
     """
     if layer == "qcow":
         image = qcow(SIZE, DATA)

@@ -1,4 +1,4 @@
-"""What is handed out and taken back: refcounts in the file are never too low, and soon right again."""
+"""Allocation and freeing of clusters: refcounts in the file are never too low, and soon exact again."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def opened(path: Path, data: bytes, **options: bool) -> tuple[Disk, RecordedFile
 
 
 def looked_at(file: RecordedFile) -> Report:
-    """Return what a check finds in a file now."""
+    """Return what a check finds in the file as it is now."""
     return check(lambda offset, length: bytes(file.bytes[offset : offset + length]), file.size)
 
 
 @pytest.mark.parametrize("order", range(7))
 def test_right_after_closing(tmp_path: Path, order: int) -> None:
-    """A disk that was written and closed has no refcount that is too low or too high, whatever their width."""
+    """After a disk was written and closed, no refcount is too low or too high, whatever their width."""
     disk, file = opened(tmp_path / "x", qcow2(SIZE, cluster_bits=9, order=order))
     assert [0] * 3 == disk.do(write(0, b"a" * 4096), write(SIZE - 512, b"b" * 512), write(1 << 20, b"c" * 512))
     disk.chain.close()
@@ -42,7 +42,7 @@ def test_right_after_closing(tmp_path: Path, order: int) -> None:
 
 @pytest.mark.slow
 def test_the_table_grows(tmp_path: Path) -> None:
-    """A refcount table that has no room any more is replaced by a larger one, and every cluster keeps its count."""
+    """A full refcount table is replaced by a larger one, and every cluster keeps its count."""
     disk, file = opened(tmp_path / "x", qcow2(SIZE, cluster_bits=9, order=6, table_clusters=1))
     before = parse_header(file.read_at, file.size).refcount_table
     pieces = [Random(place).randbytes(128 * 1024) for place in range(24)]
@@ -58,7 +58,7 @@ def test_the_table_grows(tmp_path: Path) -> None:
 
 
 def test_what_is_freed_is_used_again(tmp_path: Path) -> None:
-    """Clusters that were discarded are free after a flush, and the next ones to be used: the file does not grow."""
+    """Discarded clusters are free after a flush and are used next, so the file does not grow."""
     disk, file = opened(tmp_path / "x", qcow2(SIZE, cluster_bits=12))
     data = Random(4).randbytes(1 << 20)
     disk.do(write(0, data))
@@ -76,7 +76,7 @@ def test_what_is_freed_is_used_again(tmp_path: Path) -> None:
 
 
 def test_nothing_is_free_before_a_flush(tmp_path: Path) -> None:
-    """The refcount of a cluster that was discarded stays until a flush: the table in the file may still name it."""
+    """A discarded cluster keeps its refcount until a flush, because the table in the file may still refer to it."""
     disk, file = opened(tmp_path / "x", qcow2(SIZE, {0: b"a" * 4096}, cluster_bits=12))
     disk.do(discard(0, 4096))
     assert 1 == looked_at(file).leaks
@@ -85,7 +85,9 @@ def test_nothing_is_free_before_a_flush(tmp_path: Path) -> None:
 
 
 def test_many_discards_without_a_flush(tmp_path: Path) -> None:
-    """When much is freed and no flush comes, a discard flushes itself: a guest cannot pile up what waits for one."""
+    """If much was freed without a flush, a discard flushes by itself, so a guest cannot pile up clusters that wait for
+    one.
+    """
     disk, file = opened(tmp_path / "x", qcow2(8 << 20, cluster_bits=9))
     data = bytes([1]) * (5 << 20)
     assert [0] * 5 == disk.do(*(write(place << 20, data[: 1 << 20]) for place in range(5)))
@@ -95,7 +97,7 @@ def test_many_discards_without_a_flush(tmp_path: Path) -> None:
 
 
 def test_a_killed_writer_leaks_little(tmp_path: Path) -> None:
-    """What was reserved ahead and not used is all that is leaked: a megabyte at first."""
+    """A killed writer leaks only the clusters that were reserved ahead and not used: a megabyte at first."""
     disk, file = opened(tmp_path / "x", qcow2(SIZE, cluster_bits=12))
     disk.do(write(0, b"a" * 4096))
     report = looked_at(file)
@@ -105,7 +107,7 @@ def test_a_killed_writer_leaks_little(tmp_path: Path) -> None:
 
 
 def test_a_full_device(tmp_path: Path) -> None:
-    """On a block device the clusters up to its end are used; then writes to new ones end with ENOSPC."""
+    """On a block device, clusters up to its end are used. After that, writes that need new ones end with ENOSPC."""
     data = qcow2(SIZE, {0: b"a" * 4096}, cluster_bits=12)
     disk, file = opened(tmp_path / "x", data.ljust(len(data) + 10 * 4096, b"\xee"), is_device=True)
     statuses = [disk.do(write(number * 4096, b"b" * 4096))[0] for number in range(20)]
@@ -116,7 +118,7 @@ def test_a_full_device(tmp_path: Path) -> None:
 
 
 def test_used_clusters_of_a_device_are_filled_up(tmp_path: Path) -> None:
-    """What a new cluster's place held before never shows: it is zeros around what was written."""
+    """The old content of a new cluster's place never shows: there are zeros around what was written."""
     data = qcow2(SIZE, cluster_bits=12)
     disk, _ = opened(tmp_path / "x", data.ljust(len(data) + 10 * 4096, b"\xee"), is_device=True)
     disk.do(write(1024, b"b" * 512))

@@ -1,4 +1,4 @@
-"""Images with subclusters: what each bitmap means, what contradicts itself, and that all is read as QEMU reads it."""
+"""Images with subclusters: what each bitmap means, which ones are invalid, and that everything reads as in QEMU."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def entries(word: int, bitmap: int) -> list[int]:
 
 
 def test_whole_clusters() -> None:
-    """A cluster may be all data, all zeros, all its parent's, or compressed; reserved bits mean nothing."""
+    """A cluster may be all data, all zeros, all its parent's, or compressed. Reserved bits are ignored."""
     data = [PLACE + part * PART | READABLE for part in range(32)]
 
     assert data == entries(PLACE | COPIED, ALL) == entries(PLACE, ALL) == entries(PLACE | 1 | 1 << 60, ALL)
@@ -59,7 +59,7 @@ def test_whole_clusters() -> None:
 
 
 def test_parts_of_clusters() -> None:
-    """Each bit is about one part, the least significant one about the first."""
+    """Each bit stands for one subcluster, the least significant one for the first."""
     found = entries(PLACE | COPIED, 1 | 1 << 31 | 1 << 33)
 
     assert [PLACE | READABLE, PLACE + PART | ZERO, 0] == found[:3]
@@ -72,7 +72,7 @@ def test_parts_of_clusters() -> None:
     [(PLACE, 1 | 1 << 32), (PLACE, ALL << 32 | ALL), (0, 1), (COPIED, 1 << 31), (PLACE + 512, ALL), (PLACE + 512, 0)],
 )
 def test_what_contradicts_itself(word: int, bitmap: int) -> None:
-    """Data that are zeros, or nowhere, or where no cluster can be: nothing of that cluster is readable, all else is."""
+    """If a word and its bitmap contradict each other, that cluster cannot be read. All others can."""
     found = list(entries_of(array("Q", [PLACE, ALL, word, bitmap, 0, 0]), HEADER, 0))
 
     assert [SPECIAL] * 32 == found[32:64]
@@ -80,7 +80,7 @@ def test_what_contradicts_itself(word: int, bitmap: int) -> None:
 
 
 def test_places_in_a_data_file() -> None:
-    """In an external data file each cluster is where it is on the disk, the first one at its beginning."""
+    """In an external data file each cluster must be at its disk's offset, even the first one."""
     words = array("Q", [COPIED, 1, CLUSTER | COPIED, 1, PLACE | COPIED, 1, 0, 1])
 
     assert [READABLE, CLUSTER | READABLE, SPECIAL, SPECIAL] == list(entries_of(words, HEADER_APART, 0))[::32]
@@ -91,7 +91,7 @@ def test_places_in_a_data_file() -> None:
     [(0, -1, ALL << 32 | 1), (2, 0, 1), (2, COPIED, 1), (0, 512, ALL), (4, -1, 1), (2, 1, ALL << 32), (2, 1 << 60, 0)],
 )
 def test_hostile_entries(machine: Machine, tmp_path: Path, index: int, word: int, bitmap: int) -> None:
-    """What QEMU reads we read, what is EIO to QEMU is EIO here, and so is nothing else; the checks agree on it."""
+    """We read the entries that QEMU reads, return EIO for exactly those that are EIO in QEMU, and both checks agree."""
     path = tmp_path / "a"
     data = qcow2(
         SIZE, {0: b"a" * CLUSTER}, cluster_bits=BITS, compressed={2: b"c" * CLUSTER}, bitmaps={0: ALL}, table_clusters=1
@@ -118,7 +118,9 @@ def test_hostile_entries(machine: Machine, tmp_path: Path, index: int, word: int
 
 
 def test_it_is_only_read(machine: Machine, tmp_path: Path) -> None:
-    """Opening for writing is refused before anything is touched, with what can be done; a child takes writes."""
+    """Opening for writing is refused before anything is changed, and the error says what to do. A child can be
+    written.
+    """
     path = tmp_path / "a"
     path.write_bytes(qcow2(SIZE, {0: b"a" * CLUSTER}, cluster_bits=BITS, bitmaps={0: 3}, autoclear=1))
     before = path.read_bytes()
@@ -136,7 +138,7 @@ def test_it_is_only_read(machine: Machine, tmp_path: Path) -> None:
 
 
 def test_a_disk_that_ends_inside_a_cluster(tmp_path: Path) -> None:
-    """The last cluster is read up to the disk's end, from its parent where it has nothing."""
+    """The last cluster is read up to the disk's end, and from the parent where the image has nothing."""
     size = SIZE - 3 * PART
     (tmp_path / "base").write_bytes(b"p" * size)
     data = qcow2(size, {63: b"x" * CLUSTER}, cluster_bits=BITS, bitmaps={63: 1 << 28}, backing=b"base",
@@ -147,7 +149,7 @@ def test_a_disk_that_ends_inside_a_cluster(tmp_path: Path) -> None:
 
 
 def test_it_cannot_grow(tmp_path: Path) -> None:
-    """What is new has to be zeros, and the rest of the last cluster cannot be written: the image stays as it is."""
+    """Such an image cannot grow, since the rest of its last cluster cannot be made zeros. It is left unchanged."""
     path = tmp_path / "a"
     path.write_bytes(qcow2(SIZE, {0: b"a" * CLUSTER}, cluster_bits=BITS, bitmaps={0: ALL}))
     before = path.read_bytes()
@@ -160,7 +162,7 @@ def test_it_cannot_grow(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("cluster_bits", "kind"), [(14, "alone"), (16, "backed"), (21, "apart")])
 def test_what_qemu_wrote(tmp_path: Path, request: pytest.FixtureRequest, cluster_bits: int, kind: str) -> None:
-    """Of whatever QEMU wrote the content is QEMU's, by us and by what we convert it to; the check finds no fault."""
+    """Whatever QEMU wrote, we read the same content, and so does what we convert it to. The check finds no fault."""
     chance = Random(request.config.getoption("--seed") + cluster_bits)
     base, path, raw, size = tmp_path / "base", tmp_path / "a", tmp_path / "raw", 10 * SIZE - 1024
     base.write_bytes(chance.randbytes(5 * SIZE))
