@@ -1,4 +1,4 @@
-"""Tests of `xenbackend.block.rbd.changed`: ranges of bytes as whole sectors, against a model of each byte."""
+"""Tests of `xenbackend.block.rbd.changed`: ranges of bytes become whole sectors, compared with a model of each byte."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DATA, ZERO, ABSENT = Kind.DATA, Kind.ZERO, Kind.ABSENT
 
 
 def kinds(extents: list[Extent], start: int, end: int) -> list[Kind]:
-    """Return what each sector is; extents follow one another from `start` to `end`."""
+    """Return the kind of each sector. The extents must be contiguous from `start` to `end`."""
     assert start == extents[0].start
     assert end == extents[-1].end
     assert all(before.end == after.start for before, after in pairwise(extents))
@@ -38,13 +38,15 @@ def kinds(extents: list[Extent], start: int, end: int) -> list[Kind]:
     ],
 )
 def test_a_sector_in_part_is_data(found: list[tuple[int, int, bool]], expected: list[Kind]) -> None:
-    """What is zeros, or has not changed, only in part is told as data, and ranges may come in any order."""
+    """A sector that is only partly zeros, or partly unchanged, is reported as data. Ranges may come in any order."""
     assert expected == kinds(list(extents_of(found, 0, 2048, ABSENT)), 0, 2048)
 
 
 @pytest.mark.parametrize("gaps", [ABSENT, ZERO])
 def test_against_a_model_of_each_byte(gaps: Kind, request: pytest.FixtureRequest) -> None:
-    """A sector is called zeros, or the rest, only if all of its bytes are; one without data in it only seldom data."""
+    """A sector is reported as zeros or as unchanged only if all of its bytes are. A sector that no range touches is
+    never data.
+    """
     random = Random(request.config.getoption("--seed"))
     for _ in range(500):
         start, size = 64 * SECTOR, random.randrange(1, 12 * SECTOR)
@@ -70,5 +72,5 @@ def test_against_a_model_of_each_byte(gaps: Kind, request: pytest.FixtureRequest
 
 
 def test_what_is_outside_does_not_count() -> None:
-    """A range that reaches beyond what was asked about is cut."""
+    """A range that extends beyond the one asked about is cut."""
     assert [ZERO, ZERO] == kinds(list(extents_of([(0, 4096, False)], 1024, 2048, ABSENT)), 1024, 2048)

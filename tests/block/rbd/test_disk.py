@@ -1,4 +1,4 @@
-"""Tests of `xenbackend.block.rbd.disk`: what becomes of librbd's answers, of silence, and of a size that changes."""
+"""Tests of `xenbackend.block.rbd.disk`: librbd's answers, missing answers, and an image whose size changes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIZE = 1 << 20
 
 
 class Librbd:
-    """Stands for an image and its requests: answers what the test says."""
+    """Stands in for an image and its requests, with answers from the test."""
 
     def __init__(self) -> None:
         self.bytes = SIZE
@@ -28,14 +28,14 @@ class Librbd:
         self.answers: list[tuple[int, int]] = []
 
     def notify(self, _fd: int) -> None:
-        """Take it: the test calls what watches."""
+        """Do nothing: the test calls the callback itself."""
 
     def size(self) -> int:
         """Return the image's size."""
         return self.bytes
 
     def read(self, number: int, _offset: int, _length: int, _iov: Sequence[memoryview]) -> int:
-        """Take a request, or refuse it."""
+        """Accept a request, or refuse it."""
         if not self.refuses:
             self.started.append(number)
         return -self.refuses
@@ -49,7 +49,7 @@ class Librbd:
 
 
 class Place(StepEnv):
-    """An `Env` that takes down what the disk gives up for."""
+    """An `Env` that records why the disk gives up."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
     ],
 )
 def test_answers(disk: Disk, request_: Request, result: int, status: int) -> None:
-    """An answer is a status; what reached beyond the end of an image that has shrunk waits."""
+    """An answer becomes a status. A request beyond the end of an image that has shrunk gets AWAY, and waits."""
     request_.status = PENDING
     assert status == disk.do(request_, result)
     assert [] == disk.env.gave_up
@@ -124,13 +124,15 @@ def test_answers(disk: Disk, request_: Request, result: int, status: int) -> Non
 
 @pytest.mark.parametrize("code", [BLOCKLISTED, errno.EROFS, errno.ETIMEDOUT, errno.EPERM, errno.EACCES])
 def test_a_client_of_no_use_gives_up(disk: Disk, code: int) -> None:
-    """A client that is refused, or has lost its lock, a right or an operation, ends, or else that is an error."""
+    """If an answer says that the client was blocklisted, or has lost its lock or a right, or that librbd timed out, the
+    worker gives up.
+    """
     assert errno.EIO == disk.do(write(0, bytes(512)), -code)
     assert 1 == len(disk.env.gave_up)
 
 
 def test_what_cannot_be_started_is_given_back(disk: Disk) -> None:
-    """A request that librbd does not take comes back at once, and its number is used again."""
+    """A request that librbd does not accept comes back at once, and its number is reused."""
     disk.librbd.refuses = errno.ENOMEM
     request = write(0, bytes(512))
     disk.disk.submit([request])
@@ -142,7 +144,7 @@ def test_what_cannot_be_started_is_given_back(disk: Disk) -> None:
 
 
 def test_an_answer_that_comes_twice_is_a_bug(disk: Disk) -> None:
-    """A request is given back once."""
+    """A second answer to a request is a bug and raises."""
     disk.do(write(0, bytes(512)), 0)
     disk.librbd.answers = [(0, 0)]
     with pytest.raises(RuntimeError, match="twice"):
@@ -150,7 +152,7 @@ def test_an_answer_that_comes_twice_is_a_bug(disk: Disk) -> None:
 
 
 def test_what_waits_is_told(disk: Disk) -> None:
-    """It is said for how long an answer is owed, also while others come; an idle cluster owes nothing."""
+    """A fact says for how long an answer is owed, even if other answers come meanwhile. An idle cluster owes none."""
     for _ in range(5):
         disk.env.ring()
     assert "cluster" not in disk.env.facts
@@ -168,7 +170,9 @@ def test_what_waits_is_told(disk: Disk) -> None:
 
 
 def test_a_size_that_changes(disk: Disk) -> None:
-    """A larger image is told of, and a smaller one ends the process, whose successor is compared with the disk."""
+    """A larger image is reported as a fact. For a smaller one the worker gives up, so that its successor compares the
+    sizes.
+    """
     disk.librbd.bytes = 2 * SIZE
     disk.env.ring()
     assert str(2 * SIZE) in disk.env.facts["size"]
@@ -179,7 +183,9 @@ def test_a_size_that_changes(disk: Disk) -> None:
 
 
 def test_a_host_without_room_for_a_thread(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who cannot ask for the size answers its requests all the same, and asks once there is room."""
+    """If the host has no room for the thread that asks for the size, requests are answered all the same, and it asks
+    later.
+    """
 
     def refuse(*_: object) -> None:
         raise RuntimeError("can't start new thread")

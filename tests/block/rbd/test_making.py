@@ -1,4 +1,4 @@
-"""Tests of `xenbackend.block.rbd.making`: what images are called while they are made, and whose lock is taken."""
+"""Tests of `xenbackend.block.rbd.making`: the names of images that are being made, and whose lock may be taken."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from xenbackend.errors import DriverError
     ],
 )
 def test_what_is_being_made_is_called_otherwise(text: str, partial: str) -> None:
-    """The options stay, and so does what is escaped."""
+    """An image that is being made has `.partial` behind its name. Options and escapes are kept."""
     assert partial == partial_of(parse_chain(text).layers[0])
 
 
 def test_a_snapshot_is_not_made() -> None:
-    """Nobody writes to a snapshot."""
+    """A snapshot cannot be made, since it can only be opened read-only."""
     with pytest.raises(DriverError, match="can only be opened read-only"):
         partial_of(parse_chain("rbd:a/b@c").layers[0])
 
@@ -42,7 +42,9 @@ def take(place: Place, owner: str) -> Owner:
 
 @pytest.mark.parametrize("name", [FORMER.client, FORMER.address])
 def test_an_owner_that_is_named_is_kept_out_first(name: str) -> None:
-    """It is refused, for long, whether it still watches or not; then its lock is taken."""
+    """The owner that the administrator names is blocklisted first, whether it still watches or not. Then its lock is
+    broken.
+    """
     place = Place(FORMER, watchers=(FORMER.address,))
     assert FORMER == take(place, name)
     assert [f"refuse {FORMER.address} {SILENT_S:g}", f"break {FORMER.address}"] == place.steps
@@ -51,7 +53,9 @@ def test_an_owner_that_is_named_is_kept_out_first(name: str) -> None:
 @pytest.mark.parametrize(("owner", "code"), [(OTHER, errno.EBUSY), (None, errno.ENOENT)])
 @pytest.mark.parametrize("named", ["", FORMER.client, "client.", "client.11"])
 def test_nobody_else_is_touched(owner: Owner | None, code: int, named: str) -> None:
-    """Another owner, none, or none that was named: nothing is done, and the real one is said."""
+    """If the owner is not the one that was named, or there is none, nothing is done, and the error says who the owner
+    is.
+    """
     place = Place(*([owner] if owner else []))
     with pytest.raises(DriverError, match=OTHER.client if owner else "no client") as caught:
         take(place, named)
@@ -60,7 +64,7 @@ def test_nobody_else_is_touched(owner: Owner | None, code: int, named: str) -> N
 
 
 def test_a_lock_by_hand_is_left_to_who_made_it() -> None:
-    """Its owner is no client that could be kept out."""
+    """A lock made by `rbd lock add` is left alone, because its owner is not a client that could be kept out."""
     place = Place(Owner("client.3", "maintenance", "10.0.0.3:0/3"))
     with pytest.raises(DriverError, match="rbd lock rm"):
         take(place, "client.3")
@@ -68,7 +72,7 @@ def test_a_lock_by_hand_is_left_to_who_made_it() -> None:
 
 
 def test_a_key_that_may_keep_nobody_out_takes_nothing() -> None:
-    """Without that right the lock stays where it is."""
+    """If the key may not blocklist clients, the lock is not broken."""
     place = Place(FORMER)
     place.fails["refuse"] = errno.EACCES
     with pytest.raises(DriverError, match="mon 'profile rbd'"):

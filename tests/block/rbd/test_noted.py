@@ -1,4 +1,4 @@
-"""Tests of `xenbackend.block.rbd.noted`: a text for whoever comes next; that it is whole, `tests/test_note.py` sees."""
+"""Tests of `xenbackend.block.rbd.noted`: a text for the next worker. `tests/test_note.py` tests that it is whole."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from xenbackend.block.rbd.target import MAX_NAME
 
 
 def test_what_was_noted_is_there_for_whoever_comes_next() -> None:
-    """A successor reads what was noted last, nothing in a memory of zeros; two who look see the same."""
+    """A successor reads the text that was noted last, and an empty one from a new memory."""
     memory = memoryview(bytearray(SIZE))
     assert "" == Noted(memory).text
     reader = Noted(memory)
@@ -20,7 +20,7 @@ def test_what_was_noted_is_there_for_whoever_comes_next() -> None:
 
 @pytest.mark.parametrize("character", ["x", "\udcff", "\x01"])
 def test_an_identity_fits(character: str) -> None:
-    """The longest names that a chain may have leave room for the rest of what tells an image from any other."""
+    """With the longest names that a chain may have, there is still room for the rest of an image's identity."""
     memory = memoryview(bytearray(SIZE))
     text = "x" * 200 + 2 * MAX_NAME * character
     Noted(memory).text = text
@@ -29,7 +29,7 @@ def test_an_identity_fits(character: str) -> None:
 
 @pytest.mark.parametrize("text", ["1", '{"text": 1}', "{}"])
 def test_what_is_no_text_is_none(text: str) -> None:
-    """What none of ours would write is read as nothing."""
+    """Anything but a note of ours is read as an empty text."""
     memory = memoryview(bytearray(SIZE))
     Noted(memory).text = text
     memory[64 : 64 + 8 + len(text)] = len(text).to_bytes(8, "little") + text.encode()

@@ -1,4 +1,6 @@
-"""Tests of `xenbackend.block.rbd.ownership`: who is kept out before the lock is ours, in which order, who is not."""
+"""Tests of `xenbackend.block.rbd.ownership`: whom a worker blocklists before it takes the lock, in which order, and
+whom it does not.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ MINE = "10.0.0.1:0/9"
 
 
 class Place:
-    """A cluster with one image, of which each step is taken down; it may end a process before any of them.
+    """A cluster with one image, which records each step. It can end the process before any of them.
 
     fails    the errno with which a step ends, by its first word
     """
@@ -36,41 +38,41 @@ class Place:
         self._ends_before = ends_before
 
     def address(self) -> str:
-        """Return ours."""
+        """Return our own address."""
         return MINE
 
     def refuse(self, address: str, seconds: float) -> None:
-        """Take it down."""
+        """Record the step."""
         self._do(f"refuse {address} {seconds:g}")
 
     def owners(self) -> list[Owner]:
-        """Return who has the lock."""
+        """Return the owners of the lock."""
         return self.held
 
     def watchers(self) -> list[str]:
-        """Return who is alive."""
+        """Return the clients that watch the image."""
         return self.seen
 
     def break_lock(self, owner: Owner) -> None:
-        """Take it down."""
+        """Record the step."""
         self._do(f"break {owner.address}")
         self.held = []
 
     def acquire(self) -> None:
-        """Take it down, with who is noted by now."""
+        """Record the step, with the address that is noted by then."""
         self._do(f"acquire {self.noted.text}")
 
     def mark(self) -> str:
-        """Return which disk has served it last."""
+        """Return which disk was served from the image last."""
         return self.marked
 
     def set_mark(self, disk: str) -> None:
-        """Take it down."""
+        """Record the step."""
         self._do(f"mark {disk}")
         self.marked = disk
 
     def take(self) -> list[str]:
-        """Have the lock, and return the steps."""
+        """Take the lock, and return the steps."""
         take(self, self, self.noted)
         return self.steps
 
@@ -83,7 +85,7 @@ class Place:
 
 
 def test_a_predecessor_is_refused_before_its_lock_is_taken() -> None:
-    """It is kept out first, for long; our own address is noted before the lock can be ours."""
+    """A predecessor is blocklisted before its lock is broken, and our own address is noted before we take the lock."""
     place = Place(FORMER, watchers=(FORMER.address,))
     place.noted.text = FORMER.address
     fence = f"refuse {FORMER.address} {DEAD_S:g}"
@@ -91,19 +93,23 @@ def test_a_predecessor_is_refused_before_its_lock_is_taken() -> None:
 
 
 def test_a_predecessor_without_the_lock_is_refused_all_the_same() -> None:
-    """Whatever became of its lock, what it had sent may be on its way."""
+    """A predecessor without the lock is blocklisted too, because its last requests may still be on their way."""
     place = Place()
     place.noted.text = FORMER.address
     assert [f"refuse {FORMER.address} {DEAD_S:g}", f"acquire {MINE}"] == place.take()
 
 
 def test_nobody_is_kept_out_where_nobody_was() -> None:
-    """With a free lock and no predecessor the right to keep somebody out is tried with an address that nobody has."""
+    """If the lock is free and there is no predecessor, the right to blocklist is tested with an address that nobody
+    has.
+    """
     assert ["refuse 192.0.2.1:0/9 1", f"acquire {MINE}"] == Place().take()
 
 
 def test_a_stranger_who_is_alive_is_left_alone() -> None:
-    """Somebody else's lock is a refusal with that one's name, before anything is done; also beside a predecessor."""
+    """If another client that is alive has the lock, opening is refused with its name before anything is done, even if
+    there is a predecessor.
+    """
     for text in ("", FORMER.address):
         place = Place(OTHER, watchers=(OTHER.address,))
         place.noted.text = text
@@ -115,14 +121,18 @@ def test_a_stranger_who_is_alive_is_left_alone() -> None:
 
 
 def test_a_stranger_who_is_silent_is_kept_out() -> None:
-    """An owner that watches the image no more is refused before its lock is taken, longer than one that is dead."""
+    """An owner that does not watch the image any more is blocklisted before its lock is taken, for longer than a
+    predecessor.
+    """
     fence = f"refuse {OTHER.address} {SILENT_S:g}"
     assert SILENT_S > DEAD_S
     assert [fence, f"break {OTHER.address}", f"acquire {MINE}"] == Place(OTHER).take()
 
 
 def test_a_lock_that_was_made_by_hand_is_left_alone() -> None:
-    """Who made it by `rbd lock add` watches nothing, and is not silent for that: it is a refusal with its name."""
+    """The owner of a lock made by `rbd lock add` never watches, so it does not count as silent: opening is refused with
+    its name.
+    """
     place = Place(Owner("client.3", "maintenance", "10.0.0.3:0/3"))
     with pytest.raises(DriverError, match=r"the lock 'maintenance', which client\.3 at 10\.0\.0\.3:0/3") as caught:
         place.take()
@@ -131,7 +141,7 @@ def test_a_lock_that_was_made_by_hand_is_left_alone() -> None:
 
 
 def test_whoever_took_too_long_takes_no_lock() -> None:
-    """Where the note belongs to another opening by now, it stays as it is, and the lock is not taken."""
+    """If the note belongs to another opening by now, it is left unchanged, and the lock is not taken."""
 
     @contextmanager
     def refuse() -> Iterator[None]:
@@ -147,7 +157,7 @@ def test_whoever_took_too_long_takes_no_lock() -> None:
 
 
 def test_one_that_was_quicker_is_named() -> None:
-    """Where somebody gets the lock in between, the refusal is as if he had had it before."""
+    """If another client takes the lock in between, opening is refused as if it had had it before."""
     place = Place()
     place.fails["acquire"] = errno.EROFS
     place.held = []
@@ -158,7 +168,7 @@ def test_one_that_was_quicker_is_named() -> None:
 
 @pytest.mark.parametrize("text", ["", FORMER.address])
 def test_a_key_that_keeps_nobody_out_takes_no_lock(text: str) -> None:
-    """Without the right to keep a client out the lock is neither broken nor taken, and the right is named."""
+    """Without the right to blocklist, the lock is neither broken nor taken, and the error names the right."""
     place = Place(*([FORMER] if text else []))
     place.noted.text = text
     place.fails["refuse"] = errno.EACCES
@@ -170,7 +180,7 @@ def test_a_key_that_keeps_nobody_out_takes_no_lock(text: str) -> None:
 
 @pytest.mark.parametrize("steps", range(3))
 def test_killed_on_the_way(steps: int) -> None:
-    """Whoever had the lock is kept out by the one after next, too, if the next one dies before it had the lock."""
+    """If a worker dies before it has the lock, the next one still blocklists the former owner."""
     place = Place(FORMER, ends_before=steps)
     place.noted.text = FORMER.address
     with pytest.raises(KeyboardInterrupt):
@@ -183,7 +193,9 @@ def test_killed_on_the_way(steps: int) -> None:
 @pytest.mark.parametrize("goes_on", [False, True])
 @pytest.mark.parametrize("marked", ["", "ours", "theirs"])
 def test_an_image_says_which_disk_it_serves(marked: str, *, goes_on: bool) -> None:
-    """A disk that begins marks its image; one that goes on does so only if no other one has served it meanwhile."""
+    """A disk that begins marks its image. A disk that goes on is refused if the image was served as another disk
+    meanwhile.
+    """
     place = Place()
     place.marked = marked
     if goes_on and marked != "ours":

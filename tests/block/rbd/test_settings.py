@@ -1,4 +1,4 @@
-"""Tests of `xenbackend.block.rbd.settings`: which settings let a worker die at any moment."""
+"""Tests of `xenbackend.block.rbd.settings`: with which settings a worker may die at any moment."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ SAFE = {
 
 
 def of(**changes: str) -> dict[str, Setting]:
-    """Return settings with which nothing is wrong, but for these, which the image has."""
+    """Return safe settings, except for these, which are set in the image."""
     settings = {name: Setting(value, "ceph.conf or its default") for name, value in SAFE.items()}
     return settings | {name: Setting(value, "the image") for name, value in changes.items()}
 
 
 def test_what_is_safe() -> None:
-    """The settings that a client asks for are safe, also where a release does not know some of them."""
+    """The settings that a client asks for are safe, even if a release does not know some of them."""
     assert "" == why_unsafe(of())
     assert "" == why_unsafe({})
     assert "" == why_unsafe(of(rbd_blocklist_expire_seconds="86400"))
@@ -46,18 +46,18 @@ def test_what_is_safe() -> None:
     ],
 )
 def test_what_is_not_safe_is_named(name: str, value: str) -> None:
-    """Any other value is a sentence with the setting's name, its value, and where it stands."""
+    """For any other value, the message has the setting's name, its value, and where it is set."""
     assert why_unsafe(of(**{name: value})).startswith(f"{name} is {value!r}, as the image says, but must be ")
 
 
 def test_limits_are_told() -> None:
-    """The limits that librbd keeps by itself are told, and only those that are set."""
+    """The limits that librbd itself enforces are reported if they are set."""
     assert "" == limits(of(rbd_qos_iops_limit="0"))
     assert "iops_limit 500" == limits(of(rbd_qos_iops_limit="500", rbd_qos_iops_burst="9", rbd_qos_bps_limit="0"))
 
 
 def test_granularity() -> None:
-    """A discard is as large as the setting says, a sector at least, and 64 KiB where nobody says."""
+    """The discard granularity is the setting's value, at least a sector, and 64 KiB by default."""
     assert 64 << 10 == discard_granularity({})
     assert 4096 == discard_granularity(of(rbd_discard_granularity_bytes="4096"))
     assert 512 == discard_granularity(of(rbd_discard_granularity_bytes="0"))

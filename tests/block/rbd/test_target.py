@@ -1,4 +1,4 @@
-"""Tests of `xenbackend.block.rbd.target`: how an image is written."""
+"""Tests of `xenbackend.block.rbd.target`: how an image is named."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ BAD = {
 
 @pytest.mark.parametrize("text", GOOD)
 def test_what_is_written_is_what_is_meant(text: str) -> None:
-    """Pool, namespace, image and snapshot are those that `rbd` would take, and are shown as they are written."""
+    """Pool, namespace, image and snapshot are read as `rbd` reads them, and shown as they were written."""
     assert GOOD[text] == parse_target(text)
     assert text == str(parse_target(text))
 
 
 @pytest.mark.parametrize("text", BAD)
 def test_what_cannot_be_is_refused_in_a_sentence(text: str) -> None:
-    """What names no image is refused; what is written as for QEMU is shown as it is written here."""
+    """A text that names no image is refused. For QEMU's syntax, the error shows how to write it here."""
     with pytest.raises(ValueError, match=BAD[text]):
         parse_target(text)
