@@ -1,4 +1,4 @@
-"""Tests of `xenbackend.block.remote.connection`: answers without an end, byte by byte from a socket pair.
+"""Tests of `xenbackend.block.remote.connection`: endless answers, sent byte by byte through a socket pair.
 
 tests/block/drivers/test_nbd.py has servers that are good, slow and wrong.
 """
@@ -66,7 +66,9 @@ def ends() -> Iterator[Ends]:
     ],
 )
 def test_an_answer_that_could_go_on_for_ever_ends_the_connection(ends: Ends, said: bytes, why: str) -> None:
-    """Each chunk brings a read nearer to its end, or is counted: nobody keeps a worker busy by saying nothing."""
+    """Every chunk either brings a read closer to its end or is counted, so a server cannot keep a worker busy without
+    end.
+    """
     connection, far = ends
     connection.submit([read(0, 512)])
     far.sendall(said)
@@ -76,7 +78,7 @@ def test_an_answer_that_could_go_on_for_ever_ends_the_connection(ends: Ends, sai
 
 
 def test_a_read_that_failed_in_part(ends: Ends) -> None:
-    """Data and errors may both come; the first error counts, and the next request has nothing of it."""
+    """If both data and errors come, the first error counts. The next request is not affected."""
     connection, far = ends
     request, other = read(0, 1024), read(0, 512)
     connection.submit([request])
@@ -90,15 +92,19 @@ def test_a_read_that_failed_in_part(ends: Ends) -> None:
 
 
 class Broken(socket.socket):
-    """A socket that the network has given up: Linux says so once, to whoever asks first, and then that it has ended."""
+    """A socket whose network has failed. Linux reports that once, to the first call, and later calls see an ordinary
+    end.
+    """
 
     def sendmsg(self, *_: Any) -> int:
-        """Be the first who asks."""
+        """Get the one error that Linux reports."""
         raise TimeoutError(errno.ETIMEDOUT, "Connection timed out")
 
 
 def test_what_ended_a_connection_first_counts() -> None:
-    """Where the network broke as we sent, the end that is received next is none of the server's, and proves nothing."""
+    """If the network fails while we send, the end that is received next does not come from the server and proves
+    nothing.
+    """
     near, far = socket.socketpair()
     connection = Connection(Broken(fileno=near.detach()), Offer(SIZE, 0))
     far.close()

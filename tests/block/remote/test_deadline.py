@@ -11,7 +11,7 @@ from xenbackend.block.remote.deadline import Deadline
 
 
 def test_what_comes_in_time_is_returned() -> None:
-    """A step that would block is done again once there is something to receive."""
+    """A step that would block is repeated once there is something to receive."""
     near, far = socket.socketpair()
     near.setblocking(False)
     with near, far:
@@ -20,7 +20,7 @@ def test_what_comes_in_time_is_returned() -> None:
 
 
 def test_all_steps_share_one_time() -> None:
-    """A step that is never done, and one that is done again and again, both end with the time."""
+    """A step that never succeeds, and one that is repeated again and again, both end at the deadline."""
     near, far = socket.socketpair()
     near.setblocking(False)
     with near, far:

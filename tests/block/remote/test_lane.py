@@ -1,4 +1,6 @@
-"""Tests of `xenbackend.block.remote.lane`: how long a server may be silent. block/drivers/test_nbd.py has the rest."""
+"""Tests of `xenbackend.block.remote.lane`: how long a server may be silent. block/drivers/test_nbd.py tests the
+rest.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ SILENCE_S = 3.0
 
 @dataclass
 class Env(StepEnv):
-    """One with descriptors, each of whose timers goes off on its own."""
+    """An `Env` with descriptors, whose timers the test runs."""
 
     ready: dict[int, Callable[[], None]] = field(default_factory=dict)
     lost: int = 0
@@ -38,7 +40,7 @@ class Env(StepEnv):
         del self.ready[fd]
 
     def reconnect(self, *_: Any) -> None:
-        """Note that a connection was lost; the test makes the next one."""
+        """Count a lost connection. The test makes the next one."""
         self.lost += 1
 
     def disconnected(self, *_: Any) -> None:
@@ -46,7 +48,7 @@ class Env(StepEnv):
 
 
 class Silent:
-    """A lane to a server that says what the test says, and its requests that came back."""
+    """A lane to a server controlled by the test, and the requests that came back."""
 
     def __init__(self) -> None:
         self.env, self.back = Env(), list[Request]()
@@ -56,7 +58,7 @@ class Silent:
         self.connect()
 
     def connect(self) -> None:
-        """Have a connection."""
+        """Make a connection."""
         near, far = socket.socketpair()
         self.ends.append(far)
         self.lane.begin(near, OFFER)
@@ -67,7 +69,7 @@ class Silent:
         self.lane.submit(self.lane.connection, [request])
 
     def say(self, data: bytes) -> None:
-        """Let the server say something."""
+        """Send data as the server."""
         self.ends[-1].sendall(data)
         for callback in list(self.env.ready.values()):
             callback()
@@ -88,7 +90,7 @@ def silent() -> Iterator[Silent]:
 
 
 def test_a_server_has_its_time_each_time(silent: Silent) -> None:
-    """One that was given up, and is there again at once, may be silent for as long as before."""
+    """After a server was given up, the next connection may be silent for just as long."""
     for given_up in range(1, 5):
         silent.submit(read(0, 512))
         ticks = 0
@@ -100,7 +102,9 @@ def test_a_server_has_its_time_each_time(silent: Silent) -> None:
 
 
 def test_a_byte_now_and_then_is_no_answer(silent: Silent) -> None:
-    """A server that drips data of a read is given up; one that is slow, and brings some KiB in that time, is not."""
+    """A server that drips the data of a read byte by byte is given up. A slow one that sends some KiB within the
+    time-out is not.
+    """
     request = read(0, 64 * 1024)
     silent.submit(request)
     silent.say(pack(">IIQ", REPLY_MAGIC, 0, 0))
@@ -111,7 +115,7 @@ def test_a_byte_now_and_then_is_no_answer(silent: Silent) -> None:
     assert (0, [request], b"x" * 65536) == (silent.env.lost, silent.back, content(request))
     silent.submit(read(0, 64 * 1024))
     silent.say(pack(">IIQ", REPLY_MAGIC, 0, 0))
-    for _ in range(4):  # the first look finds the former answer
+    for _ in range(4):  # the first step still finds the former answer
         silent.say(b"x")
         silent.env.ring()
     assert 1 == silent.env.lost
@@ -119,7 +123,7 @@ def test_a_byte_now_and_then_is_no_answer(silent: Silent) -> None:
 
 
 def test_short_answers_are_answers(silent: Silent) -> None:
-    """A server that answers one request after the other, each in time, has not gone, however little it says."""
+    """A server that answers each request within the time-out is not given up, however short its answers are."""
     requests = [flush() for _ in range(10)]
     for request in requests:
         silent.submit(request)

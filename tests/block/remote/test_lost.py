@@ -19,7 +19,7 @@ from xenbackend.block.request import AWAY
     ],
 )
 def test_a_reset_is_the_servers_and_all_else_the_networks(code: int, *, is_broken: bool, why: str) -> None:
-    """After a reset nothing is under way; a network that gives up proves nothing."""
+    """After a reset by the server nothing is under way there. An error of the network proves nothing."""
     found = lost(OSError(code, "Connection timed out"))
     assert (is_broken, why) == (found.is_broken, str(found))
 
@@ -28,5 +28,5 @@ def test_a_reset_is_the_servers_and_all_else_the_networks(code: int, *, is_broke
     ("code", "expected"), [(108, AWAY), (95, errno.EOPNOTSUPP), (28, errno.ENOSPC), (7777, errno.EIO), (0, errno.EIO)]
 )
 def test_error_numbers_are_the_protocols(code: int, expected: int) -> None:
-    """A server that is shutting down is one that goes away; what nobody knows is an I/O error."""
+    """ESHUTDOWN means that the server goes away, and an unknown error number is EIO."""
     assert expected == errno_of(code)

@@ -1,4 +1,4 @@
-"""Tests of `xenbackend.block.remote.negotiation`: servers that never come to an end of the handshake.
+"""Tests of `xenbackend.block.remote.negotiation`: servers that never complete the handshake.
 
 tests/block/drivers/test_nbd.py has those that do, or that are none.
 """
@@ -46,7 +46,9 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("way", ["plain", "tls"])
 def test_a_server_that_drips_is_given_up(machine: Machine, server: Server, tmp_path: Path, way: str) -> None:
-    """A byte now and then is no reason to wait on: the time is that of the whole handshake, within TLS, too."""
+    """The time limit is for the whole handshake, TLS included, so a server that sends a byte now and then is
+    given up.
+    """
     more = ""
     if way == "tls":
         more = f",certificates={Authority(tmp_path / 'ours').client('nobody', shows_itself=False)}"
@@ -70,7 +72,7 @@ def test_a_server_that_drips_is_given_up(machine: Machine, server: Server, tmp_p
 
 
 def test_several_connections_have_no_more_time_than_one(machine: Machine, server: Server) -> None:
-    """All handshakes of an opening share the time of one: a worker that takes longer would be taken for dead."""
+    """All handshakes of an opening share one time limit, because a worker that takes longer counts as dead."""
     server.export.flags |= MULTI_CONN
     server.greet = lambda _: server.go.wait(0.2)
     with pytest.raises(DriverError, match=TOO_LONG):
@@ -80,7 +82,9 @@ def test_several_connections_have_no_more_time_than_one(machine: Machine, server
 def test_what_comes_before_a_handshake_takes_none_of_its_time(
     machine: Machine, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After a death a connection is made when the former one has ended and `drain` is over, which may take 40 s."""
+    """Waiting for the end of a former connection and for `drain`, which may take 40 s, does not count against the
+    limit.
+    """
     server.export.flags |= MULTI_CONN
     connect = connecting.connect
 
@@ -93,7 +97,7 @@ def test_what_comes_before_a_handshake_takes_none_of_its_time(
 
 
 def test_a_server_that_never_stops_is_given_up(machine: Machine, server: Server) -> None:
-    """Replies that come without an end do not hold whoever reads them, either."""
+    """A server that sends replies without end is given up."""
 
     def talk(near: socket.socket) -> bool:
         near.sendall(GREETING)

@@ -1,4 +1,4 @@
-"""Tests of `xenbackend.block.remote.status`: answers without an end. tests/block/drivers/test_nbd.py has right ones."""
+"""Tests of `xenbackend.block.remote.status`: endless answers. tests/block/drivers/test_nbd.py has correct ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIZE = 1 << 20
 
 @pytest.fixture
 def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
-    """Return a socket that does not block, and a server's end of it."""
+    """Return a non-blocking socket, and a server's end of it."""
     near, far = socket.socketpair()
     near.setblocking(False)
     with near, far:
@@ -32,7 +32,7 @@ def chunk(body: bytes = b"", flags: int = 0) -> bytes:
 
 
 def test_block_status_that_never_comes_ends_the_connection(ends: tuple[socket.socket, socket.socket]) -> None:
-    """Chunks without a last one are too many after some, also where whoever sends them never stops."""
+    """The number of chunks is limited, so a server that never sends the last one is given up."""
     near, far = ends
     talking = threading.Thread(target=lambda: all(_can_send(far, chunk()) for _ in repeat(None)))
     talking.start()
@@ -44,7 +44,7 @@ def test_block_status_that_never_comes_ends_the_connection(ends: tuple[socket.so
 
 
 def test_block_status_that_drips_is_given_up(ends: tuple[socket.socket, socket.socket]) -> None:
-    """The time is that of the whole answer, and not of each of its bytes."""
+    """The time limit is for the whole answer, not for each byte."""
     near, far = ends
     is_over = threading.Event()
 

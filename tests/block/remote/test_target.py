@@ -1,4 +1,4 @@
-"""Tests of `xenbackend.block.remote.target`: how an export is written."""
+"""Tests of `xenbackend.block.remote.target`: how an export is named."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ BAD = {
 
 @pytest.mark.parametrize("text", GOOD)
 def test_what_is_written_is_what_is_meant(text: str) -> None:
-    """A server and an export are those that libnbd would take them for; a part of a URI is decoded once."""
+    """Server and export are read as libnbd reads them. Each part of a URI is decoded once."""
     target = parse_target(text)
     assert GOOD[text] == (str(target.endpoint), target.export)
 
@@ -71,19 +71,21 @@ def test_what_is_written_is_what_is_meant(text: str) -> None:
     ],
 )
 def test_a_uri_says_whether_tls_is_wanted(text: str, expected: tuple[bool | None, str | None]) -> None:
-    """The scheme says so, and where the certificates are; what is no URI leaves it to an option."""
+    """A URI's scheme says whether TLS is wanted, and its query may say where the certificates are. Otherwise options
+    do.
+    """
     target = parse_target(text)
     assert expected == (target.tls, target.certificates)
 
 
 @pytest.mark.parametrize("text", BAD)
 def test_what_cannot_be_is_refused_in_a_sentence(text: str) -> None:
-    """What libnbd would not take, and what it would take otherwise than it is meant, is refused."""
+    """A text that libnbd would refuse, or would understand in another way, is refused."""
     with pytest.raises(ValueError, match=BAD[text]):
         parse_target(text)
 
 
 @pytest.mark.parametrize("text", ["unix:/run/s", "host:1", "[::1]:1"])
 def test_what_is_shown_can_be_written(text: str) -> None:
-    """The text of an endpoint is one that may stand in a chain."""
+    """The text of an endpoint can be written in a chain."""
     assert text == str(parse_target(str(parse_target(text).endpoint)))

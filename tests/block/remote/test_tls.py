@@ -1,4 +1,4 @@
-"""Tests of `xenbackend.block.remote.tls`: a server of the tests behind TLS, trusted and not."""
+"""Tests of `xenbackend.block.remote.tls` with a server of the tests behind TLS, both trusted and untrusted."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Places:
         self.client, self.nobody = (ours.client(f"client-{shows}", shows_itself=shows) for shows in (True, False))
 
     def with_files(self, name: str, files: Mapping[str, str]) -> Path:
-        """Return a directory that is as our client's but for some files."""
+        """Return a copy of our client's directory in which some files are replaced."""
         directory = self.ours.directory / name
         directory.mkdir()
         for file, written in {**credentials(self.client), **files}.items():
@@ -51,7 +51,7 @@ class Places:
         return directory
 
     def context(self, directory: Path, *, wants_client: bool = False) -> ssl.SSLContext:
-        """Return what a server is by the certificates of a directory."""
+        """Return the TLS context of a server with the certificates of a directory."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(directory / "server-cert.pem", directory / "server-key.pem")
         if wants_client:
@@ -62,7 +62,7 @@ class Places:
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
-    """Return certificates of every kind."""
+    """Return directories with certificates of every kind."""
     return Places(tmp_path_factory.mktemp("certificates"))
 
 
@@ -76,7 +76,7 @@ def machine() -> Iterator[Machine]:
 
 @pytest.fixture
 def server(tmp_path: Path, places: Places) -> Iterator[Server]:
-    """Return a server that speaks TLS only, with whoever shows a certificate of ours."""
+    """Return a server that requires TLS and a client certificate of ours."""
     export = Export(bytearray(Random(1).randbytes(SIZE)))
     with Server(tmp_path / "nbd.sock", export) as server:
         server.tls, server.needs_tls = places.context(places.good, wants_client=True), True
@@ -84,17 +84,17 @@ def server(tmp_path: Path, places: Places) -> Iterator[Server]:
 
 
 def text(server: Server, directory: Path, options: str = "") -> str:
-    """Return the chain that has this server's disk by the certificates of a directory."""
+    """Return the text of a chain with this server's disk and the certificates of a directory."""
     return f"nbd:unix:{server.path},certificates={directory},drain=0s{options}"
 
 
 def credentials(directory: Path) -> dict[str, str]:
-    """Return what is in a directory."""
+    """Return the files in a directory."""
     return {each.name: each.read_text() for each in directory.glob("c*.pem")}
 
 
 def test_what_is_written_is_read_back(machine: Machine, server: Server, places: Places) -> None:
-    """Requests of any size go both ways, many at once, in more pieces than a record holds."""
+    """Requests of any size, many at once, and in more pieces than a record holds, work in both directions."""
     chain = machine.open(text(server, places.client))
     assert server.export.content == machine.everything(chain)
     pieces = [Random(number).randbytes(512 * (1 + number % 9)) for number in range(200)]
@@ -110,7 +110,7 @@ def test_what_is_written_is_read_back(machine: Machine, server: Server, places: 
 
 
 def test_a_connection_that_is_lost_is_made_anew_with_tls(machine: Machine, server: Server, places: Places) -> None:
-    """The one that follows is as secret as the first; what was in flight comes back as AWAY."""
+    """A connection that follows a lost one is encrypted too. Requests in flight come back as AWAY."""
     left = [True]
 
     def odd(*_: object) -> bool:
@@ -145,7 +145,9 @@ def test_a_connection_that_is_lost_is_made_anew_with_tls(machine: Machine, serve
     ],
 )
 def test_each_certificate_that_is_wrong_has_a_sentence(places: Places, name: str, host: str, sentence: str) -> None:
-    """Expired, of another host, and of an authority that is not ours are told apart, and never gone on with."""
+    """A certificate that has expired, is for another host, or is from an unknown authority has its own message and is
+    never accepted.
+    """
     near, far = socket.socketpair()
     context = places.context(getattr(places, name))
 
@@ -170,13 +172,15 @@ def test_each_certificate_that_is_wrong_has_a_sentence(places: Places, name: str
 
 
 def test_who_shows_no_certificate_is_told(machine: Machine, server: Server, places: Places) -> None:
-    """A server that wants to know who we are refuses whoever does not say so, in words."""
+    """If the server requires a client certificate and there is none, the error says so."""
     with pytest.raises(DriverError, match=r"certificate required|handshake"):
         machine.open(text(server, places.nobody))
 
 
 def test_a_server_without_tls_hears_nothing_of_us(machine: Machine, server: Server, places: Places) -> None:
-    """Where there is no TLS, the export is not even named in plain text; where TLS is wanted, that is said."""
+    """If a server does not offer TLS, it does not even learn the export's name. If it requires TLS, the error says how
+    to ask for it.
+    """
     server.tls, server.needs_tls = None, False
     with pytest.raises(DriverError, match="it does not offer TLS, which nbds:// requires"):
         machine.open(text(server, places.client))
@@ -188,7 +192,7 @@ def test_a_server_without_tls_hears_nothing_of_us(machine: Machine, server: Serv
 
 @pytest.mark.rows("A32")
 def test_what_comes_before_tls_ends_the_connection(machine: Machine, server: Server, places: Places) -> None:
-    """Bytes in plain text behind the consent to TLS could be anybody's."""
+    """Plain-text bytes after the server's consent to TLS could come from anybody, so they end the connection."""
     server.injects = pack(">QIII", 0x3E889045565A9, 8, 1, 0)
     with pytest.raises(DriverError, match="sends data before it is asked"):
         machine.open(text(server, places.client))
@@ -214,13 +218,13 @@ class Pair:
         self.theirs.close()
 
     def send_garbage(self) -> None:
-        """Send a record that nobody could have sent who has the keys."""
+        """Send a record that nobody with the session's keys can have sent."""
         with socket.socket(fileno=os.dup(self.theirs.fileno())) as raw:
             raw.sendall(b"\x17\x03\x03\x00\x20" + bytes(32))
 
 
 def test_what_is_no_tls_any_more_ends_the_connection(places: Places) -> None:
-    """A record that nobody could have sent who has the keys is no data."""
+    """A record that nobody with the session's keys can have sent is never accepted as data."""
     pair = Pair(places)
     pair.theirs.sendall(b"good")
     assert b"good" == pair.ours.recv(10)
@@ -231,7 +235,7 @@ def test_what_is_no_tls_any_more_ends_the_connection(places: Places) -> None:
 
 
 def test_who_says_goodbye_to_nobody_is_not_told(places: Places) -> None:
-    """Closing in order ends in silence, and with a closed socket, also where TLS can say nothing any more."""
+    """Closing in order raises no error and closes the socket, even if TLS can send nothing any more."""
     pair = Pair(places)
     connection = Connection(pair.ours, Offer(SIZE, 0, structured=True, context=7))
     pair.send_garbage()
@@ -243,7 +247,7 @@ def test_who_says_goodbye_to_nobody_is_not_told(places: Places) -> None:
 
 
 def with_tickets(places: Places, near: socket.socket, far: socket.socket, count: int) -> tuple[TlsSocket, bytes]:
-    """Return our end of a connection, and records of its server: so many tickets for later sessions, and "data".
+    """Return our end of a connection, and the records of its server: so many tickets for later sessions, then "data".
 
     In TLS 1.3 there may be any number of tickets. Python's `ssl` sends two, and OpenSSL as many as it is asked for.
     """
@@ -273,7 +277,9 @@ def with_tickets(places: Places, near: socket.socket, far: socket.socket, count:
 
 
 def test_what_brings_no_data_holds_nobody(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server that sends tickets without end is left now and then; once the socket shows nothing all is seen."""
+    """A server that sends tickets without end does not hold the loop: each call takes a limited amount. Nothing is
+    lost.
+    """
     monkeypatch.setattr(tls, "_MOST", 4096)  # bytes at once
     near, far = socket.socketpair()
     with near, far:
@@ -291,7 +297,9 @@ def test_what_brings_no_data_holds_nobody(places: Places, monkeypatch: pytest.Mo
 
 
 def test_all_that_has_come_is_taken(places: Places) -> None:
-    """Answers in records that came together are all taken: the socket shows nothing of them any more."""
+    """If several answers arrive together in one read of the socket, all of them are taken, since the socket will not
+    signal them again.
+    """
     pair = Pair(places)
     connection = Connection(pair.ours, Offer(SIZE, 0))
     requests = [flush() for _ in range(3)]
@@ -312,30 +320,30 @@ def test_all_that_has_come_is_taken(places: Places) -> None:
     ],
 )
 def test_files_that_are_wrong_are_named(places: Places, change: dict[str, str], why: str) -> None:
-    """What has no certificate or key in it is said by the file's name."""
+    """If a file has no certificate or key in it, the error names the file."""
     with pytest.raises(TlsFailed, match=why):
         Tls({**credentials(places.client), **change}, "")
 
 
 @pytest.mark.parametrize("host", [".example", "a" * 64 + ".example"])
 def test_a_host_that_no_certificate_is_of(places: Places, host: str) -> None:
-    """A name that cannot stand in a certificate is a sentence before anything is connected to."""
+    """A host name that no certificate can have is refused."""
     with pytest.raises(TlsFailed, match="no certificate is of a host that is called"):
         Tls(credentials(places.nobody), host)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_key_that_is_anothers_is_refused(machine: Machine, server: Server, places: Places, kind: str) -> None:
-    """A key that does not belong to the certificate, of whatever kind, is said before the server hears anything."""
+    """A key, of whatever kind, that does not match the certificate is refused before the server is contacted."""
     theirs = places.with_files(f"theirs-{kind}", {"client-key.pem": make_key(kind)})
-    server.tls, server.needs_tls = places.context(places.good), True  # which would take somebody who is nobody
+    server.tls, server.needs_tls = places.context(places.good), True  # accepts a client without a certificate
     with pytest.raises(DriverError, match=r"client-key.pem is not the key of client-cert.pem"):
         machine.open(text(server, theirs))
     assert 0 == server.accepted
 
 
 def test_a_certificate_that_openssl_does_not_take_is_refused(places: Places) -> None:
-    """One with a key that is too short for this host's rules is a sentence; nobody goes on as nobody."""
+    """A certificate whose key is too short for this host's rules is refused. The client does not go on without one."""
     short = Authority(places.ours.directory / "short")
     short.sign(short.directory / "client", key=("-newkey", "rsa:1024", "-nodes"))
     with pytest.raises(TlsFailed, match=r"OpenSSL does not accept client-cert.pem: ee key too small"):
@@ -343,7 +351,7 @@ def test_a_certificate_that_openssl_does_not_take_is_refused(places: Places) -> 
 
 
 def test_a_chain_of_certificates_is_whole(places: Places) -> None:
-    """A second certificate that cannot be read is no end of the file."""
+    """If a further certificate in the file cannot be read, the file is refused and not cut there."""
     certificate = credentials(places.client)["client-cert.pem"]
     broken = certificate + "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"
     with pytest.raises(TlsFailed, match=r"client-cert.pem has a certificate in it that cannot be read"):
@@ -352,15 +360,17 @@ def test_a_chain_of_certificates_is_whole(places: Places) -> None:
 
 
 def test_a_python_that_is_built_otherwise_is_refused(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where no OpenSSL context is found inside of Python's, there is a sentence, and nothing is written there."""
-    library = SimpleNamespace(SSL_CTX_get_options=lambda _: 1)  # with no other function to be called
+    """If Python's SSL context has no OpenSSL context where we look for it, TLS is refused, and nothing is written
+    there.
+    """
+    library = SimpleNamespace(SSL_CTX_get_options=lambda _: 1)  # it has no other function, so no other can be called
     monkeypatch.setattr(tls, "_library", lambda: library)
     with pytest.raises(TlsFailed, match="the layout of its SSL contexts is unknown"):
         Tls(credentials(places.client), "")
 
 
 def test_a_key_with_a_passphrase_asks_nobody(places: Places) -> None:
-    """A key that is encrypted is refused; nobody is asked for a passphrase on a terminal."""
+    """An encrypted key is refused, and nobody is asked for its passphrase on a terminal."""
     locked = "-----BEGIN ENCRYPTED PRIVATE KEY-----\nAAAA\n-----END ENCRYPTED PRIVATE KEY-----\n"
     with pytest.raises(TlsFailed, match="without a passphrase"):
         Tls({**credentials(places.client), "client-key.pem": locked}, "")
@@ -382,13 +392,13 @@ def test_a_key_with_a_passphrase_asks_nobody(places: Places) -> None:
     ],
 )
 def test_chains_that_contradict_themselves_are_refused(machine: Machine, chain: str, why: str) -> None:
-    """TLS without certificates, certificates without TLS, and what could be anybody are mistakes of the text."""
+    """TLS without certificates, certificates without TLS, and a server that is not verified are refused."""
     with pytest.raises(ChainError, match=why):
         machine.open(chain)
 
 
 def test_several_connections_with_tls(machine: Machine, server: Server, places: Places) -> None:
-    """Each of them is encrypted, and each is used."""
+    """Every one of several connections is encrypted and used."""
     server.export.flags |= MULTI_CONN
     chain = machine.open(text(server, places.client, ",connections=3"))
     assert 3 == server.accepted
