@@ -25,7 +25,7 @@ MIB = 1 << 20
 @pytest.mark.parametrize("image_format", ["raw", "vhd", "qcow2", "qcow"])
 @pytest.mark.parametrize("size", [512, 4 * MIB + 512, 1 << 40])
 def test_a_new_image_is_one_for_qemu(tmp_path: Path, image_format: str, size: int) -> None:
-    """QEMU sees the size that was asked for, to the byte, and nothing in it."""
+    """QEMU sees a new image with exactly the size asked for and no content."""
     path = tmp_path / "new"
     write_new(str(path), blank(image_format, size, Wishes(), None))
     found = json.loads(qemu_img("info", "--output=json", "-f", FORMATS[image_format].qemu_name, path))
@@ -37,7 +37,7 @@ def test_a_new_image_is_one_for_qemu(tmp_path: Path, image_format: str, size: in
 
 @pytest.mark.parametrize("image_format", ["vhd", "qcow2", "qcow"])
 def test_a_new_image_can_be_written(tmp_path: Path, image_format: str) -> None:
-    """Its first and last sectors can be written and read by our driver, and by QEMU."""
+    """The first and last sectors of a new image can be written and read by our driver and by QEMU."""
     path, size = tmp_path / "new", 3 * MIB + 512
     write_new(str(path), blank(image_format, size, Wishes(), None))
     disk_write(f"{image_format}:{path}", {0: b"a" * 512, size - 512: b"z" * 512})
@@ -48,7 +48,7 @@ def test_a_new_image_can_be_written(tmp_path: Path, image_format: str) -> None:
 
 @pytest.mark.parametrize("cluster_size", [512, 4096, MIB])
 def test_refcounts_are_right_for_any_cluster_size(tmp_path: Path, cluster_size: int) -> None:
-    """An image with many tables counts them all, so that no check finds a fault."""
+    """In a new image with many tables, all of them are counted, so that no check finds a fault."""
     path = tmp_path / "new"
     size = 2 << 30 if cluster_size == 512 else 1 << 40
     write_new(str(path), blank("qcow2", size, Wishes(cluster_size), None))
@@ -66,7 +66,7 @@ def test_refcounts_are_right_for_any_cluster_size(tmp_path: Path, cluster_size: 
 
 
 def test_a_fixed_vhd_is_data_and_a_footer(tmp_path: Path) -> None:
-    """The disk is at its beginning, as everybody expects."""
+    """In a fixed VHD the disk begins at offset 0, where every program expects it."""
     path = tmp_path / "new"
     write_new(str(path), blank("vhd", MIB, Wishes(is_fixed=True), None))
     disk_write(f"vhd:{path}", {4096: b"x" * 512})
@@ -95,13 +95,13 @@ def test_a_fixed_vhd_is_data_and_a_footer(tmp_path: Path) -> None:
     ],
 )
 def test_what_a_format_cannot_be_is_refused(image_format: str, size: int, wishes: Wishes, sentence: str) -> None:
-    """Each wish that cannot be fulfilled has its sentence."""
+    """Wishes that a format cannot fulfil are refused, each with a message of its own."""
     with pytest.raises(ConfigError, match=sentence):
         blank(image_format, size, wishes, None)
 
 
 def test_a_parents_name_that_is_too_long_is_refused() -> None:
-    """A header has room for 1023 bytes of a name at most, and for fewer where clusters are small."""
+    """A name of more than 1023 bytes, or fewer in small clusters, does not fit into a header and is refused."""
     for image_format, length, cluster_size in (("qcow2", 1024, 0), ("qcow2", 400, 512), ("qcow", 1024, 0)):
         with pytest.raises(ConfigError, match=f"the parent's name has {length} bytes, too many for the image's header"):
             blank(image_format, MIB, Wishes(cluster_size), Parent("n" * length, "raw", "raw"))
@@ -117,13 +117,13 @@ def written(image: Blank) -> bytes:
 
 @pytest.mark.parametrize("image_format", ["qcow2", "qcow"])
 def test_the_longest_name_of_a_parent(image_format: str) -> None:
-    """A name of 1023 bytes is the image's parent, to its last byte."""
+    """A parent's name of 1023 bytes is stored to its last byte."""
     assert b"n" * 1023 + bytes(8) in written(blank(image_format, MIB, Wishes(), Parent("n" * 1023, "raw", "raw")))
 
 
 @pytest.mark.parametrize("name", ["base.vhd", "../b\u00e4se 1%20.vhd", "n" * 400, "/srv/images/base.vhd"])
 def test_the_parent_of_a_vhd(name: str) -> None:
-    """A parent's name is read back whole; one from the root stands in no place for relative names."""
+    """A parent's name is read back unchanged. An absolute one is not stored in the locators for relative names."""
     parent = Parent(name, "vhd", "vpc", uuid=b"p" * 16, mtime=vhd.EPOCH + 7.5)
     data = written(blank("vhd", 8 * MIB, Wishes(), parent))
     footer, _ = vhd.read_footer(reader(data), len(data))
@@ -137,7 +137,7 @@ def test_the_parent_of_a_vhd(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["b\udcff.vhd", "/srv/\udcfe/base.vhd"])
 def test_a_parents_name_that_is_no_text(name: str) -> None:
-    """A name that is no Unicode text would be another file's name in a VHD image, or none: it is refused."""
+    """VHD cannot store a name that is not Unicode text, or would store another file's name, so it is refused."""
     with pytest.raises(
         ConfigError, match="as names in it must be Unicode text; rename the parent, or make a qcow2 image"
     ):
@@ -145,7 +145,7 @@ def test_a_parents_name_that_is_no_text(name: str) -> None:
 
 
 def test_a_vhd_loses_its_parent() -> None:
-    """Without a parent nothing of a former one is left in the header."""
+    """Without a parent, nothing of a former one is left in the header."""
     without = vhd.Header(1536, 4, 2 * MIB)
     parent = Parent("base.vhd", "vhd", "vpc", uuid=b"p" * 16, mtime=vhd.EPOCH + 7)
     header, names = vhd_with_parent(without, 2048, parent)

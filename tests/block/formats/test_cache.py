@@ -10,7 +10,7 @@ from xenbackend.errors import DriverError
 
 
 def test_a_header_comes_back_and_touches_no_slot() -> None:
-    """Slots begin behind it, where direct I/O with any block may."""
+    """A header is read back as it was packed. Slots begin behind it, aligned for direct I/O with any block size."""
     header = Header(10 << 20, 16 << 10, "", bytes(range(16)))
 
     assert header == Header.parse(header.pack())
@@ -19,7 +19,9 @@ def test_a_header_comes_back_and_touches_no_slot() -> None:
 
 
 def test_tags_and_slots_of_a_write_back_cache_do_not_overlap() -> None:
-    """A header comes back, too, and is none of the other kind."""
+    """A write-back header is read back as it was packed, is not accepted as one of the other kind, and tags and slots
+    do not overlap.
+    """
     header = BackHeader(100 << 20, 4096, "below", bytes(range(16)))
 
     assert header == BackHeader.parse(header.pack())

@@ -9,7 +9,9 @@ from xenbackend.block.formats.checksum import PAGE, SUMS, Header, sum_of
 
 @pytest.mark.parametrize("size", [512, 4096, 5 << 30, (1 << 42) + 512])
 def test_a_header_comes_back_and_nothing_touches(size: int) -> None:
-    """Header, log and sums lie behind one another; each page of sums has a byte in the log."""
+    """A header is read back as it was packed. Header, log and sums do not overlap, and each page of sums has a byte in
+    the log.
+    """
     header = Header(size, 4096, "aio; file inode=7", bytes(range(16)))
 
     assert header == Header.parse(header.pack())
@@ -20,6 +22,6 @@ def test_a_header_comes_back_and_nothing_touches(size: int) -> None:
 
 
 def test_a_sum_tells_a_block_in_another_place() -> None:
-    """The same bytes have another sum in each block, and none is 0, which means that it is not known."""
+    """The same bytes have another sum in each block. No sum is 0, which means that it is unknown."""
     assert len({sum_of(bytes(4096), block) for block in range(1000)}) == 1000
     assert 0 not in {sum_of(b"", block) for block in range(1000)}

@@ -14,7 +14,7 @@ from xenbackend.errors import DriverError
 @pytest.mark.parametrize("size", [512, 4096, 5 << 30, (1 << 62) + 512])
 @pytest.mark.parametrize("base", ["", "aio; file inode=7 changed=12", "ram; target=1\udcff"])
 def test_a_header_comes_back(size: int, base: str) -> None:
-    """What was packed is parsed, and header, map and blocks do not touch each other."""
+    """A header is read back as it was packed, and header, map and blocks do not overlap."""
     header = Header(size, 65536, base, bytes(range(16)))
 
     assert header == Header.parse(header.pack())
@@ -26,7 +26,7 @@ def test_a_header_comes_back(size: int, base: str) -> None:
 
 
 def test_any_damage_is_a_sentence() -> None:
-    """A header with any byte altered is refused, or, behind its text, the same."""
+    """A header with an altered byte is refused, or has the same content if the byte has no meaning."""
     whole, chance = Header(1 << 30, 4096, "aio; x", b"t" * 16).pack(), Random(1)
     for _ in range(500):
         data = bytearray(whole)
@@ -39,7 +39,9 @@ def test_any_damage_is_a_sentence() -> None:
 
 
 def test_numbers_that_cannot_be_are_refused() -> None:
-    """Right checksums do not help a block of no power of two, a size of nothing, or too long a text."""
+    """A block size that is not a power of two, a size of 0, or too long a text is refused, even if the checksum is
+    correct.
+    """
     for header in (
         Header(1 << 20, 5000, "", bytes(16)),
         Header(0, 4096, "", bytes(16)),

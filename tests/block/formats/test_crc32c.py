@@ -1,4 +1,4 @@
-"""The checksum of VHDX."""
+"""The checksum that VHDX uses."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from xenbackend.block.formats.crc32c import crc32c
     ],
 )
 def test_known_checksums(data: bytes, checksum: int) -> None:
-    """The checksum is that of RFC 3720, appendix B.4, and of what everybody tries first."""
+    """The checksum is that of RFC 3720, appendix B.4, and of the well-known test string."""
     assert checksum == crc32c(data)
 
 
 def bit_by_bit(data: bytes) -> int:
-    """Return the checksum as the polynomial says it."""
+    """Return the checksum, calculated bit by bit from the polynomial."""
     crc = 0xFFFFFFFF
     for byte in data:
         crc ^= byte
@@ -37,7 +37,7 @@ def bit_by_bit(data: bytes) -> int:
 
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 127, 128, 1000, 4096, 4099])
 def test_lengths(length: int) -> None:
-    """Lanes and what is left over give the same as bit by bit."""
+    """For all lengths, with and without a remainder, the checksum is the same as bit by bit."""
     data = Random(length).randbytes(length)
 
     assert bit_by_bit(data) == crc32c(data)

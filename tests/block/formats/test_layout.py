@@ -1,4 +1,4 @@
-"""What the formats that are only read have in common."""
+"""What the read-only formats have in common."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from xenbackend.errors import DriverError
 
 
 def test_how_many_tables() -> None:
-    """The last table may be used in part."""
+    """The last table may be used only in part."""
     assert [1, 1, 2] == [Shape(size, 16, 9, 0).tables for size in (512, 32 << 20, (32 << 20) + 512)]
 
 
 @pytest.mark.parametrize(("number", "power"), [(1, 0), (512, 9), (0, -1), (513, -1), (-512, -1)])
 def test_powers(number: int, power: int) -> None:
-    """What is no power of two has none."""
+    """A number that is not a power of two gives -1."""
     assert power == power_of(number)
 
 
 def test_places_behind_the_end() -> None:
-    """A cluster may begin before the end of the file only."""
+    """A cluster that begins at or beyond the end of the file is refused."""
     check_places([0, ZERO, 512 | READABLE], 513)
     check_places([0, ZERO], 0)
     with pytest.raises(DriverError, match="at byte 512, but the file has only 512"):
@@ -48,8 +48,8 @@ SMALL = {
 def test_any_bytes_are_an_image_or_a_sentence(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """R19: whatever stands in headers and tables, nothing but DriverError comes out, soon and small."""
-    monkeypatch.setattr(vhdx, "crc32c", lru_cache(64)(vhdx.crc32c))  # the same; those of what was not damaged once
+    """R19: any bytes in headers and tables are accepted or raise DriverError, quickly and in little memory."""
+    monkeypatch.setattr(vhdx, "crc32c", lru_cache(64)(vhdx.crc32c))  # same sums, undamaged parts only once
     chance = Random(request.config.getoption("--seed"))
     count = request.config.getoption("--requests") // 20
     parse, good, places = SMALL[name]
@@ -63,7 +63,7 @@ def test_any_bytes_are_an_image_or_a_sentence(
             place = chance.choice(interesting if chance.random() < 0.8 else places)
             value = chance.choice([0, 1, (1 << 8 * width) - 1, 1 << chance.randrange(8 * width), chance.randrange(256)])
             data[place : place + width] = value.to_bytes(width, "little")
-        return data  # the same each time: to copy it would take longer than to look at it
+        return data  # the same object each time: to copy it would take longer than the look at it
 
     def look(data: bytes) -> None:
         image = parse(lambda offset, length: bytes(data[offset : offset + length]), len(data))

@@ -21,7 +21,7 @@ PLAIN = bytes(16384)
 
 
 def look_at(image: bytes) -> Look:
-    """Return what reads an image, and nothing behind its end."""
+    """Return a function that reads an image, but nothing beyond its end."""
 
     def look(offset: int, length: int) -> bytes:
         assert 0 <= offset <= offset + length <= len(image), "a read outside of the disk"
@@ -37,7 +37,7 @@ def parsed(image: bytes, slot: int | None = None) -> Volume:
 
 @pytest.mark.parametrize("make", [luks1, luks2])
 def test_a_sound_header(make: object) -> None:
-    """What was written is found: where the data lie, how they are encrypted, and the key slots in use."""
+    """A header is read as it was written: the place of the data, their encryption, and the key slots in use."""
     made = Made(PLAIN, passphrases=[b"a", b"b", b"c"])
     image = make(made)  # type: ignore[operator]
     volume = parsed(image)
@@ -54,7 +54,7 @@ def test_a_sound_header(make: object) -> None:
 
 
 def test_what_is_no_volume_is_said_to_be_none() -> None:
-    """A disk without a header, or with too little room for one, is not taken for a damaged volume."""
+    """A disk without a header, or too small for one, is not reported as a damaged volume."""
     with pytest.raises(DriverError, match="there is no LUKS header; to make one: `cryptsetup luksFormat`"):
         parsed(bytes(1 << 20))
     with pytest.raises(DriverError, match="has 512 bytes, too few for a LUKS header"):
@@ -63,7 +63,7 @@ def test_what_is_no_volume_is_said_to_be_none() -> None:
         parsed(b"LUKS\xba\xbe\0\3".ljust(1 << 20, b"\0"))
 
 
-ODD_1: list[tuple[str, int, str, Any]] = [  # problem, and what is written where in the header
+ODD_1: list[tuple[str, int, str, Any]] = [  # the problem; offset, format and value of what is written to the header
     ("its header is a detached one", 104, ">I", 0),
     ("it has been truncated", 104, ">I", 1 << 20),
     ("a key of 63 bytes", 108, ">I", 63),
@@ -87,7 +87,7 @@ ODD_1: list[tuple[str, int, str, Any]] = [  # problem, and what is written where
 
 @pytest.mark.parametrize(("problem", "place", "kind", "value"), ODD_1)
 def test_odd_values_of_luks1(problem: str, place: int, kind: str, value: Any) -> None:
-    """Each number of a header is looked at before it is used, and its sentence says what is wrong."""
+    """Each number of a header is checked before it is used, and the message says what is wrong."""
     image = bytearray(luks1(Made(PLAIN)))
     struct.pack_into(kind, image, place, value)
 
@@ -95,7 +95,7 @@ def test_odd_values_of_luks1(problem: str, place: int, kind: str, value: Any) ->
         parsed(bytes(image))
 
 
-ODD_2: list[tuple[str, str, Any]] = [  # problem, and what takes the place of what in the JSON
+ODD_2: list[tuple[str, str, Any]] = [  # the problem; the name and value of what is replaced in the JSON
     ("features that this driver does not know: online-reencrypt-v2; `cryptsetup reencrypt`", "config.requirements",
      {"mandatory": ["online-reencrypt-v2"]}),
     ("requires features that this driver does not know: opal", "config.requirements", {"mandatory": ["opal"]}),
@@ -160,20 +160,22 @@ ODD_2: list[tuple[str, str, Any]] = [  # problem, and what takes the place of wh
 
 @pytest.mark.parametrize(("problem", "name", "value"), ODD_2)
 def test_odd_values_of_luks2(problem: str, name: str, value: Any) -> None:
-    """E4: each value of the JSON is looked at; what is meant but not known here is refused by its name."""
+    """E4: each value of the JSON is checked. A valid feature that is not supported is refused by its name."""
     with pytest.raises(DriverError, match=problem):
         parsed(luks2(Made(PLAIN), {name: value}))
 
 
 @pytest.mark.parametrize(("name", "shown"), [("100", "100"), ("-1", "-1"), ("\x1b[31mred", r"\\x1b\[31mred")])
 def test_names_that_no_key_slot_has(name: str, shown: str) -> None:
-    """A key slot is called by a number of one or two digits; any other name is refused, and shown without its force."""
+    """The name of a key slot has one or two digits. Any other name is refused, and its control characters are shown
+    escaped.
+    """
     with pytest.raises(DriverError, match=f"a key slot is called {shown};"):
         parsed(luks2(Made(PLAIN), {f"keyslots.{name}": {}, "digests.0.keyslots": ["0", name]}))
 
 
 def test_key_slots_hold_one_key() -> None:
-    """Key slots of one digest whose keys have several sizes are refused, whichever of them is to be tried."""
+    """Key slots of one digest whose keys have different sizes are refused, whichever slot is to be tried."""
     image = luks2(Made(PLAIN, passphrases=[b"a", b"b"]), {"keyslots.1.key_size": 32})
     for slot in (None, 0, 1):
         with pytest.raises(DriverError, match="its key slots have keys of different sizes"):
@@ -181,7 +183,7 @@ def test_key_slots_hold_one_key() -> None:
 
 
 def test_a_segment_of_a_backup_is_none_of_the_data() -> None:
-    """Segments that a re-encryption keeps as backups are left out."""
+    """Segments that a re-encryption keeps as backups are not part of the data."""
     made = Made(PLAIN)
     volume = parsed(luks2(made, {"segments.1": {"type": "linear", "flags": ["backup-previous"]}}))
 
@@ -189,7 +191,7 @@ def test_a_segment_of_a_backup_is_none_of_the_data() -> None:
 
 
 def test_slots_are_tried_as_their_priorities_say() -> None:
-    """A preferred slot comes first; one to be ignored is tried where it is named, and only there."""
+    """Slots with a higher priority are tried first. A slot with priority 0 is tried only if it is named."""
     made = Made(PLAIN, passphrases=[b"a", b"b", b"c", b"d"])
     image = luks2(made, {"keyslots.2.priority": 2, "keyslots.1.priority": 0})
 
@@ -198,8 +200,8 @@ def test_slots_are_tried_as_their_priorities_say() -> None:
 
 
 def test_the_disk_grows_with_its_file() -> None:
-    """E3: a volume that goes to the end of its disk grows with that; one of a stated size does not; half a sector at
-    the end is refused.
+    """E3: a volume that extends to the end of its disk grows with it, and one of a stated size does not. A partial
+    sector at the end is refused.
     """
     made = Made(PLAIN, sector=4096)
     for image, grows in [
@@ -215,13 +217,13 @@ def test_the_disk_grows_with_its_file() -> None:
 
 
 def copies(first: bytes | None, second: bytes | None, rest: bytes) -> bytes:
-    """Return an image with these copies of its header; None: noise."""
+    """Return an image with these two copies of its header, or random bytes for None."""
     noise = Random(1).randbytes(0x4000)
     return (first or noise) + (second or noise) + rest
 
 
 def test_of_two_copies_the_newer_sound_one_counts() -> None:
-    """E4: the second copy is found although nothing of the first is left; with both sound the newer one counts."""
+    """E4: the second copy is found even if the first is destroyed. If both are sound, the newer one counts."""
     made = Made(PLAIN)
     rest = luks2(made)[0x8000:]
     data_at = 0x8000 + len(rest) - len(PLAIN)
@@ -244,7 +246,7 @@ def test_of_two_copies_the_newer_sound_one_counts() -> None:
 
 
 def test_a_copy_with_a_checksum_of_another_kind_is_not_sound() -> None:
-    """What calls its checksum anything but sha256 does not count, not even if its bytes would be right by sha256."""
+    """A copy whose header names another checksum than sha256 does not count, even if the bytes match sha256."""
     made = Made(PLAIN)
     whole = luks2(made)
     named = bytearray(header2(metadata(made, [bytes(32)], len(whole) - len(PLAIN)), sequence=9))
@@ -258,7 +260,7 @@ def test_a_copy_with_a_checksum_of_another_kind_is_not_sound() -> None:
 
 @pytest.mark.parametrize("size", [0x4000, 0x8000, 0x40000, 0x400000])
 def test_headers_of_every_size(size: int) -> None:
-    """A second copy is found wherever the size of a header puts it, and the first one beside it."""
+    """The second copy is found at every offset that a header size allows, with and without the first copy."""
     made = Made(PLAIN)
     data_at = 2 * size + 258048
     values = metadata(made, [bytes(32)], data_at)
@@ -278,14 +280,14 @@ def test_headers_of_every_size(size: int) -> None:
     ],
 )  # fmt: skip
 def test_json_that_is_none_of_ours(text: bytes) -> None:
-    """However deep, long or odd the JSON of a header is, it is refused with a sentence."""
+    """However deep, long or odd the JSON of a header is, it is refused with a message."""
     first = header2(text)
     with pytest.raises(DriverError, match="damaged"):
         parsed(copies(first, None, bytes(1 << 20)))
 
 
 def test_deep_json_in_the_largest_header() -> None:
-    """4 MiB of brackets, or of numbers, are refused as well."""
+    """4 MiB of brackets or of numbers are refused too."""
     for text in (b"[" * ((4 << 20) - 4096), b"[" + b"0," * (2 << 20 - 1)):
         first = header2(text[: (4 << 20) - 4096], size=4 << 20)
         with pytest.raises(DriverError, match="damaged"):
@@ -330,8 +332,8 @@ def damage_json(values: Any, chance: Random) -> None:
 
 @pytest.mark.rows("R19")
 def test_any_bytes_are_a_volume_or_a_sentence(request: pytest.FixtureRequest) -> None:
-    """Whatever a header says, it is taken or refused with a sentence, in little time and memory, and nothing outside
-    of its disk is read; what is taken lies on its disk.
+    """Any header is accepted or refused with a message, quickly and in little memory. Nothing outside of the disk is
+    read, and the data of an accepted volume lie on the disk.
     """
     chance = Random(request.config.getoption("--seed"))
     made = Made(PLAIN, passphrases=[b"a", b"b"], stripes=7)

@@ -1,4 +1,4 @@
-"""Archives, and the descriptions in them."""
+"""Archives and the descriptions in them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def found(data: bytes, wanted: str = "") -> bytes:
 
 
 def patched(data: bytes, place: int, value: bytes, header: int = 0) -> bytes:
-    """Return an archive with other bytes in a header, whose checksum is right again."""
+    """Return an archive with other bytes in a header, and its checksum corrected."""
     changed = bytearray(data)
     changed[header + place : header + place + len(value)] = value
     changed[header + 148 : header + 156] = b" " * 8
@@ -36,7 +36,7 @@ def patched(data: bytes, place: int, value: bytes, header: int = 0) -> bytes:
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("name", ["disk.vmdk", "e" * 90 + "/" + "f" * 90 + ".vmdk", "ü.vmdk"])
 def test_a_disk_is_a_place_and_a_length(kind: str, name: str) -> None:
-    """In each kind of archive that tar writes, also where a name is long, the disk is found where it is."""
+    """The disk is found in each kind of tar archive, also if its name is long."""
     data = archive([("a.ovf", ovf(name)), ("other", b"x" * 700), (name, DISK)], tar_format=FORMATS[kind])
 
     assert is_archive(data[:512])
@@ -44,7 +44,7 @@ def test_a_disk_is_a_place_and_a_length(kind: str, name: str) -> None:
 
 
 def test_a_size_to_the_base_256() -> None:
-    """What is too large for octal digits has a size to the base 256."""
+    """A size that is too large for octal digits is given in base 256."""
     data = archive([("a.ovf", ovf("b")), ("b", DISK)])
     place = data.index(b"b\0\0\0\0", 512)
     data = patched(data, 124, b"\x80" + (1000).to_bytes(11, "big"), place)
@@ -53,7 +53,7 @@ def test_a_size_to_the_base_256() -> None:
 
 
 def test_a_pax_header_gives_size_and_name() -> None:
-    """A pax header's size counts, not the one in the member's own header."""
+    """The size in a pax header counts, not the one in the member's own header."""
     record = b"13 size=1000\n"
     pax = patched(archive([("p", record)]), 156, b"x")[:1024]
     before = archive([("a.ovf", ovf("b"))])
@@ -76,14 +76,14 @@ def test_a_pax_header_gives_size_and_name() -> None:
     ids=["a name", "behind another key", "before the end", "no length", "shorter than itself", "no record"],
 )
 def test_records_of_a_pax_header(records: bytes, name: str) -> None:
-    """Records of other keys are passed over; one that is longer than the header, or ends in its own key, ends them."""
+    """Records with other keys are skipped. A record that is longer than the header, or than itself, ends the list."""
     data = patched(archive([("x", records)]), 156, b"x")[:1024] + archive([("p", DISK)])
 
     assert [Member(name, 1536, 1000)] == list(members(lambda place, length: data[place : place + length], len(data)))
 
 
 def test_links_and_directories_have_no_bytes() -> None:
-    """Whatever size a link says that it has, the next header follows at once."""
+    """A link has no content, whatever size its header gives: the next header follows directly."""
     link = patched(patched(archive([("l", b"")]), 156, b"1"), 124, b"%011o" % 5000)[:512]
     data = link + archive([("a.ovf", ovf("b")), ("b", DISK)])
 
@@ -91,7 +91,7 @@ def test_links_and_directories_have_no_bytes() -> None:
 
 
 def test_several_disks_are_named() -> None:
-    """Which one is meant has to be said; the sentence has all of them."""
+    """If there are several disks, one has to be chosen, and the error lists all of them."""
     data = archive([("a.ovf", ovf("1.vmdk", "2.vmdk")), ("1.vmdk", DISK), ("2.vmdk", b"two")])
 
     assert b"two" == found(data, "2.vmdk")
@@ -125,13 +125,13 @@ def test_several_disks_are_named() -> None:
     ],
 )
 def test_what_is_refused(data: bytes, sentence: str) -> None:
-    """Whatever is wrong is said with a name, before anything of that length is read."""
+    """Each fault is reported with a name, before anything of a claimed length is read."""
     with pytest.raises(DriverError, match=sentence):
         found(data)
 
 
 def test_an_archive_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A million members are not looked at."""
+    """The number of members that are looked at is limited."""
     monkeypatch.setattr(ova, "MAX_MEMBERS", 3)
     data = archive([(str(each), b"") for each in range(4)])
     with pytest.raises(DriverError, match="more than 3 members"):
@@ -151,7 +151,7 @@ def test_a_description_that_is_too_long() -> None:
 
 
 def test_members_are_not_read() -> None:
-    """Of a member nothing but its header is read."""
+    """Only the headers of members are read."""
     data = archive([("a", bytes(5 << 20)), ("b", b"x")])
     asked = []
 
@@ -164,7 +164,7 @@ def test_members_are_not_read() -> None:
 
 
 def test_a_description() -> None:
-    """A disk is what the section of disks refers to, in its order and once; "identity" is no compression."""
+    """Disks are the files that the disk section refers to, in its order, each once. "identity" means no compression."""
     text = ovf("b", "c", more='ovf:compression="identity"').replace(b'fileRef="f1"', b'fileRef="f0"')
 
     assert [Described("b", "", is_chunked=False)] == described_disks(text)
@@ -172,13 +172,13 @@ def test_a_description() -> None:
 
 @pytest.mark.parametrize("data", [b"", bytes(512), b"0" * 512, archive([("a", b"")])[:500]])
 def test_what_is_no_archive(data: bytes) -> None:
-    """A file that does not begin with a header of tar is none."""
+    """A file that does not begin with a tar header is not an archive."""
     assert not is_archive(data)
 
 
 @pytest.mark.slow
 def test_any_bytes_are_an_archive_or_a_sentence(request: pytest.FixtureRequest) -> None:
-    """R19: whatever stands in headers and descriptions, nothing but DriverError comes out, soon and small."""
+    """R19: any bytes in headers and descriptions are accepted or raise DriverError, quickly and in little memory."""
     chance = Random(request.config.getoption("--seed"))
     long = "e" * 90 + "/" + "f" * 90
     good = archive([("a.ovf", ovf("1", long)), ("1", DISK), (long, DISK)], tar_format=tarfile.PAX_FORMAT)
@@ -189,7 +189,7 @@ def test_any_bytes_are_an_archive_or_a_sentence(request: pytest.FixtureRequest) 
         for _ in range(chance.randint(1, 3)):
             place = chance.randrange(len(data.rstrip(b"\0")))
             data[place] = chance.choice([0, 0x80, 0xFF, ord("7"), ord("x"), chance.randrange(256)])
-        for header in headers:  # what is damaged inside of them is to be looked at
+        for header in headers:  # so that damage inside of them is not hidden by a wrong checksum
             data[:] = patched(bytes(data), 0, b"", header) if chance.random() < 0.9 else data
         return bytes(data)
 

@@ -1,4 +1,4 @@
-"""Partition tables: ours beside those of sfdisk and of the kernel, and whatever may be wrong with one."""
+"""Partition tables: compared with sfdisk and with the kernel, and damaged in many ways."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def of(disk: bytes | bytearray, number: int, sector: int = 512) -> Partition:
 
 
 def all_of(disk: bytes | bytearray, sector: int = 512) -> dict[int, tuple[int, int]]:
-    """Return start and length of every partition that can be had, up to the 130th."""
+    """Return start and length of every partition up to the 130th."""
     found = {}
     for number in range(1, 131):
         try:
@@ -47,7 +47,7 @@ def all_of(disk: bytes | bytearray, sector: int = 512) -> dict[int, tuple[int, i
 
 
 def made(path: Path, script: str, device: str = "") -> None:
-    """Have sfdisk write a table."""
+    """Let sfdisk write a table."""
     if not shutil.which("sfdisk"):
         pytest.skip("sfdisk is not installed (Debian: fdisk)")
     subprocess.run(["sfdisk", "--quiet", device or path], input=script, text=True, check=True, capture_output=True)
@@ -55,7 +55,9 @@ def made(path: Path, script: str, device: str = "") -> None:
 
 @pytest.mark.parametrize("table", TABLES)
 def test_sfdisk_and_we_find_the_same(tmp_path: Path, table: str) -> None:
-    """Each table that sfdisk writes has the same partitions for us, by number, start and length; no extended one."""
+    """For each table that sfdisk writes, we find the same partitions by number, start and length, except for extended
+    ones.
+    """
     path = tmp_path / "disk"
     path.write_bytes(bytes(SIZE))
     made(path, TABLES[table])
@@ -72,14 +74,14 @@ def test_sfdisk_and_we_find_the_same(tmp_path: Path, table: str) -> None:
 
 @pytest.mark.parametrize("table", TABLES)
 def test_nbdkit_and_we_show_the_same_bytes(tmp_path: Path, table: str) -> None:
-    """The filter of nbdkit shows the bytes that we do, of the first and the last partition of each table."""
+    """For the first and last partition of each table, nbdkit's filter shows the same bytes as we do."""
     if not (shutil.which("nbdkit") and shutil.which("qemu-img")):
         pytest.skip("nbdkit or qemu-img is not installed")
     path, shown = tmp_path / "disk", tmp_path / "shown"
     path.write_bytes(Random(1).randbytes(1 << 20) * (SIZE >> 20))
     with path.open("r+b") as file:
         file.write(bytes(1 << 20))
-        for place in range(1 << 20, SIZE, 1 << 20):  # each MiB says which it is; no table is left from before
+        for place in range(1 << 20, SIZE, 1 << 20):  # each MiB holds its own offset, and no former table is left
             os.pwrite(file.fileno(), place.to_bytes(8, "big") + bytes(4088), place)
     made(path, TABLES[table])
     disk = path.read_bytes()
@@ -95,7 +97,9 @@ def test_nbdkit_and_we_show_the_same_bytes(tmp_path: Path, table: str) -> None:
 @pytest.mark.parametrize("sector", [512, 4096])
 @pytest.mark.parametrize("table", TABLES)
 def test_the_kernel_and_we_find_the_same(tmp_path: Path, table: str, sector: int) -> None:
-    """A loop device has the same partitions for the kernel, also with sectors of 4096 bytes, in which tables count."""
+    """The kernel finds the same partitions on a loop device, also with sectors of 4096 bytes, in which tables then
+    count.
+    """
     path = tmp_path / "disk"
     path.write_bytes(bytes(SIZE))
     with loops.over(path, f"--sector-size={sector}") as device:
@@ -115,7 +119,9 @@ def test_the_kernel_and_we_find_the_same(tmp_path: Path, table: str, sector: int
 
 
 def test_a_damaged_gpt_is_read_by_its_other_header() -> None:
-    """One flipped bit anywhere in the first header or its entries: the second one is used, and it is said; both: no."""
+    """If a bit of the first header or its entries has flipped, the second header is used and a fact says so. If both
+    are damaged, the disk is refused.
+    """
     whole = gpt(SMALL, {1: (2048, 4095), 3: (8192, 8192)})
     chance = Random(1)
     assert ("", 1 << 20) == (of(whole, 1).trouble, of(whole, 1).start)
@@ -131,7 +137,7 @@ def test_a_damaged_gpt_is_read_by_its_other_header() -> None:
 
 
 def test_a_second_header_that_is_wrong_is_told() -> None:
-    """A disk that has grown, or whose end was overwritten, is served by the first header, with a word about it."""
+    """If the disk has grown or its end was overwritten, the first header is used, and a fact says what is wrong."""
     whole = gpt(SMALL, {1: (2048, 4095)})
 
     assert "is not at the end of the disk" in of(whole + bytes(1 << 20), 1).trouble
@@ -150,13 +156,17 @@ def test_a_second_header_that_is_wrong_is_told() -> None:
     ],
 )
 def test_what_a_gpt_cannot_have(partitions: dict[int, tuple[int, int]], number: int, problem: str) -> None:
-    """A number that there is not, and a partition outside of what is usable, are refused with the numbers."""
+    """A partition that does not exist, or is outside of the usable sectors, is refused, and the error has the
+    numbers.
+    """
     with pytest.raises(DriverError, match=problem):
         of(gpt(SMALL, partitions), number)
 
 
 def test_a_header_with_right_checksums_may_still_lie() -> None:
-    """Usable sectors past the disk, and a header that says that it is another sector's, are damage as well."""
+    """Usable sectors beyond the disk, or a header that claims to be in another sector, count as damage even with
+    correct checksums.
+    """
     disk = gpt(SMALL, {1: (2048, 4095)})
     last = SMALL // 512 - 1
     write_header(disk, 512, 1, last, 2, 34, last + 1)
@@ -168,14 +178,16 @@ def test_a_header_with_right_checksums_may_still_lie() -> None:
 
 
 def test_a_disk_without_room_for_a_gpt() -> None:
-    """A disk of one sector that says it has a GPT has no sector for either of its headers."""
+    """If a disk of one sector claims to have a GPT, there is no room for either header, and the error says so."""
     outside = "the first lies outside of the disk, the one at the end lies outside of the disk"
     with pytest.raises(DriverError, match=outside):
         of(record({1: (0xEE, 1, 1)}), 1)
 
 
 def test_logical_partitions_count_as_the_kernel_counts() -> None:
-    """From 5 on, in the order of the records; an empty one takes no number, nor does what a 3rd entry lies about."""
+    """Logical partitions count from 5, in the order of the records. Empty entries get no number, nor do false third
+    entries.
+    """
     disk = mbr(SMALL, {1: (0x83, 63, 100), 2: (0x05, 2048, 20000)}, {
         2048: {1: (0x83, 1, 10), 2: (0x05, 1000, 500), 3: (0x83, 30000, 1 << 20)},
         3048: {2: (0x05, 2000, 500)},
@@ -187,7 +199,7 @@ def test_logical_partitions_count_as_the_kernel_counts() -> None:
 
 @pytest.mark.parametrize("further", [0, 1000, 1 << 30])
 def test_records_in_a_circle_end(further: int) -> None:
-    """A chain of extended records that leads back to itself, or out of the disk, is followed for a while only."""
+    """A chain of extended records that leads back to itself or out of the disk is followed only to a limit."""
     entries = {1: (0x83, 1, 10), 2: (0x05, further, 500)}
     disk = mbr(SMALL, {1: (0x05, 2048, 20000)}, {2048: entries, 3048: {2: (0x05, 0, 500)}})
 
@@ -210,13 +222,15 @@ def test_records_in_a_circle_end(further: int) -> None:
     ],
 )  # fmt: skip
 def test_what_an_mbr_cannot_have(disk: bytes, number: int, problem: str) -> None:
-    """Each way in which there is no such partition has its sentence."""
+    """Each reason why an MBR has no such partition has a message of its own."""
     with pytest.raises(DriverError, match=problem):
         of(disk, number)
 
 
 def test_any_bytes_end_in_a_partition_or_a_sentence() -> None:
-    """Whatever the tables hold, what is found lies inside of the disk, or a sentence says why nothing is."""
+    """Whatever the tables hold, a partition that is found lies on the disk. Otherwise a message says why there
+    is none.
+    """
     chance = Random(3)
     wholes = [
         gpt(1 << 20, {1: (64, 100), 2: (200, 300)}),

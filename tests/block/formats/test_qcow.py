@@ -32,7 +32,7 @@ def patched(offset: int, value: bytes) -> bytes:
 
 
 def test_an_image_of_qemu(tmp_path: Path) -> None:
-    """The numbers in a header that qemu-img wrote are those that it was told; the parent has its name."""
+    """The header that qemu-img wrote is read with the numbers and the parent's name that it was given."""
     (tmp_path / "base").write_bytes(bytes(SIZE))
     qemu_img("create", "-f", "qcow", "-b", "base", "-F", "raw", tmp_path / "image", "100M")
     header = parse((tmp_path / "image").read_bytes())
@@ -57,13 +57,13 @@ def test_an_image_of_qemu(tmp_path: Path) -> None:
     ],
 )
 def test_headers_that_are_refused(data: bytes, sentence: str) -> None:
-    """Each number that cannot be is refused by a sentence that names it."""
+    """Each impossible number is refused by a message that names it."""
     with pytest.raises(DriverError, match=sentence):
         parse(data)
 
 
 def test_places_of_compressed_clusters() -> None:
-    """The bytes of a compressed cluster are counted above the bits of its offset."""
+    """In an entry, the length of a compressed cluster is in the bits above its offset."""
     assert Region(1000, 77) == compressed_place(1 << 63 | 77 << 51 | 1000, 12)
 
 
@@ -81,7 +81,7 @@ def look(data: bytes) -> None:
 
 @pytest.mark.rows("D4", "D7", "R19")
 def test_any_bytes_are_an_image_or_a_sentence(request: pytest.FixtureRequest) -> None:
-    """R19: whatever stands in headers and tables, nothing but DriverError comes out, soon and small."""
+    """R19: any bytes in headers and tables are accepted or raise DriverError, quickly and in little memory."""
     chance = Random(request.config.getoption("--seed"))
     count = request.config.getoption("--requests") // 20
     good = qcow(64 << 10, {0: b"a" * 512, 100: b"b" * 512}, cluster_bits=9, compressed={3: bytes(512)}, backing=b"base")

@@ -1,4 +1,4 @@
-"""The header of QCOW2: what qemu-img writes is read, and whatever cannot be served is refused with a way out."""
+"""The header of QCOW2: headers of qemu-img are read, and unsupported ones are refused with what to do."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def patched(data: bytes, **values: int) -> bytes:
     ],
 )
 def test_images_of_qemu(tmp_path: Path, options: str, expected: tuple[int, ...]) -> None:
-    """The numbers in a header that qemu-img wrote are those that it was told."""
+    """The header that qemu-img wrote is read with the numbers that it was given."""
     path = tmp_path / "image"
     qemu_img("create", "-f", "qcow2", "-o", options, path, "100M")
     header = parse(path.read_bytes())
@@ -72,7 +72,7 @@ def test_images_of_qemu(tmp_path: Path, options: str, expected: tuple[int, ...])
 
 
 def test_a_parent_of_qemu(tmp_path: Path) -> None:
-    """Name and format of the parent are those that qemu-img was told."""
+    """The parent's name and format are those that qemu-img was given."""
     (tmp_path / "base").write_bytes(bytes(SIZE))
     qemu_img("create", "-f", "qcow2", "-b", "base", "-F", "raw", tmp_path / "image")
     header = parse((tmp_path / "image").read_bytes())
@@ -115,7 +115,7 @@ def test_a_parent_of_qemu(tmp_path: Path) -> None:
     ],
 )
 def test_headers_that_are_refused(values: dict[str, int], sentence: str) -> None:
-    """Each number that cannot be is refused by a sentence that names it, before anything is made of it."""
+    """Each impossible number is refused by a message that names it, before the number is used."""
     with pytest.raises(DriverError, match=sentence):
         parse(patched(qcow2(SIZE), **values))
 
@@ -125,7 +125,7 @@ def test_headers_that_are_refused(values: dict[str, int], sentence: str) -> None
     [(0, 1, "method 1, which its features"), (1 << 3, 2, "method 2, which is not supported")],
 )
 def test_kinds_of_compression_that_are_refused(incompatible: int, kind: int, sentence: str) -> None:
-    """A kind of compression that is not known, or that the features do not announce, is refused."""
+    """A compression method that is unknown, or that the features do not announce, is refused."""
     data = bytearray(patched(qcow2(SIZE, compression="zstd"), incompatible=incompatible))
     data[104] = kind
     with pytest.raises(DriverError, match=sentence):
@@ -134,7 +134,7 @@ def test_kinds_of_compression_that_are_refused(incompatible: int, kind: int, sen
 
 @pytest.mark.parametrize("compression", ["zlib", "zstd"])
 def test_kinds_of_compression(compression: str) -> None:
-    """How clusters are compressed stands in the header."""
+    """The header says how clusters are compressed."""
     assert compression == parse(qcow2(SIZE, compression=compression)).compression
 
 
@@ -150,26 +150,26 @@ def test_kinds_of_compression(compression: str) -> None:
     ],
 )
 def test_files_that_are_no_image(data: bytes, sentence: str) -> None:
-    """What is no QCOW2 image, or only the beginning of one, is refused."""
+    """A file that is not a QCOW2 image, or only the beginning of one, is refused."""
     with pytest.raises(DriverError, match=sentence):
         parse(data)
 
 
 def test_an_unknown_feature_has_its_name() -> None:
-    """An incompatible feature that is unknown here is called by the name that the image's own table gives it."""
+    """An unknown incompatible feature is named as the image's own table of features names it."""
     names = struct.pack(">IIBB46s", 0x6803F857, 48, 0, 40, b"quantum clusters")
     with pytest.raises(DriverError, match="'quantum clusters'"):
         parse(qcow2(SIZE, incompatible=1 << 40, extensions=names))
 
 
 def test_extensions_that_are_too_long() -> None:
-    """A header extension that says it is longer than the room for it is refused."""
+    """A header extension that claims to be longer than the room for it is refused."""
     with pytest.raises(DriverError, match="header extension 0x12345678 has 4096 bytes"):
         parse(qcow2(SIZE, extensions=struct.pack(">II", 0x12345678, 4096)))
 
 
 def test_unknown_extensions_are_passed_over() -> None:
-    """An extension that is not known does not hide the one behind it."""
+    """An unknown extension is skipped, and the one behind it is read."""
     header = parse(
         qcow2(SIZE, backing=b"base", backing_format=b"raw", extensions=struct.pack(">IIQ", 0x12345678, 5, 0))
     )
@@ -178,7 +178,7 @@ def test_unknown_extensions_are_passed_over() -> None:
 
 
 def test_the_name_of_a_data_file() -> None:
-    """The name of the external data file is what the image says, if it says one, and only where it has such a file."""
+    """The name of the external data file is read if the image has such a file and names it."""
     assert (b"data", True) == ((header := parse(qcow2(SIZE, data_name=b"data"))).data_name, header.has_data_file)
     assert (b"", True) == ((header := parse(qcow2(SIZE, data_name=b""))).data_name, header.has_data_file)
     assert b"" == parse(patched(qcow2(SIZE, data_name=b"data"), incompatible=0)).data_name
@@ -186,13 +186,13 @@ def test_the_name_of_a_data_file() -> None:
 
 @pytest.mark.parametrize("name", [b"d" * 1024, b"da\0ta"])
 def test_names_of_data_files_that_are_refused(name: bytes) -> None:
-    """A name that is too long for a file's, or that ends somewhere inside, is refused."""
+    """A data file's name is refused if it is too long for a file name or contains a NUL."""
     with pytest.raises(DriverError, match=f"name of its data file has {len(name)} bytes"):
         parse(qcow2(SIZE, data_name=name))
 
 
 def test_bitmaps_count_where_they_are_consistent() -> None:
-    """The directory of bitmaps is known only while the auto-clear feature says that it is true."""
+    """The directory of bitmaps is read only if the auto-clear feature says that it is valid."""
     extension = struct.pack(">IIIIQQ", 0x23852875, 24, 2, 0, 64, 8192)
 
     assert parse(qcow2(SIZE, extensions=extension)).bitmap_directory is None
@@ -201,7 +201,7 @@ def test_bitmaps_count_where_they_are_consistent() -> None:
 
 
 def test_what_may_change_is_written_where_it_is_read() -> None:
-    """The bytes of features and of the refcount table's place are read again as what they were made from."""
+    """Feature bits and the refcount table's place are read back as they were written."""
     image = bytearray(qcow2(SIZE, incompatible=1, autoclear=1))
     table = Region(3 * 4096, 2 * 4096)
     for place, data in (incompatible_bytes(0), autoclear_bytes(4), refcount_table_bytes(table, 4096)):
@@ -212,14 +212,14 @@ def test_what_may_change_is_written_where_it_is_read() -> None:
 
 
 def test_a_file_that_is_cut_meanwhile() -> None:
-    """A file that has become shorter than its header since its size was asked for is refused with a sentence."""
+    """A file that has become shorter than its header after its size was determined is refused with a message."""
     data = qcow2(SIZE)
     with pytest.raises(DriverError, match="its header is cut short"):
         parse_header(lambda offset, length: data[offset : offset + length][:90], len(data))
 
 
 def renamed(data: bytes, name: bytes, kind: str = "vpc") -> tuple[list[tuple[int, bytes]], list[bytes]]:
-    """Return the writes that name another parent, and the image after each of them."""
+    """Return the writes that make another image the parent, and the image after each of them."""
     writes, images = with_parent(lambda offset, length: data[offset : offset + length], parse(data), name, kind), []
     for place, written in writes:
         data = data[:place] + written + data[place + len(written) :]
@@ -234,7 +234,9 @@ UNKNOWN = struct.pack(">IIQ", 0x12345678, 5, 0)  # a header extension
 @pytest.mark.parametrize(("former", "kind"), [(b"", ""), (b"base", "raw"), (b"", "k" * 40)])
 @pytest.mark.parametrize("name", [b"x", b"n" * 1023])
 def test_another_parent(version: int, former: bytes, kind: str, name: bytes) -> None:
-    """The new parent's name goes where nothing was, so that one sector makes it the parent; other extensions stay."""
+    """The new name is written to free space, so that a write of one sector then makes it the parent. Other extensions
+    are kept.
+    """
     data = qcow2(SIZE, version=version, backing=former, backing_format=kind.encode(), extensions=UNKNOWN)
     writes, (before, after) = renamed(data, name)
     header = parse(after)
@@ -248,7 +250,7 @@ def test_another_parent(version: int, former: bytes, kind: str, name: bytes) -> 
 
 
 def test_another_parent_where_there_is_little_room() -> None:
-    """A name that fits only where the former one is takes its place."""
+    """If a new name fits only where the former one is, it replaces that."""
     data = qcow2(64 << 10, cluster_bits=9, backing=b"b" * 340, backing_format=b"raw")
     header = parse(renamed(data, b"n" * 350)[1][-1])
 
@@ -265,7 +267,7 @@ def test_names_of_parents_that_do_not_fit(cluster_bits: int, length: int) -> Non
 
 @pytest.mark.parametrize("version", [2, 3])
 def test_no_parent_any_more(version: int) -> None:
-    """Without a name an image has no parent, and says nothing of its format; other extensions stay."""
+    """Without a name, an image has no parent and no parent's format. Other extensions are kept."""
     data = qcow2(SIZE, version=version, backing=b"base", backing_format=b"raw", extensions=UNKNOWN)
     _, (after,) = renamed(data, b"")
 
@@ -274,7 +276,7 @@ def test_no_parent_any_more(version: int) -> None:
 
 
 def look(data: bytes) -> None:
-    """Read an image's header and tables as the driver does, and now and then check it as a whole."""
+    """Read an image's header and tables as the driver does, and sometimes check all of it."""
     header = parse(data)
     assert header.l1.length <= 32 << 20
     assert header.refcount_table.length <= 8 << 20
@@ -301,7 +303,7 @@ def look(data: bytes) -> None:
 
 @pytest.mark.rows("D1", "D2", "D3", "D4", "D5", "R19")
 def test_any_bytes_are_an_image_or_a_sentence(request: pytest.FixtureRequest) -> None:
-    """R19: whatever stands in headers and tables, nothing but DriverError comes out, soon and small."""
+    """R19: any bytes in headers and tables are accepted or raise DriverError, quickly and in little memory."""
     chance = Random(request.config.getoption("--seed"))
     count = request.config.getoption("--requests") // 20
     good = qcow2(

@@ -1,4 +1,4 @@
-"""The check of QCOW2 images: it finds what qemu-img finds, and says it in sentences."""
+"""The check of QCOW2 images finds what qemu-img finds, and reports it in sentences."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ CLUSTERS = {0: b"a" * 4096, 7: b"b" * 4096, 100: b"c" * 4096}
 
 
 def checked(data: bytes) -> Report:
-    """Return what is found in an image."""
+    """Return the report for an image."""
     return check(lambda offset, length: data[offset : offset + length], len(data))
 
 
 def places(data: bytes) -> dict[str, int]:
-    """Return where things are: the first refcount block, L1, the first L2 table."""
+    """Return the offsets of the refcount table, the first refcount block, L1 and the first L2 table."""
     header = parse_header(lambda offset, length: data[offset : offset + length], len(data))
     (block,) = struct.unpack_from(">Q", data, header.refcount_table.offset)
     (l2,) = struct.unpack_from(">Q", data, header.l1.offset)
@@ -33,7 +33,7 @@ def places(data: bytes) -> dict[str, int]:
 
 
 def with_word(data: bytes, offset: int, word: int, size: int = 8) -> bytes:
-    """Return an image with another number at a place."""
+    """Return an image with another number at an offset."""
     changed = bytearray(data)
     changed[offset : offset + size] = word.to_bytes(size, "big")
     return bytes(changed)
@@ -57,7 +57,7 @@ def test_good_images(tmp_path: Path, cluster_bits: int, order: int) -> None:
 
 @pytest.mark.slow
 def test_good_snapshots_and_bitmaps(tmp_path: Path) -> None:
-    """What a snapshot and a bitmap of qemu-img use is neither leaked nor too much."""
+    """Clusters that a snapshot or a bitmap of qemu-img uses count neither as leaked nor as shared."""
     path = tmp_path / "image"
     qemu.qemu_img("create", "-f", "qcow2", path, "4M")
     qemu.qemu_io(path, "qcow2", "write -P 1 0 1M", "write -c -P 2 2M 64k")
@@ -71,7 +71,7 @@ def test_good_snapshots_and_bitmaps(tmp_path: Path) -> None:
 
 
 def test_a_leak() -> None:
-    """A refcount without a user is a leak and no error."""
+    """A refcount without a user is a leak, but no error."""
     data = qcow2(SIZE, CLUSTERS)
     report = checked(with_word(data, places(data)["l2"] + 7 * 8, 0))
 
@@ -106,7 +106,7 @@ def test_a_refcount_that_is_too_low() -> None:
     ],
 )
 def test_broken_tables(where: str, index: int, word: int, sentence: str) -> None:
-    """Each kind of entry that cannot be, or that leads into other metadata, is found and named."""
+    """Each kind of entry that is impossible, or leads into other metadata, is found and named."""
     data = qcow2(SIZE, CLUSTERS)
     report = checked(with_word(data, places(data)[where] + 8 * index, word))
 
@@ -115,7 +115,7 @@ def test_broken_tables(where: str, index: int, word: int, sentence: str) -> None
 
 
 def test_a_bitmap_that_leads_outside() -> None:
-    """A cluster of a bitmap outside of the file is told as that, and not as metadata that something else uses, too."""
+    """A bitmap's cluster outside of the file is reported as such, not as metadata that something else uses."""
     for place in (len(qcow2(SIZE, CLUSTERS)), 1 << 40):
         extension = struct.pack(">IIIIQQ", 0x23852875, 24, 1, 0, 32, len(qcow2(SIZE, CLUSTERS)))
         data = qcow2(SIZE, CLUSTERS, extensions=extension, autoclear=1)
@@ -141,7 +141,7 @@ def test_a_bitmap_that_leads_outside() -> None:
     ],
 )
 def test_places_in_a_data_file(index: int, word: int, sentence: str) -> None:
-    """Clusters of an external data file are not counted, and are where they are on the disk."""
+    """Clusters in an external data file are not counted, and must be at their disk's offsets."""
     data = qcow2(SIZE, CLUSTERS, data_name=b"data")
     report = checked(with_word(data, places(data)["l2"] + 8 * index, word))
 
@@ -150,7 +150,7 @@ def test_places_in_a_data_file(index: int, word: int, sentence: str) -> None:
 
 
 def test_a_flag_that_all_clusters_of_a_data_file_have(tmp_path: Path) -> None:
-    """A cluster of an external data file without the flag is an error, as qemu-img has it, and can be repaired."""
+    """A cluster of an external data file without the COPIED flag is an error, as in qemu-img, and can be repaired."""
     (tmp_path / "data").write_bytes(bytes(SIZE))
     data = qcow2(SIZE, CLUSTERS, data_name=bytes(tmp_path / "data"))
     data = with_word(data, places(data)["l2"] + 7 * 8, 7 * 4096)
@@ -168,7 +168,7 @@ def test_a_flag_that_all_clusters_of_a_data_file_have(tmp_path: Path) -> None:
 
 
 def test_two_users_of_one_cluster() -> None:
-    """Two entries with the same cluster are found, and the flag that says it had one user."""
+    """Two entries with the same cluster are found, and so are their flags, which say that it has one user."""
     data = qcow2(SIZE, CLUSTERS)
     l2 = places(data)["l2"]
     (word,) = struct.unpack_from(">Q", data, l2)
@@ -184,7 +184,7 @@ def test_what_the_image_says_of_itself() -> None:
 
 
 def test_sentences_are_bounded() -> None:
-    """However much is wrong, there are only so many sentences; the numbers count all."""
+    """The number of sentences is limited however much is wrong, but the totals count everything."""
     data = qcow2(SIZE, dict.fromkeys(range(200), b"x" * 4096))
     report = checked(with_word(data, places(data)["table"], 0))
 
@@ -193,7 +193,7 @@ def test_sentences_are_bounded() -> None:
 
 
 def test_no_image() -> None:
-    """What is no image is refused by the header's sentence."""
+    """A file that is not an image is refused as when it is opened."""
     with pytest.raises(DriverError, match="not a QCOW2 image"):
         checked(bytes(8192))
 
@@ -211,7 +211,7 @@ def damage(chance: Random, data: bytes) -> bytes:
 
 @pytest.mark.slow
 def test_agrees_with_qemu(tmp_path: Path) -> None:
-    """On images with a random fault qemu-img and we agree: is there an error, and how much is leaked?"""
+    """On images with a random fault, qemu-img and we agree whether there is an error and how much is leaked."""
     chance = Random(7)
     good = qcow2(SIZE, {number: bytes([number]) * 4096 for number in range(0, 250, 5)})
     path = tmp_path / "image"

@@ -1,4 +1,4 @@
-"""What mends refcounts: afterwards there is nothing to find, and whoever is killed meanwhile has harmed nothing."""
+"""The repair of refcounts: afterwards no fault is found, and a kill in the middle does no harm."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ CLUSTERS = {0: b"a" * 4096, 7: b"b" * 4096, 100: b"c" * 4096}
 
 
 def looked_at(data: bytes | bytearray) -> Check:
-    """Return a check that has been run."""
+    """Return a finished check."""
     check = Check(lambda offset, length: bytes(data[offset : offset + length]), len(data))
     check.run()
     return check
 
 
 def faults(report: Report) -> int:
-    """Return how much danger a report tells of; a flag that says less than it could is none."""
+    """Return the number of dangerous faults in a report. A COPIED flag that is missing is not dangerous."""
     return report.low_refcounts + report.broken
 
 
 def write(data: bytearray, writes: list[Write]) -> None:
-    """Do the writes."""
+    """Apply the writes."""
     for offset, piece in writes:
         data.extend(bytes(max(0, offset + len(piece) - len(data))))
         data[offset : offset + len(piece)] = piece
@@ -61,7 +61,7 @@ def broken(kind: str, order: int) -> bytearray:
 @pytest.mark.parametrize("order", [1, 2, 4, 6])
 @pytest.mark.parametrize("kind", ["leaked", "low", "flag", "dirty", "corrupt", "shared"])
 def test_repaired(tmp_path: Path, kind: str, order: int) -> None:
-    """After the plan neither we nor qemu-img find anything, and the image says no more that it is dirty or corrupt."""
+    """After a repair neither we nor qemu-img find a fault, and the image is not marked dirty or corrupt any more."""
     data = broken(kind, order)
     check = looked_at(data)
     assert check.report.errors + check.report.leaks
@@ -76,7 +76,7 @@ def test_repaired(tmp_path: Path, kind: str, order: int) -> None:
 
 @pytest.mark.parametrize("kind", ["leaked", "low", "flag", "dirty", "corrupt", "shared"])
 def test_killed_while_mending(kind: str) -> None:
-    """After any first few of the plan's writes there is no more danger than there was before."""
+    """After any first part of the repair's writes there are no more dangerous faults than before."""
     data = broken(kind, 4)
     check = looked_at(data)
     before = faults(check.report)
@@ -87,7 +87,7 @@ def test_killed_while_mending(kind: str) -> None:
 
 
 def test_a_sound_image_needs_nothing_but_its_own_blocks() -> None:
-    """The plan for a sound image changes no byte of it."""
+    """Repairing a sound image changes no byte of it."""
     data = bytearray(qcow2(SIZE, CLUSTERS))
     for writes in plan_repair(looked_at(data)):
         write(data, writes)
@@ -96,14 +96,14 @@ def test_a_sound_image_needs_nothing_but_its_own_blocks() -> None:
 
 
 def test_what_is_not_mended() -> None:
-    """An image whose tables lead nowhere is refused."""
+    """An image whose tables lead nowhere is not repaired."""
     data = qcow2(SIZE, CLUSTERS).replace(b"\x80\0\0\0\0\0\x50\0", b"\x80\0\1\0\0\0\x50\0")
     with pytest.raises(DriverError, match="more than its refcounts are damaged"):
         plan_repair(looked_at(data))
 
 
 def test_a_refcount_table_that_is_too_small() -> None:
-    """Clusters in use behind all that the refcount table can count are not mended in place; those before are."""
+    """If clusters in use are beyond what the refcount table can count, the image is not repaired in place."""
     small = qcow2(64 << 10, {0: b"a" * 512}, cluster_bits=9, order=6, table_clusters=1)
     counted = 64 * 64 * 512  # bytes: the table has 64 entries, and a block counts 64 clusters
 
@@ -119,7 +119,7 @@ def test_a_refcount_table_that_is_too_small() -> None:
 
 
 def test_refcounts_that_would_not_fit() -> None:
-    """Two users of a cluster in an image whose refcounts have one bit are refused."""
+    """If a cluster has two users and refcounts have one bit, the image is not repaired."""
     data = broken("shared", 0)
     with pytest.raises(DriverError, match="used 2 times, but its refcounts only go up to 1"):
         plan_repair(looked_at(data))

@@ -1,4 +1,4 @@
-"""The tables of QCOW2: words and refcounts as the format's document has them, and compressed clusters."""
+"""The tables of QCOW2: words and refcounts as the format's specification has them, and compressed clusters."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ HEADER_V2 = header_of(qcow2(SIZE, version=2))
 
 
 def test_tables_are_big_endian() -> None:
-    """A table's words have their highest byte first."""
+    """The words of a table are big-endian."""
     assert [1, 1 << 63] == list(unpack_table(b"\0\0\0\0\0\0\0\1\x80\0\0\0\0\0\0\0"))
     assert b"\0\0\0\0\0\0\1\2" == pack_table(array("Q", [258]))
 
@@ -60,46 +60,46 @@ def test_tables_are_big_endian() -> None:
     ],
 )
 def test_refcounts(order: int, refcounts: list[int], data: bytes) -> None:
-    """Refcounts of each width: those of less than a byte have the first one in the lowest bits."""
+    """Refcounts of every width are read. If they have less than a byte, the first is in the lowest bits."""
     assert data == pack_refcounts(array("Q", refcounts), order)
     assert refcounts == list(unpack_refcounts(data, order))
 
 
 @pytest.mark.parametrize("order", range(6))
 def test_refcounts_that_are_too_large(order: int) -> None:
-    """A refcount that does not fit is refused and not cut."""
+    """A refcount that does not fit is refused, not truncated."""
     with pytest.raises(OverflowError):
         pack_refcounts(array("Q", [0] * 7 + [1 << (1 << order)]), order)
 
 
 @pytest.mark.parametrize("entry", [0, 4096, 4096 | COPIED, (1 << 56) - 4096])
 def test_good_l1_entries(entry: int) -> None:
-    """An L1 entry is the place of a cluster, with or without the flag."""
+    """An L1 entry is the offset of a table, with or without the COPIED flag."""
     check_l1_entry(entry, HEADER)
 
 
 @pytest.mark.parametrize("entry", [1, 512, 4096 | 1 << 56, COMPRESSED | 4096, COPIED])
 def test_bad_l1_entries(entry: int) -> None:
-    """Reserved bits, or a place that is not a cluster's, are refused."""
+    """Reserved bits, or an offset that is not a cluster's, are refused."""
     with pytest.raises(DriverError, match="L1 table is"):
         check_l1_entry(entry, HEADER)
 
 
 @pytest.mark.parametrize("entry", [0, 4096, 4096 | COPIED, COPIED, ZERO, 4096 | ZERO | COPIED, COMPRESSED | 5])
 def test_good_l2_entries(entry: int) -> None:
-    """An L2 entry is a cluster, zeros with or without one, or a compressed cluster."""
+    """An L2 entry is a cluster, zeros with or without a cluster, or a compressed cluster."""
     check_l2_entry(entry, HEADER)
 
 
 @pytest.mark.parametrize("entry", [2, 512, 4096 | 1 << 56, COMPRESSED | COPIED | 5, COMPRESSED | 1 << 56])
 def test_bad_l2_entries(entry: int) -> None:
-    """Reserved bits, a place that is not a cluster's, and flags that contradict one another are refused."""
+    """Reserved bits, an offset that is not a cluster's, and flags that contradict each other are refused."""
     with pytest.raises(DriverError, match="L2 tables"):
         check_l2_entry(entry, HEADER)
 
 
 def test_no_zeros_in_version_2() -> None:
-    """The bit for zeros is a reserved one in version 2."""
+    """In version 2, the bit for zeros is reserved."""
     with pytest.raises(DriverError, match="L2 tables"):
         check_l2_entry(ZERO, HEADER_V2)
 
@@ -113,12 +113,12 @@ def test_no_zeros_in_version_2() -> None:
     ],
 )
 def test_places_of_compressed_clusters(cluster_bits: int, entry: int, region: Region) -> None:
-    """Where the count of sectors begins depends on the cluster's size; the region ends with a sector."""
+    """Where an entry's sector count begins depends on the cluster size. The region ends with a sector."""
     assert region == compressed_place(entry, cluster_bits)
 
 
 def test_inflate() -> None:
-    """A compressed cluster gives its bytes whatever follows; one that is cut short or no cluster is refused."""
+    """A compressed cluster is inflated whatever follows it. One that is cut short or damaged is refused."""
     cluster = bytes(range(256)) * 16
     packed = deflate(cluster)
 
@@ -129,19 +129,19 @@ def test_inflate() -> None:
 
 
 def test_a_bomb_inflates_to_a_cluster() -> None:
-    """Compressed bytes that would give a thousand clusters give one cluster and no more."""
+    """Compressed bytes that would inflate to a thousand clusters give only one."""
     assert bytes(4096) == inflate(deflate(bytes(4 << 20)), 4096)
 
 
 @pytest.mark.parametrize("entry", [1, 511, 512, 1 << 63 | 2048])
 def test_bad_refcount_table_entries(entry: int) -> None:
-    """A refcount block is at a cluster's place."""
+    """A refcount table entry must be the offset of a cluster."""
     with pytest.raises(DriverError, match="refcount table"):
         refcount_block_of(entry, HEADER)
 
 
 def test_snapshots() -> None:
-    """The snapshot's table is found with the L1 table in it; one that does not end is refused."""
+    """The snapshot table is found with its L1 tables. A table that does not end is refused."""
     data = qcow2(SIZE, {0: b"x" * 4096}, snapshot=True)
     header = header_of(data)
     region, tables = parse_snapshots(lambda offset, length: data[offset : offset + length], header, len(data))
@@ -153,7 +153,7 @@ def test_snapshots() -> None:
 
 
 def test_snapshots_larger_than_the_file() -> None:
-    """L1 tables of snapshots may lie over one another, but all of them are no larger than the file."""
+    """L1 tables of snapshots may overlap, but together they must not be larger than the file."""
     data = bytearray(qcow2(SIZE, {0: b"x" * 4096}, snapshot=True))
     header = header_of(bytes(data))
     length = len(data) - 4096
@@ -170,7 +170,9 @@ def test_snapshots_larger_than_the_file() -> None:
 
 
 def test_clusters_in_use_are_counted_as_far_as_needed() -> None:
-    """Whether there are so many is said by those refcount blocks that there are, and no block is read in vain."""
+    """Whether there are more clusters than a limit is counted from the existing refcount blocks, and no block is read
+    needlessly.
+    """
     data = bytearray(qcow2(128 << 9, dict.fromkeys(range(100), b"x"), cluster_bits=9, order=6, table_clusters=1))
     header, used, reads = header_of(bytes(data)), len(data) // 512, []
     assert 64 < used < 128, "two blocks"
@@ -193,7 +195,7 @@ def test_clusters_in_use_are_counted_as_far_as_needed() -> None:
 
 
 def test_a_directory_of_bitmaps_that_is_cut_short() -> None:
-    """A directory with fewer entries than there are bitmaps is refused, once those that it has were told."""
+    """A directory with fewer entries than bitmaps is refused after the entries that it has."""
     data = bytearray(qcow2(SIZE, extensions=struct.pack(">IIIIQQ", 0x23852875, 24, 2, 0, 32, 2 * 4096), autoclear=1))
     data[2 * 4096 : 2 * 4096 + 28] = struct.pack(">QIIBBHI", 3 * 4096, 1, 0, 1, 16, 4, 0) + b"name"
     regions = parse_bitmaps(

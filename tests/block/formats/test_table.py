@@ -1,4 +1,4 @@
-"""A format is one row."""
+"""Each format is one row of the table."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from xenbackend.image.headers import Headers, read_headers
 from xenbackend.image.looks import look_at, name_of, reader
 from xenbackend.image.tools import Tools, tools_of
 
-# Where a handful of names may stand together all the same, and what they are there.
+# files in which names of formats may stand together, and what they are there
 ELSEWHERE = {
     "block/drivers/__init__.py": "drivers",
     "block/grammar.py": "prefixes that libxl writes",
@@ -29,7 +29,7 @@ rows = pytest.mark.parametrize("row", FORMATS.values(), ids=FORMATS)
 
 @rows
 def test_a_row_has_a_driver_that_knows_what_it_passes_on(row: Format) -> None:
-    """Each format is served by a driver of ours, which has the options that go on to parents and children."""
+    """The driver of each format is built in and has the options that the row passes on to parents and children."""
     options = {each.name for each in fields(find_driver(row.driver).Options)}
 
     assert row.driver in BUILT_IN
@@ -38,7 +38,9 @@ def test_a_row_has_a_driver_that_knows_what_it_passes_on(row: Format) -> None:
 
 @rows
 def test_what_a_row_names_is_there(row: Format) -> None:
-    """A format that is written has an empty image, tools of its own and a step; one that is read has nothing of it."""
+    """A format that can be written has a blank image, tools of its own and a step. A read-only one has none of
+    these.
+    """
     if row.name not in WRITTEN:
         assert row == Format(row.name, row.driver, row.qemu_name, row.title, row.look, row.magic, row.passes_on)
         return
@@ -53,7 +55,9 @@ def test_what_a_row_names_is_there(row: Format) -> None:
 
 @rows
 def test_only_what_a_row_says_is_left_to_the_tools(row: Format) -> None:
-    """Tools write all that their row promises: growing, parents, and checks and measures where there are tables."""
+    """The tools of a format implement what its row promises: growing, parents, and checks and measures if there are
+    tables.
+    """
     if not row.tools:
         return
     own = vars(load(row.tools))
@@ -66,7 +70,7 @@ def test_only_what_a_row_says_is_left_to_the_tools(row: Format) -> None:
 
 @rows
 def test_a_file_of_it_looks_like_it(row: Format, tmp_path: Path) -> None:
-    """What begins as the row says is taken for that format, with its driver."""
+    """A file that begins with a row's magic is recognized as that format, with its driver."""
     place, magic = row.magic
     path = tmp_path / "image"
     path.write_bytes((bytes(place) + magic).ljust(4096, b"\0"))
@@ -77,7 +81,7 @@ def test_a_file_of_it_looks_like_it(row: Format, tmp_path: Path) -> None:
 
 @rows
 def test_headers_are_read_of_each(row: Format, tmp_path: Path) -> None:
-    """Of a damaged image of each format but raw, `image info` still says of which format it is."""
+    """`image info` recognizes the format of a damaged image from its magic alone."""
     path = tmp_path / "image"
     path.write_bytes(bytes(row.magic[0]) + row.magic[1])
     with path.open("rb") as file:
@@ -90,13 +94,13 @@ def test_headers_are_read_of_each(row: Format, tmp_path: Path) -> None:
 
 
 def test_names_are_unique() -> None:
-    """No two formats have a name, a driver or a QEMU name in common; `sync:` is raw by another driver."""
+    """No two formats share a name, a driver or a QEMU name. Only raw has two drivers: `aio:` and `sync:`."""
     assert len(FORMATS) == len(BY_QEMU_NAME) == len(BY_DRIVER) - 1
     assert FORMATS["raw"] is BY_DRIVER["sync"]
 
 
 def names_in(node: ast.AST) -> set[str]:
-    """Return the names of formats, ours and QEMU's, that stand in a display: a tuple, list, set or dict's keys."""
+    """Return the names of formats, ours and QEMU's, in a tuple, list or set, or in the keys of a dict."""
     words: list[ast.expr | None] = []
     if isinstance(node, ast.Tuple | ast.List | ast.Set):
         words = list(node.elts)
@@ -115,7 +119,7 @@ def lists_formats(nodes: Iterable[ast.AST]) -> bool:
 
 @in_one_process
 def test_there_is_one_table() -> None:
-    """No other file lists formats, so that a new one cannot be missing there."""
+    """No other file lists formats, so none can forget a new one."""
     found = {file.relative_to(PACKAGE).as_posix() for file in FILES if lists_formats(nodes_of(file))}
 
     assert {Path(table.__file__).relative_to(PACKAGE).as_posix(), *ELSEWHERE} == found
@@ -123,5 +127,5 @@ def test_there_is_one_table() -> None:
 
 @pytest.mark.parametrize("text", ['x in ("vhd", "qcow2")', 'T = {"vhd": 1, "qcow2": 2}', 'Literal["raw", "vpc"]'])
 def test_a_second_table_is_seen(text: str) -> None:
-    """The test above is no decoration: a tuple, a dict and a type are found."""
+    """The test above finds lists of formats: a tuple, a dict and a type."""
     assert lists_formats(ast.walk(ast.parse(text)))

@@ -26,7 +26,7 @@ def patched(offset: int, value: bytes) -> bytes:
 
 
 def test_the_map() -> None:
-    """Blocks lie in the file in the order in which they were written; free and discarded ones are zeros."""
+    """Blocks are in the file in the order in which they were written. Free and discarded ones are zeros."""
     data = vdi(SIZE, {2: BLOCK, 0: BLOCK, 1: None})
     image = parsed(data)
     place, length = image.table_at(0)
@@ -35,14 +35,14 @@ def test_the_map() -> None:
 
 
 def test_tables_of_a_large_map() -> None:
-    """A table is 512 entries of the map, the last one what is left."""
+    """A table is 512 entries of the map. The last one may be shorter."""
     image = parsed(vdi(600 * MIB, {}))
 
     assert [(512, 2048), (2560, 88 * 4)] == [image.table_at(0), image.table_at(1)]
 
 
 def test_a_block_behind_the_end() -> None:
-    """A block that the file does not have is damage."""
+    """A block beyond the end of the file counts as damage."""
     image = parsed(vdi(SIZE, {}))
     with pytest.raises(DriverError, match="at byte 1024, but the file has only 1024"):
         image.decode(b"\0\0\0\0")
@@ -65,6 +65,6 @@ def test_a_block_behind_the_end() -> None:
     ],
 )  # fmt: skip
 def test_headers_that_are_refused(data: bytes, sentence: str) -> None:
-    """Each number that cannot be is refused by a sentence that names it."""
+    """Each impossible number is refused by a message that names it."""
     with pytest.raises(DriverError, match=sentence):
         parsed(data)

@@ -43,7 +43,7 @@ def look(data: bytes) -> tuple[Footer, Header | None]:
 
 
 def test_a_footer_by_the_specification() -> None:
-    """Each field stands where the table "Hard Disk Footer Format" has it, and the checksum is of all other bytes."""
+    """Each field is where the table "Hard Disk Footer Format" has it, and the checksum covers all other bytes."""
     data = vhd.pack_footer(FOOTER)
 
     assert (512, b"conectix", 2, 0x10000, 512, 7) == (len(data), data[:8], *struct.unpack_from(">IIQI", data, 8))
@@ -54,7 +54,7 @@ def test_a_footer_by_the_specification() -> None:
 
 
 def test_headers_come_back() -> None:
-    """What is packed is what is read, in any field."""
+    """Headers with any values are read back as they were packed."""
     header = Header(
         1536, 20, 2 * MIB, b"p" * 16, 99, "base.vhd".encode("utf-16-be"), (Locator(b"W2ru", 512, 20, 4096),)
     )
@@ -78,14 +78,16 @@ def test_headers_come_back() -> None:
     ],
 )
 def test_geometry(size: int, expected: tuple[int, int, int]) -> None:
-    """Cylinders, heads and sectors of a size are the specification's."""
+    """Cylinders, heads and sectors are calculated as the specification says."""
     assert Geometry(*expected) == vhd.geometry_of(size)
 
 
 @pytest.mark.skipif(not which("qemu-img"), reason="qemu-utils is not installed")
 @pytest.mark.parametrize("size", [1 << 20, 3 << 20, 100 << 20, 504 << 20, 5 << 30, 130 << 30, 2000 << 30])
 def test_sizes_as_qemu_has_them(tmp_path: Path, size: int) -> None:
-    """A disk that QEMU made, and rounded to a geometry, has the size that QEMU says, and our geometry."""
+    """A disk of QEMU's that was rounded to a geometry has the size that QEMU reports, and the geometry that we
+    calculate.
+    """
     path = tmp_path / "x.vhd"
     subprocess.run(["qemu-img", "create", "-q", "-f", "vpc", str(path), str(size)], check=True)
     said = subprocess.run(["qemu-img", "info", "--output=json", str(path)], check=True, capture_output=True)
@@ -97,7 +99,7 @@ def test_sizes_as_qemu_has_them(tmp_path: Path, size: int) -> None:
 
 
 def test_whose_size_is_the_geometrys() -> None:
-    """Virtual PC's and old QEMU's disks end where their geometry ends; everybody else's where the footer says."""
+    """Disks of Virtual PC and old QEMU end where their geometry ends. All others end where the footer says."""
     small = Geometry(100, 4, 17)
     sizes = {name: replace(FOOTER, creator=name, geometry=small).size for name in (b"vpc ", b"qemu", b"qem2", b"tap\0")}
 
@@ -107,7 +109,7 @@ def test_whose_size_is_the_geometrys() -> None:
 
 
 def test_the_end_is_believed_first() -> None:
-    """The beginning of a fixed disk is the guest's: a footer that it writes there changes nothing."""
+    """A fixed disk's beginning belongs to the guest, so a footer that the guest writes there is ignored."""
     disk = bytearray(1 * MIB)
     evil = vhd_images.image(512 * MIB, parent_uuid=b"e" * 16, names=[(b"W2ku", "/etc/shadow".encode("utf-16-le"))])
     disk[: len(evil)] = evil
@@ -140,7 +142,7 @@ def test_the_end_is_believed_first() -> None:
     ],
 )
 def test_what_cannot_be_right_is_refused(place: int, value: bytes, sentence: str) -> None:
-    """A field that is not as it must be is refused in a sentence that names it, although the checksum is right."""
+    """An impossible field is refused by a message that names it, even if the checksum is correct."""
     data = bytearray(vhd_images.image(40 * MIB))[:-512]
     data[place : place + len(value)] = value
     for start, length, sums in ((0, 512, 64), (512, 1024, 36)):
@@ -152,7 +154,7 @@ def test_what_cannot_be_right_is_refused(place: int, value: bytes, sentence: str
 
 @pytest.mark.parametrize(("place", "sentence"), [(40, "is not a VHD image"), (512 + 100, "checksum of its header")])
 def test_checksums_are_looked_at(place: int, sentence: str) -> None:
-    """A byte that was altered without the checksum is seen."""
+    """A byte that was altered without the checksum is found."""
     data = bytearray(vhd_images.image(40 * MIB))[:-512]
     data[place] ^= 1
     with pytest.raises(DriverError, match=sentence):
@@ -161,7 +163,7 @@ def test_checksums_are_looked_at(place: int, sentence: str) -> None:
 
 @pytest.mark.rows("D1", "D2", "D3", "D4", "D5", "R19")
 def test_any_bytes_are_an_image_or_a_sentence(request: pytest.FixtureRequest) -> None:
-    """R19: whatever stands in headers and tables, nothing but DriverError comes out, soon and small."""
+    """R19: any bytes in headers and tables are accepted or raise DriverError, quickly and in little memory."""
     chance = Random(request.config.getoption("--seed"))
     count = request.config.getoption("--requests") // 20
     start = vhd_images.image(

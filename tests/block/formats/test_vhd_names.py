@@ -19,19 +19,19 @@ def names_of(*names: tuple[bytes, bytes]) -> list[str]:
 
 
 def utf16(text: str) -> bytes:
-    """Return a text as locators have it."""
+    """Return a text in the encoding of locators."""
     return text.encode("utf-16-le")
 
 
 def test_as_blktap_writes_it() -> None:
-    """Blktap writes the relative path under all three codes; it is one name."""
+    """Blktap writes the relative path in three locators, which give one name."""
     assert ["./base.vhd", "base.vhd"] == names_of(
         (b"MacX", b"file://./base.vhd"), (b"W2ku", utf16(r".\base.vhd")), (b"W2ru", utf16(r".\base.vhd"))
     )
 
 
 def test_as_windows_writes_it() -> None:
-    """The relative path comes first, then the header's name, then the absolute path without its drive."""
+    """The order is: the relative path, the header's name, the absolute path without its drive."""
     absolute = (b"W2ku", utf16("C:\\images\\base.vhd"))
 
     assert ["./base.vhd", "base.vhd", "/images/base.vhd"] == names_of(absolute, (b"W2ru", utf16(".\\base.vhd")))
@@ -49,13 +49,13 @@ def test_as_windows_writes_it() -> None:
     ],
 )
 def test_urls(url: bytes, expected: list[str]) -> None:
-    """Of a URL only a file's path is a name, as it stands and unquoted."""
+    """Only the path of a file URL is a name: as it stands, and unquoted."""
     assert expected == names_of((b"MacX", url))
 
 
 @pytest.mark.parametrize("locator", [(1, 600, 4096), (0, 20, 4096), (512, 20, 1 << 60), (1 << 31, 1 << 31, 0)])
 def test_locators_that_lead_nowhere(locator: tuple[int, int, int]) -> None:
-    """A locator that is longer than its space, too long, or outside of the file is passed over, and nothing is read."""
+    """A locator that is longer than its space, too long, or outside of the file is skipped without reading it."""
     space, length, offset = locator
     header = vhd.Header(1536, 4, 2 << 20, locators=(Locator(b"W2ru", space, length, offset),))
 
@@ -63,5 +63,5 @@ def test_locators_that_lead_nowhere(locator: tuple[int, int, int]) -> None:
 
 
 def test_space_in_sectors_or_bytes() -> None:
-    """The space of a locator is in sectors by the specification, and in bytes as Windows and blktap write it."""
+    """A locator's space counts sectors by the specification, and bytes in images of Windows and blktap."""
     assert (512, 1024, 1024) == tuple(space_of(Locator(b"W2ru", space, 9, 0)) for space in (1, 2, 1024))

@@ -44,7 +44,7 @@ def batmap_of(data: bytes) -> Batmap | None:
 
 
 def test_entries_are_big_endian() -> None:
-    """Entries are sectors in four bytes, the highest first; all bits are a block that is not there."""
+    """Entries are sector numbers of four bytes, big-endian. All bits set means that there is no block."""
     data = vhd_images.image(9 * MIB, {0: {}, 4: {}})
     _, _, table = headers_of(data)
 
@@ -54,7 +54,7 @@ def test_entries_are_big_endian() -> None:
 
 @pytest.mark.parametrize("missing", [1, 2, 4, 21])
 def test_a_file_that_ends_inside_its_table(missing: int) -> None:
-    """A table that the file has only a part of is refused, also where the part ends inside an entry."""
+    """A table that the file contains only in part is refused, even if the part ends inside an entry."""
     data = vhd_images.image(9 * MIB, {0: {}, 4: {}})
     footer, header, _ = headers_of(data)
     with pytest.raises(DriverError, match="the file ends inside its table"):
@@ -62,7 +62,7 @@ def test_a_file_that_ends_inside_its_table(missing: int) -> None:
 
 
 def test_blocks_far_from_one_another() -> None:
-    """The blocks in use are found wherever they are in a table, and at the edges of what is passed over together."""
+    """Blocks in use are found anywhere in a table, also at the edges of stretches that are skipped as a whole."""
     used = [511, 1024, 1999]
     table = array("I", [UNUSED]) * 2000
     for block in used:
@@ -73,7 +73,9 @@ def test_blocks_far_from_one_another() -> None:
 
 
 def test_the_first_sector_is_the_highest_bit() -> None:
-    """A bitmap's bytes hold eight sectors each, the first in the highest bit; what is packed comes back."""
+    """Each byte of a bitmap stands for eight sectors, the first in the highest bit. A packed bitmap is read back
+    unchanged.
+    """
     present = bytearray(4096)
     present[0] = present[7] = present[9] = present[4095] = 1
     packed = pack_bitmap(present, 512)
@@ -100,14 +102,14 @@ def test_the_first_sector_is_the_highest_bit() -> None:
 )
 @pytest.mark.rows("D10")
 def test_tables_that_cannot_be(entries: list[int], sentence: str) -> None:
-    """D10: blocks that overlap one another, a header or a table, or that lie outside of the file, are refused."""
+    """D10: blocks that overlap each other, a header or a table, or that are outside of the file, are refused."""
     metadata = [(0, 1536), (1536, 1792), (5_000_192, 5_000_704)]
     with pytest.raises(DriverError, match=sentence):
         check_table(array("I", entries), HEADER, metadata, 5 * STRIDE * 512)
 
 
 def test_the_end_of_the_blocks() -> None:
-    """The table says where the last block ends; it may be beyond the end of the file, for a writer that was killed."""
+    """The table gives the end of the last block, which may be beyond the end of the file if a writer was killed."""
     end = 4 * 512 + 2 * STRIDE * 512
 
     assert end == check_table(array("I", [4 + STRIDE, 4, UNUSED]), HEADER, [(0, 1792)], end)
@@ -116,7 +118,7 @@ def test_the_end_of_the_blocks() -> None:
 
 
 def test_a_batmap_comes_back() -> None:
-    """The batmap says which blocks are full; what is packed anew is what libvhd would write, and is read again."""
+    """The batmap says which blocks are full. A batmap that we pack is what libvhd would write, and is read back."""
     data = vhd_images.image(9 * MIB, {0: {}, 2: {}, 4: {}}, full=[0, 4])
     batmap = batmap_of(data)
     assert batmap is not None
@@ -144,7 +146,7 @@ def test_a_batmap_comes_back() -> None:
     ],
 )
 def test_where_a_batmap_is(change: str, ranges: list[tuple[int, int]]) -> None:
-    """What a batmap takes by its own word is kept free of blocks, even if nobody trusts it; without one nothing is."""
+    """The space that a batmap claims is kept free of blocks even if the batmap is not trusted."""
     creator = b"win " if change == "creator" else b"tap\0"
     data = bytearray(vhd_images.image(9 * MIB, {0: {}}, full=[0], creator=creator))
     footer, header, _ = headers_of(bytes(data))
@@ -159,7 +161,7 @@ def test_where_a_batmap_is(change: str, ranges: list[tuple[int, int]]) -> None:
 
 @pytest.mark.parametrize("change", ["sum", "cookie", "version", "absent", "creator", "none"])
 def test_a_batmap_that_cannot_be_trusted_is_left_alone(change: str) -> None:
-    """With a wrong checksum, blocks that are not there, or an unknown version or writer, it is nothing."""
+    """A batmap with a wrong checksum, with missing blocks, or of an unknown version or writer is ignored."""
     full = [0, 1] if change == "absent" else [0]
     creator = b"win " if change == "creator" else b"tap\0"
     data = bytearray(vhd_images.image(9 * MIB, {0: {}}, full=full, creator=creator))
@@ -171,7 +173,7 @@ def test_a_batmap_that_cannot_be_trusted_is_left_alone(change: str) -> None:
 
 
 def test_a_batmap_whose_bytes_have_signs() -> None:
-    """Version 1.1 summed the bytes of the map with their signs."""
+    """The checksum of version 1.1 sums the map's bytes as signed numbers."""
     data = bytearray(vhd_images.image(9 * MIB, {0: {}}, full=[0]))
     data[2048 + 20 : 2048 + 24] = b"\0\1\0\1"
     data[2048 + 24 : 2048 + 28] = (~-128 & 0xFFFFFFFF).to_bytes(4, "big")
@@ -183,7 +185,7 @@ def test_a_batmap_whose_bytes_have_signs() -> None:
 
 
 def test_an_encrypted_disk_is_refused() -> None:
-    """A disk with the hash of a key is not shown to its guest as noise."""
+    """A disk that has the hash of a key is encrypted and is refused. Its guest would see noise."""
     data = bytearray(vhd_images.image(9 * MIB, full=[]))
     data[2048 + 29] = 1
     with pytest.raises(DriverError, match="is encrypted"):

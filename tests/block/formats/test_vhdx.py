@@ -24,7 +24,9 @@ def parsed(data: bytes) -> Image:
 
 
 def patched(offset: int, value: bytes, *, image: bytes = b"") -> bytes:
-    """Return an image with other bytes in it; where a checksum covers them, with that of its second copy destroyed."""
+    """Return an image with other bytes in it. If a checksum covers them, it is corrected and the second copy is
+    destroyed.
+    """
     data = bytearray(image or vhdx(SIZE, {}))
     data[offset : offset + len(value)] = value
     for place, length in ((HEADER, 4096), (REGIONS, 64 << 10)):
@@ -35,7 +37,7 @@ def patched(offset: int, value: bytes, *, image: bytes = b"") -> bytes:
 
 
 def test_the_table() -> None:
-    """Blocks are in the file or zeros."""
+    """Each block is in the file or zeros."""
     data = vhdx(SIZE, {2: BLOCK, 0: BLOCK, 1: None})
     image = parsed(data)
     place, length = image.table_at(0)
@@ -45,7 +47,7 @@ def test_the_table() -> None:
 
 @pytest.mark.parametrize(("block_size", "per_table"), [(MIB, 4096), (32 * MIB, 128), (256 * MIB, 16)])
 def test_chunks(block_size: int, per_table: int) -> None:
-    """Behind the blocks of each chunk stands an entry that is none of a block."""
+    """Behind the entries of each chunk's blocks is one entry that belongs to no block."""
     image = parsed(vhdx(block_size * per_table + MIB, {}, block_size=block_size))
     step = per_table * 8
 
@@ -53,7 +55,7 @@ def test_chunks(block_size: int, per_table: int) -> None:
 
 
 def test_the_newer_header_counts() -> None:
-    """A header with a wrong checksum does not count, and then the older one does: here one with a log."""
+    """A header with a wrong checksum is ignored, and the older one counts: here, one with a log."""
     parsed(vhdx(SIZE, {}))
     data = bytearray(vhdx(SIZE, {}))
     data[HEADER + 100] ^= 1
@@ -63,7 +65,7 @@ def test_the_newer_header_counts() -> None:
 
 @pytest.mark.parametrize("word", [4, 7, 6 | 1 << 40])
 def test_entries_that_are_damaged(word: int) -> None:
-    """A state that means nothing, one for images with parents, and a place behind the end are refused."""
+    """An undefined state, a state for images with parents, and an offset beyond the end of the file are refused."""
     with pytest.raises(DriverError, match="damaged"):
         parsed(vhdx(SIZE, {})).decode(struct.pack("<Q", word))
 
@@ -96,16 +98,16 @@ def test_entries_that_are_damaged(word: int) -> None:
     ],
 )
 def test_images_that_are_refused(data: bytes, sentence: str) -> None:
-    """Each number that cannot be is refused by a sentence that names it."""
+    """Each impossible number is refused by a message that names it."""
     data = bytearray(data)
     if len(data) > REGIONS and b"neither" not in sentence.encode():
-        data[256 << 10 : (256 << 10) + 8] = bytes(8)  # one region table is enough to be refused
+        data[256 << 10 : (256 << 10) + 8] = bytes(8)  # so that the other region table cannot be used instead
     with pytest.raises(DriverError, match=sentence):
         parsed(bytes(data))
 
 
 def test_regions_that_need_not_be_known() -> None:
-    """A region that is not known is passed over where the image says that it may be, and only there."""
+    """An unknown region is skipped if it is not marked as required, and is refused otherwise."""
     count = struct.pack("<I", 3)
     for flags, is_known in ((0, True), (1, False)):
         entry = UUID(int=7).bytes_le + struct.pack("<QII", 1 << 40, MIB, flags)
@@ -119,7 +121,7 @@ def test_regions_that_need_not_be_known() -> None:
 
 
 def test_items_that_need_not_be_known() -> None:
-    """What is not known and not required is passed over."""
+    """An unknown metadata item that is not required is skipped."""
     entry = UUID(int=7).bytes_le + struct.pack("<IIII", 0, 0, 0, 0)
     image = patched(METADATA + 10, b"\4", image=patched(METADATA + 32 + 3 * 32, entry))
 

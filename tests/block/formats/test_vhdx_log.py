@@ -1,4 +1,4 @@
-"""The log of VHDX images, by entries that tests/foreign_images.py writes: what counts, and what is refused."""
+"""The log of VHDX images, with entries that tests/foreign_images.py writes: what is replayed, and what is refused."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from xenbackend.block.formats.vhdx_log import Replay
 from xenbackend.errors import DriverError
 
 LOG, OTHER = b"identity of log1", b"identity of log2"
-FILE = bytes(8 * MIB)  # with a log at the end of it
+FILE = bytes(8 * MIB)  # with a log at its end
 PLACE = 7 * MIB
 SECTOR = 4096
 
 
 def sector(name: str) -> bytes:
-    """Return a sector that says what it is, at both of its ends."""
+    """Return a sector that has this text at both of its ends."""
     return name.encode().ljust(SECTOR - 8, b".") + name.encode().rjust(8)
 
 
@@ -33,17 +33,17 @@ def replayed(entries: Mapping[int, bytes], *, length: int = MIB, file_size: int 
 
 
 def at(replay: Replay, place: int, length: int = 4) -> bytes:
-    """Return what stands in the file, which is full of `-`, with the changes."""
+    """Return the file's bytes at a place after the changes. The file is full of `-`."""
     return replay.changes.reader(lambda _offset, count: b"-" * count, len(FILE))(place, length)
 
 
 def entry(sequence: int, tail: int, name: str, place: int = MIB, **more: int) -> bytes:
-    """Return an entry of two sectors, which puts one sector into its place."""
+    """Return an entry of two sectors, which changes one sector."""
     return vhdx_entry(LOG, sequence, tail, [(place, sector(name))], **more)
 
 
 def test_changes_of_all_kinds() -> None:
-    """A sector gets back the bytes that the descriptor keeps for it, zeros reach as far as they say."""
+    """A data descriptor restores the bytes of a sector, and a zero descriptor sets its range to zeros."""
     changes = [(MIB, sector("one")), (2 * MIB, 64 << 10), (3 * MIB, sector("two"))]
     found = replayed({0: vhdx_entry(LOG, 1 << 40, 0, changes)})
 
@@ -56,7 +56,7 @@ def test_changes_of_all_kinds() -> None:
 
 @pytest.mark.parametrize("count", [0, 126, 127, 253, 254, 255])
 def test_how_many_descriptors(count: int) -> None:
-    """Data begins behind as many sectors as the descriptors take: 126 fit into the first, 128 into others."""
+    """Data sectors follow the descriptors: 126 descriptors fit into the first sector, 128 into each further one."""
     changes = [(MIB + number * SECTOR, sector(f"{number:4}")) for number in range(count)]
     found = replayed(
         {0: vhdx_entry(LOG, 1, 0, changes), max(8, 2 * count) * SECTOR: b"not a part of it"}, length=4 * MIB
@@ -66,7 +66,7 @@ def test_how_many_descriptors(count: int) -> None:
 
 
 def test_the_order() -> None:
-    """What an entry, or a descriptor, changes lies over what those before it changed."""
+    """Later entries, and later descriptors of an entry, overwrite the changes of earlier ones."""
     first = vhdx_entry(LOG, 5, 0, [(MIB, sector("old ")), (2 * MIB, 2 * SECTOR), (2 * MIB, sector("data"))])
     second = vhdx_entry(LOG, 6, 0, [(MIB, sector("new ")), (3 * MIB, sector("gone")), (3 * MIB, SECTOR)])
     found = replayed({0: first, len(first): second})
@@ -76,7 +76,7 @@ def test_the_order() -> None:
 
 
 def test_what_is_in_its_place_is_not_replayed() -> None:
-    """Entries before the one that the newest calls the oldest are left alone: other things may stand there by now."""
+    """Entries before the one that the newest entry names as the oldest are not replayed."""
     found = replayed({0: entry(1, 0, "one"), 8192: entry(2, 8192, "two", 2 * MIB), 16384: entry(3, 8192, "3", 3 * MIB)})
 
     assert (b"----", b"two.", b"3...", 2) == (at(found, MIB), at(found, 2 * MIB), at(found, 3 * MIB), found.entries)
@@ -84,7 +84,7 @@ def test_what_is_in_its_place_is_not_replayed() -> None:
 
 @pytest.mark.parametrize("place", [MIB - 16384, MIB - 12288, MIB - 8192, MIB - 4096])
 def test_the_log_is_a_ring(place: int) -> None:
-    """A sequence, and an entry, go on at the beginning of the log where they reach its end."""
+    """The log is a ring: sequences and entries continue at its beginning."""
     places = [(place + number * 8192) % MIB for number in range(4)]
     entries = {each: entry(7 + number, place, f"{number}...", (1 + number) * MIB) for number, each in enumerate(places)}
     found = replayed(entries)
@@ -93,7 +93,7 @@ def test_the_log_is_a_ring(place: int) -> None:
 
 
 def test_a_log_full_to_its_last_sector() -> None:
-    """A sequence may take all of the log, from wherever it begins."""
+    """A sequence may fill the whole log, wherever it begins."""
     count = MIB // 8192
     for shift in (0, 4096):
         places = [(shift + number * 8192) % MIB for number in range(count)]
@@ -103,7 +103,7 @@ def test_a_log_full_to_its_last_sector() -> None:
 
 
 def test_entries_of_another_log_do_not_count() -> None:
-    """What belongs to an earlier use of the log is no part of this one's, whatever its number."""
+    """Entries of an earlier use of the log are ignored, whatever their number."""
     stale = vhdx_entry(OTHER, 2, 0, [(MIB, sector("bad "))])
     newer = vhdx_entry(OTHER, 99, 40960, [(MIB, sector("bad "))])
     found = replayed({0: entry(1, 0, "good"), 8192: stale, 40960: newer})
@@ -113,7 +113,7 @@ def test_entries_of_another_log_do_not_count() -> None:
 
 @pytest.mark.parametrize("places", [(0, 40960), (40960, 0)])
 def test_the_newest_sequence_counts(places: tuple[int, int]) -> None:
-    """Of two sequences that are whole only the one with the higher number is replayed, wherever they are."""
+    """Of two complete sequences only the one with the higher number is replayed, wherever they are."""
     old, new = places
     entries = {old: entry(3, old, "old1"), old + 8192: entry(4, old, "old2", 2 * MIB)}
     found = replayed({**entries, new: entry(9, new, "new ")})
@@ -123,14 +123,14 @@ def test_the_newest_sequence_counts(places: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("number", [1, 3, 4, 1 << 63])
 def test_a_number_that_does_not_follow_ends_the_sequence(number: int) -> None:
-    """What comes next must have the next number, or it belongs to an earlier round, or stands by itself."""
+    """The next entry must have the next number. Otherwise it belongs to an earlier round, or to no sequence."""
     found = replayed({0: entry(5, 0, "five"), 8192: vhdx_entry(LOG, number, 40960, [(MIB, sector("bad "))])})
 
     assert b"five" == at(found, MIB)
 
 
 def test_a_sequence_whose_oldest_entry_is_gone() -> None:
-    """A sequence counts as a whole or not at all; an older one that is whole counts instead."""
+    """A sequence without its oldest entry is ignored as a whole, and an older complete one is replayed instead."""
     gone = {8192: entry(8, 0, "bad1"), 16384: entry(9, 0, "bad2")}
     found = replayed({**gone, 65536: entry(3, 65536, "good")})
     assert b"good" == at(found, MIB)
@@ -140,7 +140,7 @@ def test_a_sequence_whose_oldest_entry_is_gone() -> None:
 
 
 def test_an_entry_may_be_longer_than_it_needs() -> None:
-    """Entries may be aligned to more than a sector: what follows the last one that means something is passed over."""
+    """An entry may be padded to more than a sector. Sectors behind its last descriptor or data sector are skipped."""
     found = replayed({0: entry(1, 0, "one ", padding=3), 5 * SECTOR: entry(2, 0, "two ", 2 * MIB)})
 
     assert (b"one ", b"two ") == (at(found, MIB), at(found, 2 * MIB))
@@ -149,7 +149,7 @@ def test_an_entry_may_be_longer_than_it_needs() -> None:
 @pytest.mark.parametrize("keep", range(0, 3 * SECTOR, 512))
 @pytest.mark.parametrize("before", [b"", b"-" * 3 * SECTOR, vhdx_entry(LOG, 1, 0, [(MIB, sector("x"))] * 2)])
 def test_an_entry_that_was_torn(keep: int, before: bytes) -> None:
-    """Wherever the power failed in the middle of an entry, it is the log's end, and what came before is replayed."""
+    """If the power failed anywhere inside an entry, the log ends there, and earlier entries are replayed."""
     torn = vhdx_entry(LOG, 6, 0, [(MIB, sector("bad ")), (2 * MIB, sector("bad "))])
     for begun in (torn[:keep] + before[keep:], before[: 3 * SECTOR - keep] + torn[3 * SECTOR - keep :]):
         found = replayed({0: entry(5, 0, "good"), 8192: begun})
@@ -159,7 +159,7 @@ def test_an_entry_that_was_torn(keep: int, before: bytes) -> None:
 
 
 def test_sectors_of_an_entry_that_did_not_arrive() -> None:
-    """An entry with one sector missing, of descriptors or of data, is the log's end, whatever stands there instead."""
+    """An entry that lacks one sector, of descriptors or of data, ends the log, whatever is there instead."""
     torn = vhdx_entry(LOG, 6, 0, [(MIB + number * SECTOR, sector("bad ")) for number in range(130)])
     other = vhdx_entry(LOG, 7, 0, [(MIB + number * SECTOR, sector("bad ")) for number in range(130)])
     for number in (0, 1, 2, 70, 131):
@@ -171,7 +171,9 @@ def test_sectors_of_an_entry_that_did_not_arrive() -> None:
 
 @pytest.mark.slow
 def test_any_damage_to_an_entry() -> None:
-    """A bit that flipped anywhere in the newest entry makes it the log's end; in the only one it is refused."""
+    """If a bit of the newest entry has flipped, the log ends before it. If it is the only entry, the image is
+    refused.
+    """
     whole = vhdx_entry(LOG, 6, 0, [(MIB, sector("bad ")), (2 * MIB, SECTOR)], flushed=MIB, last=MIB)
     good = entry(5, 0, "good")
     for place in (*range(160), *range(160, len(whole), 61)):
@@ -184,7 +186,7 @@ def test_any_damage_to_an_entry() -> None:
 
 
 def resummed(data: bytes, place: int, value: bytes) -> bytes:
-    """Return an entry with other bytes in it, and a checksum that is right again."""
+    """Return an entry with other bytes in it, and its checksum corrected."""
     changed = data[:4] + bytes(4) + data[8:place] + value + data[place + len(value) :]
     return changed[:4] + crc32c(changed).to_bytes(4, "little") + changed[8:]
 
@@ -192,7 +194,7 @@ def resummed(data: bytes, place: int, value: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("place", "value"),
     [
-        (8, b"\0\x10\0\0"),  # shorter than its descriptors and sectors
+        (8, b"\0\x10\0\0"),  # shorter than its descriptors and data
         (8, b"\1\x20\0\0"),
         (8, b"\0\0\x20\0"),  # longer than the log
         (12, b"\1"),
@@ -209,7 +211,7 @@ def resummed(data: bytes, place: int, value: bytes) -> bytes:
     ],
 )
 def test_entries_that_only_look_whole(place: int, value: bytes) -> None:
-    """Lengths, numbers and kinds are looked at even where the checksum is right: such an entry is the log's end."""
+    """Lengths, numbers and signatures are checked even if the checksum is correct. A wrong one ends the log."""
     whole = vhdx_entry(LOG, 6, 0, [(MIB, sector("bad ")), (2 * MIB, SECTOR)])
     assert b"bad " == at(replayed({0: entry(5, 0, "good"), 8192: whole}), MIB)
 
@@ -218,7 +220,7 @@ def test_entries_that_only_look_whole(place: int, value: bytes) -> None:
 
 
 def test_what_no_entry_can_be() -> None:
-    """An entry is made of whole sectors and has a number; anything else is none, also under a right checksum."""
+    """An entry must have whole sectors and a number above 0, even if its checksum is correct."""
     longer = resummed(entry(6, 0, "bad ") + bytes(512), 8, (2 * SECTOR + 512).to_bytes(4, "little"))
     assert 1 == replayed({0: entry(5, 0, "good"), 8192: longer}).entries
 
@@ -227,7 +229,7 @@ def test_what_no_entry_can_be() -> None:
 
 
 def test_the_file_is_as_long_as_its_log_says() -> None:
-    """The file ends where the newest entry says, or where its changes do, and never before it ended."""
+    """The file ends where the newest entry says or where the changes end, and is never made shorter."""
     for last, place, size in ((9 * MIB, MIB, 9 * MIB), (MIB, MIB, 8 * MIB), (MIB, 12 * MIB, 12 * MIB + SECTOR)):
         assert size == replayed({0: entry(1, 0, "x", place, last=last)}).size
     assert 8 * MIB == replayed({0: entry(1, 0, "x", last=16 * MIB), 8192: entry(2, 0, "x")}).size
@@ -235,7 +237,7 @@ def test_the_file_is_as_long_as_its_log_says() -> None:
 
 
 def test_a_change_of_nothing() -> None:
-    """Zeros of no length change nothing, wherever they are said to be."""
+    """A zero descriptor of length 0 changes nothing, whatever its offset."""
     found = replayed({0: vhdx_entry(LOG, 1, 0, [(0, 0), (MIB, sector("data"))])})
 
     assert (b"data", 1) == (at(found, MIB), len(found.changes))
@@ -258,13 +260,13 @@ def test_a_change_of_nothing() -> None:
     ],
 )
 def test_logs_that_are_refused(entries: dict[int, bytes], sentence: str) -> None:
-    """A log that says what cannot be is refused, with what it says."""
+    """A log with impossible values is refused, and the error has the values."""
     with pytest.raises(DriverError, match=sentence):
         replayed(entries)
 
 
 def test_a_file_that_was_long_enough() -> None:
-    """Only what the newest entry says of the file's length counts: it may have become shorter in between."""
+    """Only the newest entry's file length counts, since the file may have been shortened in between."""
     found = replayed({0: entry(1, 0, "x", flushed=64 * MIB), 8192: entry(2, 0, "new ", flushed=8 * MIB)})
 
     assert b"new " == at(found, MIB)
@@ -280,13 +282,13 @@ def test_a_file_that_was_long_enough() -> None:
     ],
 )
 def test_places_that_are_no_log(place: int, length: int, sentence: str) -> None:
-    """A log lies inside of the file, behind the headers, in whole MiB."""
+    """A log must be inside of the file, behind the headers, and aligned to 1 MiB."""
     with pytest.raises(DriverError, match=sentence):
         vhdx_log.replay(lambda _offset, count: bytes(count), len(FILE), LOG, place, length)
 
 
 def test_logs_that_are_too_large() -> None:
-    """A log of more than 64 MiB is not read, nor one with more changes than any that was ever written."""
+    """A log of more than 64 MiB is not read, nor one with more changes than any real log has."""
     with pytest.raises(DriverError, match="its log has 65 MiB, more than the 64 MiB that are supported"):
         vhdx_log.replay(lambda _offset, _count: b"", 1 << 40, LOG, MIB, 65 * MIB)
     many = vhdx_entry(LOG, 1, 0, [(MIB, SECTOR)] * ((1 << 16) + 1))
@@ -295,7 +297,7 @@ def test_logs_that_are_too_large() -> None:
 
 
 def test_entries_that_lie_over_one_another() -> None:
-    """A log that is all beginnings of entries as long as itself is refused before it has taken a second."""
+    """A log in which an entry as long as the log begins in every sector is refused within a second."""
     long = vhdx_entry(LOG, 1, 0, [], padding=MIB // SECTOR - 1)
     ring = dict.fromkeys(range(SECTOR, MIB, SECTOR), long[:SECTOR])
     with pytest.raises(DriverError, match="entries of its log overlap"):
@@ -303,7 +305,7 @@ def test_entries_that_lie_over_one_another() -> None:
 
 
 def test_descriptors_that_lie_over_one_another() -> None:
-    """The same for lists of descriptors: to walk through one takes as long as the log, whatever it ends with."""
+    """The same holds if the entries consist of descriptors, each list of which is as long as the log."""
     long = vhdx_entry(LOG, 1, 0, [(MIB, SECTOR)] * ((MIB - 64) // 32))
     assert MIB == len(long)
     with pytest.raises(DriverError, match="entries of its log overlap"):
@@ -311,7 +313,7 @@ def test_descriptors_that_lie_over_one_another() -> None:
 
 
 def test_a_long_sequence_without_its_oldest_entry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The entries of a sequence that does not count are walked through once, and not again from each of them."""
+    """The entries of an incomplete sequence are looked at once, not again from each of them."""
     looked: list[int] = []
     look = vhdx_log._Ring._entry
     monkeypatch.setattr(vhdx_log._Ring, "_entry", lambda ring, place: looked.append(place) or look(ring, place))
@@ -322,7 +324,7 @@ def test_a_long_sequence_without_its_oldest_entry(monkeypatch: pytest.MonkeyPatc
 
 
 def test_an_image_is_read_with_its_log() -> None:
-    """Table and sizes are what the log makes of them: here of a block that the table did not have."""
+    """Table and sizes are read after the log has been applied: here, the log adds a block to the table."""
     bat = (7 * MIB | 6).to_bytes(8, "little") + bytes(8) + (3 * MIB | 6).to_bytes(8, "little")
     ring = vhdx_ring({0: vhdx_entry(LOG, 1, 0, [(MIB, bat.ljust(SECTOR, b"\0"))], last=8 * MIB)})
     data = vhdx(4 * MIB, {2: b"d" * MIB}, log=LOG, ring=ring)
@@ -337,7 +339,9 @@ def test_an_image_is_read_with_its_log() -> None:
 @pytest.mark.slow
 @pytest.mark.rows("D4", "D6", "R19")
 def test_any_bytes_are_a_log_or_a_sentence(request: pytest.FixtureRequest) -> None:
-    """R19: whatever stands in a log, also under right checksums, only DriverError comes out, soon and small."""
+    """R19: any bytes in a log, even with correct checksums, are accepted or raise DriverError, quickly and in little
+    memory.
+    """
     chance = Random(request.config.getoption("--seed"))
     count = request.config.getoption("--requests") // 100
     kinds = [4, 8, 12, 16, 24, 32, 48, 56, 64, 68, 72, 80, 88, 96, SECTOR, SECTOR + 4, 2 * SECTOR - 4]

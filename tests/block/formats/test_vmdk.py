@@ -32,7 +32,9 @@ def patched(offset: int, value: bytes) -> bytes:
 @pytest.mark.parametrize("at_end", [False, True])
 @pytest.mark.parametrize(("compressed", "flag"), [(False, READABLE), (True, SPECIAL)])
 def test_a_table(compressed: bool, flag: int, at_end: bool) -> None:
-    """Grains are in the file, in their parent, or zeros; the directory may be named at the end of the file."""
+    """Grains are in the file, in the parent, or zeros. The offset of the directory may be in the footer at the end of
+    the file.
+    """
     data = vmdk(SIZE, {1: DATA, 2: None}, compressed=compressed, at_end=at_end)
     image = parsed(data)
     place, length = image.table_at(0)
@@ -41,26 +43,26 @@ def test_a_table(compressed: bool, flag: int, at_end: bool) -> None:
 
 
 def test_a_table_that_is_not_there() -> None:
-    """A table at no place is none."""
+    """A directory entry of 0 means that there is no table."""
     assert (0, 0) == parsed(patched(21 * 512, bytes(4))).table_at(0)
 
 
 def test_the_descriptor() -> None:
-    """Names and content IDs are as the text says."""
+    """Names and content IDs are those of the descriptor."""
     image = parsed(vmdk(SIZE, {}, cid=7, parent_cid=8, parent="a=b.vmdk"))
 
     assert Descriptor(7, 8, b"a=b.vmdk", "", (Extent("SPARSE", 512, b"image", 0),)) == image.descriptor
 
 
 def test_an_extent_of_a_disk_in_several_files() -> None:
-    """A file that another one's descriptor names needs no descriptor of its own."""
+    """A file that another file's descriptor names needs no descriptor of its own."""
     data = patched(28, bytes(8))
 
     assert SIZE == parse(lambda offset, length: data[offset : offset + length], len(data), is_part=True).shape.size
 
 
 def test_an_extent_of_esx() -> None:
-    """COWD has tables of 4096 grains, which are as small as a sector."""
+    """A COWD extent has tables of 4096 grains, which may be as small as a sector."""
     data = cowd(3 * MIB, {1: b"x" * 512, 5000: b"y" * 512})
     image = parse_cowd(lambda offset, length: data[offset : offset + length], len(data))
     places = []
@@ -88,7 +90,7 @@ def test_an_extent_of_esx() -> None:
     ],
 )
 def test_extents_of_esx_that_are_refused(place: int, value: bytes, sentence: str) -> None:
-    """Each number that cannot be is refused by a sentence that names it."""
+    """Each impossible number is refused by a message that names it."""
     data = bytearray(cowd(3 * MIB, {}))
     data[place : place + len(value)] = value
     with pytest.raises(DriverError, match=sentence):
@@ -116,7 +118,7 @@ def test_extents_of_esx_that_are_refused(place: int, value: bytes, sentence: str
     ],
 )
 def test_headers_that_are_refused(data: bytes, sentence: str) -> None:
-    """Each number that cannot be is refused by a sentence that names it; so are disks of several files."""
+    """Each impossible number is refused by a message that names it. So is a file that is only a part of a disk."""
     with pytest.raises(DriverError, match=sentence):
         parsed(data)
 
@@ -131,13 +133,13 @@ def test_headers_that_are_refused(data: bytes, sentence: str) -> None:
     ],
 )
 def test_grains_that_are_damaged(data: bytes, sentence: str) -> None:
-    """A grain of another place, or that does not inflate to its length, is refused."""
+    """A grain that belongs to another sector, or does not inflate to its length, is refused."""
     with pytest.raises(DriverError, match=sentence):
         parsed(vmdk(SIZE, {})).inflate(128, data)
 
 
 def test_a_grain_that_would_inflate_to_gigabytes() -> None:
-    """No more of a grain is inflated than a grain has."""
+    """A compressed grain is inflated to the length of a grain at most."""
     packed = zlib.compress(bytes(64 * MIB))
 
     assert bytes(GRAIN) == parsed(vmdk(SIZE, {})).inflate(0, struct.pack("<QI", 0, len(packed)) + packed)

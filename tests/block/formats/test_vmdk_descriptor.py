@@ -23,7 +23,7 @@ from xenbackend.errors import DriverError
 
 
 def test_what_it_says() -> None:
-    """Extents are in the order of the disk; a flat one begins somewhere in its file, one of ESX at its beginning."""
+    """Extents are in the order of the disk. A flat one may begin anywhere in its file, one of ESX at its beginning."""
     text = descriptor(
         'RW 8 FLAT "a b-f001.vmdk" 16', 'RW 4 SPARSE "a-s002.vmdk"', "RW 2 ZERO", 'RDONLY 8 VMFS "a-flat.vmdk"',
         'RW 1 VMFSSPARSE "d"', cid=7, parent_cid=8, parent="b=c.vmdk", create_type="vmfs",
@@ -43,7 +43,7 @@ def test_what_it_says() -> None:
 
 
 def test_kinds_are_known_in_any_case() -> None:
-    """The kind of an extent is the same word in capitals or not."""
+    """The kind of an extent may be written in upper or lower case."""
     assert [FLAT, SPARSE] == [each.kind for each in parse(descriptor('RW 8 flat "a" 0', 'RW 8 Sparse "b"')).extents]
 
 
@@ -57,18 +57,18 @@ def test_kinds_are_known_in_any_case() -> None:
     ],
 )
 def test_it_is_known_by_how_it_begins(text: bytes) -> None:
-    """Comments and empty lines may come first, with the line ends of any system."""
+    """Comments and empty lines may come first, with any system's line ends."""
     assert is_descriptor(text.ljust(512, b"\n"))
 
 
 @pytest.mark.parametrize("text", [b"", b"KDMV# Disk DescriptorFile", b"# a\n" * 200, b"x\nversion=1", bytes(512)])
 def test_what_is_none(text: bytes) -> None:
-    """Another text is none."""
+    """Any other text is not a descriptor."""
     assert not is_descriptor(text)
 
 
 def test_an_empty_one() -> None:
-    """What it does not say is nothing; what follows a NUL was not written to it."""
+    """Missing values have their defaults, and text behind a NUL is ignored."""
     assert Descriptor(NO_PARENT, NO_PARENT, b"") == parse(b'\0RW 8 FLAT "a" 0\nCID=5')
 
 
@@ -86,14 +86,14 @@ def test_an_empty_one() -> None:
     ],
 )
 def test_extents_that_are_refused(line: str, sentence: str) -> None:
-    """What cannot be read is refused by its kind and name, when it is wanted, not when it is only looked at."""
+    """An unsupported extent is refused by its kind and name when it is to be opened, not when it is parsed."""
     (extent,) = parse(descriptor(line)).extents
     with pytest.raises(DriverError, match=sentence):
         extent.check()
 
 
 def test_a_content_id_that_is_no_number() -> None:
-    """A content ID that cannot be compared is refused."""
+    """A content ID that is not a number is refused."""
     with pytest.raises(DriverError, match="content ID in its descriptor is not a number"):
         parse(b"CID=zz")
 
@@ -101,7 +101,7 @@ def test_a_content_id_that_is_no_number() -> None:
 @pytest.mark.slow
 @pytest.mark.rows("D1", "D2", "D3", "D4", "D5", "R19")
 def test_any_bytes_are_a_descriptor_or_a_sentence(request: pytest.FixtureRequest) -> None:
-    """R19: whatever stands in the text, nothing but DriverError comes out, soon and small."""
+    """R19: any bytes in the text are accepted or raise DriverError, quickly and in little memory."""
     chance = Random(request.config.getoption("--seed"))
     good = descriptor('RW 8 FLAT "a" 0', 'RW 8 SPARSE "b"', "RW 4 ZERO", parent="p") * 20
 

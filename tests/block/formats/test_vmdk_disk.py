@@ -17,12 +17,12 @@ NO_TEXT = parse_descriptor(b"")
 
 
 def sparse(data: bytes) -> Image:
-    """Return what a sparse extent says."""
+    """Return the parsed header of a sparse extent."""
     return parse(lambda offset, length: data[offset : offset + length], len(data), is_part=True)
 
 
 def entries(disk: Disk, files: dict[int, bytes]) -> list[int]:
-    """Return all entries of a disk; `files` are by their bases."""
+    """Return all entries of a disk. `files` has their content by the extents' bases."""
     found: list[int] = []
     for number in range(disk.shape.tables):
         needs = disk.needs(number)
@@ -35,7 +35,7 @@ def entries(disk: Disk, files: dict[int, bytes]) -> list[int]:
 
 
 def test_flat_extents_follow_one_another() -> None:
-    """A cluster is where its extent's file has it; clusters are as large as the borders between extents allow."""
+    """A cluster is where its extent has it in the file. Clusters are as large as the borders between extents allow."""
     disk = Disk(
         [Piece(0, 3 * 4096, 512), Piece(3 * 4096, 8192, 1 << 30), Piece(5 * 4096, 512, 0, is_zeros=True)], NO_TEXT
     )
@@ -46,7 +46,9 @@ def test_flat_extents_follow_one_another() -> None:
 
 
 def test_tables_of_extents_need_not_begin_where_those_of_the_disk_do() -> None:
-    """Extents of any number of grains give each grain of the disk, in whatever table it is."""
+    """Extents with any number of grains give the right entry for each grain, although their tables are not aligned to
+    the disk's.
+    """
     chance = Random(1)
     pieces, files, expected = [], {}, []
     start, base = 0, 0
@@ -67,7 +69,7 @@ def test_tables_of_extents_need_not_begin_where_those_of_the_disk_do() -> None:
 
 
 def test_a_table_that_is_not_there_needs_nothing() -> None:
-    """Where an extent has no table, its grains are the parent's."""
+    """If an extent has no table, its grains come from the parent."""
     data = bytearray(vmdk(64 * MIB, {}))
     data[21 * 512 : 21 * 512 + 4] = bytes(4)
     disk = Disk([Piece(0, 64 * MIB, 0, sparse(bytes(data)))], NO_TEXT)

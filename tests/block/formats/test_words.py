@@ -1,4 +1,4 @@
-"""Tables of numbers, in either order of bytes."""
+"""Tables of numbers in either byte order."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ SIGNS: dict[Order, str] = {"big": ">", "little": "<"}
 @pytest.mark.parametrize("order", SIGNS)
 @pytest.mark.parametrize("kind", ["H", "I", "Q"])
 def test_both_orders(order: Order, kind: str) -> None:
-    """Numbers are as `struct` has them; bytes that are no whole number are left out; a table is left as it was."""
+    """Numbers are encoded as by `struct`. A partial number at the end is ignored, and packing does not change the
+    table.
+    """
     numbers = [1, 0x0203, 0xFFFE]
     data = struct.pack(f"{SIGNS[order]}3{kind}", *numbers)
     table = unpack(kind, data + b"\1", order)

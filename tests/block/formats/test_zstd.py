@@ -1,4 +1,4 @@
-"""Clusters that are compressed by zstd: what unpacks them, by the package and by the standard library alike."""
+"""Decompression of zstd clusters by the package and by the standard library, with the same tests."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def with_checksum(data: bytes) -> bytes:
 
 
 def wide(bits: int) -> bytes:
-    """Return a frame that may look back by 2 to the power of so many bytes."""
+    """Return a frame whose window has 2 to the power of `bits` bytes."""
     parameters = zstandard.ZstdCompressionParameters(window_log=bits, compression_level=3)
     packer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
     return packer.compress(DATA) + packer.flush()
@@ -40,7 +40,7 @@ def wide(bits: int) -> bytes:
 
 @pytest.fixture
 def with_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have a Python whose standard library has zstd, on any version: the package backports.zstd is that very code."""
+    """Simulate a Python whose standard library has zstd. The package backports.zstd is the same code."""
     monkeypatch.setattr(sys, "version_info", max(sys.version_info, (3, 14)))
     compression = ModuleType("compression")
     compression.zstd = library  # type: ignore[attr-defined]  # a module for the import system only
@@ -49,19 +49,19 @@ def with_library(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def without_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have a Python whose standard library has no zstd."""
+    """Simulate a Python whose standard library has no zstd."""
     monkeypatch.setattr(sys, "version_info", min(sys.version_info, (3, 13)))
     monkeypatch.setitem(sys.modules, "compression", None)
 
 
 def test_the_host_unpacks() -> None:
-    """What is found on this host unpacks a cluster."""
+    """The decompressor that is found on this host works."""
     assert DATA == find_unzstd()(zstd(DATA), SIZE)
 
 
 @pytest.mark.usefixtures("with_library")
 def test_the_standard_library_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Python that has zstd itself needs no package, and uses none."""
+    """If the standard library has zstd, it is used, and no package is needed."""
     packed = zstd(DATA)
     monkeypatch.setitem(sys.modules, "zstandard", None)
     unpack = find_unzstd()
@@ -72,7 +72,7 @@ def test_the_standard_library_comes_first(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.usefixtures("without_library")
 def test_an_older_python_needs_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before Python 3.14 it is the package that unpacks; without it the sentence says what to install."""
+    """Before Python 3.14 the package is used. If it is not installed, the error says what to install."""
     unpack = find_unzstd()
 
     assert isinstance(unpack, OfPackage)
@@ -98,7 +98,7 @@ def test_an_older_python_needs_the_package(monkeypatch: pytest.MonkeyPatch) -> N
     ids=["with what follows it", "with its neighbour", "checksum", "two frames", "skipped frame", "window of 8 MiB"],
 )
 def test_clusters(unpack: Unpack, packed: bytes) -> None:
-    """A cluster is unpacked from one frame or several, and what follows it in its last sector is left alone."""
+    """A cluster is read from one frame or several, and bytes behind it in its last sector are ignored."""
     assert DATA == unpack(packed, SIZE)
 
 
@@ -118,14 +118,16 @@ def test_clusters(unpack: Unpack, packed: bytes) -> None:
     ],
 )
 def test_damaged_clusters(unpack: Unpack, packed: bytes, sentence: str) -> None:
-    """What gives less than a cluster, or more, or wants too much memory, is damaged."""
+    """Compressed data that give too few or too many bytes, or need too much memory, count as damaged."""
     with pytest.raises(DriverError, match=sentence):
         unpack(packed, SIZE)
 
 
 @pytest.mark.parametrize("unpack", [*UNPACKERS.values(), inflate], ids=[*UNPACKERS, "deflate"])
 def test_any_bytes_are_a_cluster_or_a_sentence(request: pytest.FixtureRequest, unpack: Unpack) -> None:
-    """R19: whatever stands where a compressed cluster should be, a cluster or DriverError comes out, soon and small."""
+    """R19: any bytes in place of a compressed cluster are accepted or raise DriverError, quickly and in little
+    memory.
+    """
     chance = Random(request.config.getoption("--seed"))
     good = with_checksum(DATA[:4096]) + zstd(bytes(4096)) + zstd(DATA[:2000]) + zstd(DATA[2000:4096])
 
