@@ -1,4 +1,4 @@
-"""Images for the tests of image commands: the content of one disk, in a raw file and in any format."""
+"""Images for the tests of image commands: one disk's content, in a raw file and in any format."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from xenbackend.block.formats.table import FORMATS
 from xenbackend.image.names import Image, find_image
 
 SIZE = 5 << 20
-DATA = {64 << 10: 200 << 10, 3 << 20: 4096, SIZE - 512: 512}  # where there are bytes that are not zeros, and how many
+DATA = {64 << 10: 200 << 10, 3 << 20: 4096, SIZE - 512: 512}  # where data other than zeros are, and how many bytes
 
 
 @pytest.fixture
 def tmp_path() -> Iterator[Path]:
-    """Return a directory in memory: on a disk the many syncs of these tests would take half a minute."""
+    """Return a directory in memory. On a disk, the many syncs of these tests would take half a minute."""
     with tempfile.TemporaryDirectory(prefix="xb-image-", dir="/dev/shm") as directory:
         yield Path(directory)
 
@@ -38,7 +38,7 @@ def raw(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def made(raw: Path, tmp_path: Path) -> Callable[[str], Image]:
-    """Return what makes an image of a format with that content, by QEMU."""
+    """Return a function by which QEMU makes an image of any format with that content."""
 
     def make(image_format: str) -> Image:
         path = tmp_path / f"disk.{image_format}"

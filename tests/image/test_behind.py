@@ -1,4 +1,4 @@
-"""What an image has behind its disk's end, where it was larger before: a disk that grows shows zeros there."""
+"""What an image still has beyond its disk's end, from when it was larger: a disk that grows shows zeros there."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ from xenbackend.image.session import Session
 pytestmark = pytest.mark.usefixtures("parents_anywhere")
 
 SIZE = 1 << 20
-BLOCK = 64 << 10  # of VHD
+BLOCK = 64 << 10  # for VHD
 Clusters = dict[int, bytes]
 
 
 def content(cluster: int, chance: Random, *, share: float = 0.7) -> Clusters:
-    """Return what a disk has, by cluster; some of it is not there."""
+    """Return a disk's content by cluster. Some clusters are absent."""
     pattern = [chance.randbytes(64) * (cluster // 64) for _ in range(3)]  # it can be compressed
     return {number: chance.choice(pattern) for number in range(SIZE // cluster) if chance.random() < share}
 
 
 def flat(clusters: Mapping[int, bytes], cluster: int, size: int = SIZE) -> bytes:
-    """Return the disk."""
+    """Return the content of the whole disk."""
     return b"".join(clusters.get(number, bytes(cluster)) for number in range(SIZE // cluster))[:size]
 
 
 def vhd_with(clusters: Clusters, **more: object) -> bytes:
-    """Return a VHD image of blocks."""
+    """Return a VHD image with these blocks."""
     blocks = {
         number: {sector: data[sector * 512 :][:512] for sector in range(BLOCK // 512)}
         for number, data in clusters.items()
@@ -82,7 +82,7 @@ KINDS: dict[str, tuple[str, int, Callable[[Clusters], bytes]]] = {
 
 
 def cut(data: bytes, size: int) -> bytes:
-    """Return an image that says that its disk ends earlier, and still has what it had."""
+    """Return an image whose disk ends earlier, but which still has the former content behind that end."""
     if data.startswith(b"QFI"):
         return data[:24] + size.to_bytes(8, "big") + data[32:]
     footer, _ = vhd.read_footer(lambda offset, length: data[offset : offset + length], len(data))
@@ -92,7 +92,7 @@ def cut(data: bytes, size: int) -> bytes:
 
 
 def made(kind: str, directory: Path, chance: Random) -> tuple[Image, bytes]:
-    """Make an image of a kind whose disk was cut anywhere, and return it with what its disk holds."""
+    """Make an image of a kind whose disk was cut at a random place, and return it with the disk's content."""
     image_format, cluster, make = KINDS[kind]
     clusters = content(cluster, chance)
     size = chance.choice([chance.randrange(512, SIZE, 512), chance.randrange(cluster, SIZE, cluster)])
@@ -103,9 +103,10 @@ def made(kind: str, directory: Path, chance: Random) -> tuple[Image, bytes]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_new_is_zeros(kind: str, tmp_path: Path) -> None:
-    """Whatever the tables and the last cluster had behind the end: it is gone, for QEMU too, and what was there stays.
+    """Whatever tables and the last cluster held beyond the end, a disk that grows shows zeros there, for QEMU too, and
+    keeps its content.
 
-    What is new can be written, then it is there. Only QCOW2 can give back the room of what was there.
+    The new part can be written. Only QCOW2 can free the clusters that were beyond the end.
     """
     for seed in range(4):
         chance = Random(f"{kind} {seed}")
@@ -127,7 +128,7 @@ def test_what_is_new_is_zeros(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["qcow2, snapshot", "qcow2, 512, snapshot"])
 def test_a_snapshot_keeps_what_it_has(kind: str, tmp_path: Path) -> None:
-    """A snapshot of a larger disk has what the disk had behind its end, also when the disk has grown."""
+    """A snapshot of a larger disk still has the content beyond the present end after the disk has grown."""
     _, cluster, make = KINDS[kind]
     for seed in range(4):
         chance = Random(seed)
@@ -143,7 +144,9 @@ def test_a_snapshot_keeps_what_it_has(kind: str, tmp_path: Path) -> None:
 
 
 def test_a_child_grows_over_what_it_had(tmp_path: Path) -> None:
-    """A child that has sectors behind its end has zeros there, and the parent's below it, when it has grown."""
+    """A child that has old sectors beyond its end shows zeros there after it has grown, and the parent's data
+    before.
+    """
     parent = dict.fromkeys(range(4), b"p" * BLOCK)
     names = [(b"MacX", b"file://./base.vhd")]
     base = cut(vhd_with(parent, uuid=b"p" * 16), 3 * BLOCK + 512)
@@ -158,7 +161,7 @@ def test_a_child_grows_over_what_it_had(tmp_path: Path) -> None:
 
 
 def test_a_map_of_full_blocks_forgets_what_is_behind(tmp_path: Path) -> None:
-    """A block that comes later is not full, whatever the map said of one that was there before."""
+    """When the disk grows, the map of full blocks no longer calls blocks beyond the former end full."""
     path = tmp_path / "disk.vhd"
     path.write_bytes(cut(vhd_with({1: b"a" * BLOCK, 9: b"b" * BLOCK}, full=[1, 9]), 2 * BLOCK))
     place = path.read_bytes().index(b"tdbatmap") + 512
@@ -169,7 +172,9 @@ def test_a_map_of_full_blocks_forgets_what_is_behind(tmp_path: Path) -> None:
 
 
 def test_a_fixed_disk_in_a_longer_file(tmp_path: Path) -> None:
-    """What lies between disk and footer is not the disk's when it grows, also where the file is long enough already."""
+    """Bytes between a fixed disk and its footer are cleared when the disk grows over them, even if the file is long
+    enough.
+    """
     path = tmp_path / "disk.vhd"
     footer = fixed(bytes(BLOCK))[-512:]
     for size in (2 * BLOCK, 3 * BLOCK, 8 * BLOCK):
@@ -184,7 +189,7 @@ def test_a_fixed_disk_in_a_longer_file(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "vhd, fixed"])
 def test_whoever_is_killed_shows_nothing_old(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After each write the disk has its old size and content, or its new size with zeros; and nothing is an error."""
+    """Killed after any write, the disk has its old size and content, or its new size with zeros, and no errors."""
     write_plan, left = writing.write_plan, 0
 
     def killed(file: File, plan: Plan) -> None:
@@ -213,7 +218,7 @@ def test_whoever_is_killed_shows_nothing_old(kind: str, tmp_path: Path, monkeypa
 
 
 def test_a_killed_fixed_disk_has_a_footer(tmp_path: Path) -> None:
-    """A fixed disk that grows has a footer at its file's end after every write, and what is new is zeros at once."""
+    """While a fixed disk grows, after every write a footer is at the file's end and the new part is zeros."""
     path = tmp_path / "disk.vhd"
     path.write_bytes(fixed(b"a" * BLOCK))
     with Session() as session:
@@ -244,7 +249,7 @@ def monitor(file: object, name: str, look: Callable[[], None]) -> None:
 
 
 def test_only_what_is_no_zero_is_cleared() -> None:
-    """Holes stay holes: a stretch of zeros is not written."""
+    """Only stretches that are not zeros yet are written, so holes are kept."""
     data = bytes(1 << 20) + b"x" + bytes((1 << 20) - 1) + bytes(512)
 
     assert [(1 << 20, bytes(1 << 20))] == list(zeros(lambda at, length: data[at : at + length], 0, len(data)))

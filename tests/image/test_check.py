@@ -23,7 +23,7 @@ Make = Callable[[str], Image]
 
 @pytest.mark.parametrize("image_format", ["vhd", "qcow2", "qcow"])
 def test_a_sound_image_is_clean(made: Make, image_format: str) -> None:
-    """What QEMU made has no fault, and a repair alters not a byte of its disk."""
+    """An image that QEMU made has no fault, and a repair does not change a byte of it."""
     image = made(image_format)
     before = Path(image.path).read_bytes()
 
@@ -33,7 +33,7 @@ def test_a_sound_image_is_clean(made: Make, image_format: str) -> None:
 
 
 def test_leaks_are_found_and_given_back(made: Make, raw: Path) -> None:
-    """Raising a refcount leaks a cluster: status 3, the same number as QEMU's, and none after a repair."""
+    """A cluster whose refcount is too high is leaked: the status is 3, the number is QEMU's, and a repair frees it."""
     image = made("qcow2")
     leak(Path(image.path), 2)
     found = check(image)
@@ -46,7 +46,7 @@ def test_leaks_are_found_and_given_back(made: Make, raw: Path) -> None:
 
 
 def test_a_dirty_image_is_an_error_until_it_is_repaired(tmp_path: Path) -> None:
-    """Refcounts that an image itself calls out of date are counted anew, and the mark is taken away."""
+    """If an image says that its refcounts are out of date, a repair counts them again and removes the mark."""
     path = tmp_path / "dirty"
     path.write_bytes(qcow2(1 << 20, {1: b"d" * 4096}, incompatible=DIRTY))
     image = find_image(f"qcow2:{path}")
@@ -57,7 +57,7 @@ def test_a_dirty_image_is_an_error_until_it_is_repaired(tmp_path: Path) -> None:
 
 
 def test_broken_tables_are_not_touched(tmp_path: Path) -> None:
-    """Where more than refcounts is wrong, a repair is refused, and not a byte is altered."""
+    """If more than refcounts is wrong, a repair is refused and changes nothing."""
     path = tmp_path / "broken"
     data = bytearray(qcow2(1 << 20, {1: b"d" * 4096}))
     l1 = int.from_bytes(data[40:48], "big")
@@ -74,7 +74,7 @@ def test_broken_tables_are_not_touched(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_wait_for_locks")
 def test_an_image_in_use_is_refused(made: Make) -> None:
-    """Who writes to an image keeps a check out, and who reads it a repair."""
+    """An image that is being written is not checked, and one that is being read is not repaired."""
     image = made("qcow2")
     with Session() as session:
         session.open(image.chain, read_only=False)
@@ -88,7 +88,7 @@ def test_an_image_in_use_is_refused(made: Make) -> None:
 
 
 def test_what_is_no_image_is_said(tmp_path: Path) -> None:
-    """A file of another format, and one that is not there, are a sentence with the layer or the file."""
+    """For a file of another format, or a missing one, the error names the layer or the file."""
     path = tmp_path / "file"
     path.write_bytes(bytes(4096))
 
@@ -100,7 +100,7 @@ def test_what_is_no_image_is_said(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_killed_writer_leaves_leaks_at_most(made: Make, raw: Path) -> None:
-    """SIGKILL in the middle of writes is status 0 or 3, and 0 after a repair."""
+    """After a SIGKILL in the middle of writes the image has leaks at most, and none after a repair."""
     image = made("qcow2")
     program = (
         "import os, sys; from tests.image_content import Session, parse_chain, write;"

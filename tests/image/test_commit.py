@@ -25,7 +25,7 @@ PAIRS = [("vhd", "vhd"), ("vhd", "raw"), ("qcow2", "qcow2"), ("qcow2", "raw"), (
 
 @pytest.fixture
 def family(made: Make, raw: Path, tmp_path: Path) -> Callable[[str, str], tuple[Image, Image, bytes]]:
-    """Return what makes a child with data of its own, its parent, and what the child reads as."""
+    """Return a function that makes a child with data of its own, its parent, and the content of the child."""
 
     def make(child_format: str, parent_format: str) -> tuple[Image, Image, bytes]:
         parent = image_of_file("raw", str(raw)) if parent_format == "raw" else made(parent_format)
@@ -41,7 +41,9 @@ def family(made: Make, raw: Path, tmp_path: Path) -> Callable[[str, str], tuple[
 def test_the_parent_becomes_what_the_child_was(
     family: Callable[[str, str], tuple[Image, Image, bytes]], tmp_path: Path, child_format: str, parent_format: str
 ) -> None:
-    """Also where the child had written zeros; the child still reads as before, and twice does no harm."""
+    """The parent gets the child's content, zeros included. The child reads as before, and a second commit does
+    no harm.
+    """
     child, parent, expected = family(child_format, parent_format)
     for _ in range(2):
         assert commit(child, ignore).written > 0
@@ -56,7 +58,9 @@ def test_the_parent_becomes_what_the_child_was(
 def test_zeros_of_a_child_are_written_over_data_only(
     family: Callable[[str, str], tuple[Image, Image, bytes]],
 ) -> None:
-    """A range that the child says is zeros becomes zeros in the parent, and takes no room where it was zeros before."""
+    """A range that the child says is zeros becomes zeros in the parent, and takes no space there if it was zeros
+    before.
+    """
     child, parent, expected = family("qcow2", "raw")
     qemu_io(Path(child.path), "qcow2", "write -z 64k 64k", "write -z 2M 1M")
     before = Path(parent.path).stat().st_blocks
@@ -75,7 +79,9 @@ def test_a_commit_that_is_stopped_can_be_done_again(
     child_format: str,
     parent_format: str,
 ) -> None:
-    """Stopped between any two turns, the child reads as it did, the parent is whole, and a second one ends it."""
+    """If a commit is stopped at any point, the child reads as before, the parent is sound, and a second commit
+    completes it.
+    """
     monkeypatch.setattr("xenbackend.image.transfer.DEPTH", 1)
     child, parent, expected = family(child_format, parent_format)
     before = Path(child.path).read_bytes()
@@ -98,7 +104,7 @@ def test_a_commit_that_is_stopped_can_be_done_again(
 
 
 def test_progress_reaches_its_end(family: Callable[[str, str], tuple[Image, Image, bytes]]) -> None:
-    """It begins with nothing and ends with everything."""
+    """Progress begins with nothing and ends with everything."""
     seen: list[tuple[int, int]] = []
     child, _, _ = family("qcow2", "raw")
     commit(child, lambda done, total: seen.append((done, total)))
@@ -108,7 +114,7 @@ def test_progress_reaches_its_end(family: Callable[[str, str], tuple[Image, Imag
 
 
 def test_what_cannot_be_committed_is_refused(made: Make, raw: Path, tmp_path: Path) -> None:
-    """No parent, or one that is too small: a sentence that says what to do."""
+    """If there is no parent, or it is too small, the error says what to do."""
     with pytest.raises(ConfigError, match="has no parent"):
         commit(made("qcow2"), ignore)
     larger = create("qcow2", f"{tmp_path}/larger", 6 * MIB, parent=image_of_file("raw", str(raw)))
@@ -119,7 +125,7 @@ def test_what_cannot_be_committed_is_refused(made: Make, raw: Path, tmp_path: Pa
 @pytest.mark.usefixtures("no_wait_for_locks")
 @pytest.mark.parametrize("user", ["child", "parent"])
 def test_images_in_use_are_refused(family: Callable[[str, str], tuple[Image, Image, bytes]], user: str) -> None:
-    """Neither a child that is written, nor a parent that anybody reads, is touched; it is named."""
+    """A child that is being written and a parent that is in use are not changed, and the error names them."""
     child, parent, _ = family("qcow2", "raw")
     before = Path(parent.path).read_bytes()
     with Session() as session:

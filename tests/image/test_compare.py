@@ -1,4 +1,4 @@
-"""Whether two chains read the same, beside qemu-img."""
+"""Comparing the content of two chains, as qemu-img does."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def compared(one: str, other: str) -> Compared:
 
 @pytest.mark.parametrize("image_format", ["vhd", "qcow2", "qcow"])
 def test_formats_do_not_matter(made: Make, raw: Path, image_format: str) -> None:
-    """The same disk in two formats is the same, whatever each of them has of its zeros."""
+    """The same disk in two formats is equal, whatever each of them stores of its zeros."""
     found = compared(f"aio:{raw}", made(image_format).text)
 
     assert Compared((5 * MIB, 5 * MIB), None) == found
@@ -36,7 +36,9 @@ def test_formats_do_not_matter(made: Make, raw: Path, image_format: str) -> None
 
 @pytest.mark.parametrize("seed", range(8))
 def test_the_first_byte_that_differs_is_named(made: Make, raw: Path, seed: int) -> None:
-    """In data, in zeros that only one of them has, at the edge of a piece: wherever it is, and whichever is first."""
+    """The first byte that differs is found, whether in data, in zeros that only one image stores, or at the edge of a
+    piece.
+    """
     chance = Random(seed)
     places = sorted(chance.choice([0, MIB - 1, MIB, 5 * MIB - 1, chance.randrange(5 * MIB)]) for _ in range(2))
     image = made(chance.choice(["vhd", "qcow2"]))
@@ -51,7 +53,7 @@ def test_the_first_byte_that_differs_is_named(made: Make, raw: Path, seed: int) 
 
 
 def test_a_file_that_ends_inside_a_sector(tmp_path: Path) -> None:
-    """It is the same as one with zeros up to the end of that sector, and not as one with something else there."""
+    """A file that ends inside a sector equals one with zeros up to the end of that sector, and no other."""
     odd, whole = tmp_path / "odd", tmp_path / "whole"
     odd.write_bytes(b"x" * (MIB + 100))
     whole.write_bytes(b"x" * (MIB + 100) + bytes(412))
@@ -66,7 +68,9 @@ def test_a_file_that_ends_inside_a_sector(tmp_path: Path) -> None:
 
 
 def test_zeros_behind_the_end_are_the_same_unless_size_counts(raw: Path, tmp_path: Path) -> None:
-    """A disk that is larger by zeros has the same content; by data it has not."""
+    """A disk that is larger by zeros has the same content, except with `strict`. One that is larger by data
+    does not.
+    """
     larger = tmp_path / "larger"
     larger.write_bytes(raw.read_bytes() + bytes(3 * MIB))
     found = compared(f"aio:{raw}", f"aio:{larger}")
@@ -80,7 +84,7 @@ def test_zeros_behind_the_end_are_the_same_unless_size_counts(raw: Path, tmp_pat
 
 
 def test_what_neither_has_is_not_read(tmp_path: Path) -> None:
-    """Two empty disks of 100 GiB are the same at once, also through a filter that would fail each read."""
+    """Two empty disks of 100 GiB are equal without any read, even behind a filter that fails all reads."""
     one = create("qcow2", f"{tmp_path}/one", 100 << 30).text
     other = create("vhd", f"{tmp_path}/other", 100 << 30).text
 
@@ -89,7 +93,7 @@ def test_what_neither_has_is_not_read(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_wait_for_locks")
 def test_an_image_that_is_written_is_refused(made: Make, raw: Path) -> None:
-    """What is read would be half of somebody's change."""
+    """An image that is being written is refused, because its content may change meanwhile."""
     image = made("qcow2")
     with Session() as session:
         session.open(image.chain, read_only=False)

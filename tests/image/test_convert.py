@@ -29,7 +29,7 @@ MIB = 1 << 20
 
 
 def stop_after(steps: int) -> Progress:
-    """Return a progress that stops at the step after so many."""
+    """Return a progress callback that interrupts after so many steps."""
     left = steps
 
     def progress(_done: int, _total: int) -> None:
@@ -43,13 +43,13 @@ def stop_after(steps: int) -> Progress:
 
 @pytest.fixture
 def target(tmp_path: Path) -> Image:
-    """Return an image that is not there yet."""
+    """Return an image that does not exist yet."""
     return find_image(f"qcow2:{tmp_path}/new")
 
 
 @pytest.fixture
 def small_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make each turn one request, and each of them a checkpoint."""
+    """Make each turn one request, and save the state after each of them."""
     monkeypatch.setattr("xenbackend.image.transfer.DEPTH", 1)
     monkeypatch.setattr("xenbackend.image.transfer.SYNC_EVERY", 1)
 
@@ -67,7 +67,9 @@ def small_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_format_becomes_every_other(
     made: Make, raw: Path, tmp_path: Path, source: str, to: str, wishes: Wishes
 ) -> None:
-    """The new image holds what the old one does, for QEMU, takes no more room than the data, and nothing is left."""
+    """The new image has the old one's content, for QEMU too, takes no more space than the data, and no other file is
+    left.
+    """
     image = image_of_file("raw", str(raw)) if source == "raw" else made(source)
     new = image_of_file(to, f"{tmp_path}/new")
     done = convert(image.chain, new, wishes, ignore)
@@ -96,7 +98,7 @@ def test_every_format_becomes_every_other(
     ],
 )
 def test_what_a_format_does_not_have_is_not_read(tmp_path: Path, image_format: str, options: str) -> None:
-    """Of a large disk with little data, the rest is known to be zeros by tables or holes: a read of it would fail."""
+    """Of a large disk with little data, only data are read: tables or holes show that the rest is zeros."""
     source, name = tmp_path / "source", FORMATS[image_format].qemu_name
     qemu.qemu_img("create", "-q", "-f", name, *(["-o", options] if options else []), source, "1G")
     qemu.qemu_io(source, name, "write -P 7 20M 1M")
@@ -112,7 +114,7 @@ def test_what_a_format_does_not_have_is_not_read(tmp_path: Path, image_format: s
 
 @pytest.mark.parametrize("image_format", ["raw", "qcow2", "vhd", "qcow"])
 def test_a_file_that_ends_inside_a_sector(tmp_path: Path, image_format: str) -> None:
-    """Its last sector ends in zeros, in whatever it becomes."""
+    """If a file ends inside a sector, the rest of that sector becomes zeros in any format."""
     path = tmp_path / "odd"
     path.write_bytes(data := Random(3).randbytes((3 << 20) + 1))
     copy = image_of_file(image_format, f"{tmp_path}/copy")
@@ -124,7 +126,7 @@ def test_a_file_that_ends_inside_a_sector(tmp_path: Path, image_format: str) -> 
 
 
 def test_a_chain_with_parents_is_flattened(made: Make, raw: Path, tmp_path: Path, target: Image) -> None:
-    """What is converted is what a guest reads, with every parent, also through filters."""
+    """A conversion copies what a guest reads, including all parents, also through filters."""
     child = create("vhd", f"{tmp_path}/child", None, parent=made("vhd"))
     disk_write(child.text, {MIB: b"c" * 4096})
     convert(parse_chain(f"delay:|{child.text}"), target, NONE, ignore)
@@ -137,7 +139,9 @@ def test_a_chain_with_parents_is_flattened(made: Make, raw: Path, tmp_path: Path
 @pytest.mark.usefixtures("small_turns")
 @pytest.mark.parametrize("steps", [0, 1, 2, 3])
 def test_what_was_stopped_can_be_gone_on_with(made: Make, raw: Path, tmp_path: Path, target: Image, steps: int) -> None:
-    """Stopped anywhere, source and target's name are untouched; it goes on from where it was, and ends the same."""
+    """If a conversion is stopped anywhere, the source is unchanged and the target does not exist. `resume` continues it
+    to the same result.
+    """
     source = made("vhd")
     before = Path(source.path).read_bytes()
     with pytest.raises(KeyboardInterrupt):
@@ -156,7 +160,7 @@ def test_what_was_stopped_can_be_gone_on_with(made: Make, raw: Path, tmp_path: P
 
 @pytest.mark.usefixtures("small_turns")
 def test_what_a_killed_one_leaked_is_given_back(raw: Path, tmp_path: Path, target: Image) -> None:
-    """A partial image with room that nothing uses is repaired before it is gone on with."""
+    """Leaks in a partial image are repaired before the conversion is resumed."""
     with pytest.raises(KeyboardInterrupt):
         convert(parse_chain(f"aio:{raw}"), target, NONE, stop_after(2))
     leak(tmp_path / "new.partial")
@@ -168,7 +172,7 @@ def test_what_a_killed_one_leaked_is_given_back(raw: Path, tmp_path: Path, targe
 
 @pytest.mark.usefixtures("small_turns")
 def test_a_failure_can_be_gone_on_from_too(raw: Path, target: Image, tmp_path: Path) -> None:
-    """An error of the source ends it with what was done before; it is no reason to begin anew."""
+    """If the source fails, the conversion ends, and can be resumed from where it was."""
     broken = parse_chain(f"fault:errno=EIO,op=read,range=3M-4M|aio:{raw}")
     with pytest.raises(RequestFailed, match="Input/output error"):
         convert(broken, target, NONE, ignore)
@@ -178,7 +182,9 @@ def test_a_failure_can_be_gone_on_from_too(raw: Path, target: Image, tmp_path: P
 
 @pytest.mark.usefixtures("small_turns")
 def test_what_has_changed_is_not_gone_on_with(made: Make, raw: Path, tmp_path: Path, target: Image) -> None:
-    """Another source, a source that was written, other wishes, a state that cannot be read: each is refused."""
+    """A conversion is not resumed if the source is another one or was written, options differ, or the state cannot be
+    read.
+    """
     source = made("vhd")
     with pytest.raises(KeyboardInterrupt):
         convert(source.chain, target, NONE, stop_after(2))
@@ -199,13 +205,15 @@ def test_what_has_changed_is_not_gone_on_with(made: Make, raw: Path, tmp_path: P
 
 
 def test_with_nothing_to_go_on_with_it_begins(raw: Path, target: Image) -> None:
-    """So a script may always say --resume."""
+    """With nothing to resume, --resume begins a conversion, so that a script can always use it."""
     assert 0 == convert(parse_chain(f"aio:{raw}"), target, NONE, ignore, resume=True).resumed_at
     assert_same_for_qemu(Path(target.path), "qcow2", raw)
 
 
 def test_nothing_is_written_over_or_left(raw: Path, tmp_path: Path) -> None:
-    """A target that is there, one that cannot be, a source that cannot be opened: refused, and nothing is made."""
+    """If the target exists or cannot be made, or the source cannot be opened, conversion is refused and no file is
+    made.
+    """
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     cases: list[tuple[str, str, Any]] = [
         (f"aio:{raw}", f"qcow2:{raw}", ConfigError),
@@ -222,7 +230,7 @@ def test_nothing_is_written_over_or_left(raw: Path, tmp_path: Path) -> None:
 
 
 def test_a_raw_disk_can_be_written_over(made: Make, raw: Path, tmp_path: Path) -> None:
-    """Whatever it held is what the source reads as, zeros too; what is behind the source's end stays."""
+    """A raw disk that is overwritten reads as the source, zeros included. What lies beyond the source's end is kept."""
     path = tmp_path / "device"
     path.write_bytes(b"old!" * (6 * MIB // 4))
     done = overwrite(made("qcow2").chain, image_of_file("raw", str(path)).chain, ignore)
@@ -232,7 +240,7 @@ def test_a_raw_disk_can_be_written_over(made: Make, raw: Path, tmp_path: Path) -
 
 
 def test_what_cannot_be_written_over_is_refused(made: Make, raw: Path, tmp_path: Path) -> None:
-    """A disk that is too small, and an image of a format, stay as they are."""
+    """A disk that is too small, and an image of a format, are not overwritten."""
     source, small = made("qcow2"), tmp_path / "small"
     small.write_bytes(b"old!" * 1024)
     with pytest.raises(ConfigError, match="has 4 KiB, but the source has 5 MiB"):
@@ -245,7 +253,7 @@ def test_what_cannot_be_written_over_is_refused(made: Make, raw: Path, tmp_path:
 
 @pytest.mark.slow
 def test_a_device_in_use_is_not_written_over(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mounted device, and one over a file that is in use, stay as they are; share=on writes to it all the same."""
+    """A device that is mounted, or whose file is in use, is not overwritten, except with share=on."""
     monkeypatch.setattr("xenbackend.image.session.LOCK_TIMEOUT_S", 0)
     with loops.loop(tmp_path / "disk", 8 * MIB, sector_size=512) as (device, file):
         target = image_of_file("raw", device)
@@ -257,12 +265,12 @@ def test_a_device_in_use_is_not_written_over(raw: Path, tmp_path: Path, monkeypa
             overwrite(parse_chain(f"aio:{raw}"), target.chain, ignore)
         with loops.mounted(device, tmp_path / "place", "-o", "ro"):
             overwrite(parse_chain(f"aio:{raw}"), find_image(f"aio:{device},share=on").chain, ignore)
-        piece = slice(3 * MIB, 3 * MIB + 4096)  # where the file system that was mounted writes nothing itself
+        piece = slice(3 * MIB, 3 * MIB + 4096)  # the file system that was mounted does not write here
         assert raw.read_bytes()[piece] == file.read_bytes()[piece]
 
 
 def test_a_state_is_forgotten_once(tmp_path: Path) -> None:
-    """To forget what is not there is no error."""
+    """Removing a state that does not exist is no error."""
     state = State(f"{tmp_path}/state")
     state.save({"size": 1}, 5)
 
@@ -276,7 +284,9 @@ def test_a_state_is_forgotten_once(tmp_path: Path) -> None:
 def test_a_source_that_changes_meanwhile_is_not_published(
     raw: Path, tmp_path: Path, target: Image, change: str
 ) -> None:
-    """A program that takes no lock cannot have half of its change converted; what the source lost is no hole."""
+    """If a program without a lock changes the source during a conversion, the target is not published, and a truncated
+    part is not taken for a hole.
+    """
 
     def progress(done: int, _total: int) -> None:
         if not done:
@@ -294,7 +304,9 @@ def test_a_source_that_changes_meanwhile_is_not_published(
 def test_of_two_that_begin_at_once_one_does(
     raw: Path, tmp_path: Path, target: Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other one is refused though there was nothing when it looked, and what is known of the first one stays."""
+    """If another conversion to the same target begins at the same time, one is refused, and the other one's state is
+    kept.
+    """
     look, source = module._identity, parse_chain(f"aio:{raw}")
 
     def look_while_the_other_begins(*arguments: Any) -> dict[str, Any]:
@@ -315,7 +327,9 @@ def test_of_two_that_begin_at_once_one_does(
 def test_what_is_under_way_is_not_gone_on_with(
     raw: Path, tmp_path: Path, to: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Somebody else is told that it is in use until it has its name, and not to remove anything."""
+    """While a conversion is under way, until its image has its name, a second one is refused as in use, without advice
+    to remove a file.
+    """
     source, target = parse_chain(f"aio:{raw}"), image_of_file(to, f"{tmp_path}/new")
     refused = []
 
@@ -339,7 +353,7 @@ def test_what_is_under_way_is_not_gone_on_with(
 def test_what_is_completed_is_not_written_again(
     raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
 ) -> None:
-    """Who waited for the lock, and got it when the image had its name, writes nothing there."""
+    """A process that waited for the lock while another one completed the image does not write to it."""
     source, target = parse_chain(f"aio:{raw}"), image_of_file(to, f"{tmp_path}/new")
     with pytest.raises(KeyboardInterrupt):
         convert(source, target, NONE, stop_after(1))
@@ -361,9 +375,10 @@ def test_what_is_completed_is_not_written_again(
 def test_a_state_without_its_image_says_nothing(
     raw: Path, tmp_path: Path, target: Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that was killed after its image had its name, which is gone since: the next one begins at the beginning.
+    """If a state was left behind although its image was completed, and that is gone since, the next conversion begins
+    at the beginning.
 
-    There is no moment when the former state lies beside the new image.
+    The old state is removed before the new image is made.
     """
     source, state = parse_chain(f"aio:{raw}"), tmp_path / "new.partial.json"
     with pytest.raises(KeyboardInterrupt):
@@ -387,7 +402,7 @@ def test_a_state_without_its_image_says_nothing(
 def test_without_a_state_there_is_no_partial_image(
     raw: Path, tmp_path: Path, target: Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where a full disk has no room for it, nothing is left."""
+    """If the state cannot be saved because the disk is full, no partial image is left."""
 
     def fail(*_: object) -> None:
         raise OSError(errno.ENOSPC, "no room")

@@ -21,7 +21,7 @@ MIB = 1 << 20
 
 @pytest.mark.parametrize("parent_format", ["raw", "vhd", "qcow2", "qcow"])
 def test_a_qcow2_child_reads_as_its_parent(made: Make, raw: Path, tmp_path: Path, parent_format: str) -> None:
-    """Its parent's format is in the image, so that both QEMU and we open it without being told."""
+    """The child stores its parent's format, so QEMU and we open it without being told."""
     parent = image_of_file("raw", str(raw)) if parent_format == "raw" else made(parent_format)
     child = create("qcow2", f"{tmp_path}/child", None, parent=parent)
 
@@ -32,7 +32,7 @@ def test_a_qcow2_child_reads_as_its_parent(made: Make, raw: Path, tmp_path: Path
 
 @pytest.mark.parametrize("parent_format", ["raw", "vhd"])
 def test_a_vhd_child_reads_as_its_parent(made: Make, raw: Path, tmp_path: Path, parent_format: str) -> None:
-    """A differencing image finds its parent by its name and knows it by its UUID."""
+    """A differencing image finds its parent by name and recognizes it by its UUID."""
     parent = image_of_file("raw", str(raw)) if parent_format == "raw" else made(parent_format)
     child = create("vhd", f"{tmp_path}/child", None, parent=parent)
     disk_write(child.text, {512: b"c" * 512})
@@ -44,7 +44,7 @@ def test_a_vhd_child_reads_as_its_parent(made: Make, raw: Path, tmp_path: Path, 
 
 @pytest.mark.parametrize("image_format", ["vhd", "qcow2"])
 def test_a_parent_that_ends_inside_a_sector(tmp_path: Path, image_format: str) -> None:
-    """A child has whole sectors, of which its parent's last one ends in zeros."""
+    """A child of a file that ends inside a sector has whole sectors, with zeros at the end."""
     odd = tmp_path / "odd"
     odd.write_bytes(data := b"p" * (MIB + 1))
     child = create(image_format, f"{tmp_path}/child", None, parent=image_of_file("raw", str(odd)))
@@ -55,7 +55,9 @@ def test_a_parent_that_ends_inside_a_sector(tmp_path: Path, image_format: str) -
 
 
 def test_a_parents_names_have_room_behind_a_table(raw: Path, tmp_path: Path) -> None:
-    """However long the table is, the names come between it and the footer, and the file ends where direct I/O can."""
+    """However long the table is, the parent's names are between it and the footer, and the file's end is aligned for
+    direct I/O.
+    """
     child = create("vhd", f"{tmp_path}/child", 2816 << 20, parent=image_of_file("raw", str(raw)))
 
     assert 12288 == (tmp_path / "child").stat().st_size
@@ -63,7 +65,7 @@ def test_a_parents_names_have_room_behind_a_table(raw: Path, tmp_path: Path) -> 
 
 
 def test_a_qcow_child_is_told_its_parents_format(made: Make, raw: Path, tmp_path: Path) -> None:
-    """This version cannot store the format, so the text that is returned says it."""
+    """QCOW version 1 cannot store the parent's format, so the returned text names it."""
     child = create("qcow", f"{tmp_path}/child", None, parent=image_of_file("raw", str(raw)))
 
     assert f"qcow:{tmp_path}/child,parent_format=raw" == child.text
@@ -72,7 +74,7 @@ def test_a_qcow_child_is_told_its_parents_format(made: Make, raw: Path, tmp_path
 
 @pytest.mark.parametrize("image_format", ["vhd", "qcow2"])
 def test_a_tree_can_be_moved(made: Make, raw: Path, tmp_path: Path, image_format: str) -> None:
-    """A parent in the same tree is named relative to the child, and known wherever the tree is by then."""
+    """A parent is named relative to its child, so the child still finds it after both have moved together."""
     tree = tmp_path / "tree"
     (tree / "base").mkdir(parents=True)
     (tree / "guests").mkdir()
@@ -86,7 +88,7 @@ def test_a_tree_can_be_moved(made: Make, raw: Path, tmp_path: Path, image_format
 
 
 def test_children_of_children(made: Make, raw: Path, tmp_path: Path) -> None:
-    """A snapshot of a snapshot has both beneath it, and a larger child reads zeros behind its parent."""
+    """A snapshot of a snapshot reads through both, and a child larger than its parent reads zeros beyond it."""
     first = snapshot(made("qcow2"), f"{tmp_path}/one")
     second = snapshot(find_image(first.text), f"{tmp_path}/two")
     larger = create("qcow2", f"{tmp_path}/three", 6 << 20, parent=find_image(second.text))
@@ -97,7 +99,7 @@ def test_children_of_children(made: Make, raw: Path, tmp_path: Path) -> None:
 
 
 def test_there_are_only_so_many_generations(made: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A child that could not be opened any more is not made."""
+    """A child that would have too many parents to be opened is not made."""
     monkeypatch.setattr("xenbackend.block.leaf.MAX_PARENTS", 1)
     child = snapshot(made("qcow2"), f"{tmp_path}/one")
 
@@ -106,7 +108,7 @@ def test_there_are_only_so_many_generations(made: Make, tmp_path: Path, monkeypa
 
 
 def test_a_parents_own_options_go_on(made: Make, raw: Path, tmp_path: Path) -> None:
-    """What a parent's layer had to say for its own parents, the child's layer says too."""
+    """The options that a parent's layer needs for its own parents are also given to the child's layer."""
     child = create("qcow", f"{tmp_path}/child", None, parent=image_of_file("raw", str(raw)))
     (tmp_path / "sub").mkdir()
     grandchild = create("qcow2", f"{tmp_path}/sub/grandchild", None, parent=find_image(child.text))
@@ -116,7 +118,9 @@ def test_a_parents_own_options_go_on(made: Make, raw: Path, tmp_path: Path) -> N
 
 
 def test_what_cannot_be_made_is_refused(made: Make, raw: Path, tmp_path: Path) -> None:
-    """No size and no parent, a parent of a wrong format, a raw child, a parent that is not there: nothing is made."""
+    """Neither a size nor a parent, a parent of a wrong format, a raw child, a missing parent: each is refused and
+    nothing is made.
+    """
     parent, before = made("qcow2"), {path.name for path in tmp_path.iterdir()} | {"disk.qcow2"}
     new = f"{tmp_path}/new"
     with pytest.raises(ConfigError, match="needs a size"):
@@ -131,11 +135,11 @@ def test_what_cannot_be_made_is_refused(made: Make, raw: Path, tmp_path: Path) -
 
 
 NAMES = [b"a:b", b"nbd:x", b"%41", b"a%b", b"b\\c", b"C:", "\xfc \u65e5".encode(), b"x" * 250, b"-", b"a b "]
-NO_TEXTS = [b"\xff", b"\xef\xbf\xbd"]  # the second is what others are decoded to
+NO_TEXTS = [b"\xff", b"\xef\xbf\xbd"]  # other names are decoded to the second one
 
 
 def parent_called(directory: Path, image_format: str, name: bytes) -> Image:
-    """Return an image with something in it."""
+    """Return an image with some data."""
     path = f"{directory}/{os.fsdecode(name)}"
     create(image_format, path, 1 << 20)
     parent = image_of_file(image_format, path)
@@ -146,7 +150,7 @@ def parent_called(directory: Path, image_format: str, name: bytes) -> Image:
 @pytest.mark.parametrize("image_format", ["vhd", "qcow2", "qcow"])
 @pytest.mark.parametrize("name", NAMES, ids=repr)
 def test_a_child_finds_its_parent_by_any_name(tmp_path: Path, image_format: str, name: bytes) -> None:
-    """Whatever a parent is called, its child can be opened."""
+    """A child can be opened whatever its parent's name."""
     child = snapshot(parent_called(tmp_path, image_format, name), f"{tmp_path}/child")
 
     assert b"p" * 512 == disk_content(child.text)[512:1024]
@@ -154,7 +158,7 @@ def test_a_child_finds_its_parent_by_any_name(tmp_path: Path, image_format: str,
 
 @pytest.mark.parametrize("name", NO_TEXTS, ids=repr)
 def test_a_name_that_cannot_be_read_back_is_not_written(tmp_path: Path, name: bytes) -> None:
-    """VHD has no word for a name that is no Unicode text: no child is made, with the reason; QCOW2 has."""
+    """VHD cannot store a name that is not Unicode text, so the child is refused with the reason. QCOW2 can store it."""
     parent = parent_called(tmp_path, "vhd", name)
     with pytest.raises(ConfigError, match=r"cannot name its parent .* rename the parent, or make a qcow2 image"):
         snapshot(parent, f"{tmp_path}/child")

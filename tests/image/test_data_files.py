@@ -1,4 +1,4 @@
-"""What is done to QCOW2 images whose data are in another file, which is locked, grown and checked with the image."""
+"""Image commands on QCOW2 images with an external data file, which is locked, grown and checked with the image."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ pytestmark = pytest.mark.usefixtures("parents_anywhere")
 
 MIB = 1 << 20
 SIZE = 3 * MIB - 1024
-DATA = {0: 4096, MIB: 300 << 10, SIZE - 512: 512}  # where there are bytes that are not zeros, and how many
+DATA = {0: 4096, MIB: 300 << 10, SIZE - 512: 512}  # where data other than zeros are, and how many bytes
 
 
 @pytest.fixture(params=["thin", "raw"])
 def image(tmp_path: Path, request: pytest.FixtureRequest) -> Image:
-    """Return an image of QEMU's with a data file, thin or a raw disk."""
+    """Return an image of QEMU's with a data file that is thin, or a raw disk."""
     options = f"data_file={tmp_path}/data,data_file_raw={'on' if request.param == 'raw' else 'off'}"
     qemu_img("create", "-f", "qcow2", "-o", options, tmp_path / "a", str(SIZE))
     found, chance = find_image(f"qcow2:{tmp_path}/a,data_file={tmp_path}/data"), Random(1)
@@ -47,7 +47,7 @@ def image(tmp_path: Path, request: pytest.FixtureRequest) -> Image:
 
 @pytest.mark.slow
 def test_the_map_is_qemus(image: Image) -> None:
-    """What `image map --json` shows are places in the data file, as with qemu-img."""
+    """`image map --json` shows places in the data file, as qemu-img does."""
     with Session() as session:
         found = list(map_chain(session.open(image.chain, read_only=True).chain.layers))
     theirs = json.loads(qemu_img("map", "--output=json", "-f", "qcow2", image.path))
@@ -58,7 +58,9 @@ def test_the_map_is_qemus(image: Image) -> None:
 
 @pytest.mark.slow
 def test_it_is_converted(image: Image, tmp_path: Path) -> None:
-    """A converted image holds the same, and needs no data file; who touched the data file has changed the source."""
+    """A converted image has the same content and needs no data file. A change of the data file counts as a change of
+    the source.
+    """
     target = image_of_file("qcow2", f"{tmp_path}/new")
     before = disk_content(image.text)
 
@@ -84,7 +86,7 @@ def test_it_is_converted(image: Image, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("size", "extra"), [(3 * MIB, 0), (40 * MIB, 2 * MIB)])
 def test_what_is_new_is_zeros(image: Image, tmp_path: Path, size: int, extra: int) -> None:
-    """The data file grows with the disk; what it had behind the disk's end is not seen, and not in a raw one either."""
+    """The data file grows with the disk. What it had beyond the disk's end becomes zeros, even if it is a raw disk."""
     expected = disk_content(image.text).ljust(size, b"\0")
     with (tmp_path / "data").open("r+b") as file:
         file.truncate(SIZE)
@@ -104,7 +106,7 @@ def test_what_is_new_is_zeros(image: Image, tmp_path: Path, size: int, extra: in
 
 @pytest.mark.slow
 def test_a_device_that_is_too_small(image: Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A data file that cannot grow is named, and the disk stays as large as it was."""
+    """If the data file cannot grow, the error names it, and the disk keeps its size."""
 
     def grow(self: OpenImage, size: int, _tail: bytes = b"") -> None:
         if size > self.size:
@@ -120,7 +122,7 @@ def test_a_device_that_is_too_small(image: Image, tmp_path: Path, monkeypatch: p
 
 @pytest.mark.slow
 def test_a_snapshot_and_back(image: Image, tmp_path: Path) -> None:
-    """A child keeps its data in itself, and its parent stays as it was until they are committed to that."""
+    """A child stores its data in itself. Its parent does not change until the child is committed to it."""
     first = disk_content(image.text)
     child = find_image(snapshot(image, f"{tmp_path}/child").text)
     disk_write(child.text, {512: b"c" * 512, 2 * MIB: b"d" * 4096})
@@ -139,7 +141,7 @@ def test_a_snapshot_and_back(image: Image, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_another_parent(image: Image, tmp_path: Path) -> None:
-    """An image gets a parent and loses it again; one whose data file is a raw disk by itself has none, as with QEMU."""
+    """An image can get a parent and lose it again. If its data file is a raw disk, it cannot have one, as in QEMU."""
     (tmp_path / "base").write_bytes(b"b" * SIZE)
     base, before = image_of_file("raw", f"{tmp_path}/base"), disk_content(image.text)
     is_raw = Path(image.path).read_bytes()[95] == 2
@@ -158,7 +160,7 @@ def test_another_parent(image: Image, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_wait_for_locks")
 def test_a_data_file_in_use(tmp_path: Path) -> None:
-    """Who has the data file, as a disk of its own, keeps everybody else from the image; it is named."""
+    """While the data file is used as a disk of its own, the image is refused, and the error names the data file."""
     for name, backing in (("base", b""), ("child", b"base")):
         (tmp_path / f"{name}.data").write_bytes(bytes(MIB))
         options = {"backing": backing, "backing_format": b"qcow2"} if backing else {}
@@ -178,7 +180,9 @@ def test_a_data_file_in_use(tmp_path: Path) -> None:
 
 
 def test_a_child_cannot_say_where_its_parents_data_are(tmp_path: Path) -> None:
-    """An image whose data only its layer's `data_file=` leads to has no children; where it says the same, it has."""
+    """If only `data_file=` in the layer leads to the data, the image can have no child. If the image names the same
+    file, it can.
+    """
     (tmp_path / "data").write_bytes(bytes(MIB))
     (tmp_path / "a").write_bytes(qcow2(MIB, data_name=b"gone"))
     with pytest.raises(ConfigError, match="qemu-img amend -f qcow2 -o data_file=FILE"):
@@ -191,7 +195,7 @@ def test_a_child_cannot_say_where_its_parents_data_are(tmp_path: Path) -> None:
 
 
 def test_a_child_elsewhere(tmp_path: Path) -> None:
-    """The directory that a child's layer allows holds its parent and the parent's data file."""
+    """A child in another directory allows the directory that holds its parent and the parent's data file."""
     for directory in ("data", "base", "child"):
         (tmp_path / directory).mkdir()
     (tmp_path / "data" / "d").write_bytes(b"d" * MIB)
@@ -207,7 +211,7 @@ def test_a_child_elsewhere(tmp_path: Path) -> None:
     [(None, "its data file is not there"), (MIB // 2, "has 512 KiB, and its disk 1 MiB"), (0, "is empty")],
 )
 def test_what_cannot_be_opened_is_not_sound(tmp_path: Path, length: int | None, sentence: str) -> None:
-    """A data file that is not there, or cannot hold the disk, is an error that no repair mends."""
+    """A data file that is missing, or cannot hold the disk, is an error that a repair does not fix."""
     image = find_image(f"qcow2:{tmp_path}/a")
     named = find_image(f"{image.text},data_file={tmp_path}/data")
     (tmp_path / "a").write_bytes(qcow2(MIB, {0: b""}, data_name=b"data"))
@@ -222,7 +226,7 @@ def test_what_cannot_be_opened_is_not_sound(tmp_path: Path, length: int | None, 
 
 
 def test_a_cluster_at_another_place(tmp_path: Path) -> None:
-    """A cluster of the data file that is not where it is on the disk is an error, and named by its place."""
+    """A cluster that is not at its disk's offset in the data file is an error, which names both offsets."""
     (tmp_path / "data").write_bytes(bytes(MIB))
     data = qcow2(MIB, {0: b""}, data_name=b"data")
     (tmp_path / "a").write_bytes(with_word(data, 2, lambda _word: 4096 | 1 << 63, 3))
@@ -235,7 +239,7 @@ def test_a_cluster_at_another_place(tmp_path: Path) -> None:
 
 
 def neighbours(directory: Path) -> tuple[Path, Path]:
-    """Return an image that names somebody else's raw disk as its data file, and that disk, with an awkward name."""
+    """Return an image that names somebody else's raw disk as its data file, and that disk, whose name needs escapes."""
     victim, path = directory / "a, b|c", directory / "image"
     victim.write_bytes(b"v" * MIB)
     path.write_bytes(qcow2(MIB, {0: b""}, data_name=victim.name.encode(), autoclear=1, backing=b"base"))
@@ -245,7 +249,7 @@ def neighbours(directory: Path) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize("attempt", ["open", "resize", "repair", "rebase", "rebase --unsafe"])
 def test_a_neighbours_disk_is_not_written(tmp_path: Path, attempt: str) -> None:
-    """What writes is refused where only the image names its data file, and says what to add; that is enough then."""
+    """Writing is refused if only the image names its data file. The error says what to add, and with that it works."""
     path, victim = neighbours(tmp_path)
     bare = f"qcow2:{path},parent_format=raw"
     before, lengths = path.read_bytes(), (path.stat().st_size, victim.stat().st_size)
@@ -264,7 +268,7 @@ def test_a_neighbours_disk_is_not_written(tmp_path: Path, attempt: str) -> None:
         attempt_it(find_image(bare))
     assert bare == caught.value.layer
     assert b"v" * MIB == victim.read_bytes()
-    if attempt == "open":  # that has opened the image itself, which made it end where a writer's does
+    if attempt == "open":  # opening the image itself has extended it to the end of a sector
         assert before == path.read_bytes()[: len(before)]
     else:
         assert (before, lengths) == (path.read_bytes(), (path.stat().st_size, victim.stat().st_size))
@@ -275,7 +279,7 @@ def test_a_neighbours_disk_is_not_written(tmp_path: Path, attempt: str) -> None:
 
 
 def test_a_neighbours_disk_is_not_committed_to(tmp_path: Path) -> None:
-    """A parent's data file is written where `into` names the parent with it, and nothing else."""
+    """A parent's data file is written only if `into` names the parent with exactly that file."""
     path, victim = neighbours(tmp_path)
     parents = find_image(f"qcow2:{path},parent_format=raw")
     child = find_image(snapshot(parents, f"{tmp_path}/child").text)

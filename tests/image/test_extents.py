@@ -1,4 +1,4 @@
-"""Which ranges of a disk are where, beside QEMU's map."""
+"""The map of a disk: which ranges are stored where, compared with QEMU's map."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("parents_anywhere")
 
 Make = Callable[[str], Image]
 MIB = 1 << 20
-DATA = {64 << 10: 200 << 10, 3 << 20: 4096, (5 << 20) - 512: 512}  # what `raw` holds: places and lengths
+DATA = {64 << 10: 200 << 10, 3 << 20: 4096, (5 << 20) - 512: 512}  # the data in `raw`: offsets and lengths
 FIELDS = ("start", "length", "depth", "zero", "data", "offset")
 
 
@@ -40,13 +40,13 @@ def extents(text: str) -> list[Extent]:
 
 
 def from_qemu(path: Path, image_format: str) -> list[dict[str, Any]]:
-    """Return QEMU's map, without `present`, which it says of formats without parents only."""
+    """Return QEMU's map without `present`, which it reports only for formats without parents."""
     found = json.loads(qemu_img("map", "--output=json", "-f", FORMATS[image_format].qemu_name, path))
     return [{key: each.get(key) for key in FIELDS} for each in found]
 
 
 def as_qemu(found: list[Extent]) -> list[dict[str, Any]]:
-    """Return our map in the same words."""
+    """Return our map in QEMU's terms."""
     return [{key: in_qemus_words(each).get(key) for key in FIELDS} for each in found]
 
 
@@ -72,7 +72,7 @@ def as_qemu(found: list[Extent]) -> list[dict[str, Any]]:
     ],
 )
 def test_the_map_is_qemus(raw: Path, tmp_path: Path, image_format: str, options: str) -> None:
-    """Of one image, the ranges are QEMU's, to the byte and with their places, in every format that it can map."""
+    """For every format that QEMU can map, our ranges are QEMU's, to the byte and with their offsets."""
     path, name = tmp_path / "img", FORMATS[image_format].qemu_name
     qemu_img("convert", "-f", "raw", "-O", name, *(["-o", options] if options else []), raw, path)
     if "streamOptimized" not in options:
@@ -84,7 +84,7 @@ def test_the_map_is_qemus(raw: Path, tmp_path: Path, image_format: str, options:
 
 
 def test_the_map_of_a_vhdx_has_more_than_qemus(raw: Path, tmp_path: Path) -> None:
-    """QEMU calls a whole VHDX data; here a block that it does not have is zeros, and a hole in its file is one."""
+    """QEMU calls all of a VHDX data. Our map shows missing blocks as zeros and holes in the file as holes."""
     path = tmp_path / "img"
     qemu_img("convert", "-f", "raw", "-O", "vhdx", raw, path)
     found = extents(f"vhdx:{path}")
@@ -96,7 +96,9 @@ def test_the_map_of_a_vhdx_has_more_than_qemus(raw: Path, tmp_path: Path) -> Non
 
 
 def test_all_holes_are_found_on_demand(tmp_path: Path) -> None:
-    """A copy wants to know of every hole, QEMU's map only of those in images with preallocated metadata."""
+    """With `all_holes`, as for a copy, every hole is found. QEMU's map has only those in images with preallocated
+    metadata.
+    """
     path = tmp_path / "img"
     path.write_bytes(qcow2(MIB, {1: b"d" * 4096, 2: b"e" * 4096}))
     with Session() as session:
@@ -122,7 +124,7 @@ def punch(path: Path, place: int, length: int) -> None:
 
 
 def test_damaged_refcounts_do_not_hide_where_data_are(tmp_path: Path) -> None:
-    """The counts only say whether to look for holes; where they cannot be read, the map is that of the tables."""
+    """Refcounts only decide whether to look for holes. If they cannot be read, the map is still that of the tables."""
     path = tmp_path / "img"
     data = bytearray(qcow2(MIB, {1: b"d" * 4096}))
     table = int.from_bytes(data[48:56], "big")
@@ -136,7 +138,7 @@ def test_damaged_refcounts_do_not_hide_where_data_are(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("end", [1 << 20, (1 << 20) - 24, (1 << 20) + 1])
 def test_the_map_of_a_file_that_ends_inside_a_sector(tmp_path: Path, end: int) -> None:
-    """What makes its last sector whole are zeros, as QEMU has it."""
+    """The bytes that complete the last sector of such a file are zeros, as in QEMU."""
     path = tmp_path / "odd"
     path.write_bytes(b"x" * 4096)
     os.truncate(path, 1 << 19)
@@ -147,7 +149,7 @@ def test_the_map_of_a_file_that_ends_inside_a_sector(tmp_path: Path, end: int) -
 
 
 def test_the_map_of_a_chain_is_qemus(raw: Path, tmp_path: Path) -> None:
-    """With a parent, each range is the nearest image's that has it, and nobody's beyond the parent."""
+    """Each range belongs to the nearest image that has it, and to none beyond the parent's end."""
     path = tmp_path / "child"
     qemu_img("create", "-q", "-f", "qcow2", "-b", raw, "-F", "raw", path, "8M")
     qemu_io(path, "qcow2", "write -P 3 0 64k", "write -z 128k 128k", "write -P 4 6M 8k")
@@ -156,7 +158,9 @@ def test_the_map_of_a_chain_is_qemus(raw: Path, tmp_path: Path) -> None:
 
 
 def test_filters_are_passed_over_where_they_change_nothing(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behind `delay:` zeros are zeros still; a filter that nobody knows may make anything of them."""
+    """Through `delay:`, zeros are still known to be zeros. Through a filter that may change data, everything is
+    data.
+    """
     assert extents(f"aio:{raw}") == extents(f"delay:|aio:{raw}")
     with Session() as session:
         layers = session.open(parse_chain(f"delay:|aio:{raw}"), read_only=True).chain.layers
@@ -167,7 +171,7 @@ def test_filters_are_passed_over_where_they_change_nothing(raw: Path, monkeypatc
 
 
 def test_compressed_clusters_are_data_without_a_place(raw: Path, tmp_path: Path) -> None:
-    """A compressed cluster is nowhere in the file that could be read as it is."""
+    """Compressed clusters are data without an offset, since they cannot be read from the file as they are."""
     path = tmp_path / "compressed"
     path.write_bytes(qcow2(MIB, {1: b"d" * 4096}, compressed={3: b"c" * 4096}, zeros=[2]))
     found = [(each.start >> 12, each.length >> 12, each.kind, each.place is None) for each in extents(f"qcow2:{path}")]
@@ -183,7 +187,7 @@ def test_compressed_clusters_are_data_without_a_place(raw: Path, tmp_path: Path)
 
 
 def test_a_vhd_child_has_sectors(tmp_path: Path) -> None:
-    """In a differencing image the bitmap says of each sector whether it is there."""
+    """In a differencing image, the bitmap says for each sector whether the image has it."""
     base, child = tmp_path / "base.vhd", tmp_path / "child.vhd"
     base.write_bytes(image(4 * MIB, {0: {0: b"p" * 512}}))
     names = [(b"W2ru", ".\\base.vhd".encode("utf-16-le"))]
@@ -199,7 +203,7 @@ def test_a_vhd_child_has_sectors(tmp_path: Path) -> None:
 
 
 def test_a_device_has_no_holes(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the host does not know of holes, as for a block device, all of it is data."""
+    """If the host cannot find holes, as in a block device, everything is data."""
 
     def unknown(_fd: int, _place: int, _whence: int) -> int:
         raise OSError(errno.EINVAL, "SEEK_DATA")
@@ -210,7 +214,7 @@ def test_a_device_has_no_holes(raw: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_damaged_table_names_its_layer(tmp_path: Path) -> None:
-    """A table that cannot be right is an error of the image that has it."""
+    """If a table is damaged, the error names the layer of its image, even if that is a parent."""
     path, child = tmp_path / "img", tmp_path / "child"
     data = bytearray(qcow2(MIB, {1: b"d" * 4096}))
     l1 = int.from_bytes(data[40:48], "big")
@@ -223,5 +227,5 @@ def test_a_damaged_table_names_its_layer(tmp_path: Path) -> None:
 
 
 def test_what_nobody_knows_is_data() -> None:
-    """A source without tables is read as a whole."""
+    """A source that has no tables is data as a whole."""
     assert [Extent(0, MIB, Kind.DATA)] == extents("ram:1M")

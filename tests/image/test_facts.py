@@ -27,7 +27,7 @@ Make = Callable[[str], Image]
 
 @pytest.mark.parametrize(("image_format", "says"), [("vhd", "VHD, dynamic"), ("qcow2", "QCOW2, version 3")])
 def test_the_sizes_are_qemus(made: Make, image_format: str, says: str) -> None:
-    """Of the disk, of what the file takes, and of the clusters."""
+    """The sizes of the disk and its clusters, and the space that the file takes, are those that QEMU reports."""
     image = made(image_format)
     (found,) = chain_facts(image.chain).layers
     qemu = json.loads(qemu_img("info", "--output=json", "-f", FORMATS[image_format].qemu_name, image.path))
@@ -38,7 +38,7 @@ def test_the_sizes_are_qemus(made: Make, image_format: str, says: str) -> None:
 
 
 def test_a_file_that_ends_inside_a_sector(tmp_path: Path) -> None:
-    """The disk has whole sectors, the file what it has."""
+    """If a file ends inside a sector, the disk's size is rounded up, and the file's size is its own."""
     (tmp_path / "odd").write_bytes(b"x" * 1000)
     (layer,) = chain_facts(parse_chain(f"aio:{tmp_path}/odd")).layers
 
@@ -46,7 +46,7 @@ def test_a_file_that_ends_inside_a_sector(tmp_path: Path) -> None:
 
 
 def test_parents_and_filters_are_layers(made: Make, raw: Path, tmp_path: Path) -> None:
-    """Each layer is named, with the parent that it has."""
+    """Each layer is listed with its parent."""
     child = create("qcow2", f"{tmp_path}/child", None, parent=made("qcow"))
     found = chain_facts(parse_chain(f"delay:|{child.text}"))
 
@@ -58,7 +58,7 @@ def test_parents_and_filters_are_layers(made: Make, raw: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize(("bits", "expected"), [(DIRTY, (True, False)), (CORRUPT, (False, True)), (0, (False, False))])
 def test_bits_that_say_that_something_is_wrong(tmp_path: Path, bits: int, expected: tuple[bool, bool]) -> None:
-    """An image that cannot be written is looked at all the same."""
+    """An image that is marked dirty or corrupt, and so cannot be written, is shown with these marks."""
     path = tmp_path / "img"
     path.write_bytes(qcow2(1 << 20, incompatible=bits))
     (found,) = chain_facts(parse_chain(f"qcow2:{path}")).layers
@@ -68,7 +68,7 @@ def test_bits_that_say_that_something_is_wrong(tmp_path: Path, bits: int, expect
 
 @pytest.mark.usefixtures("no_wait_for_locks")
 def test_an_image_in_use_is_looked_at(made: Make) -> None:
-    """Who writes to it is not disturbed; that there is somebody is said."""
+    """An image that is being written is shown as in use, and its writer is not disturbed."""
     image = made("vhd")
     with Session() as session:
         session.open(image.chain, read_only=False)
@@ -77,7 +77,7 @@ def test_an_image_in_use_is_looked_at(made: Make) -> None:
 
 
 def test_what_is_no_image_is_said(tmp_path: Path) -> None:
-    """A file that is none is no empty answer: what is in the way is said, and of what it is nothing is claimed."""
+    """If a file is not an image of its layer's format, the facts have the reason, and claim no format."""
     path = tmp_path / "img"
     path.write_bytes(bytes(4096))
     facts = chain_facts(parse_chain(f"vhd:{path}"))
@@ -87,7 +87,7 @@ def test_what_is_no_image_is_said(tmp_path: Path) -> None:
 
 
 def test_where_there_is_no_file_there_are_no_facts(tmp_path: Path) -> None:
-    """A missing file, or a directory, is an error and nothing else."""
+    """A missing file or a directory is an error."""
     for path in (tmp_path / "none", tmp_path):
         with pytest.raises(DriverError, match=str(path)):
             chain_facts(parse_chain(f"qcow2:{path}"))
@@ -95,7 +95,9 @@ def test_where_there_is_no_file_there_are_no_facts(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("parents_anywhere")
 def test_a_parent_that_is_missing(tmp_path: Path) -> None:
-    """Every layer up to the one whose parent is missing has its facts, and that one the name that it has for it."""
+    """If a parent is missing, all layers up to its child are shown, and the child with the name that it has for the
+    parent.
+    """
     for name, parent in (("mid", "gone"), ("top", "mid")):
         qemu_img("create", "-q", "-f", "qcow2", "-u", "-b", parent, "-F", "qcow2", tmp_path / name, "1M")
     facts = chain_facts(parse_chain(f"delay:|qcow2:{tmp_path}/top"))
@@ -122,7 +124,7 @@ def test_a_parent_that_nobody_allowed(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("parents_anywhere")
 def test_a_parent_that_is_another_one(tmp_path: Path) -> None:
-    """A parent that was exchanged is there with what it is, and so is its child."""
+    """If a parent was replaced, both the child and the file in the parent's place are shown."""
     (tmp_path / "base").write_bytes(vhd_image(1 << 20, uuid=b"x" * 16))
     names = [(b"W2ru", ".\\base".encode("utf-16-le"))]
     (tmp_path / "a").write_bytes(vhd_image(1 << 20, uuid=b"c" * 16, parent_uuid=b"p" * 16, names=names))
@@ -149,7 +151,7 @@ def test_a_parent_that_is_another_one(tmp_path: Path) -> None:
 def test_what_is_refused_has_its_facts(
     tmp_path: Path, driver: str, data: bytes, expected: tuple[str, int, dict[str, str]]
 ) -> None:
-    """A feature that is refused hides nothing of what the headers say."""
+    """If an image is refused for a feature, everything that its headers say is shown."""
     (tmp_path / "a").write_bytes(data)
     facts = chain_facts(parse_chain(f"{driver}:{tmp_path}/a"))
 
@@ -158,7 +160,7 @@ def test_what_is_refused_has_its_facts(
 
 
 def test_formats_that_are_only_read_say_what_they_are(tmp_path: Path) -> None:
-    """What a driver reports of its image is its format."""
+    """For a read-only format, the driver's report is shown as the format."""
     (tmp_path / "a.vmdk").write_bytes(vmdk(1 << 20, {}))
     (found,) = chain_facts(parse_chain(f"vmdk:{tmp_path}/a.vmdk")).layers
 
@@ -166,7 +168,7 @@ def test_formats_that_are_only_read_say_what_they_are(tmp_path: Path) -> None:
 
 
 def test_a_file_that_no_driver_serves(tmp_path: Path) -> None:
-    """It has facts without a layer, and what to do."""
+    """A file that no driver serves is shown without a layer, with what to do."""
     (tmp_path / "a").write_bytes(b"QED\0" + bytes(60))
     facts = file_facts(f"{tmp_path}/a", look_at(f"{tmp_path}/a"))
 

@@ -1,4 +1,4 @@
-"""What headers say at first sight."""
+"""What the headers of a file say, without opening it as a disk."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from xenbackend.image.looks import name_of
 
 
 def seen(data: bytes) -> Headers:
-    """Return what the headers of a file say, whatever that looks like."""
+    """Return what the headers of a file say, in the format that it seems to have."""
 
     def read(offset: int, length: int) -> bytes:
         assert 0 <= length <= 1 << 20
@@ -29,7 +29,7 @@ def seen(data: bytes) -> Headers:
 
 
 def vhdx_child() -> bytes:
-    """Return a VHDX image that says that it has a parent."""
+    """Return a VHDX image whose header says that it has a parent."""
     data = bytearray(vhdx(4 * MIB, {}, flags=2))
     path = "..\\base.vhdx".encode("utf-16-le")
     key = "relative_path".encode("utf-16-le")
@@ -44,7 +44,7 @@ def vhdx_child() -> bytes:
 
 
 def encrypted() -> bytes:
-    """Return a QCOW2 image that says that its clusters are encrypted by LUKS."""
+    """Return a QCOW2 image whose header says that it is encrypted by LUKS."""
     data = bytearray(qcow2(MIB))
     data[32:36] = (2).to_bytes(4, "big")
     return bytes(data)
@@ -77,7 +77,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_seen(case: str) -> None:
-    """Format, size, parents and what else stands out are seen also where an image is refused."""
+    """Format, size, parents and special features are read even from images that drivers refuse."""
     data, title, size, parents, more = CASES[case]
     found = seen(data)
 
@@ -90,7 +90,7 @@ def test_what_is_seen(case: str) -> None:
      ("vmdk", ""), ("vmdk", "subformat=twoGbMaxExtentFlat")],
 )  # fmt: skip
 def test_sizes_are_qemus(tmp_path: Path, image_format: str, options: str) -> None:
-    """The size that is seen is that of the disk."""
+    """The size is that of the disk that QEMU made."""
     qemu_img("create", "-q", "-f", image_format, *(("-o", options) if options else ()), tmp_path / "x", "5M")
 
     assert 5 * MIB == seen((tmp_path / "x").read_bytes()).size
@@ -98,14 +98,14 @@ def test_sizes_are_qemus(tmp_path: Path, image_format: str, options: str) -> Non
 
 @pytest.mark.parametrize("image_format", ["qed", "qcow", "qcow2"])
 def test_parents_are_qemus(tmp_path: Path, image_format: str) -> None:
-    """The parent's name that is seen is the one that QEMU wrote."""
+    """The parent's name is the one that QEMU wrote."""
     qemu_img("create", "-q", "-f", image_format, "-u", "-b", "gone", "-F", "raw", tmp_path / "x", "5M")
 
     assert ("gone",) == seen((tmp_path / "x").read_bytes()).parents
 
 
 def test_a_part_of_a_header_is_no_reason_to_fail() -> None:
-    """Of what is cut short or damaged less is seen, and never an error."""
+    """A header that is cut short or damaged gives fewer facts, but no error."""
     for data, title, *_ in CASES.values():
         for length in (8, 70, 200, 513):
             assert isinstance(seen(data[:length]), Headers), title
@@ -113,7 +113,7 @@ def test_a_part_of_a_header_is_no_reason_to_fail() -> None:
 
 @pytest.mark.slow
 def test_any_bytes_are_seen_without_an_error(request: pytest.FixtureRequest) -> None:
-    """R19: whatever stands in headers, nothing comes out but what can be shown, soon and small."""
+    """R19: any bytes in headers give facts that can be printed, quickly and in little memory."""
     chance = Random(request.config.getoption("--seed"))
     goods = [bytearray(data) for data, *_ in CASES.values()]
     goods.append(bytearray(vmdk(MIB, {1: b"v" * GRAIN})))

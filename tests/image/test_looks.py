@@ -1,4 +1,4 @@
-"""What a file looks like, and what to do about it."""
+"""The format that a file seems to have, and advice about it."""
 
 from __future__ import annotations
 
@@ -70,14 +70,16 @@ OTHERS = {
 
 @pytest.fixture(autouse=True)
 def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Work where the images are."""
+    """Work in the directory with the images."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.mark.parametrize("case", SERVED)
 def test_what_a_driver_serves(directory: Path, case: str) -> None:
-    """A format is known by what it begins or ends with; what looks like none, whatever is on it, is a raw disk."""
+    """A format is recognized by the beginning or end of the file. A file without one, whatever its content, is a raw
+    disk.
+    """
     content, driver = SERVED[case]
     (directory / "x").write_bytes(content)
     look = look_at("x")
@@ -87,7 +89,7 @@ def test_what_a_driver_serves(directory: Path, case: str) -> None:
 
 @pytest.mark.parametrize("case", OTHERS)
 def test_what_no_driver_serves(directory: Path, case: str) -> None:
-    """What cannot be served is named, never called raw, and what to do about it said with the file's name."""
+    """A format that no driver serves is named and never called raw, and the advice has the file's name."""
     content, advice = OTHERS[case]
     (directory / "x").write_bytes(content)
     look = look_at("x")
@@ -101,7 +103,7 @@ def test_what_no_driver_serves(directory: Path, case: str) -> None:
 
 @pytest.mark.parametrize("image_format", ["qed", "parallels", "qcow", "qcow2", "vdi", "vhdx", "vmdk"])
 def test_what_qemu_makes_is_known(image_format: str) -> None:
-    """What QEMU calls a format is what it looks like; and the command that is advised works as it stands."""
+    """Formats are recognized under QEMU's names, and the advised command works as printed."""
     qemu_img("create", "-q", "-f", image_format, "an image", "1M")
     look = look_at("an image")
 
@@ -114,7 +116,7 @@ def test_what_qemu_makes_is_known(image_format: str) -> None:
 
 @pytest.mark.parametrize("name", ["a b.img.gz", "appliance.ova"])
 def test_what_is_packed_is_unpacked_by_what_is_advised(directory: Path, name: str) -> None:
-    """The command works as it stands, whatever the file is called, and leaves that."""
+    """The advised command to extract an archive works as printed, whatever the file's name, and keeps the archive."""
     (directory / name).write_bytes(gzip.compress(vmdk(MIB, {})))
     found = re.fullmatch(r"if it contains an image, extract it with (.* > (.*))", look_at(name).advice)
     assert found is not None
@@ -125,7 +127,7 @@ def test_what_is_packed_is_unpacked_by_what_is_advised(directory: Path, name: st
 
 
 def test_an_iso_is_a_raw_disk_for_reading(directory: Path) -> None:
-    """That it can only be read as a disk is said with it."""
+    """An ISO 9660 image is a raw disk, with the advice to attach it read-only."""
     (directory / "x").write_bytes(ISO)
 
     assert "write aio:x if that is what it is: it looks like an ISO 9660 image" in hint_for("x")
@@ -133,7 +135,7 @@ def test_an_iso_is_a_raw_disk_for_reading(directory: Path) -> None:
 
 
 def test_any_name_is_written_safely(directory: Path) -> None:
-    """A name with spaces, quotes, braces or a line's end stays one word of a command, and one line."""
+    """In the advice, a name with spaces, quotes, braces or a newline is one word of a command and one line."""
     name = "a {0} 'b'\n.x"
     (directory / name).write_bytes(b"QED\0" + bytes(600))
 
@@ -142,7 +144,7 @@ def test_any_name_is_written_safely(directory: Path) -> None:
 
 
 def test_what_is_no_file(directory: Path) -> None:
-    """A pipe is not waited for, and what is no file is said."""
+    """Anything but a file or block device is refused, and a pipe is not waited for."""
     os.mkfifo(directory / "pipe")
     for name in ("pipe", ".", "/dev/null"):
         with pytest.raises(DriverError, match="is neither a file nor a block device"):
@@ -154,7 +156,7 @@ def test_what_is_no_file(directory: Path) -> None:
 
 @pytest.mark.parametrize("place", [-1, 4, 1 << 63, (1 << 64) - 1])
 def test_nothing_is_read_outside_of_a_file(directory: Path, place: int) -> None:
-    """A place that a header names may be anything."""
+    """Whatever offset a header names, nothing is read outside of the file."""
     (directory / "x").write_bytes(b"abcd")
     fd = open_to_look("x")
 

@@ -1,4 +1,4 @@
-"""How large a new image becomes, beside what is made and what qemu-img says."""
+"""The predicted size of a new image, compared with the real one and with qemu-img's prediction."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MIB = 1 << 20
 
 
 def from_qemu(*arguments: str | Path) -> Measured:
-    """Return what qemu-img says of a QCOW2 image."""
+    """Return qemu-img's prediction for a QCOW2 image."""
     found = json.loads(qemu_img("measure", "--output=json", "-O", "qcow2", *arguments))
     return Measured(found["required"], found["fully-allocated"])
 
@@ -36,7 +36,7 @@ def from_qemu(*arguments: str | Path) -> Measured:
     ],
 )
 def test_an_empty_qcow2_is_qemus(size: int, cluster_size: int) -> None:
-    """Of any size and with any clusters, both figures are QEMU's, which rounds a disk of odd size up to a cluster."""
+    """For any disk and cluster size, both figures are QEMU's."""
     found = measure("qcow2", size, Wishes(cluster_size))
 
     assert from_qemu("--size", str(size), "-o", f"cluster_size={cluster_size}") == found
@@ -44,7 +44,7 @@ def test_an_empty_qcow2_is_qemus(size: int, cluster_size: int) -> None:
 
 @pytest.mark.parametrize("cluster_size", [512, 4096, 65536])
 def test_a_qcow2_of_data_is_qemus(raw: Path, cluster_size: int) -> None:
-    """Clusters that hold something count, each once."""
+    """With data, both figures are QEMU's: clusters with data count, each once."""
     found = measure("qcow2", parse_chain(f"aio:{raw}"), Wishes(cluster_size))
 
     assert from_qemu("-f", "raw", "-o", f"cluster_size={cluster_size}", raw) == found
@@ -65,7 +65,7 @@ def test_a_qcow2_of_data_is_qemus(raw: Path, cluster_size: int) -> None:
 )
 @pytest.mark.parametrize("is_full", [False, True])
 def test_what_is_made_is_no_larger(tmp_path: Path, image_format: str, wishes: Wishes, is_full: bool) -> None:
-    """A file system with room for what was measured has room for the image, and not twice as much was asked for."""
+    """The new image is no larger than predicted, and not much smaller."""
     chance, source = Random(3), tmp_path / "source"
     with source.open("wb") as file:
         file.truncate(8 * MIB)
@@ -76,7 +76,7 @@ def test_what_is_made_is_no_larger(tmp_path: Path, image_format: str, wishes: Wi
     found = measure(image_format, chain, wishes)
     convert(chain, image_of_file(image_format, f"{tmp_path}/new"), wishes, ignore)
     size = (tmp_path / "new").stat().st_size
-    if image_format == "qcow2":  # a hole may follow, from where there was room for more
+    if image_format == "qcow2":  # the file may end in a hole, where it was extended in advance
         size = json.loads(qemu_img("check", "--output=json", tmp_path / "new"))["image-end-offset"]
 
     assert size <= found.required <= found.fully_allocated
@@ -84,6 +84,6 @@ def test_what_is_made_is_no_larger(tmp_path: Path, image_format: str, wishes: Wi
 
 
 def test_what_cannot_be_made_is_not_measured() -> None:
-    """The sentence is that of `create`."""
+    """For an image that cannot be made, the error is that of `create`."""
     with pytest.raises(ConfigError, match="holds up to 2040 GiB"):
         measure("vhd", 3 << 40, Wishes())

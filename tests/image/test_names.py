@@ -1,4 +1,4 @@
-"""Which image a text means."""
+"""Which image a text names."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from xenbackend.image.names import at_another_path, find_image, has_driver, imag
     ],
 )
 def test_a_layer_names_format_and_file(text: str, image_format: str, path: str) -> None:
-    """The format is the driver's, and the file is its target."""
+    """The driver gives the format, and its target is the file."""
     image = find_image(text)
 
     assert (image_format, path) == (image.format, image.path)
@@ -30,13 +30,13 @@ def test_a_layer_names_format_and_file(text: str, image_format: str, path: str) 
 
 @pytest.mark.parametrize("text", ["log:|aio:/x", "ram:1M", "null:1M"])
 def test_a_chain_is_no_image(text: str) -> None:
-    """Filters, and sources without a file, are refused with what could be written."""
+    """Filters, and sources without a file, are refused with what can be written instead."""
     with pytest.raises(ConfigError, match="write one of aio:FILE, vhd:FILE"):
         find_image(text)
 
 
 def test_a_file_alone_is_refused_with_a_hint(tmp_path: Path) -> None:
-    """A bare file is never taken for what it looks like: the sentence says what to write if it is that."""
+    """A file name without a driver is never guessed at. The error says what to write if it is what it looks like."""
     path = tmp_path / "a,b"
     path.write_bytes(b"QFI\xfb" + struct.pack(">I", 3) + bytes(600))
 
@@ -49,13 +49,13 @@ def test_a_file_alone_is_refused_with_a_hint(tmp_path: Path) -> None:
 
 
 def test_a_format_can_be_demanded() -> None:
-    """Where only some formats make sense, the others are refused."""
+    """If a command accepts only some formats, others are refused."""
     with pytest.raises(ConfigError, match="write one of vhd:FILE"):
         find_image("aio:/x", ("vhd",))
 
 
 def test_any_name_becomes_a_layer() -> None:
-    """A file may be called anything; its options go along to another file."""
+    """Any file name can be written as a layer. For another path, the options are kept."""
     image = image_of_file("qcow2", "/a|b,c", "cache=on")
 
     assert "/a|b,c" == find_image(image.text).path

@@ -1,4 +1,4 @@
-"""The same piece of two disks, side by side."""
+"""Reading the same piece of two disks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MIB = 1 << 20
 
 @pytest.mark.parametrize("seed", range(20))
 def test_what_either_has_is_looked_at(seed: int) -> None:
-    """Of two maps of any lengths, each byte that one has as data is in the result once, and none that neither has."""
+    """Of two maps, the pieces cover every byte that is data in either map once, and no piece is without such a byte."""
     chance, maps, filled = Random(seed), [], set()
     for _ in range(2):
         extents, start = [], 0
@@ -37,7 +37,7 @@ def test_what_either_has_is_looked_at(seed: int) -> None:
 
 
 def test_behind_a_disk_are_zeros(tmp_path: Path) -> None:
-    """A piece that reaches behind the end of one disk, and all of it where there is no other one."""
+    """Beyond the end of a disk, or without a second disk, a piece is zeros."""
     one, other = tmp_path / "one", tmp_path / "other"
     one.write_bytes(b"1" * (3 * MIB))
     other.write_bytes(b"2" * (MIB + 512))

@@ -28,13 +28,13 @@ def look(data: bytes) -> Faults:
 
 
 def table_of(data: bytes) -> int:
-    """Return where the first L2 table is."""
+    """Return the offset of the first L2 table."""
     l1 = int.from_bytes(data[40:48], "big")
     return int.from_bytes(data[l1 : l1 + 8], "big")
 
 
 def test_a_sound_image_has_no_fault(data: bytearray, made: Make) -> None:
-    """As QEMU makes it, and after our own driver wrote to it."""
+    """Images of QEMU, and images that our driver has written to, have no fault."""
     assert (0, 0) == (look(data).errors, look(data).leaks)
     image = made("qcow")
     disk_write(image.text, {2 << 20: b"n" * 8192})
@@ -44,7 +44,7 @@ def test_a_sound_image_has_no_fault(data: bytearray, made: Make) -> None:
 
 @pytest.mark.parametrize("entry", [1 << 40, 4096 + 512, 1 << 63 | 1 << 52])
 def test_a_cluster_outside_of_the_file_is_an_error(data: bytearray, entry: int) -> None:
-    """So is one at an odd place, and a compressed one."""
+    """A cluster outside of the file, compressed or not, or at an unaligned offset is an error."""
     table = table_of(data)
     data[table : table + 8] = entry.to_bytes(8, "big")
 
@@ -52,7 +52,7 @@ def test_a_cluster_outside_of_the_file_is_an_error(data: bytearray, entry: int) 
 
 
 def test_a_table_outside_of_the_file_is_an_error(data: bytearray) -> None:
-    """Its clusters cannot be looked at; nothing else happens."""
+    """A table outside of the file is one error. Its clusters are not looked at."""
     l1 = int.from_bytes(data[40:48], "big")
     data[l1 : l1 + 8] = (1 << 40).to_bytes(8, "big")
 
@@ -60,7 +60,7 @@ def test_a_table_outside_of_the_file_is_an_error(data: bytearray) -> None:
 
 
 def test_two_users_of_a_cluster_are_an_error(data: bytearray) -> None:
-    """A cluster belongs to one place of the disk."""
+    """A cluster that two entries use is an error."""
     table = table_of(data)
     data[table : table + 8] = data[table + 8 * 16 : table + 8 * 17]
 
@@ -68,7 +68,7 @@ def test_two_users_of_a_cluster_are_an_error(data: bytearray) -> None:
 
 
 def test_room_that_nothing_uses_is_lost(data: bytearray) -> None:
-    """Clusters that no table names any more are leaks."""
+    """Clusters that no table refers to are leaks."""
     table = table_of(data)
     data[table + 8 * 16 : table + 8 * 48] = bytes(8 * 32)
 
@@ -76,6 +76,6 @@ def test_room_that_nothing_uses_is_lost(data: bytearray) -> None:
 
 
 def test_what_is_no_image_is_refused() -> None:
-    """Bytes of anything else are said to be no image."""
+    """A file of another format is refused."""
     with pytest.raises(DriverError, match="not a QCOW image"):
         look(bytes(4096))

@@ -29,7 +29,7 @@ Family = Callable[[str], tuple[Image, Image, Image]]
 
 @pytest.fixture
 def family(tmp_path: Path) -> Family:
-    """Return what makes a child of a format, its parent, and another image that might be its parent."""
+    """Return a function that makes a child, its parent, and another image that could be its parent."""
 
     def make(image_format: str) -> tuple[Image, Image, Image]:
         parents = []
@@ -50,7 +50,9 @@ def family(tmp_path: Path) -> Family:
 @pytest.mark.parametrize("image_format", FORMATS)
 @pytest.mark.parametrize("to", ["other", "raw", "none", "same"])
 def test_the_disk_reads_as_before(family: Family, raw: Path, tmp_path: Path, image_format: str, to: str) -> None:
-    """Whatever the new parent holds, and though its disk is smaller; to others' eyes too, and the image is sound."""
+    """The disk reads as before, whatever the new parent holds and even if it is smaller. QEMU agrees, and the image is
+    sound.
+    """
     child, parent, other = family(image_format)
     new = {"other": other, "raw": image_of_file("raw", str(raw)), "none": None, "same": parent}[to]
     before = disk_content(child.text)
@@ -75,7 +77,7 @@ def test_the_disk_reads_as_before(family: Family, raw: Path, tmp_path: Path, ima
 
 @pytest.mark.parametrize("image_format", FORMATS)
 def test_a_parent_is_taken_out_of_the_middle(family: Family, tmp_path: Path, image_format: str) -> None:
-    """The child of a child becomes its grandparent's; and an image that stood by itself becomes one's child."""
+    """An image can be rebased to its grandparent, and one without a parent can get one."""
     child, parent, other = family(image_format)
     leaf = create(image_format, f"{tmp_path}/leaf", None, parent=child)
     disk_write(leaf.text, {2 * MIB: b"l" * 4096})
@@ -91,7 +93,7 @@ def test_a_parent_is_taken_out_of_the_middle(family: Family, tmp_path: Path, ima
 
 @pytest.mark.parametrize("image_format", FORMATS)
 def test_unsafe_changes_the_name_only(family: Family, tmp_path: Path, image_format: str) -> None:
-    """So does who moved a parent: the former one need not be there, and nothing is read or written but the header."""
+    """With `--unsafe` only the header is changed, and the former parent need not exist, as after it was moved."""
     child, parent, other = family(image_format)
     before = disk_content(child.text)
     moved = image_of_file(image_format, f"{tmp_path}/moved")
@@ -107,7 +109,7 @@ def test_unsafe_changes_the_name_only(family: Family, tmp_path: Path, image_form
 
 @pytest.mark.parametrize("image_format", FORMATS)
 def test_stopped_anywhere_the_disk_reads_as_before(family: Family, image_format: str) -> None:
-    """It has its former parent until all is written, and the next one ends it."""
+    """A rebase that is stopped leaves the former parent until all data are written, and the next one completes it."""
     child, _, other = family(image_format)
     before = disk_content(child.text)
     left = 2
@@ -129,7 +131,7 @@ def test_stopped_anywhere_the_disk_reads_as_before(family: Family, image_format:
 def test_a_header_is_changed_in_steps(
     family: Family, tmp_path: Path, image_format: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed between any two durable steps, the image opens and reads as before."""
+    """Killed between any two durable steps of a change of the header, the image opens and reads as before."""
     child, _, other = family(image_format)
     before = disk_content(child.text)
     kept: list[bytes] = []
@@ -152,7 +154,7 @@ def test_a_header_is_changed_in_steps(
 
 
 def test_names_of_any_length_take_turns(tmp_path: Path) -> None:
-    """In a QCOW2 header of one small cluster, as of a large one, names come and go, and the rest of it stays."""
+    """In QCOW2 headers of small and large clusters, names of any length replace each other, and the rest is kept."""
     for cluster in (512, 65536):
         directory = tmp_path / str(cluster)
         directory.mkdir()
@@ -176,7 +178,9 @@ def test_names_of_any_length_take_turns(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_is_refused(family: Family, raw: Path, tmp_path: Path) -> None:
-    """Itself, its own child, a format that names no parents, a fixed VHD, snapshots: nothing is written."""
+    """Itself, its own child, a format without parents, a fixed VHD, snapshots: each is refused and nothing is
+    written.
+    """
     child, parent, _ = family("qcow2")
     fixed = create("vhd", f"{tmp_path}/fixed", MIB, Wishes(is_fixed=True))
     shot = tmp_path / "shot"
@@ -199,7 +203,7 @@ def test_what_cannot_be_is_refused(family: Family, raw: Path, tmp_path: Path) ->
 
 @pytest.mark.usefixtures("no_wait_for_locks")
 def test_images_in_use_are_refused(family: Family) -> None:
-    """A child that anybody reads stays as it is, safe or not."""
+    """A child that is being read is not changed, with or without `--unsafe`."""
     child, _, other = family("qcow2")
     with Session() as session:
         session.open(child.chain, read_only=True)
@@ -209,7 +213,7 @@ def test_images_in_use_are_refused(family: Family) -> None:
 
 
 def test_what_is_told_can_be_used(family: Family, tmp_path: Path) -> None:
-    """A parent in another directory is opened by the layer that is told."""
+    """The returned layer opens the image with a parent in another directory."""
     child, _, other = family("qcow2")
     (tmp_path / "far").mkdir()
     far = tmp_path / "far" / "other"
@@ -231,7 +235,7 @@ def test_what_is_told_can_be_used(family: Family, tmp_path: Path) -> None:
 @pytest.mark.parametrize("image_format", FORMATS)
 @pytest.mark.parametrize("how", ["exchanged", "removed", "grandparent"])
 def test_a_parent_that_is_exchanged_is_not_named(family: Family, tmp_path: Path, image_format: str, how: str) -> None:
-    """Where another file has the name, or none, of what the content was compared with, the former parent stays."""
+    """If the new parent or its own parent was replaced or removed during the rebase, the former parent is kept."""
     child, parent, other = family(image_format)
     before = disk_content(child.text)
     middle = find_image(create(image_format, f"{tmp_path}/middle", None, parent=other).text)

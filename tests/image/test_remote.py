@@ -1,4 +1,4 @@
-"""Tests of `xenbackend.image.remote`: disks of servers as targets; tests/engines has a real cluster."""
+"""Tests of `xenbackend.image.remote`: disks of servers as targets. tests/engines has a real cluster."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIZE = 4 << 20
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
-    """Return a server whose disk is full of something."""
+    """Return a server whose disk is full of data."""
     with Server(tmp_path / "nbd.sock", Export(bytearray(b"x" * SIZE))) as server:
         yield server
 
@@ -36,13 +36,15 @@ def server(tmp_path: Path) -> Iterator[Server]:
     ],
 )
 def test_what_is_remote(text: str, *, is_remote: bool) -> None:
-    """One layer that a server or cluster has; whatever else a text is, others find out."""
+    """A single layer of a server or cluster is remote. All other texts are left to others."""
     assert is_remote == (find_remote(text) is not None)
 
 
 @pytest.mark.parametrize("flags", [HAS_FLAGS | 4, HAS_FLAGS], ids=["flush", "without"])
 def test_what_a_server_has_is_written_over(server: Server, tmp_path: Path, flags: int) -> None:
-    """All of it up to the source's end, with zeros too, also where the server knows no flush; and it is copied back."""
+    """A server's disk is overwritten up to the source's end, zeros included, even without flush, and can be copied
+    back.
+    """
     server.export.flags = flags
     source, back = tmp_path / "source.img", tmp_path / "back.img"
     with source.open("wb") as file:
@@ -56,7 +58,7 @@ def test_what_a_server_has_is_written_over(server: Server, tmp_path: Path, flags
 
 
 def test_nothing_is_written_over_by_mistake(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A disk of a server is there already, so that only --overwrite writes to it; options of files are refused."""
+    """A server's disk exists already, so only --overwrite writes to it. Options for files are refused."""
     source = tmp_path / "source.img"
     source.write_bytes(bytes(SIZE))
     target = f"nbd:unix:{server.path},drain=0s"

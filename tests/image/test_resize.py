@@ -34,14 +34,14 @@ MIB = 1 << 20
 
 
 def grown(raw: Path, size: int) -> bytes:
-    """Return what the disk reads as when it is larger, and make the raw image so."""
+    """Extend the raw image, and return its new content."""
     os.truncate(raw, size)
     return raw.read_bytes()
 
 
 @pytest.mark.parametrize("image_format", ["raw", "vhd", "qcow2", "qcow"])
 def test_what_is_new_is_zeros(made: Make, raw: Path, tmp_path: Path, image_format: str) -> None:
-    """The disk holds what it held, then zeros up to its new end, for QEMU too; and all of it can be written."""
+    """The disk keeps its content, shows zeros up to its new end, for QEMU too, and can be written there."""
     image = image_of_file("raw", str(raw)) if image_format == "raw" else made(image_format)
     before, size = raw.stat().st_size, 37 * MIB + 512
 
@@ -59,7 +59,7 @@ def test_what_is_new_is_zeros(made: Make, raw: Path, tmp_path: Path, image_forma
 
 @pytest.mark.parametrize("image_format", ["vhd", "qcow2", "qcow"])
 def test_tables_that_are_too_small_are_moved(tmp_path: Path, image_format: str) -> None:
-    """With small clusters a larger disk needs another table; what was written stays where it is on the disk."""
+    """If a larger disk needs a longer table, that is moved, and the disk keeps its content."""
     path = f"{tmp_path}/img"
     small = {"vhd": 64 << 10, "qcow2": 512, "qcow": 512}[image_format]
     create(image_format, path, MIB, Wishes(small))
@@ -84,7 +84,7 @@ def test_tables_that_are_too_small_are_moved(tmp_path: Path, image_format: str) 
 
 
 def test_a_fixed_vhd_grows(tmp_path: Path) -> None:
-    """Its footer moves to the new end, and where it was there are zeros."""
+    """The footer moves to the new end, and zeros take its former place."""
     image = find_image(create("vhd", f"{tmp_path}/img", MIB, Wishes(is_fixed=True)).text)
     disk_write(image.text, {MIB - 512: b"m" * 512})
     resize(image, 2 * MIB)
@@ -95,7 +95,7 @@ def test_a_fixed_vhd_grows(tmp_path: Path) -> None:
 
 
 def test_a_disk_never_becomes_smaller(made: Make) -> None:
-    """A smaller size is refused, the same one does nothing, and an odd one cannot be."""
+    """A smaller size, or one that is not a multiple of a sector, is refused. The same size changes nothing."""
     image = made("qcow2")
     before = Path(image.path).read_bytes()
     with pytest.raises(ConfigError, match="5 MiB and cannot shrink"):
@@ -108,14 +108,14 @@ def test_a_disk_never_becomes_smaller(made: Make) -> None:
 
 
 def test_a_parent_does_not_show(raw: Path, tmp_path: Path) -> None:
-    """A child that is smaller than its parent would show more of it, and is refused."""
+    """A child that is smaller than its parent cannot grow, because more of the parent would show."""
     child = create("qcow2", f"{tmp_path}/child", MIB, parent=image_of_file("raw", str(raw)))
     with pytest.raises(ConfigError, match="parent is larger"):
         resize(find_image(child.text), 2 * MIB)
 
 
 def test_what_cannot_grow_is_refused(tmp_path: Path) -> None:
-    """Snapshots in version 2, a map of full blocks that is too small: a sentence, and nothing else."""
+    """Snapshots in version 2, or a map of full blocks that is too small: growth is refused, and nothing is changed."""
     path = tmp_path / "img"
     cases = [
         ("qcow2", bytes(qcow2(MIB, {1: b"d" * 4096}, version=2, snapshot=True)), "version 2 that has snapshots"),
@@ -134,7 +134,7 @@ def test_what_cannot_grow_is_refused(tmp_path: Path) -> None:
 def test_whoever_is_killed_leaves_a_whole_image(
     tmp_path: Path, image_format: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After each write of a move the disk is of the old size or the new one, holds what it held, and has no error."""
+    """Killed after any write, the disk has its old size or the new one, keeps its content, and has no error."""
     create(image_format, f"{tmp_path}/img", MIB, Wishes({"vhd": 64 << 10}.get(image_format, 512)))
     image = image_of_file(image_format, f"{tmp_path}/img")
     disk_write(image.text, {0: b"a" * 512})
@@ -157,7 +157,7 @@ def test_whoever_is_killed_leaves_a_whole_image(
         try:
             resize(image, 50 * MIB)
         except OSError:
-            assert check(image).errors <= (image_format == "vhd")  # the footers may differ for a moment
+            assert check(image).errors <= (image_format == "vhd")  # for a moment, the two footers may differ
             with Session() as session:
                 size = session.open(image.chain, read_only=True).size
             assert size in (MIB, 50 * MIB)
@@ -169,12 +169,12 @@ def test_whoever_is_killed_leaves_a_whole_image(
     assert CLEAN == check(image).status
 
 
-# Block devices: what does not become longer has room behind what its image uses.
+# Block devices cannot become longer, but have room behind what the image uses.
 
 
 @pytest.fixture
 def as_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let files whose name is "device" be taken for block devices."""
+    """Treat files whose name is "device" as block devices."""
     look = LocalOpener.look
 
     def taken(self: LocalOpener, path: str) -> Facts:
@@ -185,7 +185,7 @@ def as_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def device(tmp_path: Path) -> Iterator[Path]:
-    """Return a real block device of 8 MiB that is full of something."""
+    """Return a real block device of 8 MiB that is full of old data."""
     path = tmp_path / "device"
     path.write_bytes(b"old!" * (2 * MIB))
     with loops.over(path) as device:
@@ -193,7 +193,9 @@ def device(tmp_path: Path) -> Iterator[Path]:
 
 
 def put(image_format: str, tmp_path: Path, target: Path, *, ends: bool = True) -> Image:
-    """Put a new image with small clusters and some data onto a device; a VHD's footer at its end, or where it was."""
+    """Put a new image with small clusters and some data onto a device, with a VHD's footer at its end or where
+    it was.
+    """
     small = {"vhd": 64 << 10, "qcow2": 512, "qcow": 512}[image_format]
     create(image_format, f"{tmp_path}/made", MIB, Wishes(small))
     disk_write(f"{image_format}:{tmp_path}/made", {0: b"a" * 4096, MIB - 512: b"m" * 512})
@@ -208,12 +210,12 @@ def put(image_format: str, tmp_path: Path, target: Path, *, ends: bool = True) -
 
 
 def grow_there(image: Image, size: int) -> None:
-    """Grow an image on a device of 8 MiB, and see that it has what it had, and takes what is written to its new end."""
+    """Grow an image on a device of 8 MiB. Check that it keeps its content and can be written up to its new end."""
     assert MIB == resize(image, size)
     assert check(image).errors == 0
     expected = (b"a" * 4096).ljust(MIB - 512, b"\0") + b"m" * 512 + bytes(1 * MIB)
     assert expected == disk_content(image.text, 2 * MIB)
-    if image.format != "qcow":  # there is no room for more of one on a device
+    if image.format != "qcow":  # the device has no room for another of its tables
         disk_write(image.text, {size - 512: b"n" * 512, MIB: b"o" * 512})
         assert b"o" * 512 == disk_content(image.text, MIB + 512)[-512:]
         qemu.qemu_io(
@@ -226,7 +228,9 @@ def grow_there(image: Image, size: int) -> None:
 @pytest.mark.parametrize("ends", [True, False])
 @pytest.mark.parametrize("image_format", ["vhd", "qcow2", "qcow"])
 def test_an_image_on_a_device_grows_where_there_is_room(tmp_path: Path, image_format: str, *, ends: bool) -> None:
-    """Longer tables go behind what the image uses, whatever was there; a VHD's footer goes to the device's end."""
+    """Longer tables are put behind what the image uses, over whatever is there, and a VHD's footer at the
+    device's end.
+    """
     target = tmp_path / "device"
     target.write_bytes(b"old!" * (2 * MIB))
     image = put(image_format, tmp_path, target, ends=ends)
@@ -247,7 +251,7 @@ def test_a_real_device(device: Path, tmp_path: Path, image_format: str) -> None:
 @pytest.mark.usefixtures("as_device")
 @pytest.mark.parametrize("image_format", ["vhd", "qcow2", "qcow", "raw"])
 def test_a_device_without_room_is_left_alone(tmp_path: Path, image_format: str) -> None:
-    """Where tables do not fit the sentence says how much is needed, and nothing is written."""
+    """If the tables do not fit, the error says how much space is needed, and nothing is written."""
     target = tmp_path / "device"
     target.write_bytes(b"old!" * (MIB // 2))
     image = image_of_file("raw", str(target)) if image_format == "raw" else put(image_format, tmp_path, target)
@@ -260,7 +264,7 @@ def test_a_device_without_room_is_left_alone(tmp_path: Path, image_format: str) 
 
 @pytest.mark.usefixtures("as_device")
 def test_a_block_at_the_end_of_a_device_stays(tmp_path: Path) -> None:
-    """A device that has lost its footer at the end may have a block there: the footer is not written over it."""
+    """If a device has no footer at its end, a block may be there, so no footer is written over it."""
     path = tmp_path / "device"
     path.write_bytes(vhd_image(MIB, {15: dict.fromkeys(range(128), b"b" * 512)}, block_size=64 << 10)[:-512])
     before = path.read_bytes()
@@ -272,7 +276,7 @@ def test_a_block_at_the_end_of_a_device_stays(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("as_device")
 def test_a_fixed_vhd_on_a_device(tmp_path: Path) -> None:
-    """It grows up to the footer at the device's end, over whatever was there."""
+    """A fixed VHD grows up to the footer at the device's end, over whatever is there."""
     path = tmp_path / "device"
     create("vhd", str(path), MIB, Wishes(is_fixed=True))
     data = path.read_bytes()
@@ -289,7 +293,9 @@ def test_a_fixed_vhd_on_a_device(tmp_path: Path) -> None:
 def test_somebody_elses_resize_is_not_undone(
     tmp_path: Path, image_format: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where another one makes the disk larger between our look at it and our lock, it does not become smaller again."""
+    """If another program enlarges the disk before we have locked it, the resize is refused, and the disk does not
+    shrink again.
+    """
     image = find_image(create(image_format, f"{tmp_path}/image", MIB).text)
     look = module._check_growth
 

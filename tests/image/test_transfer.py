@@ -20,11 +20,11 @@ MIB = 1 << 20
 
 
 def ignore(_piece: Piece) -> None:
-    """Take no note."""
+    """Ignore the piece."""
 
 
 def test_extents_are_cut_at_pieces() -> None:
-    """No request crosses a multiple of a MiB; a hole is no data, whatever has it."""
+    """No request crosses a multiple of 1 MiB. A hole in the file is not data."""
     extents = [Extent(512, 2 * MIB, Kind.DATA), Extent(20 * MIB, MIB, Kind.DATA, is_hole=True)]
 
     assert [
@@ -36,7 +36,7 @@ def test_extents_are_cut_at_pieces() -> None:
 
 
 def test_pieces_are_whole_sectors() -> None:
-    """Where an extent ends inside a sector, as a file may, the sector is its own, and not the next one's."""
+    """If an extent ends inside a sector, as at a file's end, it includes that sector, and the next extent does not."""
     extents = [Extent(0, 1000, Kind.DATA), Extent(1000, 24, Kind.ZERO), Extent(1024, 512, Kind.DATA)]
 
     assert [Piece(0, 1024), Piece(1024, 512)] == list(pieces_of(extents))
@@ -53,12 +53,12 @@ def test_pieces_are_whole_sectors() -> None:
     ],
 )
 def test_runs_of_data(content: bytes, expected: list[tuple[int, int]]) -> None:
-    """Zeros are left out by whole 4 KiB; a short rest counts as what it is."""
+    """Zeros are left out in units of 4 KiB. A shorter rest is kept or left out by its content."""
     assert expected == data_runs(memoryview(content))
 
 
 def test_a_copy_leaves_holes(tmp_path: Path) -> None:
-    """On a blank target what is zero is not written; what is written is durable when the flush has ended."""
+    """On a blank target zeros are not written. After `flush`, everything that was written is durable."""
     source, target = tmp_path / "source", image(tmp_path / "target", 3 * MIB)
     data = Random(1).randbytes(MIB + 512).ljust(3 * MIB, b"\0")
     source.write_bytes(data)
@@ -74,7 +74,7 @@ def test_a_copy_leaves_holes(tmp_path: Path) -> None:
 
 
 def test_zeros_are_written_where_there_may_be_something(tmp_path: Path) -> None:
-    """On a target that holds something zeros are copied too, and ranges can be cleared; the rest stays."""
+    """On a target with old data, zeros are written too and ranges can be cleared. The rest is kept."""
     source, target = image(tmp_path / "source", MIB), tmp_path / "target"
     target.write_bytes(b"t" * 2 * MIB)
     with Session() as session:
@@ -90,7 +90,7 @@ def test_zeros_are_written_where_there_may_be_something(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("op", ["read", "write"])
 def test_a_failure_names_layer_and_place(tmp_path: Path, op: str) -> None:
-    """One of the requests that fail is reported, when all that are under way have ended."""
+    """If requests fail, one of them is reported, with layer and place, after all others have ended."""
     source, target = tmp_path / "source", image(tmp_path / "target", 2 * MIB)
     source.write_bytes(b"x" * 2 * MIB)
     fault = f"fault:errno=EIO,op={op},every=1|"
@@ -105,7 +105,9 @@ def test_a_failure_names_layer_and_place(tmp_path: Path, op: str) -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_what_is_told_is_done_in_order(tmp_path: Path, seed: int) -> None:
-    """However requests overtake each other, pieces are told in order, and stopping leaves nothing in flight."""
+    """However requests overtake each other, pieces are reported in order. If the copy is stopped, nothing stays in
+    flight.
+    """
     source, target = tmp_path / "source", image(tmp_path / "target", 40 * MIB)
     source.write_bytes(Random(seed).randbytes(40 * MIB))
     stop = Random(seed).randrange(40)
@@ -130,7 +132,7 @@ def test_what_is_told_is_done_in_order(tmp_path: Path, seed: int) -> None:
 
 
 class Stage:
-    """A session in which everything is done at once, but for flushes: each ends when the third write after it came."""
+    """A session in which requests end at once, except that a flush ends with the third write after it."""
 
     can_flush = True
 
@@ -140,7 +142,7 @@ class Stage:
         self.flushes = 0
 
     def submit(self, batch: list[Request]) -> None:
-        """Take requests of either disk."""
+        """Take requests to either disk."""
         for request in batch:
             if request.op == Op.FLUSH:
                 self.flushes += 1
@@ -157,23 +159,25 @@ class Stage:
         request.tag(request)
 
     def glance(self) -> None:
-        """Let the flushes end that are due."""
+        """End the flushes that are due."""
         due = [request for at, request in self.waiting if at <= self.writes]
         self.waiting = [each for each in self.waiting if each[0] > self.writes]
         for request in due:
             self.end(request)
 
     def run_until(self, is_done: Callable[[], bool]) -> None:
-        """Let the flushes end that are left, if it cannot go on without."""
+        """End further flushes until `is_done`."""
         while not is_done():
             self.end(self.waiting.pop(0)[1])
 
     def wake(self) -> None:
-        """Do nothing: nobody sleeps."""
+        """Do nothing, since nobody sleeps."""
 
 
 def test_what_is_durable_is_told_while_the_copy_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A flush begins when enough was told as done, one at a time, and covers that much, however late it ends."""
+    """A flush starts once enough has been reported as done. One runs at a time, and it covers that much, however late
+    it ends.
+    """
     monkeypatch.setattr("xenbackend.image.transfer.SYNC_EVERY", 4 * MIB)
     stage: Any = Stage()
     told: list[int] = []
@@ -198,7 +202,7 @@ def test_what_is_durable_is_told_while_the_copy_goes_on(monkeypatch: pytest.Monk
 
 
 def test_a_flush_that_failed_fails_for_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It ends the copy, and the next one, which the kernel would let succeed, does not say that all is durable."""
+    """A failed flush ends the copy. A later flush fails too, although the kernel would let it succeed."""
     monkeypatch.setattr("xenbackend.image.transfer.SYNC_EVERY", 4 * MIB)
     source, target = tmp_path / "source", image(tmp_path / "target", 40 * MIB)
     source.write_bytes(b"x" * 40 * MIB)

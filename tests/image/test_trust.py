@@ -29,7 +29,7 @@ MIB = 1 << 20
 
 
 def chain_of_three(directory: Path) -> Image:
-    """Make what an older release or QEMU has made: an image with two parents, without a mark."""
+    """Make an image with two parents and without marks, as an older release or QEMU makes it."""
     (directory / "base").write_bytes(b"b" * MIB)
     for name, parent, kind in (("mid", "base", "raw"), ("top", "mid", "qcow2")):
         qemu_img("create", "-q", "-f", "qcow2", "-b", parent, "-F", kind, directory / name)
@@ -37,11 +37,11 @@ def chain_of_three(directory: Path) -> Image:
 
 
 def ignore(_done: int, _total: int) -> None:
-    """Take no note of progress."""
+    """Ignore the progress."""
 
 
 def test_a_chain_of_three_is_trusted(tmp_path: Path) -> None:
-    """Images of an older release are refused until they are trusted; each one is marked with its own parent."""
+    """Images of an older release are refused until they are trusted. Each one is then marked with its own parent."""
     top = chain_of_three(tmp_path)
     with pytest.raises(DriverError, match=r"mid is named only by the image; .* xenbackend image trust LAYER"):
         disk_content(top.text)
@@ -56,7 +56,7 @@ def test_a_chain_of_three_is_trusted(tmp_path: Path) -> None:
 
 
 def test_nothing_is_marked_where_a_parent_cannot_be_opened(tmp_path: Path) -> None:
-    """Half a chain is not trusted: where a parent is missing, or is none, no image is marked."""
+    """If a parent is missing, or is not a file, no image of the chain is marked."""
     top = chain_of_three(tmp_path)
     (tmp_path / "base").unlink()
     with pytest.raises(DriverError, match="its parent is not there: the image names 'base'"):
@@ -69,7 +69,7 @@ def test_nothing_is_marked_where_a_parent_cannot_be_opened(tmp_path: Path) -> No
 
 
 def test_images_that_cannot_be_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the file system keeps no marks the sentence says what to do, and so does the layer of a new child."""
+    """If the file system cannot keep marks, the error says what to do, and the layer of a new child has `parents=`."""
     top = chain_of_three(tmp_path)
     monkeypatch.setattr(marks, "obstacle", lambda _fd: "its file system cannot keep marks (trusted.* attributes)")
     with pytest.raises(DriverError, match=r"top: its file system cannot keep marks .*: parents=DIRECTORY"):
@@ -84,7 +84,7 @@ def test_images_that_cannot_be_marked(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_data_in_other_files_are_trusted(tmp_path: Path) -> None:
-    """The data file of a QCOW2 image, and the extents of a VMDK one, are files that an image names as well."""
+    """The data file of a QCOW2 image and the extents of a VMDK image have to be trusted too."""
     (tmp_path / "data").write_bytes(b"d" * MIB)
     (tmp_path / "a").write_bytes(qcow2(MIB, {0: b""}, data_name=b"data"))
     (tmp_path / "flat").write_bytes(b"f" * MIB)
@@ -102,7 +102,9 @@ def test_data_in_other_files_are_trusted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("image_format", ["vhd", "qcow2", "qcow"])
 def test_what_is_made_is_opened_without_an_option(made: Make, raw: Path, tmp_path: Path, image_format: str) -> None:
-    """A snapshot, and a rebased image, are opened with their parents wherever these are; no neighbour is."""
+    """A snapshot and a rebased image open without an option, wherever their parents are, but not with another file in a
+    parent's place.
+    """
     parent = made(image_format)
     (tmp_path / "far").mkdir()
     child = find_image(snapshot(parent, f"{tmp_path}/far/child").text)
@@ -125,7 +127,9 @@ def test_what_is_made_is_opened_without_an_option(made: Make, raw: Path, tmp_pat
 def test_a_rebase_that_is_killed_leaves_an_image_that_opens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
-    """Whoever is killed when an image gets its parent's name leaves it with one parent or the other, and marked so."""
+    """If a rebase is killed while the image gets its parent's name, the image has one parent or the other, and
+    opens.
+    """
     for name in ("one", "two"):
         (tmp_path / name).write_bytes(b"b" * MIB)
     child = find_image(create("qcow2", f"{tmp_path}/child", None, parent=image_of_file("raw", f"{tmp_path}/one")).text)
@@ -148,7 +152,7 @@ def test_a_rebase_that_is_killed_leaves_an_image_that_opens(
 
 
 def test_the_disk_of_a_neighbour(tmp_path: Path) -> None:
-    """R18: a tenant's image that names the disk beside it is not read, and keeps nobody from using that disk."""
+    """R18: a tenant's image that names a neighbour's disk does not read it, and does not lock it against its owner."""
     (tmp_path / "victim").write_bytes(b"SECRET".ljust(MIB, b"!"))
     for text, data in (
         ("qcow2:{}/evil", qcow2(MIB, backing=b"victim", backing_format=b"raw")),
@@ -162,7 +166,7 @@ def test_the_disk_of_a_neighbour(tmp_path: Path) -> None:
 
 
 def test_a_copy_of_a_child_has_to_be_trusted(made: Make, tmp_path: Path) -> None:
-    """What copies an image without its attributes, as cp does, makes one that nobody has spoken for."""
+    """A copy of an image without its attributes, as cp makes it, has to be trusted again."""
     child = snapshot(made("qcow2"), f"{tmp_path}/child")
     shutil.copyfile(tmp_path / "child", tmp_path / "copy")
     with pytest.raises(DriverError, match=r"named only by the image; .* xenbackend image trust LAYER"):
@@ -174,7 +178,7 @@ def test_a_copy_of_a_child_has_to_be_trusted(made: Make, tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_a_long_chain(tmp_path: Path) -> None:
-    """Each of 32 parents is followed by the mark of its own child."""
+    """In a chain with 32 parents, each one is allowed by the mark of its own child."""
     (tmp_path / "0").write_bytes(b"b" * MIB)
     create("qcow2", f"{tmp_path}/1", None, parent=image_of_file("raw", f"{tmp_path}/0"))
     for number in range(2, 33):

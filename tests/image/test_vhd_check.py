@@ -38,12 +38,12 @@ def look(data: bytes) -> Faults:
 
 @pytest.mark.parametrize("data", [image(8 * MIB, BLOCKS), image(8 * MIB), fixed(bytes(MIB)), image(8 * MIB, full=[0])])
 def test_a_sound_image_has_no_fault(data: bytes) -> None:
-    """As blktap lays it out, with and without its map of full blocks."""
+    """Images as blktap lays them out, with and without a map of full blocks, have no fault."""
     assert (0, 0) == (look(data).errors, look(data).leaks)
 
 
 def test_room_between_blocks_is_lost(tmp_path: Path) -> None:
-    """Where an entry of the table is gone, its block is room that nothing uses."""
+    """A block that no entry of the table refers to any more is a leak."""
     data = bytearray(image(8 * MIB, BLOCKS))
     data[1536:1540] = b"\xff" * 4
 
@@ -51,7 +51,7 @@ def test_room_between_blocks_is_lost(tmp_path: Path) -> None:
 
 
 def test_a_device_is_larger_than_its_image() -> None:
-    """Behind an image on a block device there may be anything, and it is for blocks to come."""
+    """On a block device, the space behind the image belongs to future blocks and is not a leak."""
     data = image(8 * MIB, BLOCKS) + b"?" * 8 * MIB
     found = vhd_check.check(lambda offset, length: data[offset : offset + length], len(data), on_device=True)
 
@@ -60,7 +60,7 @@ def test_a_device_is_larger_than_its_image() -> None:
 
 @pytest.mark.parametrize("sectors", [1, 2 * STRIDE // SECTOR + 3])
 def test_blocks_that_cannot_be_are_errors(sectors: int) -> None:
-    """A block over the header, or beyond the end of the file, is an error."""
+    """A block that overlaps the header, or is beyond the end of the file, is an error."""
     data = bytearray(image(8 * MIB, BLOCKS))
     data[1540:1544] = (sectors * 4).to_bytes(4, "big")
 
@@ -69,7 +69,7 @@ def test_blocks_that_cannot_be_are_errors(sectors: int) -> None:
 
 @pytest.mark.parametrize("where", ["end", "beginning"])
 def test_a_footer_that_is_gone_is_written_again(tmp_path: Path, where: str) -> None:
-    """Either footer is made from the other one, and the disk holds what it held."""
+    """A missing footer is made from the other one, and the disk keeps its content."""
     path = tmp_path / "img.vhd"
     data = image(8 * MIB, BLOCKS)
     path.write_bytes(data)
@@ -84,7 +84,7 @@ def test_a_footer_that_is_gone_is_written_again(tmp_path: Path, where: str) -> N
 
 
 def test_a_file_that_was_cut_gets_the_end_of_its_block(tmp_path: Path) -> None:
-    """A last block without its end is filled up with zeros, and a footer comes behind it."""
+    """If the file was cut inside its last block, a repair adds zeros and a footer."""
     path = tmp_path / "img.vhd"
     path.write_bytes(image(8 * MIB, BLOCKS)[: -MIB - 100])
     text = f"vhd:{path}"
@@ -95,7 +95,7 @@ def test_a_file_that_was_cut_gets_the_end_of_its_block(tmp_path: Path) -> None:
 
 
 def test_a_fixed_image_that_is_too_short_is_not_repaired(tmp_path: Path) -> None:
-    """Data that are gone cannot be made up."""
+    """A fixed image that is too short is not repaired, because its data are lost."""
     path = tmp_path / "img.vhd"
     path.write_bytes(fixed(bytes(MIB))[4096:])
 
@@ -112,7 +112,7 @@ Change = Callable[[Footer, Header], tuple[Footer, Header]]
 
 
 def child(directory: Path, change: Change | None = None, *, uuid: bytes = PARENT) -> str:
-    """Make a parent and a child of it whose headers are changed, and return the child's layer."""
+    """Make a parent and a child with changed headers, and return the child's layer."""
     (directory / "base.vhd").write_bytes(image(8 * MIB, BLOCKS, uuid=uuid))
     data = image(8 * MIB, {2: {0: b"c" * 512}}, parent_uuid=PARENT, names=NAMES)
     if change:
@@ -122,7 +122,7 @@ def child(directory: Path, change: Change | None = None, *, uuid: bytes = PARENT
 
 
 def changed(data: bytes, change: Change) -> bytes:
-    """Return an image with other headers, their checksums right."""
+    """Return an image with other headers, whose checksums are correct."""
     footer, _ = vhd.read_footer(lambda offset, length: data[offset : offset + length], len(data))
     header = vhd.read_header(lambda offset, length: data[offset : offset + length], footer, len(data))
     footer, header = change(footer, header)
@@ -131,7 +131,7 @@ def changed(data: bytes, change: Change) -> bytes:
 
 
 def located(**fields: object) -> Change:
-    """Return what gives the first locator, whose code is MacX, other fields."""
+    """Return a change of fields of the first locator, whose code is MacX."""
 
     def change(footer: Footer, header: Header) -> tuple[Footer, Header]:
         first, *others = header.locators
@@ -141,7 +141,9 @@ def located(**fields: object) -> Change:
 
 
 def test_a_sound_child_has_no_fault(tmp_path: Path) -> None:
-    """One as blktap lays it out, and one that we make; and over a raw parent, whose UUID is zeros."""
+    """Children as blktap lays them out, those that we make, and those over a raw parent with UUID zero have no
+    fault.
+    """
     assert CLEAN == check(find_image(child(tmp_path))).status
     assert CLEAN == check(find_image(snapshot(find_image(f"vhd:{tmp_path}/base.vhd"), f"{tmp_path}/new").text)).status
     (tmp_path / "raw").write_bytes(bytes(MIB))
@@ -181,7 +183,7 @@ def test_a_sound_child_has_no_fault(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_of_a_parent(tmp_path: Path, change: Change, sentence: str) -> None:
-    """No locators, a type that contradicts them, a place outside of the file or over something, names that are none."""
+    """Missing locators, a type that contradicts them, and names that are misplaced or unreadable are errors."""
     found = check(find_image(child(tmp_path, change)))
 
     assert ERRORS == found.status
@@ -190,7 +192,7 @@ def test_what_cannot_be_of_a_parent(tmp_path: Path, change: Change, sentence: st
 
 
 def test_names_that_are_no_text_are_errors(tmp_path: Path) -> None:
-    """Half a character, or a byte that is none: a name that nobody can read back."""
+    """A name that cannot be decoded, or is not a file's, is an error."""
     for name in (b"\0\xd8", b"file://\xff", b"http://base.vhd"):
         data = image(8 * MIB, parent_uuid=PARENT, names=[(b"MacX" if b"/" in name else b"W2ru", name)])
         found = look(data)
@@ -199,7 +201,7 @@ def test_names_that_are_no_text_are_errors(tmp_path: Path) -> None:
 
 
 def test_a_child_that_cannot_be_opened_is_not_sound(tmp_path: Path) -> None:
-    """Another parent's UUID, no parent, or one that is its own parent: what opening the child says is an error."""
+    """A child whose parent has another UUID, is missing, or is the child itself has the error that opening it gives."""
     text = child(tmp_path, uuid=b"q" * 16)
     assert ["it cannot be opened: its parent"] == [each[:31] for each in check(find_image(text)).sentences]
     assert "has another UUID" in check(find_image(text)).sentences[0]
@@ -218,7 +220,7 @@ def test_a_child_that_cannot_be_opened_is_not_sound(tmp_path: Path) -> None:
 
 
 def test_a_parent_that_may_not_be_looked_at_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A parent is not opened unless somebody has allowed that, and the check says how to allow it."""
+    """A parent is opened only if that is allowed. If it is not, the check says how to allow it."""
     monkeypatch.setattr(settings_file, "PATH", tmp_path / "none")
     (tmp_path / "in").mkdir()
     child(tmp_path)
@@ -234,7 +236,7 @@ def test_a_parent_that_may_not_be_looked_at_is_said(tmp_path: Path, monkeypatch:
 
 
 def test_a_check_does_not_wait_for_the_parents_readers(tmp_path: Path) -> None:
-    """While others read the parent, and while a repair holds the child, the parents are looked at all the same."""
+    """A check reads the parents even while others read them, and a repair of the child does too."""
     text = child(tmp_path)
     with Session() as session:
         session.open(find_image(f"vhd:{tmp_path}/base.vhd").chain, read_only=True)
@@ -243,7 +245,9 @@ def test_a_check_does_not_wait_for_the_parents_readers(tmp_path: Path) -> None:
 
 
 def test_names_outside_of_the_file_are_taken_out(tmp_path: Path) -> None:
-    """A repair leaves the names that can be read; the disk holds what it held, and blocks find room again."""
+    """A repair keeps the names that can be read and removes the others. The disk keeps its content, and blocks can be
+    added again.
+    """
     text = child(tmp_path, located(offset=1 << 40))
     before = bytearray(disk_content(text))
 
@@ -257,7 +261,7 @@ def test_names_outside_of_the_file_are_taken_out(tmp_path: Path) -> None:
 
 
 def test_the_only_name_is_not_taken_out(tmp_path: Path) -> None:
-    """Where no name would be left a repair changes nothing, and the error stays."""
+    """If no name would be left, a repair changes nothing, and the error remains."""
     only = Locator(b"MacX", 512, 17, 1 << 40)
     text = child(tmp_path, lambda footer, header: (footer, replace(header, locators=(only,))))
     before = (tmp_path / "child.vhd").read_bytes()
@@ -267,7 +271,7 @@ def test_the_only_name_is_not_taken_out(tmp_path: Path) -> None:
 
 
 def test_a_killed_repair_leaves_an_image_that_opens(tmp_path: Path) -> None:
-    """After any of its writes both footers lead to a whole header, and the next repair ends the work."""
+    """After any write of a repair, both footers lead to a sound header, and the next repair completes the work."""
     text = child(tmp_path, located(offset=1 << 40))
     before, path = disk_content(text), tmp_path / "child.vhd"
     start = path.read_bytes()
@@ -286,7 +290,7 @@ def test_a_killed_repair_leaves_an_image_that_opens(tmp_path: Path) -> None:
 
 
 def test_a_repair_on_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a block device the new header goes behind what the image uses, and the footer to the device's end."""
+    """On a block device the new header is put behind what the image uses, and the footer at the device's end."""
     look = LocalOpener.look
 
     def taken(self: LocalOpener, path: str) -> Facts:
