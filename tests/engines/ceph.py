@@ -1,7 +1,8 @@
 """A real Ceph in a directory, as ordinary processes of a test: a monitor and an OSD in memory, with keys (cephx).
 
-Must not leave a process behind, nor wait for ever: each command has a time-out, as `rbd` without a monitor has none
-that is of use. A client that has died is believed to be alive for 6 s and not 30, since `rbd` waits for that.
+Must not leave a process behind, nor wait for ever: each command has a time-out, because `rbd` has none that helps if
+there is no monitor. The cluster believes a client alive for 6 s after its last sign of life instead of 30 s, since
+`rbd` waits for that.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ class Ceph:
     """
 
     def __init__(self, directory: Path) -> None:
-        """Start nothing yet. Skips the test where this host has no Ceph."""
+        """Start nothing yet. Skip the test if this host has no Ceph."""
         for program in ("ceph-mon", "ceph-osd", "rbd"):
             if shutil.which(program) is None:
                 pytest.skip(f"there is no {program} here")
@@ -98,11 +99,13 @@ class Ceph:
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def chain(self, image: str, options: str = "") -> str:
-        """Return the layer that has an image, given as `rbd` writes it behind the pool; `options` are `add_user`'s."""
+        """Return the layer for an image, named as after `rbd`'s pool and slash; `options` are those that `add_user`
+        returns.
+        """
         return f"rbd:{POOL}/{image},{options or f'conf={self.conf}'}"
 
     def start(self) -> None:
-        """Start all of it, and return when it can be used."""
+        """Start the cluster, and return when it can be used."""
         for each in ("run", "log", "mon", "osd"):
             (self.directory / each).mkdir()
         with socket.socket() as probe:
@@ -142,19 +145,19 @@ class Ceph:
         self.rbd("pool", "init", POOL)
 
     def ceph(self, *words: str) -> str:
-        """Give an administrator's order, and return what is said."""
+        """Run a command of `ceph` as administrator, and return its output."""
         return self._run("ceph", "-c", str(self._own_conf), *words)
 
     def rbd(self, *words: str) -> str:
-        """Do something with images, as an administrator."""
+        """Run a command of `rbd` as administrator, and return its output."""
         return self._run("rbd", "-c", str(self._own_conf), *words)
 
     def json(self, *words: str) -> Any:
-        """Return what `rbd` says, as a value."""
+        """Run a command of `rbd`, and return its output as a value."""
         return json.loads(self.rbd(*words, "--format", "json"))
 
     def digest(self, image: str) -> str:
-        """Return what tells an image's content from any other."""
+        """Return a digest of an image's content."""
         command = ["rbd", "-c", str(self._own_conf), "export", "--no-progress", f"{POOL}/{image}", "-"]
         done = subprocess.run(command, check=True, capture_output=True, timeout=COMMAND_S)
         return hashlib.sha256(done.stdout).hexdigest()
@@ -165,7 +168,7 @@ class Ceph:
         return self.chain(image)
 
     def add_user(self, name: str, mon: str = "profile rbd", osd: str = f"profile rbd pool={POOL}") -> str:
-        """Make a user, or change what it may, and return the options of a chain by which it is asked for."""
+        """Make a user or change its rights, and return a chain's options for that user."""
         conf = self.directory / f"{name}.conf"
         keyring = self.directory / f"{name}.keyring"
         if conf.exists():
@@ -177,40 +180,40 @@ class Ceph:
         return f"id={name},conf={conf}"
 
     def remove_user(self, name: str) -> Callable[[], object]:
-        """Remove a user; return what makes it again, with its key and its rights."""
+        """Remove a user. Return a function that makes it again, with its key and its rights."""
         kept = self.directory / f"{name}.removed"
         kept.write_text(self.ceph("auth", "export", f"client.{name}"))
         self.ceph("auth", "rm", f"client.{name}")
         return lambda: self.ceph("auth", "import", "-i", str(kept))
 
     def set_ticket_s(self, seconds: int) -> None:
-        """Say for how long what a client may do holds without the monitors being asked; an hour is usual."""
+        """Set how long a client's rights hold until the monitors are asked again; an hour is usual."""
         self.ceph("tell", "mon.a", "config", "set", "auth_service_ticket_ttl", str(seconds))
 
     def restart_osd(self) -> None:
-        """End the OSD in order, and start it again: all clients connect anew."""
+        """Stop the OSD in order and start it again, so that all clients connect anew."""
         process = self._processes.pop("ceph-osd")
         process.terminate()
         process.wait(COMMAND_S)
         self._begin_osd()
 
     def stop_osd(self) -> None:
-        """Have the OSD stand still."""
+        """Stop the OSD by SIGSTOP."""
         self._processes["ceph-osd"].send_signal(signal.SIGSTOP)
 
     def continue_osd(self) -> None:
-        """Have it go on."""
+        """Continue the OSD by SIGCONT."""
         self._processes["ceph-osd"].send_signal(signal.SIGCONT)
 
     def be_full(self, is_full: bool) -> None:
-        """Have no room for what is written, or room again; return when the cluster knows."""
+        """Make the cluster full, or not full any more, and return when it knows."""
         ratios = {"nearfull": "0.85", "backfillfull": "0.9", "full": "0.95"}
         for name, ratio in ratios.items() if not is_full else zip(ratios, ("5e-4", "7e-4", "1e-3"), strict=True):
             self.ceph("osd", f"set-{name}-ratio", ratio)
         self._until(lambda: is_full == ("OSD_FULL" in self.ceph("health", "detail")))
 
     def kill(self) -> None:
-        """Kill all of it."""
+        """Kill all processes."""
         for process in self._processes.values():
             process.kill()
         for process in self._processes.values():

@@ -1,8 +1,7 @@
 """`python -m tests.engines.client CONF IMAGE`: another client of a cluster, which has an image's lock.
 
-It says ``locked CLIENT ADDRESS``, and does then what it is told by lines: ``write BYTE OFFSET LENGTH``, answered by the
-errno of that write, which is begun on the spot, and of a flush after it; ``close`` ends it in order, the end of its
-input at once.
+It prints ``locked CLIENT ADDRESS`` and then obeys lines: for ``write BYTE OFFSET LENGTH`` it writes at once and then
+flushes, and prints the errno of both; ``close`` closes the image in order. The end of its input ends it at once.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from xenbackend.opener.cluster import read_settings
 
 
 def main(conf: str, name: str) -> None:
-    """Serve standard input."""
+    """Take the lock and obey the lines of standard input."""
     cluster = Cluster("admin", read_settings(Account(conf, "admin")))
     pool = Pool(cluster, "rbd")
     image = Image(cluster, pool, name, read_only=False)

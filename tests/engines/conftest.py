@@ -1,4 +1,4 @@
-"""What tests of engines share: the embedded machine, and one Ceph for all of a process's tests."""
+"""What the tests of engines share: the embedded machine, and one Ceph for all tests of a process."""
 
 from __future__ import annotations
 
@@ -19,6 +19,6 @@ def machine() -> Iterator[Machine]:
 
 @pytest.fixture(scope="session")
 def ceph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ceph]:
-    """A cluster; its tests use images of different names."""
+    """A cluster. Each test uses images with names of its own."""
     with Ceph(tmp_path_factory.mktemp("ceph")) as ceph:
         yield ceph

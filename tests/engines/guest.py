@@ -20,7 +20,7 @@ DOMID = 5
 
 
 class Server(Protocol):
-    """What an engine's process is."""
+    """An engine's process, as tests need it."""
 
     def start(self) -> None:
         """Start it."""
@@ -44,16 +44,16 @@ class Guest:
         self.load = Load(self.frontend, self.model, patience_s=60)
 
     def status(self) -> dict[str, Any]:
-        """Return what the service says of the disk."""
+        """Return the service's status of the disk."""
         [found] = self.machine.ask({"verb": "status"})["data"]
         return found  # type: ignore[no-any-return]  # JSON
 
     def connection(self) -> str:
-        """Return what the layer says of its connection."""
+        """Return the layer's fact about its connection."""
         return self.fact("connection")
 
     def fact(self, key: str) -> str:
-        """Return what the layer says of something, empty where it says nothing."""
+        """Return a fact of the layer, or an empty text."""
         layers = self.status()["layers"]
         return str(layers[0]["facts"].get(key, "")) if layers else ""
 
@@ -62,13 +62,15 @@ class Guest:
         return str(self.status()["error"] or "")
 
     def kill(self) -> None:
-        """Kill the worker, which may just be starting."""
+        """Kill the worker if there is one; it may be just starting."""
         worker = self.status()["worker"]
         if worker:
             os.kill(worker, signal.SIGKILL)
 
     def outlive(self, server: Server) -> None:
-        """Go on while its worker dies amid requests, the server does, and its worker again."""
+        """Kill the worker, the server and the worker again, each amid requests, and start the server again if it has
+        ended.
+        """
         for dies in (self.kill, server.kill, self.kill):
             self.load.run(60)
             self.load.top_up()
@@ -77,7 +79,7 @@ class Guest:
                 server.start()
 
     def end(self) -> None:
-        """See that the guest saw no error, and that each sector holds what it wrote."""
+        """Check that the guest saw no error, and that each sector holds what was written."""
         self.load.finish()
         assert 0 == self.model.failures
         read_all(self.frontend, self.model)

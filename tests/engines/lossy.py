@@ -1,9 +1,9 @@
-"""A link between this host and a network namespace of its own that loses packets, as this kernel may have no netem.
+"""A link that loses packets, between this host and a network namespace, for hosts whose kernel has no netem.
 
-Must not leave anything behind: both ends are TUN devices, which go with the processes that have them open.
+Must not leave anything behind: both ends are TUN devices, which vanish with the processes that have them open.
 
-`python -m tests.engines.lossy FD ADDRESS COMMAND` is the far end, behind `unshare -n`; COMMAND runs there. It ends with
-whoever has made the link.
+`python -m tests.engines.lossy FD ADDRESS COMMAND`, run by `unshare -n`, is the far end, and runs COMMAND there. It ends
+when the process that made the link does.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from typing import Self
 
 import pytest
 
-_ADDRESSES = "198.51.100"  # RFC 5737: nobody has them. Four are of each link, by the number of its device
+_ADDRESSES = "198.51.100"  # RFC 5737: for documentation only. Each link has four, chosen by the number of its device
 _MOST_LINKS = 64  # at once
 _TUNSETIFF, _TUN_NO_PI = 0x400454CA, 0x1001  # linux/if_tun.h
 _MTU = 1500
 
 
 class LossyLink:
-    """The link, with a command at its far end; `lost` packets of `carried` until now. `loss` may be changed.
+    """The link, with a command at its far end. So far, `lost` of `carried` packets were lost. `loss` can be changed.
 
-    far   the address of its far end; ADDRESS in a word of the command is that, too
+    far   the address of its far end; it replaces ADDRESS in the command
     """
 
     def __init__(self, command: Sequence[str], loss: float, seed: int) -> None:
-        """Skip the test where this host lets nobody make one."""
+        """Skip the test if this host does not allow making a link."""
         if not os.access("/dev/net/tun", os.W_OK):
             pytest.skip("this host lets us make no TUN device")
         for program in ("ip", "unshare"):
@@ -84,9 +84,9 @@ class LossyLink:
         self._far.wait()
 
     def _end_threads(self) -> None:
-        self.loss = 0.0  # or the packet that wakes could be lost
+        self.loss = 0.0  # so that the packet below is not lost
         self._near.shutdown(socket.SHUT_RDWR)
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as waking:  # a packet for who reads the device
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as waking:  # wakes the reader of the device
             waking.sendto(b"", (self.far, 9))
         for thread in self._threads:
             thread.join()
@@ -99,7 +99,7 @@ class LossyLink:
             return not is_lost
 
     def _out(self) -> None:
-        with suppress(OSError):  # it is over
+        with suppress(OSError):  # the link has been closed
             while True:
                 packet = os.read(self._tun, _MTU)
                 if self._passes():
@@ -113,9 +113,9 @@ class LossyLink:
 
 
 def open_tun(name: str) -> tuple[str, int]:
-    """Make a TUN device, and return what it is called, with a number for %d, and its descriptor.
+    """Make a TUN device, and return its name, with a number for %d, and its descriptor.
 
-    Skips the test where this host lets nobody make one.
+    Skip the test if this host does not allow that.
     """
     fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
     try:
@@ -127,13 +127,13 @@ def open_tun(name: str) -> tuple[str, int]:
 
 
 def set_up(name: str, address: str) -> None:
-    """Give a device its address."""
+    """Give a device its address, and set it up."""
     for words in (["addr", "add", f"{address}/30", "dev", name], ["link", "set", name, "up", "mtu", str(_MTU)]):
         subprocess.run(["ip", *words], check=True)
 
 
 def main(number: str, address: str, *command: str) -> None:
-    """Be the far end until SIGTERM, or until nobody holds the other one any more."""
+    """Be the far end until SIGTERM, or until the near end is closed."""
     name, tun = open_tun("lossy0")
     set_up(name, address)
 

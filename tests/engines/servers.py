@@ -1,6 +1,6 @@
 """Real NBD servers as processes of a test: nbdkit, qemu-nbd, qemu-storage-daemon.
 
-Must not leave one behind. Each is started in the place of one that has gone, by the same socket.
+Must not leave one behind. A server that is started again has the same socket.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ class Engine:
     def __init__(
         self, kind: str, directory: Path, size: int, options: Sequence[str] = (), more: str = "", image: str = ""
     ) -> None:
-        """Prepare one; `options` come before the plug-in of nbdkit, or before the image, and `more` into the chain.
+        """Prepare a server. `options` come before nbdkit's plug-in or before the image, and `more` is added to the
+        chain.
 
-        `image` is what qemu-nbd serves in the place of a file of zeros.
+        `image` is what qemu-nbd serves instead of a file of zeros.
         """
         if shutil.which(kind) is None:
             pytest.skip(f"there is no {kind} here")
@@ -47,28 +48,28 @@ class Engine:
 
     @property
     def chain(self) -> str:
-        """The server's disk, with what holds for its connections' ends."""
+        """The layer with the server's disk, and with the `drain=` that this server needs."""
         export = ",export=disk" if self.kind == "qemu-storage-daemon" else ""
         return f"nbd:unix:{self.socket}{export},drain={'0s' if self.kind == 'nbdkit' else '1s'}{self._more}"
 
     def start(self) -> None:
-        """Start it, and return when it listens."""
+        """Start the server, and return when it accepts connections."""
         self.socket.unlink(missing_ok=True)
         self._process = subprocess.Popen(self._command(), stdin=subprocess.DEVNULL)
         until(self._listens_or_has_ended, f"{self.kind} does not listen", limit_s=START_S)
         assert self.is_alive(), f"{self.kind} has ended"
 
     def is_alive(self) -> bool:
-        """Whether it still runs."""
+        """Whether the server is running."""
         return self._process is not None and self._process.poll() is None
 
     def send(self, number: signal.Signals) -> None:
-        """Send it a signal."""
+        """Send the server a signal."""
         assert self._process is not None
         self._process.send_signal(number)
 
     def kill(self) -> None:
-        """Kill it."""
+        """Kill the server."""
         process, self._process = self._process, None
         if process is not None:
             process.kill()
@@ -82,7 +83,7 @@ class Engine:
         self.kill()
 
     def _listens_or_has_ended(self) -> bool:
-        """Whether it takes connections, for which its socket is there some time before, or never will."""
+        """Whether the server accepts connections, which it may do later than its socket exists, or has ended."""
         if not self.is_alive():
             return True
         with socket.socket(socket.AF_UNIX) as probe:

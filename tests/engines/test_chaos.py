@@ -1,4 +1,4 @@
-"""Chaos below disks of servers and of a cluster, in small; `make chaos-engines` is it at length."""
+"""Chaos below disks of servers and of a cluster, in short; `make chaos-engines` runs it at length."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.chaos.engines import KINDS, missing
 
 @pytest.mark.parametrize("engine", [*KINDS])
 def test_kills_under_load_and_orders(engine: str, request: pytest.FixtureRequest) -> None:
-    """Whatever is killed, stopped or ordered, no guest sees an error or a wrong sector, and no reply is a lie."""
+    """Whatever is killed, stopped or ordered, no guest sees an error or a wrong sector, and every reply is true."""
     if lacks := missing(engine):
         pytest.skip(f"there is no {', '.join(lacks)} here")
     assert 0 == main(["--engine", engine, "--kills", "8", "--seed", str(request.config.getoption("--seed"))])

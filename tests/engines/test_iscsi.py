@@ -1,4 +1,4 @@
-"""A disk on an iSCSI target, for a host whose kernel has no initiator: by qemu-nbd, which brings one."""
+"""A disk on an iSCSI target through qemu-nbd, which has an initiator of its own, for hosts whose kernel has none."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NAME = "iqn.2026-11.example:disk"
 
 @pytest.fixture
 def target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A target of tgt with one unit, the file `unit`, as a URI; all that it leaves is in the test's directory."""
+    """The URI of a target of tgt with one unit, the file `unit`. All of its files are in the test's directory."""
     for program in ("tgtd", "tgtadm", "qemu-nbd"):
         if shutil.which(program) is None:
             pytest.skip(f"there is no {program} here")
@@ -57,7 +57,7 @@ def _tgtadm(*words: str) -> int:
 
 @pytest.fixture
 def engine(target: str, tmp_path: Path) -> Iterator[Engine]:
-    """What makes an NBD server of the target."""
+    """An NBD server for the target."""
     done = subprocess.run(["qemu-img", "info", target], check=False, capture_output=True, text=True, timeout=20)
     if "Unknown protocol" in done.stderr:
         pytest.skip("this QEMU has no iSCSI; Debian's package qemu-block-extra brings it")
@@ -74,7 +74,7 @@ def test_demo(engine: Engine) -> None:
 def test_workers_and_the_bridge_are_killed(
     machine: Machine, engine: Engine, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """A guest sees a pause when its worker dies amid requests, or what makes an NBD server of the target does."""
+    """If its worker or the NBD server in front of the target dies amid requests, a guest sees a pause and no error."""
     with ExitStack() as stack:
         guest = Guest(machine, engine.chain, request.config.getoption("--seed"), stack)
         guest.outlive(engine)

@@ -1,4 +1,4 @@
-"""The driver nbd over a network that loses packets: a server in a namespace of its own."""
+"""The driver nbd over a network that loses packets; the server is in a network namespace."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def link(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[LossyLink]:
         pytest.skip("there is no nbdkit here")
     image = tmp_path / "image"
     image.write_bytes(bytes(SIZE))
-    # nbdkit 1.32 aborts when a client dies with requests in flight: it is started again, as by its unit
+    # nbdkit 1.32 aborts if a client dies with requests in flight, so it is restarted, as a systemd unit would do
     serve = f"while :; do nbdkit -f --threads=1 -i ADDRESS -p 10809 file {image}; done"
     with LossyLink(["sh", "-c", serve], 0.001, request.config.getoption("--seed")) as link:
         until(lambda: _listens(link.far))
@@ -38,7 +38,7 @@ def guest(machine: Machine, link: LossyLink, request: pytest.FixtureRequest) -> 
 
 
 def test_packets_are_lost(guest: Guest, link: LossyLink) -> None:
-    """A guest some of whose packets are lost on their way, and whose worker dies meanwhile, sees no error."""
+    """A guest sees no error if some of its packets are lost and its worker dies meanwhile."""
     for _ in range(2):
         guest.load.run(100)
         guest.load.top_up()
@@ -49,7 +49,7 @@ def test_packets_are_lost(guest: Guest, link: LossyLink) -> None:
 
 
 def test_a_network_that_goes_silent(guest: Guest, link: LossyLink) -> None:
-    """Where nothing comes through any more the guest waits, `status` says why, and it goes on once the network does."""
+    """If no packets come through, the guest waits and `status` says why. When they do again, it goes on."""
     guest.load.run(50)
     guest.load.finish()
     link.loss = 1.0
@@ -62,7 +62,7 @@ def test_a_network_that_goes_silent(guest: Guest, link: LossyLink) -> None:
 
 
 def test_two_links_at_once(tmp_path: Path) -> None:
-    """Each has addresses of its own, so that two suites on one host do not stop one another."""
+    """Each link has addresses of its own, so two suites on one host do not disturb each other."""
     with ExitStack() as stack:
         links = []
         for name in ("one", "two"):

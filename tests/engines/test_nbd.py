@@ -54,20 +54,22 @@ def test_demo(engine: Engine) -> None:
 
 
 def test_workers_are_killed_under_load(guest: Guest, engine: Engine, request: pytest.FixtureRequest) -> None:
-    """A guest sees a pause and no error when its worker dies amid requests, also if the server aborts over that."""
+    """If its worker dies amid requests, a guest sees a pause and no error, even if the server aborts because of
+    that.
+    """
     random = Random(request.config.getoption("--seed"))
     for _ in range(3):
         guest.load.run(random.randrange(20, 120))
         guest.load.top_up()
         guest.kill()
-        if not engine.is_alive():  # nbdkit 1.32 aborts when a client dies with requests in flight
+        if not engine.is_alive():  # nbdkit 1.32 aborts if a client dies with requests in flight
             engine.start()
     guest.load.run(200)
     guest.end()
 
 
 def tls_of(kind: str, certificates: Path) -> list[str]:
-    """Return the options by which a server speaks TLS only, with whoever shows a certificate that is right."""
+    """Return the options by which a server requires TLS and a valid client certificate."""
     if kind == "nbdkit":
         return ["--tls=require", f"--tls-certificates={certificates}", "--tls-verify-peer"]
     return ["--object", f"tls-creds-x509,id=t,endpoint=server,verify-peer=yes,dir={certificates}", "--tls-creds", "t"]
@@ -77,7 +79,9 @@ def tls_of(kind: str, certificates: Path) -> list[str]:
 def test_tls_and_several_connections(
     machine: Machine, tmp_path: Path, kind: str, request: pytest.FixtureRequest
 ) -> None:
-    """With TLS, and by several connections, a guest sees a pause when its worker or its server dies amid requests."""
+    """With TLS and several connections, a guest sees a pause and no error if its worker or its server dies amid
+    requests.
+    """
     ours = Authority(tmp_path / "ours")
     more = f",certificates={ours.client('client', shows_itself=True)},connections=3"
     with Engine(kind, tmp_path, SIZE, tls_of(kind, ours.server("server")), more) as engine, ExitStack() as stack:
@@ -91,7 +95,9 @@ def test_tls_and_several_connections(
 
 @pytest.mark.parametrize("mode", ["off", "on", "require"])
 def test_who_wants_tls_and_who_has_it(tmp_path: Path, mode: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each pair of a server's mode and a client's wish is served or refused with its sentence."""
+    """Each combination of the server's TLS mode and the client's certificates is served, or refused with its own
+    message.
+    """
     ours = Authority(tmp_path / "ours")
     server = ours.server("server")
     tls = [f"--tls={mode}", f"--tls-certificates={server}", "--tls-verify-peer"]
@@ -111,7 +117,7 @@ def test_who_wants_tls_and_who_has_it(tmp_path: Path, mode: str, capsys: pytest.
 
 
 def test_the_server_is_killed_under_load(guest: Guest, engine: Engine, request: pytest.FixtureRequest) -> None:
-    """A guest waits for a server that dies and comes back, and the worker stays the same one."""
+    """If its server dies, a guest waits until it is back, and keeps its worker."""
     random = Random(request.config.getoption("--seed"))
     worker = guest.status()["worker"]
     for _ in range(2):
@@ -126,7 +132,7 @@ def test_the_server_is_killed_under_load(guest: Guest, engine: Engine, request: 
 
 
 def test_everything_dies_at_once(guest: Guest, engine: Engine) -> None:
-    """Server, worker and service together are no more than a longer pause."""
+    """If server, worker and service die at the same time, a guest sees only a longer pause."""
     guest.load.run(50)
     guest.load.top_up()
     engine.kill()
@@ -138,7 +144,9 @@ def test_everything_dies_at_once(guest: Guest, engine: Engine) -> None:
 
 
 def test_a_server_that_stands_still_is_waited_for(guest: Guest, engine: Engine) -> None:
-    """With a worker that died while its server is stopped nothing goes on before the server has ended what it had."""
+    """If a worker dies while its server is stopped, its successor waits until the server has ended the former
+    connection.
+    """
     guest.load.run(50)
     guest.load.top_up()
     engine.send(signal.SIGSTOP)
@@ -152,7 +160,9 @@ def test_a_server_that_stands_still_is_waited_for(guest: Guest, engine: Engine) 
 
 
 def test_a_worker_is_replaced_while_its_server_is_away(guest: Guest, engine: Engine) -> None:
-    """`upgrade` hands over what waits, says what for, and needs no `resume` when the server is back."""
+    """While a server is away, `upgrade` replaces the worker and says what the disk waits for. No `resume` is needed
+    when the server is back.
+    """
     guest.load.run(50)
     worker = guest.status()["worker"]
     engine.kill()
@@ -167,7 +177,7 @@ def test_a_worker_is_replaced_while_its_server_is_away(guest: Guest, engine: Eng
 
 
 def test_exports_are_called_as_libnbd_calls_them(tmp_path: Path) -> None:
-    """Each URI asks nbdkit for the very export that nbdinfo asks for."""
+    """For each URI, we ask nbdkit for the same export as nbdinfo does."""
     asked = tmp_path / "asked"
     script = f'printf "%s\\n" "$3" >>{asked}'
     with Engine(
@@ -182,7 +192,7 @@ def test_exports_are_called_as_libnbd_calls_them(tmp_path: Path) -> None:
 
 
 def test_limits_of_requests_are_kept(machine: Machine, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """A server that answers small, large and crooked requests with errors serves a guest without one."""
+    """A guest sees no error with a server that answers too small, too large and unaligned requests with errors."""
     policy = ["blocksize-minimum=4096", "blocksize-maximum=128K", "blocksize-error-policy=error"]
     options = ["--filter=blocksize-policy", "memory", "64M", *policy]
     with Engine("nbdkit", tmp_path, SIZE, options) as engine, ExitStack() as stack:
@@ -196,7 +206,9 @@ def test_limits_of_requests_are_kept(machine: Machine, tmp_path: Path, request: 
 
 
 def test_images_are_made_of_it(engine: Engine, tmp_path: Path) -> None:
-    """`image convert` from a server copies every byte and leaves holes where that says zeros; `image map` has them."""
+    """`image convert` from a server copies every byte and leaves holes for zeros, and `image map` shows them as
+    zeros.
+    """
     data = Random(1).randbytes(1 << 20)
     with engine.image.open("r+b") as file:
         file.seek(1 << 20)
@@ -225,9 +237,10 @@ dd if="$data" of={image} oflag=seek_bytes seek="$4" conv=notrunc status=none
 
 @pytest.mark.parametrize("threads", [16, 1], ids=["as-by-default", "one"])
 def test_the_end_of_a_connection_proves_nothing_where_nbdkit_has_threads(tmp_path: Path, threads: int) -> None:
-    """Half a request has nbdkit close at once, while another thread still writes; one thread has nothing else to do.
+    """If a connection ends inside a request, nbdkit closes it at once, although another thread may still be writing.
+    With one thread, there is no other.
 
-    So the write of a worker that died within a request lands late with `drain=0s`, unless nbdkit has one thread.
+    So with `drain=0s` a late write of a dead worker can land, unless nbdkit has only one thread.
     """
     image, begun, go = (tmp_path / name for name in ("image", "begun", "go"))
     image.write_bytes(bytes(SIZE))
@@ -247,7 +260,7 @@ def test_the_end_of_a_connection_proves_nothing_where_nbdkit_has_threads(tmp_pat
         driven.worker.process.kill()
         driven.worker.process.wait()
         [fd] = driven.worker.openers.connections.values()
-        with socket.socket(fileno=os.dup(fd)) as dead:  # what the worker had sent of its next write
+        with socket.socket(fileno=os.dup(fd)) as dead:  # the beginning of the worker's next write
             dead.sendall(REQUEST.pack(REQUEST_MAGIC, 0, CMD_WRITE, 99, 1 << 20, PAGE) + bytes(100))
         driven.start_successor()
         opening = threading.Thread(target=driven.open, args=[engine.chain])
@@ -260,7 +273,7 @@ def test_the_end_of_a_connection_proves_nothing_where_nbdkit_has_threads(tmp_pat
         assert not opening.is_alive()
         driven.worker.tell(messages.Serve, None)
         assert not driven.worker.expect_standing(Stage.SERVING).failure
-        driven.frontend.drain()  # of two writes in flight to one place either may be the last
+        driven.frontend.drain()  # if two writes to one place are in flight, either may be done last
         driven.frontend.write(0, b)
         driven.frontend.flush()
         assert b == image.read_bytes()[:PAGE]

@@ -62,14 +62,14 @@ def guest(machine: Machine, chain: str, request: pytest.FixtureRequest) -> Itera
 
 @pytest.fixture
 def chains() -> Iterator[Chains]:
-    """Return what opens chains in this process."""
+    """Return a machine that opens chains in this process."""
     machine = Chains()
     yield machine
     machine.close()
 
 
 class Client:
-    """Another client, which has an image's lock."""
+    """Another client, which has taken an image's lock."""
 
     def __init__(self, ceph: Ceph, image: str) -> None:
         command = [sys.executable, "-m", "tests.engines.client", str(ceph.conf), image]
@@ -78,11 +78,11 @@ class Client:
         assert "locked" == said
 
     def write(self, byte: str, offset: int, length: int) -> int:
-        """Write and flush; return the errno of either, 0 for done."""
+        """Write and flush. Return the errno of the one that failed, or 0."""
         return max(self.write_alone(byte, offset, length))
 
     def write_alone(self, byte: str, offset: int, length: int) -> list[int]:
-        """Write and flush; return the errno of each."""
+        """Write and flush. Return the errno of each."""
         return [int(each) for each in self._ask(f"write {byte} {offset} {length}").split()]
 
     def close(self) -> None:
@@ -101,7 +101,7 @@ class Client:
 
 @contextmanager
 def client(ceph: Ceph, image: str) -> Iterator[Client]:
-    """Have another client meanwhile."""
+    """Start another client, and kill it at the end."""
     found = Client(ceph, image)
     try:
         yield found
@@ -111,18 +111,20 @@ def client(ceph: Ceph, image: str) -> Iterator[Client]:
 
 
 def note_as_predecessor(chains: Chains, chain: str, address: str) -> None:
-    """Leave a memory as a worker leaves it that had this address."""
+    """Leave the memory of a worker that had this address."""
     Noted(chains.make_env.memory(f"rbd-{zlib.crc32(chain.encode()):08x}:owner", SIZE)).text = address
 
 
 def owed_s(guest: Guest) -> int:
-    """Return for how many seconds the cluster has owed an answer, 0 where it owes none."""
+    """Return for how many seconds the cluster has owed an answer, or 0."""
     found = re.search(r"the oldest for (\d+) s", guest.fact("cluster"))
     return int(found[1]) if found else 0
 
 
 def go_on_all_the_same(guest: Guest, ceph: Ceph, name: str) -> None:
-    """Say that an image has all that its guest wrote, as the sentence says how, and go on."""
+    """Declare, by the command that the error gives, that an image has everything that its guest wrote, and resume the
+    disk.
+    """
     ours = re.search("image-meta set IMAGE (.*) '(.*)'", guest.error())
     assert ours
     ceph.rbd("image-meta", "set", f"{POOL}/{name}", *ours.groups())
@@ -142,7 +144,9 @@ def test_demo(chain: str) -> None:
 
 
 def test_workers_are_killed_under_load(guest: Guest, ceph: Ceph, request: pytest.FixtureRequest) -> None:
-    """A guest sees a pause and no error when its worker dies amid requests; the cluster refuses each that has died."""
+    """If its worker dies amid requests, a guest sees a pause and no error, and the cluster has blocklisted every dead
+    worker.
+    """
     random = Random(request.config.getoption("--seed"))
     dead = set()
     for _ in range(5):
@@ -157,7 +161,7 @@ def test_workers_are_killed_under_load(guest: Guest, ceph: Ceph, request: pytest
 
 
 def test_everything_dies_at_once(guest: Guest) -> None:
-    """Worker and service together are no more than a longer pause."""
+    """If worker and service die at the same time, a guest sees only a longer pause."""
     guest.load.run(50)
     guest.load.top_up()
     guest.kill()
@@ -167,7 +171,7 @@ def test_everything_dies_at_once(guest: Guest) -> None:
 
 
 def test_a_worker_is_behind_its_walls(guest: Guest) -> None:
-    """An rbd worker has all the walls of any other worker, but for the network and what librados asks for."""
+    """An rbd worker has all the walls of any other worker, except for the network and what librados needs."""
     guest.machine.attach(DOMID, "xvdb", "ram:1M")
     ours, other = sorted(guest.machine.ask({"verb": "status"})["data"], key=lambda each: str(each["device"]))
     assert (["ceph", "network"], []) == (ours["needs"], other["needs"])
@@ -179,7 +183,7 @@ def test_a_worker_is_behind_its_walls(guest: Guest) -> None:
 def test_a_late_write_never_lands(
     ceph: Ceph, chains: Chains, chain: str, name: str, *, refuses: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a predecessor still writes after its successor has written is refused; without the barrier it lands."""
+    """A late write of a predecessor is refused once its successor has written. Without the blocklist it would land."""
     if not refuses:
         monkeypatch.setattr(Cluster, "refuse", lambda *_: None)
     with client(ceph, name) as former:
@@ -198,7 +202,9 @@ def test_a_late_write_never_lands(
 def test_a_strangers_lock_is_refused_and_left_alone(
     ceph: Ceph, machine: Machine, chain: str, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An image that somebody has locked is neither checked nor attached; who that is is said, and goes on writing."""
+    """If another client has locked an image, it is neither checked nor attached. The error names the client, whose
+    writes succeed.
+    """
     with client(ceph, name) as stranger:
         expected = f"in use by {stranger.client} at {stranger.address}, which holds its lock"
         assert expected in refusal(capsys, chain)
@@ -212,7 +218,7 @@ def test_a_strangers_lock_is_refused_and_left_alone(
 def test_a_lock_by_hand_is_refused_and_left_alone(
     ceph: Ceph, chain: str, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A lock by `rbd lock add`, whose client is gone at once, is not taken for that of a dead one: it is named."""
+    """A lock by `rbd lock add`, whose client has gone at once, is not taken for a dead worker's. The error names it."""
     ceph.rbd("lock", "add", f"{POOL}/{name}", "maintenance")
     [before] = ceph.json("lock", "ls", f"{POOL}/{name}")
     assert "'maintenance'" in refusal(capsys, chain)
@@ -222,7 +228,7 @@ def test_a_lock_by_hand_is_refused_and_left_alone(
 
 
 def test_a_worker_that_the_cluster_refuses_is_followed_by_another_one(guest: Guest, ceph: Ceph) -> None:
-    """A guest whose worker is put on the blocklist sees no error; what happened stands in the log."""
+    """If a worker is blocklisted, another one replaces it. The guest sees no error, and the log says what happened."""
     guest.load.run(50)
     guest.load.top_up()
     worker, address = guest.status()["worker"], guest.fact("lock").split()[-1]
@@ -234,7 +240,9 @@ def test_a_worker_that_the_cluster_refuses_is_followed_by_another_one(guest: Gue
 
 
 def test_nothing_is_written_once_somebody_else_has_the_lock(guest: Guest, ceph: Ceph, name: str) -> None:
-    """A worker that was shut out waits while somebody has the lock, says who, writes nothing, and goes on later."""
+    """If another client has taken the lock, the worker waits, says who has it, writes nothing, and goes on when it is
+    free.
+    """
     guest.load.run(50)
     guest.load.finish()
     [lock] = ceph.json("lock", "ls", f"{POOL}/{name}")
@@ -250,7 +258,9 @@ def test_nothing_is_written_once_somebody_else_has_the_lock(guest: Guest, ceph: 
 
 
 def test_a_guest_that_was_left_behind_does_not_go_on(guest: Guest, ceph: Ceph, chain: str, name: str) -> None:
-    """Where another disk has served the image meanwhile, the former guest waits although the lock is free again."""
+    """If the image has meanwhile been served as another disk, the former guest waits even when the lock is free
+    again.
+    """
     guest.load.run(50)
     guest.load.finish()
     [lock] = ceph.json("lock", "ls", f"{POOL}/{name}")
@@ -267,7 +277,9 @@ def test_a_guest_that_was_left_behind_does_not_go_on(guest: Guest, ceph: Ceph, c
 
 
 def test_a_disk_stays_the_image_that_it_was(guest: Guest, ceph: Ceph, name: str) -> None:
-    """Where the name means no image, or another one, the disk waits and says so; with the name back it goes on."""
+    """If the name means no image or another one, the disk waits and says so. With the right image under that name, it
+    goes on.
+    """
     guest.load.run(50)
     ceph.rbd("rename", f"{POOL}/{name}", f"{POOL}/{name}-away")
     guest.load.run(50)
@@ -287,7 +299,7 @@ def test_a_disk_stays_the_image_that_it_was(guest: Guest, ceph: Ceph, name: str)
 
 
 def test_a_disk_stays_the_image_that_it_was_while_no_service_runs(guest: Guest, ceph: Ceph, name: str) -> None:
-    """Over a stop of the service nothing is kept, and a new image of the same name is told from the one that it was."""
+    """If the service was stopped, a new image under the old name is still recognized as another one."""
     guest.load.run(50)
     guest.load.finish()
     guest.machine.stop_service()
@@ -316,7 +328,9 @@ def test_a_disk_stays_the_image_that_it_was_while_no_service_runs(guest: Guest, 
 def test_settings_that_lose_something_are_refused(
     ceph: Ceph, chain: str, name: str, level: str, setting: str, value: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An image with which a worker must not die is refused by name of setting and place; to be read it is no matter."""
+    """An image whose settings make it unsafe for a worker to die is refused, with the setting and its place. Reading is
+    allowed.
+    """
     of = f"{POOL}/{name}" if level == "image" else POOL
     ceph.rbd("config", level, "set", of, setting, value)
     try:
@@ -328,7 +342,7 @@ def test_settings_that_lose_something_are_refused(
 
 
 def test_a_setting_that_changes_in_service_is_seen_before_a_successor_writes(guest: Guest, ceph: Ceph) -> None:
-    """A cache that is switched on while a disk is served loses nothing: its next worker refuses to begin."""
+    """If a cache is switched on while a disk is served, nothing is lost: the next worker refuses to open the image."""
     guest.load.run(50)
     ceph.rbd("config", "pool", "set", POOL, "rbd_cache", "true")
     try:
@@ -343,7 +357,7 @@ def test_a_setting_that_changes_in_service_is_seen_before_a_successor_writes(gue
 
 
 def test_a_plug_in_is_refused(ceph: Ceph, chain: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """A cache that is a plug-in of librbd is refused, also where the host does not have it."""
+    """A cache plug-in of librbd is refused, even if this host does not have it."""
     ceph.rbd("config", "pool", "set", POOL, "rbd_plugins", "pwl_cache")
     try:
         assert "rbd_plugins" in refusal(capsys, chain)
@@ -352,7 +366,7 @@ def test_a_plug_in_is_refused(ceph: Ceph, chain: str, capsys: pytest.CaptureFixt
 
 
 def test_what_has_no_lock_is_refused(ceph: Ceph, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """An image without the feature exclusive-lock is only read."""
+    """An image without the feature exclusive-lock can only be opened read-only."""
     chain = ceph.create(name, "64M", "--image-feature", "layering")
     assert "feature enable" in refusal(capsys, chain)
     assert 0 == main(["check", "--read-only", chain])
@@ -366,7 +380,9 @@ def test_a_key_that_can_fence_nobody_is_refused(
     capsys: pytest.CaptureFixture[str],
     request: pytest.FixtureRequest,
 ) -> None:
-    """A key that may not write to the blocklist is found out at once; one that loses the right makes the guest wait."""
+    """A key without the right to blocklist is refused at once. If a key loses that right, the next worker waits until
+    it is back.
+    """
     options = ceph.add_user(f"user-{name}", mon="allow r")
     chain = ceph.chain(name, options)
     expected = "may not put a client on the cluster's blocklist"
@@ -390,7 +406,9 @@ def test_a_key_that_can_fence_nobody_is_refused(
 def test_a_key_that_loses_its_rights_in_service(
     ceph: Ceph, machine: Machine, chain: str, name: str, way: str, request: pytest.FixtureRequest
 ) -> None:
-    """A client that is connected goes on; its successor may not, and the guest waits until the key has it all again."""
+    """If a key loses its rights, the connected worker goes on. A successor cannot, and the guest waits until they are
+    restored.
+    """
     user = f"user-{name}"
     chain = ceph.chain(name, ceph.add_user(user))
     with ExitStack() as stack:
@@ -413,14 +431,15 @@ def test_a_key_that_loses_its_rights_in_service(
 def test_a_client_that_loses_a_right_ends(
     ceph: Ceph, machine: Machine, chain: str, name: str, request: pytest.FixtureRequest
 ) -> None:
-    """A write that the cluster does not let a client do any more is no error of the guest's: it waits, and is told why.
+    """If the cluster does not allow a client's writes any more, the guest sees no error: it waits, and `status` says
+    why.
 
-    With the right back it is done.
+    Once the right is restored, the writes are done.
     """
     user, ticket_s = f"user-{name}", 6
     chain = ceph.chain(name, ceph.add_user(user))
     with (ceph.directory / f"{user}.conf").open("a") as conf:
-        conf.write("[client]\nmon client ping interval = 1\n")  # so that its ticket is renewed before it has run out
+        conf.write("[client]\nmon client ping interval = 1\n")  # so that its ticket is renewed before it expires
     with ExitStack() as stack:
         stack.callback(ceph.set_ticket_s, 3600)
         ceph.set_ticket_s(ticket_s)
@@ -443,7 +462,7 @@ def test_a_client_that_loses_a_right_ends(
 def test_a_wrong_key_is_a_sentence(
     ceph: Ceph, chain: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A key that the cluster does not know, a pool and an image that are not there, are each said as such."""
+    """An unknown key, a missing pool, a missing image and a missing key each have a message of their own."""
     conf = tmp_path / "ceph.conf"
     conf.write_text(ceph.conf.read_text() + "[client]\nkey = AQAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA==\n")
     assert "does not know client.admin with this key" in refusal(capsys, f"rbd:{POOL}/{name},conf={conf}")
@@ -453,7 +472,9 @@ def test_a_wrong_key_is_a_sentence(
 
 
 def test_a_snapshot_is_read(ceph: Ceph, chains: Chains, chain: str, name: str, tmp_path: Path) -> None:
-    """A snapshot is a disk that is only read, stays what it was, and can be what others are made of."""
+    """A snapshot is a read-only disk that keeps its content, can be converted, and can be the source of a
+    `cow:` layer.
+    """
     data = Random(1).randbytes(1 << 20)
     disk = chains.open(chain)
     assert [0] == chains.do(disk, write(1 << 20, data))
@@ -476,7 +497,7 @@ def test_a_snapshot_is_read(ceph: Ceph, chains: Chains, chain: str, name: str, t
 
 
 def test_a_snapshot_is_told_from_another_one_of_its_name(ceph: Ceph, chains: Chains, chain: str, name: str) -> None:
-    """What was served from a snapshot that was removed is not served from a new one, which holds something else."""
+    """If a snapshot is replaced by a new one of the same name, it is not served in the former one's place."""
     ceph.rbd("snap", "create", f"{POOL}/{name}@then")
     then = ceph.chain(f"{name}@then")
     for _ in range(2):
@@ -492,7 +513,7 @@ def test_a_snapshot_is_told_from_another_one_of_its_name(ceph: Ceph, chains: Cha
 
 
 def test_a_namespace(ceph: Ceph, name: str) -> None:
-    """An image in a namespace is written to by a key that may do nothing outside of it."""
+    """An image in a namespace can be used with a key that has no rights outside of it."""
     ceph.rbd("namespace", "create", f"{POOL}/{name}")
     options = ceph.add_user(f"user-{name}", osd=f"profile rbd pool={POOL} namespace={name}")
     ceph.create(f"{name}/disk")
@@ -500,7 +521,9 @@ def test_a_namespace(ceph: Ceph, name: str) -> None:
 
 
 def test_a_size_that_changes(guest: Guest, ceph: Ceph, name: str) -> None:
-    """A larger image is told of and offered by `resize`; a smaller one is a pause, and no error of the guest's."""
+    """If the image grows, a fact says so and `resize` uses it. If it shrinks, the disk pauses, and the guest sees no
+    error.
+    """
     guest.load.run(50)
     ceph.rbd("resize", "--size", "80M", f"{POOL}/{name}")
     until(lambda: str(80 << 20) in guest.fact("size"))
@@ -518,14 +541,14 @@ def test_a_size_that_changes(guest: Guest, ceph: Ceph, name: str) -> None:
 
 @pytest.fixture
 def stopped(ceph: Ceph) -> Iterator[Callable[[], None]]:
-    """Return what stops the OSD, which goes on in any case."""
+    """Return a function that stops the OSD, which is continued after the test."""
     yield ceph.stop_osd
     ceph.continue_osd()
 
 
 @pytest.fixture
 def full(ceph: Ceph) -> Iterator[Callable[[bool], None]]:
-    """Return what makes the cluster full, or not any more; in the end it is not."""
+    """Return a function that makes the cluster full or not full, which it is not after the test."""
     yield ceph.be_full
     ceph.be_full(False)
 
@@ -534,9 +557,9 @@ def full(ceph: Ceph) -> Iterator[Callable[[bool], None]]:
 def test_an_osd_that_stands_still_is_waited_for(
     guest: Guest, ceph: Ceph, stopped: Callable[[], None], *, kills: bool
 ) -> None:
-    """A guest waits for an OSD, longer than that takes for the death of a client, and it is told for how long.
+    """A guest waits for an OSD, even longer than after the death of a client, and a fact says for how long.
 
-    The same where its worker dies meanwhile.
+    The same holds if its worker dies meanwhile.
     """
     guest.load.run(50)
     stopped()
@@ -553,7 +576,9 @@ def test_an_osd_that_stands_still_is_waited_for(
 
 
 def test_a_full_cluster_is_a_pause(guest: Guest, full: Callable[[bool], None]) -> None:
-    """Where there is no room writes wait and reads go on, also when the worker dies; with room everything does."""
+    """If the cluster is full, writes wait and reads go on, even if the worker dies. When there is room again, the
+    writes are done.
+    """
     guest.load.run(50)
     guest.load.finish()
     full(True)
@@ -567,7 +592,9 @@ def test_a_full_cluster_is_a_pause(guest: Guest, full: Callable[[bool], None]) -
 
 
 def test_a_guest_migrates(machine: Machine, chain: str, request: pytest.FixtureRequest) -> None:
-    """The disk of a guest that comes here is only looked at while its former self has the lock, and opened then."""
+    """The disk of an incoming guest is only looked at while the guest's former host has the lock, and is opened after
+    that.
+    """
     with ExitStack() as stack:
         guest = Guest(machine, chain, request.config.getoption("--seed"), stack)
         guest.load.run(50)
@@ -583,7 +610,7 @@ def test_a_guest_migrates(machine: Machine, chain: str, request: pytest.FixtureR
 
 
 def test_a_guest_migrates_to_a_worker_that_dies(machine: Machine, chain: str, request: pytest.FixtureRequest) -> None:
-    """A worker that has only looked, and dies when the guest has come, is followed by one that opens the disk."""
+    """If the worker that only looked at the disk dies when the guest arrives, its successor opens the disk."""
     with ExitStack() as stack:
         guest = Guest(machine, chain, request.config.getoption("--seed"), stack)
         guest.load.run(50)
@@ -603,7 +630,7 @@ def test_a_guest_migrates_to_a_worker_that_dies(machine: Machine, chain: str, re
 
 
 def test_a_mirror_is_only_read(ceph: Ceph, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """An image that follows one of another cluster is refused with what makes it the one that is written to."""
+    """A mirror of an image in another cluster is refused for writing, and the error says how to promote it."""
     ceph.rbd("mirror", "pool", "enable", POOL, "image")
     try:
         chain = ceph.create(name, "64M", "--image-feature", "exclusive-lock,journaling")
@@ -622,7 +649,7 @@ def test_a_mirror_is_only_read(ceph: Ceph, name: str, capsys: pytest.CaptureFixt
 def test_the_fence_holds_as_long_as_its_entry(
     ceph: Ceph, chains: Chains, chain: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A predecessor that stood still writes nothing while the blocklist has it, and may write when that has ended."""
+    """A stopped predecessor writes nothing while it is blocklisted. When the entry has expired, it may write."""
     monkeypatch.setattr(ownership, "DEAD_S", 3.0)
     with client(ceph, name) as former:
         assert 0 == former.write("A", 0, SECTOR)
@@ -641,7 +668,7 @@ def test_the_fence_holds_as_long_as_its_entry(
 
 
 def test_killed_while_opening(guest: Guest) -> None:
-    """A successor that dies before, as or just after it has the lock is followed by one that keeps both out."""
+    """If a successor dies before, while or just after it takes the lock, the next one blocklists both predecessors."""
     random = Random(guest.status()["worker"])
     for _ in range(4):
         guest.load.run(60)
@@ -659,7 +686,7 @@ def test_killed_while_opening(guest: Guest) -> None:
 def test_opening_and_closing_have_an_end(
     ceph: Ceph, chains: Chains, chain: str, stopped: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A cluster that does not answer is a sentence after a time, both as an image is opened and as it is closed."""
+    """If the cluster does not answer, opening and closing an image each end with an error after a time."""
     monkeypatch.setattr(driver, "OPEN_S", 1.0)
     monkeypatch.setattr(driver, "CLOSE_S", 1.0)
     disk = chains.open(chain)
@@ -671,9 +698,10 @@ def test_opening_and_closing_have_an_end(
 
 
 def test_every_kind_of_request(chains: Chains, chain: str, request: pytest.FixtureRequest) -> None:
-    """Random reads, writes and discards of every shape do what a disk does; a discard alters nothing but its range.
+    """Random reads, writes and discards of every shape have the right effect, and a discard alters nothing outside of
+    its range.
 
-    Each sector of that is zeros afterwards, or what it was.
+    After a discard, each sector of its range is zeros or unchanged.
     """
     random = Random(request.config.getoption("--seed"))
     size = 4 << 20
@@ -712,7 +740,9 @@ def test_every_kind_of_request(chains: Chains, chain: str, request: pytest.Fixtu
 
 
 def test_exchanges_and_hand_overs(guest: Guest, ceph: Ceph, chain: str, name: str) -> None:
-    """`set` puts layers before the image and `upgrade` replaces its worker under load, with nobody refused for that."""
+    """Under load, `set` adds layers above the image and `upgrade` replaces the worker, and no client is blocklisted for
+    that.
+    """
     before = ceph.ceph("osd", "blocklist", "ls")
     guest.load.run(50)
     guest.load.top_up()
@@ -733,7 +763,7 @@ def test_exchanges_and_hand_overs(guest: Guest, ceph: Ceph, chain: str, name: st
 
 
 def test_the_same_image_as_another_user(guest: Guest, ceph: Ceph, name: str) -> None:
-    """An image is the same one whoever asks for it, and a worker that dies after that exchange is followed as ever."""
+    """An image remains the same for another user. If the worker dies after that exchange, its successor goes on."""
     guest.load.run(50)
     guest.load.top_up()
     chain = ceph.chain(name, ceph.add_user(f"user-{name}"))
@@ -747,14 +777,16 @@ def test_the_same_image_as_another_user(guest: Guest, ceph: Ceph, name: str) -> 
 
 
 def test_a_host_that_comes_back_writes_nothing(guest: Guest, ceph: Ceph, chain: str, name: str) -> None:
-    """A disk is served elsewhere by order while its host stands still; when that goes on, its guest waits for good."""
+    """While a host stands still, an administrator moves its disk to another host. When the first host goes on, its
+    guest waits.
+    """
     guest.load.run(50)
     guest.load.finish()
     stopped = [guest.machine.service_pid, guest.status()["worker"]]
     owner = guest.fact("lock").split()[-1]
     for pid in stopped:
         os.kill(pid, signal.SIGSTOP)
-    guest.load.top_up()  # which is what it does when it goes on
+    guest.load.top_up()  # these requests are in flight when the host goes on
     try:
         assert 0 == main(["image", "unlock", chain, "--owner", owner])
         with Machine() as elsewhere, closing(elsewhere.create_guest(6)) as there:
@@ -778,7 +810,7 @@ def test_a_host_that_comes_back_writes_nothing(guest: Guest, ceph: Ceph, chain: 
 
 
 def pieces(capsys: pytest.CaptureFixture[str], *words: str) -> list[tuple[int, int, bool, bool]]:
-    """Return what `image map` says: where each piece begins, how long it is, whether it is there, whether data."""
+    """Return the pieces that `image map` reports: start, length, whether present, whether data."""
     capsys.readouterr()
     assert 0 == main(["image", "map", "--json", *words])
     found = json.loads(capsys.readouterr().out)
@@ -788,7 +820,7 @@ def pieces(capsys: pytest.CaptureFixture[str], *words: str) -> list[tuple[int, i
 def test_what_was_written_is_known(
     ceph: Ceph, chains: Chains, chain: str, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`image map` tells data from what was never written, also of a clone, and what has changed since a snapshot."""
+    """`image map` tells data from what was never written, even in a clone, and reports the changes since a snapshot."""
     mib = 1 << 20
     disk = chains.open(chain)
     assert [0] == chains.do(disk, write(8 * mib, bytes(range(256)) * 16))
@@ -810,7 +842,7 @@ def test_what_was_written_is_known(
 def test_a_sector_that_is_zeros_in_part_has_changed(
     ceph: Ceph, chains: Chains, chain: str, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An image that was cut within a sector and has grown again is what a backup of its changes makes of the former."""
+    """If an image was truncated inside a sector and has grown again, a backup of its changes includes that sector."""
     odd = (6 << 20) + 100
     disk = chains.open(chain)
     assert [0] == chains.do(disk, write(0, b"x" * (8 << 20)))
@@ -832,7 +864,9 @@ def test_a_sector_that_is_zeros_in_part_has_changed(
 def test_images_are_converted_both_ways(
     ceph: Ceph, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A file becomes an image of a cluster that has its name when it is whole, with holes, and the other way round."""
+    """A file becomes an image of a cluster, and an image a file, both with holes. The image gets its name when it is
+    complete.
+    """
     source, copy = tmp_path / "source.img", tmp_path / "copy.img"
     with source.open("wb") as file:
         file.write(Random(1).randbytes(3 << 20))
@@ -855,7 +889,7 @@ def test_images_are_converted_both_ways(
 def test_a_conversion_that_is_stopped_leaves_nothing(
     ceph: Ceph, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever stops it, no half an image is there, by neither name; what a killed one left is named."""
+    """A conversion that is stopped leaves no image under either name. The error names what a killed one has left."""
     source = tmp_path / "source.img"
     source.write_bytes(Random(1).randbytes(4 << 20))
 
@@ -872,9 +906,9 @@ def test_a_conversion_that_is_stopped_leaves_nothing(
 
 
 def test_what_somebody_writes_to_is_not_copied(guest: Guest, ceph: Ceph, chain: str, name: str, tmp_path: Path) -> None:
-    """An image in service is refused to be copied, as half of it would be older than the other; its snapshot is not.
+    """An image in service is not copied, because it would change meanwhile. A snapshot of it is.
 
-    `xenbackend snapshot` makes that while the guest goes on; it holds what the guest was answered.
+    `xenbackend snapshot` makes one while the guest goes on. It holds everything that the guest was answered.
     """
     guest.load.run(50)
     guest.load.finish()
@@ -896,7 +930,9 @@ def test_what_somebody_writes_to_is_not_copied(guest: Guest, ceph: Ceph, chain: 
 def test_a_dead_hosts_disk_is_taken_over_by_order(
     ceph: Ceph, machine: Machine, chain: str, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An owner that is named is kept out at once, and only that one; what it still sends is refused."""
+    """The owner that the administrator names, and only that one, is blocklisted at once. Its later writes are
+    refused.
+    """
     with client(ceph, name) as former:
         assert 0 == former.write("A", 0, SECTOR)
         former.process.send_signal(signal.SIGSTOP)
