@@ -21,12 +21,12 @@ from xenbackend.nbd.abi import Export
     ],
 )
 def test_flags(export: Export, flags: int) -> None:
-    """Flush and FUA come together, and a disk that is only read offers nothing that alters it."""
+    """FUA is offered exactly if flush is, and a read-only disk offers nothing that alters it."""
     assert flags == export.flags
 
 
 def test_layouts() -> None:
-    """Heads have the sizes that the protocol gives them."""
+    """Headers have the sizes that the protocol defines."""
     layouts = (abi.OPTION, abi.OPTION_REPLY, abi.EXPORT_NAME_REPLY, abi.REQUEST, abi.REPLY)
 
     assert [16, 20, 10, 28, 16] == [layout.size for layout in layouts]
@@ -34,7 +34,7 @@ def test_layouts() -> None:
 
 @pytest.mark.skipif(shutil.which("nbdkit") is None, reason="needs nbdkit")
 def test_magics_are_those_of_another_server() -> None:
-    """The greeting begins as nbdkit's does."""
+    """The greeting begins like nbdkit's."""
     server = subprocess.Popen(
         ["nbdkit", "--single", "null"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )

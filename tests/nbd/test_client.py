@@ -1,4 +1,4 @@
-"""Tests of `xenbackend.nbd.client`, against our own server's handshake and against servers that are wrong."""
+"""Tests of `xenbackend.nbd.client`, with our own server's handshake and with servers that break the protocol."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def reply(option: int, kind: int, data: bytes = b"") -> bytes:
 
 
 def heard(client: ClientHandshake, *messages: bytes) -> bytes:
-    """Return what a client says to the last of these messages."""
+    """Return the client's answer to the last of these messages."""
     for message in messages:
         said = client.take(bytearray(message))
     return said
@@ -28,7 +28,7 @@ def heard(client: ClientHandshake, *messages: bytes) -> bytes:
 
 @pytest.mark.parametrize("step", [1, 3, 1000])
 def test_both_sides_of_ours_agree(step: int) -> None:
-    """Our client gets from our server what that has, in pieces of any size, and nothing is left over."""
+    """Our client gets the offer of our server, in pieces of any size, and no bytes are left over."""
     export = Export(size=1 << 30, preferred_block=8192, can_trim=True)
     server, client = Handshake(export), ClientHandshake("")
     to_client, to_server = bytearray(GREETING), bytearray()
@@ -46,7 +46,7 @@ def test_both_sides_of_ours_agree(step: int) -> None:
 
 
 def test_what_a_server_can_do_is_agreed_on() -> None:
-    """Structured replies and the context of block status are asked for in this order, then the export by its name."""
+    """The client asks for structured replies, then for the context of block status, then for the export by name."""
     client = ClientHandshake("ä")
     assert heard(client, WELCOME).endswith(IHAVEOPT + pack(">II", 8, 0))
     name = pack(">I", 2) + "ä".encode()
@@ -69,7 +69,7 @@ def test_what_a_server_can_do_is_agreed_on() -> None:
     ],
 )
 def test_a_refusal_is_a_sentence(kind: int, said: bytes, why: str) -> None:
-    """Each way to say no has its sentence, with the server's words as far as they can be shown."""
+    """Each kind of refusal has its own message, with the server's words in printable form."""
     client = ClientHandshake("x")
     heard(client, WELCOME, reply(8, 1 << 31 | 1))
     with pytest.raises(Refused, match=why):
@@ -100,13 +100,13 @@ WRONG = {
 
 @pytest.mark.parametrize("messages", WRONG.values(), ids=WRONG)
 def test_what_no_server_says_ends_the_handshake(messages: list[bytes]) -> None:
-    """A server that breaks the protocol is believed nothing more."""
+    """A server that breaks the protocol ends the handshake with an error."""
     with pytest.raises(NbdError):
         heard(ClientHandshake(""), *messages)
 
 
 def test_an_old_server_is_refused() -> None:
-    """The old style, and a new one that is not fixed, are named."""
+    """A server with the old style, or with a new style that is not fixed, is refused by name."""
     for greeting in (NBDMAGIC + pack(">QH", 0x00420281861253, 3), NBDMAGIC + IHAVEOPT + pack(">H", 0)):
         with pytest.raises(Refused, match="old form"):
             ClientHandshake("").take(bytearray(greeting))

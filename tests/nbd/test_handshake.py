@@ -1,4 +1,4 @@
-"""The handshake: what each option is answered, in one piece and byte by byte, and what no client can make it do."""
+"""The server's handshake: the answer to each option, in one piece and byte by byte, and what clients cannot cause."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from xenbackend.nbd.handshake import GREETING, MAX_OPTION, MAX_OPTIONS, Handshak
 EXPORT = Export(size=1 << 30, can_trim=True)
 FLAGS = pack(">I", 3)
 STARTTLS, STRUCTURED_REPLY = 5, 8
-NO_NAME = pack(">IH", 0, 0)  # a name of no bytes, and no wishes
+NO_NAME = pack(">IH", 0, 0)  # an empty name, and no information requests
 
 
 def option(number: int, data: bytes = b"") -> bytes:
@@ -51,20 +51,22 @@ def replies(answer: bytes) -> list[tuple[int, int, bytes]]:
 
 
 def begun(flags: int = 3) -> Handshake:
-    """Return a handshake behind the client's flags."""
+    """Return a handshake that has taken the client's flags."""
     handshake = Handshake(EXPORT)
     assert b"" == handshake.take(bytearray(pack(">I", flags)))
     return handshake
 
 
 def test_greeting() -> None:
-    """It says: fixed newstyle, and the zeros may be left away."""
+    """The greeting announces fixed newstyle, and that the zeros can be omitted."""
     assert b"NBDMAGICIHAVEOPT\x00\x03" == GREETING
 
 
 @pytest.mark.parametrize("number", [OPT_GO, OPT_INFO])
 def test_export_is_described(number: int) -> None:
-    """GO and INFO tell size, flags and the sizes of blocks, asked for or not; after GO requests follow."""
+    """GO and INFO are answered with size, flags and block sizes, even if the client did not ask for them. After GO,
+    requests follow.
+    """
     handshake = begun()
     answer = replies(handshake.take(bytearray(option(number, NO_NAME))))
 
@@ -78,7 +80,7 @@ def test_export_is_described(number: int) -> None:
 
 @pytest.mark.parametrize(("flags", "zeroes"), [(3, 0), (1, 124), (0, 124)])
 def test_export_name(flags: int, zeroes: int) -> None:
-    """The old option is answered with size and flags, and with zeros unless the client declined them."""
+    """EXPORT_NAME is answered with size and flags, followed by zeros unless the client has declined them."""
     handshake = begun(flags)
 
     assert pack(">QH", 1 << 30, EXPORT.flags) + bytes(zeroes) == handshake.take(bytearray(option(OPT_EXPORT_NAME)))
@@ -101,7 +103,7 @@ def test_export_name(flags: int, zeroes: int) -> None:
     ],
 )
 def test_other_options_go_on(sent: bytes, expected: list[tuple[int, int, bytes]]) -> None:
-    """An option that is unknown, wrong or only asks is answered, and the next one is awaited."""
+    """An unknown or wrong option, or one that only asks, is answered, and the next one is expected."""
     handshake = begun()
 
     assert expected == replies(handshake.take(bytearray(sent)))
@@ -109,7 +111,7 @@ def test_other_options_go_on(sent: bytes, expected: list[tuple[int, int, bytes]]
 
 
 def test_abort() -> None:
-    """ABORT is acknowledged, and what follows is not looked at."""
+    """ABORT is acknowledged, and nothing after it is read."""
     handshake = begun()
     received = bytearray(option(OPT_ABORT) + option(OPT_LIST))
 
@@ -119,7 +121,7 @@ def test_abort() -> None:
 
 
 def test_requests_right_behind_are_left() -> None:
-    """What a client sends behind GO without waiting is not the handshake's."""
+    """Bytes that a client sends right after GO are left for the transmission phase."""
     received = bytearray(FLAGS + option(OPT_GO, NO_NAME) + b"requests")
     Handshake(EXPORT).take(received)
 
@@ -127,7 +129,7 @@ def test_requests_right_behind_are_left() -> None:
 
 
 def test_byte_by_byte() -> None:
-    """However the bytes are cut, the answers are the same."""
+    """The answers are the same however the bytes are cut."""
     sent = FLAGS + option(STARTTLS) + option(OPT_LIST) + option(OPT_GO, NO_NAME)
     whole = Handshake(EXPORT).take(bytearray(sent))
     handshake, received, answers = Handshake(EXPORT), bytearray(), b""
@@ -150,7 +152,7 @@ def test_byte_by_byte() -> None:
     ],
 )
 def test_broken_protocol(sent: bytes, why: str) -> None:
-    """Whatever cannot be answered ends the connection, with a sentence of printable characters."""
+    """Bytes that have no valid answer end the connection, with a message of printable characters."""
     with pytest.raises(NbdError) as caught:
         Handshake(EXPORT).take(bytearray(sent))
 
@@ -159,7 +161,7 @@ def test_broken_protocol(sent: bytes, why: str) -> None:
 
 
 def mutant(chance: random.Random) -> bytes:
-    """Return a client's bytes, some of them wrong."""
+    """Return a client's bytes, some of which are wrong."""
     sent = bytearray(chance.choice([FLAGS, FLAGS, pack(">I", chance.getrandbits(3))]))
     for _ in range(chance.randrange(4)):
         data = chance.choice([b"", NO_NAME, pack(">IH", chance.getrandbits(33) >> 1, 1), chance.randbytes(9)])
@@ -171,7 +173,9 @@ def mutant(chance: random.Random) -> bytes:
 
 @pytest.mark.slow
 def test_any_bytes() -> None:
-    """100,000 clients, some of them wrong: each is answered in the protocol's form or thrown out, and none is kept."""
+    """100,000 clients, some of which are wrong, are each answered as the protocol says or disconnected, and none is
+    kept.
+    """
     chance = random.Random(1)
     phases = set()
     for _ in range(100_000):

@@ -1,4 +1,4 @@
-"""Requests and replies: what is refused and with which number, and that any bytes are either a request or none."""
+"""Requests and replies: which requests are refused with which error, and that any bytes are accepted or refused."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def command(kind: int, offset: int = 0, length: int = 512, flags: int = 0) -> Co
 
 
 def test_parse() -> None:
-    """Each field is where the protocol has it, all of them big-endian."""
+    """Each field is at the protocol's offset, big-endian."""
     wire = bytes.fromhex("25609513 0001 0001 0102030405060708 0000000000001000 00000200")
     parsed = parse_command(bytearray(wire + b"data"))
 
@@ -76,12 +76,14 @@ def test_reply() -> None:
     ],
 )
 def test_what_is_refused(asked: Command, export: Export, error: int) -> None:
-    """A request outside the disk, between its blocks, or of a kind that was not offered has its error number."""
+    """A request outside of the disk, not aligned to its blocks, or of a kind that is not offered gets the right error
+    number.
+    """
     assert error == error_in(asked, export)
 
 
 def test_fua_is_for_what_alters() -> None:
-    """A read with FUA is a read."""
+    """FUA has an effect on writes and trims only."""
     durable = {kind for kind in range(5) if command(kind, flags=1).must_be_durable}
 
     assert {CMD_WRITE, CMD_TRIM} == durable
@@ -91,7 +93,7 @@ def test_fua_is_for_what_alters() -> None:
     ("status", "error"), [(0, 0), (errno.ENOSPC, 28), (errno.EOPNOTSUPP, 95), (errno.EROFS, 5), (errno.ETIMEDOUT, 5)]
 )
 def test_error_numbers(status: int, error: int) -> None:
-    """The protocol's own numbers are passed on, every other one is an I/O error."""
+    """Error numbers of the protocol are passed on. Any other one becomes EIO."""
     assert error == error_of(status)
 
 
@@ -99,14 +101,16 @@ def test_error_numbers(status: int, error: int) -> None:
     ("magic", "length", "why"), [(1, 512, "begins with 0x1"), (REQUEST_MAGIC, MAX_BLOCK + 1, "a write of 33554433")]
 )
 def test_where_the_next_request_begins_is_not_known(magic: int, length: int, why: str) -> None:
-    """Neither behind a wrong head, nor behind more bytes than anybody has to pass over."""
+    """A header with a wrong magic, or with more data than can be skipped, ends the connection, since the next request
+    cannot be found.
+    """
     with pytest.raises(NbdError, match=why):
         parse_command(bytearray(REQUEST.pack(magic, 0, CMD_WRITE, 0, 0, length)))
 
 
 @pytest.mark.slow
 def test_any_bytes() -> None:
-    """Of 100,000 heads, each is refused or lies in the disk, and asks for a bounded number of bytes."""
+    """Of 100,000 random headers, each is refused, or lies in the disk and asks for a limited number of bytes."""
     chance = random.Random(2)
     good = 0
     for _ in range(100_000):
