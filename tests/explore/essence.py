@@ -1,7 +1,7 @@
-"""What matters of a ring's and a journal's memory, so that states which differ in leftovers only count as one.
+"""The relevant part of a ring's and a journal's memory, so that states that differ only in leftovers count as one.
 
-Must not leave out anything that a worker, a successor or a guest may look at: it goes by the head of
-`xenbackend.journal` and by what an honest guest reads. Searches of small rings do without it.
+Must not leave out anything that a worker, a successor or a guest may look at: it follows the docstring of
+`xenbackend.journal` and what an honest guest reads. Searches of small rings do not use it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _MASK = 0xFFFF_FFFF
 
 
 def of_journal(memory: Memory, entries: int) -> tuple[Any, ...]:
-    """Return what a successor goes by: numbers, and of each block the requests that have no published answer."""
+    """Return what a successor uses: the counters, and for each block the requests that have no published answer."""
     size, consumed, published = X86_64.slot_size, memory.words[REQ_CONS], memory.words[RSP_PROD]
     blocks: list[Any] = []
     for block, word in enumerate(memory.blocks):
@@ -31,7 +31,9 @@ def of_journal(memory: Memory, entries: int) -> tuple[Any, ...]:
 
 
 def of_ring(memory: Memory, taken: int, entries: int) -> tuple[Any, ...]:
-    """Return what is to be read of the slots: requests nobody has counted as taken, and answers to be taken."""
+    """Return the slots that will be read: requests that are not counted as taken, and answers that the guest has not
+    taken.
+    """
     size = X86_64.slot_size
     places = [*range(memory.words[REQ_CONS] & _MASK, _from(memory.words[REQ_CONS], memory.req_prod))]
     places += range(taken & _MASK, _from(taken, memory.rsp_prod))
@@ -44,5 +46,5 @@ def of_ring(memory: Memory, taken: int, entries: int) -> tuple[Any, ...]:
 
 
 def _from(begin: int, end: int) -> int:
-    """Return the end of what lies between two indices, beyond 32 bits where they wrap."""
+    """Return the end of a range between two indices, not wrapped to 32 bits."""
     return (begin & _MASK) + (end - begin & _MASK)

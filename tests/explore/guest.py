@@ -1,7 +1,7 @@
-"""An honest guest on a ring: it asks so many times, takes its answers, and knows which ones are wrong.
+"""An honest guest on a ring: it makes a number of requests, takes the answers, and recognizes wrong ones.
 
-Must not look at the journal. A request's number is its sector's page and its place in the ring; its id is the lowest
-that is free, as with blkfront.
+Must not look at the journal. A request's number is its sector divided by `SECTORS`, and its place in the ring. Its id
+is the lowest that is free, as with blkfront.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from xenbackend.blkif.abi import BLKIF_RSP_ERROR, BLKIF_RSP_OKAY, X86_64
 from xenbackend.blkif.request import encode_direct
 from xenbackend.blkif.ring import FrontRing
 
-SECTORS = 8  # of a request
+SECTORS = 8  # of each request
 
 
 class Violation(Exception):
@@ -20,7 +20,7 @@ class Violation(Exception):
 
 
 class State(NamedTuple):
-    """Where a guest stands; `waiting` is the number of the request that has each id, -1 for none."""
+    """A guest's state. `waiting` has the number of the request that uses each id, or -1."""
 
     asked: int
     taken: int
@@ -28,12 +28,12 @@ class State(NamedTuple):
 
 
 def operation_of(number: int) -> int:
-    """Return a read or a write."""
+    """Return the operation of a request: a read or a write."""
     return number & 1
 
 
 def status_of(number: int) -> int:
-    """Return the status that the disk gives a request: one of them fails."""
+    """Return the status that the disk gives a request. One request fails."""
     return BLKIF_RSP_ERROR if number == 2 else BLKIF_RSP_OKAY
 
 
@@ -48,13 +48,13 @@ class Guest:
         self.state = State(0, 0, (-1,) * entries)
 
     def load(self, state: State) -> None:
-        """Stand where `state` says."""
+        """Go to the state `state`."""
         self.state = state
         self.ring.produced = self.ring.pushed = self.start + state.asked
         self.ring.consumed = self.start + state.taken
 
     def moves(self) -> list[str]:
-        """Return what the guest may do next."""
+        """Return the moves that the guest can make next."""
         moves = []
         if self.state.asked < self.requests and self.ring.free():
             moves.append("ask")
@@ -63,7 +63,7 @@ class Guest:
         return moves
 
     def move(self, which: str) -> None:
-        """Ask, or take an answer. Raises: Violation."""
+        """Make a request, or take an answer. Raises: Violation."""
         asked, taken, waiting = self.state
         if which == "ask":
             guest_id = waiting.index(-1)
@@ -82,10 +82,10 @@ class Guest:
             self.check_answer(number)
 
     def check_answer(self, number: int) -> None:
-        """See to it that an answer may be given; set by whoever knows."""
+        """Check that an answer may be given. `Worker` in `worker.py` replaces this method."""
 
     def published(self) -> set[int]:
-        """Return the requests whose answers are published and not taken yet, as far as they are the guest's."""
+        """Return the guest's requests whose answers are published and not yet taken."""
         ring, found = self.ring, set()
         for place in range(ring.consumed, ring.consumed + min(ring.waiting(), ring.size)):
             start = ring._places[place % ring.size]

@@ -1,8 +1,8 @@
-"""The memory that a worker shares with its guest and its successor, which says before every access that one is coming.
+"""The memory that a worker shares with its guest and its successor. It announces every access beforehand.
 
-Must not know what is written: whoever listens may let others move first, take note, or end the worker there.
+Must not know what is written: the listener may let others move first, record the state, or end the worker there.
 
-Words are one store each. A slot is one access: nobody looks at it before the word that tells of it.
+Each word is one store. A slot is one access, because nobody looks at it before the word that refers to it.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any
 
 from xenbackend.blkif.abi import Layout
 
-RING, STORE = 1, 2  # of an access: the guest can tell, a successor can tell
+RING, STORE = 1, 2  # kinds of an access: it is visible to the guest, it is a store that a successor sees
 
 
 class Words:
-    """An array of words: a list of its own, or a view that others look at as well."""
+    """An array of words: a list of its own, or a view that others read too."""
 
     def __init__(self, raw: Any, before: Callable[[int], None], kind: int, reads: Callable[[int], None]) -> None:
         self.raw = raw
@@ -52,7 +52,7 @@ class Words:
 
 
 class WordStruct:
-    """What `Struct("@nQ")` is to memory: so many words, one after the other."""
+    """Stands in for `Struct("@nQ")` on this memory: consecutive words."""
 
     def pack_into(self, words: Words, offset: int, *values: int) -> None:
         """Store the words."""
@@ -61,7 +61,7 @@ class WordStruct:
 
 
 class Pages:
-    """The ring's bytes, out of which slots are copied."""
+    """The ring's bytes, from which slots are copied."""
 
     def __init__(self, raw: memoryview, before: Callable[[int], None]) -> None:
         self.raw = raw
@@ -72,7 +72,7 @@ class Pages:
         return self.raw[place]
 
     def writer(self, layout: Layout, look: Callable[[int], None]) -> Callable[..., None]:
-        """Return what writes a response into a slot; `look` sees the place first."""
+        """Return a function that writes a response into a slot; `look` is called with the place first."""
 
         def write(_pages: object, at: int, *response: int) -> None:
             self._before(RING | STORE)

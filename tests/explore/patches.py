@@ -1,8 +1,8 @@
-"""The seams by which real code runs on explored memory, and changes to that code which are known to be wrong.
+"""The seams by which real code runs on explored memory, and changes that are known to make that code wrong.
 
-Must not be used but for as long as a test runs.
+Must not be used except during a test.
 
-A change is a piece of the code's text and what stands there instead, so that one sees what is wrong with it.
+A change replaces a piece of the code's text, so that a reader sees what becomes wrong.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from xenbackend.worker.queue import Queue
 
 
 class Change(NamedTuple):
-    """What is changed: a function of a class or module, and lines of it."""
+    """A change: a function of a class or module, a piece of its text, and what replaces that."""
 
     owner: Any
     name: str
@@ -78,14 +78,14 @@ WRONG: dict[str, list[Change]] = {
 
 
 def use_words(patch: pytest.MonkeyPatch, batch: int) -> None:
-    """Let batches be of up to `batch` requests, and words be stored one by one."""
+    """Limit batches to `batch` requests, and store words one by one."""
     for module in (journal, queue, recovery):
         patch.setattr(module, "BATCH", batch)
     patch.setattr(queue, "_WORDS", [WordStruct()] * (batch + 1))
 
 
 def make_wrong(patch: pytest.MonkeyPatch, changes: list[Change]) -> None:
-    """Change the code, everywhere in the worker where it is known by its name."""
+    """Change the code, under every name that the worker has for it."""
     texts: dict[tuple[Any, str], str] = {}
     for owner, name, former, other in changes:
         text = texts.get((owner, name)) or textwrap.dedent(inspect.getsource(getattr(owner, name)))

@@ -1,15 +1,16 @@
-"""Everything that can happen to one ring: what a guest, a disk and kills do, in every order, and what goes wrong.
+"""All interleavings of what a guest, a disk and kills do to one ring, and what goes wrong in them.
 
 Must not know how a worker works: it moves it by whole steps, and stops it before each access to memory.
 
-A state is what is in memory, where the guest stands, what the disk has done, and what the worker knows; in the middle
-of a step: what it knew at its beginning, how far it has come, and what it has read of the guest's since. The worker is
-deterministic, so a state in the middle is reached by doing the step again with the guest's moves at the same places.
+A state is the memory, the guest's state, what the disk has done, and what the worker knows. In the middle of a step it
+is instead what the worker knew at the step's beginning, how far it has come, and what it has read of the guest's memory
+since. The worker is deterministic, so a state in the middle is reached by doing the step again with the guest's moves
+at the same places.
 
-The guest moves before each access of the worker to the ring, and between steps. Elsewhere it need not: what it does
-there can as well be done later, or after a kill, and nobody could tell. `everywhere` lets it move there all the same.
+The guest moves before each access of the worker to the ring, and between steps. It need not move elsewhere: nobody
+could tell such a move from one that comes later, or after a kill. `everywhere` lets it move there too.
 
-Of each state only 64 bits are kept: of a million states, two fall together with a probability of 1 in 37 million.
+Only 64 bits of each state are kept: of a million states, two coincide with a probability of 1 in 37 million.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ class Bounds:
     """How much may happen.
 
     slots, requests, kills   of the ring, of the guest, of the worker
-    limits                   of requests that are taken together
-    together                 requests that the disk gives back together, in any order; batches as lent it does, too
-    everywhere               the guest moves before each store to the journal, too
-    start                    of the ring's indices
-    forgets                  states that differ in leftovers only are one
+    limits                   how many requests may be taken together
+    together                 how many requests the disk may give back together, in any order; or a batch as it was lent
+    everywhere               whether the guest also moves before each store to the journal
+    start                    the first value of the ring's indices
+    forgets                  whether states that differ only in leftovers count as one
     """
 
     slots: int
@@ -49,7 +50,7 @@ class Bounds:
 
 @dataclass
 class Found:
-    """What was seen; `ends` are the states in which everything was answered."""
+    """What was found. `ends` counts the states in which everything was answered."""
 
     states: int = 0
     ends: int = 0
@@ -58,7 +59,7 @@ class Found:
 
 
 class Place(NamedTuple):
-    """A state; `base` and what follows are of one in the middle of a step."""
+    """A state. `base` and the fields after it are set for a state in the middle of a step."""
 
     memory: Memory
     guest: State
@@ -67,15 +68,15 @@ class Place(NamedTuple):
     mind: Mind | None  # None: the worker is dead, or in the middle
     base: Any = None  # (Place, Step)
     moves: tuple[tuple[str, ...], ...] = ()  # of the guest, before each access so far
-    access: int = 0  # what comes next
+    access: int = 0  # the kind of the next access
     reads: tuple[int, ...] = ()
 
 
 class Search:
-    """One search; `run` does it."""
+    """One search, which `run` does."""
 
     def __init__(self, bounds: Bounds, *, stops: bool = False) -> None:
-        """Stop at the first violation where `stops`."""
+        """Prepare a search that stops at the first violation if `stops`."""
         self.bounds = bounds
         self.found = Found()
         self._stops = stops
@@ -85,7 +86,7 @@ class Search:
         self._running: Place | None = None
 
     def run(self) -> Found:
-        """Look at everything."""
+        """Visit all states."""
         memory, mind = self._worker.start()
         self._meet(Place(memory, self._worker.guest.state, 0, 0, mind))
         while self._todo and not (self._stops and self.found.violations):
@@ -94,7 +95,7 @@ class Search:
         return self.found
 
     def _meet(self, place: Place) -> bool:
-        """Take note of a state, and return whether it is new."""
+        """Record a state, and return whether it is new."""
         base = place.base and (self._journal_of(place.base[0]), place.base[0].mind, place.base[1], len(place.moves))
         memory = (self._ring_of(place), self._journal_of(place))
         key = hash((memory, place.guest, place.done, place.kills, place.mind, base, place.reads))
@@ -153,7 +154,7 @@ class Search:
         return bool(moves)
 
     def _steps(self, place: Place) -> list[Step]:
-        """Return what the worker may do next, or its successor."""
+        """Return the steps that the worker, or its successor, can do next."""
         if place.mind is None:
             return [("go on",)]
         self._stand_at(place)
@@ -170,7 +171,7 @@ class Search:
         return steps + [("answer", batch) for batch in sorted(batches | set(worker.whole_batches()))]
 
     def _do(self, base: Place, step: Step, place: Place | None = None) -> None:
-        """Do a step, from `place` in it on where that is given, and take note of every state on the way."""
+        """Do a step, or continue it from `place`, and record every state on the way."""
         worker = self._worker
         self._stand_at(base)
         if base.mind is not None:
@@ -196,7 +197,7 @@ class Search:
         return running._replace(memory=worker.memory(), guest=worker.guest.state, done=worker.done, moves=self._reached)
 
     def _before(self, access: int) -> None:
-        """Before an access of the worker: let the guest make the moves that are due, and take note of the state."""
+        """Called before each access of the worker: let the guest make the moves that are due, and record the state."""
         if self._running is None:
             return
         turn = len(self._reached)

@@ -1,4 +1,4 @@
-"""Every order of events on larger rings, which takes minutes: `make test-model`."""
+"""All interleavings on larger rings, which takes minutes: `make test-model`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BOUNDS = [
 
 @pytest.fixture(autouse=True)
 def large(request: pytest.FixtureRequest) -> None:
-    """Only where it is asked for."""
+    """Skip these tests unless they are asked for."""
     if not request.config.getoption("--long"):
         pytest.skip("takes minutes; --long, or make test-model")
 
@@ -29,7 +29,9 @@ def large(request: pytest.FixtureRequest) -> None:
 def test_nothing_is_lost_repeated_or_overwritten(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], bounds: Bounds
 ) -> None:
-    """Whatever guest and disk do, wherever workers die, recovering too: each request is done, then answered once."""
+    """Whatever guest and disk do, and wherever workers die, even while recovering, each request is done, then answered
+    once.
+    """
     use_words(monkeypatch, bounds.slots)
     found = Search(bounds).run()
     with capsys.disabled():
@@ -45,7 +47,7 @@ def test_nothing_is_lost_repeated_or_overwritten(
 def test_what_is_known_to_be_wrong_is_found(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wrong: str, bounds: Bounds
 ) -> None:
-    """Each way to get it wrong ends in a violation, in a ring of any size."""
+    """Each change that is known to make the code wrong leads to a violation, whatever the size of the ring."""
     use_words(monkeypatch, bounds.slots)
     make_wrong(monkeypatch, WRONG[wrong])
     found = Search(bounds, stops=True).run()

@@ -1,4 +1,4 @@
-"""A real `Queue` on a real ring and journal, put where a state says, and moved by one step of an engine.
+"""A real `Queue` on a real ring and journal, which can be put into a given state and moved by one step of an engine.
 
 Must not decide which step comes next, nor do any part of a step itself.
 """
@@ -19,12 +19,12 @@ from xenbackend.blkif.ring import BackRing
 from xenbackend.units import PAGE
 from xenbackend.worker.queue import Queue
 
-Mind = tuple[Any, ...]  # what a worker knows and its successor does not
+Mind = tuple[Any, ...]  # what a worker knows, and its successor does not
 Step = tuple[Any, ...]  # ("take", limit), ("answer", entries in order), ("go on",)
 
 
 class Memory(NamedTuple):
-    """Everything that outlives a worker."""
+    """All memory that outlives a worker."""
 
     req_prod: int
     rsp_prod: int
@@ -36,7 +36,7 @@ class Memory(NamedTuple):
 
 
 class Peer:
-    """The event channel: events are not explored."""
+    """The other end of the event channel: events are not explored."""
 
     def notify(self) -> None:
         """Nothing."""
@@ -49,7 +49,7 @@ class Peer:
 
 
 class Worker:
-    """One ring of `entries` slots, whose indices begin at `start`, with its guest.
+    """One ring of `entries` slots, whose indices begin at `start`, with its guest and its worker.
 
     done    a bit per request that the disk has done
     before  is called before each access with what it is
@@ -87,7 +87,7 @@ class Worker:
         return self.memory(), self.mind()
 
     def memory(self) -> Memory:
-        """Return what is in memory."""
+        """Return the memory's content."""
         words, blocks, answers = self._arrays
         index = self._raw_index
         return Memory(
@@ -101,7 +101,7 @@ class Worker:
         )
 
     def load(self, memory: Memory) -> None:
-        """Put memory back as it was."""
+        """Restore the memory's content."""
         self._raw_index[REQ_PROD], self._raw_index[RSP_PROD] = memory.req_prod, memory.rsp_prod
         self._slots[:] = memory.slots
         for raw, values in zip(self._arrays, (memory.words, memory.blocks, memory.answers), strict=True):
@@ -118,7 +118,7 @@ class Worker:
         return ring.consumed, ring.answered, queue.in_flight, tuple(each.index for each in queue._free), tuple(blocks)
 
     def think(self, mind: Mind) -> None:
-        """Be the worker that knew this; memory is as it was then."""
+        """Become a worker that knows this; memory must be as it was then."""
         self._open()
         queue = self.queue
         queue.ring.consumed, queue.ring.answered, queue.in_flight, free, blocks = mind
@@ -134,7 +134,7 @@ class Worker:
         queue._free = [queue._blocks[index] for index in free]
 
     def in_flight(self) -> list[int]:
-        """Return the entries that the disk has."""
+        """Return the entries that the disk is working on."""
         answers = self._arrays[2]
         return [
             record.entry
@@ -145,12 +145,12 @@ class Worker:
         ]
 
     def whole_batches(self) -> list[tuple[int, ...]]:
-        """Return the batches that the disk may give back as they were lent."""
+        """Return the batches that the disk may return as they were lent."""
         lent = [tuple(each.tag.entry for each in block.lent) for block in self.queue._blocks if block.lent]
         return [batch for batch in lent if not any(self._arrays[2][entry] for entry in batch)]
 
     def do(self, step: Step) -> None:
-        """Do one step. Raises: Violation, or whatever the code lets out."""
+        """Do one step. Raises: Violation, or what the code raises."""
         self.reads = ()
         if step[0] == "go on":
             self._open()
@@ -180,7 +180,7 @@ class Worker:
         return record.request
 
     def _number(self, record: RingRequest) -> int:
-        """Return a request's number. Raises: Violation where it is none, or none that waits for an answer."""
+        """Return a request's number. Raises: Violation if it is not a request, or not one that waits for an answer."""
         number = record.first_sector // SECTORS
         if record.refused is not None or record.guest_id >= self.entries:
             raise Violation("something was taken that is no request")
@@ -192,7 +192,7 @@ class Worker:
         self.reads += (value,)
 
     def _check_slot(self, at: int) -> None:
-        """Before a response is written: see that there is no request in its place that nobody has taken."""
+        """Before a response is written: check that its slot holds no request that nobody has taken."""
         slot = (at - RING_HEADER) // X86_64.slot_size
         last = self.guest.ring.produced - 1
         newest = last - (last - slot) % self.entries
