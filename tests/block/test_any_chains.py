@@ -82,9 +82,7 @@ def pieces(random: Random, length: int) -> list[int]:
 
 
 def batch_of(random: Random, model: bytearray, *, can_discard: bool) -> list[tuple[Request, bytes]]:
-    """Return requests that do not overlap, with the bytes that each read should find. Writes are applied to the
-    model.
-    """
+    """Return requests that do not overlap, with the bytes that reads should find. Writes are applied to the model."""
     found: list[tuple[Request, bytes]] = []
     for _ in range(random.randint(1, 8)):
         length = min(len(model), random.choice([1, 1, 8, random.randint(1, 100)]) * SECTOR)
@@ -128,9 +126,7 @@ def try_one(machine: Machine, random: Random, directory: Path) -> str:
 
 @pytest.mark.parametrize("group", range(GROUPS))
 def test_any_chain_is_a_disk(machine: Machine, tmp_path: Path, request: pytest.FixtureRequest, group: int) -> None:
-    """Whatever the layers and the source, the disk behaves as an array of bytes, and keeps its content when opened
-    again.
-    """
+    """Whatever the layers and the source, the disk behaves as an array of bytes, also when opened again."""
     random = Random(f"{request.config.getoption('--seed')} {group}")
     tried = 0
     chains = max(100, request.config.getoption("--requests") // 100)  # `make test-images` tries 10,000
@@ -153,9 +149,7 @@ def test_any_chain_is_a_disk(machine: Machine, tmp_path: Path, request: pytest.F
     ],
 )  # fmt: skip
 def test_a_filter_at_length(machine: Machine, tmp_path: Path, request: pytest.FixtureRequest, layer: str) -> None:
-    """Under any concurrent requests to a filter, the disk behaves as an array of bytes. `make test-images` sends
-    20,000.
-    """
+    """Under any concurrent requests to a filter, the disk behaves as an array of bytes (`make test-images`: 20,000)."""
     random = Random(f"{request.config.getoption('--seed')} {layer}")
     model = bytearray(random.randbytes(SIZE))
     (tmp_path / "image").write_bytes(model)

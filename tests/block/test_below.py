@@ -30,9 +30,7 @@ def text_of(machine: Machine, chain: str, *, with_changes: bool = False) -> str:
 
 
 def test_it_is_the_files_and_what_alters_them(machine: Machine, tmp_path: Path) -> None:
-    """The description names the files and the layers that alter what is read. A layer that passes data on unchanged
-    does not count.
-    """
+    """The description names the files and the layers that alter what is read, and no layer that does not."""
     for name in ("a", "b"):
         (tmp_path / name).write_bytes(bytes(1 << 20))
     plain = text_of(machine, f"log:|aio:{tmp_path}/a")
@@ -43,9 +41,7 @@ def test_it_is_the_files_and_what_alters_them(machine: Machine, tmp_path: Path) 
 
 
 def test_a_change_counts_if_it_is_to(machine: Machine, tmp_path: Path) -> None:
-    """The description includes a file's time of change if the caller asks for it; the time can also be asked
-    for alone.
-    """
+    """The description includes a file's time of change if the caller asks for it. The time can be asked for alone."""
     (tmp_path / "a").write_bytes(bytes(1 << 20))
     chain = f"log:|aio:{tmp_path}/a"
     before = [text_of(machine, chain, with_changes=each) for each in (False, True)]

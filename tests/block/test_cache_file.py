@@ -63,9 +63,7 @@ def test_commands_see_what_is_dirty(machines: list[Machine], tmp_path: Path) -> 
 def test_a_file_that_has_something_is_not_lost(
     machines: list[Machine], tmp_path: Path, change: str, problem: str
 ) -> None:
-    """F3: if FILE holds dirty blocks, but disk, options or content do not fit, it is refused unchanged, with what to
-    do.
-    """
+    """F3: if FILE holds dirty blocks, but disk, options or content do not fit, it is refused unchanged, with advice."""
     text, cache = dirty(machines[0], tmp_path), tmp_path / "cache"
     match change:
         case "another image":
@@ -97,9 +95,7 @@ def test_a_file_that_has_something_is_not_lost(
 
 
 def test_what_went_below_last_is_no_change_of_others(machines: list[Machine], tmp_path: Path) -> None:
-    """A late write below, by the cache itself, is not taken for somebody else's change: closing renews FILE's time of
-    change.
-    """
+    """A late write below by the cache itself is not taken for somebody else's: closing renews FILE's time of change."""
     image, cache = tmp_path / "image", tmp_path / "cache"
     image.write_bytes(bytes(SIZE))
     text = f"cache:{cache},size=1M,mode=writeback|aio:{image}"
@@ -127,9 +123,7 @@ def test_a_file_that_has_nothing_is_begun_anew(machines: list[Machine], tmp_path
 
 
 def test_a_header_of_more_than_there_can_be(machines: list[Machine], tmp_path: Path) -> None:
-    """F3: a header that claims more slots than are possible is refused, without reading the terabytes of holes behind
-    it.
-    """
+    """F3: a header that claims more slots than are possible is refused, without reading the holes behind it."""
     image, cache = tmp_path / "image", Path(f"/dev/shm/{tmp_path.name}")
     image.write_bytes(bytes(SIZE))
     header = BackHeader((MAX_SLOTS + 1) * 4096, 4096, "x", bytes(16))
@@ -148,9 +142,7 @@ def test_a_header_of_more_than_there_can_be(machines: list[Machine], tmp_path: P
     ("former", "later"), [("size=1M", "size=2M"), ("size=2M", "size=1M"), ("size=2M,mode=read", "size=1M")]
 )
 def test_killed_while_it_is_begun_anew(tmp_path: Path, former: str, later: str) -> None:
-    """If the worker is killed or the power fails while FILE is begun anew, it is begun anew again, and no former map is
-    used.
-    """
+    """Killed or without power while FILE is begun anew, it is begun anew again, and no former map is used."""
     path, image = at(tmp_path / "cache"), RecordedFile(bytearray(64 << 10))
     file = RecordedFile(bytearray(4096))
     if "mode" not in former:

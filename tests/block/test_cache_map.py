@@ -16,9 +16,7 @@ def _map(env: StepEnv, slots: int, token: bytes) -> CacheMap:
 
 
 def test_it_is_a_dictionary_that_forgets() -> None:
-    """Under random calls, a lookup finds the slot where the block was put last, if that slot holds no other block
-    since.
-    """
+    """Under random calls, a lookup finds the slot where the block was put last, if no other block has had it since."""
     chance, known = Random(1), _map(StepEnv(), 64, b"t")
     content: dict[int, int] = {}  # by slot, the block whose bytes are there
     for _ in range(5000):
@@ -39,9 +37,7 @@ def test_it_is_a_dictionary_that_forgets() -> None:
 
 
 def test_a_successor_finds_what_was_put_and_nothing_that_was_only_taken() -> None:
-    """D11: a successor finds the blocks that were put, and none in slots that were only taken and were still being
-    written.
-    """
+    """D11: a successor finds the blocks that were put, and none in slots that were only taken."""
     env = StepEnv()
     known = _map(env, 64, b"t")
     first, second = known.take(1), known.take(2)
@@ -81,9 +77,7 @@ def test_what_is_used_stays() -> None:
 
 
 def test_a_block_is_in_one_slot_at_most() -> None:
-    """If one block was copied into two slots at the same time, one of them is kept, and dropping the block
-    removes it.
-    """
+    """If one block was copied into two slots at the same time, one of them is kept. Dropping the block removes it."""
     known = _map(StepEnv(), WAYS, b"t")
     for slot in (known.take(5), known.take(5)):
         known.put(slot, 5)
@@ -109,9 +103,7 @@ def test_a_block_that_is_found_again_and_again_stays(way: str) -> None:
 
 
 def test_a_slot_that_is_given_to_another_block_is_no_place_of_the_former_one() -> None:
-    """A slot that is given to another block is not found for its former block, even if that was looked up just
-    before.
-    """
+    """A slot that is given to another block is not found for its former one, even if that was looked up just before."""
     known = _map(StepEnv(), WAYS, b"t")
     slot = known.take(1)
     known.put(slot, 1)

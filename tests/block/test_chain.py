@@ -40,9 +40,7 @@ def test_an_empty_filter_between_two_others_is_skipped(machine: Machine, events:
 
 
 def test_an_exception_on_the_way_up_is_handed_over_with_its_batch(machine: Machine) -> None:
-    """D8: an exception that a layer raises while requests come back is passed to `contain`, with the batch the layer
-    was given.
-    """
+    """D8: an exception that a layer raises while requests come back is passed to `contain`, with the layer's batch."""
     chain = machine.open("delay:|ram:1M", checked=False)
     caught: list[tuple[str, list[Request]]] = []
 
@@ -150,9 +148,7 @@ def test_an_exception_is_blamed_on_its_layer(machine: Machine, events: list[str]
 
 
 def test_a_file_is_blamed_as_its_layer(machine: Machine, events: list[str], tmp_path: Path) -> None:
-    """An exception raised in a file is blamed on the layer that opened it, although its driver is not on the requests'
-    way.
-    """
+    """An exception raised in a file is blamed on the layer that opened it, although requests do not pass its driver."""
     text = f"sync:{image(tmp_path / 'img')}"
     chain = machine.open(f"silent:|{text}", checked=False)
     broken = flush()
@@ -192,9 +188,7 @@ def test_a_disk_that_can_only_be_read_is_no_writable_one(
 
 
 def test_a_parent_answers_what_the_child_passes_on(machine: Machine, events: list[str], tmp_path: Path) -> None:
-    """A source that has a parent passes requests to it as a filter does, and completions come back up through the
-    source.
-    """
+    """A source with a parent passes requests to it as a filter does, and completions come back through the source."""
     leaf = tmp_path / "leaf"
     leaf.write_text("ram:1M")
     chain = machine.open(f"child:{leaf}", read_only=True)

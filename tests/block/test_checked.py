@@ -58,9 +58,7 @@ def changed(request: Request, **fields: object) -> Request:
     ],
 )
 def test_what_the_upper_layer_does_wrong_is_its_fault(batch: list[Request], rule: str) -> None:
-    """A request that must not be submitted is found before it reaches the layer below, and the upper layer is
-    blamed.
-    """
+    """A request that must not be submitted is stopped before the layer below, and the upper layer is blamed."""
     checked, bottom, _ = linked()
     with pytest.raises(ContractError, match=rule):
         checked.submit(batch)

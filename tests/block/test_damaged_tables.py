@@ -262,9 +262,7 @@ def _compare(case: Case, found: bytes, after: Places, verb: str) -> None:
 @pytest.mark.parametrize("layer", DAMAGE)
 @pytest.mark.rows("D10")
 def test_no_table_is_written_over(layer: str, share: int, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """Whatever refcounts and tables say, guest data never overwrite a table, and no data that were answered are
-    lost.
-    """
+    """Whatever refcounts and tables say, guest data never overwrite a table, and no answered data are lost."""
     is_long = request.config.getoption("--long")
     count = request.config.getoption("--requests") // (10 if is_long else 100) // SHARES + 1
     path, judge = at(tmp_path / "image"), layer == "qcow2" and shutil.which("qemu-img")

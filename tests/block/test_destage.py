@@ -1,6 +1,4 @@
-"""When dirty blocks are written to the layer below; tests/block/test_write_back.py does that in a disk, with kills and
-power loss.
-"""
+"""When dirty blocks go to the layer below. tests/block/test_write_back.py tests it with kills and power loss."""
 
 from __future__ import annotations
 
@@ -56,9 +54,7 @@ def test_a_block_rests_before_it_goes_below(tmp_path: Path) -> None:
 
 
 def test_the_rate_is_kept(tmp_path: Path) -> None:
-    """No more bytes per second go below than `destage=` says. The figure `dirty` counts blocks until they are flushed
-    below.
-    """
+    """No more bytes per second go below than `destage=` says. Blocks count as dirty until they are flushed below."""
     life = Life(tmp_path, Random(1))
     life.text = life.text.replace("mode=writeback", "mode=writeback,destage=8K")
     life.start()
@@ -142,9 +138,7 @@ def test_a_flush_below_that_takes_long_stops_what_goes_there(tmp_path: Path) -> 
 
 
 def test_a_discard_waits_for_what_is_moving_alone(tmp_path: Path) -> None:
-    """A discard waits only for those of its blocks that are being written below at that moment, not for hundreds that
-    might follow.
-    """
+    """A discard waits only for those of its blocks that are on their way below, not for hundreds that might follow."""
     life = Life(tmp_path, Random(1), size=1 << 20)
     for place in range(0, 100 * BLOCK, BLOCK):
         life.disk.do(write(place, b"n" * BLOCK))
@@ -232,9 +226,7 @@ def test_an_error_below_is_told_while_it_lasts(tmp_path: Path, op: int) -> None:
 
 
 def test_what_closing_leaves_in_file_is_said(tmp_path: Path) -> None:
-    """If closing leaves dirty blocks in FILE, one alarm says so and why: somebody could take the layer below for the
-    whole disk.
-    """
+    """If closing leaves dirty blocks in FILE, one alarm says so and why: the layer below is not the whole disk."""
     life = Life(tmp_path, Random(1))
     life.disk.do(write(0, b"n" * BLOCK))
     life.disk.chain.close()

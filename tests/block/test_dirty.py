@@ -70,9 +70,7 @@ def take_all(dirty: DirtyMap) -> list[Range]:
 
 
 def random_range(random: Random, size: int) -> tuple[int, int]:
-    """Return a random range of one of the shapes that marking handles separately: pieces, whole bytes, whole chunks,
-    across borders.
-    """
+    """Return a random range of a shape that marking handles separately: pieces, bytes, chunks, across borders."""
     unit = random.choice((512, 512, 4096, 4096, CHUNK))
     first = random.randrange(size // unit)
     count = random.randrange(1, random.choice((2, 3, 20, 300)))
@@ -152,9 +150,7 @@ def test_successor_finds_the_map() -> None:
 
 
 def test_memory_of_another_disk_is_not_believed() -> None:
-    """Memory with a map of another size or granularity is begun anew, even if the memory happens to have the right
-    size.
-    """
+    """Memory with a map of another size or granularity is begun anew, even if it happens to have the right length."""
     memory = memoryview(bytearray(memory_size(SIZE, 512)))
     DirtyMap(memory, SIZE, 512, is_tracking=False).mark(0, SIZE)
 
@@ -210,9 +206,7 @@ def test_death_inside_take_loses_nothing(monkeypatch: pytest.MonkeyPatch, *, is_
 
 
 def test_second_reader_takes_the_sweep_over() -> None:
-    """A second reader takes over the sweep: the first one's next acknowledgement, which names an outdated page, is
-    refused.
-    """
+    """A second reader takes over the sweep: the first one's next acknowledgement, of an outdated page, is refused."""
     dirty = new_map()
     dirty.mark(0, 4096)
     _, number = dirty.take()
@@ -235,9 +229,7 @@ def test_clear_ends_a_sweep() -> None:
 
 
 def test_pages_are_bounded_and_lose_nothing() -> None:
-    """If every other piece of a disk is dirty, pages have at most MAX_PAGE_RANGES ranges, and each piece is in one of
-    them.
-    """
+    """If every other piece is dirty, pages have at most MAX_PAGE_RANGES ranges, and each piece is in one of them."""
     dirty = new_map(size=4 * CHUNK)
     for offset in range(0, 4 * CHUNK, 1024):
         dirty.mark(offset, 512)
@@ -252,9 +244,7 @@ def test_pages_are_bounded_and_lose_nothing() -> None:
 
 
 def test_whole_disk_discard_costs_no_bits() -> None:
-    """A discard of 1 TiB costs no memory for bits and is walked in pages of limited size, so a guest cannot stall its
-    worker.
-    """
+    """A discard of 1 TiB needs no bits and is walked in pages of limited size, so a guest cannot stall its worker."""
     fd = os.memfd_create("dirty")
     os.ftruncate(fd, memory_size(TIB, 512))
     dirty = DirtyMap(memoryview(mmap.mmap(fd, memory_size(TIB, 512))), TIB, 512, is_tracking=True)
@@ -284,9 +274,7 @@ def test_a_map_is_bounded_whatever_size_an_image_claims(size: int, wanted: int) 
 
 
 def test_a_disk_of_pebibytes_is_tracked_in_little_memory() -> None:
-    """On a disk of 2 PiB a new map touches a few hundred KiB, a write marks its own MiB, and the end of the disk is
-    tracked too.
-    """
+    """On 2 PiB a new map touches a few hundred KiB, a write marks its own MiB, and the disk's end is tracked too."""
     size = 1 << 51
     granularity = fitting(size, 512)
     bytes_of_map = memory_size(size, granularity)

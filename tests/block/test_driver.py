@@ -74,9 +74,7 @@ def test_a_filter_as_it_stands_passes_everything_on() -> None:
 
 
 def test_a_driver_that_is_not_wired_says_so() -> None:
-    """A driver that is not wired raises when it completes requests, because nobody would get them; the message shows
-    the requests.
-    """
+    """A driver that is not wired raises when it completes requests that nobody would get, and shows them."""
     with pytest.raises(RuntimeError, match="FLUSH 0"):
         Bottom().complete([flush()])
 

@@ -18,9 +18,7 @@ def opened(env: StepEnv, file: RecordedFile, token: bytes = b"t" * TOKEN) -> Dur
 
 
 def test_they_are_taken_from_memory_only_for_the_same_file() -> None:
-    """Pages are taken from memory only if the token is the same. With another token, or after an unclean end, the file
-    counts.
-    """
+    """Pages are taken from memory only with the same token. With another one, or without memory, the file counts."""
     file = RecordedFile(bytearray(b"f" * 4 * PAGE))
     env = StepEnv()
     first = opened(env, file)
@@ -34,9 +32,7 @@ def test_they_are_taken_from_memory_only_for_the_same_file() -> None:
 
 
 def test_what_is_altered_during_a_flush_is_of_the_next_one() -> None:
-    """A page that is altered during a flush is written by the next one, because the data behind it may not be durable
-    yet.
-    """
+    """A page that is altered during a flush is written by the next one, as its data may not be durable yet."""
     env, file, ended = StepEnv(), RecordedFile(bytearray(4 * PAGE)), list[int]()
     pages = opened(env, file)
     pages.bytes[PAGE] = 1

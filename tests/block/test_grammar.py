@@ -89,9 +89,7 @@ def test_an_item_that_is_added_holds_any_value(name: str) -> None:
     ],
 )
 def test_a_broken_text_is_shown_with_a_caret_under_the_place(text: str, problem: str, marked: str) -> None:
-    """Each fault of a text has a message of its own, with a caret under the fault in the text as the operator
-    wrote it.
-    """
+    """Each fault of a text has a message of its own, with a caret under the fault in the operator's text."""
     with pytest.raises(ChainError) as caught:
         parse(text)
 

@@ -44,9 +44,7 @@ ARGON2 = Derivation("argon2id", bytes(16), 64, 4, memory_kib=1 << 20, lanes=4)
     ],
 )
 def test_what_is_beyond_all_measure_is_refused(how: Derivation, problem: str) -> None:
-    """A header that asks for more work than a host can afford, or for so little that passphrases are easy to guess, is
-    refused.
-    """
+    """A header must not ask for so much work that a host stops, nor for so little that guessing is easy."""
     if not problem:
         how.check()
         return

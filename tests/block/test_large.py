@@ -29,9 +29,7 @@ DEPTH = 8
 
 @dataclass(frozen=True)
 class Shape:
-    """What sort of image: it has `depth` parents, one over the other, each of which was written to before the next was
-    made.
-    """
+    """What sort of image: it has `depth` parents, each of which was written to before its child was made."""
 
     layer: str
     options: str = ""

@@ -28,9 +28,7 @@ SIZE = 1 << 20
     ],
 )
 def test_a_leaf_goes_on_as_its_parent(machine: Machine, tmp_path: Path, layer: str, leaf: str) -> None:
-    """By default a leaf has its parent's format (QCOW2 over a raw parent), its parent's size, and the options of its
-    parent's layer.
-    """
+    """By default a leaf has its parent's format (QCOW2 over raw), its size, and the options of its layer."""
     names = {"base": tmp_path / "base", "new": tmp_path / "new"}
     maker = {"qcow2": qcow2, "qcow": qcow, "vhd": image}.get(layer.partition(":")[0], bytes)
     names["base"].write_bytes(maker(SIZE))
@@ -42,9 +40,7 @@ def test_a_leaf_goes_on_as_its_parent(machine: Machine, tmp_path: Path, layer: s
 
 
 def test_what_can_have_no_leaf(machine: Machine, tmp_path: Path) -> None:
-    """A disk that is not an image has no leaf, nor has an image whose format cannot be a parent for the format asked
-    for.
-    """
+    """A disk that is not an image has no leaf, nor has one whose format cannot be a parent for the format asked for."""
     (tmp_path / "base").write_bytes(qcow2(SIZE))
     for layer, image_format, sentence in (
         ("ram:1M", "", "^ram:1M is not an image that another one can have as its parent$"),

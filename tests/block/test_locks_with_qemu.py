@@ -78,9 +78,7 @@ def writers(name: str, path: Path) -> dict[str, list[str | Path]]:
 def test_no_tool_of_qemus_writes_to_what_we_have_open(
     machine: Machine, tmp_path: Path, name: str, read_only: bool
 ) -> None:
-    """Each of QEMU's ways to write to an image is refused while we have it open, and leaves it unchanged. Afterwards
-    they succeed.
-    """
+    """Each of QEMU's ways to write to an image is refused while we have it open, changes nothing, and works later."""
     path = tmp_path / "image"
     layer = make(path, name)
     (tmp_path / "source").write_bytes(bytes(1 << 20))
@@ -137,9 +135,7 @@ def test_a_child_may_be_made_of_what_we_write(machine: Machine, tmp_path: Path) 
 @pytest.mark.parametrize("name", [*WRITTEN, *ONLY_READ])
 @pytest.mark.parametrize("holder", ["qemu-io", "qemu-nbd", "qemu-storage-daemon"])
 def test_we_refuse_what_qemu_writes_to(machine: Machine, tmp_path: Path, name: str, holder: str) -> None:
-    """While one of QEMU's tools has an image open for writing, we neither write nor read; once it has ended we
-    do both.
-    """
+    """While one of QEMU's tools has an image open for writing, we neither write nor read. Later we can do both."""
     path, word = tmp_path / "image", FORMATS[name].qemu_name
     layer = make(path, name)
     command = writers(name, path)["daemon" if holder == "qemu-storage-daemon" else "nbd"][1:]
@@ -166,9 +162,7 @@ def test_we_do_not_write_to_what_qemu_reads(machine: Machine, tmp_path: Path, na
 
 @pytest.mark.parametrize("name", WRITTEN)
 def test_who_looks_with_force_does_not_keep_us_out(machine: Machine, tmp_path: Path, name: str) -> None:
-    """`qemu-img convert -U` of a disk in service, which may take hours, does not keep a successor from opening the
-    disk.
-    """
+    """`qemu-img convert -U` of a disk in service, which may take hours, does not keep out a successor."""
     path = tmp_path / "image"
     layer = make(path, name)
     with qemu.held_open(FORMATS[name].qemu_name, path, "-r", "-U"):

@@ -35,9 +35,7 @@ def refused(machine: Machine, text: str, *, read_only: bool = False) -> DriverEr
 
 
 def test_a_layer_has_its_own_requests_back_while_others_are_opened(machine: Machine, events: list[str]) -> None:
-    """Requests of a filter's own come back to it, both before and after a filter above has read from it while being
-    opened.
-    """
+    """A filter's own requests come back to it, before and after a filter above has read from it while being opened."""
     opening = Opening(machine.make_env, lambda _: None)
     upper, lower, source = parse_chain("busy:|busy:|ram:1M").layers
     layers = opening.source_and_parents(source, read_only=False, shareable=False)
@@ -96,9 +94,7 @@ def test_a_parent_that_is_refused_is_closed_again(machine: Machine, events: list
 
 
 def test_a_loop_of_parents_is_found_through_links(machine: Machine, events: list[str], tmp_path: Path) -> None:
-    """A loop is found by device and inode: a parent that is a hard link to one of its children is refused before it is
-    opened.
-    """
+    """A loop is found by device and inode: a parent that is a hard link to its child is refused before it is opened."""
     leaf, base = family(tmp_path, "leaf", "base")
     alias = tmp_path / "alias"
     os.link(leaf, alias)
@@ -126,9 +122,7 @@ def test_a_loop_that_leaves_out_the_first_image_is_found(machine: Machine, event
 def test_files_are_told_apart_only_where_there_are_parents(
     machine: Machine, events: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An opener has to identify no file of an image without a parent, and each parent twice: before and after it is
-    opened.
-    """
+    """An image without a parent is not identified. Each parent is identified twice: before and after it is opened."""
     leaf, middle, base = family(tmp_path, "leaf", "middle", "base")
     asked: list[str] = []
     look = machine.files.look
@@ -278,9 +272,7 @@ def test_a_file_without_permission_is_refused(machine: Machine, tmp_path: Path) 
 def test_a_file_that_its_server_knows_no_more_has_a_sentence(
     machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If an NFS server does not know a file any more, the error is a sentence and keeps its errno, by which a disk in
-    service waits.
-    """
+    """If an NFS server has lost a file, the error is a sentence with its errno, by which a disk in service waits."""
     path = image(tmp_path / "image")
 
     def opens(*_: object, **__: object) -> None:

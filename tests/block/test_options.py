@@ -154,9 +154,7 @@ def test_a_target_that_may_be_left_out_is_no_other_option() -> None:
 
 
 def test_a_misspelt_option_is_no_file_that_may_be_left_out() -> None:
-    """A misspelt option such as ``log:trakc=off`` is refused and does not create a file of that name. A path is always
-    a file.
-    """
+    """A misspelt option such as ``log:trakc=off`` is refused and creates no file of that name. A path is a file."""
     for text, problem in (
         ("x:szie=4K", "unknown option 'szie'; it knows size; did you mean size? For a file write ./szie=4K"),
         ("x:file=/img,size=4K", "write file first and without file="),

@@ -36,9 +36,7 @@ def test_nothing_said_is_the_default() -> None:
     ],
 )
 def test_kinds_of_errors(op: Op, code: int, action: Action) -> None:
-    """ENOSPC is a kind of error of its own for requests that alter the disk. Any other error has the kind of its
-    operation.
-    """
+    """ENOSPC has a kind of its own for requests that alter the disk. Other errors have the kind of their operation."""
     assert action == Policy().action(op, code)
 
 
@@ -52,9 +50,7 @@ def test_what_is_said_replaces_its_part_only() -> None:
 
 
 def test_what_only_a_cache_has_is_waited_for_whatever_was_said() -> None:
-    """A request that needs a block of which only a cache's failing file has a copy is paused, whatever the
-    policy says.
-    """
+    """A request for a block of which only a cache's failing file has a copy is paused, whatever the policy says."""
     policy = Policy("read=report,write=report,away=report")
 
     assert [PAUSE] * 3 == [policy.action(op, CACHE_LOST) for op in (Op.READ, Op.WRITE, Op.DISCARD)]

@@ -35,9 +35,7 @@ def test_every_record_is_32_bytes() -> None:
 
 
 def test_layout_is_as_documented() -> None:
-    """The fields of a request are at the offsets that the module's docstring gives, so that other programs can read the
-    file.
-    """
+    """A request's fields are where the module's docstring says, so that other programs can read the file."""
     packed = record.pack_request(Entry(0x0102030405060708, 512 * 0x11, 512 * 0x22, 0x33, 5, Op.DISCARD))
 
     assert bytes.fromhex("0807060504030201 1100000000000000 3300000000000000 22000000 0500 03 00") == packed

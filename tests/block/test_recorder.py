@@ -176,9 +176,7 @@ def test_file_begins_anew_without_its_older_half_when_that_finds_no_place(tmp_pa
 
 
 def test_what_the_file_does_not_take_is_counted_and_told(tmp_path: Path) -> None:
-    """A failed write leaves no partial record. The loss is counted, and recorded in the file as soon as it can be
-    written.
-    """
+    """A failed write leaves no partial record. The loss is counted, and recorded as soon as the file can be written."""
     path = tmp_path / "rec"
     recorder = new_recorder(StepEnv(), path)
     with file_size_limit(WRITE_AT + 4096):
@@ -216,9 +214,7 @@ def test_other_file_is_not_touched(tmp_path: Path) -> None:
 
 
 def test_special_files_are_refused(tmp_path: Path) -> None:
-    """A FIFO, a link or a directory is refused as a record file; the first is not waited for, the second not
-    followed.
-    """
+    """A FIFO, a link or a directory is refused as a record file. No FIFO is waited for, and no link followed."""
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "link").symlink_to("target")
     for name in ("fifo", "link", ""):

@@ -44,9 +44,7 @@ def test_nobody_loses_by_what_another_one_says() -> None:
 
 
 def test_at_no_moment_there_is_more_than_the_limit() -> None:
-    """The shares in use never exceed the limit: what is taken from one disk is given to another only in the
-    next step.
-    """
+    """Shares in use never exceed the limit: what is taken from one disk is given to another only in the next step."""
     chance = Random(2)
     now = dict.fromkeys(range(8), FIRST)
     for _ in range(500):

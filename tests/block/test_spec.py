@@ -11,9 +11,7 @@ from xenbackend.errors import ChainError, ConfigError
 
 
 def test_a_chain_knows_its_drivers_options_and_canonical_text() -> None:
-    """A parsed chain has the class, the checked options and the canonical text of each layer. No file has been
-    opened.
-    """
+    """A parsed chain has each layer's class, checked options and canonical text. No file has been opened."""
     spec = parse_chain("tap2:delay:read=5ms|aio:/no/such/file")
 
     assert spec.text == "delay:read=5ms|aio:/no/such/file"
@@ -47,9 +45,7 @@ def test_a_chain_that_cannot_work_is_refused(text: str, problem: str, marked: st
 
 
 def test_a_file_that_is_not_named_whole_is_found() -> None:
-    """A relative file name is refused, because it means another file in another process. The error has layer, option
-    and path.
-    """
+    """A relative file name, which would mean another file elsewhere, is refused with layer, option and path."""
     check_whole_paths(parse_chain("log:/var/log/x.rec|aio:/img"))
 
     with pytest.raises(

@@ -45,9 +45,7 @@ def files(tmp_path: Path) -> Path:
 def test_the_same_content_is_known_by_its_file(
     machine: Machine, files: Path, former: str, new: str, *, keeps: bool
 ) -> None:
-    """Two chains have the same content if their source is the same file, whatever its name and whatever filters are
-    added or removed.
-    """
+    """Chains have the same content if their source is the same file, under any name and with any filters."""
     chains = [machine.open(text.format(d=files), read_only=True) for text in (former, new)]
     found = keeps_content(*(chain.layers for chain in chains))
     for chain in chains:
@@ -69,9 +67,7 @@ def test_the_same_content_is_known_by_its_file(
 def test_filters_that_alter_what_is_read_have_to_stay(
     machine: Machine, files: Path, former: str, new: str, *, same: bool
 ) -> None:
-    """Filters that alter what is read must stay: another part of the same image is another disk, although the source is
-    the same.
-    """
+    """Filters that alter what is read must stay: another part of an image is another disk from the same source."""
     chains = [machine.open(text.format(d=files), read_only=True) for text in (former, new)]
     layers = [chain.layers for chain in chains]
     found, source = shows_the_same(*layers), keeps_content(*layers)
@@ -93,9 +89,7 @@ def test_a_name_that_means_another_file_now(machine: Machine, files: Path) -> No
 
 
 def test_a_snapshot_has_the_content_and_what_it_was_taken_of_has_lost_it(machine: Machine, files: Path) -> None:
-    """A new leaf over the guest's image has its content. Going back from the leaf to its parent does not keep the
-    content.
-    """
+    """A new leaf over the guest's image keeps its content. Going back from the leaf to its parent does not."""
     base = machine.open(f"aio:{files}/one", read_only=True)
     leaf = leaf_over(base.layers, f"{files}/leaf")
     write_new(f"{files}/leaf", leaf.blank)

@@ -1,6 +1,4 @@
-"""Checksums of blocks, in memory and in a file. tests/block/drivers/test_checksum.py kills workers and lets
-media fail.
-"""
+"""Checksums of blocks, in memory and in a file. tests/block/drivers/test_checksum.py has kills and failing media."""
 
 from __future__ import annotations
 
@@ -22,9 +20,7 @@ HEADER = Header(3 * SUMS * 4096, 4096, "", b"t" * 16)
 
 
 class Kept:
-    """The sums of a disk, in a file whose requests the test steps through. Flushes of the disk end when the test says
-    so.
-    """
+    """The sums of a disk in a file whose requests the test steps through. The test ends the disk's flushes."""
 
     def __init__(self) -> None:
         self.env = StepEnv()
@@ -117,9 +113,7 @@ def test_a_flush_that_failed_settles_nothing() -> None:
 
 @pytest.mark.parametrize("op", [Op.WRITE, Op.FLUSH])
 def test_a_log_that_cannot_be_written_is_told(op: Op) -> None:
-    """If the log cannot be written, the request that wants to alter a block learns the error, and the page does not
-    count as in doubt.
-    """
+    """If the log cannot be written, the request to alter a block learns that, and the page is not in doubt."""
     kept = Kept()
     kept.file.fails = lambda request: errno.ENOSPC if request.op == op else 0
     assert not kept.sums.doubt(0, 0, kept.said.append)
@@ -134,9 +128,7 @@ def test_a_log_that_cannot_be_written_is_told(op: Op) -> None:
 
 
 def test_closed_in_order_nothing_is_in_doubt_that_was_flushed() -> None:
-    """After an orderly close, blocks that were flushed are not in doubt. Those altered later are, as a power failure
-    may still come.
-    """
+    """After an orderly close, flushed blocks are not in doubt. Blocks altered later are: power may still fail."""
     kept = Kept()
     kept.alter(0, 1)
     flushed = kept.sums.flushing()

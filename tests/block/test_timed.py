@@ -36,9 +36,7 @@ def request(op: Op, length: int) -> Request:
 
 
 def test_each_operation_has_its_times() -> None:
-    """Each operation is timed from submission to completion, with its bytes, in buckets whose limits are powers
-    of two.
-    """
+    """Each operation is timed from submission to completion, with its bytes, in buckets by powers of two."""
     now = [0]
     timer, below, back = Timed("x:", lambda: now[0]), Held(), []
     timer.next, timer.complete, below.complete = below, back.extend, timer.on_complete

@@ -22,9 +22,7 @@ class Sees(Filter):
 
 
 def test_a_completion_goes_to_the_next_layer_that_sees_it() -> None:
-    """A completion goes to the next layer that handles completions, and finally to the caller, who may wrap
-    each step.
-    """
+    """A completion goes to the next layer that handles completions, and finally to the caller. Steps can be wrapped."""
     top, between, lower, bottom = Sees(), Filter(None), Sees(), Bottom()
     back: list[Request] = []
     guarded: list[object] = []

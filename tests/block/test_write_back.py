@@ -82,9 +82,7 @@ class Life(lives.Beside):
 
 
 def test_a_write_is_answered_before_it_is_below(tmp_path: Path) -> None:
-    """A write is answered before the layer below has it. It goes there once it has rested, and reads are right at any
-    moment.
-    """
+    """A write is answered before the layer below has it, and goes there once it has rested. Reads are always right."""
     life = Life(tmp_path, Random(1), block="16K")
     assert [0] == life.disk.do(write(512, b"n" * 4096))
     model = life.first[:512] + b"n" * 4096 + life.first[4608:]
@@ -217,9 +215,7 @@ def test_a_discard_is_never_undone(tmp_path: Path, place: int) -> None:
 
 
 def test_file_forgets_nothing_that_the_medium_below_may_not_have(tmp_path: Path) -> None:
-    """A discard is durable below before the block's tag is removed from FILE. Otherwise the block might be in neither
-    of them.
-    """
+    """A discard is durable below before the block's tag is removed from FILE. Otherwise neither might have it."""
     life = Life(tmp_path, Random(1))
     for request in (write(0, b"o" * 4096), flush(), discard(0, 4096)):
         assert [0] == life.disk.do(request)
@@ -288,9 +284,7 @@ def test_two_blocks_of_one_write_have_two_slots(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_has_grown(tmp_path: Path) -> None:
-    """If a disk has grown, the block in which it used to end is read from the layer below, where there is more of it
-    now.
-    """
+    """If a disk has grown, the block in which it used to end is read from the layer below, which has more of it."""
     life = Life(tmp_path, Random(1), block="64K", size=160 << 10)
     assert [0, 0] == life.disk.do(write(0, b"a" * 512), write(150 << 10, b"b" * 512))
     life.image.bytes += b"n" * (32 << 10)
@@ -301,9 +295,7 @@ def test_a_disk_that_has_grown(tmp_path: Path) -> None:
 
 
 def test_a_miss_that_is_overtaken_is_not_kept(tmp_path: Path) -> None:
-    """F2: if a read is overtaken by a write so large that it goes past FILE, no later read returns old data, in any
-    order of steps.
-    """
+    """F2: if a read is overtaken by a write so large that it goes past FILE, no later read returns old data."""
     for seed in range(40):
         life = Life(tmp_path, Random(seed))
         batch = [read(0, 512), write(0, b"n" * (150 << 10)), read(512, 512)]
@@ -322,9 +314,7 @@ def test_a_miss_that_is_overtaken_is_not_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seed", range(2))
 def test_on_real_files(tmp_path: Path, seed: int) -> None:
-    """On real files, any requests in a worker's loop give the right data, also when opened again. Closing brings all
-    data below.
-    """
+    """On real files, any requests in a worker's loop give the right data, and closing brings all data below."""
     chance, model, machine = Random(seed), bytearray(4 << 20), Machine()
     (tmp_path / "image").write_bytes(model)
     text = f"cache:{tmp_path}/cache,size=1M,mode=writeback|aio:{tmp_path}/image"

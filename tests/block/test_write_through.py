@@ -47,9 +47,7 @@ class Life(lives.Beside):
 
 
 def test_what_was_read_is_read_from_the_file(tmp_path: Path) -> None:
-    """A block that is read again comes from FILE, without the layer below. A large read goes past the cache and changes
-    nothing there.
-    """
+    """A block that is read again comes from FILE alone. A large read goes past the cache and changes nothing there."""
     life = Life(tmp_path, Random(1))
     assert not life.hits(read(512, 1024))
     life.image.fails = lambda request: errno.EIO
@@ -109,9 +107,7 @@ def test_a_miss_that_is_overtaken_is_not_kept(tmp_path: Path, op: str, mode: str
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("mode", ["read", "writethrough"])
 def test_killed_anywhere(tmp_path: Path, mode: str, seed: int) -> None:
-    """D11, F3: over 30 deaths with requests in flight, which are done again, no read returns old data, and many are
-    hits.
-    """
+    """D11, F3: over 30 deaths with requests in flight, which are done again, no read is old, and many are hits."""
     chance = Random(seed)
     life = Life(tmp_path, chance, mode=mode, block=chance.choice(["4K", "16K"]))
     model, hits = bytearray(life.first), 0

@@ -1,6 +1,4 @@
-"""The Xen parts that are missing on this host. With them, the contract tests run on a real Xen as well as on the
-simulated one.
-"""
+"""The Xen parts that this host lacks. With them, the contract tests run on a real Xen besides the simulated one."""
 
 from __future__ import annotations
 

@@ -85,9 +85,7 @@ def test_it_says_what_it_serves(served: Served) -> None:
 
 
 def test_orders_are_done_and_numbered(served: Served) -> None:
-    """Each order returns its typed value once it is done. The current release also lists it among its orders, by its
-    number.
-    """
+    """Each order returns its typed value once it is done. The current release lists it with that number."""
     service = served.service
     done = [service.pause(VBD), service.resume(VBD), service.policy(VBD, "enospc=pause"), service.upgrade(VBD)]
     changed = service.set(VBD, served.chain, replace=True)
@@ -106,9 +104,7 @@ def test_orders_are_done_and_numbered(served: Served) -> None:
 
 
 def test_what_cannot_be_asked_is_an_error_with_a_sentence(served: Served) -> None:
-    """A mistake of the caller is reported as a mistake and changes nothing. Release 0.1.0 does not tell mistakes from
-    failures.
-    """
+    """A mistake of the caller is reported as one and changes nothing. Release 0.1.0 reports it as a failure."""
     if served.kind == "fake":
         pytest.skip("it takes everything")
     for ask in (
@@ -137,9 +133,7 @@ def test_a_look_is_none_where_it_would_be_done(served: Served) -> None:
 
 
 def test_an_order_outlives_the_wait_for_it(served: Served) -> None:
-    """If an order is not done within the client's time-out, the client gets its number, and the order is completed all
-    the same.
-    """
+    """If an order outlasts the client's time-out, the client gets its number, and the order is still completed."""
     if served.kind != "today":
         pytest.skip("the last release knows no time, and the fake one is never late")
     worker = served.service.disk(VBD).worker

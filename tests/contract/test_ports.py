@@ -309,9 +309,7 @@ def test_bind_is_pending_at_once(far, events) -> None:
 
 
 def test_port_is_masked_until_unmask(far, events) -> None:
-    """A port that was pending stays silent until it is unmasked. If it was notified meanwhile, it is then pending at
-    once.
-    """
+    """A port that was pending stays silent until it is unmasked. It is then pending if it was notified meanwhile."""
     port = bound(events, far)
     far.notify()
     assert [port] == wait_pending(events)

@@ -201,9 +201,7 @@ def test_a_transaction_is_seen_only_when_committed(pair: Pair, top: str) -> None
 
 
 def test_a_transaction_sees_the_tree_as_it_began(pair: Pair, top: str) -> None:
-    """A transaction does not see what others write after its start. If it depends on such a node, the commit fails with
-    EAGAIN.
-    """
+    """A transaction does not see what others write after its start. If it depends on it, its commit gives EAGAIN."""
     one, two = pair
     one.write(f"{top}/a", "old")
     seen = []

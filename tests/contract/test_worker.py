@@ -132,9 +132,7 @@ class Candidate:
 
 @pytest.fixture(params=KINDS)
 def candidate(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Candidate]:
-    """A worker that has been told nothing yet. After the test, numbers of standings never fell, and no question lacks a
-    reply.
-    """
+    """A worker that has been told nothing yet. In the end, standings must be in order and all questions replied to."""
     candidate = Candidate(KINDS[request.param], tmp_path)
     try:
         yield candidate
@@ -230,9 +228,7 @@ def test_a_look_at_a_chain_is_none_more(candidate: Candidate) -> None:
 
 
 def test_what_was_agreed_is_left_to_a_successor(candidate: Candidate) -> None:
-    """The journal names the chain that serves the frontend or did so last. What was agreed with the frontend is removed
-    at its end.
-    """
+    """The journal names the chain that serves the frontend or did so last, and what was agreed until that ends."""
     found = []
     candidate.open()
     candidate.tell(messages.Serve, candidate.connect())

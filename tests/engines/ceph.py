@@ -99,9 +99,7 @@ class Ceph:
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def chain(self, image: str, options: str = "") -> str:
-        """Return the layer for an image, named as after `rbd`'s pool and slash; `options` are those that `add_user`
-        returns.
-        """
+        """Return the layer for `image`, named as `rbd` names it behind the pool. `options` are those of `add_user`."""
         return f"rbd:{POOL}/{image},{options or f'conf={self.conf}'}"
 
     def start(self) -> None:

@@ -68,9 +68,7 @@ class Guest:
             os.kill(worker, signal.SIGKILL)
 
     def outlive(self, server: Server) -> None:
-        """Kill the worker, the server and the worker again, each amid requests, and start the server again if it has
-        ended.
-        """
+        """Kill the worker, the server and the worker again, each amid requests. Restart the server if needed."""
         for dies in (self.kill, server.kill, self.kill):
             self.load.run(60)
             self.load.top_up()

@@ -54,9 +54,7 @@ def test_demo(engine: Engine) -> None:
 
 
 def test_workers_are_killed_under_load(guest: Guest, engine: Engine, request: pytest.FixtureRequest) -> None:
-    """If its worker dies amid requests, a guest sees a pause and no error, even if the server aborts because of
-    that.
-    """
+    """If its worker dies amid requests, a guest sees a pause and no error, even if the server aborts over that."""
     random = Random(request.config.getoption("--seed"))
     for _ in range(3):
         guest.load.run(random.randrange(20, 120))
@@ -79,9 +77,7 @@ def tls_of(kind: str, certificates: Path) -> list[str]:
 def test_tls_and_several_connections(
     machine: Machine, tmp_path: Path, kind: str, request: pytest.FixtureRequest
 ) -> None:
-    """With TLS and several connections, a guest sees a pause and no error if its worker or its server dies amid
-    requests.
-    """
+    """With TLS and several connections, a guest sees a pause and no error if its worker or server dies."""
     ours = Authority(tmp_path / "ours")
     more = f",certificates={ours.client('client', shows_itself=True)},connections=3"
     with Engine(kind, tmp_path, SIZE, tls_of(kind, ours.server("server")), more) as engine, ExitStack() as stack:
@@ -95,9 +91,7 @@ def test_tls_and_several_connections(
 
 @pytest.mark.parametrize("mode", ["off", "on", "require"])
 def test_who_wants_tls_and_who_has_it(tmp_path: Path, mode: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each combination of the server's TLS mode and the client's certificates is served, or refused with its own
-    message.
-    """
+    """Each combination of the server's TLS mode and the client's certificates is served or has its own message."""
     ours = Authority(tmp_path / "ours")
     server = ours.server("server")
     tls = [f"--tls={mode}", f"--tls-certificates={server}", "--tls-verify-peer"]
@@ -144,9 +138,7 @@ def test_everything_dies_at_once(guest: Guest, engine: Engine) -> None:
 
 
 def test_a_server_that_stands_still_is_waited_for(guest: Guest, engine: Engine) -> None:
-    """If a worker dies while its server is stopped, its successor waits until the server has ended the former
-    connection.
-    """
+    """If a worker dies while its server is stopped, its successor waits until the former connection has ended."""
     guest.load.run(50)
     guest.load.top_up()
     engine.send(signal.SIGSTOP)
@@ -206,9 +198,7 @@ def test_limits_of_requests_are_kept(machine: Machine, tmp_path: Path, request: 
 
 
 def test_images_are_made_of_it(engine: Engine, tmp_path: Path) -> None:
-    """`image convert` from a server copies every byte and leaves holes for zeros, and `image map` shows them as
-    zeros.
-    """
+    """`image convert` from a server copies every byte and leaves holes for zeros. `image map` shows these zeros."""
     data = Random(1).randbytes(1 << 20)
     with engine.image.open("r+b") as file:
         file.seek(1 << 20)

@@ -122,9 +122,7 @@ def owed_s(guest: Guest) -> int:
 
 
 def go_on_all_the_same(guest: Guest, ceph: Ceph, name: str) -> None:
-    """Declare, by the command that the error gives, that an image has everything that its guest wrote, and resume the
-    disk.
-    """
+    """Declare, by the command in the error, that an image has all that its guest wrote, and resume the disk."""
     ours = re.search("image-meta set IMAGE (.*) '(.*)'", guest.error())
     assert ours
     ceph.rbd("image-meta", "set", f"{POOL}/{name}", *ours.groups())
@@ -144,9 +142,7 @@ def test_demo(chain: str) -> None:
 
 
 def test_workers_are_killed_under_load(guest: Guest, ceph: Ceph, request: pytest.FixtureRequest) -> None:
-    """If its worker dies amid requests, a guest sees a pause and no error, and the cluster has blocklisted every dead
-    worker.
-    """
+    """If its worker dies amid requests, a guest sees a pause and no error, and each dead worker is blocklisted."""
     random = Random(request.config.getoption("--seed"))
     dead = set()
     for _ in range(5):
@@ -202,9 +198,7 @@ def test_a_late_write_never_lands(
 def test_a_strangers_lock_is_refused_and_left_alone(
     ceph: Ceph, machine: Machine, chain: str, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """If another client has locked an image, it is neither checked nor attached. The error names the client, whose
-    writes succeed.
-    """
+    """An image that another client has locked is neither checked nor attached. The error names the client."""
     with client(ceph, name) as stranger:
         expected = f"in use by {stranger.client} at {stranger.address}, which holds its lock"
         assert expected in refusal(capsys, chain)
@@ -240,9 +234,7 @@ def test_a_worker_that_the_cluster_refuses_is_followed_by_another_one(guest: Gue
 
 
 def test_nothing_is_written_once_somebody_else_has_the_lock(guest: Guest, ceph: Ceph, name: str) -> None:
-    """If another client has taken the lock, the worker waits, says who has it, writes nothing, and goes on when it is
-    free.
-    """
+    """If another client has taken the lock, the worker waits, says who has it, writes nothing, and goes on later."""
     guest.load.run(50)
     guest.load.finish()
     [lock] = ceph.json("lock", "ls", f"{POOL}/{name}")
@@ -258,9 +250,7 @@ def test_nothing_is_written_once_somebody_else_has_the_lock(guest: Guest, ceph: 
 
 
 def test_a_guest_that_was_left_behind_does_not_go_on(guest: Guest, ceph: Ceph, chain: str, name: str) -> None:
-    """If the image has meanwhile been served as another disk, the former guest waits even when the lock is free
-    again.
-    """
+    """If the image was meanwhile served as another disk, the former guest waits even when the lock is free again."""
     guest.load.run(50)
     guest.load.finish()
     [lock] = ceph.json("lock", "ls", f"{POOL}/{name}")
@@ -277,9 +267,7 @@ def test_a_guest_that_was_left_behind_does_not_go_on(guest: Guest, ceph: Ceph, c
 
 
 def test_a_disk_stays_the_image_that_it_was(guest: Guest, ceph: Ceph, name: str) -> None:
-    """If the name means no image or another one, the disk waits and says so. With the right image under that name, it
-    goes on.
-    """
+    """If the name means no image or another one, the disk waits and says so, until the name is right again."""
     guest.load.run(50)
     ceph.rbd("rename", f"{POOL}/{name}", f"{POOL}/{name}-away")
     guest.load.run(50)
@@ -328,9 +316,7 @@ def test_a_disk_stays_the_image_that_it_was_while_no_service_runs(guest: Guest, 
 def test_settings_that_lose_something_are_refused(
     ceph: Ceph, chain: str, name: str, level: str, setting: str, value: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An image whose settings make it unsafe for a worker to die is refused, with the setting and its place. Reading is
-    allowed.
-    """
+    """If a setting makes a worker's death unsafe, the image is refused with its name and place. Reading is allowed."""
     of = f"{POOL}/{name}" if level == "image" else POOL
     ceph.rbd("config", level, "set", of, setting, value)
     try:
@@ -380,9 +366,7 @@ def test_a_key_that_can_fence_nobody_is_refused(
     capsys: pytest.CaptureFixture[str],
     request: pytest.FixtureRequest,
 ) -> None:
-    """A key without the right to blocklist is refused at once. If a key loses that right, the next worker waits until
-    it is back.
-    """
+    """A key without the right to blocklist is refused. If it loses that right, the next worker waits for it."""
     options = ceph.add_user(f"user-{name}", mon="allow r")
     chain = ceph.chain(name, options)
     expected = "may not put a client on the cluster's blocklist"
@@ -406,9 +390,7 @@ def test_a_key_that_can_fence_nobody_is_refused(
 def test_a_key_that_loses_its_rights_in_service(
     ceph: Ceph, machine: Machine, chain: str, name: str, way: str, request: pytest.FixtureRequest
 ) -> None:
-    """If a key loses its rights, the connected worker goes on. A successor cannot, and the guest waits until they are
-    restored.
-    """
+    """If a key loses its rights, the connected worker goes on, and its successor waits until they are restored."""
     user = f"user-{name}"
     chain = ceph.chain(name, ceph.add_user(user))
     with ExitStack() as stack:
@@ -472,9 +454,7 @@ def test_a_wrong_key_is_a_sentence(
 
 
 def test_a_snapshot_is_read(ceph: Ceph, chains: Chains, chain: str, name: str, tmp_path: Path) -> None:
-    """A snapshot is a read-only disk that keeps its content, can be converted, and can be the source of a
-    `cow:` layer.
-    """
+    """A snapshot is a read-only disk that keeps its content. It can be converted, and be the source below `cow:`."""
     data = Random(1).randbytes(1 << 20)
     disk = chains.open(chain)
     assert [0] == chains.do(disk, write(1 << 20, data))
@@ -521,9 +501,7 @@ def test_a_namespace(ceph: Ceph, name: str) -> None:
 
 
 def test_a_size_that_changes(guest: Guest, ceph: Ceph, name: str) -> None:
-    """If the image grows, a fact says so and `resize` uses it. If it shrinks, the disk pauses, and the guest sees no
-    error.
-    """
+    """If the image grows, a fact says so and `resize` uses it. If it shrinks, the disk pauses without an error."""
     guest.load.run(50)
     ceph.rbd("resize", "--size", "80M", f"{POOL}/{name}")
     until(lambda: str(80 << 20) in guest.fact("size"))
@@ -576,9 +554,7 @@ def test_an_osd_that_stands_still_is_waited_for(
 
 
 def test_a_full_cluster_is_a_pause(guest: Guest, full: Callable[[bool], None]) -> None:
-    """If the cluster is full, writes wait and reads go on, even if the worker dies. When there is room again, the
-    writes are done.
-    """
+    """If the cluster is full, writes wait and reads go on, even if the worker dies. With room, the writes are done."""
     guest.load.run(50)
     guest.load.finish()
     full(True)
@@ -592,9 +568,7 @@ def test_a_full_cluster_is_a_pause(guest: Guest, full: Callable[[bool], None]) -
 
 
 def test_a_guest_migrates(machine: Machine, chain: str, request: pytest.FixtureRequest) -> None:
-    """The disk of an incoming guest is only looked at while the guest's former host has the lock, and is opened after
-    that.
-    """
+    """The disk of an incoming guest is only looked at until the guest's former host has released its lock."""
     with ExitStack() as stack:
         guest = Guest(machine, chain, request.config.getoption("--seed"), stack)
         guest.load.run(50)
@@ -740,9 +714,7 @@ def test_every_kind_of_request(chains: Chains, chain: str, request: pytest.Fixtu
 
 
 def test_exchanges_and_hand_overs(guest: Guest, ceph: Ceph, chain: str, name: str) -> None:
-    """Under load, `set` adds layers above the image and `upgrade` replaces the worker, and no client is blocklisted for
-    that.
-    """
+    """Under load, `set` adds layers and `upgrade` replaces the worker, and no client is blocklisted for that."""
     before = ceph.ceph("osd", "blocklist", "ls")
     guest.load.run(50)
     guest.load.top_up()
@@ -777,9 +749,7 @@ def test_the_same_image_as_another_user(guest: Guest, ceph: Ceph, name: str) -> 
 
 
 def test_a_host_that_comes_back_writes_nothing(guest: Guest, ceph: Ceph, chain: str, name: str) -> None:
-    """While a host stands still, an administrator moves its disk to another host. When the first host goes on, its
-    guest waits.
-    """
+    """If a host stands still, its disk can be moved to another one by order. When it goes on, its guest waits."""
     guest.load.run(50)
     guest.load.finish()
     stopped = [guest.machine.service_pid, guest.status()["worker"]]
@@ -864,9 +834,7 @@ def test_a_sector_that_is_zeros_in_part_has_changed(
 def test_images_are_converted_both_ways(
     ceph: Ceph, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A file becomes an image of a cluster, and an image a file, both with holes. The image gets its name when it is
-    complete.
-    """
+    """A file becomes an image and an image a file, both with holes. The image gets its name when it is complete."""
     source, copy = tmp_path / "source.img", tmp_path / "copy.img"
     with source.open("wb") as file:
         file.write(Random(1).randbytes(3 << 20))
@@ -930,9 +898,7 @@ def test_what_somebody_writes_to_is_not_copied(guest: Guest, ceph: Ceph, chain: 
 def test_a_dead_hosts_disk_is_taken_over_by_order(
     ceph: Ceph, machine: Machine, chain: str, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The owner that the administrator names, and only that one, is blocklisted at once. Its later writes are
-    refused.
-    """
+    """The owner that is named, and only that one, is blocklisted at once, and its later writes are refused."""
     with client(ceph, name) as former:
         assert 0 == former.write("A", 0, SECTOR)
         former.process.send_signal(signal.SIGSTOP)

@@ -31,9 +31,7 @@ def of_journal(memory: Memory, entries: int) -> tuple[Any, ...]:
 
 
 def of_ring(memory: Memory, taken: int, entries: int) -> tuple[Any, ...]:
-    """Return the slots that will be read: requests that are not counted as taken, and answers that the guest has not
-    taken.
-    """
+    """Return the slots that will be read: requests not counted as taken, and answers that the guest has not taken."""
     size = X86_64.slot_size
     places = [*range(memory.words[REQ_CONS] & _MASK, _from(memory.words[REQ_CONS], memory.req_prod))]
     places += range(taken & _MASK, _from(taken, memory.rsp_prod))

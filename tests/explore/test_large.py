@@ -29,9 +29,7 @@ def large(request: pytest.FixtureRequest) -> None:
 def test_nothing_is_lost_repeated_or_overwritten(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], bounds: Bounds
 ) -> None:
-    """Whatever guest and disk do, and wherever workers die, even while recovering, each request is done, then answered
-    once.
-    """
+    """Whatever guest and disk do, and wherever workers die, each request is done, then answered once."""
     use_words(monkeypatch, bounds.slots)
     found = Search(bounds).run()
     with capsys.disabled():

@@ -144,9 +144,7 @@ def test_a_snapshot_keeps_what_it_has(kind: str, tmp_path: Path) -> None:
 
 
 def test_a_child_grows_over_what_it_had(tmp_path: Path) -> None:
-    """A child that has old sectors beyond its end shows zeros there after it has grown, and the parent's data
-    before.
-    """
+    """A child with old sectors beyond its end shows zeros there after it has grown, and the parent's data before."""
     parent = dict.fromkeys(range(4), b"p" * BLOCK)
     names = [(b"MacX", b"file://./base.vhd")]
     base = cut(vhd_with(parent, uuid=b"p" * 16), 3 * BLOCK + 512)
@@ -172,9 +170,7 @@ def test_a_map_of_full_blocks_forgets_what_is_behind(tmp_path: Path) -> None:
 
 
 def test_a_fixed_disk_in_a_longer_file(tmp_path: Path) -> None:
-    """Bytes between a fixed disk and its footer are cleared when the disk grows over them, even if the file is long
-    enough.
-    """
+    """When a fixed disk grows, bytes between it and its footer are cleared, even if the file is long enough."""
     path = tmp_path / "disk.vhd"
     footer = fixed(bytes(BLOCK))[-512:]
     for size in (2 * BLOCK, 3 * BLOCK, 8 * BLOCK):

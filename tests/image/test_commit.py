@@ -41,9 +41,7 @@ def family(made: Make, raw: Path, tmp_path: Path) -> Callable[[str, str], tuple[
 def test_the_parent_becomes_what_the_child_was(
     family: Callable[[str, str], tuple[Image, Image, bytes]], tmp_path: Path, child_format: str, parent_format: str
 ) -> None:
-    """The parent gets the child's content, zeros included. The child reads as before, and a second commit does
-    no harm.
-    """
+    """The parent gets the child's content, zeros included. The child is unchanged, and a second commit does no harm."""
     child, parent, expected = family(child_format, parent_format)
     for _ in range(2):
         assert commit(child, ignore).written > 0
@@ -58,9 +56,7 @@ def test_the_parent_becomes_what_the_child_was(
 def test_zeros_of_a_child_are_written_over_data_only(
     family: Callable[[str, str], tuple[Image, Image, bytes]],
 ) -> None:
-    """A range that the child says is zeros becomes zeros in the parent, and takes no space there if it was zeros
-    before.
-    """
+    """A range that the child says is zeros becomes zeros in the parent, and takes no space if it was zeros before."""
     child, parent, expected = family("qcow2", "raw")
     qemu_io(Path(child.path), "qcow2", "write -z 64k 64k", "write -z 2M 1M")
     before = Path(parent.path).stat().st_blocks
@@ -79,9 +75,7 @@ def test_a_commit_that_is_stopped_can_be_done_again(
     child_format: str,
     parent_format: str,
 ) -> None:
-    """If a commit is stopped at any point, the child reads as before, the parent is sound, and a second commit
-    completes it.
-    """
+    """If a commit is stopped anywhere, the child reads as before, the parent is sound, and the next completes it."""
     monkeypatch.setattr("xenbackend.image.transfer.DEPTH", 1)
     child, parent, expected = family(child_format, parent_format)
     before = Path(child.path).read_bytes()

@@ -36,9 +36,7 @@ def test_formats_do_not_matter(made: Make, raw: Path, image_format: str) -> None
 
 @pytest.mark.parametrize("seed", range(8))
 def test_the_first_byte_that_differs_is_named(made: Make, raw: Path, seed: int) -> None:
-    """The first byte that differs is found, whether in data, in zeros that only one image stores, or at the edge of a
-    piece.
-    """
+    """The first byte that differs is found: in data, in zeros that only one image stores, at the edge of a piece."""
     chance = Random(seed)
     places = sorted(chance.choice([0, MIB - 1, MIB, 5 * MIB - 1, chance.randrange(5 * MIB)]) for _ in range(2))
     image = made(chance.choice(["vhd", "qcow2"]))
@@ -68,9 +66,7 @@ def test_a_file_that_ends_inside_a_sector(tmp_path: Path) -> None:
 
 
 def test_zeros_behind_the_end_are_the_same_unless_size_counts(raw: Path, tmp_path: Path) -> None:
-    """A disk that is larger by zeros has the same content, except with `strict`. One that is larger by data
-    does not.
-    """
+    """A disk that is larger by zeros has the same content, except with `strict`. One larger by data does not."""
     larger = tmp_path / "larger"
     larger.write_bytes(raw.read_bytes() + bytes(3 * MIB))
     found = compared(f"aio:{raw}", f"aio:{larger}")

@@ -67,9 +67,7 @@ def small_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_format_becomes_every_other(
     made: Make, raw: Path, tmp_path: Path, source: str, to: str, wishes: Wishes
 ) -> None:
-    """The new image has the old one's content, for QEMU too, takes no more space than the data, and no other file is
-    left.
-    """
+    """The new image has the old content, for QEMU too, takes no more space than the data, and is the only new file."""
     image = image_of_file("raw", str(raw)) if source == "raw" else made(source)
     new = image_of_file(to, f"{tmp_path}/new")
     done = convert(image.chain, new, wishes, ignore)
@@ -182,9 +180,7 @@ def test_a_failure_can_be_gone_on_from_too(raw: Path, target: Image, tmp_path: P
 
 @pytest.mark.usefixtures("small_turns")
 def test_what_has_changed_is_not_gone_on_with(made: Make, raw: Path, tmp_path: Path, target: Image) -> None:
-    """A conversion is not resumed if the source is another one or was written, options differ, or the state cannot be
-    read.
-    """
+    """A conversion is not resumed if the source or options differ, the source was written, or the state is damaged."""
     source = made("vhd")
     with pytest.raises(KeyboardInterrupt):
         convert(source.chain, target, NONE, stop_after(2))
@@ -211,9 +207,7 @@ def test_with_nothing_to_go_on_with_it_begins(raw: Path, target: Image) -> None:
 
 
 def test_nothing_is_written_over_or_left(raw: Path, tmp_path: Path) -> None:
-    """If the target exists or cannot be made, or the source cannot be opened, conversion is refused and no file is
-    made.
-    """
+    """If the target exists or cannot be made, or the source cannot be opened, it is refused and no file is made."""
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     cases: list[tuple[str, str, Any]] = [
         (f"aio:{raw}", f"qcow2:{raw}", ConfigError),
@@ -304,9 +298,7 @@ def test_a_source_that_changes_meanwhile_is_not_published(
 def test_of_two_that_begin_at_once_one_does(
     raw: Path, tmp_path: Path, target: Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If another conversion to the same target begins at the same time, one is refused, and the other one's state is
-    kept.
-    """
+    """If another conversion to the same target begins at the same time, one is refused, and the other is unharmed."""
     look, source = module._identity, parse_chain(f"aio:{raw}")
 
     def look_while_the_other_begins(*arguments: Any) -> dict[str, Any]:

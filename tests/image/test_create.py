@@ -55,9 +55,7 @@ def test_a_parent_that_ends_inside_a_sector(tmp_path: Path, image_format: str) -
 
 
 def test_a_parents_names_have_room_behind_a_table(raw: Path, tmp_path: Path) -> None:
-    """However long the table is, the parent's names are between it and the footer, and the file's end is aligned for
-    direct I/O.
-    """
+    """However long the table, the parent's names are between it and the footer, and direct I/O can reach the end."""
     child = create("vhd", f"{tmp_path}/child", 2816 << 20, parent=image_of_file("raw", str(raw)))
 
     assert 12288 == (tmp_path / "child").stat().st_size
@@ -118,9 +116,7 @@ def test_a_parents_own_options_go_on(made: Make, raw: Path, tmp_path: Path) -> N
 
 
 def test_what_cannot_be_made_is_refused(made: Make, raw: Path, tmp_path: Path) -> None:
-    """Neither a size nor a parent, a parent of a wrong format, a raw child, a missing parent: each is refused and
-    nothing is made.
-    """
+    """No size and no parent, a wrong format, a raw child, a missing parent: each is refused and nothing is made."""
     parent, before = made("qcow2"), {path.name for path in tmp_path.iterdir()} | {"disk.qcow2"}
     new = f"{tmp_path}/new"
     with pytest.raises(ConfigError, match="needs a size"):

@@ -58,9 +58,7 @@ def test_the_map_is_qemus(image: Image) -> None:
 
 @pytest.mark.slow
 def test_it_is_converted(image: Image, tmp_path: Path) -> None:
-    """A converted image has the same content and needs no data file. A change of the data file counts as a change of
-    the source.
-    """
+    """A converted image needs no data file. A change of the data file counts as a change of the source."""
     target = image_of_file("qcow2", f"{tmp_path}/new")
     before = disk_content(image.text)
 
@@ -180,9 +178,7 @@ def test_a_data_file_in_use(tmp_path: Path) -> None:
 
 
 def test_a_child_cannot_say_where_its_parents_data_are(tmp_path: Path) -> None:
-    """If only `data_file=` in the layer leads to the data, the image can have no child. If the image names the same
-    file, it can.
-    """
+    """If only `data_file=` in the layer leads to the data, the image can have no child unless it names it too."""
     (tmp_path / "data").write_bytes(bytes(MIB))
     (tmp_path / "a").write_bytes(qcow2(MIB, data_name=b"gone"))
     with pytest.raises(ConfigError, match="qemu-img amend -f qcow2 -o data_file=FILE"):

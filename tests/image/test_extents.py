@@ -96,9 +96,7 @@ def test_the_map_of_a_vhdx_has_more_than_qemus(raw: Path, tmp_path: Path) -> Non
 
 
 def test_all_holes_are_found_on_demand(tmp_path: Path) -> None:
-    """With `all_holes`, as for a copy, every hole is found. QEMU's map has only those in images with preallocated
-    metadata.
-    """
+    """With `all_holes`, as for a copy, every hole is found. Otherwise only those that QEMU's map would show are."""
     path = tmp_path / "img"
     path.write_bytes(qcow2(MIB, {1: b"d" * 4096, 2: b"e" * 4096}))
     with Session() as session:
@@ -158,9 +156,7 @@ def test_the_map_of_a_chain_is_qemus(raw: Path, tmp_path: Path) -> None:
 
 
 def test_filters_are_passed_over_where_they_change_nothing(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through `delay:`, zeros are still known to be zeros. Through a filter that may change data, everything is
-    data.
-    """
+    """Through `delay:`, zeros are still known to be zeros. Through a filter that may change data, all is data."""
     assert extents(f"aio:{raw}") == extents(f"delay:|aio:{raw}")
     with Session() as session:
         layers = session.open(parse_chain(f"delay:|aio:{raw}"), read_only=True).chain.layers

@@ -95,9 +95,7 @@ def test_where_there_is_no_file_there_are_no_facts(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("parents_anywhere")
 def test_a_parent_that_is_missing(tmp_path: Path) -> None:
-    """If a parent is missing, all layers up to its child are shown, and the child with the name that it has for the
-    parent.
-    """
+    """If a parent is missing, all layers above it are shown, and its child with the name that it has for it."""
     for name, parent in (("mid", "gone"), ("top", "mid")):
         qemu_img("create", "-q", "-f", "qcow2", "-u", "-b", parent, "-F", "qcow2", tmp_path / name, "1M")
     facts = chain_facts(parse_chain(f"delay:|qcow2:{tmp_path}/top"))

@@ -77,9 +77,7 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("case", SERVED)
 def test_what_a_driver_serves(directory: Path, case: str) -> None:
-    """A format is recognized by the beginning or end of the file. A file without one, whatever its content, is a raw
-    disk.
-    """
+    """A format is recognized by a file's beginning or end. A file without one, whatever its content, is a raw disk."""
     content, driver = SERVED[case]
     (directory / "x").write_bytes(content)
     look = look_at("x")

@@ -50,9 +50,7 @@ def family(tmp_path: Path) -> Family:
 @pytest.mark.parametrize("image_format", FORMATS)
 @pytest.mark.parametrize("to", ["other", "raw", "none", "same"])
 def test_the_disk_reads_as_before(family: Family, raw: Path, tmp_path: Path, image_format: str, to: str) -> None:
-    """The disk reads as before, whatever the new parent holds and even if it is smaller. QEMU agrees, and the image is
-    sound.
-    """
+    """The disk reads as before, for QEMU too, with any new parent, even a smaller one. The image stays sound."""
     child, parent, other = family(image_format)
     new = {"other": other, "raw": image_of_file("raw", str(raw)), "none": None, "same": parent}[to]
     before = disk_content(child.text)
@@ -178,9 +176,7 @@ def test_names_of_any_length_take_turns(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_is_refused(family: Family, raw: Path, tmp_path: Path) -> None:
-    """Itself, its own child, a format without parents, a fixed VHD, snapshots: each is refused and nothing is
-    written.
-    """
+    """Itself, its own child, a format without parents, a fixed VHD, snapshots: each is refused, nothing is written."""
     child, parent, _ = family("qcow2")
     fixed = create("vhd", f"{tmp_path}/fixed", MIB, Wishes(is_fixed=True))
     shot = tmp_path / "shot"

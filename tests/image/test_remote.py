@@ -42,9 +42,7 @@ def test_what_is_remote(text: str, *, is_remote: bool) -> None:
 
 @pytest.mark.parametrize("flags", [HAS_FLAGS | 4, HAS_FLAGS], ids=["flush", "without"])
 def test_what_a_server_has_is_written_over(server: Server, tmp_path: Path, flags: int) -> None:
-    """A server's disk is overwritten up to the source's end, zeros included, even without flush, and can be copied
-    back.
-    """
+    """A server's disk is overwritten up to the source's end, zeros included, even without flush, and is read back."""
     server.export.flags = flags
     source, back = tmp_path / "source.img", tmp_path / "back.img"
     with source.open("wb") as file:

@@ -193,9 +193,7 @@ def device(tmp_path: Path) -> Iterator[Path]:
 
 
 def put(image_format: str, tmp_path: Path, target: Path, *, ends: bool = True) -> Image:
-    """Put a new image with small clusters and some data onto a device, with a VHD's footer at its end or where
-    it was.
-    """
+    """Put a new image with small clusters and data onto a device, a VHD's footer at its end or where it was."""
     small = {"vhd": 64 << 10, "qcow2": 512, "qcow": 512}[image_format]
     create(image_format, f"{tmp_path}/made", MIB, Wishes(small))
     disk_write(f"{image_format}:{tmp_path}/made", {0: b"a" * 4096, MIB - 512: b"m" * 512})
@@ -228,9 +226,7 @@ def grow_there(image: Image, size: int) -> None:
 @pytest.mark.parametrize("ends", [True, False])
 @pytest.mark.parametrize("image_format", ["vhd", "qcow2", "qcow"])
 def test_an_image_on_a_device_grows_where_there_is_room(tmp_path: Path, image_format: str, *, ends: bool) -> None:
-    """Longer tables are put behind what the image uses, over whatever is there, and a VHD's footer at the
-    device's end.
-    """
+    """Longer tables go behind what the image uses, over whatever is there, and a VHD's footer to the device's end."""
     target = tmp_path / "device"
     target.write_bytes(b"old!" * (2 * MIB))
     image = put(image_format, tmp_path, target, ends=ends)
@@ -293,9 +289,7 @@ def test_a_fixed_vhd_on_a_device(tmp_path: Path) -> None:
 def test_somebody_elses_resize_is_not_undone(
     tmp_path: Path, image_format: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If another program enlarges the disk before we have locked it, the resize is refused, and the disk does not
-    shrink again.
-    """
+    """If another program enlarges the disk before we have locked it, the resize is refused: disks never shrink."""
     image = find_image(create(image_format, f"{tmp_path}/image", MIB).text)
     look = module._check_growth
 

@@ -105,9 +105,7 @@ def test_a_failure_names_layer_and_place(tmp_path: Path, op: str) -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_what_is_told_is_done_in_order(tmp_path: Path, seed: int) -> None:
-    """However requests overtake each other, pieces are reported in order. If the copy is stopped, nothing stays in
-    flight.
-    """
+    """However requests overtake each other, pieces are reported in order. Stopping leaves nothing in flight."""
     source, target = tmp_path / "source", image(tmp_path / "target", 40 * MIB)
     source.write_bytes(Random(seed).randbytes(40 * MIB))
     stop = Random(seed).randrange(40)
@@ -175,9 +173,7 @@ class Stage:
 
 
 def test_what_is_durable_is_told_while_the_copy_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A flush starts once enough has been reported as done. One runs at a time, and it covers that much, however late
-    it ends.
-    """
+    """A flush starts once enough was reported as done, and covers it, however late it ends. One runs at a time."""
     monkeypatch.setattr("xenbackend.image.transfer.SYNC_EVERY", 4 * MIB)
     stage: Any = Stage()
     told: list[int] = []

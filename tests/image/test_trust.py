@@ -127,9 +127,7 @@ def test_what_is_made_is_opened_without_an_option(made: Make, raw: Path, tmp_pat
 def test_a_rebase_that_is_killed_leaves_an_image_that_opens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
-    """If a rebase is killed while the image gets its parent's name, the image has one parent or the other, and
-    opens.
-    """
+    """If a rebase is killed while the image gets its parent's name, it opens with one parent or the other."""
     for name in ("one", "two"):
         (tmp_path / name).write_bytes(b"b" * MIB)
     child = find_image(create("qcow2", f"{tmp_path}/child", None, parent=image_of_file("raw", f"{tmp_path}/one")).text)

@@ -141,9 +141,7 @@ def located(**fields: object) -> Change:
 
 
 def test_a_sound_child_has_no_fault(tmp_path: Path) -> None:
-    """Children as blktap lays them out, those that we make, and those over a raw parent with UUID zero have no
-    fault.
-    """
+    """Children as blktap lays them out, those that we make, and those over a raw parent (UUID zero) have no fault."""
     assert CLEAN == check(find_image(child(tmp_path))).status
     assert CLEAN == check(find_image(snapshot(find_image(f"vhd:{tmp_path}/base.vhd"), f"{tmp_path}/new").text)).status
     (tmp_path / "raw").write_bytes(bytes(MIB))
@@ -245,9 +243,7 @@ def test_a_check_does_not_wait_for_the_parents_readers(tmp_path: Path) -> None:
 
 
 def test_names_outside_of_the_file_are_taken_out(tmp_path: Path) -> None:
-    """A repair keeps the names that can be read and removes the others. The disk keeps its content, and blocks can be
-    added again.
-    """
+    """A repair removes only names that cannot be read. The disk keeps its content, and blocks can be added again."""
     text = child(tmp_path, located(offset=1 << 40))
     before = bytearray(disk_content(text))
 

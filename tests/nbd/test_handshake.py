@@ -64,9 +64,7 @@ def test_greeting() -> None:
 
 @pytest.mark.parametrize("number", [OPT_GO, OPT_INFO])
 def test_export_is_described(number: int) -> None:
-    """GO and INFO are answered with size, flags and block sizes, even if the client did not ask for them. After GO,
-    requests follow.
-    """
+    """GO and INFO are answered with size, flags and block sizes, asked for or not. After GO, requests follow."""
     handshake = begun()
     answer = replies(handshake.take(bytearray(option(number, NO_NAME))))
 
@@ -173,9 +171,7 @@ def mutant(chance: random.Random) -> bytes:
 
 @pytest.mark.slow
 def test_any_bytes() -> None:
-    """100,000 clients, some of which are wrong, are each answered as the protocol says or disconnected, and none is
-    kept.
-    """
+    """100,000 clients, some of them wrong, are each answered as the protocol says or disconnected. None is kept."""
     chance = random.Random(1)
     phases = set()
     for _ in range(100_000):

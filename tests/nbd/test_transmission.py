@@ -76,9 +76,7 @@ def test_reply() -> None:
     ],
 )
 def test_what_is_refused(asked: Command, export: Export, error: int) -> None:
-    """A request outside of the disk, not aligned to its blocks, or of a kind that is not offered gets the right error
-    number.
-    """
+    """A request outside of the disk, not aligned to blocks, or of a kind that is not offered gets the right error."""
     assert error == error_in(asked, export)
 
 
@@ -101,9 +99,7 @@ def test_error_numbers(status: int, error: int) -> None:
     ("magic", "length", "why"), [(1, 512, "begins with 0x1"), (REQUEST_MAGIC, MAX_BLOCK + 1, "a write of 33554433")]
 )
 def test_where_the_next_request_begins_is_not_known(magic: int, length: int, why: str) -> None:
-    """A header with a wrong magic, or with more data than can be skipped, ends the connection, since the next request
-    cannot be found.
-    """
+    """A header with a wrong magic, or with more data than can be skipped, ends the connection."""
     with pytest.raises(NbdError, match=why):
         parse_command(bytearray(REQUEST.pack(magic, 0, CMD_WRITE, 0, 0, length)))
 

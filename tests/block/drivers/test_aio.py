@@ -89,9 +89,7 @@ WHOLE = ODD.ljust(70_144, b"\0")
 @pytest.mark.parametrize("cache", ["on", "off"])
 @pytest.mark.parametrize("place", [places.DISK, places.MEMORY], ids=str)
 def test_a_file_that_ends_inside_a_sector(machine: Machine, driver: str, cache: str, place: Path) -> None:
-    """If a file ends inside a sector, the rest of its last sector reads as zeros. It is refused for writing and left
-    unchanged.
-    """
+    """A file that ends inside a sector is refused for writing. Read-only, its last sector is completed by zeros."""
     with places.directory(place) as directory:
         path = directory / "odd"
         path.write_bytes(ODD)
@@ -105,9 +103,7 @@ def test_a_file_that_ends_inside_a_sector(machine: Machine, driver: str, cache: 
 
 
 def test_a_parent_that_ends_inside_a_sector(machine: Machine, tmp_path: Path) -> None:
-    """A QCOW2 image over such a file reads its last sector, copies it for a write beside it, and leaves the file
-    unchanged.
-    """
+    """A QCOW2 image over such a file reads its last sector, copies it for a write beside it, and never writes to it."""
     (tmp_path / "odd").write_bytes(ODD)
     (tmp_path / "child").write_bytes(qcow2(len(WHOLE), backing=b"odd"))
     text = f"qcow2:{tmp_path}/child,parent_format=raw"
@@ -134,9 +130,7 @@ def test_sectors_that_are_asked_for(machine: Machine, tmp_path: Path, sector: st
 
 @pytest.mark.parametrize("sector", ["", "0", "256", "513", "8192", "4K", "-512"])
 def test_sectors_that_no_disk_has(machine: Machine, tmp_path: Path, sector: str) -> None:
-    """A sector size that guests do not support is refused before the file is opened, and the error lists those they
-    support.
-    """
+    """A sector size that guests do not support is refused before the file is opened; the error lists valid ones."""
     with pytest.raises(ChainError, match=r"option sector: .* is not one of medium, 512, 1024, 2048, 4096"):
         machine.open(f"aio:{tmp_path}/none,sector={sector}")
 

@@ -107,9 +107,7 @@ def test_settings_that_cannot_be_are_refused(machine: Machine, tmp_path: Path, o
 
 
 def test_who_only_looks_touches_no_file(tmp_path: Path, image: Path) -> None:
-    """`check` and commands that only read a chain go past the cache and do not touch FILE, even while a guest
-    uses it.
-    """
+    """`check` and commands that only read a chain go past the cache and do not touch FILE, even if it is in use."""
     machine, looking = Machine(), Machine()
     looking.make_env.serves = False
     text = f"cache:{tmp_path}/cache,size=1M|aio:{image}"
@@ -147,9 +145,7 @@ def test_only_as_much_is_kept_as_there_is_room_for(tmp_path: Path, image: Path) 
     "modes", [("read", "writethrough"), ("writethrough", "read"), ("writethrough", "writethrough")]
 )
 def test_a_cache_below_a_cache(machine: Machine, tmp_path: Path, image: Path, modes: tuple[str, str]) -> None:
-    """With a cache below another one, each returns the requests that it was lent and consumes those that it made
-    itself.
-    """
+    """With a cache below another one, each returns the requests that it was lent and consumes those that it made."""
     layers = [f"cache:{tmp_path}/{number},size=1M,mode={mode}" for number, mode in enumerate(modes)]
     chain = machine.open("|".join([*layers, f"aio:{image}"]))
     data = bytes(range(256)) * 64

@@ -178,9 +178,7 @@ def test_a_file_that_does_not_fit_is_refused(machine: Machine, tmp_path: Path, i
 
 @pytest.mark.parametrize("block", ["2K", "3K", "2M"])
 def test_odd_blocks_are_refused(machine: Machine, tmp_path: Path, block: str) -> None:
-    """A block size that is not a power of two from 4 KiB to 1 MiB is refused, and so is one that would need more than 1
-    GiB of sums.
-    """
+    """A block must be a power of two from 4 KiB to 1 MiB, and so large that 1 GiB of sums is enough for the disk."""
     with pytest.raises(ChainError, match="it must be 4K, 8K"):
         machine.open(f"checksum:{tmp_path}/sums,block={block}|ram:1M")
     with pytest.raises(DriverError, match="need too many sums; give a larger block="):
@@ -188,9 +186,7 @@ def test_odd_blocks_are_refused(machine: Machine, tmp_path: Path, block: str) ->
 
 
 def test_partial_writes_to_one_block_all_arrive(machine: Machine, tmp_path: Path, image: Path) -> None:
-    """Writes of 512 bytes to the same blocks in one batch, with reads between them, all arrive, and none looks like
-    rot.
-    """
+    """Writes of 512 bytes to the same blocks in one batch, with reads between them, all arrive without any rot."""
     chain = machine.open(f"checksum:{tmp_path}/sums,block=8K|delay:read=2ms,write=1ms,jitter=2ms|aio:{image}")
     expected = bytearray(image.read_bytes())
     batch: list[Request] = []
@@ -211,9 +207,7 @@ def test_partial_writes_to_one_block_all_arrive(machine: Machine, tmp_path: Path
 
 @pytest.mark.parametrize("is_known", [False, True])
 def test_a_read_that_is_overtaken_by_a_write_teaches_nothing(tmp_path: Path, *, is_known: bool) -> None:
-    """A read that was overtaken by a write returns the older data, but the sum of these data is not taken for the
-    block's.
-    """
+    """A read that was overtaken by a write returns the older data, whose sum is not taken for the block's."""
     life = Life(tmp_path, Random(1), "4K")
     assert [0] == life.disk.do(write(BLOCK, bytes(BLOCK)))  # so that the page is in doubt
     if is_known:
@@ -281,9 +275,7 @@ class Life(lives.Life):
 
 @pytest.mark.parametrize(("place", "length"), [(0, BLOCK), (0, 3 * BLOCK), (1024, 512), (1024, BLOCK)])
 def test_a_guest_that_alters_its_pages_makes_no_rot(tmp_path: Path, place: int, length: int) -> None:
-    """D7: if the guest alters its pages during a request, sums still match the medium, and reads are checked against
-    that.
-    """
+    """D7: if the guest alters its pages during a request, sums still match the medium, and so do checks of reads."""
     for seed in range(12):
         life = Life(tmp_path, Random(seed), "4K")
         life.disk.everything()
@@ -361,9 +353,7 @@ def test_power_lost_anywhere(tmp_path: Path, seed: int, block: str) -> None:
 
 
 def test_what_has_rested_is_not_forgotten_by_a_power_failure(tmp_path: Path) -> None:
-    """A page is in doubt only as long as its data may not be durable. Rot in it after that is found even after a power
-    loss.
-    """
+    """A page is in doubt only while its data may not be durable. Later rot in it is found even after a power loss."""
     life = Life(tmp_path, Random(1), "4K")
     assert [0, 0] == life.disk.do(write(0, b"x" * BLOCK), flush())
     for _ in range(3):

@@ -31,9 +31,7 @@ def base(tmp_path: Path) -> Path:
 
 
 def test_the_base_is_only_read(machine: Machine, tmp_path: Path, base: Path) -> None:
-    """Several disks can start from one image. Each has its own writes, also when opened again, and the image is never
-    written.
-    """
+    """Several disks can start from one image. Each keeps its own writes, and the image is never written."""
     before = base.read_bytes()
     chains = [machine.open(f"cow:{tmp_path}/{name}|aio:{base}") for name in "ab"]
     for chain, byte in zip(chains, (b"a", b"b"), strict=True):
@@ -52,9 +50,7 @@ def test_the_base_is_only_read(machine: Machine, tmp_path: Path, base: Path) -> 
 
 
 def test_partial_first_writes_to_one_block_all_arrive(machine: Machine, tmp_path: Path, base: Path) -> None:
-    """D3: sixteen first writes of 512 bytes to one block in one batch all arrive, and the bytes between them are not
-    lost.
-    """
+    """D3: sixteen first writes of 512 bytes to one block in one batch all arrive, with the bytes between them kept."""
     chain = machine.open(f"cow:{tmp_path}/cow|delay:read=2ms,jitter=2ms|aio:{base}")
     places = [1024 * number for number in range(16)]
     writes = [write(place, bytes([number]) * 512) for number, place in enumerate(places)]
@@ -90,9 +86,7 @@ def test_a_discard_never_uncovers_the_base(machine: Machine, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("change", ["a byte", "another file", "size", "shorter", "header", "no cow", "empty"])
 def test_a_file_that_does_not_fit_is_refused(machine: Machine, tmp_path: Path, base: Path, change: str) -> None:
-    """D2: if the base was changed or replaced, or the file was truncated or damaged, the file is refused and left
-    unchanged.
-    """
+    """D2: if the base was changed or replaced, or the file is truncated or damaged, it is refused and not changed."""
     cow = tmp_path / "cow"
     text = f"cow:{cow}|aio:{base}"
     chain = machine.open(text)
@@ -132,9 +126,7 @@ def test_a_file_that_does_not_fit_is_refused(machine: Machine, tmp_path: Path, b
 
 
 def test_what_was_only_read_is_not_begun(machine: Machine, tmp_path: Path, base: Path) -> None:
-    """A new file that is opened read-only shows the base and is not begun. A writer may begin it later, with another
-    block size.
-    """
+    """A new file that is opened read-only shows the base and is not begun. A writer may choose another block size."""
     text = f"cow:{tmp_path}/cow|aio:{base}"
     assert base.read_bytes() == machine.contents(text)
     chain = machine.open(f"cow:{tmp_path}/cow,block=8K|aio:{base}")
@@ -183,9 +175,7 @@ def test_a_full_file_system_leaves_reads_and_discards(tmp_path: Path) -> None:
 @pytest.mark.parametrize("life", range(4))
 @pytest.mark.parametrize("block", ["4K", "16K"])
 def test_power_lost_anywhere(tmp_path: Path, request: pytest.FixtureRequest, block: str, life: int) -> None:
-    """After a power loss, torn and reordered, flushed data are intact, and so are the neighbours of unflushed
-    writes.
-    """
+    """After a power loss, torn and reordered, flushed data are intact, and so are neighbours of unflushed writes."""
     chance = Random(f"{request.config.getoption('--seed')} {life}")
     first, path, file = chance.randbytes(64 << 10), at(tmp_path / "cow"), RecordedFile(bytearray(4096), chance)
     base = RecordedFile(bytearray(first))
@@ -202,9 +192,7 @@ def test_power_lost_anywhere(tmp_path: Path, request: pytest.FixtureRequest, blo
 
 
 def test_a_begun_file_is_begun_anew(tmp_path: Path) -> None:
-    """If a worker is killed while it makes the file, torn or not, the next one begins it anew, shows the base, and can
-    write.
-    """
+    """If a worker is killed while it makes the file, torn or not, the next one begins it anew over the base."""
     first, path, file = Random(4).randbytes(64 << 10), at(tmp_path / "cow"), RecordedFile(bytearray(4096))
     Disk(f"cow:{path}|aio:base", RecordedFiles(**{path: file, "base": RecordedFile(bytearray(first))}))
     assert len(file.log) > 3

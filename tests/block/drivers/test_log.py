@@ -100,9 +100,7 @@ def test_shows_exactly_the_written_ranges(machine: Machine, tmp_path: Path, seed
 
 
 def test_range_is_dirty_before_the_layer_below_has_it() -> None:
-    """A range is marked before the write goes down, so it is found even if the worker dies before the write
-    comes back.
-    """
+    """A range is marked before its write goes down, so it is found even if the worker dies before that comes back."""
     seen = []
 
     class Looking(Instant):
@@ -126,9 +124,7 @@ def test_failed_write_stays_dirty(machine: Machine) -> None:
 
 
 def test_without_file_completions_pass_by(machine: Machine, tmp_path: Path) -> None:
-    """Completions pass through the layer only if there is a record file. Otherwise they go to the layer above
-    directly.
-    """
+    """Completions pass through the layer only if there is a record file. Otherwise they go to the one above at once."""
     with_file = machine.open(f"log:{tmp_path / 'rec'}|ram:1M")
     without = machine.open("log:|ram:1M")
 
@@ -177,9 +173,7 @@ def test_a_disk_of_pebibytes_takes_no_more_memory_than_others() -> None:
 
 
 def test_a_map_with_smaller_pieces_is_begun_anew() -> None:
-    """After an upgrade from a version that took more memory for a large disk, everything is dirty, so no write
-    is lost.
-    """
+    """After an upgrade from a version with a larger map for a large disk, everything is dirty: no write is lost."""
     size = 2 << 40
     env = StepEnv(resumes=True)
     former = DirtyMap(env.memory("dirty", memory_size(size, 512)), size, 512, is_tracking=True)
@@ -190,9 +184,7 @@ def test_a_map_with_smaller_pieces_is_begun_anew() -> None:
 
 
 def test_get_forgets_a_page_only_when_the_next_is_asked_for() -> None:
-    """A page is forgotten only when the next one is asked for. If its reader dies, the next sweep has it, with later
-    writes.
-    """
+    """A page is forgotten only when the next is asked for. If its reader dies, the next sweep has it, too."""
     log = lone_log(StepEnv(), Instant())
     log.submit([write(0, b"x" * 512)])
 
@@ -207,9 +199,7 @@ def test_get_forgets_a_page_only_when_the_next_is_asked_for() -> None:
 
 
 def test_what_is_in_flight_at_a_get_is_dirty_for_the_next_sweep() -> None:
-    """A write that lands after its range was handed out and acknowledged is in the next sweep, and in none
-    after that.
-    """
+    """A write that lands after its range was handed out and acknowledged is in the next sweep, and in no later one."""
     below = Bottom()
     log = lone_log(StepEnv(), below)
     log.submit([write(512, b"x" * 512), read(8192, 512), flush(), discard(4096, 512)])
@@ -226,9 +216,7 @@ def test_what_is_in_flight_at_a_get_is_dirty_for_the_next_sweep() -> None:
 
 @pytest.mark.parametrize("verb", ["start", "clear"])
 def test_an_empty_map_begins_with_what_is_in_flight(verb: str) -> None:
-    """A request in flight at a `start` or `clear` may land after a copy was made, so its range is dirty if it changes
-    the disk.
-    """
+    """A write or discard in flight at a `start` or `clear` may land after a copy was made, so its range is dirty."""
     below = Bottom()
     log = lone_log(StepEnv(), below, track=verb == "clear")
     back, pending = write(0, b"x" * 512), write(4096, b"x" * 512)
@@ -253,9 +241,7 @@ def test_a_map_that_does_not_track_gets_no_ranges_from_in_flight_requests() -> N
 
 
 def test_requests_that_came_back_are_not_remembered_for_ever() -> None:
-    """However many requests a layer above makes, the memory for those in flight is bounded, and none in flight is
-    forgotten.
-    """
+    """However many requests a layer above makes, the memory for those in flight is bounded and loses none of them."""
     log = lone_log(StepEnv(), Instant(), size=1 << 30)
     instant, log.next = log.next, Bottom()
     log.submit([write(0, b"x" * 512)])
@@ -269,9 +255,7 @@ def test_requests_that_came_back_are_not_remembered_for_ever() -> None:
 
 
 def test_replies_fit_into_a_message() -> None:
-    """The largest reply fits into one datagram: a page with every other sector dirty, while the others were
-    handed out.
-    """
+    """The largest reply fits into one datagram: every other sector dirty, and the others handed out meanwhile."""
     log = lone_log(StepEnv(), Instant(), size=2 * CHUNK)
     for start in (0, 512):
         for offset in range(start, 2 * CHUNK, 1024):
@@ -330,9 +314,7 @@ def test_peek_past_the_end_is_the_end() -> None:
 
 @pytest.mark.parametrize(("option", "value"), [("granularity", "1000"), ("granularity", "256"), ("limit", "1K")])
 def test_impossible_options(machine: Machine, option: str, value: str) -> None:
-    """A granularity that is not a power of two, or a limit below the buffer's size, is refused before anything is
-    opened.
-    """
+    """A granularity that is not a power of two, or a limit below the buffer's size, is refused before opening."""
     with pytest.raises(ChainError, match=option):
         machine.open(f"log:,{option}={value}|ram:1M")
 
@@ -427,9 +409,7 @@ def file_size_limit(size: int) -> Iterator[None]:
 
 
 def test_fault_of_the_file_never_reaches_the_guest(tmp_path: Path) -> None:
-    """If the file cannot be written, records are counted as lost and the loss is recorded later. Requests are not
-    affected.
-    """
+    """If the file cannot be written, records are counted as lost and reported later. Requests are not affected."""
     env, path = StepEnv(), tmp_path / "rec"
     log = lone_log(env, Instant(), size=1 << 30, record=str(path))
     done: list[Request] = []

@@ -190,9 +190,7 @@ def test_durable_writes_bear_the_flag(machine: Machine, plain: Server) -> None:
 
 
 def test_an_error_of_the_server_is_that_of_the_request(machine: Machine, server: Server) -> None:
-    """A server's error becomes the request's status by the protocol's numbers, EIO if unknown. The connection
-    goes on.
-    """
+    """A server's error becomes the request's status by the protocol's numbers, or EIO. The connection goes on."""
     codes = iter([errno.ENOSPC, errno.EPERM, 4711])
 
     def odd(near: socket.socket, _flags: int, kind: int, cookie: bytes, *_: int) -> bool:
@@ -277,9 +275,7 @@ def test_what_was_in_flight_is_away_when_the_server_goes(machine: Machine, plain
 
 
 def test_a_server_that_is_away_is_waited_for(machine: Machine, plain: Server) -> None:
-    """While no server listens, requests end with AWAY and the layer says why. When the server is back, the disk goes
-    on.
-    """
+    """While no server listens, requests end with AWAY and the layer says why. Once it is back, the disk goes on."""
     chain = machine.open(text(plain))
     plain.stop()
     assert [AWAY] == machine.do(chain, read(0, 512))
@@ -302,9 +298,7 @@ def test_a_server_that_is_away_is_waited_for(machine: Machine, plain: Server) ->
 def test_a_server_that_comes_back_with_less_is_not_served_from(
     machine: Machine, plain: Server, change: object, why: str
 ) -> None:
-    """If the export is smaller, gone, or can do less when the server is back, the disk waits and says why until that is
-    corrected.
-    """
+    """If the server comes back with a smaller export, none, or one that can do less, the disk waits and says why."""
     chain = machine.open(text(plain))
     former = Export(bytearray(plain.export.content))
     change(plain.export)  # type: ignore[operator]  # a parameter of the test
@@ -328,9 +322,7 @@ def test_a_larger_export_goes_on(machine: Machine, plain: Server) -> None:
 
 
 def test_a_server_that_owes_an_answer_and_says_nothing_has_gone(machine: Machine, plain: Server) -> None:
-    """A server that is silent for longer than `timeout` has gone if it owes an answer. Silence while idle does not
-    count.
-    """
+    """A server that owes an answer and is silent for longer than `timeout` has gone. While idle it may be silent."""
     silent = [True]
     plain.odd = lambda *_: silent and silent.pop()
     chain = machine.open(text(plain, ",timeout=2s"))

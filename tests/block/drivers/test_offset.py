@@ -32,9 +32,7 @@ def test_only_the_range_is_touched(machine: Machine, tmp_path: Path) -> None:
 
 
 def test_without_a_length_it_reaches_to_the_end(machine: Machine, tmp_path: Path) -> None:
-    """Without `length` the disk extends to the end of the layer below, and grows with it. A start beyond that end is
-    refused.
-    """
+    """Without `length` the disk extends to the end of the layer below and grows with it. `start` must be before it."""
     path = tmp_path / "img"
     sizes = []
     for size in (1 << 20, 2 << 20):

@@ -102,9 +102,7 @@ def test_formats_of_parents(machine: Machine, tmp_path: Path, image_format: byte
     ],
 )
 def test_parents_that_are_refused(tmp_path: Path, options: dict[str, object], more: str, sentence: str) -> None:
-    """A parent without a format, with an unknown one, that is not a file, or in another place is refused with what to
-    do.
-    """
+    """A parent without a format, of an unknown one, not a file, or in another place is refused with what to do."""
     directory = tmp_path / "images"
     directory.mkdir()
     (tmp_path / "base").write_bytes(bytes(SIZE))
@@ -300,9 +298,7 @@ def test_zstd_that_the_host_does_not_have(machine: Machine, tmp_path: Path, monk
 @pytest.mark.slow
 @pytest.mark.parametrize("cluster_size", [512, 4096, 65536, 2 << 20])
 def test_zstd_both_ways(machine: Machine, tmp_path: Path, request: pytest.FixtureRequest, cluster_size: int) -> None:
-    """Clusters that QEMU compressed by zstd are read. After we have overwritten some, QEMU reads all and finds no
-    fault.
-    """
+    """Clusters that QEMU compressed by zstd are read. After we have overwritten some, QEMU finds no fault."""
     chance = Random(request.config.getoption("--seed") + cluster_size)
     raw, path = tmp_path / "raw", tmp_path / "a"
     model = bytearray(b"".join(chance.randbytes(64) * chance.choice([1, 8]) for _ in range(4 * SIZE // 256)))
@@ -387,9 +383,7 @@ def random_guest(machine: Machine, text: str, model: bytearray, chance: Random, 
 @pytest.mark.slow
 @pytest.mark.parametrize("cluster_bits", range(9, 22))
 def test_both_ways(machine: Machine, tmp_path: Path, request: pytest.FixtureRequest, cluster_bits: int) -> None:
-    """Whatever QEMU and we write in turn, both read it and qemu-img finds no fault, for every cluster size and refcount
-    width.
-    """
+    """Whatever QEMU and we write in turn, both read it and qemu-img finds no fault, with all sizes of tables."""
     chance = Random(request.config.getoption("--seed") + cluster_bits)
     order = cluster_bits % 7
     base, path, raw = tmp_path / "base", tmp_path / "a", tmp_path / "raw"

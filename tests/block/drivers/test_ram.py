@@ -33,9 +33,7 @@ def test_a_successor_finds_what_was_written() -> None:
 
 
 def test_a_file_is_read_once(machine: Machine, tmp_path: Path) -> None:
-    """The disk begins with the file's content, and the file is never written. A successor keeps what the guest
-    wrote.
-    """
+    """The disk begins with the file's content. The file is never written, and a successor keeps the guest's writes."""
     path = image(tmp_path / "img", 3 << 20)
     path.write_bytes(b"file" * (3 << 18))
     env = StepEnv(files=machine.files)

@@ -91,9 +91,7 @@ def test_a_cluster_that_cannot_be_reached(machine: Machine, monkeypatch: pytest.
 def test_what_was_connected_is_let_go_of_when_opening_fails(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, *, is_late: bool
 ) -> None:
-    """If an image cannot be opened, the connection to its cluster is closed, even if the opening has already
-    timed out.
-    """
+    """If an image cannot be opened, the connection to its cluster is closed, even if opening has already timed out."""
     goes_on, closed = threading.Event(), threading.Event()
 
     def fail(*_: object) -> None:

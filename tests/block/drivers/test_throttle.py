@@ -83,9 +83,7 @@ class Load:
         self.checked.complete = self.back.extend
 
     def keep_up(self, requests: list[Request], seconds: float) -> list[Request]:
-        """Keep these requests in flight for so long, sending each again as soon as it is back. Return those that were
-        done.
-        """
+        """Keep these requests in flight for so long, sending each again once it is back. Return those done."""
         before, end = len(self.bottom.done), self.env.time + seconds
         self.back.extend(requests)
         while self.env.time < end:

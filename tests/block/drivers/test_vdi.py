@@ -71,9 +71,7 @@ def converted(directory: Path, name: str, data: bytes) -> str:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_what_qemu_wrote(machine: Machine, tmp_path: Path, name: str) -> None:
-    """A disk that qemu-img converted reads as the original: as a whole, in random pieces, and with many reads
-    at once.
-    """
+    """A disk that qemu-img converted reads as the original: as a whole, in random pieces, and with concurrent reads."""
     chance = Random(1)
     data = disk(chance)
     text = converted(tmp_path, name, data)

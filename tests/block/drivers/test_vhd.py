@@ -164,9 +164,7 @@ def test_large_disks(machine: Machine, tmp_path: Path, size: int) -> None:
 
 
 def test_a_written_down_chain(machine: Machine, tmp_path: Path) -> None:
-    """A grandparent, a parent and a child that are given byte by byte read as the disk that they should be, to the last
-    sector.
-    """
+    """A grandparent, a parent and a child that are given byte by byte read as the right disk, to the last sector."""
     size = 5 * MIB
     put(tmp_path / "a.vhd", vhd_images.image(size, {0: {0: b"a" * 512, 1: b"a" * 512}, 2: {7: b"a" * 512}}, uuid=P))
     put(
@@ -218,9 +216,7 @@ def test_another_implementation_reads_our_chains(machine: Machine, tmp_path: Pat
 
 
 def test_a_raw_parent(machine: Machine, tmp_path: Path) -> None:
-    """A parent with UUID zero is a raw image, as in libvhd. It is opened as `aio:`, also if it is smaller than its
-    child.
-    """
+    """A parent with UUID zero is a raw image, as in libvhd. It opens as `aio:`, even if smaller than its child."""
     base = put(tmp_path / "base.raw", Random(1).randbytes(3 * MIB))
     names = [(b"W2ru", ".\\base.raw".encode("utf-16-le"))]
     put(tmp_path / "img.vhd", vhd_images.image(5 * MIB, {1: {1: b"c" * 512}}, parent_uuid=bytes(16), names=names))
@@ -244,9 +240,7 @@ def test_a_raw_parent(machine: Machine, tmp_path: Path) -> None:
     ],
 )
 def test_a_parent_that_is_not_right(tmp_path: Path, change: str, sentence: str) -> None:
-    """A parent that was replaced, altered, moved or linked to another place is refused, and the advice in the error
-    works.
-    """
+    """A parent that was replaced, altered, moved or linked elsewhere is refused, and the advice in the error works."""
     directory = tmp_path / "images"
     directory.mkdir()
     machine = Machine(parents=[str(directory)])
@@ -270,9 +264,7 @@ def test_a_parent_that_is_not_right(tmp_path: Path, change: str, sentence: str) 
 
 
 def test_blktap_does_not_keep_times(machine: Machine, tmp_path: Path) -> None:
-    """A parent's time of change is not checked, because blktap alters parents (it marks them hidden) without telling
-    the child.
-    """
+    """A parent's time of change is not checked, because blktap alters parents (marks them hidden) on its own."""
     put(tmp_path / "base.vhd", vhd_images.image(MIB, uuid=P))
     names = [(b"MacX", b"file://./base.vhd")]
     put(tmp_path / "img.vhd", vhd_images.image(MIB, parent_uuid=P, parent_timestamp=1000, names=names))
@@ -314,9 +306,7 @@ def test_the_batmap_is_used_and_kept(machine: Machine, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cut", [512, 1024, MIB])
 def test_an_end_that_is_missing(machine: Machine, tmp_path: Path, cut: int) -> None:
-    """If a writer was killed inside its last block, the missing part reads as zeros, and the end of the file is
-    completed.
-    """
+    """If a writer was killed inside its last block, the missing part reads as zeros, and the file is completed."""
     full = dict.fromkeys(range(4096), b"f" * 512)
     path = put(tmp_path / "img.vhd", vhd_images.image(8 * MIB, {1: full})[:-cut])
     chain = machine.open(f"vhd:{path}", read_only=True)
@@ -366,9 +356,7 @@ def test_a_footer_without_its_last_byte(machine: Machine, tmp_path: Path) -> Non
 
 
 def test_a_fixed_disk_is_its_file(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fixed disk has the capabilities and the physical sector of its file. Its footer cannot be reached by
-    the guest.
-    """
+    """A fixed disk has the capabilities and the physical sector of its file. The guest cannot reach its footer."""
     monkeypatch.setattr(blockdev, "_unit_of_file", lambda _fd: 4096)
     path = put(tmp_path / "img.vhd", vhd_images.fixed(b"x" * MIB))
     chain = machine.open(f"vhd:{path}")

@@ -9,9 +9,7 @@ from xenbackend.block.formats.checksum import PAGE, SUMS, Header, sum_of
 
 @pytest.mark.parametrize("size", [512, 4096, 5 << 30, (1 << 42) + 512])
 def test_a_header_comes_back_and_nothing_touches(size: int) -> None:
-    """A header is read back as it was packed. Header, log and sums do not overlap, and each page of sums has a byte in
-    the log.
-    """
+    """A header is read back as packed. Header, log and sums do not overlap; each page of sums has a byte in the log."""
     header = Header(size, 4096, "aio; file inode=7", bytes(range(16)))
 
     assert header == Header.parse(header.pack())

@@ -39,9 +39,7 @@ def test_any_damage_is_a_sentence() -> None:
 
 
 def test_numbers_that_cannot_be_are_refused() -> None:
-    """A block size that is not a power of two, a size of 0, or too long a text is refused, even if the checksum is
-    correct.
-    """
+    """A block that is not a power of two, a size of 0, or too long a text is refused even with a correct checksum."""
     for header in (
         Header(1 << 20, 5000, "", bytes(16)),
         Header(0, 4096, "", bytes(16)),

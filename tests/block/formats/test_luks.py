@@ -167,9 +167,7 @@ def test_odd_values_of_luks2(problem: str, name: str, value: Any) -> None:
 
 @pytest.mark.parametrize(("name", "shown"), [("100", "100"), ("-1", "-1"), ("\x1b[31mred", r"\\x1b\[31mred")])
 def test_names_that_no_key_slot_has(name: str, shown: str) -> None:
-    """The name of a key slot has one or two digits. Any other name is refused, and its control characters are shown
-    escaped.
-    """
+    """A key slot's name has one or two digits. Any other name is refused, and shown with control characters escaped."""
     with pytest.raises(DriverError, match=f"a key slot is called {shown};"):
         parsed(luks2(Made(PLAIN), {f"keyslots.{name}": {}, "digests.0.keyslots": ["0", name]}))
 

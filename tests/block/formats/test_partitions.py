@@ -55,9 +55,7 @@ def made(path: Path, script: str, device: str = "") -> None:
 
 @pytest.mark.parametrize("table", TABLES)
 def test_sfdisk_and_we_find_the_same(tmp_path: Path, table: str) -> None:
-    """For each table that sfdisk writes, we find the same partitions by number, start and length, except for extended
-    ones.
-    """
+    """For each table that sfdisk writes, we find the same partitions by number, start and length, not extended ones."""
     path = tmp_path / "disk"
     path.write_bytes(bytes(SIZE))
     made(path, TABLES[table])
@@ -97,9 +95,7 @@ def test_nbdkit_and_we_show_the_same_bytes(tmp_path: Path, table: str) -> None:
 @pytest.mark.parametrize("sector", [512, 4096])
 @pytest.mark.parametrize("table", TABLES)
 def test_the_kernel_and_we_find_the_same(tmp_path: Path, table: str, sector: int) -> None:
-    """The kernel finds the same partitions on a loop device, also with sectors of 4096 bytes, in which tables then
-    count.
-    """
+    """The kernel finds the same partitions on a loop device, also with sectors of 4096 bytes, in which tables count."""
     path = tmp_path / "disk"
     path.write_bytes(bytes(SIZE))
     with loops.over(path, f"--sector-size={sector}") as device:
@@ -156,17 +152,13 @@ def test_a_second_header_that_is_wrong_is_told() -> None:
     ],
 )
 def test_what_a_gpt_cannot_have(partitions: dict[int, tuple[int, int]], number: int, problem: str) -> None:
-    """A partition that does not exist, or is outside of the usable sectors, is refused, and the error has the
-    numbers.
-    """
+    """A partition that does not exist, or is outside of the usable sectors, is refused; the error has the numbers."""
     with pytest.raises(DriverError, match=problem):
         of(gpt(SMALL, partitions), number)
 
 
 def test_a_header_with_right_checksums_may_still_lie() -> None:
-    """Usable sectors beyond the disk, or a header that claims to be in another sector, count as damage even with
-    correct checksums.
-    """
+    """Usable sectors beyond the disk, or a header that claims another sector, are damage despite correct checksums."""
     disk = gpt(SMALL, {1: (2048, 4095)})
     last = SMALL // 512 - 1
     write_header(disk, 512, 1, last, 2, 34, last + 1)
@@ -185,9 +177,7 @@ def test_a_disk_without_room_for_a_gpt() -> None:
 
 
 def test_logical_partitions_count_as_the_kernel_counts() -> None:
-    """Logical partitions count from 5, in the order of the records. Empty entries get no number, nor do false third
-    entries.
-    """
+    """Logical partitions count from 5, in the order of the records. Empty and false third entries get no number."""
     disk = mbr(SMALL, {1: (0x83, 63, 100), 2: (0x05, 2048, 20000)}, {
         2048: {1: (0x83, 1, 10), 2: (0x05, 1000, 500), 3: (0x83, 30000, 1 << 20)},
         3048: {2: (0x05, 2000, 500)},
@@ -228,9 +218,7 @@ def test_what_an_mbr_cannot_have(disk: bytes, number: int, problem: str) -> None
 
 
 def test_any_bytes_end_in_a_partition_or_a_sentence() -> None:
-    """Whatever the tables hold, a partition that is found lies on the disk. Otherwise a message says why there
-    is none.
-    """
+    """Whatever the tables hold, a partition that is found lies on the disk. Otherwise the error says why not."""
     chance = Random(3)
     wholes = [
         gpt(1 << 20, {1: (64, 100), 2: (200, 300)}),

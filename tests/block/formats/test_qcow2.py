@@ -234,9 +234,7 @@ UNKNOWN = struct.pack(">IIQ", 0x12345678, 5, 0)  # a header extension
 @pytest.mark.parametrize(("former", "kind"), [(b"", ""), (b"base", "raw"), (b"", "k" * 40)])
 @pytest.mark.parametrize("name", [b"x", b"n" * 1023])
 def test_another_parent(version: int, former: bytes, kind: str, name: bytes) -> None:
-    """The new name is written to free space, so that a write of one sector then makes it the parent. Other extensions
-    are kept.
-    """
+    """The new name is written to free space, then one sector makes it the parent. Other extensions are kept."""
     data = qcow2(SIZE, version=version, backing=former, backing_format=kind.encode(), extensions=UNKNOWN)
     writes, (before, after) = renamed(data, name)
     header = parse(after)

@@ -170,9 +170,7 @@ def test_snapshots_larger_than_the_file() -> None:
 
 
 def test_clusters_in_use_are_counted_as_far_as_needed() -> None:
-    """Whether there are more clusters than a limit is counted from the existing refcount blocks, and no block is read
-    needlessly.
-    """
+    """Clusters in use are counted in the existing refcount blocks up to the limit, and no block is read needlessly."""
     data = bytearray(qcow2(128 << 9, dict.fromkeys(range(100), b"x"), cluster_bits=9, order=6, table_clusters=1))
     header, used, reads = header_of(bytes(data)), len(data) // 512, []
     assert 64 < used < 128, "two blocks"

@@ -38,9 +38,7 @@ def test_a_row_has_a_driver_that_knows_what_it_passes_on(row: Format) -> None:
 
 @rows
 def test_what_a_row_names_is_there(row: Format) -> None:
-    """A format that can be written has a blank image, tools of its own and a step. A read-only one has none of
-    these.
-    """
+    """A format that can be written has a blank image, its own tools and a step. A read-only one has none of these."""
     if row.name not in WRITTEN:
         assert row == Format(row.name, row.driver, row.qemu_name, row.title, row.look, row.magic, row.passes_on)
         return
@@ -55,9 +53,7 @@ def test_what_a_row_names_is_there(row: Format) -> None:
 
 @rows
 def test_only_what_a_row_says_is_left_to_the_tools(row: Format) -> None:
-    """The tools of a format implement what its row promises: growing, parents, and checks and measures if there are
-    tables.
-    """
+    """A format's tools implement what its row promises: growing, parents, and checks and measures if it has tables."""
     if not row.tools:
         return
     own = vars(load(row.tools))

@@ -85,9 +85,7 @@ def test_geometry(size: int, expected: tuple[int, int, int]) -> None:
 @pytest.mark.skipif(not which("qemu-img"), reason="qemu-utils is not installed")
 @pytest.mark.parametrize("size", [1 << 20, 3 << 20, 100 << 20, 504 << 20, 5 << 30, 130 << 30, 2000 << 30])
 def test_sizes_as_qemu_has_them(tmp_path: Path, size: int) -> None:
-    """A disk of QEMU's that was rounded to a geometry has the size that QEMU reports, and the geometry that we
-    calculate.
-    """
+    """A disk of QEMU's that was rounded to a geometry has the size that QEMU reports, and the geometry of ours."""
     path = tmp_path / "x.vhd"
     subprocess.run(["qemu-img", "create", "-q", "-f", "vpc", str(path), str(size)], check=True)
     said = subprocess.run(["qemu-img", "info", "--output=json", str(path)], check=True, capture_output=True)

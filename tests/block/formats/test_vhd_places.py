@@ -9,9 +9,7 @@ from xenbackend.block.formats.vhd_places import Place, overlaps, places_of, rang
 
 
 def test_all_that_is_no_block_has_a_place() -> None:
-    """Footer, header, table, map and names are found where blktap puts them, without gaps. The table ends with its
-    sector.
-    """
+    """Footer, header, table, map and names are where blktap puts them, side by side. The table ends with its sector."""
     names = [(b"W2ru", b"a\0"), (b"MacX", b"x")]
     data = vhd_images.image(8 << 20, {0: {}}, parent_uuid=b"p" * 16, names=names, full=[0])
     footer, _ = vhd.read_footer(reader(data), len(data))
@@ -28,9 +26,7 @@ def test_all_that_is_no_block_has_a_place() -> None:
 
 
 def test_what_overlaps_is_found() -> None:
-    """Two places that share a byte are reported in the order of the file. Places that only touch, or are empty, are
-    not.
-    """
+    """Two places that share a byte are reported in the file's order. Places that only touch, or are empty, are not."""
     one, two, three = Place("1", 0, 512), Place("2", 511, 1024), Place("3", 100, 101)
 
     assert [(one, three), (one, two)] == list(overlaps([two, three, one]))

@@ -73,9 +73,7 @@ def test_blocks_far_from_one_another() -> None:
 
 
 def test_the_first_sector_is_the_highest_bit() -> None:
-    """Each byte of a bitmap stands for eight sectors, the first in the highest bit. A packed bitmap is read back
-    unchanged.
-    """
+    """Each byte of a bitmap stands for eight sectors, the first in the highest bit. A packed bitmap is read back."""
     present = bytearray(4096)
     present[0] = present[7] = present[9] = present[4095] = 1
     packed = pack_bitmap(present, 512)

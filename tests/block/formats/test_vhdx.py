@@ -24,9 +24,7 @@ def parsed(data: bytes) -> Image:
 
 
 def patched(offset: int, value: bytes, *, image: bytes = b"") -> bytes:
-    """Return an image with other bytes in it. If a checksum covers them, it is corrected and the second copy is
-    destroyed.
-    """
+    """Return an image with other bytes in it. A checksum over them is corrected, and its second copy destroyed."""
     data = bytearray(image or vhdx(SIZE, {}))
     data[offset : offset + len(value)] = value
     for place, length in ((HEADER, 4096), (REGIONS, 64 << 10)):

@@ -171,9 +171,7 @@ def test_sectors_of_an_entry_that_did_not_arrive() -> None:
 
 @pytest.mark.slow
 def test_any_damage_to_an_entry() -> None:
-    """If a bit of the newest entry has flipped, the log ends before it. If it is the only entry, the image is
-    refused.
-    """
+    """If a bit of the newest entry has flipped, the log ends before it. If it is the only one, the image is refused."""
     whole = vhdx_entry(LOG, 6, 0, [(MIB, sector("bad ")), (2 * MIB, SECTOR)], flushed=MIB, last=MIB)
     good = entry(5, 0, "good")
     for place in (*range(160), *range(160, len(whole), 61)):
@@ -339,9 +337,7 @@ def test_an_image_is_read_with_its_log() -> None:
 @pytest.mark.slow
 @pytest.mark.rows("D4", "D6", "R19")
 def test_any_bytes_are_a_log_or_a_sentence(request: pytest.FixtureRequest) -> None:
-    """R19: any bytes in a log, even with correct checksums, are accepted or raise DriverError, quickly and in little
-    memory.
-    """
+    """R19: any log, even with right checksums, is accepted or raises DriverError, quickly and in little memory."""
     chance = Random(request.config.getoption("--seed"))
     count = request.config.getoption("--requests") // 100
     kinds = [4, 8, 12, 16, 24, 32, 48, 56, 64, 68, 72, 80, 88, 96, SECTOR, SECTOR + 4, 2 * SECTOR - 4]

@@ -32,9 +32,7 @@ def patched(offset: int, value: bytes) -> bytes:
 @pytest.mark.parametrize("at_end", [False, True])
 @pytest.mark.parametrize(("compressed", "flag"), [(False, READABLE), (True, SPECIAL)])
 def test_a_table(compressed: bool, flag: int, at_end: bool) -> None:
-    """Grains are in the file, in the parent, or zeros. The offset of the directory may be in the footer at the end of
-    the file.
-    """
+    """Grains are in the file, in the parent, or zeros. The directory's offset may be in the footer of the file."""
     data = vmdk(SIZE, {1: DATA, 2: None}, compressed=compressed, at_end=at_end)
     image = parsed(data)
     place, length = image.table_at(0)

@@ -46,9 +46,7 @@ def test_flat_extents_follow_one_another() -> None:
 
 
 def test_tables_of_extents_need_not_begin_where_those_of_the_disk_do() -> None:
-    """Extents with any number of grains give the right entry for each grain, although their tables are not aligned to
-    the disk's.
-    """
+    """Extents with any number of grains give the right entry for each grain, whatever the borders of their tables."""
     chance = Random(1)
     pieces, files, expected = [], {}, []
     start, base = 0, 0

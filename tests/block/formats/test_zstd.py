@@ -125,9 +125,7 @@ def test_damaged_clusters(unpack: Unpack, packed: bytes, sentence: str) -> None:
 
 @pytest.mark.parametrize("unpack", [*UNPACKERS.values(), inflate], ids=[*UNPACKERS, "deflate"])
 def test_any_bytes_are_a_cluster_or_a_sentence(request: pytest.FixtureRequest, unpack: Unpack) -> None:
-    """R19: any bytes in place of a compressed cluster are accepted or raise DriverError, quickly and in little
-    memory.
-    """
+    """R19: any bytes as a compressed cluster are accepted or raise DriverError, quickly and in little memory."""
     chance = Random(request.config.getoption("--seed"))
     good = with_checksum(DATA[:4096]) + zstd(bytes(4096)) + zstd(DATA[:2000]) + zstd(DATA[2000:4096])
 

@@ -39,9 +39,7 @@ def made(size: int = SIZE) -> Blank:
 
 
 def test_what_is_made_is_opened_and_used(machine: Machine, tmp_path: Path) -> None:
-    """The passphrase opens a new volume. What is written to it is encrypted there, and the key is nowhere in plain
-    text.
-    """
+    """The passphrase opens a new volume. What is written is encrypted there, and the key is nowhere in plain text."""
     image, key = tmp_path / "img", key_file(tmp_path / "key")
     write_new(str(image), made())
     chain = machine.open(f"luks:key={key}|aio:{image}")
@@ -93,9 +91,7 @@ def test_cryptsetup_takes_it(tmp_path: Path, machine: Machine) -> None:
 
 @pytest.mark.slow
 def test_the_command(tmp_path: Path, machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
-    """`image create raw FILE SIZE --encrypt KEY` makes a volume, prints the chain that opens it, and does not replace a
-    file.
-    """
+    """`image create raw FILE SIZE --encrypt KEY` makes a volume, prints its chain, and does not replace a file."""
     pytest.importorskip("argon2")
     image, key = tmp_path / "img", key_file(tmp_path / "a,key")
     create = ["image", "create", "raw", str(image), "1000448", "--sector-size", "512", "--encrypt", str(key)]

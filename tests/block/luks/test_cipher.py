@@ -178,9 +178,7 @@ class _Found:
 
 @pytest.mark.parametrize("what", ["nowhere", "elsewhere", "beside", "missing"])
 def test_a_number_that_does_not_count_is_not_written(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the library keeps the number elsewhere, or does not say where, each number is passed by a call, and the data
-    are right.
-    """
+    """If the library keeps the number elsewhere, or does not say where, a call passes it, with the right result."""
     library, ciphers = module.find_libcrypto()
     memory = bytearray(16)
     real = library.EVP_CIPHER_CTX_iv_noconst  # type: ignore[attr-defined]  # of the library itself

@@ -17,9 +17,7 @@ from xenbackend.errors import DriverError
 @pytest.mark.parametrize("name", ["sha1", "sha224", "sha256", "sha384", "sha512"])
 @pytest.mark.parametrize(("size", "count"), [(64, 4000), (32, 100), (16, 2), (24, 1)])
 def test_stripes_are_joined(name: str, size: int, count: int) -> None:
-    """Stripes that the specification's splitter made from a key are merged into that key, and with one bit changed they
-    are not.
-    """
+    """Stripes that the specification's splitter made from a key are merged into it again, unless a bit was changed."""
     key = os.urandom(size)
     stripes = bytearray(split(key, count, name))
     assert key == merge(stripes, size, count, name)

@@ -92,9 +92,7 @@ def seeds(config: pytest.Config) -> range:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_at_any_write(make: Callable[[str, int], Image], kind: str, request: pytest.FixtureRequest) -> None:
-    """Killed at any write, or in the middle of one, a disk opens and holds every answered write; the last one may be
-    partial.
-    """
+    """Killed at any write, or in the middle of one, a disk opens and holds answered writes, and any part of others."""
     for seed in seeds(request.config):
         image = make(kind, seed)
         session = image.session(40)
@@ -121,9 +119,7 @@ def test_power_lost(make: Callable[[str, int], Image], kind: str, request: pytes
 
 @pytest.mark.parametrize("kind", ["dynamic", "differencing"])
 def test_there_is_always_a_footer_at_the_end(make: Callable[[str, int], Image], kind: str) -> None:
-    """After each change of the file, a footer with a correct checksum is at its end, and nothing is written beyond the
-    end.
-    """
+    """After each change of the file, a footer with a correct checksum is at its end, and no write goes beyond it."""
     image = make(kind, 3)
     image.session(40)
     for count in range(len(image.file.log) + 1):
@@ -134,9 +130,7 @@ def test_there_is_always_a_footer_at_the_end(make: Callable[[str, int], Image], 
 
 
 def test_the_order_of_a_first_write(make: Callable[[str, int], Image]) -> None:
-    """The order of a first write: the file grows with its footer, a flush, the table entry, the data, the bitmap, the
-    answer.
-    """
+    """The order of a first write: the file grows with its footer, flush, table entry, data, bitmap, answer."""
     image = make("differencing", 1)
     disk, log = image.open(), image.file.log
     disk.do(write(BLOCK + 512, b"w" * 1024))
@@ -151,9 +145,7 @@ def test_the_order_of_a_first_write(make: Callable[[str, int], Image]) -> None:
 
 
 def test_a_filter_may_look_at_what_it_lent(make: Callable[[str, int], Image]) -> None:
-    """If a write lands after `log:` has handed its range out, the range is dirty again, at the place where the guest
-    wrote.
-    """
+    """If a write lands after `log:` has handed its range out, the range is dirty again, where the guest wrote."""
     image = make("dynamic", 1)
     files = RecordedFiles()
     files.files = {image.path: image.file}
@@ -304,9 +296,7 @@ def test_a_device_keeps_what_lies_behind_its_blocks(make: Callable[[str, int], I
 def test_what_changes_is_written_over_nothing(
     make: Callable[[str, int], Image], fields: dict[str, object], sentence: str
 ) -> None:
-    """A table or map that overlaps something else is never written: the image can only be opened read-only, and is
-    unchanged.
-    """
+    """A table or map that overlaps something else is never written: the image can only be opened read-only."""
     image = make("dynamic", 1)
     file = image.file.bytes
     file[:] = vhd_images.image(SIZE, block_size=BLOCK, full=[])

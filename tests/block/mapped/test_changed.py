@@ -60,9 +60,7 @@ def test_many_changes() -> None:
 
 
 def test_a_file_seen_with_changes(machine: Machine, tmp_path: Path) -> None:
-    """Requests and direct reads see the file with its changes, and zeros up to its new end. The file itself is not
-    changed.
-    """
+    """Requests and direct reads see the file with its changes, and zeros up to its new end. The file stays as it is."""
     chance = Random(3)
     path = image(tmp_path / "file", SIZE)
     path.write_bytes(data := chance.randbytes(SIZE))
@@ -87,9 +85,7 @@ def test_a_file_seen_with_changes(machine: Machine, tmp_path: Path) -> None:
 
 
 def test_data_of_a_file_with_changes(machine: Machine, tmp_path: Path) -> None:
-    """There are data where the file has some or a change brings some. A range that a change sets to zeros may be
-    reported as data.
-    """
+    """Data are where the file has some or a change brings some. Zeros that a change brings may count as data."""
     path = image(tmp_path / "file", SIZE)
     with path.open("r+b") as file:
         file.seek(16384)

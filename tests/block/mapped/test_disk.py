@@ -68,9 +68,7 @@ def test_every_kind_of_cluster() -> None:
 
 
 def test_writes_that_need_a_place() -> None:
-    """Writes to clusters that may not be overwritten are passed to the format, cut where owned clusters or a
-    table end.
-    """
+    """Writes to clusters that may not be overwritten go to the format, cut where owned clusters or a table end."""
     disk = Plain([0, ZERO, at(2) | READABLE, at(3) | OWNED, SPECIAL, 0, 0, 0])
     request = write(512, b"w" * (7 * CLUSTER))
     disk.submit([request])
@@ -124,9 +122,7 @@ def test_a_request_that_is_all_the_parents_is_passed_on() -> None:
 
 
 def test_a_table_is_loaded_once() -> None:
-    """Requests that need a table that is being loaded wait for it, and others do not. If it cannot be read,
-    they fail.
-    """
+    """Requests wait for a table that is being loaded if they need it. If it cannot be read, they fail."""
     disk = Plain([at(number) | OWNED for number in range(8)])
     disk.do(read(4 * CLUSTER, 512))
     disk.submit([read(0, 512), read(CLUSTER, 512), read(5 * CLUSTER, 512)])

@@ -29,9 +29,7 @@ def open_image(machine: Machine, path: Path) -> Chain:
 
 
 def test_a_hole_is_zeros_and_gives_room_back(machine: Machine, tmp_path: Path) -> None:
-    """Discarded ranges are zeros, in blocks that exist and in others, and their space is freed. Headers and table stay
-    the same.
-    """
+    """Discarded ranges are zeros, whether there was a block or not, and free their space. Headers do not change."""
     path = tmp_path / "image"
     path.write_bytes(image(8 * MIB, {0: FULL, 2: FULL}))
     room, front = path.stat().st_blocks, path.read_bytes()[:2048]

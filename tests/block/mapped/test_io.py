@@ -57,9 +57,7 @@ def test_clusters_are_durable_before_tables(clusters: RecordedFile) -> None:
 
 @pytest.mark.parametrize("which", ["clusters", "tables"])
 def test_a_flush_that_fails(clusters: RecordedFile, which: str) -> None:
-    """If the flush of either file fails, its error is the answer. If clusters are not durable, tables are not
-    flushed.
-    """
+    """A failed flush of either file is the answer. If clusters are not durable, tables are not flushed."""
     disk = Plain([0], data=clusters)
     seen: list[str] = []
 

@@ -54,9 +54,7 @@ def done(machine: Machine, joined: Joined, *batch: Request) -> list[int]:
 
 
 def test_ranges_of_files(machine: Machine, tmp_path: Path) -> None:
-    """A request goes to the file that has its place. Beyond the end of a range there are zeros, not the file's next
-    bytes.
-    """
+    """A request goes to the file that has its place. Beyond the end of a range are zeros, not the file's next bytes."""
     joined = Joined()
     one = opened(machine, tmp_path / "one", b"".join(bytes([each]) * SECTOR for each in range(8)))
     bases = [joined.add(one, 2 * SECTOR, 2 * SECTOR)]
@@ -89,9 +87,7 @@ def test_reading_at_a_place(machine: Machine, tmp_path: Path) -> None:
 
 
 def test_holes_and_places(machine: Machine, tmp_path: Path) -> None:
-    """The file that has a place is asked where its data are. The answer ends with the range, and places can be
-    translated.
-    """
+    """The file that has a place says where its data are, up to the end of the range. Places can be translated."""
     (tmp_path / "one").write_bytes(b"d" * 4096)
     with (tmp_path / "one").open("r+b") as file:
         file.truncate(1 << 20)

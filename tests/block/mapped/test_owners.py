@@ -52,9 +52,7 @@ class Spied:
 
 @pytest.fixture
 def qcow2_chain(machine: Machine, tmp_path: Path) -> Spied:
-    """Return a chain of four images with clusters of 4, 64, 4 and 4 KiB. The third has clusters 0 and 17, the last has
-    all.
-    """
+    """Return a chain of four images with clusters of 4, 64, 4, 4 KiB. The third has clusters 0 and 17, the last all."""
     whole = {number: bytes([number % 251]) * 4096 for number in range(SIZE // 4096)}
     (tmp_path / "d").write_bytes(qcow2(SIZE, whole))
     third = qcow2(SIZE, {0: b"c" * 4096, 17: b"c" * 4096}, backing=b"d", backing_format=b"qcow2")

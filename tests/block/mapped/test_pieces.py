@@ -26,9 +26,7 @@ def cut(op: int, offset: int, length: int) -> list[Piece]:
 
 
 def test_reads() -> None:
-    """Each kind of cluster makes its own kind of piece. Adjacent clusters in the file, and adjacent absent ones, make
-    one piece.
-    """
+    """Each kind of cluster is handled in its own way. Clusters adjacent in the file, or all absent, make one piece."""
     assert [(Way.FILE, 8704, 1024)] == cut(Op.READ, 512, 1024)
     assert [
         (Way.FILE, 8704, 7680), (Way.FILE, 65536, 4096), (Way.PARENT, 0, 8192), (Way.ZEROS, 0, 8192),

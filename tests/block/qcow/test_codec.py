@@ -89,9 +89,7 @@ def test_l1_of_version_2() -> None:
 
 
 def test_tables_of_version_1() -> None:
-    """A word is an offset or a compressed cluster. An offset that is not a cluster's is refused, and no cluster is ever
-    freed.
-    """
+    """A word is an offset or a compressed cluster. An offset that is not a cluster's is refused. Nothing is freed."""
     compressed = 1 << 63 | 99
     assert [0, PLACE | OWNED, SPECIAL] == list(ONE.decode_l2(array("Q", [0, PLACE, compressed])))
     assert PLACE == ONE.encode_l2(PLACE | OWNED)

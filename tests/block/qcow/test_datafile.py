@@ -43,9 +43,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def test_what_is_read(machine: Machine, tmp_path: Path, data: Path) -> None:
-    """Clusters are at their disk's offsets in the data file, even the first one. Absent clusters are not read
-    from it.
-    """
+    """Clusters are at their disk's offsets in the data file, even the first. Absent clusters are not read from it."""
     (tmp_path / "base").write_bytes(b"p" * SIZE)
     words = {0: b"", 2: b""}
     text = make(tmp_path / "a", clusters=words, zeros=[1], backing=b"base", backing_format=b"raw")
@@ -186,9 +184,7 @@ def refuse(machine: Machine, tmp_path: Path, name: bytes, sentence: str, *, is_c
 
 
 def test_what_an_operator_may_name(machine: Machine, tmp_path: Path) -> None:
-    """`data_file=` names any file, in place of the one that the image names. `parents=` allows the one that the image
-    names.
-    """
+    """`data_file=` names any file, in place of the one that the image names. `parents=` allows the latter."""
     (tmp_path / "images").mkdir()
     (tmp_path / "data").write_bytes(b"1" * SIZE)
     (tmp_path / "images" / "data").write_bytes(b"2" * SIZE)
@@ -302,9 +298,7 @@ def random_guest(machine: Machine, chain: Chain, model: bytearray, chance: Rando
 def test_both_ways(
     machine: Machine, tmp_path: Path, request: pytest.FixtureRequest, cluster_bits: int, kind: str
 ) -> None:
-    """Whatever QEMU and we write in turn, both read it and qemu-img finds no fault. A raw data file is the disk
-    itself.
-    """
+    """Whatever QEMU and we write in turn, both read it and qemu-img finds no fault. A raw data file is the disk."""
     chance = Random(request.config.getoption("--seed") + cluster_bits)
     base, path, raw, size = tmp_path / "base", tmp_path / "a", tmp_path / "raw", 2 * SIZE - 1024
     base.write_bytes(chance.randbytes(SIZE))

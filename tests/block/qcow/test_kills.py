@@ -1,6 +1,4 @@
-"""QCOW disks whose worker is killed, whose host loses power, or whose file fails: no flushed sector is lost, and no
-table is broken.
-"""
+"""QCOW disks with kills, power loss and a failing file: no flushed sector is lost, and no table is broken."""
 
 from __future__ import annotations
 
@@ -125,9 +123,7 @@ def kill_everywhere(bed: Bed, requests: int, most: int, *, by_qemu: int = 1) -> 
 
 
 def lost_writes(log: list[Change]) -> Iterator[tuple[int, int, int]]:
-    """Yield each write that may be the only one lost: its place in the log, that of the last flush, and the log's
-    length.
-    """
+    """Yield each write that may be the only one lost: its place in the log, the last flush's, and the log's length."""
     flushed = 0
     for count in range(1, len(log) + 1):
         if log[count - 1].kind == "flush":

@@ -1,6 +1,4 @@
-"""Images whose refcounts say that their tables are free: no table is overwritten, and the image is marked as
-damaged.
-"""
+"""Images whose refcounts say that their tables are free: no table is overwritten, and the image says it is damaged."""
 
 from __future__ import annotations
 
@@ -129,9 +127,7 @@ def test_tables_that_take_long_to_read_are_refused(tmp_path: Path, monkeypatch: 
 
 
 def test_a_table_of_version_1_behind_the_end_is_refused(tmp_path: Path) -> None:
-    """If a table lies beyond the end of the file, new data would overwrite it. Such an image can only be opened
-    read-only.
-    """
+    """If a table is beyond the end of the file, where new data would go, the image can only be opened read-only."""
     image = bytearray(qcow(SIZE, DATA, cluster_bits=CLUSTER_BITS))
     place = int.from_bytes(image[40:48], "big")
     image[place : place + 8] = len(image).to_bytes(8, "big")
@@ -144,9 +140,7 @@ def test_a_table_of_version_1_behind_the_end_is_refused(tmp_path: Path) -> None:
 
 
 def test_tables_of_version_1_over_one_another_are_refused(tmp_path: Path) -> None:
-    """If two L1 entries share a table, or a table overlaps another one or L1, the image can only be opened
-    read-only.
-    """
+    """If two L1 entries share a table, or a table overlaps another or L1, the image can only be opened read-only."""
     image = qcow(SIZE, DATA, cluster_bits=CLUSTER_BITS)
     place = int.from_bytes(image[40:48], "big")
     first = int.from_bytes(image[place : place + 8], "big")

@@ -85,9 +85,7 @@ def test_nothing_is_free_before_a_flush(tmp_path: Path) -> None:
 
 
 def test_many_discards_without_a_flush(tmp_path: Path) -> None:
-    """If much was freed without a flush, a discard flushes by itself, so a guest cannot pile up clusters that wait for
-    one.
-    """
+    """If much was freed without a flush, a discard flushes by itself, so a guest cannot pile up waiting clusters."""
     disk, file = opened(tmp_path / "x", qcow2(8 << 20, cluster_bits=9))
     data = bytes([1]) * (5 << 20)
     assert [0] * 5 == disk.do(*(write(place << 20, data[: 1 << 20]) for place in range(5)))

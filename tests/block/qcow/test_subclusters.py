@@ -118,9 +118,7 @@ def test_hostile_entries(machine: Machine, tmp_path: Path, index: int, word: int
 
 
 def test_it_is_only_read(machine: Machine, tmp_path: Path) -> None:
-    """Opening for writing is refused before anything is changed, and the error says what to do. A child can be
-    written.
-    """
+    """Opening for writing is refused before anything is changed, with what to do. A child can be written."""
     path = tmp_path / "a"
     path.write_bytes(qcow2(SIZE, {0: b"a" * CLUSTER}, cluster_bits=BITS, bitmaps={0: 3}, autoclear=1))
     before = path.read_bytes()

@@ -44,9 +44,7 @@ def test_a_sector_in_part_is_data(found: list[tuple[int, int, bool]], expected: 
 
 @pytest.mark.parametrize("gaps", [ABSENT, ZERO])
 def test_against_a_model_of_each_byte(gaps: Kind, request: pytest.FixtureRequest) -> None:
-    """A sector is reported as zeros or as unchanged only if all of its bytes are. A sector that no range touches is
-    never data.
-    """
+    """A sector is zeros, or unchanged, only if all of its bytes are. A sector that no range touches is never data."""
     random = Random(request.config.getoption("--seed"))
     for _ in range(500):
         start, size = 64 * SECTOR, random.randrange(1, 12 * SECTOR)

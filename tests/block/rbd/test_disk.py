@@ -170,9 +170,7 @@ def test_what_waits_is_told(disk: Disk) -> None:
 
 
 def test_a_size_that_changes(disk: Disk) -> None:
-    """A larger image is reported as a fact. For a smaller one the worker gives up, so that its successor compares the
-    sizes.
-    """
+    """A larger image is reported as a fact. With a smaller one the worker gives up; its successor compares sizes."""
     disk.librbd.bytes = 2 * SIZE
     disk.env.ring()
     assert str(2 * SIZE) in disk.env.facts["size"]
@@ -183,9 +181,7 @@ def test_a_size_that_changes(disk: Disk) -> None:
 
 
 def test_a_host_without_room_for_a_thread(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the host has no room for the thread that asks for the size, requests are answered all the same, and it asks
-    later.
-    """
+    """If there is no room for the thread that asks for the size, requests are still answered, and it asks later."""
 
     def refuse(*_: object) -> None:
         raise RuntimeError("can't start new thread")

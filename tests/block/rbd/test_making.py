@@ -42,9 +42,7 @@ def take(place: Place, owner: str) -> Owner:
 
 @pytest.mark.parametrize("name", [FORMER.client, FORMER.address])
 def test_an_owner_that_is_named_is_kept_out_first(name: str) -> None:
-    """The owner that the administrator names is blocklisted first, whether it still watches or not. Then its lock is
-    broken.
-    """
+    """The owner that is named is blocklisted first, whether it still watches or not. Then its lock is broken."""
     place = Place(FORMER, watchers=(FORMER.address,))
     assert FORMER == take(place, name)
     assert [f"refuse {FORMER.address} {SILENT_S:g}", f"break {FORMER.address}"] == place.steps
@@ -53,9 +51,7 @@ def test_an_owner_that_is_named_is_kept_out_first(name: str) -> None:
 @pytest.mark.parametrize(("owner", "code"), [(OTHER, errno.EBUSY), (None, errno.ENOENT)])
 @pytest.mark.parametrize("named", ["", FORMER.client, "client.", "client.11"])
 def test_nobody_else_is_touched(owner: Owner | None, code: int, named: str) -> None:
-    """If the owner is not the one that was named, or there is none, nothing is done, and the error says who the owner
-    is.
-    """
+    """If the owner is not the one that was named, or there is none, nothing is done, and the error says which it is."""
     place = Place(*([owner] if owner else []))
     with pytest.raises(DriverError, match=OTHER.client if owner else "no client") as caught:
         take(place, named)

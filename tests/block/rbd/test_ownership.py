@@ -1,6 +1,4 @@
-"""Tests of `xenbackend.block.rbd.ownership`: whom a worker blocklists before it takes the lock, in which order, and
-whom it does not.
-"""
+"""Tests of `xenbackend.block.rbd.ownership`: whom a worker blocklists before it takes a lock, and in which order."""
 
 from __future__ import annotations
 
@@ -100,9 +98,7 @@ def test_a_predecessor_without_the_lock_is_refused_all_the_same() -> None:
 
 
 def test_nobody_is_kept_out_where_nobody_was() -> None:
-    """If the lock is free and there is no predecessor, the right to blocklist is tested with an address that nobody
-    has.
-    """
+    """With a free lock and no predecessor, the right to blocklist is tested with an address that nobody has."""
     assert ["refuse 192.0.2.1:0/9 1", f"acquire {MINE}"] == Place().take()
 
 
@@ -121,18 +117,14 @@ def test_a_stranger_who_is_alive_is_left_alone() -> None:
 
 
 def test_a_stranger_who_is_silent_is_kept_out() -> None:
-    """An owner that does not watch the image any more is blocklisted before its lock is taken, for longer than a
-    predecessor.
-    """
+    """An owner that no longer watches the image is blocklisted before its lock is taken, longer than a predecessor."""
     fence = f"refuse {OTHER.address} {SILENT_S:g}"
     assert SILENT_S > DEAD_S
     assert [fence, f"break {OTHER.address}", f"acquire {MINE}"] == Place(OTHER).take()
 
 
 def test_a_lock_that_was_made_by_hand_is_left_alone() -> None:
-    """The owner of a lock made by `rbd lock add` never watches, so it does not count as silent: opening is refused with
-    its name.
-    """
+    """The owner of a lock made by `rbd lock add` never watches, but does not count as silent: the error names it."""
     place = Place(Owner("client.3", "maintenance", "10.0.0.3:0/3"))
     with pytest.raises(DriverError, match=r"the lock 'maintenance', which client\.3 at 10\.0\.0\.3:0/3") as caught:
         place.take()
@@ -193,9 +185,7 @@ def test_killed_on_the_way(steps: int) -> None:
 @pytest.mark.parametrize("goes_on", [False, True])
 @pytest.mark.parametrize("marked", ["", "ours", "theirs"])
 def test_an_image_says_which_disk_it_serves(marked: str, *, goes_on: bool) -> None:
-    """A disk that begins marks its image. A disk that goes on is refused if the image was served as another disk
-    meanwhile.
-    """
+    """A disk that begins marks its image. One that goes on is refused if another disk has been served from it."""
     place = Place()
     place.marked = marked
     if goes_on and marked != "ours":

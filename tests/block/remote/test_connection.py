@@ -66,9 +66,7 @@ def ends() -> Iterator[Ends]:
     ],
 )
 def test_an_answer_that_could_go_on_for_ever_ends_the_connection(ends: Ends, said: bytes, why: str) -> None:
-    """Every chunk either brings a read closer to its end or is counted, so a server cannot keep a worker busy without
-    end.
-    """
+    """Every chunk brings a read closer to its end or is counted, so a server cannot keep a worker busy without end."""
     connection, far = ends
     connection.submit([read(0, 512)])
     far.sendall(said)
@@ -92,9 +90,7 @@ def test_a_read_that_failed_in_part(ends: Ends) -> None:
 
 
 class Broken(socket.socket):
-    """A socket whose network has failed. Linux reports that once, to the first call, and later calls see an ordinary
-    end.
-    """
+    """A socket whose network has failed. Linux reports that to the first call only. Later ones see an ordinary end."""
 
     def sendmsg(self, *_: Any) -> int:
         """Get the one error that Linux reports."""
@@ -102,9 +98,7 @@ class Broken(socket.socket):
 
 
 def test_what_ended_a_connection_first_counts() -> None:
-    """If the network fails while we send, the end that is received next does not come from the server and proves
-    nothing.
-    """
+    """If the network fails while we send, the end that is received next is not the server's and proves nothing."""
     near, far = socket.socketpair()
     connection = Connection(Broken(fileno=near.detach()), Offer(SIZE, 0))
     far.close()

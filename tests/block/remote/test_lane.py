@@ -1,6 +1,4 @@
-"""Tests of `xenbackend.block.remote.lane`: how long a server may be silent. block/drivers/test_nbd.py tests the
-rest.
-"""
+"""Tests of `xenbackend.block.remote.lane`: how long a server may be silent. block/drivers/test_nbd.py has the rest."""
 
 from __future__ import annotations
 
@@ -102,9 +100,7 @@ def test_a_server_has_its_time_each_time(silent: Silent) -> None:
 
 
 def test_a_byte_now_and_then_is_no_answer(silent: Silent) -> None:
-    """A server that drips the data of a read byte by byte is given up. A slow one that sends some KiB within the
-    time-out is not.
-    """
+    """A server that drips a read's data byte by byte is given up, but not a slow one that sends some KiB in time."""
     request = read(0, 64 * 1024)
     silent.submit(request)
     silent.say(pack(">IIQ", REPLY_MAGIC, 0, 0))

@@ -46,9 +46,7 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("way", ["plain", "tls"])
 def test_a_server_that_drips_is_given_up(machine: Machine, server: Server, tmp_path: Path, way: str) -> None:
-    """The time limit is for the whole handshake, TLS included, so a server that sends a byte now and then is
-    given up.
-    """
+    """The time limit is for the whole handshake, TLS included, so a server that only drips bytes is given up."""
     more = ""
     if way == "tls":
         more = f",certificates={Authority(tmp_path / 'ours').client('nobody', shows_itself=False)}"
@@ -82,9 +80,7 @@ def test_several_connections_have_no_more_time_than_one(machine: Machine, server
 def test_what_comes_before_a_handshake_takes_none_of_its_time(
     machine: Machine, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Waiting for the end of a former connection and for `drain`, which may take 40 s, does not count against the
-    limit.
-    """
+    """Waiting for the end of a former connection and for `drain`, up to 40 s, does not count against the limit."""
     server.export.flags |= MULTI_CONN
     connect = connecting.connect
 

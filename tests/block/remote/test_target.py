@@ -71,9 +71,7 @@ def test_what_is_written_is_what_is_meant(text: str) -> None:
     ],
 )
 def test_a_uri_says_whether_tls_is_wanted(text: str, expected: tuple[bool | None, str | None]) -> None:
-    """A URI's scheme says whether TLS is wanted, and its query may say where the certificates are. Otherwise options
-    do.
-    """
+    """A URI's scheme says whether TLS is wanted, and its query may name the certificates. Otherwise options do."""
     target = parse_target(text)
     assert expected == (target.tls, target.certificates)
 

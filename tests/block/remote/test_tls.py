@@ -277,9 +277,7 @@ def with_tickets(places: Places, near: socket.socket, far: socket.socket, count:
 
 
 def test_what_brings_no_data_holds_nobody(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server that sends tickets without end does not hold the loop: each call takes a limited amount. Nothing is
-    lost.
-    """
+    """Tickets without end do not hold the loop: each call takes a limited amount. No data are lost."""
     monkeypatch.setattr(tls, "_MOST", 4096)  # bytes at once
     near, far = socket.socketpair()
     with near, far:
@@ -360,9 +358,7 @@ def test_a_chain_of_certificates_is_whole(places: Places) -> None:
 
 
 def test_a_python_that_is_built_otherwise_is_refused(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If Python's SSL context has no OpenSSL context where we look for it, TLS is refused, and nothing is written
-    there.
-    """
+    """If Python's SSL context has no OpenSSL context where we look for it, TLS is refused, and nothing is written."""
     library = SimpleNamespace(SSL_CTX_get_options=lambda _: 1)  # it has no other function, so no other can be called
     monkeypatch.setattr(tls, "_library", lambda: library)
     with pytest.raises(TlsFailed, match="the layout of its SSL contexts is unknown"):
