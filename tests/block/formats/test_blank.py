@@ -137,7 +137,7 @@ def test_the_parent_of_a_vhd(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["b\udcff.vhd", "/srv/\udcfe/base.vhd"])
 def test_a_parents_name_that_is_no_text(name: str) -> None:
-    """VHD cannot store a name that is not Unicode text, or would store another file's name, so it is refused."""
+    """A name that is not Unicode text is refused: in a VHD image it would be no name, or another file's."""
     with pytest.raises(
         ConfigError, match="as names in it must be Unicode text; rename the parent, or make a qcow2 image"
     ):
