@@ -49,7 +49,7 @@ def test_its_time_of_change_is_that_before_it_was_opened(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("block", [0, 2048, 5000, 2 << 20])
 def test_odd_blocks_are_refused(block: int) -> None:
-    """A power of two from 4 KiB to 1 MiB."""
+    """A block size that is not a power of two from 4 KiB to 1 MiB is refused."""
     check_block(4096)
     with pytest.raises(ValueError, match="it must be 4K, 8K"):
         check_block(block)

@@ -108,7 +108,7 @@ def test_what_went_below_last_is_no_change_of_others(machines: list[Machine], tm
 
 
 def test_a_file_that_has_nothing_is_begun_anew(machines: list[Machine], tmp_path: Path) -> None:
-    """If FILE holds nothing dirty, and mode, size or disk are others, its content is discarded and it is begun anew."""
+    """If FILE holds nothing dirty, but mode, size or disk differ, it is recreated without its former content."""
     image, cache = tmp_path / "image", tmp_path / "cache"
     image.write_bytes(bytes(SIZE))
     for machine, options in zip(machines, ("size=1M,mode=read", "size=2M,mode=writeback"), strict=True):
@@ -142,7 +142,7 @@ def test_a_header_of_more_than_there_can_be(machines: list[Machine], tmp_path: P
     ("former", "later"), [("size=1M", "size=2M"), ("size=2M", "size=1M"), ("size=2M,mode=read", "size=1M")]
 )
 def test_killed_while_it_is_begun_anew(tmp_path: Path, former: str, later: str) -> None:
-    """Killed or without power while FILE is begun anew, it is begun anew again, and no former map is used."""
+    """If a worker is killed or power fails while FILE is recreated, the next one recreates it, without former maps."""
     path, image = at(tmp_path / "cache"), RecordedFile(bytearray(64 << 10))
     file = RecordedFile(bytearray(4096))
     if "mode" not in former:

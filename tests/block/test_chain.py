@@ -16,7 +16,7 @@ from xenbackend.errors import DriverError
 def test_a_filter_that_passes_everything_on_is_not_on_the_way(
     machine: Machine, events: list[str], tmp_path: Path
 ) -> None:
-    """Four empty filters leave nothing between the engine and the file, downward or upward."""
+    """With four empty filters, requests and completions still go directly between the engine and the file."""
     path = image(tmp_path / "img")
     chain = machine.open(f"silent:|silent:|silent:|silent:|aio:{path}", checked=False)
     file = chain.layers[-1].driver._file
@@ -29,7 +29,7 @@ def test_a_filter_that_passes_everything_on_is_not_on_the_way(
 
 
 def test_an_empty_filter_between_two_others_is_skipped(machine: Machine, events: list[str]) -> None:
-    """What is above an empty filter calls what is below it, and completions come back the same way."""
+    """The layer above an empty filter calls the layer below it, and completions skip it too."""
     chain = machine.open("clumsy:|silent:|delay:|ram:1M", checked=False)
     clumsy, silent, delay, ram = (layer.driver for layer in chain.layers)
 
@@ -77,7 +77,7 @@ def test_a_layer_has_its_own_requests_back_before_anybody_is_served(
 
 
 def test_completions_can_be_taken_elsewhere_between_batches(machine: Machine) -> None:
-    """Setting `complete` once more reaches every layer, the file included."""
+    """Setting `complete` again reaches every layer, the file included."""
     chain = machine.open("delay:|ram:1M", checked=False)
     request, first, second = flush(), [], []
     chain.complete = first.append

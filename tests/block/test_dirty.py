@@ -150,7 +150,7 @@ def test_successor_finds_the_map() -> None:
 
 
 def test_memory_of_another_disk_is_not_believed() -> None:
-    """Memory with a map of another size or granularity is begun anew, even if it happens to have the right length."""
+    """Memory with a map of another size or granularity is cleared, even if it happens to have the right length."""
     memory = memoryview(bytearray(memory_size(SIZE, 512)))
     DirtyMap(memory, SIZE, 512, is_tracking=False).mark(0, SIZE)
 

@@ -44,7 +44,7 @@ def test_an_oserror_becomes_the_status_of_its_request(base: type[SimpleDriver]) 
 
 
 def test_a_simple_driver_gives_a_batch_back_as_one() -> None:
-    """Requests that are done at once come back in one batch (D2), requests on threads one by one."""
+    """Requests that are done at once come back in one batch (D2), and requests on threads one by one."""
     for base, expected in ((SimpleDriver, [2]), (BlockingDriver, [1, 1])):
         driver, sizes = picky(base), []
         driver.env = StepEnv()
@@ -64,7 +64,7 @@ def test_physical_sectors() -> None:
 
 
 def test_a_filter_as_it_stands_passes_everything_on() -> None:
-    """The empty filter has the geometry of the layer below and hands on the very batch."""
+    """A filter that overrides nothing has the geometry of the layer below and passes on each batch as it is."""
     layer, bottom, batch = Filter(None), Bottom(), [flush()]
     layer.next, layer.below = bottom, Geometry(512)
     layer.submit(batch)
@@ -80,7 +80,7 @@ def test_a_driver_that_is_not_wired_says_so() -> None:
 
 
 def test_a_driver_knows_no_verbs() -> None:
-    """A verb that a layer does not know is refused with the layer's name."""
+    """A verb that a layer does not know is refused, and the error names the layer."""
     with pytest.raises(DriverError, match="bottom: does not know the verb 'get'"):
         Bottom().control("get", [])
 

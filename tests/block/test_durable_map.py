@@ -27,7 +27,7 @@ def run(file: RecordedFile) -> None:
 
 
 def test_only_pages_that_changed_are_written() -> None:
-    """A flush writes each changed page once, and a second one nothing."""
+    """A flush writes each changed page once, and the next flush writes none of them."""
     env, file, ended = StepEnv(), RecordedFile(bytearray(3 * PAGE)), list[int]()
     found = opened(env, file)
     found.mark(1, 1)

@@ -27,7 +27,7 @@ def test_any_bytes_of_a_chain_are_read(machine: Machine, tmp_path: Path) -> None
 
 
 def test_a_layer_that_fails_is_an_error(machine: Machine) -> None:
-    """The status of the layer below is the errno that is raised."""
+    """If the read fails, the status of the layer below is the errno of the error that is raised."""
     chain = machine.open("fault:errno=ENODATA|ram:1M", checked=False)
     layers = [each.driver for each in chain.layers]
     with pytest.raises(OSError, match="No data available") as caught:

@@ -85,7 +85,7 @@ def test_a_failure_closes_what_was_opened_in_reverse_order(machine: Machine, eve
 
 
 def test_a_parent_that_is_refused_is_closed_again(machine: Machine, events: list[str], tmp_path: Path) -> None:
-    """When `check_parent` refuses, the error names the child, and both are closed."""
+    """If `check_parent` refuses the parent, the error names the child, and both are closed."""
     leaf, base = family(tmp_path, "leaf", "base")
     error = refused(machine, f"child:{leaf},refuse=yes")
 

@@ -52,7 +52,7 @@ class Everything:
 
 @dataclass(frozen=True, slots=True)
 class Needy:
-    """An option that must be given, and no target."""
+    """Options without a target, one of which must be given."""
 
     key: int = option("the key")
 
@@ -135,7 +135,7 @@ def test_a_bad_option_is_marked_where_it_stands(text: str, problem: str, marked:
 
 
 def test_an_option_without_default_must_be_given() -> None:
-    """An option that is no target and has no default must be given as key=value."""
+    """An option without a default, unless it is the target, must be given as key=value."""
     assert Needy(key=3) == parsed("x:key=3", Needy)
     with pytest.raises(ChainError, match="the key is missing"):
         parsed("x:", Needy)

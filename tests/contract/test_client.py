@@ -70,7 +70,7 @@ def served(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_it_says_what_it_serves(served: Served) -> None:
-    """Disks with their names, chain, layers and counters; the service with its process."""
+    """A program gets the disks, with names, chain, layers and counters, and the service, with its process."""
     service, [disk] = served.service.service(), served.service.disks()
 
     assert service.pid > 0

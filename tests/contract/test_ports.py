@@ -105,7 +105,7 @@ class LoopbackGuest:
         return self.port
 
     def notify(self) -> None:
-        """Notify whoever has bound the port."""
+        """Notify the port's other end, if anybody has bound it."""
         fcntl.ioctl(self.evtchn, 0x00044504, struct.pack("=I", self.port))  # IOCTL_EVTCHN_NOTIFY
 
     def was_notified(self) -> bool:
@@ -185,7 +185,7 @@ def test_mapping_is_side_by_side(far, grants) -> None:
 
 
 def test_mapping_has_an_address(far, grants) -> None:
-    """A mapping begins at a page and its address is that of its view."""
+    """A mapping is aligned to a page, and its address is that of its view."""
     gref, page = far.grant()
     page[:4] = b"here"
     mapping = grants.map([gref], writable=True)

@@ -97,7 +97,7 @@ def test_directories_list_their_children(pair: Pair, top: str) -> None:
 
 
 def test_removing_takes_all_below(pair: Pair, top: str) -> None:
-    """A removed node takes its children with it."""
+    """If a node is removed, the nodes below it are removed too."""
     store, _ = pair
     store.write(f"{top}/a/b/c", "1")
 
@@ -108,7 +108,7 @@ def test_removing_takes_all_below(pair: Pair, top: str) -> None:
 
 
 def test_a_listing_longer_than_one_reply_is_complete(pair: Pair, top: str) -> None:
-    """A directory whose names exceed XENSTORE_PAYLOAD_MAX is listed in parts (XS_DIRECTORY_PART)."""
+    """A directory whose names exceed XENSTORE_PAYLOAD_MAX is listed completely, in parts (XS_DIRECTORY_PART)."""
     store, _ = pair
     names = [f"a-name-of-some-length-{number:03}" for number in range(400)]
     for name in names:

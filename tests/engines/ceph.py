@@ -84,8 +84,8 @@ rados osd op timeout = 1
 class Ceph:
     """One cluster, with the pool `rbd`.
 
-    conf    path of the ceph.conf that chains go by, which wishes for a cache and for operations that time out; by it
-            ``client.admin`` has its key
+    conf    path of the ceph.conf that chains name. It asks for a cache and for operations that time out, and leads to
+            the key of ``client.admin``
     """
 
     def __init__(self, directory: Path) -> None:

@@ -23,7 +23,7 @@ START_S = 10.0
 class Engine:
     """One server over an image of zeros.
 
-    chain   the layer that has its disk
+    chain   the layer with its disk
     """
 
     def __init__(

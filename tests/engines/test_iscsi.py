@@ -67,7 +67,7 @@ def engine(target: str, tmp_path: Path) -> Iterator[Engine]:
 
 
 def test_demo(engine: Engine) -> None:
-    """The demo verifies every sector."""
+    """The demo runs on such a disk and verifies every sector."""
     assert 0 == main(["demo", "--quiet", "--area", "16M", "--seconds", "1", engine.chain])
 
 

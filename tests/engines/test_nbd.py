@@ -49,7 +49,7 @@ def guest(machine: Machine, engine: Engine, request: pytest.FixtureRequest) -> I
 
 
 def test_demo(engine: Engine) -> None:
-    """The demo verifies every sector."""
+    """The demo runs on such a disk and verifies every sector."""
     assert 0 == main(["demo", "--quiet", "--area", "16M", "--seconds", "1", engine.chain])
 
 

@@ -137,7 +137,7 @@ def refusal(capsys: pytest.CaptureFixture[str], chain: str, *options: str) -> st
 
 
 def test_demo(chain: str) -> None:
-    """The demo verifies every sector."""
+    """The demo runs on such a disk and verifies every sector."""
     assert 0 == main(["demo", "--quiet", "--area", "16M", "--seconds", "1", chain])
 
 

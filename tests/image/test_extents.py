@@ -96,7 +96,7 @@ def test_the_map_of_a_vhdx_has_more_than_qemus(raw: Path, tmp_path: Path) -> Non
 
 
 def test_all_holes_are_found_on_demand(tmp_path: Path) -> None:
-    """With `all_holes`, as for a copy, every hole is found. Otherwise only those that QEMU's map would show are."""
+    """With `all_holes`, as for a copy, every hole is found. Otherwise only those that QEMU's map has are."""
     path = tmp_path / "img"
     path.write_bytes(qcow2(MIB, {1: b"d" * 4096, 2: b"e" * 4096}))
     with Session() as session:

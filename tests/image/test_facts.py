@@ -1,4 +1,4 @@
-"""What an image is."""
+"""What `image info` reports about images."""
 
 from __future__ import annotations
 

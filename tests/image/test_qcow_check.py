@@ -1,4 +1,4 @@
-"""Whether a QCOW image of version 1 is sound."""
+"""The check of QCOW images of version 1."""
 
 from __future__ import annotations
 

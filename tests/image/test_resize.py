@@ -240,7 +240,7 @@ def test_an_image_on_a_device_grows_where_there_is_room(tmp_path: Path, image_fo
 @pytest.mark.slow
 @pytest.mark.parametrize("image_format", ["vhd", "qcow2", "qcow"])
 def test_a_real_device(device: Path, tmp_path: Path, image_format: str) -> None:
-    """The same on a loop device."""
+    """An image on a real block device, a loop device, grows in the same way."""
     grow_there(put(image_format, tmp_path, device), 200 * MIB)
 
 

@@ -1,4 +1,4 @@
-"""Whether a VHD image is sound."""
+"""The check of VHD images, and their repair."""
 
 from __future__ import annotations
 

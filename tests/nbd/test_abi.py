@@ -1,4 +1,4 @@
-"""The numbers of NBD, beside what another implementation sends and expects."""
+"""The constants of NBD, compared with what another implementation sends and expects."""
 
 from __future__ import annotations
 

@@ -192,7 +192,7 @@ def test_power_lost_anywhere(tmp_path: Path, request: pytest.FixtureRequest, blo
 
 
 def test_a_begun_file_is_begun_anew(tmp_path: Path) -> None:
-    """If a worker is killed while it makes the file, torn or not, the next one begins it anew over the base."""
+    """If a worker is killed while it makes the file, torn or not, the next one makes it again over the base."""
     first, path, file = Random(4).randbytes(64 << 10), at(tmp_path / "cow"), RecordedFile(bytearray(4096))
     Disk(f"cow:{path}|aio:base", RecordedFiles(**{path: file, "base": RecordedFile(bytearray(first))}))
     assert len(file.log) > 3

@@ -1,4 +1,4 @@
-"""qcow: images of version 1, read and written beside QEMU."""
+"""qcow: images of version 1, read and written by us and by QEMU."""
 
 from __future__ import annotations
 

@@ -128,6 +128,6 @@ def test_a_disk_that_the_host_cannot_hold_is_refused(machine: Machine, text: str
 
 
 def test_what_is_neither_size_nor_file_is_refused(machine: Machine) -> None:
-    """A target that begins with "/" is a file. Anything else must be a size."""
+    """A target that begins with a slash or a dot is a file. Anything else must be a size."""
     with pytest.raises(ChainError, match="is not a size"):
         machine.open("ram:img")

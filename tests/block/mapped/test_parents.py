@@ -1,4 +1,4 @@
-"""Tests of `xenbackend.block.mapped.parents`; where an image may lead to is tested in opener/test_parents.py."""
+"""Tests of `xenbackend.block.mapped.parents`; opener/test_parents.py tests where an image may lead to."""
 
 from __future__ import annotations
 

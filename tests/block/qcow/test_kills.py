@@ -21,7 +21,7 @@ SIZE = 512 << 10
 
 @dataclass(frozen=True)
 class Shape:
-    """What sort of image."""
+    """What sort of image to make."""
 
     cluster_bits: int = 12
     order: int = 4

@@ -1,6 +1,6 @@
 """Tests of `xenbackend.block.remote.negotiation`: servers that never complete the handshake.
 
-tests/block/drivers/test_nbd.py has those that do, or that are none.
+tests/block/drivers/test_nbd.py has servers that do, and programs that are not NBD servers.
 """
 
 from __future__ import annotations
