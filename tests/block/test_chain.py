@@ -61,9 +61,7 @@ def test_an_exception_on_the_way_up_is_handed_over_with_its_batch(machine: Machi
 def test_a_layer_has_its_own_requests_back_before_anybody_is_served(
     machine: Machine, events: list[str], *, checked: bool
 ) -> None:
-    """Requests of a layer's own come back to it before a frontend has connected, so that a cache can already write to
-    the layer below.
-    """
+    """A layer's own requests come back to it before a frontend connects, so a cache can already write below."""
     chain = machine.open("busy:|silent:|ram:1M", checked=checked)
     busy = chain.layers[0].driver
     busy.ask()

@@ -157,9 +157,7 @@ def test_a_discard_waits_for_what_is_moving_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("op", [Op.WRITE, Op.FLUSH])
 def test_an_error_below_is_tried_again(tmp_path: Path, op: int) -> None:
-    """F4: if the layer below fails, writing there is tried again. The guest's writes succeed meanwhile, and all of them
-    arrive in the end.
-    """
+    """F4: if writing below fails, it is tried again. Guests' writes succeed meanwhile, and all arrive in the end."""
     life = Life(tmp_path, Random(1))
     life.disk.do(write(0, b"n" * BLOCK))
     tries: list[int] = []

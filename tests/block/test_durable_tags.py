@@ -36,9 +36,7 @@ def test_a_tag_is_put_and_taken_away() -> None:
 
 
 def test_what_a_predecessor_left_is_durable_before_anything_is_made_of_it() -> None:
-    """Tags that a predecessor left are written durably before they are used, even if the file seems to hold them: its
-    medium may not.
-    """
+    """Tags that a predecessor left are written durably before use: the file may show them, but not its medium."""
     env, file = StepEnv(), RecordedFile(bytearray(2 * PAGE))
     opened(env, file).put(1, 1)
     opened(env, file)

@@ -70,8 +70,7 @@ def directory(tmp_path: Path) -> Path:
 
 
 def watch(directory: Path, chains: list[str], *places: Path) -> list[dict[str, Any]]:
-    """Return the answer for each chain and the events that it caused, in a process that loads all drivers before it is
-    watched.
+    """Return each chain's answer and events, from a process that has loaded all drivers before it is watched.
 
     `places` are the directories in which the settings allow parents.
     """
@@ -93,8 +92,7 @@ def watch(directory: Path, chains: list[str], *places: Path) -> list[dict[str, A
 @pytest.mark.rows("D9", "R18")
 @pytest.mark.parametrize("is_allowed", [False, True])
 def test_nothing_outside_is_ever_opened(directory: Path, *, is_allowed: bool) -> None:
-    """Absolute and relative paths, links, /proc, /dev, URLs, json, every locator: only files in an allowed directory
-    are opened.
+    """Absolute, relative, linked, /proc, /dev, URL, json, every locator: only files in an allowed directory are opened.
 
     If no directory is allowed, only the image itself is opened.
     """

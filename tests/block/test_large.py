@@ -1,5 +1,4 @@
-"""Image formats at length: every size of cluster and disk, up to eight parents, compared with a model that is a raw
-file.
+"""Image formats at length: every size of cluster and disk, up to eight parents, compared with a raw file as a model.
 
 `--requests` is the total number of requests for each format; `make test-images` asks for a million, and for every shape
 of image (`--long`).

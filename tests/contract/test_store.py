@@ -1,5 +1,4 @@
-"""What the client may expect of a xenstored. The rig's passes these cases and, if the host runs one, the host's does
-too.
+"""What the client may expect of a xenstored: of the rig's and, if the host runs one, of the host's.
 
 The host's is used below a directory of its own, which is removed afterwards. The tests cannot start a private
 xenstored: without a hypervisor, C xenstored 4.17 crashes at the first write, and oxenstored does not start.

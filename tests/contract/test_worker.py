@@ -1,5 +1,4 @@
-"""What a supervisor may rely on in a worker, tested with the real worker and with the fake one of the supervisor's
-tests.
+"""What a supervisor may rely on in a worker: in the real one, and in the fake one of the supervisor's tests.
 
 Any other program that speaks `protocol.messages` as a worker has to pass these tests too: add it to `KINDS`.
 """
@@ -228,7 +227,7 @@ def test_a_look_at_a_chain_is_none_more(candidate: Candidate) -> None:
 
 
 def test_what_was_agreed_is_left_to_a_successor(candidate: Candidate) -> None:
-    """The journal names the chain that serves the frontend or did so last, and what was agreed until that ends."""
+    """The journal has the chain in service, or last in service, and until a Leave what was agreed with the frontend."""
     found = []
     candidate.open()
     candidate.tell(messages.Serve, candidate.connect())
@@ -254,8 +253,7 @@ def test_a_supervisor_that_is_gone_ends_it(candidate: Candidate) -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_whatever_comes_in_whatever_order(candidate: Candidate, seed: int) -> None:
-    """Whatever orders and questions arrive without a pause, the last order is carried out, and every question gets a
-    reply.
+    """After random orders and questions without a pause, the last order is carried out and each question has a reply.
 
     The conditions that the fixture checks at the end hold here too.
     """

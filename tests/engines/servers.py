@@ -29,8 +29,7 @@ class Engine:
     def __init__(
         self, kind: str, directory: Path, size: int, options: Sequence[str] = (), more: str = "", image: str = ""
     ) -> None:
-        """Prepare a server. `options` come before nbdkit's plug-in or before the image, and `more` is added to the
-        chain.
+        """Prepare a server. `options` come before nbdkit's plug-in or the image, and `more` is added to the chain.
 
         `image` is what qemu-nbd serves instead of a file of zeros.
         """

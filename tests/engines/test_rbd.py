@@ -413,8 +413,7 @@ def test_a_key_that_loses_its_rights_in_service(
 def test_a_client_that_loses_a_right_ends(
     ceph: Ceph, machine: Machine, chain: str, name: str, request: pytest.FixtureRequest
 ) -> None:
-    """If the cluster does not allow a client's writes any more, the guest sees no error: it waits, and `status` says
-    why.
+    """If the cluster allows a client no more writes, the guest sees no error: it waits, and `status` says why.
 
     Once the right is restored, the writes are done.
     """
@@ -672,8 +671,7 @@ def test_opening_and_closing_have_an_end(
 
 
 def test_every_kind_of_request(chains: Chains, chain: str, request: pytest.FixtureRequest) -> None:
-    """Random reads, writes and discards of every shape have the right effect, and a discard alters nothing outside of
-    its range.
+    """Random reads, writes and discards of every shape are done right. A discard changes nothing beside its range.
 
     After a discard, each sector of its range is zeros or unchanged.
     """

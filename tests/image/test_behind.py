@@ -103,8 +103,7 @@ def made(kind: str, directory: Path, chance: Random) -> tuple[Image, bytes]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_new_is_zeros(kind: str, tmp_path: Path) -> None:
-    """Whatever tables and the last cluster held beyond the end, a disk that grows shows zeros there, for QEMU too, and
-    keeps its content.
+    """Whatever an image had beyond its end, a disk that grows shows zeros there, for QEMU too, and keeps its content.
 
     The new part can be written. Only QCOW2 can free the clusters that were beyond the end.
     """

@@ -137,9 +137,7 @@ def test_a_chain_with_parents_is_flattened(made: Make, raw: Path, tmp_path: Path
 @pytest.mark.usefixtures("small_turns")
 @pytest.mark.parametrize("steps", [0, 1, 2, 3])
 def test_what_was_stopped_can_be_gone_on_with(made: Make, raw: Path, tmp_path: Path, target: Image, steps: int) -> None:
-    """If a conversion is stopped anywhere, the source is unchanged and the target does not exist. `resume` continues it
-    to the same result.
-    """
+    """If a conversion is stopped anywhere, the source is unchanged and there is no target. It can be resumed."""
     source = made("vhd")
     before = Path(source.path).read_bytes()
     with pytest.raises(KeyboardInterrupt):
@@ -319,9 +317,7 @@ def test_of_two_that_begin_at_once_one_does(
 def test_what_is_under_way_is_not_gone_on_with(
     raw: Path, tmp_path: Path, to: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While a conversion is under way, until its image has its name, a second one is refused as in use, without advice
-    to remove a file.
-    """
+    """Until a conversion has given its image its name, a second one is refused, and not advised to remove a file."""
     source, target = parse_chain(f"aio:{raw}"), image_of_file(to, f"{tmp_path}/new")
     refused = []
 
@@ -367,8 +363,7 @@ def test_what_is_completed_is_not_written_again(
 def test_a_state_without_its_image_says_nothing(
     raw: Path, tmp_path: Path, target: Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If a state was left behind although its image was completed, and that is gone since, the next conversion begins
-    at the beginning.
+    """If a completed image has been removed, but its state was left, the next conversion begins at the beginning.
 
     The old state is removed before the new image is made.
     """

@@ -102,9 +102,7 @@ def test_data_in_other_files_are_trusted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("image_format", ["vhd", "qcow2", "qcow"])
 def test_what_is_made_is_opened_without_an_option(made: Make, raw: Path, tmp_path: Path, image_format: str) -> None:
-    """A snapshot and a rebased image open without an option, wherever their parents are, but not with another file in a
-    parent's place.
-    """
+    """A snapshot and a rebased image open with parents anywhere, but not with another file in a parent's place."""
     parent = made(image_format)
     (tmp_path / "far").mkdir()
     child = find_image(snapshot(parent, f"{tmp_path}/far/child").text)

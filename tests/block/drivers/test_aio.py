@@ -149,8 +149,7 @@ def test_a_size_that_is_no_multiple_of_the_sector(machine: Machine, tmp_path: Pa
 
 @pytest.mark.slow
 def test_small_sectors_of_a_device_with_large_ones(machine: Machine, tmp_path: Path) -> None:
-    """With `sector=512` on a device with larger sectors, concurrent writes of single sectors do not lose each other's
-    data.
+    """With `sector=512` on a device with larger sectors, concurrent writes of single sectors all arrive.
 
     There are writes of whole device sectors, flushes, and discards of less than a device sector too.
     """

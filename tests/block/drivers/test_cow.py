@@ -255,8 +255,7 @@ def test_a_whole_block_is_not_read_first(machine: Machine, tmp_path: Path) -> No
 
 
 def test_a_discard_goes_by_runs(tmp_path: Path) -> None:
-    """A discard is one request to FILE for each run of its blocks that no write interrupts, however many blocks that
-    is.
+    """A discard is one request to FILE for each run of its blocks that no write interrupts, however long.
 
     A block that is just being written is waited for, so that the discard comes after its first write.
     """

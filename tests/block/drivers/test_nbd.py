@@ -152,8 +152,8 @@ def test_a_size_that_is_no_whole_number_of_sectors_is_refused(machine: Machine, 
 
 
 def test_an_export_is_asked_for_by_its_name(machine: Machine, plain: Server) -> None:
-    """The export's name comes from the option, or from the URI, decoded once. For an unknown export, the error has the
-    server's words.
+    """The export's name comes from the option or, decoded once, the URI. Of an unknown one, the server's words are
+    shown.
     """
     plain.export.name = b"a|b, %41"
     machine.open(text(plain, r",export=a\|b\, %41")).close()

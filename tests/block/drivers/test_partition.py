@@ -54,9 +54,7 @@ def test_the_table_cannot_be_reached(machine: Machine, tmp_path: Path) -> None:
 
 
 def test_a_table_that_cannot_be_used_is_refused(machine: Machine, tmp_path: Path) -> None:
-    """If there is no table, no such partition, an invalid number, or a table that cannot be read, the error says so and
-    nothing stays open.
-    """
+    """No table, no such partition, a bad number, an unreadable table: the error says so, and nothing stays open."""
     path = tmp_path / "img"
     path.write_bytes(mbr(SIZE, {1: (0x83, 2048, 100)}))
 

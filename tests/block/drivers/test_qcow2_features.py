@@ -191,9 +191,7 @@ def test_the_table_is_true(machine: Machine, tmp_path: Path, feature: str) -> No
 
 @pytest.mark.slow
 def test_what_the_table_says_besides(machine: Machine, tmp_path: Path) -> None:
-    """Snapshots, extensions and compatible features are kept, bitmaps and auto-clear features are dropped, and a raw
-    data file stays raw.
-    """
+    """Snapshots, extensions, compatible features, raw data files stay. Bitmaps and auto-clear features do not."""
     for feature in ("internal snapshots", "unknown header extension", "unknown compatible feature",
                     "unknown auto-clear feature", "persistent bitmaps", "raw external data file"):  # fmt: skip
         directory = tmp_path / feature

@@ -113,9 +113,7 @@ def test_what_was_connected_is_let_go_of_when_opening_fails(
 
 
 def test_a_worker_is_told_of_it_before_its_walls() -> None:
-    """A chain with rbd says so before the worker is behind its walls, and declares its needs. Other built-in drivers
-    are not loaded ahead.
-    """
+    """A chain with rbd says before the walls that it is to be loaded, and what it needs. Other drivers are not."""
     assert ["rbd"] == to_load_ahead("log:|throttle:iops=5|rbd:a/b")
     assert [] == to_load_ahead("log:|aio:/img")
     assert frozenset({"ceph", "network"}) == Rbd.needs

@@ -19,9 +19,7 @@ def test_a_header_comes_back_and_touches_no_slot() -> None:
 
 
 def test_tags_and_slots_of_a_write_back_cache_do_not_overlap() -> None:
-    """A write-back header is read back as it was packed, is not accepted as one of the other kind, and tags and slots
-    do not overlap.
-    """
+    """A write-back header is read back, and not taken for the other kind. Tags and slots do not overlap."""
     header = BackHeader(100 << 20, 4096, "below", bytes(range(16)))
 
     assert header == BackHeader.parse(header.pack())

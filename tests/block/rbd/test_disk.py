@@ -124,9 +124,7 @@ def test_answers(disk: Disk, request_: Request, result: int, status: int) -> Non
 
 @pytest.mark.parametrize("code", [BLOCKLISTED, errno.EROFS, errno.ETIMEDOUT, errno.EPERM, errno.EACCES])
 def test_a_client_of_no_use_gives_up(disk: Disk, code: int) -> None:
-    """If an answer says that the client was blocklisted, or has lost its lock or a right, or that librbd timed out, the
-    worker gives up.
-    """
+    """A worker gives up if it was blocklisted, has lost its lock or a right, or if an operation has timed out."""
     assert errno.EIO == disk.do(write(0, bytes(512)), -code)
     assert 1 == len(disk.env.gave_up)
 

@@ -145,9 +145,7 @@ def test_a_connection_that_is_lost_is_made_anew_with_tls(machine: Machine, serve
     ],
 )
 def test_each_certificate_that_is_wrong_has_a_sentence(places: Places, name: str, host: str, sentence: str) -> None:
-    """A certificate that has expired, is for another host, or is from an unknown authority has its own message and is
-    never accepted.
-    """
+    """A certificate that has expired, is for another host, or from an unknown authority is refused with the reason."""
     near, far = socket.socketpair()
     context = places.context(getattr(places, name))
 
@@ -178,9 +176,7 @@ def test_who_shows_no_certificate_is_told(machine: Machine, server: Server, plac
 
 
 def test_a_server_without_tls_hears_nothing_of_us(machine: Machine, server: Server, places: Places) -> None:
-    """If a server does not offer TLS, it does not even learn the export's name. If it requires TLS, the error says how
-    to ask for it.
-    """
+    """A server without TLS does not even learn the export's name. One that requires TLS is refused with advice."""
     server.tls, server.needs_tls = None, False
     with pytest.raises(DriverError, match="it does not offer TLS, which nbds:// requires"):
         machine.open(text(server, places.client))
@@ -295,9 +291,7 @@ def test_what_brings_no_data_holds_nobody(places: Places, monkeypatch: pytest.Mo
 
 
 def test_all_that_has_come_is_taken(places: Places) -> None:
-    """If several answers arrive together in one read of the socket, all of them are taken, since the socket will not
-    signal them again.
-    """
+    """Answers that arrive together are all taken, because the socket will not signal them again."""
     pair = Pair(places)
     connection = Connection(pair.ours, Offer(SIZE, 0))
     requests = [flush() for _ in range(3)]
