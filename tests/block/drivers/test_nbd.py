@@ -152,9 +152,7 @@ def test_a_size_that_is_no_whole_number_of_sectors_is_refused(machine: Machine, 
 
 
 def test_an_export_is_asked_for_by_its_name(machine: Machine, plain: Server) -> None:
-    """The export's name comes from the option or, decoded once, the URI. Of an unknown one, the server's words are
-    shown.
-    """
+    """An option names the export or, decoded once, the URI does. An unknown one is refused in the server's words."""
     plain.export.name = b"a|b, %41"
     machine.open(text(plain, r",export=a\|b\, %41")).close()
     machine.open(f"nbd:nbd+unix:///a%7Cb%2C%20%2541?socket={plain.path},drain=0s").close()

@@ -352,8 +352,7 @@ def test_odd_shares_are_refused(arguments: list[str]) -> None:
 
 @pytest.mark.parametrize("left", ["nan", "inf", "-inf", "1e300", "-1"])
 def test_what_a_predecessor_left_is_not_believed(left: str) -> None:
-    """A guest may have taken over the predecessor, so whatever that left, its successor keeps the limit and never
-    hangs.
+    """A predecessor may be taken over by its guest. Whatever it left, its successor keeps the limit and never hangs.
 
     The guest gets the first share, and what it has used up is forgotten.
     """
