@@ -60,7 +60,7 @@ def test_a_third_partys_driver_is_a_word_like_any_other() -> None:
     ],
 )
 def test_a_driver_that_cannot_be_used_says_why(name: str, sentence: str) -> None:
-    """If a third party's driver cannot be imported, or follows another contract, the error names its package."""
+    """If a third party's driver cannot be imported, or is for another contract version, its package is named."""
     with pytest.raises(LookupError) as caught:
         drivers.find_driver(name)
 

@@ -15,7 +15,7 @@ from xenbackend.block.request import Op
 
 
 def test_a_batch_stays_a_batch() -> None:
-    """Requests whose clusters are in the file go to it as one batch, with the same memory."""
+    """Requests whose clusters are in the file go to it as one batch, with the same memory, and keep their fields."""
     disk = Plain([at(0) | OWNED, at(1) | READABLE])
     disk.do(read(0, 512))  # loads the table
     batch = [write(512, b"w" * 1024), read(CLUSTER, 512, 512), read(0, CLUSTER)]
