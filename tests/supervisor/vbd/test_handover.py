@@ -175,6 +175,30 @@ def test_a_worker_that_cannot_be_talked_to_is_ended_first(kept: Kept) -> None:
     heir.close()
 
 
+def test_a_worker_that_nobody_took_over_is_killed_before_its_memories_are_wiped(
+    kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A map that is wiped below a worker that serves would be taken for one of an empty disk."""
+    with subprocess.Popen(["sleep", "60"]) as process:
+        handover = Handover(kept.keeper(), PATH)
+        handover.keep("map", memfd.make("test", 4096))
+        near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        own = os.pidfd_open(process.pid)
+        handover.keep_worker(near.fileno(), own)
+        handover.leave()
+        heir = next_one(kept)
+        assert heir.worker is not None
+        has_ended: list[bool] = []
+        pidfd = heir.worker[1]
+        monkeypatch.setattr(memfd, "wipe", lambda _: has_ended.append(bool(select.select([pidfd], [], [], 5)[0])))
+        heir.close()
+        process.kill()
+    for fd in (near.detach(), far.detach(), own):
+        os.close(fd)
+
+    assert ([True], -9) == (has_ended, process.returncode)
+
+
 @pytest.mark.parametrize(
     ("module", "name", "number", "what"),
     [

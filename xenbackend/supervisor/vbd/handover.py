@@ -287,6 +287,8 @@ class Handover:
 
     def close(self) -> None:
         """Close everything, and have the keeper forget it: the vbd has ended."""
+        if self.worker is not None:  # nobody has taken it over, and it uses the memories that are wiped now
+            kill(self.worker[1])
         for name in list(self._memories):
             self.drop(name)
         self.files.let_go()
