@@ -10,6 +10,7 @@ import select
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,9 @@ class Loop:
         self.peers: list[Peer] = []
         self.bugs: list[Exception] = []
         self.reactor = Reactor(lambda: self.time, on_bug=self.bugs.append)
-        self.put_off: list[Callable[[], object]] = []  # requests of the verbs "late" and "late bug"
-        gates = dict.fromkeys(("late", "late bug"), self.put_off.append)
+        self.put_off: list[Callable[[], object]] = []  # requests of the verbs that begin with "late"
+        self.left: list[str] = []  # verbs whose clients have left
+        gates = dict.fromkeys(("late", "late bug", "late order"), self.put_off.append)
         self.server = Server(self.path, self.reactor, self._answer, gates=gates)
 
     def _answer(self, request: dict[str, Any], peer: Peer, reply: Reply) -> None:
@@ -61,6 +63,8 @@ class Loop:
             case "order":
                 reply.order = 17
                 self.held.append(reply)
+            case "late order":
+                reply.left = partial(self.left.append, "late order")
             case "big":
                 reply(Answer(Code.OK, "x" * 2_000_000))
             case "bug" | "late bug":
@@ -409,6 +413,18 @@ def test_it_is_told_once_nobody_waits_any_more(loop: Loop, end: str) -> None:
 
     assert (["has waited"] if end == "has waited" else []) == waited
     assert ([] if end == "is answered" else [end]) == left
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_it_is_told_if_nobody_waits_any_more_once_it_passes_the_gate(loop: Loop, *, waits: bool) -> None:
+    """A request whose client had waited for long enough before it was handled is handled, and has no client."""
+    with loop.connect() as client:
+        client.sendall(b'{"verb": "late order", "wait": 5}\n')
+        loop.settle()
+        loop.settle(0 if waits else 5)
+        loop.put_off.pop()()
+
+        assert ([] if waits else ["late order"]) == loop.left
 
 
 @pytest.mark.parametrize("says_more", [False, True])

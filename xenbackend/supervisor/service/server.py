@@ -260,7 +260,8 @@ class Server:
 
     def _hand_over(self, request: dict[str, Any], client: _Client, reply: Reply) -> None:
         """Have a request handled, unless its client went away, unanswered, while the request waited at its gate."""
-        if client not in self._clients and client.reply is reply:
+        has_waited = client.reply is not reply  # at the gate, for as long as it wanted
+        if client not in self._clients and not has_waited:
             return
         try:
             self._handler(request, client.peer, reply)
@@ -268,6 +269,8 @@ class Server:
             if client.reply is reply:
                 reply(replace(of_bug(bug), order=reply.order))
             self._loop.bug(bug)
+        if has_waited:
+            reply.left()
 
     def _send(self, client: _Client, answer: Answer) -> None:
         """Have an answer sent in the loop's next pass; after that the client may send another request."""
