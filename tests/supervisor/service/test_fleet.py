@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import resource
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -324,6 +326,33 @@ def test_a_worker_that_is_left_goes_on_for_whoever_adopts_it(hear: Callable[...,
     assert (2, pid) == (before - callbacks, adopted)
     assert [5] == [each.number for each in heard.messages if isinstance(each, messages.Standing)]
     assert ["the test wants it"] == heard.ends
+
+
+@pytest.mark.parametrize("which", [1, 2])
+def test_a_worker_that_cannot_be_watched_is_not_adopted(
+    hear: Callable[..., Heard], monkeypatch: pytest.MonkeyPatch, which: int
+) -> None:
+    """Its descriptors stay open, for the next try, and the loop has none of them."""
+    heard = hear(FAKE_WORKER)
+    near, pidfd = (os.dup(fd) for fd in heard.worker.descriptors)
+    heard.worker.leave()
+    add, places, watched = heard.loop.add, count(1), len(heard.loop._callbacks)
+
+    def fail_once(fd: int, callback: Callable[[], object]) -> None:
+        if next(places) == which:
+            raise OSError(errno.ENOSPC, "watch a descriptor")
+        add(fd, callback)
+
+    fleet = Fleet(heard.loop, FAKE_WORKER)
+    with monkeypatch.context() as patch:
+        patch.setattr(heard.loop, "add", fail_once)
+        with pytest.raises(OSError, match="watch a descriptor"):
+            fleet.adopt((near, pidfd), heard.hear, heard.ends.append)
+    assert watched == len(heard.loop._callbacks)
+    heard.worker = fleet.adopt((near, pidfd), heard.hear, heard.ends.append)
+    heard.worker.send(messages.Report(5))
+    heard.until(lambda: heard.messages)
+    heard.kill()
 
 
 def test_workers_come_from_a_zygote_where_there_is_one(

@@ -70,8 +70,12 @@ class Worker:
         self.has_broken_protocol = False
         self._is_heard = self._is_held = True  # we listen; it is ours
         self._overdue = self._loop.timer(self._has_not_ended)
-        self._loop.add(started.socket.fileno(), self._receive)
         started.watch(self._loop, self._reap)
+        try:
+            self._loop.add(started.socket.fileno(), self._receive)
+        except OSError:
+            started.unwatch()
+            raise
 
     @property
     def pid(self) -> int:
@@ -304,8 +308,16 @@ class Fleet:
         return [each.process for each in children]
 
     def adopt(self, fds: tuple[int, int], on_message: OnMessage, on_end: OnEnd) -> Worker:
-        """Adopt a worker that an earlier service started, by its `Worker.descriptors`."""
-        return Worker(self, Process(socket.socket(fileno=fds[0]), fds[1]), on_message, on_end)
+        """Adopt a worker that an earlier service started, by its `Worker.descriptors`.
+
+        Raises: OSError, if the host cannot watch them; then they stay the caller's.
+        """
+        near = socket.socket(fileno=fds[0])
+        try:
+            return Worker(self, Process(near, fds[1]), on_message, on_end)
+        except OSError:
+            near.detach()
+            raise
 
     def note_walls(self, no_walls: Mapping[str, str]) -> None:
         """Log which walls this host cannot raise around workers, and why; the same only once."""
