@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.answering import DISK, answering, typed_disk, typed_service, working
+from tests.answering import DISK, answering, moved, typed_disk, typed_service, working
 from xenbackend.cli import pictures, status_table
 from xenbackend.cli.main import main
 from xenbackend.cli.pictures import Picture
@@ -66,15 +66,6 @@ def test_a_table_on_a_terminal(
     assert "6/xvdb: its drivers need, and have: network" in out
     assert "service 0.1.0, process 11, up" in out
     assert "2 disks; 1 of 2 need upgrade: xenbackend upgrade" in " ".join(out.split())
-
-
-def moved(known: dict[str, Any], **counts: int) -> dict[str, Any]:
-    """Return a description with these counts added."""
-    later = deepcopy(known)
-    later["latency_histogram"][17] += counts.get("latency_samples", 0)
-    for name, count in counts.items():
-        later["counters"][name] += count
-    return later
 
 
 def picture(*disks: dict[str, Any], at: float = 0.0) -> Picture:

@@ -7,21 +7,12 @@ from typing import Any
 
 import pytest
 
-from tests.answering import DISK, typed_disk, typed_service
+from tests.answering import DISK, moved, typed_disk, typed_service
 from xenbackend.cli import top_rows
 from xenbackend.cli.pictures import Picture, Speed
 from xenbackend.cli.top_rows import History, Row, View, arranged, sparkline
 
 OTHER = {**deepcopy(DISK), "vbd": "6/xvdb", "node": "vbd/6/51728", "domid": 6, "guest": "web", "chain": "ram:1G"}
-
-
-def after(known: dict[str, Any], **counts: int) -> dict[str, Any]:
-    """Return a disk with these counts added."""
-    later = deepcopy(known)
-    later["latency_histogram"][17] += counts.get("latency_samples", 0)
-    for name, count in counts.items():
-        later["counters"][name] += count
-    return later
 
 
 def picture(*disks: dict[str, Any], at: float = 0.0) -> Picture:
@@ -35,7 +26,7 @@ def test_latency_is_of_each_interval_and_remembered() -> None:
     known = deepcopy(DISK)
     [first] = history.take(picture(known))
     for step, mean_ns in enumerate((1000, 4000), 1):
-        known = after(known, reads=10, latency_samples=10, latency_ns=10 * mean_ns)
+        known = moved(known, reads=10, latency_samples=10, latency_ns=10 * mean_ns)
         [row] = history.take(picture(known, at=float(step)))
     [row, other] = history.take(picture(known, OTHER, at=3.0))
     [gone] = history.take(picture(OTHER, at=4.0))
@@ -69,7 +60,7 @@ def test_only_so_much_is_remembered() -> None:
 )
 def test_order_and_filter(view: View, found: list[str]) -> None:
     """The filter looks at names, states and chains, ignoring case."""
-    rows = History().take(picture(DISK, after(OTHER, in_flight=9)))
+    rows = History().take(picture(DISK, moved(OTHER, in_flight=9)))
 
     assert found == [row.known.vbd for row in arranged(rows, view)]
     assert all(row.in_flight == (9 if row.known.vbd == "6/xvdb" else 0) for row in rows)
