@@ -219,12 +219,6 @@ class Image:
         """
         check(self._slow.rbd_lock_acquire(self.handle, EXCLUSIVE), "take the image's lock")
 
-    def is_owner(self) -> bool:
-        """Return whether the lock is ours. Raises: DriverError."""
-        found = ctypes.c_int()
-        check(self._slow.rbd_is_exclusive_lock_owner(self.handle, ctypes.byref(found)), "ask whether the lock is ours")
-        return bool(found.value)
-
     def break_lock(self, owner: Owner) -> None:
         """Break the lock of a client that is on the blocklist already (`Cluster.refuse`). Raises: DriverError."""
         result = self._rados.rados_break_lock(

@@ -54,7 +54,6 @@ _RBD: dict[str, tuple[Any, ...]] = {
     "rbd_config_image_list": (_handle, _handle, _handle),
     "rbd_config_image_list_cleanup": (_handle, _int),
     "rbd_lock_acquire": (_handle, _int),
-    "rbd_is_exclusive_lock_owner": (_handle, _handle),
     "rbd_watchers_list": (_handle, _handle, _handle),
     "rbd_watchers_list_cleanup": (_handle, _size),
     "rbd_metadata_get": (_handle, _text, _text, _handle),

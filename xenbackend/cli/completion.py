@@ -16,7 +16,6 @@ from xenbackend.cli.arguments import add_json
 from xenbackend.cli.output import print_json
 
 _SPECIAL_IN_DOUBLE = re.compile(r"([$`\"\\])")
-ASK = "__complete"  # first word of the command by which a shell's script asks
 _SPECIAL = re.compile(r"([^\w@%+=:,./^-])")  # what has a meaning for the shell outside of quotes
 SCRIPTS = {
     "bash": """\

@@ -11,7 +11,6 @@ from enum import StrEnum
 from xenbackend.blkif.handshake import STEPS, Step, XenbusState, name
 
 _S = XenbusState
-_WAITING = (_S.INIT_WAIT, _S.INITIALISED)
 
 
 class Who(StrEnum):
