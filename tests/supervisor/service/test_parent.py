@@ -238,8 +238,26 @@ def test_a_service_that_cannot_be_started_leaves_no_descriptor(runs: Runs, monke
 
 def test_a_place_that_cannot_be_listened_at_is_said(tmp_path: Path) -> None:
     """If the parent cannot listen for descriptors, that is an error, and no service is started."""
-    with pytest.raises(ConfigError, match="cannot listen there"):
+    with pytest.raises(ConfigError, match="cannot listen: .*; make the directory"):
         parent.run(["run"], str(tmp_path / "nowhere" / "control.sock"), {})
+
+
+def test_a_second_one_leaves_the_first_its_place(tmp_path: Path) -> None:
+    """A second parent is refused, and the first is reached as before; the place of a dead one is free."""
+    place = tmp_path / "control.sock.keep"
+    first = Store(place)
+    with pytest.raises(ConfigError, match="another `xenbackend run --keep` listens there already"):
+        parent.run(["run"], str(tmp_path / "control.sock"), {})
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as near:
+        near.connect(str(place))
+        near.send(b"READY=1")
+    heard = first.take()
+    first.socket.close()  # as by SIGKILL: its place stays
+    second = Store(place)
+    second.close()
+
+    assert "READY=1" == heard
+    assert [] == list(tmp_path.iterdir())
 
 
 def test_kept_descriptors_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,13 +29,13 @@ def check_place(path: str, inherited: int = -1) -> None:
         with socket.socket(fileno=os.dup(inherited)) as near:
             if _is_reached(near, Path(path)):
                 return
-    with _alone_at(Path(path)), _listen(Path(path)):
+    with alone_at(Path(path)), _listen(Path(path)):
         Path(path).unlink()
 
 
 def listen(path: Path) -> socket.socket:
     """Return a socket that listens at `path`, in the place of one that nobody uses any more. Raises: ConfigError."""
-    with _alone_at(path):
+    with alone_at(path):
         return _listen(path)
 
 
@@ -56,7 +56,7 @@ def _is_reached(near: socket.socket, path: Path) -> bool:
 
 
 @contextmanager
-def _alone_at(path: Path) -> Iterator[None]:
+def alone_at(path: Path) -> Iterator[None]:
     """Hold a lock beside `path`, without which no service listens there or removes a socket. Raises: ConfigError.
 
     Between bind and listen, a socket looks like one that a dead service has left. The directory is made if it is ours.
