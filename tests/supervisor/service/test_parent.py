@@ -238,7 +238,7 @@ def test_a_service_that_cannot_be_started_leaves_no_descriptor(runs: Runs, monke
 
 def test_a_place_that_cannot_be_listened_at_is_said(tmp_path: Path) -> None:
     """If the parent cannot listen for descriptors, that is an error, and no service is started."""
-    with pytest.raises(ConfigError, match="cannot listen: .*; make the directory"):
+    with pytest.raises(ConfigError, match=r"cannot listen: .*; make the directory"):
         parent.run(["run"], str(tmp_path / "nowhere" / "control.sock"), {})
 
 
