@@ -1,6 +1,6 @@
-"""What a write-back cache sends to FILE and to the layer below, and gives back: in batches, each as a part of its own.
+"""I/O of a write-back cache: sends requests to FILE and the layer below as parts of its own, and answers, in batches.
 
-Must not know what is dirty.
+Must not know which blocks are dirty.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
     from xenbackend.block.driver import Filter, HostFile
     from xenbackend.block.formats.cache import BackHeader
 
-_PATIENCE = 16  # errors of FILE, one after the other
+_PATIENCE = 16  # errors of FILE in a row
 
 
 class BackIO:
-    """That of one cache; the base of `WriteBack`. `on_lost` hears that what has gone below may be lost, and why."""
+    """I/O of one cache; base class of `WriteBack`. `on_lost` gets the errno of each failed flush of the layer below."""
 
     on_lost: Callable[[int], None]
 
     def __init__(self, driver: Filter, file: HostFile, header: BackHeader) -> None:
-        """Take maps from memory, or from FILE. Raises: OSError."""
+        """Take map and tags from memory, or the tags from FILE. Raises: OSError."""
         assert driver.below is not None  # noqa: S101 - as in `Filter.open`
         self._driver, self._env, self._file, self._below = driver, driver.env, file, driver.below
         self.block, self._data_at = header.block, header.data_at
@@ -41,15 +41,15 @@ class BackIO:
         self._to_file: list[Request] = []
         self._back: list[Request] = []
         self._is_passing = False
-        self._gone_below = 1  # writes below that have ended; a predecessor may have left one
-        self._flushed_below = 0  # of these, as many as a flush has covered
+        self._gone_below = 1  # writes and discards below that have ended; 1 stands for those of a predecessor
+        self._flushed_below = 0  # how many of them the last flush has covered
         self._lost = self._env.memory("lost", PAGE)  # a byte: see `lose`
         self._is_told = False
         self._errors = self._in_a_row = 0
-        self.is_shunned = self._env.read_only  # nothing more is put into FILE
+        self.is_shunned = self._env.read_only  # no more blocks are put into FILE
 
     def take_back(self, batch: list[Request]) -> None:
-        """Go on with what FILE or the layer below gives back: parts of ours, and nothing else."""
+        """Continue with what FILE or the layer below gives back, which are parts of ours only."""
         for part in batch:
             if self.tags.pages.owns(part):  # type: ignore[arg-type]  # as the docstring says
                 self.tags.pages.take(part)  # type: ignore[arg-type]  # the same
@@ -59,9 +59,9 @@ class BackIO:
         self.pass_on()
 
     def pass_on(self) -> None:
-        """Send down, to FILE and up what has come together meanwhile."""
+        """Send the collected requests: to the layer below, to FILE, and back to the layer above."""
         if self._is_passing:
-            return  # what comes back at once is passed on by the loop below, or there were a call for each
+            return  # requests completed within `submit` are passed on by the loop below, in batches
         self._is_passing = True
         try:
             while self._down or self._to_file or self._back:
@@ -74,7 +74,7 @@ class BackIO:
                     self._file.submit(to_file)
                 if back:
                     self._driver.complete(back)
-                    if self._is_told:  # not before, or whoever is killed in between would forget it
+                    if self._is_told:  # only now: a kill in between must not lose the error
                         self._lost[0], self._is_told = 0, False
         finally:
             self._is_passing = False
@@ -82,7 +82,7 @@ class BackIO:
     def send_below(
         self, op: int, place: int, iov: Sequence[memoryview], length: int, done: Callable[[Part], None]
     ) -> None:
-        """Send a request of our own to the layer below."""
+        """Send a request to the layer below as a part; call `done` when it has ended."""
 
         def back(part: Part) -> None:
             self._gone_below += op != Op.READ
@@ -93,7 +93,7 @@ class BackIO:
     def send_to_slot(
         self, op: int, slot: int, at: int, iov: Sequence[memoryview], done: Callable[[Part], None]
     ) -> None:
-        """Read or write a part of a slot, which is given to no other block until that is done."""
+        """Read or write a part of a slot, which is pinned until that has ended; then call `done`."""
         self.map.pins[slot] += 1
 
         def back(part: Part) -> None:
@@ -105,7 +105,7 @@ class BackIO:
         self._to_file.append(self._pool.take(op, place, length, iov, back, None))
 
     def flush_below(self, done: Callable[[int], None]) -> None:
-        """Make durable what has gone below, if anything has since the last time; its failure is not forgotten."""
+        """Flush the layer below if it was written to since the last flush; call `done` with 0 or an errno."""
         gone = self._gone_below
         if not self._below.can_flush or gone == self._flushed_below:
             done(0)
@@ -121,11 +121,11 @@ class BackIO:
         self._down.append(self._pool.take(Op.FLUSH, 0, 0, (), flushed, None))
 
     def lose(self, status: int) -> None:
-        """Have the guest's next flush tell that one of ours failed, also in a successor: the kernel tells only once."""
+        """Make the guest's next flush fail with `status`, even in a successor: the kernel reports errors only once."""
         self._lost[0] = self._lost[0] or min(status, 255)
 
     def tell(self, request: Request, status: int) -> None:
-        """Give back a flush that ended so, or with what one of ours did before."""
+        """Give back the guest's flush with `status`, or else with the error that `lose` has noted."""
         status = status or self._lost[0]
         self._is_told |= status != 0
         self._end(request, status)
@@ -147,7 +147,7 @@ class BackIO:
         self._back.append(request)
 
     def _pieces(self, request: Request, slots: Sequence[int]) -> Iterator[tuple[int, int, int, list[memoryview]]]:
-        """Yield slot, place, length and memory of each block of a request; of several at once that have no slot."""
+        """Yield slot, place on the disk, length and memory of each block of a request; join blocks without a slot."""
         first, end, runs = request.offset >> self._bits, request.offset + request.length, list[tuple[int, int, int]]()
         for block, slot in enumerate(slots, first):
             start, stop = max(request.offset, block << self._bits), min(end, (block + 1) << self._bits)

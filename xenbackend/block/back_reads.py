@@ -1,6 +1,6 @@
-"""Reads of a write-back cache: from FILE what that has, the rest from below.
+"""Reads of a write-back cache: from FILE if it has the block, otherwise from below.
 
-Must not read from below what FILE alone has.
+Must not read a dirty block from below.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ if TYPE_CHECKING:
     from xenbackend.block.driver import Filter, HostFile
     from xenbackend.block.formats.cache import BackHeader
 
-MOST = 128 << 10  # bytes of a request whose blocks get slots
-_AGAIN = -1  # of a read that found nothing in FILE after all
+MOST = 128 << 10  # bytes; a larger request takes no slots
+_AGAIN = -1  # status of a read for which FILE failed, but which can be repeated, from below
 
 
 class BackReads(BackIO):
-    """Those of one cache; the base of `WriteBack`, which has `destage`."""
+    """The reads of one cache; base class of `WriteBack`, which sets `destage`."""
 
     destage: Destage
 
     def __init__(self, driver: Filter, file: HostFile, header: BackHeader) -> None:
-        """Begin with what `BackIO` finds. Raises: OSError."""
+        """Begin as `BackIO` does. Raises: OSError."""
         super().__init__(driver, file, header)
-        self._whole = self._below.size >> self._bits  # what the disk's end cuts is another block once that has grown
+        self._whole = self._below.size >> self._bits  # an incomplete last block is not cached: the disk may grow
         self._copies, self._overtaken = Copies(), Overtaken()
         self._hits = self._misses = 0
 
     def read_found(self, batch: list[Request]) -> list[Request]:
-        """Read what lies in one block that was found lately, most of what a cache does; return the rest of a batch."""
+        """Execute reads within a block that `map.places` has, as most hits are; return the other requests."""
         done, late, rest = self._file.read_mapped(batch, self.map.places, self._bits)
         if done:
             self._in_a_row = 0
@@ -47,10 +47,10 @@ class BackReads(BackIO):
         return rest
 
     def read(self, request: Request) -> None:
-        """Do any read."""
+        """Execute any read."""
         first, last = self._blocks(request)
         slot = self.map.find(first)
-        if slot >= 0 and first == last:  # as most are: the same as below, with less work
+        if slot >= 0 and first == last:  # the common case: the same as below, with less work
             self._hits += 1
             self._read_one(request, slot, self._data_at + (slot << self._bits) + (request.offset & (self.block - 1)))
             return
@@ -91,7 +91,7 @@ class BackReads(BackIO):
         if status and self.destage.dirty.get(block, (-1, 0.0))[0] == slot:
             status = CACHE_LOST
         elif status:
-            if self.map.find(block) == slot:  # it may have another one meanwhile, which is dirty
+            if self.map.find(block) == slot:  # by now the block may be in another slot, and dirty
                 self.map.drop(block, block)
             status = _AGAIN
         self._read_done(join, status)
@@ -106,7 +106,7 @@ class BackReads(BackIO):
                 self._end(join.request, join.status)
 
     def _miss(self, request: Request, first: int, last: int) -> None:
-        """Read from below: whole blocks, if they are to be kept."""
+        """Read from below: whole blocks if they are to be stored in FILE, otherwise only the request."""
         if self.is_shunned or last >= self._whole or not self._may_keep(request, 2):
             done = partial(self._passed, request)
             self.send_below(Op.READ, request.offset, request.iov, request.length, done)
@@ -132,7 +132,7 @@ class BackReads(BackIO):
                     left.left += 1
                     at = (block - first) << self._bits
                     self.send_to_slot(Op.WRITE, slot, 0, [memory[at : at + self.block]], partial(kept, slot, block))
-                    self.map.pins[slot] -= 1  # `take` has pinned it, too
+                    self.map.pins[slot] -= 1  # the pin of `take`; `send_to_slot` has its own
             kept(-1, -1, None)
 
         self.send_below(Op.READ, start, [memory[:length]], length, read)

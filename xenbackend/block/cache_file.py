@@ -1,6 +1,6 @@
-"""The file of a cache: opened, begun, or refused.
+"""The file of a cache: opens it, initialises it, or refuses it.
 
-Must not begin a file anew that has what is nowhere else, with mode=writeback, nor take it for another disk's.
+Must not initialise a file of mode=writeback that has dirty blocks, nor use it for another disk.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from xenbackend.block.formats.beside import HEADER_SIZE, MIN_BLOCK
 from xenbackend.block.formats.cache import BackHeader, Header
 from xenbackend.errors import DriverError
 
-_CLOSING_NS = 10 * 10**9  # in which the layers below may write after us, also where clocks are not quite one
+_CLOSING_NS = 10 * 10**9  # after FILE's time, layers below may still write while they close; clocks may also differ
 _PIECE = 1 << 20
 
 
 def open_back(driver: Filter, path: str, size: int, block: int) -> tuple[HostFile, BackHeader | None]:
-    """Return the file, open, and its header; None: it is new, and only read, so that nothing is in it.
+    """Open the file of a write-back cache; return it and its header, or None if it is read-only and has nothing to use.
 
     Raises: DriverError, OSError.
     """
@@ -37,9 +37,9 @@ def open_back(driver: Filter, path: str, size: int, block: int) -> tuple[HostFil
 
 
 def open_read(driver: Filter, path: str, size: int, block: int) -> tuple[HostFile, Header]:
-    """Return the file of another cache, open and begun where it was not, or of another size, and its header.
+    """Open the file of any other cache, and return it and its header; initialise it if it is new or of another size.
 
-    It is written also where the disk is only read: such a one may be slow, too. Raises: DriverError, OSError.
+    It is opened for writing even if the disk is read-only, as reads are cached, too. Raises: DriverError, OSError.
     """
     file, _ = have(driver.env, path, read_only=False)
     try:
@@ -54,7 +54,7 @@ def open_read(driver: Filter, path: str, size: int, block: int) -> tuple[HostFil
         is_other = (found.size, found.block) != (header.size, header.block) or file.size < header.file_size
         if found is not header and not is_other:
             return file, found
-        begin(file, header, size=header.file_size, written=HEADER_SIZE)  # what it had is of no use
+        begin(file, header, size=header.file_size, written=HEADER_SIZE)  # its former content is useless
     except BaseException:
         file.close()
         raise
@@ -66,7 +66,7 @@ def _header_of(file: File, driver: Filter, path: str, wanted: BackHeader, change
     first = file.read_at(0, HEADER_SIZE)
     if not is_new(file, first, wanted.file_size) and not first.startswith(Header.MAGIC):
         found = BackHeader.parse(first)
-        if found.blocks > MAX_SLOTS:  # to look at all of them would take for ever
+        if found.blocks > MAX_SLOTS:  # to read all their tags would take for ever
             raise DriverError(
                 f"its header is damaged: {found.blocks} slots, more than the {MAX_SLOTS} that are possible"
             )
@@ -78,7 +78,7 @@ def _header_of(file: File, driver: Filter, path: str, wanted: BackHeader, change
             return found
     if env.read_only:
         return None
-    if any(first):  # whoever is killed now leaves one that has nothing, of which no worker remembers anything else
+    if any(first):  # first an empty cache with a new token: after a kill, no memory of a former worker fits to the file
         kind = Header if first.startswith(Header.MAGIC) else BackHeader
         file.write_at(0, kind(WAYS * MIN_BLOCK, MIN_BLOCK, "", os.urandom(16)).pack())
     begin(file, wanted, size=wanted.file_size, written=wanted.data_at)
@@ -86,7 +86,7 @@ def _header_of(file: File, driver: Filter, path: str, wanted: BackHeader, change
 
 
 def _check(driver: Filter, path: str, found: BackHeader, wanted: BackHeader, dirty: int, changed_at: int) -> None:
-    """See that what a file has fits to the layer below. Raises: DriverError, OSError."""
+    """Check that the file's content belongs to the layer below. Raises: DriverError, OSError."""
     has = f"{path} holds the only copy of {dirty} blocks"
     if found.base != wanted.base:
         raise DriverError(f"{has} of another disk; name another file, or remove this one, which loses these blocks")
@@ -102,7 +102,7 @@ def _check(driver: Filter, path: str, found: BackHeader, wanted: BackHeader, dir
 
 
 def _count(file: File, header: BackHeader) -> int:
-    """Return how many tags a file has."""
+    """Return the number of tags in a file, which is that of its dirty blocks."""
     end, count = HEADER_SIZE + header.map_size, 0
     for place in range(HEADER_SIZE, end, _PIECE):
         tags = memoryview(file.read_at(place, min(_PIECE, end - place))).cast("Q").tolist()

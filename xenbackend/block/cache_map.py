@@ -1,10 +1,10 @@
-"""Which slot of a cache has which block of a disk, in memory that outlives the worker.
+"""The map of a cache: which slot has which block of the disk, in memory that outlives the worker.
 
-Must not know what is in a slot, nor say that a block is there before all of it is.
+Must not know the content of a slot, nor have an entry for a block before all of it is in the slot.
 
-A block may be in WAYS slots, those of its set. A slot is taken from the map before it is written, and put in when that
-is done: whoever is killed leaves no entry of a slot that is half one block and half another. Entries are of one file
-and one disk below, which have a `token`; with another one there are none.
+A block can be in any of WAYS slots, those of its set. The entry of a slot is removed before the slot is written, and a
+new one is made afterwards: so a kill leaves no entry for a slot with parts of two blocks. Entries are valid for one
+file and one disk below, which the `token` identifies; with another token the map is empty.
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ from xenbackend.units import PAGE
 
 WAYS = 8
 _TOKEN = 48  # bytes, at the beginning
-_MOST_PLACES = 1 << 16  # of 130 bytes each
+_MOST_PLACES = 1 << 16  # 130 bytes each
 
 
 class CacheMap:
-    """The map of one cache. A slot with `pins` is not given to another block; whoever uses a slot has one there."""
+    """The map of one cache. `take` never returns a slot with `pins`; each use of a slot adds a pin to it."""
 
     def __init__(self, env: Env, slots: int, token: bytes, *, block: int, data_at: int) -> None:
-        """Take what a predecessor left, if it is of the same `token`; there are at least `slots` // WAYS sets.
+        """Take the map that a predecessor left, if it has the same `token`. There are `slots` // WAYS sets, at least 1.
 
-        The slots lie one behind the other in the file, of `block` bytes each, from `data_at` on.
+        The slots follow one another in the file from byte `data_at` on, and have `block` bytes each.
         """
         self._block, self._data_at = block, data_at
         self._sets = max(1, slots // WAYS)
         self.slots = self._sets * WAYS
         self._memory = env.memory("map", PAGE + 8 * self.slots)
-        self._tags = self._memory[PAGE:].cast("Q")  # by slot: the block's number and one more, 0 for none
-        self._used = bytearray(self.slots)  # by slot: since the hand came by
-        self._hands = bytearray(self._sets)  # by set: the way that is looked at next when one has to go
-        self.pins = array("I", bytes(4 * self.slots))  # by slot: what reads or writes it now
-        self.places: dict[int, int] = {}  # by block: where it is in the file, of most that are found again and again
+        self._tags = self._memory[PAGE:].cast("Q")  # by slot: the block's number plus one, 0 for none
+        self._used = bytearray(self.slots)  # by slot: 1 if it was used since the hand passed
+        self._hands = bytearray(self._sets)  # by set: the way that is examined next for replacement
+        self.pins = array("I", bytes(4 * self.slots))  # by slot: the number of its uses at the moment
+        self.places: dict[int, int] = {}  # by block: its byte in the file; an index of recently found blocks
         token = token.ljust(_TOKEN, b"\0")[:_TOKEN]
         if self._memory[:_TOKEN] != token:
             self.clear()
             self._memory[:_TOKEN] = token
 
     def find(self, block: int) -> int:
-        """Return the slot that has a block; -1: none does."""
+        """Return the slot that has a block, or -1 if none has."""
         first = block % self._sets * WAYS
         try:
             slot = first + self._tags[first : first + WAYS].tolist().index(block + 1)
@@ -56,7 +56,7 @@ class CacheMap:
         return slot
 
     def drop(self, first: int, last: int) -> None:
-        """Take note that no slot has any of these blocks."""
+        """Remove the entries of these blocks."""
         tags, sets = self._tags, self._sets
         for block in range(first, last + 1):
             start = block % sets * WAYS
@@ -66,7 +66,7 @@ class CacheMap:
                 self.places.pop(block, None)
 
     def clear(self) -> None:
-        """Take note that no slot has anything."""
+        """Remove all entries."""
         self.places.clear()
         step = 1 << 20
         for start in range(PAGE, len(self._memory), step):
@@ -74,7 +74,7 @@ class CacheMap:
             part[:] = bytes(len(part))
 
     def take(self, block: int) -> int:
-        """Return a slot for a block, pinned, which has nothing any more; -1: all of its set are pinned."""
+        """Return a slot for a block, pinned and without an entry; -1 if all slots of its set are pinned."""
         number = block % self._sets
         first = number * WAYS
         free = [slot for slot in range(first, first + WAYS) if not self.pins[slot]]
@@ -88,7 +88,7 @@ class CacheMap:
         return slot
 
     def _replace(self, number: int, free: Sequence[int]) -> int:
-        """Return the next slot of a set that was not used since the last round (CLOCK, or second chance)."""
+        """Return the next slot of a set that was not used since the hand passed (CLOCK, or second chance)."""
         hand = self._hands[number]
         while True:
             slot = number * WAYS + hand
@@ -97,16 +97,16 @@ class CacheMap:
                 self._hands[number] = hand
                 return slot
             self._used[slot] = 0
-            self.places.pop(self._tags[slot] - 1, None)  # or nobody would see that it is used again
+            self.places.pop(self._tags[slot] - 1, None)  # so that its next use calls `find`
 
     def put(self, slot: int, block: int) -> None:
-        """Take note that a slot which was taken has a block, unless another one has it meanwhile."""
+        """Enter that a slot returned by `take` has a block, unless another slot has got it meanwhile."""
         if self.find(block) < 0:
             self._give(slot, block + 1)
-            self._used[slot] = 0  # what is read once goes first, or a backup would empty the cache
+            self._used[slot] = 0  # blocks used only once are replaced first, so that a backup does not empty the cache
 
     def restore(self, slot: int, block: int) -> None:
-        """Take note that a slot has a block, and no other one."""
+        """Enter that a slot has a block, in place of any other slot."""
         self.drop(block, block)
         self._give(slot, block + 1)
 
@@ -115,6 +115,6 @@ class CacheMap:
         self._tags[slot] = tag
 
     def close(self) -> None:
-        """Let go of the memory."""
+        """Release the memory."""
         self._tags.release()
         self._memory.release()

@@ -1,6 +1,6 @@
-"""What the driver of a cache is made of: its modes, and its own requests.
+"""Parts of the driver of a cache: its modes, limits of its sizes, and requests of its own.
 
-Must not send anything.
+Must not send a request.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ READ, WRITETHROUGH, WRITEBACK = MODES = "read", "writethrough", "writeback"
 
 
 def check_sizes(size: int, block: int) -> None:
-    """See that a cache may be so large, in bytes. Raises: ValueError with a sentence."""
+    """Check the sizes of a cache and of its blocks, in bytes. Raises: ValueError with a sentence."""
     check_block(block)
     least, most = max(1 << 20, WAYS * block), MAX_SLOTS * block
     if not least <= size <= most:
@@ -27,21 +27,21 @@ def check_sizes(size: int, block: int) -> None:
 
 
 def parse_mode(text: str) -> str:
-    """Return a mode. Raises: ValueError with a sentence."""
+    """Parse the option `mode`. Raises: ValueError with a sentence."""
     if text not in MODES:
         raise ValueError(f"{text!r} is not one of {', '.join(MODES)}")
     return text
 
 
 class Own(Request):
-    """A request of ours. `done` is called when it is back.
+    """A request made by a cache. `done` is called when it comes back.
 
-    cache    whose it is, of one that goes down: another cache may lie above
-    memory   what it is done with: the disk from `offset` on
-    copy     of its blocks: whether they are current still
-    slots    that they are to have, by block
-    block    of a request to FILE: that, or for a read the slot
-    left     how many of those are under way
+    cache    the cache that made it, since requests of a cache above may come back from the layer below, too
+    memory   its data, if it goes to the layer below: the disk from `offset` on
+    copy     tells whether these data are still current
+    slots    the slots that its blocks will have, by block
+    block    of a write to FILE, its block; of a read from FILE, the slot
+    left     writes to FILE with its data that are under way
     """
 
     __slots__ = ("block", "cache", "copy", "done", "left", "memory", "slots")
@@ -56,7 +56,7 @@ class Own(Request):
 
     @classmethod
     def make(cls, cache: object, op: int, offset: int, length: int, done: Callable[[Own], None]) -> Own:
-        """Return a new one, without memory."""
+        """Return a new request without memory."""
         own = cls()
         own.op, own.offset, own.length, own.status, own.done, own.cache = op, offset, length, PENDING, done, cache
         return own

@@ -1,13 +1,14 @@
-"""What a write-back cache has that the layer below has not, and how that gets there.
+"""Destages the dirty blocks of a write-back cache: writes them to the layer below, in the background.
 
-Must not take a block's tag away before the layer below has made it durable, as it was then and is still.
+Must not remove a block's tag before the layer below has made the block's current content durable.
 
-    dirty      written, for REST_S at least, unless there are many: then a few at a time are
-    moving     read from FILE, and written below
-    settling   below, which is flushed: then their tags are taken away, and that is made durable
+    dirty      written by the guest; rests for REST_S, or less if more than half of the limit is dirty
+    moving     being read from FILE and written below, a few at a time
+    moved      written below, and waiting for the next flush there
+    settling   covered by a flush of the layer below under way; then its tag is removed, and that is made durable
 
-A write to a block on its way has it begin anew. So has a flush of the layer below that failed, whoever asked for it:
-the kernel has perhaps lost what was written there, and tells of it only once.
+A block that is written to on this way starts again. If a flush of the layer below fails, whoever requested it, all of
+them start again: the kernel may have lost what was written there, and reports that only once.
 """
 
 from __future__ import annotations
@@ -27,50 +28,50 @@ if TYPE_CHECKING:
 REST_S = 5.0
 _TICK_S = 0.25
 _DEPTH = 8  # blocks that are moving at once
-_BATCH = 64  # that are settled together, at least
-_UNFLUSHED = 512  # that are below while a flush there takes long: each is looked at again and again
+_BATCH = 64  # moved blocks that start a flush of the layer below, even while others are moving
+_UNFLUSHED = 512  # blocks that may be moved while a flush takes long: `_due` steps over each of them every time
 _AFTER_ERROR_S = 1.0
 
 
 class Destage:
-    """Those of one cache. `dirty` has slot and time of each block, the oldest first."""
+    """The dirty blocks of one cache. `dirty` has slot and time by block, the oldest first; from then on it rests."""
 
     def __init__(self, cache: WriteBack, env: Env, *, limit: int, rate: int) -> None:
         self._cache, self._env, self._limit, self._rate = cache, env, limit, rate
         self.dirty: dict[int, tuple[int, float]] = {}
-        self.waiting: list[Request] = []  # discards, until nothing is moving
-        self.count = 0  # blocks that were written below, ever
+        self.waiting: list[Request] = []  # discards that wait for moving blocks
+        self.count = 0  # blocks written below so far
         self.is_closed = False
-        self._moving: dict[int, int] = {}  # slots, and their blocks
-        self._stale: set[int] = set()  # of these: written to meanwhile
-        self._moved: dict[int, int] = {}  # likewise, for the next flush of the layer below
-        self._settling: dict[int, int] = {}
-        self._refused: set[int] = set()  # blocks that the layer below gave an error for, and has not taken since
-        self._error = ""  # the last one
-        self._freed: list[int] = []  # slots whose tag FILE may still have
+        self._moving: dict[int, int] = {}  # block by slot
+        self._stale: set[int] = set()  # slots of `_moving` that have to be moved again, such as after a write to them
+        self._moved: dict[int, int] = {}  # block by slot
+        self._settling: dict[int, int] = {}  # block by slot
+        self._refused: set[int] = set()  # blocks for which the layer below gave an error, and that are dirty since then
+        self._error = ""  # the last error of the layer below
+        self._freed: list[int] = []  # slots whose removed tag may still be in FILE
         self._copies = Copies()
-        self._next_at = 0.0  # when the next one may be moved
+        self._next_at = 0.0  # when the next block may be moved
         self._drains = self._has_failed = self._has_timer = self._is_settling = self._is_freeing = False
         self._is_soon = False
 
     def has_room(self, blocks: Iterable[int]) -> bool:
-        """Return whether these blocks may be dirty, too; where FILE is given nothing more, whether they are."""
+        """Return whether these blocks may become dirty, or are dirty already."""
         has_room = len(self.dirty) < self._limit and not self._cache.is_shunned
         return has_room or all(block in self.dirty for block in blocks)
 
     def within(self, first: int, last: int) -> list[tuple[int, tuple[int, float]]]:
-        """Return the dirty ones among these blocks."""
+        """Return the dirty blocks in this range, each with slot and time as in `dirty`."""
         dirty = self.dirty
         if last - first < len(dirty):
             return [(block, dirty[block]) for block in range(first, last + 1) if block in dirty]
         return [(block, each) for block, each in dirty.items() if first <= block <= last]
 
     def is_moving(self, first: int, last: int) -> bool:
-        """Return whether one of these blocks is on its way."""
+        """Return whether one of these blocks is being moved."""
         return any(first <= block <= last for block in self._moving.values())
 
     def add(self, block: int, slot: int) -> None:
-        """Take note that a slot has more than the layer below."""
+        """Note that a slot has, or is about to get, data that the layer below does not have."""
         if slot in self._moving:
             self._stale.add(slot)
         self._moved.pop(slot, None)
@@ -81,7 +82,7 @@ class Destage:
             self._watch()
 
     def forget(self, block: int) -> None:
-        """Take note that the layer below has durably what it shall have: the slot is free once FILE knows that."""
+        """Note that a block is durable in the layer below; its slot is free once its tag is durably removed."""
         slot, _ = self.dirty.pop(block)
         self._moved.pop(slot, None)
         self._settling.pop(slot, None)
@@ -94,7 +95,7 @@ class Destage:
                 self._env.report("destage", "goes on")
 
     def begin_anew(self, status: int) -> None:
-        """Take note that the layer below may have lost what was written there and not yet flushed."""
+        """Destage again what was written below and not flushed: a flush failed, so it may be lost there."""
         self._refuse(status, [*self._moved.values(), *self._settling.values()])
         self._stale.update(self._moving)
         self._moved.clear()
@@ -102,7 +103,7 @@ class Destage:
         self._fail()
 
     def drain(self, seconds: float) -> None:
-        """Write below as much as can be in so much time, unless that fails. For `close` only."""
+        """Destage all blocks, for at most this time or until an error. For `close` only."""
         if self._env.read_only or not self._env.serves:
             return
         self._drains, self._has_failed = True, False
@@ -113,7 +114,7 @@ class Destage:
         self._env.wait_for(lambda: self._is_empty() or self._has_failed or self._env.now() > give_up)
 
     def tell_left(self, file: str) -> None:
-        """Have an administrator know that what is below is not the disk. For `close` only."""
+        """Warn the administrator that the layer below is not the whole disk. For `close` only."""
         if self._drains:
             count = len(self.dirty)
             blocks = "1 block is" if count == 1 else f"{count} blocks are"
@@ -140,7 +141,7 @@ class Destage:
         self._cache.pass_on()
 
     def _go_on(self) -> None:
-        """Move what is to be moved now; settle what was, and free what has settled."""
+        """Move the blocks that are due, flush the layer below for moved ones, and free slots of settled ones."""
         if self.is_closed:
             return
         for block, slot in self._due():
@@ -152,7 +153,7 @@ class Destage:
             self._free()
 
     def _go_on_soon(self) -> None:
-        """Let the guest's requests come in between, also where both media answer at once."""
+        """Continue from the loop, so that the guest's requests get their turn even if both media answer at once."""
         if not self._is_soon:
             self._is_soon = True
             self._env.call_later(0, self._now)
@@ -165,7 +166,7 @@ class Destage:
     def _due(self) -> list[tuple[int, int]]:
         now, found = self._env.now(), list[tuple[int, int]]()
         room = min(_DEPTH, _UNFLUSHED - len(self._moved)) - len(self._moving)
-        if self.waiting:  # a discard, which might wait for ever
+        if self.waiting:  # otherwise these discards might wait for ever
             room = 0
         left = len(self.dirty) - len(self._moving) - len(self._moved) - len(self._settling)
         for block, (slot, since) in self.dirty.items():
@@ -218,7 +219,7 @@ class Destage:
         self._cache.send_to_slot(Op.READ, slot, 0, [memory[:size]], read)
 
     def _refuse(self, status: int, blocks: Iterable[int]) -> None:
-        """Tell of an error of the layer below, if it is one, until that has taken these blocks."""
+        """If `status` is an error of the layer below, report it; the report stays until these blocks are destaged."""
         refused = [block for block in blocks if block in self.dirty] if status else ()
         if refused:
             self._refused.update(refused)
@@ -226,14 +227,14 @@ class Destage:
             self._env.report("destage", f"the layer below gives errors ({self._error}): FILE keeps what is dirty")
 
     def _fail(self) -> None:
-        """Try again later."""
+        """Wait before the next try; `drain` gives up."""
         self._has_failed = True
         self._next_at = self._env.now() + _AFTER_ERROR_S
 
     def _settled(self, status: int) -> None:
         self._is_settling = False
         settled, self._settling = self._settling, {}
-        if status:  # it is still in FILE
+        if status:  # the blocks are still dirty
             self._cache.lose(status)
         else:
             for block in settled.values():

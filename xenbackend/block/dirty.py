@@ -1,22 +1,22 @@
-"""Which ranges of a disk were written: one bit per piece of it, in a memory that outlives the process.
+"""The ranges of a disk that were written: one bit for each piece of the disk, in memory that outlives the process.
 
 Must not know a driver's options, a text format or a file.
 
-The disk is cut into pieces of `granularity` bytes, one bit each, and the bits into chunks of `CHUNK_BITS`. Every chunk
-has a state: CLEAN (its bits mean nothing), BITS (look at them) or FULL (all dirty, whatever they say). So a new map and
-a cleared one cost states and no bits, a discard of a TiB is one small slice assignment, and a walk steps over what is
-clean without touching (and so allocating) its bits.
+The disk is divided into pieces of `granularity` bytes, one bit each, and the bits into chunks of `CHUNK_BITS`. Every
+chunk has a state: CLEAN (its bits mean nothing), BITS (its bits count) or FULL (all dirty, whatever its bits are). So
+creating or clearing a map touches states and no bits, a discard of a TiB is one small slice assignment, and a walk
+skips clean chunks without touching (and so allocating) their bits.
 
     header | outbox | states, 1 byte per chunk | bits, CHUNK_BYTES per chunk            for 512-byte pieces of 1 TiB:
                                                                                       256 KiB of states, 256 MiB of bits
 
-What a map can take is bounded whatever size an image claims to have: a larger disk has larger pieces (`fitting`).
+The memory of a map is limited, whatever size an image claims to have: a larger disk has larger pieces (`fitting`).
 
-Every step is ordered so that a process that dies inside it leaves the map with too much in it, never with too little:
+Every step is ordered so that a process killed in the middle leaves too much marked as dirty, never too little:
 
-- a chunk's bits are zeroed before its state says BITS, and marked before the request goes on;
-- `take` writes a page of ranges to the outbox before it forgets their bits, and `take` without a page number puts
-  what nobody acknowledged back into the map before it empties the outbox.
+- a chunk's bits are zeroed before its state becomes BITS, and set before the request goes on;
+- `take` writes a page of ranges to the outbox before it clears their bits, and `take` without a page number puts
+  ranges that were not acknowledged back into the map before it empties the outbox.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ class StalePageError(Exception):
 
 
 class DirtyMap:
-    """The map, at home in `memory` (`memory_size` bytes, zero at first or as a predecessor left it)."""
+    """The map, kept in `memory` (`memory_size` bytes, zeros at first or as a predecessor left them)."""
 
     def __init__(self, memory: memoryview, size: int, granularity: int, *, is_tracking: bool) -> None:
-        """Take over what `memory` holds, or begin an empty map there that tracks if `is_tracking`.
+        """Take over the map in `memory`, or begin an empty one there, with this value of `is_tracking`.
 
         Units: `size` is the disk's in bytes; `granularity` is a power of two of at least 512 bytes.
         """
@@ -75,7 +75,7 @@ class DirtyMap:
         self._outbox = memory[PAGE:states_at].cast("Q")
         self._states = memory[states_at : states_at + chunks]
         self._bits = memory[bits_at : bits_at + chunks * CHUNK_BYTES]
-        self._shift = granularity.bit_length() + 2  # log2 of the bytes of disk that one byte of the map stands for
+        self._shift = granularity.bit_length() + 2  # log2 of the bytes of disk that one byte of the bits stands for
         self.is_fresh = self._words[:3].tolist() != [_MAGIC, size, granularity]
         if self.is_fresh:
             self.clear()
@@ -84,7 +84,7 @@ class DirtyMap:
 
     @property
     def is_tracking(self) -> bool:
-        """True while the owner should mark what is written; the successor of this process finds it unchanged."""
+        """True while the owner should mark writes and discards; a successor of this process finds it unchanged."""
         return bool(self._words[_TRACKING_AT])
 
     @is_tracking.setter
@@ -93,18 +93,18 @@ class DirtyMap:
 
     @property
     def unacknowledged(self) -> int:
-        """The number of ranges that were handed out by `take` and not acknowledged."""
+        """The number of ranges handed out by `take` and not acknowledged."""
         return self._words[_OUTBOX_AT]
 
     def dirty_at_most(self) -> int:
-        """Return bytes, counted in whole chunks: never less than is dirty, and 0 when nothing is."""
+        """Return an upper bound of the dirty bytes, in whole chunks; 0 if nothing is dirty."""
         return min(self.size, (self._chunks - bytes(self._states).count(_CLEAN)) * self.chunk_size)
 
     def mark_changes(self, batch: list[Request]) -> bool:
         """Mark the writes and discards of a batch; return whether it has any.
 
-        Cost: 0.15 us per request of one byte of the map (4 KiB in 512-byte pieces), 0.35 us per longer one that is
-        aligned to such bytes, 0.7 us for the rest: those with ragged ends and those that come to a chunk first.
+        Cost per request: 0.15 us if it covers exactly one byte of the bits (4 KiB in 512-byte pieces), 0.35 us if it
+        covers several whole bytes, and 0.7 us otherwise: if it is not aligned, or the first in its chunk.
         """
         states, bits, shift = self._states, self._bits, self._shift
         unit = 1 << shift
@@ -125,7 +125,7 @@ class DirtyMap:
         return at >= 0
 
     def mark(self, offset: int, length: int) -> None:
-        """Mark every piece that the range touches."""
+        """Mark every piece that overlaps the range."""
         first = offset // self.granularity
         stop = -(-(offset + length) // self.granularity)
         chunk, last = first // CHUNK_BITS, (stop - 1) // CHUNK_BITS
@@ -159,20 +159,20 @@ class DirtyMap:
         bits[tail] |= tail_mask
 
     def clear(self) -> None:
-        """Forget everything, also what was handed out."""
+        """Clear the map, including the ranges handed out."""
         self._words[_OUTBOX_AT] = 0
         self._words[_PAGE_AT] += 1  # a reader between two pages must not take the next one for the rest of the old map
         self._states[:] = bytes(self._chunks)
 
     def release(self) -> None:
-        """Let go of the memory."""
+        """Release the memory."""
         for view in (self._words, self._outbox, self._states, self._bits):
             view.release()
 
     def peek(self, position: int = 0) -> tuple[list[Range], int]:
         """Return dirty ranges from about `position` (bytes) on, and where the next page begins; `size` at the end.
 
-        Ranges that were handed out and not acknowledged are among them. The page is of one moment; the next is not.
+        They include ranges that were handed out and not acknowledged. Each page shows the map at its own moment.
         """
         position -= position % self.chunk_size
         ranges, after = self._page(position)
@@ -187,15 +187,15 @@ class DirtyMap:
         return ranges, after
 
     def take(self, acknowledged: int | None = None, in_flight: Sequence[Range] = ()) -> tuple[list[Range], int]:
-        """Hand out a page of dirty ranges and forget them, in one step; return them and the page's number.
+        """Hand out a page of dirty ranges and clear them in the map, in one step; return them and the page's number.
 
-        What the page has of `in_flight`, ranges of which nobody knows yet whether they hold the old bytes or the new
-        ones, stays dirty for the next sweep.
+        Ranges of `in_flight`, which are being altered, may have their old or their new bytes: those that overlap the
+        page stay dirty for the next sweep.
 
-        Without `acknowledged` a sweep begins: what an earlier reader did not acknowledge is dirty again. With the
-        number of the page before, that page is forgotten for good and the sweep goes on. A page without ranges ends
-        the sweep and needs no acknowledgement.
-        Raises: StalePageError when `acknowledged` is not the last page handed out.
+        Without `acknowledged` a sweep begins: ranges that an earlier reader did not acknowledge are dirty again. With
+        the number of the previous page, that page is forgotten for good and the sweep goes on. A page without ranges
+        ends the sweep and needs no acknowledgement.
+        Raises: StalePageError if `acknowledged` is not the number of the last page handed out.
         """
         words = self._words
         if acknowledged is None:
@@ -248,7 +248,7 @@ class DirtyMap:
         return ranges, min(self.size, after * self.chunk_size)
 
     def _append_runs(self, runs: list[tuple[int, int]], chunk: int, *, is_full: bool) -> None:
-        """Append the runs of dirty pieces of one chunk; the first joins the one before where they touch."""
+        """Append the runs of dirty pieces of one chunk; join the first to the previous run if they touch."""
         at = chunk * CHUNK_BITS
         bits = _ONES if is_full else bytes(self._bits[chunk * CHUNK_BYTES : (chunk + 1) * CHUNK_BYTES])
         found = [(at, at + CHUNK_BITS)] if bits == _ONES else _runs(int.from_bytes(bits, "little"), at)
@@ -261,20 +261,20 @@ class DirtyMap:
         return Range(offset, min(self.size, stop * self.granularity) - offset)
 
 
-_AS_DIRTY = bytes((0, 1, 1)) + bytes(253)  # states to "is it dirty", for `bytes.find`
+_AS_DIRTY = bytes((0, 1, 1)) + bytes(253)  # translates states to 1 if anything is dirty, for `bytes.find`
 
 
 def fitting(size: int, granularity: int) -> int:
-    """Return the granularity for a map of a disk of `size` bytes: the one wanted, or the next that fits in `MAX_BITS`.
+    """Return the granularity for a disk of `size` bytes: the one wanted, or a larger one so that `MAX_BITS` suffices.
 
-    Both are powers of two of at least 512 bytes. With larger pieces more is dirty than was written, never less.
+    Both are powers of two of at least 512 bytes. With larger pieces more is marked as dirty, never less.
     """
-    pieces = -(-size // (MAX_BITS * 8))  # bytes of disk for each bit that there is room for
+    pieces = -(-size // (MAX_BITS * 8))  # bytes of disk for each bit that fits
     return max(granularity, 1 << (pieces - 1).bit_length() if pieces > 1 else 0)
 
 
 def memory_size(size: int, granularity: int) -> int:
-    """Return the bytes of memory that a map of a disk of `size` bytes needs; a page of it costs when it is touched."""
+    """Return the bytes of memory that a map of a disk of `size` bytes needs; only pages that are touched take RAM."""
     chunks = _chunks(size, granularity)
     return PAGE + _OUTBOX_BYTES + round_up(chunks, PAGE) + round_up(chunks * CHUNK_BYTES, PAGE)
 
@@ -285,8 +285,8 @@ def _chunks(size: int, granularity: int) -> int:
 
 def _runs(bits: int, at: int) -> list[tuple[int, int]]:
     """Return first and stop of each run of ones in `bits`, whose bit 0 is number `at`."""
-    # The digits of where bits differ from their neighbours, lowest first: `str.find` steps from edge to edge four
-    # times as fast as arithmetic on the long integer does where every other piece is dirty.
+    # Binary digits, lowest first, that are 1 where a bit differs from the one before: `str.find` steps from edge to
+    # edge four times as fast as arithmetic on the long integer if every other piece is dirty.
     edges = bin(bits ^ bits << 1)[:1:-1]
     found = []
     first = edges.find("1")
@@ -298,7 +298,7 @@ def _runs(bits: int, at: int) -> list[tuple[int, int]]:
 
 
 def _touches(ranges: list[Range], one: Range) -> bool:
-    """Return whether any of `ranges`, which are sorted and apart, has a byte of `one`."""
+    """Return whether any of `ranges`, which are sorted and disjoint, overlaps `one`."""
     place = bisect_right(ranges, one.offset, key=_end)
     return place < len(ranges) and ranges[place].offset < one.offset + one.length
 
@@ -308,7 +308,7 @@ def _end(one: Range) -> int:
 
 
 def _joined(ranges: list[Range]) -> list[Range]:
-    """Return sorted ranges with those joined that touch or overlap."""
+    """Join sorted ranges that touch or overlap, and return the result."""
     joined = ranges[:1]
     for each in ranges[1:]:
         offset, length = joined[-1]

@@ -1,4 +1,4 @@
-"""A byte for each block of a disk, in memory that outlives the worker, and in a file as of the last flush.
+"""A map with a byte for each block of a disk, in memory that outlives the worker, and in a file as of the last flush.
 
 Must not know what a byte means.
 """
@@ -11,12 +11,12 @@ from xenbackend.errors import DriverError
 
 
 class DurableMap(DurablePages):
-    """The map; `states` may be read at will, and is written by `mark`."""
+    """The map. Anybody may read `states`; `mark` and `exchange` change it."""
 
     def __init__(self, env: Env, file: File, place: int, size: int, token: bytes, *, kinds: int = 3) -> None:
-        """Take it as `DurablePages` does. There are so many `kinds` of states, from 0 on.
+        """Take the map from memory or from the file, as `DurablePages` does. The states are 0 to `kinds` - 1.
 
-        Raises: DriverError, where a byte is none of them; OSError.
+        Raises: DriverError, if a byte is not one of them; OSError.
         """
         super().__init__(env, "map", file, place, size, token)
         self.states = self.bytes
@@ -24,17 +24,17 @@ class DurableMap(DurablePages):
         if odd := whole.translate(None, bytes(range(kinds))):
             raise _damaged(whole.index(odd[0]), odd[0], is_left=self.is_left)
         self.are_sound()
-        self.counts = [whole.count(state) for state in range(kinds)]  # by state; 0: and what is behind the last block
+        self.counts = [whole.count(state) for state in range(kinds)]  # by state; 0 includes the padding
 
     def mark(self, block: int, state: int) -> None:
-        """Note the state of a block, of which everything has been given to the file."""
+        """Set the state of a block, after all of its data were written to the file."""
         self.counts[self.states[block]] -= 1
         self.counts[state] += 1
         self.states[block] = state
         self.touch(block // PAGE)
 
     def exchange(self, first: int, last: int, former: int, state: int) -> None:
-        """Do as `mark` for all blocks from `first` to `last` that have the `former` state."""
+        """Set the state of all blocks from `first` to `last` that have the `former` state, as `mark` does."""
         table = bytes.maketrans(bytes([former]), bytes([state]))
         start = first
         while start <= last:

@@ -1,10 +1,10 @@
-"""Pages of a filter's file in memory that outlives the worker, and in the file as of the last flush.
+"""Pages of metadata of a filter's file, in memory that outlives the worker, and in the file as of the last flush.
 
-Must not know what is in them, nor put one into the file before what it tells of is durable there:
+Must not know what is in them, nor write one to the file before the data that it describes are durable there:
 
-    flush    the file's data are made durable -> pages as they were before that -> made durable, too
+    flush    data in the file made durable -> pages, as they were before that, written and made durable, too
 
-So what the file has after a power failure are earlier pages, of data that are all there.
+So after a power failure the file may have earlier pages, but all the data that they describe.
 """
 
 from __future__ import annotations
@@ -16,31 +16,31 @@ from xenbackend.block.driver import Env, File
 from xenbackend.block.mapped.parts import Part, Pool, allocate, tell
 from xenbackend.block.request import Op, Request
 
-PAGE = 4096  # bytes that are written together, at least
-_TOGETHER = 256  # pages at most
-_PIECE = 1 << 20  # bytes that are read at once, while it is opened
-TOKEN = 16  # bytes behind the pages in memory: of which file they are, once they were read
+PAGE = 4096  # bytes; the unit of writing
+_TOGETHER = 256  # pages that share one buffer for writing, at most
+_PIECE = 1 << 20  # bytes that `__init__` reads at a time
+TOKEN = 16  # bytes after the pages in memory: the token of the file from which they were read
 Done = Callable[[int], None]  # gets 0 or a positive errno
 
 
 class DurablePages:
-    """The pages; `bytes` may be read at will, and is written by the owner, who says so by `touch`.
+    """The pages. The owner reads and writes `bytes`, and calls `touch` after writing.
 
-    is_left   a predecessor has left them in memory, and not all of them need be in the file
+    is_left   the pages were left in memory by a predecessor, and may be newer than those in the file
     """
 
     def __init__(self, env: Env, name: str, file: File, place: int, size: int, token: bytes) -> None:
-        """Take what a predecessor left of this file in the memory `name`, else what the file has at `place`.
+        """Take the pages that a predecessor left in the memory `name` for this file, or read them from the file.
 
-        `size` is in bytes, whole pages; at `place` the file has as many. No other file has this `token`. Raises:
-        OSError.
+        `size` is in bytes, a multiple of PAGE; the file has as many at `place`. `token` is unique to the file.
+        Raises: OSError.
         """
         self._memory = env.memory(name, size + PAGE)
         self.bytes = self._memory[:size]
         self._file, self._place = file, place
         self._pool = Pool()
-        self._dirty: set[int] = set()  # pages that the file does not have as they are
-        self._waiting: list[Done] = []  # for the next round
+        self._dirty: set[int] = set()  # pages that differ from those in the file
+        self._waiting: list[Done] = []  # callers of `flush` that wait for the next round
         self._is_flushing = False
         self.is_left = self._memory[size : size + TOKEN] == token
         for start in range(0, size, _PIECE):
@@ -55,15 +55,15 @@ class DurablePages:
         self._token = token
 
     def are_sound(self) -> None:
-        """Let a successor take them from memory."""
+        """Allow a successor to take the pages from memory. The owner calls this after checking them."""
         self._memory[len(self.bytes) : len(self.bytes) + TOKEN] = self._token
 
     def touch(self, page: int) -> None:
-        """Take note that a page was altered; everything that it tells of has been given to the file."""
+        """Note that a page was changed. The data that it describes must have been written to the file before."""
         self._dirty.add(page)
 
     def flush(self, done: Done) -> None:
-        """Make durable what was given to the file, and marked, before; `done` hears how that ended."""
+        """Make all data and page changes so far durable; then call `done` with 0 or an errno."""
         self._waiting.append(done)
         if not self._is_flushing:
             self._begin()
@@ -97,7 +97,7 @@ class DurablePages:
 
         for start in range(0, len(order), _TOGETHER):
             group = order[start : start + _TOGETHER]
-            memory = allocate(len(group) * PAGE)  # not one for each: the kernel gives a process only so many
+            memory = allocate(len(group) * PAGE)  # shared: the kernel limits a process's mappings
             for at, page in enumerate(group):
                 memory[at * PAGE : (at + 1) * PAGE] = pages[page]
             gaps = [at for at in range(1, len(group)) if group[at] != group[at - 1] + 1]
@@ -117,11 +117,11 @@ class DurablePages:
 
     @property
     def is_idle(self) -> bool:
-        """Whether the file has nothing of ours under way."""
+        """Whether no request of ours to the file is under way."""
         return not self._pool.lent
 
     def take(self, part: Part) -> None:
-        """Take back a part of ours that the file has given back."""
+        """Complete a part of ours that the file has given back."""
         part.done(part)
         self._pool.put(part)
 
@@ -130,7 +130,7 @@ class DurablePages:
         return part.pool is self._pool
 
     def write_out(self) -> None:
-        """Bring everything into the file, blocking. For `open` and `close` only. Raises: OSError."""
+        """Write all changed pages and make them durable, blocking. For `open` and `close` only. Raises: OSError."""
         if self._dirty:
             self._file.sync()
             for start in (page * PAGE for page in sorted(self._dirty)):
@@ -139,7 +139,7 @@ class DurablePages:
             self._dirty.clear()
 
     def close(self, *, writes: bool) -> None:
-        """Let go of the memory; if it `writes`, bring everything into the file before. Raises: OSError."""
+        """Release the memory; if `writes` is true, call `write_out` first. Raises: OSError."""
         try:
             if writes:
                 self.write_out()

@@ -1,6 +1,6 @@
-"""Detects copies of blocks on their way into a cache that are outdated, as the disk was written there meanwhile.
+"""Detects copies of blocks on their way into a cache that are outdated because the blocks were altered meanwhile.
 
-Must not delay anything: a copy that was overtaken is useless, and that is all.
+Must not delay anything: an outdated copy is merely not stored.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Overtaken:
         return last - first >= _WIDE
 
     def begin(self, first: int, last: int) -> None:
-        """Note that blocks are being altered: copies of them are old, since they may have old data or a mixture."""
+        """Note that blocks are being altered: copies of them may have old data or a mixture, and are marked as old."""
         if self.is_wide(first, last):
             self._wide += 1
             for copies in self._copies.values():
@@ -49,7 +49,7 @@ class Overtaken:
                 each.is_old = True
 
     def end(self, first: int, last: int) -> None:
-        """Note that the blocks were altered."""
+        """Note that the request for which `begin` was called has ended."""
         if self.is_wide(first, last):
             self._wide -= 1
             return
@@ -59,7 +59,7 @@ class Overtaken:
                 del self._altering[chunk]
 
     def copy(self, first: int, last: int) -> Copy:
-        """Begin a copy; call `forget` with it when it has been stored, or dropped."""
+        """Return a new copy; call `forget` with it when it has been stored, or dropped."""
         copy = Copy(first, last)
         chunks = range(first >> _CHUNK, (last >> _CHUNK) + 1)
         copy.is_old = bool(self._wide) or any(chunk in self._altering for chunk in chunks)

@@ -1,18 +1,18 @@
-"""The requests of a cache that answers a write once it is in FILE, and writes it below later.
+"""The requests of a write-back cache, which answers a write once it is in FILE, and destages it later.
 
-Must not put a block below in parts, nor say that it is there before a flush has made it durable:
+Must not destage parts of blocks, nor treat a block as destaged before a flush of the layer below made it durable:
 
     write     FILE -> tag in memory -> answer
-    flush     FILE's data are made durable -> tags -> made durable, and whatever went below by itself, too -> answer
-    destage   FILE -> below -> the layer below is flushed -> tag taken away -> that is made durable -> the slot is free
+    flush     data in FILE made durable -> tags written and made durable; the layer below flushed, too -> answer
+    destage   FILE -> below -> the layer below flushed -> tag removed -> removal made durable -> the slot is free
 
-So after a power failure a block that FILE has a tag for is in FILE, and any other one is below, and each of its sectors
-is as it was at the last flush, or newer. A killed worker's tags are in memory (`durable_tags`).
+So after a power failure a block is in FILE if FILE has a tag for it, otherwise below, and each of its sectors is as it
+was at the last flush, or newer. The tags of a killed worker are in memory (`durable_tags`).
 
-A dirty block is written in its slot, by any number of requests at once. Any other one becomes dirty under a hold
-(`holds`), by one write that FILE has taken: in the slot that it has, or in a new one, with what is around the write
-read from below. Until then the layer below has all that was answered, and the write goes there where there is no room,
-or FILE gives an error. So a dirty block has data that are nowhere else, and a write to it waits for FILE.
+A dirty block is written to in its slot, by any number of requests at once. A clean block becomes dirty under a hold
+(`holds`), by a single write, once FILE has completed it: in the slot that the block has, or in a new one, together with
+the rest of the block read from below. Until then all that was answered is in the layer below, so the write can go there
+if there is no room, or FILE gives an error. A dirty block has data that are nowhere else, so a write to it needs FILE.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ if TYPE_CHECKING:
     from xenbackend.block.driver import Filter, HostFile
     from xenbackend.block.formats.cache import BackHeader
 
-MAX_DIRTY = 1 << 16  # blocks; a few more where writes to them were under way
-_MOST_LEFT = 8 * MAX_DIRTY  # that a predecessor of ours can have left
-_CLOSING_S = 5.0  # for what is still to be written below
+MAX_DIRTY = 1 << 16  # blocks; writes under way at the limit can add a few more
+_MOST_LEFT = 8 * MAX_DIRTY  # dirty blocks; no predecessor can have left more
+_CLOSING_S = 5.0  # time to destage dirty blocks in `close`
 
 
 class _Altering(Join):
-    """A write or discard under way, with its blocks; `is_held`: nothing else alters them meanwhile."""
+    """A write or discard under way, with its blocks. `is_held`: there is a hold on them."""
 
     __slots__ = ("first", "is_held", "last")
 
@@ -51,17 +51,17 @@ class _Altering(Join):
 
 
 class WriteBack(BackReads):
-    """Those of one disk."""
+    """The requests of one disk."""
 
     def __init__(self, driver: Filter, file: HostFile, header: BackHeader, *, rate: int) -> None:
-        """Take the map from memory, or from FILE. `rate`: bytes a second that are written below, 0: any.
+        """Take the map from memory, or from FILE. `rate`: limit for destaging in bytes per second; 0: no limit.
 
         Raises: DriverError, OSError.
         """
         super().__init__(driver, file, header)
         self.tags.check(WAYS, self.map.slots // WAYS, self._whole, _MOST_LEFT)
         self._holds = Holds()
-        self._writing: Counter[int] = Counter()  # by slot: writes of the guest's that are on their way there
+        self._writing: Counter[int] = Counter()  # by slot: the guest's writes to a dirty block that are under way
         self._around = 0
         self.destage = Destage(self, self._env, limit=min(MAX_DIRTY, self.map.slots * 3 // 4), rate=rate)
         self.on_lost = self.destage.begin_anew
@@ -69,7 +69,7 @@ class WriteBack(BackReads):
             self.map.restore(slot, block)
             self.destage.add(block, slot)
 
-    # what comes, and goes
+    # entry points
 
     def submit(self, batch: list[Request]) -> None:
         """Take requests as a driver does."""
@@ -95,12 +95,12 @@ class WriteBack(BackReads):
         }
 
     def close(self) -> None:
-        """Write below what can be within a few seconds, and let go of memory. Raises: OSError."""
+        """Destage for at most a few seconds, and release the memory. Raises: OSError."""
         try:
             self.destage.drain(_CLOSING_S)
             self.destage.is_closed = True
             self._env.wait_for(lambda: not self._pool.lent and self.tags.pages.is_idle)
-            if self.destage.dirty:  # FILE is the later one of both, by which it is known that nobody else wrote below
+            if self.destage.dirty:  # make FILE's time the later one; `cache_file` uses it to see if others wrote below
                 self.destage.tell_left(self._driver.options.file)
                 self.tags.pages.touch(0)
         finally:
@@ -108,10 +108,10 @@ class WriteBack(BackReads):
             self.map.close()
             self._lost.release()
 
-    # what alters blocks
+    # writes and discards
 
     def alter(self, request: Request) -> None:
-        """Do a write or a discard, after whatever alters the same blocks in another way."""
+        """Execute a write or a discard; if there is a hold on one of its blocks, when that is removed."""
         first, last = self._blocks(request)
         if request.op == Op.DISCARD and not self._below.can_discard:
             self._end(request, EOPNOTSUPP)
@@ -132,11 +132,11 @@ class WriteBack(BackReads):
                 self._write(join, slot, place, length, iov)
             for block, slot in enumerate(slots, first):
                 if slot >= 0 and block in dirty:
-                    self.map.pins[slot] -= 1  # it is pinned as such, and by what is on its way to it
+                    self.map.pins[slot] -= 1  # `_slot_for` pinned it; it stays pinned as dirty, and by the write to it
             self._altered(join, 0)
 
     def _write_one(self, request: Request, block: int, slot: int) -> None:
-        """Write to the slot of one dirty block, as most do: the same as below, with less work."""
+        """Write to the slot of one dirty block: the common case of `alter`, with less work."""
         self._overtaken.begin(block, block)
         self.destage.add(block, slot)
         self._writing[slot] += 1
@@ -173,11 +173,11 @@ class WriteBack(BackReads):
                 self.alter(each)
 
     def _slot_for(self, request: Request, block: int) -> int:
-        """Return the slot to which a block is to be written, pinned, or its place goes to the next block.
+        """Return the slot to which a block is to be written, pinned so that the request's next block cannot take it.
 
-        -1: there is none, the block goes below, and nothing in FILE says else.
+        -1: there is none; the write goes below, and the map has no slot for the block any more.
         """
-        slot = self.map.find(block)  # now: the block before may have taken its slot
+        slot = self.map.find(block)  # only now: a previous block of the request may have taken its slot
         if slot >= 0 and self.destage.has_room((block,)):
             self.map.pins[slot] += 1
             return slot
@@ -186,7 +186,7 @@ class WriteBack(BackReads):
             return -1
         if not self.destage.has_room((block,)):
             return -1
-        return self.map.take(block)  # until it is written, or is not
+        return self.map.take(block)  # unpinned once the write has ended
 
     def _write(self, join: _Altering, slot: int, place: int, length: int, iov: Sequence[memoryview]) -> None:
         """Write a piece to its slot, or below."""
@@ -202,17 +202,17 @@ class WriteBack(BackReads):
     def _write_first(
         self, join: _Altering, slot: int, block: int, place: int, length: int, iov: Sequence[memoryview]
     ) -> None:
-        """Make a block dirty: write to the slot that has it, or all of it to one that was taken for it.
+        """Make a block dirty: write the piece to the slot that has it, or the whole block to a slot taken for it.
 
-        Where that cannot be, the piece goes below. Until it is there, the map says nothing of the slot: whoever is
-        killed would leave some of the write in a clean block, which may give way to what is below at any time.
+        If that fails, write the piece below. Meanwhile the map has no entry for the slot: otherwise a kill could leave
+        a part of the write in a clean block, which may be replaced by the content below at any time.
         """
         has_rest = self.map.find(block) == slot
         self.map.drop(block, block)
         memory = self._copies.take(self.block) if length < self.block and not has_rest else None
 
         def read(part: Part) -> None:
-            if part.status or memory is None:  # to write a piece below nobody need know what is around it
+            if part.status or memory is None:  # then the piece goes below, for which the rest is not needed
                 written(part)
                 return
             fill(memory, place & (self.block - 1), iov)
@@ -239,7 +239,7 @@ class WriteBack(BackReads):
     def write_dirty(
         self, block: int, slot: int, at: int, iov: Sequence[memoryview], done: Callable[[Part], None]
     ) -> None:
-        """Write to the slot of a dirty block, which goes below once more after that."""
+        """Write to the slot of a dirty block; if it is being destaged, it will be destaged again."""
         self.destage.add(block, slot)
         self._writing[slot] += 1
 
@@ -255,16 +255,16 @@ class WriteBack(BackReads):
         self._altered(join, part.status and CACHE_LOST)
 
     def is_held(self, block: int) -> bool:
-        """Return whether a block is being altered in a way that nothing may come between."""
+        """Return whether there is a hold on a block."""
         return self._holds.find(block, block) is not None
 
     def is_written(self, slot: int) -> bool:
-        """Return whether something is on its way to a slot."""
+        """Return whether a write to the slot of a dirty block is under way."""
         return slot in self._writing
 
     def _discard(self, request: Request, first: int, last: int) -> None:
-        """Discard below, and then what is in FILE; of a block of which only a part is discarded that is zeros."""
-        if self.destage.is_moving(first, last):  # or old data would come after the discard
+        """Discard below, then drop the blocks from FILE. Dirty blocks that are covered in part get zeros there."""
+        if self.destage.is_moving(first, last):  # otherwise old data could reach the layer below after the discard
             self.destage.waiting.append(request)
             return
         end = request.offset + request.length
@@ -309,7 +309,7 @@ class WriteBack(BackReads):
                 self.map.drop(block, block)
 
     def _flush(self, request: Request) -> None:
-        """Make durable what was answered: in FILE with its tags, and below."""
+        """Make all answered writes durable: in FILE, with their tags, and in the layer below."""
         join = Join(request, 1 if self._env.read_only else 2)
 
         def done(status: int) -> None:

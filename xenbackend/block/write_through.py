@@ -1,6 +1,6 @@
-"""The requests of a cache whose layer below answers every write: without FILE they are slower, and nothing else.
+"""The requests of a cache whose writes are all answered by the layer below, so that losing FILE costs only speed.
 
-Must not let a block of FILE be read that is older than what the layer below has.
+Must not read a block from FILE that is older than the one in the layer below.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from xenbackend.block.request import PENDING, Op, Request
 if TYPE_CHECKING:
     from xenbackend.block.driver import Filter, HostFile
 
-_MOST = 128 << 10  # bytes of a request that is kept
-_PATIENCE = 16  # errors of FILE, one after the other
+_MOST = 128 << 10  # bytes; data of larger requests are not put into FILE
+_PATIENCE = 16  # errors of FILE in a row
 
 
 class WriteThrough:
-    """Those of one disk. `map` is None where FILE is left alone."""
+    """The requests of one disk. `map` is None if FILE is not used."""
 
     def __init__(
         self, driver: Filter, file: HostFile | None, known: CacheMap | None, block: int, *, keeps_writes: bool
     ) -> None:
-        """Begin with a map of what FILE has; without both everything goes by. `block` is in bytes."""
+        """Begin with `known`, the map of FILE. Without file and map all requests bypass FILE. `block` is in bytes."""
         assert driver.below is not None  # noqa: S101 - as in `Filter.open`
         self._driver, self._env, self._file, self.map = driver, driver.env, file, known
         self._size, self._block, self._keeps_writes = driver.below.size, block, keeps_writes
         self._bits = block.bit_length() - 1
         self._copies = Copies()
         self._overtaken = Overtaken()
-        self._free: list[Own] = []  # reads from FILE that may be used again
+        self._free: list[Own] = []  # read requests to FILE that can be reused
         self._done_read = self._was_read
         self._down: list[Request] = []
         self._to_file: list[Request] = []
@@ -48,7 +48,7 @@ class WriteThrough:
             file.complete = self._from_file
 
     def submit(self, batch: list[Request]) -> None:
-        """Take requests as a driver does: read from FILE what is there, pass on the rest, and keep what comes back."""
+        """Take requests as a driver does: read hits from FILE, pass on the rest, and store in FILE what comes back."""
         if self.map is not None:
             done, late, batch = self._file.read_mapped(batch, self.map.places, self._bits)  # type: ignore[union-attr]  # there is a map
             self._hits += len(done) + len(late)
@@ -67,7 +67,7 @@ class WriteThrough:
         self._pass_on()
 
     def take_back(self, batch: list[Request]) -> None:
-        """Go on with what the layer below gives back."""
+        """Continue with requests that the layer below gives back."""
         for request in batch:
             if type(request) is Own and request.cache is self:
                 request.done(request)
@@ -82,13 +82,13 @@ class WriteThrough:
         return {"hits": self._hits, "misses": self._misses, "errors": self._errors}
 
     def close(self) -> None:
-        """Wait for FILE, and let go of memory."""
-        self._env.wait_for(lambda: not self._at_file)  # or it would land in a slot that another chain has given away
+        """Wait for requests to FILE, and release the memory."""
+        self._env.wait_for(lambda: not self._at_file)  # a late write could hit a slot that a successor has reassigned
         if self.map is not None:
             self.map.close()
 
     def _from_file(self, batch: list[Request]) -> None:
-        """Go on with what FILE gives back."""
+        """Continue with requests that FILE gives back."""
         self._at_file -= len(batch)
         known, reading = self.map, self._done_read
         for own in batch:
@@ -96,7 +96,7 @@ class WriteThrough:
             if own.status or known is None or own.done is not reading or type(request) is Join:  # type: ignore[attr-defined]  # nothing else is sent there
                 own.done(own)  # type: ignore[attr-defined]  # the same
                 continue
-            known.pins[own.block] -= 1  # type: ignore[attr-defined]  # as `_was_read`, without a call for each
+            known.pins[own.block] -= 1  # type: ignore[attr-defined]  # from here on as in `_was_read`, without its call
             own.tag, own.iov = None, ()
             request.status = 0
             self._free.append(own)  # type: ignore[arg-type]  # the same
@@ -105,7 +105,7 @@ class WriteThrough:
         self._pass_on()
 
     def _pass_on(self) -> None:
-        """Send down, to FILE and up what has come together meanwhile."""
+        """Send the collected requests: to the layer below, to FILE, and back to the layer above."""
         if self._down:
             down, self._down = self._down, []
             self._driver.next.submit(down)  # type: ignore[union-attr]  # a filter in a chain has a layer below
@@ -144,8 +144,8 @@ class WriteThrough:
             at = 0
 
     def _read_from(self, tag: Request | Join, slot: int, place: int, length: int, iov: Sequence[memoryview]) -> None:
-        """Read a part of a slot, which stays as it is until that is done."""
-        self.map.pins[slot] += 1  # type: ignore[union-attr]  # whoever found the slot has a map
+        """Read a part of a slot, which is pinned until the read has ended."""
+        self.map.pins[slot] += 1  # type: ignore[union-attr]  # the slot was found in it
         own = self._free.pop() if self._free else Own()
         own.offset, own.length, own.iov = place, length, iov
         own.op, own.status, own.done, own.tag, own.block = Op.READ, PENDING, self._done_read, tag, slot
@@ -165,14 +165,14 @@ class WriteThrough:
         if status:
             self._drop(*self._blocks(request))
             self._failed(status)
-            self._down.append(request)  # nothing need be in FILE
+            self._down.append(request)  # the layer below has everything
         else:
             self._in_a_row = 0
             request.status = 0
             self._back.append(request)
 
     def _miss(self, request: Request, first: int, last: int) -> None:
-        """Read whole blocks from below."""
+        """Read whole blocks from below, to be stored in FILE, or only the request if it is large or room is short."""
         self._misses += 1
         if request.length > _MOST or not self._copies.have_room(_MOST + 2 * self._block):
             self._down.append(request)
@@ -188,7 +188,7 @@ class WriteThrough:
         own.copy = self._overtaken.copy(first, last)
 
     def _missed(self, own: Own) -> None:
-        """Give back what was read from below, and keep it."""
+        """Answer a read with the data from below, and store them in FILE."""
         request: Request = own.tag
         request.status = own.status
         if not own.status:
@@ -196,10 +196,10 @@ class WriteThrough:
         self._back.append(request)
         self._keep(own)
 
-    # what is written
+    # writes and discards
 
     def _alter(self, request: Request) -> None:
-        """Have the cache know nothing of what is altered, before it is sent; and perhaps keep it afterwards."""
+        """Drop the blocks from the map, send the request, and with mode=writethrough store the data afterwards."""
         first, last = self._blocks(request)
         known, is_kept = self.map, self._keeps_writes and request.op == Op.WRITE
         if known is None or not is_kept or request.length > _MOST or not self._copies.have_room(_MOST):
@@ -210,19 +210,19 @@ class WriteThrough:
         own = Own.make(self, Op.WRITE, request.offset, request.length, self._written)
         self._take_copy(own, request, first, last)
         was_old = own.copy.is_old
-        fill(own.memory, 0, request.iov)  # the guest may alter its pages between the one medium and the other
+        fill(own.memory, 0, request.iov)  # the guest may alter its pages between the writes to the two media
         for block in {first, last}:
             slot = known.find(block)
-            if slot >= 0:  # what it has around a write to a part of it stays true
+            if slot >= 0:  # if the write covers only a part of the block, the rest in the slot stays valid
                 known.pins[slot] += 1
                 own.slots[block] = slot
         self._drop(first, last)
         self._overtaken.begin(first, last)
-        own.copy.is_old = was_old  # it is no older than itself
+        own.copy.is_old = was_old  # `begin` has marked this write's own copy as well
         self._down.append(own)
 
     def _written(self, own: Own) -> None:
-        """Give back what was written below, and keep it."""
+        """Give back a write that the layer below has executed, and store its data in FILE."""
         request: Request = own.tag
         self._overtaken.end(*self._blocks(request))
         request.status = own.status
@@ -237,10 +237,10 @@ class WriteThrough:
         else:
             self.map.drop(first, last)
 
-    # what is kept
+    # storing in FILE
 
     def _keep(self, own: Own) -> None:
-        """Write what was read or written into slots, unless that failed, or is old."""
+        """Write the data of a request into slots, unless it failed or its copy is old."""
         known, begun, own.left = self.map, own.slots, 0
         own.slots = {}
         if known is not None and not own.status and not own.copy.is_old:
@@ -252,7 +252,7 @@ class WriteThrough:
             self._forget(own)
 
     def _keep_block(self, own: Own, block: int, slot: int, known: CacheMap) -> None:
-        """Write what there is of a block into `slot`, or all of it into another one."""
+        """Write the request's data of a block into `slot`; if that is -1, take a slot, but only for a whole block."""
         begin, end = block << self._bits, min((block + 1) << self._bits, self._size)
         start, stop = max(begin, own.offset), min(end, own.offset + own.length)
         if slot < 0 and (start, stop) == (begin, end) and known.find(block) < 0:
@@ -283,14 +283,14 @@ class WriteThrough:
         self._copies.put(own.memory)
 
     def _failed(self, status: int) -> None:
-        """Count an error of FILE; one that is full takes what there is room for."""
+        """Count an error of FILE. Errors of a full file system do not count towards giving up FILE."""
         self._errors += 1
         self._in_a_row += status not in (errno.ENOSPC, errno.EDQUOT)
         if self._in_a_row >= _PATIENCE and self.map is not None:
             self.leave_alone(os.strerror(status))
 
     def leave_alone(self, why: str) -> None:
-        """Serve without FILE from now on, and leave a successor nothing of what it has."""
+        """Serve without FILE from now on, and clear the map so that a successor does not use its content."""
         if self.map is not None:
             self.map.clear()
             self.map.close()

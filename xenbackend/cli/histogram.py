@@ -38,7 +38,7 @@ class Histogram:
         return self.sum_ns / self.samples if self.samples else None
 
     def bound_ns(self, fraction: float) -> int | None:
-        """Return the bound below which this fraction of the requests stayed; None if there are none."""
+        """Return an upper bound, in ns, for the latencies of this fraction of the requests; None if there are none."""
         return counters.percentile_ns(self.buckets, fraction) if self.samples else None
 
     def filled(self) -> range:
@@ -48,7 +48,7 @@ class Histogram:
 
 
 def difference(before: Disk, after: Disk, seconds: float) -> Histogram:
-    """Return the latencies between two looks. Raises: XenbackendError, if the counters were reset between them."""
+    """Return the latencies between two answers of the service. Raises: XenbackendError, if counters were reset."""
     pairs = zip(after.latency_histogram, before.latency_histogram, strict=True)
     buckets = tuple(new - old for new, old in pairs)
     sum_ns = after.counters["latency_ns"] - before.counters["latency_ns"]

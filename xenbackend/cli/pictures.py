@@ -1,4 +1,4 @@
-"""What `status` and `top` show: the service's answers at one moment, what happened between two, and sentences about it.
+"""The data that `status` and `top` show: the service's answers at one moment, and what happened between two of them.
 
 Must not print. Rates and latencies are those of the time between two pictures.
 """
@@ -16,8 +16,8 @@ from xenbackend.cli.arguments import duration
 from xenbackend.client import Client, Disk, File, Layer, Service
 from xenbackend.errors import printable
 
-SAMPLE_S = 1.0  # between the two looks from which rates are computed
-SHORTEST_S = 1.0  # between two looks of --watch: workers add up their counters once a second
+SAMPLE_S = 1.0  # between the two pictures from which rates are computed
+SHORTEST_S = 1.0  # between two pictures of --watch: workers update their counters once a second
 RATES = ("reads", "writes", "read_bytes", "written_bytes")
 _AGES = ((86400, "d"), (3600, "h"), (60, "m"), (1, "s"))
 _WAITS = {"storage": "its storage has not answered for {}", "key": "its key has taken {} to derive so far"}
@@ -25,7 +25,7 @@ _WAITS = {"storage": "its storage has not answered for {}", "key": "its key has 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """The speed of one disk between two looks. None: not known, at a first look or if no request was timed."""
+    """The speed of one disk between two pictures. None: not known, as for the first, or if no request was timed."""
 
     rates: dict[str, float] | None = None  # by RATES, per second
     mean_ns: float | None = None
@@ -42,9 +42,9 @@ class Picture:
 
 
 def look(args: argparse.Namespace) -> Picture:
-    """Ask the service. Raises: ServiceError, also for a disk that it does not serve."""
+    """Ask the service for a picture. Raises: ServiceError, also for a disk that it does not serve."""
     client = Client(args.socket)
-    disks = client.disks(*args.vbds, looks=True)  # first: it knows a name that is none without asking anybody
+    disks = client.disks(*args.vbds, looks=True)  # first: it refuses an invalid name without the service
     return Picture(client.service(), disks, time.monotonic())
 
 
@@ -72,7 +72,7 @@ def speed(before: Disk | None, after: Disk, seconds: float) -> Speed:
 
 
 def condition(known: Disk) -> str:
-    """Return a disk's condition in one word: ``paused``, why it is not served as it should be, or our state."""
+    """Return a disk's condition in one word: ``paused``, the reason why it is not served normally, or our state."""
     return "paused" if known.paused else known.reason or known.state
 
 
@@ -158,7 +158,7 @@ def arranged(args: argparse.Namespace, before: Picture, after: Picture) -> list[
 
 
 def interval(text: str) -> float:
-    """Return the seconds between two looks. Raises: argparse.ArgumentTypeError, if shorter than counters' updates."""
+    """Parse the seconds between two pictures. Raises: argparse.ArgumentTypeError, also if less than SHORTEST_S."""
     seconds = duration(text)
     if seconds < SHORTEST_S:
         raise argparse.ArgumentTypeError(f"{text} is too short: workers update their counters only once a second")

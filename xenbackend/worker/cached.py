@@ -1,4 +1,4 @@
-"""An image behind the page cache: what the cache holds is copied at once, the rest goes to io_uring or a thread.
+"""An image behind the page cache: data in the cache are copied at once, the rest goes to io_uring or a thread.
 
 Must not know how the image was opened. Buffered writes never go to io_uring: it hands them to kernel threads, which
 costs two and a half times as much as the plain call.
@@ -18,11 +18,11 @@ _LARGEST_JOINED = 32 * 1024  # bytes; to join larger requests costs more than th
 
 
 class CachedImage(Image):
-    """Reads and writes within `submit`, by one call for each request or run of neighbours.
+    """Reads and writes within `submit`, by one system call for each request or run of neighbours.
 
-    A read does not wait for the disk there, if the file system supports RWF_NOWAIT.
+    Reads do not wait for the medium there if the file system supports RWF_NOWAIT.
 
-    Invariants: R10: a read is answered 0 only when every byte of its iov was written.
+    Invariants: R10: a read is answered 0 only after every byte of its iov was written.
     """
 
     how = "preadv and pwritev"
@@ -64,13 +64,13 @@ class CachedImage(Image):
                     request.status = 0
                     done.append(request)
                     continue
-            except OSError:  # cold, or broken: whoever submits it hears of that
+            except OSError:  # not in the page cache, or an error, which the caller gets when it submits the read
                 pass
             late.append((request, place + inside))
         return done, late, rest
 
     def _do_each(self, batch: list[Request]) -> list[Request]:
-        """Do each request that a single call completes, and return the others. Nearly every request is done here."""
+        """Execute each request that a single call completes, and return the others. Nearly all requests end here."""
         preadv, pwritev, fd, size, flags = os.preadv, os.pwritev, self.fd, self.size, self._read_flags
         odd: list[Request] = []
         for request in batch:
@@ -91,7 +91,7 @@ class CachedImage(Image):
         return odd
 
     def _do_odd(self, request: Request, done: list[Request]) -> None:
-        """Do a request that the fast path could not: uncached, short, refused, a flush, a discard, past the end."""
+        """Execute a request that the fast path did not: not cached, short, failed, a flush, a discard, past the end."""
         if request.op == Op.WRITE or (request.op == Op.DISCARD and not self.is_inside(request)):
             self.do(request)
             done.append(request)
@@ -99,7 +99,7 @@ class CachedImage(Image):
             self.start(request)
 
     def _do_joined(self, batch: list[Request], done: list[Request]) -> list[Request]:
-        """Do each run of neighbours by one call; return requests that are in no run, or whose run was not completed."""
+        """Execute each run of neighbours by one call; return the requests in no run, or in a run that failed."""
         rest: list[Request] = []
         for run in _runs(batch):
             if len(run) > 1 and self._do_run(run):
@@ -119,7 +119,7 @@ class CachedImage(Image):
                 moved = os.pwritev(self.fd, iov, first.offset)
             else:
                 return False
-        except OSError:  # then each is done by itself, and gets its own status
+        except OSError:  # then each request is executed by itself, and gets its own status
             return False
         if first.offset + moved != end:
             return False
@@ -138,7 +138,7 @@ def _are_neighbours(one: Request, other: Request) -> bool:
 
 
 def _runs(batch: list[Request]) -> list[list[Request]]:
-    """Cut a batch into runs of neighbours, none with more pieces than one call takes."""
+    """Divide a batch into runs of neighbours, none with more views than one call accepts."""
     runs = [[batch[0]]]
     pieces = len(batch[0].iov)
     for before, request in pairwise(batch):

@@ -5,42 +5,45 @@ Synopsis:
 
 Description:
     What the guest reads from a slow layer, such as an image on NFS, a disk on a server or on rotating media, is kept in
-    FILE, and read from there the next time. FILE is on a faster medium, and has room for `size` bytes; it is made where
-    it is not there.
+    FILE, and the next time it is read from there. FILE should be on a faster medium, and holds up to `size` bytes of
+    data. It is created if it does not exist.
 
-    With mode=read (the default) it has what was read. With mode=writethrough also what was written, once that is
-    below, in whole blocks or to blocks that it had: for a guest that reads again soon what it wrote. Every write is
-    answered by the layer below, in both modes, and a flush flushes that.
+    With mode=read (the default) FILE keeps what was read. With mode=writethrough it also keeps what was written, once
+    the layer below has it: whole blocks, and parts of blocks that FILE had already. This suits a guest that soon reads
+    again what it wrote. In both modes every write is answered by the layer below, and a flush flushes that layer.
 
-    With mode=writeback a write of up to 128 KiB is answered once it is in FILE, and goes below later. FILE is a part of
-    the disk then: what is dirty is nowhere else, and lost with FILE.
+    With mode=writeback a write of up to 128 KiB is answered as soon as it is in FILE, and is written to the layer below
+    later (destaged). FILE is then a part of the disk: it holds the only copy of the dirty blocks, and they are lost if
+    FILE is lost.
 
-    `cache=on` of `aio:` has the host's memory do the same; this layer is for more than that has room for.
+    `cache=on` of `aio:` does the same with the host's memory; this layer is for more data than fit into that.
 
 Behaviour:
-    The cache is empty when the disk is attached, and filled by use. What it has is known in memory that outlives the
-    worker: kills, upgrades and restarts of the service lose none of it. It is known nowhere else, but for what is
-    dirty, so that no block of a former life can come back after a power failure, or after others have written.
+    The cache is empty when the disk is attached, and filled by use. The map of its blocks is in memory that outlives
+    the worker, so kills, upgrades and restarts of the service lose nothing. Except for dirty blocks the map is nowhere
+    else, so after a power failure, or after others have written to the image, no outdated block can come back.
 
-    A read of up to 128 KiB that finds one of its blocks missing reads whole blocks from below, and leaves them in the
-    cache, unless something was written there meanwhile; with writeback only where all of them are missing. Larger ones,
-    as of a backup, go by. Where no place is free, a block gives way that was not used since the last time that one was
-    looked for near it.
+    A read of up to 128 KiB for which one of the blocks is missing reads whole blocks from below, and stores them in the
+    cache unless they were written to in the meantime; with writeback it does so only if all of its blocks are missing.
+    Larger reads, such as those of a backup, bypass the cache. If no slot is free for a block, it replaces one that has
+    not been used recently (CLOCK, among the 8 slots where it can be).
 
-    With mode=read or writethrough FILE is never needed: a block that cannot be read from it is read from below. After
-    16 errors in a row it is left alone until the layer is opened anew, and the fact `cache` says so; where a successor
-    cannot open it, none is used.
+    With mode=read or writethrough the disk never depends on FILE: a block that cannot be read from it is read from
+    below. After 16 errors in a row FILE is no longer used until the layer is opened again, and the fact `cache` says
+    so. If a worker's successor cannot open FILE, it serves the disk without a cache.
 
-    With writeback, a flush makes FILE durable, then notes there which blocks are dirty, and flushes what went below. A
-    block goes there 5 s after it was written, or earlier where half of those are dirty that may be, at `destage` bytes
-    a second; the layer below is flushed before FILE forgets it. So after a power failure each sector is as it was at
-    the last flush, or newer. Where FILE gives errors, what it alone has waits, whatever the policy says, and all else
-    goes past it. Where the layer below does, the fact `destage` says so. Closing the disk takes up to 5 s for what is
-    dirty, as do `set` and `upgrade`; the rest stays in FILE, durably, and the service's log says so. While something is
-    dirty, FILE is refused above another layer, or an image that was changed without it.
+    With writeback, a flush makes the data in FILE durable, then records there which blocks are dirty, and flushes what
+    was written to the layer below. A block is destaged 5 s after it was written, or earlier if more than half of the
+    blocks that may be dirty are; `destage` limits the rate. The layer below is flushed before the record in FILE is
+    removed. So after a power failure each sector is as it was at the last flush, or newer.
+    If FILE gives errors, requests for dirty blocks wait, whatever the policy says, and all others bypass FILE. If the
+    layer below gives errors, the fact `destage` says so. Closing the disk takes up to 5 s to destage dirty blocks, and
+    so do `set` and `upgrade`. What remains is durable in FILE, and the service's log says so. While FILE has dirty
+    blocks, it is refused above another layer, or above an image that was changed without it.
 
-    `xenbackend status --json` shows `hits` and `misses`, in requests to read, and `errors` of FILE; with writeback also
-    how many blocks are `dirty`, how many were `destaged`, and how many pieces of writes went `around` FILE.
+    `xenbackend status --json` shows `hits` and `misses`, both in read requests, and `errors` of FILE. With writeback it
+    also shows how many blocks are `dirty`, how many were `destaged`, and how many pieces of writes went `around` FILE,
+    directly to the layer below.
 
 Example:
     cache:/ssd/guest.cache,size=4G|aio:/mnt/nfs/guest.img
@@ -48,21 +51,22 @@ Example:
     cache:/ssd/guest.cache,size=20G,mode=writeback,destage=50M|aio:/mnt/nfs/guest.img
 
 Limits:
-    FILE must be a regular file, for one disk at a time. Commands, and `check`, read past it, but with writeback.
-    `size` is 1 MiB and 8 blocks at least, and 16 million blocks at most; a slot takes 13 bytes of memory, with
-    writeback 21, and the blocks that are found again and again up to 9 MiB. Above `luks:` FILE has plain text. What
-    others write to a shared image (`share=on`, `w!`) is not noticed: do not use it there. A discard of more than 4096
-    blocks empties the cache of what is not dirty. A medium below FILE that hangs, rather than failing, holds up what
-    is read from it.
+    FILE must be a regular file, and is for one disk at a time. Commands on the image, and `check`, do not read FILE,
+    except with writeback. `size` must be at least 1 MiB and 8 blocks, and at most 16 million blocks. A slot takes 13
+    bytes of memory, or 21 with writeback, and the index of frequently used blocks takes up to 9 MiB. Above `luks:` FILE
+    has plain text. What others write to a shared image (`share=on`, `w!`) is not noticed: do not use a cache there.
+    A discard of more than 4096 blocks empties the cache, except for dirty blocks. If the medium below FILE hangs,
+    rather than failing, reads from FILE hang as well.
 
-    With writeback the image alone is not the disk until nothing is dirty, and nobody is kept from using it. At most
-    65536 blocks are, and 3/4 of FILE. `snapshot` is refused. For another mode take another FILE, with nothing dirty.
+    With writeback the image alone is not the disk until nothing is dirty, and nothing keeps others from using the
+    image. At most 65536 blocks, and at most 3/4 of FILE, can be dirty. `snapshot` is refused. To change the mode,
+    use another FILE, while nothing is dirty.
 
-    In batches of 32 a hit of 4096 bytes costs 0.4 us more than a read without this layer, where FILE is in the host's
-    memory, and 1.1 us alone: to look up where each is costs about as much as a tenth of the whole request. Where FILE
-    is read past the host's memory (O_DIRECT) it is 1.3 us, as each hit then needs a request of its own. A write costs
-    2.8 us more, 7.7 us with mode=writethrough, and 6.8 us with writeback; there 11 us more where FILE has its block,
-    and that is not dirty yet.
+    In batches of 32 a hit of 4096 bytes costs 0.4 us more than a read without this layer if FILE is in the host's
+    memory, and 1.1 us more if it comes alone: finding the slot costs about a tenth of the whole request. If FILE is
+    read past the host's memory (O_DIRECT), it costs 1.3 us more, since each hit then needs a request of its own. A
+    write costs 2.8 us more with mode=read, 7.7 us with mode=writethrough, and 6.8 us with writeback. With writeback, a
+    write to a block that FILE has, but that is not dirty yet, costs 11 us more than that.
 """
 
 from __future__ import annotations
@@ -119,7 +123,7 @@ class Cache(Filter):
         self.is_transparent = not self.may_answer_alone
 
     def open(self, env: Env) -> Geometry:
-        """Open FILE, or make it. Raises: DriverError, OSError."""
+        """Open FILE, and initialise it if it is new. Raises: DriverError, OSError."""
         geometry = super().open(env)
         if self.options.mode == WRITEBACK:
             return self._open_back(env, geometry)
@@ -131,7 +135,7 @@ class Cache(Filter):
         except (DriverError, OSError) as problem:
             if not env.resumes:
                 raise
-            known = self._map(env, self.options.size // self.options.block, b"")  # nothing that comes is noted there
+            known = self._map(env, self.options.size // self.options.block, b"")  # stays empty
             self._requests = self._through(known)
             self._requests.leave_alone(str(problem))
         else:
@@ -139,7 +143,7 @@ class Cache(Filter):
         return geometry
 
     def _open_back(self, env: Env, geometry: Geometry) -> Geometry:
-        """Open FILE, also for whoever only looks: it may have what is nowhere else. Raises: DriverError, OSError."""
+        """Open FILE, even if no guest is served: it may have the only copy of a block. Raises: DriverError, OSError."""
         options = self.options
         self._file, header = open_back(self, options.file, options.size, options.block)
         if header is None:
@@ -154,10 +158,10 @@ class Cache(Filter):
         return replace(geometry, can_flush=True, physical_sector_size=physical)
 
     def _open_file(self, env: Env) -> CacheMap:
-        """Open FILE, and return what was known of it. Raises: DriverError, OSError."""
+        """Open FILE, and return the map that a predecessor left, or an empty one. Raises: DriverError, OSError."""
         block, size = self.options.block, self.below.size  # type: ignore[union-attr]  # as in `Filter.open`
         self._file, header = open_read(self, self.options.file, self.options.size, block)
-        cut = size % block and size  # its last block is another one once the disk has grown
+        cut = size % block and size  # an incomplete last block is no longer the same once the disk has grown
         base = f"{describe(self.next, env.files, with_changes=False)} {cut}".encode(errors="surrogateescape")
         known = self._map(env, header.blocks, header.token + hashlib.sha256(base).digest())
         env.report("mode", self._file.mode)
@@ -172,11 +176,11 @@ class Cache(Filter):
         return WriteThrough(self, self._file, known, self.options.block, keeps_writes=keeps_writes)
 
     def submit(self, batch: list[Request]) -> None:
-        """Have FILE or the layer below do what they are to do."""
+        """Take requests; FILE, the layer below, or both execute them."""
         self._requests.submit(batch)
 
     def on_complete(self, batch: list[Request]) -> None:
-        """Go on with what the layer below gives back, or FILE with mode=writeback."""
+        """Continue with requests that the layer below gives back; with mode=writeback also those of FILE."""
         self._requests.take_back(batch)
 
     def figures(self) -> dict[str, int]:
@@ -184,7 +188,7 @@ class Cache(Filter):
         return self._requests.figures()
 
     def close(self) -> None:
-        """Let go of FILE. Raises: OSError."""
+        """Close FILE, with mode=writeback after destaging for a few seconds. Raises: OSError."""
         try:
             self._requests.close()
         finally:

@@ -5,48 +5,49 @@ Synopsis:
     cow:[block=SIZE]
 
 Description:
-    The disk begins as what the layer below has, and what the guest writes or discards goes to FILE: many guests start
-    from one image that none of them alters. FILE is made where it is not there, or is empty. Detach the disk and
-    remove FILE, and the next guest begins anew.
+    At first the disk has the content of the layer below. What the guest writes or discards goes to FILE, so many guests
+    can start from one image that none of them alters. FILE is created if it does not exist, and initialised if it is
+    empty. To start again from the layer below, detach the disk and remove FILE.
 
-    Without FILE the disk is one to throw away: what the guest writes goes to a file without a name, in the directory of
-    the setting `scratch`. It is kept over kills, upgrades and restarts of the service, and is gone once the disk is
-    detached, however that happens, so that nothing is ever left over.
+    Without FILE the disk is temporary: what the guest writes goes to a file without a name, in the directory of the
+    setting `scratch`. It survives kills, upgrades and restarts of the service, and is gone once the disk is detached,
+    however that happens, so nothing is ever left behind.
 
-    Any image or chain can lie below, and several disks may share it, since it is opened for reading, and locked as one
-    that is read. A snapshot (`xenbackend image snapshot`) does the same within an image format that other programs
-    know; this layer needs no format below, and writes to FILE in one place for good.
+    Any image or chain can be below. Several disks may share it, since it is opened for reading, and locked for reading.
+    A snapshot (`xenbackend image snapshot`) does the same within an image format that other programs know; this layer
+    needs no particular format below, and keeps all writes in one FILE.
 
 Behaviour:
-    FILE has a map with a byte for each block of `block` bytes. The first write to a block that does not cover all of
-    it reads the rest from below and writes the whole block to FILE; writes to other blocks go on meanwhile. Every
-    later one goes straight to FILE. A discard gives what FILE had for the range back to its file system; a block that
-    is discarded as a whole before it was ever written is noted as zeros, and takes no room.
+    FILE has a map with a byte for each block of `block` bytes. If the first write to a block does not cover all of it,
+    the rest is read from below, and the whole block is written to FILE; writes to other blocks go on in the meantime.
+    Later writes to the block go straight to FILE. A discard returns the space that FILE used for the range to its file
+    system. A block that is discarded as a whole before it was ever written is recorded as zeros, and takes no space.
 
-    The map is kept in memory that outlives the worker. A flush first makes the blocks durable, then writes what has
-    changed of the map, then makes that durable: so after a power failure a block is as it was at the last flush or
-    later, and the bytes around a write are never lost. Closing the disk does the same.
+    The map is kept in memory that outlives the worker. A flush first makes the blocks durable, then writes the changed
+    parts of the map, then makes these durable. So after a power failure a block is as it was at the last flush, or
+    newer, and the bytes around a write are never lost. Closing the disk does the same.
 
-    FILE is locked while it is open. It remembers size, file and time of change of each image that was below: where
-    that has changed, or another one lies there, the chain is refused, because the blocks would not fit to it. Either
-    put back what was there, or remove FILE and lose what was written.
+    FILE is locked while it is open. It records the disk's size, and which images are below and when each was modified
+    last. If an image has changed, or is another one, the chain is refused, because the blocks in FILE would not match
+    it. Either restore the former image, or remove FILE, which loses what was written.
 
-    Where the file system of FILE is full, writes to new blocks pause the disk as the policy says; reads, writes to
-    blocks that are there and discards go on, and the disk goes on by itself when there is room.
+    If the file system of FILE is full, writes to new blocks pause the disk as the policy says. Reads, discards and
+    writes to blocks that FILE has go on, and the disk resumes by itself when there is space.
 
     To keep what was written, detach the disk and convert the chain: `xenbackend image convert 'cow:FILE|aio:BASE'
     qcow2:NEW`. To drop it, remove FILE.
 
-    `xenbackend cow keep DISK FILE` gives the unnamed file of a disk in service a name on the same file system, never
-    that of another file: from then on the chain is `cow:FILE`. `xenbackend cow drop DISK` puts a new unnamed file in
-    its place, so that the disk is again what lies below; with `--force` also while a guest uses it, which finds another
-    disk then.
+    `xenbackend cow keep DISK FILE` gives the unnamed file of a disk in service a name on the same file system; it never
+    replaces an existing file. From then on the chain is `cow:FILE`. `xenbackend cow drop DISK` replaces the unnamed
+    file by a new one, so that the disk again has the content of the layer below. With `--force` it does so even while a
+    guest uses the disk, whose content then changes under it.
 
-    An unnamed file is lost where the service stops and nobody keeps it: `xenbackend stop` refuses that without
-    `--force`, `systemctl restart` keeps it, `systemctl stop` does not. Afterwards the disk waits, for the reason
-    `other-file`, which `resume` does not take away: detach it, or begin anew by `xenbackend set --replace`.
+    An unnamed file is lost if the service stops and nothing keeps the file: `xenbackend stop` refuses to do that
+    without `--force`, `systemctl restart` keeps the file, `systemctl stop` does not. Afterwards the disk waits, with
+    the reason `other-file`, and `resume` does not help: detach the disk, or start with a new file by
+    `xenbackend set --replace`.
 
-    `set` needs `--replace` to put this layer in or to take it out, because the guest sees another disk afterwards, and
+    `set` needs `--replace` to insert or remove this layer, because the disk's content is different afterwards, and
     `snapshot` is refused below it. `xenbackend status --json` shows how many blocks are `own` and `zeros`.
 
 Example:
@@ -55,14 +56,16 @@ Example:
     cow:|qcow2:/srv/images/template.qcow2
 
 Limits:
-    FILE must be a regular file, and no symbolic link. Whoever opens the chain makes it, `xenbackend check` too. A chain
-    that is only read has no unnamed file, and shows what lies below; of two layers without FILE the upper one is
-    written to. The directory of unnamed files needs the room for what guests write: where it is full, their disks
-    pause. Below, a change of a block device cannot be told from its time. The map takes 16 MiB of memory for each TiB
-    of disk with the default block. What was written since the last flush is lost with the host, and also where service
-    and worker end together while nobody keeps their memory. The layer below cannot grow while FILE is kept.
-    A request costs 0.8 us more than without this layer, in batches of 32, and the first one of a block what is read and
-    written for it.
+    FILE must be a regular file, and not a symbolic link. Anything that opens the chain creates it, including
+    `xenbackend check`. A chain that is only read has no unnamed file, and shows the content of the layer below. If a
+    chain has two layers without FILE, the upper one is written to. The directory of unnamed files needs space for what
+    guests write: when it is full, their disks pause.
+    Changes to a block device below cannot be detected, since its time does not show them. The map takes 16 MiB of
+    memory for each TiB of disk with the default block. What was written since the last flush is lost if the host
+    crashes, or if service and worker end together and nothing keeps their memory. The layer below cannot grow while
+    FILE is kept.
+    A request costs 0.8 us more than without this layer, in batches of 32; the first write to a block also costs the
+    read and the write of that block.
 """
 
 from __future__ import annotations
@@ -107,18 +110,18 @@ class Cow(Filter):
     _map: DurableMap | None = None
 
     def open(self, env: Env) -> Geometry:
-        """Open FILE, or begin it. Raises: DriverError, OSError."""
+        """Open FILE, and initialise it if it is new. Raises: DriverError, OSError."""
         geometry = super().open(env)
         file = self._file = None if env.read_only and self._is_unnamed else self._open_file(env)
         header = self._header = self._begin(file) if file else Header(geometry.size, self.options.block, "", b"")
         self._size, self._block, self._data_at = header.size, header.block, header.data_at
         self._bits = header.block.bit_length() - 1
-        if file and file.size >= header.file_size:  # else it is new, and only read
+        if file and file.size >= header.file_size:  # otherwise it is new, and open for reading only
             self._map = DurableMap(env, file, HEADER_SIZE, header.map_size, header.token)
         self._states = self._map.states if self._map else memoryview(bytes(header.map_size))
         self._pool = Pool()
         self._back: list[Request] = []
-        self._busy: dict[int, list[Part]] = {}  # blocks that are written for the first time: what waits for that
+        self._busy: dict[int, list[Part]] = {}  # by block being written for the first time: pieces that wait for it
         can_discard = self._can_discard = bool(file and file.can_discard and not env.read_only)
         return replace(
             geometry,
@@ -131,7 +134,7 @@ class Cow(Filter):
         )
 
     def _open_file(self, env: Env) -> File:
-        """Return FILE, open. Raises: DriverError, OSError."""
+        """Open FILE and return it. Raises: DriverError, OSError."""
         file, _ = have(env, self.options.file, read_only=env.read_only)
         file.complete = self.on_complete
         env.report("mode", file.mode)
@@ -144,7 +147,7 @@ class Cow(Filter):
         return self.options.file == UNNAMED
 
     def _begin(self, file: File) -> Header:
-        """Return the header of FILE, which is begun where it is new. Raises: DriverError, OSError."""
+        """Return the header of FILE; initialise FILE if it is new and not read-only. Raises: DriverError, OSError."""
         assert self.below is not None  # noqa: S101 - as in `Filter.open`
         base = describe(self.next, self.env.files, with_changes=True)
         wanted = Header(self.below.size, self.options.block, base, os.urandom(TOKEN))
@@ -173,7 +176,7 @@ class Cow(Filter):
         return f"put back what was there, or {what}, which loses what was written to it"
 
     def submit(self, batch: list[Request]) -> None:
-        """Send each request, or its pieces, where its blocks are."""
+        """Send each request, or its pieces, to where the blocks are: the layer below or FILE."""
         bits, states = self._bits, self._states
         below: list[Request] = []
         file: list[Request] = []
@@ -204,7 +207,7 @@ class Cow(Filter):
         self._give_back()
 
     def on_complete(self, batch: list[Request]) -> None:
-        """Go on with what the layer below, or FILE, gives back."""
+        """Continue with parts that the layer below or FILE gives back."""
         for part in batch:
             if self._map is not None and self._map.owns(part):  # type: ignore[arg-type]  # nothing else is sent
                 self._map.take(part)  # type: ignore[arg-type]  # the same
@@ -220,7 +223,7 @@ class Cow(Filter):
         return {"own": counts[OWN], "zeros": counts[ZEROS]}
 
     def close(self) -> None:
-        """Bring the map into FILE, and close that. Raises: OSError."""
+        """Write the map to FILE, and close FILE. Raises: OSError."""
         try:
             if self._map is not None:
                 self._states = memoryview(b"")
@@ -250,7 +253,7 @@ class Cow(Filter):
         self._map.flush(done)
 
     def _split(self, request: Request, first: int, last: int) -> None:
-        """Do a request block by block."""
+        """Execute a request block by block."""
         starts = [request.offset, *(block << self._bits for block in range(first + 1, last + 1))]
         ends = [*starts[1:], request.offset + request.length]
         lengths = [end - start for start, end in zip(starts, ends, strict=True)]
@@ -260,7 +263,7 @@ class Cow(Filter):
             self._do(self._pool.take(request.op, start, length, iov, self._piece_done, join))
 
     def _discard(self, request: Request, first: int, last: int) -> None:
-        """Do a discard, of any number of blocks: alone only those of which it has a part, or that are being written."""
+        """Discard any number of blocks, in runs; one by one only blocks covered in part, or that are being written."""
         bits, end = self._bits, request.offset + request.length
         alone = {block for block in self._busy if first <= block <= last}
         if request.offset > first << bits:
@@ -279,18 +282,18 @@ class Cow(Filter):
         self._join_done(join, 0)
 
     def _discard_run(self, join: Join, first: int, last: int) -> None:
-        """Discard whole blocks: note those that are not in FILE, and give the others back."""
+        """Discard whole blocks: mark those that are not in FILE as ZEROS, and discard the others in FILE."""
         states = self._states[first : last + 1].tobytes()
         self._map.exchange(first, last, BASE, ZEROS)  # type: ignore[union-attr]  # what is written has a map
         start, stop = states.find(OWN), states.rfind(OWN) + 1
-        if stop:  # what is not there in between is a hole already
+        if stop:  # blocks in between that are not OWN are holes in FILE already
             place, length = (first + start) << self._bits, (stop - start) << self._bits
             part = self._pool.take(Op.DISCARD, place + self._data_at, length, (), self._piece_done, join)
             join.left += 1
             self._file.submit([part])  # type: ignore[union-attr]  # open
 
     def _do(self, piece: Part) -> None:
-        """Do a piece of one block."""
+        """Execute a piece that lies within one block."""
         block = piece.offset >> self._bits
         state = self._states[block]
         if state == OWN:
@@ -315,7 +318,7 @@ class Cow(Filter):
             self._write_first(block, piece)
 
     def _write_first(self, block: int, piece: Part) -> None:
-        """Write a block that is not in FILE yet: what it has, and the piece in it."""
+        """Write a block that is not in FILE yet: its content, with the piece in it."""
         length = self._length_of(block)
         if piece.op == Op.WRITE and piece.length == length:
             self._write_block(block, piece, piece.iov, length)
@@ -333,7 +336,7 @@ class Cow(Filter):
         self.next.submit([part])  # type: ignore[union-attr]  # as in `submit`
 
     def _fill(self, block: int, piece: Part, memory: memoryview, status: int) -> None:
-        """Put the piece into what the block had, and write that."""
+        """Copy the piece into the block's content in `memory`, and write the block. `status` is that of the read."""
         if status:
             self._leave(block, piece, status)
             return
@@ -355,14 +358,14 @@ class Cow(Filter):
         self._file.submit([self._pool.take(Op.WRITE, place, length, iov, written, None)])  # type: ignore[union-attr]  # as there
 
     def _leave(self, block: int, piece: Part, status: int) -> None:
-        """End the first piece, and go on with those that waited for it."""
+        """End the first piece, and execute those that waited for it."""
         waiting = self._busy.pop(block)
         self._settle(piece, status)
         for each in waiting:
             self._do(each)
 
     def _settle(self, piece: Part, status: int) -> None:
-        """End a piece that was never sent."""
+        """End a piece with `status`, and return it to the pool."""
         piece.status = status
         self._piece_done(piece)
         self._pool.put(piece)

@@ -1,52 +1,55 @@
-"""luks: encrypts the layer below, as LUKS1 and LUKS2 have it.
+"""luks: encrypts the layer below, in the formats LUKS1 and LUKS2.
 
 Synopsis:
     luks:key=FILE[,slot=N][,discard=on]
     luks:key=credential:NAME[,slot=N][,discard=on]
 
 Description:
-    The layer below has a LUKS header, as `cryptsetup luksFormat`, or for LUKS1 `qemu-img create`, makes it; the disk is
-    what lies encrypted behind that. Layers above see plain text.
+    The layer below has a LUKS header, as written by `cryptsetup luksFormat` or, for LUKS1, by `qemu-img create`; the
+    disk is the encrypted data behind it. The layers above see plain text.
 
-    The passphrase is all of FILE, byte by byte, as `cryptsetup --key-file` takes it: a newline at its end, which an
-    editor or `echo` adds, belongs to it. FILE may be read by nobody but its owner and group. With credential:NAME it is
-    the credential of that name, which systemd hands to the service (`LoadCredentialEncrypted=` in a drop-in of its
-    unit). It never stands in the chain, on a command line, or in xenstore.
+    The passphrase is the whole content of FILE, byte for byte, as with `cryptsetup --key-file`: a newline at its end,
+    which an editor or `echo` adds, is part of it. Only the owner and the group of FILE may have permission to read it.
+    With credential:NAME the passphrase is the credential of that name that systemd passes to the service
+    (`LoadCredentialEncrypted=` in a drop-in of its unit). It never appears in the chain, on a command line, or in
+    xenstore.
 
 Behaviour:
-    The key is found once per attachment, by the opener, a process of its own: Argon2 takes up to 4 GiB of memory and
-    seconds. One disk has its turn after the other, and a disk whose Argon2 wants more memory than the host, or the
-    service's control group, has left is refused with both numbers. The worker never gets the passphrase. It keeps the
-    volume's key in memory that outlives it, so that a successor serves at once; the service overwrites that when the
-    disk is detached. `set` with another text of this layer finds the key anew, while the guest waits, for 5 s at most.
+    The key is derived once per attachment, by the opener, a separate process, since Argon2 takes up to 4 GiB of memory
+    and several seconds. Disks take turns, and a disk whose Argon2 needs more memory than the host, or the service's
+    control group, has left is refused with both numbers. The worker never gets the passphrase. It keeps the volume's
+    key in memory that outlives the worker, so that a successor can serve at once; the service overwrites that memory
+    when the disk is detached. `set` with different options for this layer derives the key again while the guest waits,
+    for 5 s at most.
 
-    What is written is first copied, and encrypted in the copy; what is read is decrypted in memory of the worker, and
-    then copied. So a guest never sees, and cannot alter, what is encrypted.
+    Data to be written are first copied, and encrypted in the copy; data that were read are decrypted in the worker's
+    memory, and then copied. So a guest never sees ciphertext, and cannot alter it.
 
-    Sectors are those of the header (`cryptsetup --sector-size`), or of the layer below where those are larger: a guest
-    whose disk has 4096 sees sectors of 4096 bytes, from which firmware may not boot. They are several times faster than
-    512. After a power failure a sector that was being written is old, new, or, where the medium itself writes less at
-    once, noise as a whole.
+    The sector size is that of the header (`cryptsetup --sector-size`), or that of the layer below if it is larger. With
+    4096 the guest sees sectors of 4096 bytes, from which firmware may not boot. They are several times faster than
+    sectors of 512. After a power failure a sector that was being written has its old content, its new content, or, if
+    the medium writes in smaller units, noise throughout.
 
-    A discard shows to whoever has the medium which places are in use, so there is none by default. With `discard=on`
-    it is passed on, and what is read there afterwards is noise.
+    Discards reveal which parts of the disk are in use to anybody who has the medium, so by default there are none. With
+    `discard=on` they are passed on, and what is read afterwards from a discarded range is noise.
 
 Example:
     luks:key=/etc/xenbackend/guest1.key|aio:/dev/vg/guest1
     log:|luks:key=credential:guest1|qcow2:/srv/images/guest1.qcow2
 
 Limits:
-    AES by XTS (plain64, plain) and CBC (essiv:sha256, plain64, plain); keys by PBKDF2, argon2i and argon2id, the latter
-    two if `argon2-cffi` (`python3-argon2`) is installed. Refused with a sentence are other ciphers, detached headers,
-    volumes of several segments, integrity (dm-integrity), OPAL, and a re-encryption that was begun. The header is never
-    written: cryptsetup adds and removes key slots while the disk is detached.
+    Supported are AES in the modes XTS (plain64, plain) and CBC (essiv:sha256, plain64, plain), and keys by PBKDF2,
+    argon2i and argon2id; the latter two need `argon2-cffi` (`python3-argon2`). Other ciphers, detached headers, volumes
+    of several segments, integrity (dm-integrity), OPAL, and a re-encryption that has begun are refused with an error
+    that says why. The header is never written: use cryptsetup to add and remove key slots while the disk is detached.
 
-    The key is in the memory of worker, service and keeper: encrypt the host's swap, or have none. Where a worker has
-    been taken over by its guest, that disk's key is lost to it.
+    The key is in the memory of the worker, the service and the keeper: encrypt the host's swap, or have none. A guest
+    that has taken over its worker can read the key of its disk.
 
     A request costs 1.4 us more than without this layer, and for each 4096 bytes 1.1 us in sectors of 4096, or 3.8 us in
     sectors of 512, in one thread. dm-crypt below `aio:` (`cryptsetup open`, then aio:/dev/mapper/NAME) uses all
-    processors; it needs a block device below, and somebody who sets it up before the guest and takes it down after it.
+    processors; but it needs a block device below it, and has to be set up before the guest starts and taken down after
+    it ends.
 """
 
 from __future__ import annotations
@@ -68,16 +71,16 @@ from xenbackend.block.options import Count, option
 from xenbackend.block.request import PENDING, Op, Request
 from xenbackend.errors import DriverError
 
-_MEMORY = 4096  # bytes of the one that a successor gets: _HEAD, then the key
+_MEMORY = 4096  # bytes of the memory that passes the key to a successor: _HEAD, then the key
 _HEAD = struct.Struct("<32sII")  # the volume's identity, the slot that was opened, bytes of the key
-_MAX_COPIES = 32 << 20  # bytes of copies at a time; requests beyond them wait
+_MAX_COPIES = 32 << 20  # bytes of copies in use at a time; requests beyond that wait
 _MIN_COPY = 4096
-_TRIED = 2  # slots, without the newline at the end of a passphrase
-_MAX_SPARE = 16 << 20  # bytes of copies that are kept for the next requests
+_TRIED = 2  # slots that are tried without the newline at the end of a passphrase
+_MAX_SPARE = 16 << 20  # bytes of unused copies that are kept for later requests
 
 
 class _Key:
-    """A volume's key, as long as it is used."""
+    """A volume's key. It is overwritten when nothing refers to it any more."""
 
     def __init__(self, value: bytearray, slot: int) -> None:
         self.value = value
@@ -87,13 +90,14 @@ class _Key:
         wipe(self.value)
 
 
-# Of the volumes that are open in this process, by their identity, and the passphrase and slot that were named: whoever
-# looks at a chain beside the one in service finds none anew, but hears of a passphrase that does not open it.
+# Keys of the volumes that are open in this process, by the volume's identity and the options `key` and `slot`. So a
+# second chain, checked beside the one in service, needs no key derivation, unless it names another passphrase or slot:
+# that is tried, and refused if it does not open the volume.
 _in_use: WeakValueDictionary[tuple[bytes, str, int | None], _Key] = WeakValueDictionary()
 
 
 class _Own(Request):
-    """A request of ours for one from above, and the copy that it is done with, if it has data."""
+    """A request to the layer below on behalf of one from above; if it has data, they are in a copy, `memory`."""
 
     __slots__ = ("address", "memory")
 
@@ -119,7 +123,7 @@ class Luks(Filter):
     _key: _Key | None = None
 
     def open(self, env: Env) -> Geometry:
-        """Read the header, and have the key. Raises: DriverError, OSError."""
+        """Read the header, and get the key. Raises: DriverError, OSError."""
         below = super().open(env)
         volume = luks.parse(self.look, below.size, self.options.slot)
         if volume.offset % below.sector_size:
@@ -131,8 +135,8 @@ class Luks(Filter):
         cipher = volume.cipher
         self._sectors = Sectors(cipher, key.value, volume.sector_size, volume.tweak)
         self._start = volume.offset
-        self._spares: dict[int, list[tuple[memoryview, int]]] = {}  # copies in no use, by their size
-        self._spared = self._copied = 0  # bytes of those, and of copies in use
+        self._spares: dict[int, list[tuple[memoryview, int]]] = {}  # unused copies, by size
+        self._spared = self._copied = 0  # bytes of unused copies, and of copies in use
         self._waiting: deque[Request] = deque()
         self._unused: list[_Own] = []
         env.report("cipher", f"{cipher.text}, key of {cipher.key_size * 8} bits, sectors of {volume.sector_size} bytes")
@@ -151,7 +155,7 @@ class Luks(Filter):
         )
 
     def submit(self, batch: list[Request]) -> None:
-        """Encrypt what is written, and pass on requests of our own."""
+        """Encrypt data to be written, and send requests of our own to the layer below."""
         passed: list[Request] = []
         refused: list[Request] = []
         for request in batch:
@@ -175,7 +179,7 @@ class Luks(Filter):
             self.complete(refused)
 
     def on_complete(self, batch: list[Request]) -> None:
-        """Decrypt what was read, and give back those that ours stood for."""
+        """Decrypt data that were read, and give back the requests from above that ours were made for."""
         back: list[Request] = []
         start, decrypt = self._start, self._sectors.decrypt  # type: ignore[union-attr]  # open
         for own in batch:
@@ -191,7 +195,7 @@ class Luks(Filter):
                     else:
                         views, place = request.iov, 0
                         if len(views) == 1:
-                            views[0][:] = own.iov[0]  # as most are: nothing to cut
+                            views[0][:] = own.iov[0]  # the common case: nothing to cut
                         else:
                             for view in views:
                                 view[:] = memory[place : place + len(view)]
@@ -211,14 +215,14 @@ class Luks(Filter):
         self.complete(back)
 
     def close(self) -> None:
-        """Forget the key; a successor may still get it."""
+        """Wipe this process's copies of the key; a successor still finds it in memory."""
         if self._sectors is not None:
             self._sectors.close()
             self._sectors = None
         self._key = None
 
     def _find_key(self, env: Env, volume: Volume, size: int) -> _Key:
-        """Return the volume's key: a predecessor's, that of an open chain of this process, or from a passphrase."""
+        """Return the volume's key: from a predecessor, from an open chain of this process, or from the passphrase."""
         identity = volume.identity
         named = identity, self.options.key, self.options.slot
         memory = env.memory("key", _MEMORY)
@@ -228,14 +232,14 @@ class Luks(Filter):
         else:
             key = _in_use.get(named) or self._unlock(env, volume, size)
             length = len(key.value)
-            memory[: _HEAD.size] = bytes(_HEAD.size)  # whoever dies in between leaves none
+            memory[: _HEAD.size] = bytes(_HEAD.size)  # so that a kill in between leaves no entry
             memory[_HEAD.size : _HEAD.size + length] = key.value
             _HEAD.pack_into(memory, 0, identity, key.slot, length)
         _in_use[named] = key
         return key
 
     def _unlock(self, env: Env, volume: Volume, size: int) -> _Key:
-        """Find the key. Raises: DriverError, OSError."""
+        """Get the key by the passphrase. Raises: DriverError, OSError."""
         source = self.options.key
 
         def derive(how: Derivation) -> memoryview:
@@ -253,7 +257,7 @@ class Luks(Filter):
         def derive(how: Derivation) -> memoryview:
             return env.files.derive(source, how, without_newline=True)
 
-        first = replace(volume, slots=volume.slots[:_TRIED])  # each takes seconds, and this is for a sentence
+        first = replace(volume, slots=volume.slots[:_TRIED])  # each takes seconds, only for a better error message
         try:
             found = find_key(first, self.look, derive, size)
         except (DriverError, OSError):
@@ -273,9 +277,9 @@ class Luks(Filter):
         return own
 
     def _with_copy(self, request: Request) -> _Own | None:
-        """Return a request for one with data, whose copy is encrypted if it is written.
+        """Return our request for one with data; its copy has the encrypted data if it is a write.
 
-        None: there is no memory for the copy, and the request has the status.
+        None: it failed, such as for lack of memory for the copy; `request` has the status.
         """
         length = request.length
         size = max(_MIN_COPY, 1 << (length - 1).bit_length())
@@ -312,7 +316,7 @@ class Luks(Filter):
         self._copied -= size
         if size > _MAX_SPARE:
             return
-        if self._spared + size > _MAX_SPARE:  # of sizes that the guest may not use any more
+        if self._spared + size > _MAX_SPARE:  # some may be of sizes that the guest does not use any more
             self._spares.clear()
             self._spared = 0
         self._spared += size

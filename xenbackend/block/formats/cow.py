@@ -2,11 +2,11 @@
 
     0           header (`beside`)
     4096        map: one byte for each block of the disk
-    data_at     the blocks, each at its place: block n at data_at + n * block; those that are not here are holes
+    data_at     the blocks: block n at data_at + n * block; blocks that are not in the file are holes
 
-A byte of the map is BASE (what the layer below has), OWN (the block is here) or ZEROS. It never becomes BASE again, and
-no block that is OWN or ZEROS was BASE alone before, so a map of which only some writes have reached the medium is an
-earlier map. The format is ours. Must not open a file.
+A byte of the map is BASE (the block is in the layer below), OWN (it is in this file) or ZEROS. It never becomes BASE
+again, and is written only after its block is durable. So if only some writes to the map have reached the medium, each
+block is as it was at the last flush, or newer. The format is ours. Must not open a file.
 """
 
 from __future__ import annotations

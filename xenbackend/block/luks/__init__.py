@@ -1,1 +1,1 @@
-"""Disks that are encrypted as LUKS has it: the key of a volume, and the encryption of its sectors."""
+"""Disks encrypted in the LUKS format: getting a volume's key, and encrypting its sectors."""

@@ -1,6 +1,6 @@
-"""New encrypted volumes: the bytes of a header of LUKS2 with one key slot, as cryptsetup makes and takes it.
+"""New encrypted volumes: the bytes of a LUKS2 header with one key slot, as cryptsetup writes and accepts it.
 
-Must not see a passphrase, nor choose how a key is made of one.
+Must not see a passphrase, nor derive a key from one.
 
 Source: "LUKS2 On-Disk Format Specification" 1.1.4.
 """
@@ -23,7 +23,7 @@ from xenbackend.block.luks.unlock import diffused, wipe, xor
 from xenbackend.errors import ConfigError
 from xenbackend.units import round_up
 
-DATA_AT = 16 << 20  # bytes: where cryptsetup puts the data, so that it has room for more key slots
+DATA_AT = 16 << 20  # byte at which the data begin, as cryptsetup chooses it, with room for more key slots before it
 SECTOR_SIZES = (512, 4096)
 _CIPHER = Cipher("aes-xts-plain64", 64)
 _COPY = 16 << 10  # bytes of each copy of the header
@@ -32,20 +32,20 @@ _HASH, _DIGEST_ITERATIONS = "sha256", 100_000
 
 
 def derivation() -> Derivation:
-    """Return how the key of a new slot is made, with a salt of its own: more than RFC 9106 asks of a small machine."""
+    """Return the derivation for a new slot, with a new salt: stronger than RFC 9106 recommends if memory is short."""
     return Derivation("argon2id", os.urandom(32), _CIPHER.key_size, 4, memory_kib=256 << 10, lanes=4)
 
 
 def check_size(size: int, sector_size: int) -> None:
-    """See that there can be a disk of so many bytes. Raises: ConfigError."""
+    """Check the size of an encrypted disk, in bytes. Raises: ConfigError."""
     if size <= 0 or size % sector_size:
         raise ConfigError(f"an encrypted disk of {size} bytes is not possible; choose a multiple of {sector_size}")
 
 
 def blank_volume(size: int, how: Derivation, slot_key: bytearray, sector_size: int = SECTOR_SIZES[-1]) -> Blank:
-    """Return an image with an encrypted disk of `size` bytes, which reads as noise, under a key of its own.
+    """Return an image with an encrypted disk of `size` bytes and a new random key; the disk reads as noise.
 
-    `slot_key` was made of the passphrase, as `how` says. Raises: ConfigError, DriverError.
+    `slot_key` was derived from the passphrase by `how`. Raises: ConfigError, DriverError.
     """
     check_size(size, sector_size)
     key = bytearray(os.urandom(_CIPHER.key_size))
@@ -66,7 +66,7 @@ def blank_volume(size: int, how: Derivation, slot_key: bytearray, sector_size: i
 
 
 def _split(key: bytearray) -> bytearray:
-    """Return a key cut into stripes, all of which are needed to have it again, as whole sectors."""
+    """Return a key split into stripes (anti-forensic splitter), all needed to recover it; together whole sectors."""
     mixed, stripes = bytes(len(key)), bytearray()
     for _ in range(MAX_STRIPES - 1):
         stripe = os.urandom(len(key))
@@ -87,7 +87,7 @@ def _copy(text: bytes, place: int, name: bytes) -> bytes:
 
 
 def _metadata(how: Derivation, length: int, salt: bytes, digest: bytes, sector_size: int) -> dict[str, Any]:
-    """Return the JSON. Numbers that may need more than 53 bits stand there as text."""
+    """Return the JSON area. Numbers that may need more than 53 bits are strings, as the format demands."""
     assert how.function in ARGON2  # noqa: S101 - from `derivation`
     kdf = {
         "type": how.function, "time": how.iterations, "memory": how.memory_kib, "cpus": how.lanes,

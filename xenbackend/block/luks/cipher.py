@@ -1,11 +1,12 @@
-"""AES of whole sectors, in place, by OpenSSL's libcrypto: what the loop over sectors costs decides what a disk costs.
+"""AES of whole sectors, in place, by OpenSSL's libcrypto. The loop over sectors is what an encrypted disk costs most.
 
 Must not be given memory that a guest can write to, nor keep a key anywhere but in libcrypto, which wipes it.
 
-Each sector has to be begun with its number, and done. Where the library lets the number be written to where it keeps it
-(`EVP_CIPHER_CTX_iv_noconst`), and a trial gives what it should, that takes 0.03 us, else a call of 0.25 us; the other
-call (EVP_Cipher) takes 0.3 us and the work. They keep the interpreter's lock, as nobody else wants it. Whoever gives up
-the right to open files calls `find_libcrypto` before: it has the library load all that it will need.
+For each sector its number is set as the IV, and the sector is processed. If the library gives access to the IV in its
+context (`EVP_CIPHER_CTX_iv_noconst`), and a trial gives the right result, to write it there takes 0.03 us; otherwise a
+call takes 0.25 us. The second call (EVP_Cipher) takes 0.3 us plus the encryption itself. The calls keep the
+interpreter's lock, since no other thread needs it. A process that gives up the right to open files has to call
+`find_libcrypto` before, which makes the library load everything that it will need.
 
 Sources: EVP_EncryptInit(3), EVP_CIPHER_CTX_get_original_iv(3); dm-crypt's documentation for numbers of sectors (plain,
 plain64, essiv).
@@ -30,12 +31,12 @@ _NAMES = {(size, kind): f"AES-{bits}-{kind}" for size, bits, kind in (
     (16, 128, "CBC"), (24, 192, "CBC"), (32, 256, "CBC"),
     (32, 256, "ECB"),
 )}  # fmt: skip
-_NUMBER = 16  # bytes of a sector's number as AES has it
-_TRIED = 0x0123456789ABCDEF
+_NUMBER = 16  # bytes of a sector's number as an IV
+_TRIED = 0x0123456789ABCDEF  # the sector number for the trial
 
 
 class _Functions(Protocol):
-    """Those of libcrypto that are used."""
+    """The functions of libcrypto that are used."""
 
     EVP_CIPHER_fetch: Any
     EVP_CIPHER_CTX_new: Any
@@ -48,7 +49,7 @@ class _Functions(Protocol):
 
 @cache
 def find_libcrypto() -> tuple[_Functions, dict[str, int]]:
-    """Return the library, and what it has of each kind of AES by its name there. Raises: DriverError."""
+    """Return the library, and its handle of each kind of AES by OpenSSL's name for it. Raises: DriverError."""
     try:
         found = ctypes.PyDLL(_LIBRARY)
     except OSError as error:
@@ -70,7 +71,7 @@ def find_libcrypto() -> tuple[_Functions, dict[str, int]]:
 
 
 def address_of(memory: memoryview | bytearray) -> int:
-    """Return where writable memory lies; whoever uses that keeps the memory."""
+    """Return the address of writable memory. The caller must keep the memory while it uses the address."""
     return ctypes.addressof(ctypes.c_char.from_buffer(memory))
 
 
@@ -78,12 +79,12 @@ class Sectors:
     """Encrypts and decrypts sectors under one key.
 
     Args:
-        cipher: which one; it was checked.
-        key: of its size; not needed any more when this has returned.
+        cipher: the cipher, already checked.
+        key: the key, of the cipher's size; the caller may wipe it afterwards.
         size: bytes of a sector.
-        tweak: what is added to a sector's number.
+        tweak: a number that is added to each sector's number.
 
-    Raises: DriverError, where the library takes no such key: one of XTS whose halves are equal.
+    Raises: DriverError, if the library refuses the key, such as one for XTS whose halves are equal.
     """
 
     def __init__(self, cipher: Cipher, key: bytearray | memoryview, size: int = SECTOR, tweak: int = 0) -> None:
@@ -106,17 +107,17 @@ class Sectors:
             salt[:] = bytes(len(salt))
 
     def encrypt(self, address: int, length: int, place: int) -> None:
-        """Encrypt whole sectors in place, the first one of which is at byte `place` of the disk. Raises: OSError."""
+        """Encrypt whole sectors in place; the first one is at byte `place` of the disk. Raises: OSError."""
         where = self._encrypting.number
         if length != self._size or where is None:
             self._do(self._encrypting, address, length, place)
             return
-        where.value = place // SECTOR + self._tweak & self._mask  # of one sector, as most are: `_do` without its loop
+        where.value = place // SECTOR + self._tweak & self._mask  # common: one sector, without `_do`
         if self._work(self._encrypting.address, address, address, length) != length:
             raise _failed()
 
     def decrypt(self, address: int, length: int, place: int) -> None:
-        """Decrypt likewise. Raises: OSError."""
+        """Decrypt whole sectors in place, as `encrypt` encrypts them. Raises: OSError."""
         where = self._decrypting.number
         if length != self._size or where is None:
             self._do(self._decrypting, address, length, place)
@@ -126,7 +127,7 @@ class Sectors:
             raise _failed()
 
     def close(self) -> None:
-        """Have the library wipe the key; nothing is encrypted any more."""
+        """Make the library wipe the key; `encrypt` and `decrypt` must not be called any more."""
         for context in self._contexts:
             context.close()
 
@@ -168,10 +169,10 @@ class Sectors:
 
 
 class _Context:
-    """What libcrypto knows of one key and direction.
+    """A cipher context of libcrypto, for one key and direction.
 
-    address   0: it has ended
-    number    the low half of the number of a sector, where it can be written to; its high half is 0 then
+    address   of the context; 0 after `close`
+    number    the low half of the IV in the context, whose high half is 0; None if it cannot be written directly
     """
 
     def __init__(self, library: _Functions, *, encrypts: bool) -> None:
@@ -182,18 +183,18 @@ class _Context:
         self.number: ctypes.c_uint64 | None = None
 
     def take_key(self, kind: int, key: bytearray | memoryview) -> bool:
-        """Return whether AES of this kind takes the key."""
+        """Set kind and key. Return whether the library accepts them."""
         if not self.address:
             return False
         encrypts = int(self._encrypts)
         return bool(self._library.EVP_CipherInit_ex(self.address, kind, None, address_of(key), None, encrypts) == 1)
 
     def begin(self, name: bytes) -> bool:
-        """Begin a sector by its number, in 16 bytes. Returns whether that could be done."""
+        """Set the IV for a sector: its number, in 16 bytes. Return whether that succeeded."""
         return bool(self._begin(self.address, None, None, name) == 1)
 
     def find_number(self) -> None:
-        """Find where the number is kept, and try out whether what is written there counts, and stays."""
+        """Find the IV in the context, and test that a number written there takes effect, and is kept after a call."""
         find = getattr(self._library, "EVP_CIPHER_CTX_iv_noconst", None)
         if find is None or not self.begin(bytes(_NUMBER)):
             return
@@ -209,7 +210,7 @@ class _Context:
             self.number = found
 
     def close(self) -> None:
-        """Have the library wipe the key."""
+        """Make the library wipe the key."""
         self.number = None
         self._library.EVP_CIPHER_CTX_free(self.address)
         self.address = 0

@@ -1,6 +1,6 @@
-"""The place of the control socket: who may listen there, and the socket that a former service has left.
+"""Opens the control socket: only one service may listen at a path, and a socket left by a former one is replaced.
 
-Must not read or write a byte of what clients say, nor let two services listen at one path.
+Must not communicate with clients, nor let two services listen at one path.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ OWN_DIRECTORY = Path(DEFAULT_SOCKET).parent
 
 
 def check_place(path: str, inherited: int = -1) -> None:
-    """See that a service can listen at `path`, where a former one may have left a socket that does.
+    """Check that a service can listen at `path`, where a socket inherited from a former service may still listen.
 
     Raises: ConfigError.
     """
@@ -34,13 +34,13 @@ def check_place(path: str, inherited: int = -1) -> None:
 
 
 def listen(path: Path) -> socket.socket:
-    """Return a socket that listens at `path`, in the place of one that nobody uses any more. Raises: ConfigError."""
+    """Return a socket that listens at `path`; replace one on which nobody listens any more. Raises: ConfigError."""
     with alone_at(path):
         return _listen(path)
 
 
 def take_over(path: Path, inherited: int) -> socket.socket | None:
-    """Return the inherited socket if it can still be reached at `path`: whoever has connected meanwhile is served."""
+    """Return the inherited socket if it is still the one at `path`, so that clients connected meanwhile are served."""
     if inherited < 0:
         return None
     near = socket.socket(fileno=inherited)
@@ -59,9 +59,10 @@ def _is_reached(near: socket.socket, path: Path) -> bool:
 def alone_at(path: Path) -> Iterator[None]:
     """Hold a lock beside `path`, without which no service listens there or removes a socket. Raises: ConfigError.
 
-    Between bind and listen, a socket looks like one that a dead service has left. The directory is made if it is ours.
+    It is needed because between bind and listen a socket looks like one that a dead service has left. OWN_DIRECTORY is
+    created if it does not exist.
     """
-    if path.parent == OWN_DIRECTORY:  # systemd makes it for the unit; whoever starts us by hand need not
+    if path.parent == OWN_DIRECTORY:  # systemd creates it for the unit, but nobody does if we are started by hand
         with suppress(OSError):
             OWN_DIRECTORY.mkdir(mode=0o700, exist_ok=True)
     file = Path(f"{path}.lock")
@@ -94,7 +95,7 @@ def _lock(file: Path) -> int:
 def _listen(path: Path) -> socket.socket:
     _check_free(path)
     near = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    former = os.umask(0o177)  # the socket is born with mode 0600
+    former = os.umask(0o177)  # the socket is created with mode 0600
     try:
         path.unlink(missing_ok=True)
         near.bind(str(path))
@@ -108,14 +109,14 @@ def _listen(path: Path) -> socket.socket:
 
 
 def _check_free(path: Path) -> None:
-    """Raise ConfigError when there is anything but an unused socket."""
+    """Check that at `path` there is nothing, or a socket on which nobody listens. Raises: ConfigError."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
         try:
             probe.connect(str(path))
-        except BlockingIOError:  # it listens, and as many wait to be accepted as can
+        except BlockingIOError:  # it listens, and its backlog is full
             pass
         except OSError as error:
-            if error.errno is None:  # what Python itself refuses: a path that fits into no address
+            if error.errno is None:  # refused by Python itself: the path is too long for a socket's address
                 raise ConfigError(f"{path}: cannot listen there: {error}") from None
             if path.exists() and not path.is_socket():
                 raise ConfigError(f"{path}: cannot listen there: it is not a socket") from None

@@ -1,6 +1,6 @@
-"""Reads the values of a request on the control socket.
+"""Extracts and checks the values of a request on the control socket.
 
-Must not act on a request.
+Must not execute a request.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ TOKEN_MAX = 64  # characters
 
 
 def text_of(request: Mapping[str, Any], key: str) -> str:
-    """Return the text that a request has under a key. Raises: ConfigError, if it has none."""
+    """Return the text that a request has under a key. Raises: ConfigError, if it is missing, empty or not a text."""
     value = request.get(key)
     if not isinstance(value, str) or not value:
         raise ConfigError(f"the request needs {key}, a text")
@@ -24,7 +24,7 @@ def text_of(request: Mapping[str, Any], key: str) -> str:
 
 
 def token_of(request: Mapping[str, Any]) -> str:
-    """Return the token by which the client can find its order again, empty if there is none. Raises: ConfigError."""
+    """Return the token by which the client can find its order again, or an empty text. Raises: ConfigError."""
     value = request.get("token", "")
     if not isinstance(value, str) or len(value) > TOKEN_MAX:
         raise ConfigError(f"the token of an order is a text of at most {TOKEN_MAX} characters")
@@ -32,7 +32,7 @@ def token_of(request: Mapping[str, Any]) -> str:
 
 
 def seconds_of(request: Mapping[str, Any]) -> float:
-    """Return how many seconds an administrator wants to measure. Raises: ConfigError."""
+    """Return the number of seconds that a request asks to measure. Raises: ConfigError."""
     value = request.get("seconds")
     if isinstance(value, bool) or not isinstance(value, int | float) or not SHORTEST_S <= value <= LONGEST_S:
         raise ConfigError(f"the request needs seconds, a number from {SHORTEST_S:g} to {LONGEST_S:.0f}")
@@ -40,7 +40,7 @@ def seconds_of(request: Mapping[str, Any]) -> float:
 
 
 def only_reads(verb: str, request: Mapping[str, Any], chain: str) -> bool:
-    """Return whether a request changes nothing, so that the ledger need not have it as an order."""
+    """Return whether a request changes nothing, so that the ledger does not have to record it as an order."""
     if verb == "policy":
         return not request.get("policy")
     if verb != "command":
