@@ -57,7 +57,7 @@ def test_a_file_that_fails_is_given_nothing_more(tmp_path: Path) -> None:
     assert [0] == life.disk.do(write(64 << 10, b"n" * 512))
     life.file.fails = lambda request: 0
     assert life.figures()["errors"] >= 16
-    assert "nothing more is put into it" in life.top.env.facts["cache"]
+    assert "no more blocks are put into it" in life.top.env.facts["cache"]
     assert [0, 0] == life.disk.do(write(0, b"m" * 4096), read(40960, 512))
 
     assert (0, b"m" * 4096) == (life.figures()["dirty"], life.image.bytes[:4096])

@@ -220,7 +220,7 @@ def test_an_error_below_is_told_while_it_lasts(tmp_path: Path, op: int) -> None:
     life.image.fails = lambda request: 0
     life.settle()
 
-    assert "goes on" == life.envs[-1].facts["destage"]
+    assert "works again" == life.envs[-1].facts["destage"]
 
 
 def test_what_closing_leaves_in_file_is_said(tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_what_closing_leaves_in_file_is_said(tmp_path: Path) -> None:
     life.disk.chain.close()
 
     (said,) = (each for env in life.envs for each in env.alarms)
-    assert f"1 block is in {life.path} alone, as the layer below gives errors (Input/output error)" in said
+    assert f"{life.path} holds the only copy of 1 block, as the layer below gives errors (Input/output error)" in said
 
 
 def test_closing_brings_it_below(tmp_path: Path) -> None:

@@ -110,6 +110,7 @@ def test_a_state_that_is_none_is_refused(where: str) -> None:
     else:
         env.memories.clear()
         file.bytes[PAGE + 5] = 3
-    said = {"memory": "as a worker left it in memory; detach the disk", "file": "; the file cannot be used"}[where]
-    with pytest.raises(DriverError, match=f"block 4101 has state 3, and there is none.*{said}"):
+    said, way_out = {"memory": (" in memory", "detach the disk"), "file": ("", "the file cannot be used")}[where]
+    problem = f"its map{said} is damaged: block 4101 has state 3, which does not exist; {way_out}"
+    with pytest.raises(DriverError, match=problem):
         opened(env, file)

@@ -64,7 +64,7 @@ def test_tags_that_cannot_be_are_refused(tags: dict[int, int], *, fits: bool) ->
         found.put(slot, block)
     if fits:
         found.check(8, 128, 1000, most=3)
-        with pytest.raises(DriverError, match="its map is damaged: more than 2 blocks are in it alone"):
+        with pytest.raises(DriverError, match="its map is damaged: more than 2 blocks are marked as dirty"):
             found.check(8, 128, 1000, most=2)
     else:
         with pytest.raises(DriverError, match="its map is damaged, or the disk below has shrunk: slot"):

@@ -81,5 +81,6 @@ def test_what_a_cache_keeps_at_the_end_is_logged(driven: Driven, images: list[Pa
     assert "critical" == line.level
     assert "the layer cache-" in line.event
     assert (
-        f"1 block is in {tmp_path}/cache alone, as the layer below gives errors (No space left on device)" in line.event
+        f"{tmp_path}/cache holds the only copy of 1 block, as the layer below gives errors (No space left on device)"
+        in line.event
     )

@@ -139,7 +139,7 @@ class BackIO:
         if self._in_a_row >= _PATIENCE and not self.is_shunned:
             self.is_shunned = True
             self._env.report(
-                "cache", "FILE gives errors: nothing more is put into it, and requests for what only it has wait"
+                "cache", "FILE gives errors: no more blocks are put into it, and requests for dirty blocks wait"
             )
 
     def _end(self, request: Request, status: int) -> None:

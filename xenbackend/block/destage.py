@@ -92,7 +92,7 @@ class Destage:
         if block in self._refused:
             self._refused.discard(block)
             if not self._refused:
-                self._env.report("destage", "goes on")
+                self._env.report("destage", "works again")
 
     def begin_anew(self, status: int) -> None:
         """Destage again what was written below and not flushed: a flush failed, so it may be lost there."""
@@ -117,10 +117,11 @@ class Destage:
         """Warn the administrator that the layer below is not the whole disk. For `close` only."""
         if self._drains:
             count = len(self.dirty)
-            blocks = "1 block is" if count == 1 else f"{count} blocks are"
+            blocks = "1 block" if count == 1 else f"{count} blocks"
             why = f", as the layer below gives errors ({self._error})" if self._refused else ""
             self._env.alarm(
-                f"it was closed, and {blocks} in {file} alone{why}: what is below is not the disk without it"
+                f"it was closed, and {file} holds the only copy of {blocks}{why}: "
+                "without that file the layer below is not the whole disk"
             )
 
     def _is_empty(self) -> bool:
@@ -224,7 +225,7 @@ class Destage:
         if refused:
             self._refused.update(refused)
             self._error = os.strerror(status)
-            self._env.report("destage", f"the layer below gives errors ({self._error}): FILE keeps what is dirty")
+            self._env.report("destage", f"the layer below gives errors ({self._error}): dirty blocks stay in FILE")
 
     def _fail(self) -> None:
         """Wait before the next try; `drain` gives up."""

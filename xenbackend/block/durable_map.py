@@ -49,8 +49,6 @@ class DurableMap(DurablePages):
 
 
 def _damaged(block: int, state: int, *, is_left: bool) -> DriverError:
-    problem = f"its map is damaged: block {block} has state {state}, and there is none"
-    way_out = (
-        "detach the disk, and it begins as its file was at the last flush" if is_left else "the file cannot be used"
-    )
-    return DriverError(f"{problem}{' as a worker left it in memory' if is_left else ''}; {way_out}")
+    where = "its map in memory" if is_left else "its map"
+    way_out = "detach the disk; attached again, it is as at the last flush" if is_left else "the file cannot be used"
+    return DriverError(f"{where} is damaged: block {block} has state {state}, which does not exist; {way_out}")

@@ -55,7 +55,7 @@ class DurableTags:
                 raise DriverError(f"its map is damaged, or the disk below has shrunk: slot {slot} has block {block}")
             seen.add(block)
             if len(seen) > most:  # each of them takes memory
-                raise DriverError(f"its map is damaged: more than {most} blocks are in it alone")
+                raise DriverError(f"its map is damaged: more than {most} blocks are marked as dirty")
 
     def put(self, slot: int, block: int) -> None:
         """Note that a slot has the only copy of a block, after all of it was written to FILE."""

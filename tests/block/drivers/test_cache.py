@@ -91,7 +91,7 @@ def test_a_successor_that_cannot_open_the_file_serves_without(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ("size=1M,destage=1M", "destage does nothing without mode=writeback"),
+        ("size=1M,destage=1M", "destage has no effect without mode=writeback"),
         ("size=1M,mode=fast", "'fast' is not one of read, writethrough, writeback"),
         ("size=4M,block=1M", "size is 4 MiB; with this block it must be 8 MiB to"),
         ("size=512K", "size is 512 KiB; with this block it must be 1 MiB to 256 GiB"),

@@ -92,7 +92,7 @@ def test_a_file_that_does_not_fit_is_refused(machine: Machine, tmp_path: Path, b
     chain = machine.open(text)
     machine.do(chain, write(0, bytes(512)))
     chain.close()
-    problem = "is another one now, or was changed since; put back what was there, or remove the file"
+    problem = "has been replaced or changed since then; restore the former one, or remove the file"
     match change:
         case "a byte":
             with base.open("r+b") as file:
@@ -102,10 +102,10 @@ def test_a_file_that_does_not_fit_is_refused(machine: Machine, tmp_path: Path, b
             (tmp_path / "new").rename(base)
         case "size":
             base.write_bytes(bytes(2 * SIZE))
-            problem = "has 2097152 bytes, and had 1048576"
+            problem = "has 2097152 bytes now, and had 1048576"
         case "shorter":
             os.truncate(cow, 1 << 20)
-            problem = "something has cut it"
+            problem = "it has been truncated"
         case "header":
             with cow.open("r+b") as file:
                 file.seek(60)

@@ -99,18 +99,18 @@ class Cache(Filter):
     class Options:
         """The options of `cache:`."""
 
-        file: RecordPath = option("where blocks are kept", target=True)
-        size: Size = option("bytes that there is room for")
+        file: RecordPath = option("the file that keeps blocks", target=True)
+        size: Size = option("bytes of data that FILE can hold")
         mode: Annotated[str, Kind(" or ".join(MODES), parse_mode)] = option(
-            "whether what is written is kept, too, or even alone", default=READ
+            "what FILE keeps: blocks read, also blocks written, or also writes that are not below yet", default=READ
         )
         block: Size = option("bytes of a block, a power of two", default=16 << 10)
-        destage: Size = option("with writeback: bytes a second that are written below at most; 0: any", default=0)
+        destage: Size = option("with writeback: bytes written below per second, at most; 0: no limit", default=0)
 
         def __post_init__(self) -> None:
             check_sizes(self.size, self.block)
             if self.destage and self.mode != WRITEBACK:
-                raise ValueError("destage does nothing without mode=writeback")
+                raise ValueError("destage has no effect without mode=writeback")
 
     options: Options
     _file: HostFile | None = None
@@ -153,7 +153,7 @@ class Cache(Filter):
             self._requests = WriteBack(self, self._file, header, rate=options.destage)
             dirty = self._requests.figures()["dirty"]
             env.report("mode", self._file.mode)
-            env.report("cache", f"{format_size(header.size)}; {dirty} blocks were in FILE alone when it was opened")
+            env.report("cache", f"{format_size(header.size)}; {dirty} blocks were dirty when FILE was opened")
         physical = max(geometry.physical_sector_size, self._file.physical_sector_size)
         return replace(geometry, can_flush=True, physical_sector_size=physical)
 

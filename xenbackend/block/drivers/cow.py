@@ -99,8 +99,8 @@ class Cow(Filter):
     class Options:
         """The options of `cow:`."""
 
-        file: RecordPath = option("where what is written goes", default=UNNAMED, target=True)
-        block: Size = option("bytes of a block, a power of two; of a new FILE only", default=64 << 10)
+        file: RecordPath = option("the file that keeps what is written", default=UNNAMED, target=True)
+        block: Size = option("bytes of a block, a power of two; only for a new FILE", default=64 << 10)
 
         def __post_init__(self) -> None:
             check_block(self.block)
@@ -155,11 +155,13 @@ class Cow(Filter):
         if not is_new(file, first, wanted.file_size):
             found = Header.parse(first)
             if found.size != wanted.size:
-                raise DriverError(f"{self._stranger} has {wanted.size} bytes, and had {found.size}; {self._way_out}")
+                raise DriverError(
+                    f"{self._stranger} has {wanted.size} bytes now, and had {found.size}; {self._way_out}"
+                )
             if found.base != wanted.base:
-                raise DriverError(f"{self._stranger} is another one now, or was changed since; {self._way_out}")
+                raise DriverError(f"{self._stranger} has been replaced or changed since then; {self._way_out}")
             if file.size < found.file_size:
-                raise DriverError(f"it has {file.size} bytes of {found.file_size}: something has cut it")
+                raise DriverError(f"it has only {file.size} of its {found.file_size} bytes: it has been truncated")
             return found
         found = wanted
         if not self.env.read_only:
@@ -168,12 +170,13 @@ class Cow(Filter):
 
     @property
     def _stranger(self) -> str:
-        return f"what {'its unnamed file' if self._is_unnamed else self.options.file} was begun over"
+        file = "its unnamed file" if self._is_unnamed else self.options.file
+        return f"the layer below, on which {file} was created,"
 
     @property
     def _way_out(self) -> str:
         what = "detach the disk" if self._is_unnamed else "remove the file"
-        return f"put back what was there, or {what}, which loses what was written to it"
+        return f"restore the former one, or {what}, which loses what was written to it"
 
     def submit(self, batch: list[Request]) -> None:
         """Send each request, or its pieces, to where the blocks are: the layer below or FILE."""

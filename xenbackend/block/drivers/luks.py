@@ -115,8 +115,8 @@ class Luks(Filter):
         """The options of `luks:`."""
 
         key: KeySource = option("a file with the passphrase, or a credential of the service")
-        slot: Count | None = option("the only key slot to try, if not all of them", default=None)
-        discard: bool = option("pass discards on, which shows what is in use", default=False)
+        slot: Count | None = option("the only key slot to try; by default all are tried", default=None)
+        discard: bool = option("pass discards on, which reveals what is in use", default=False)
 
     options: Options
     _sectors: Sectors | None = None

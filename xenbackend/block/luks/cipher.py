@@ -142,7 +142,7 @@ class Sectors:
     def _do(self, context: _Context, address: int, length: int, place: int) -> None:
         at_work = context.address
         if not at_work:
-            raise OSError(errno.EBADF, "encryption after its end")
+            raise OSError(errno.EBADF, "this encryption is closed")
         size, work, mask = self._size, self._work, self._mask
         number, step = place // SECTOR + self._tweak, size // SECTOR
         where = context.number
