@@ -23,7 +23,7 @@ class DurableTags:
     """The tags of one FILE. A slot's tag is the number of its block plus one, or 0 for none."""
 
     def __init__(self, env: Env, file: File, place: int, size: int, token: bytes) -> None:
-        """Take the tags as `DurablePages` does, and write those from memory to FILE. Raises: OSError."""
+        """Take the tags as `DurablePages` does; write those from memory to FILE, unless read-only. Raises: OSError."""
         self.pages = DurablePages(env, "tags", file, place, size, token)
         self.pages.are_sound()  # `check` examines them after each opening
         self._tags = self.pages.bytes.cast("Q")

@@ -1,4 +1,4 @@
-"""AES of whole sectors, in place, by OpenSSL's libcrypto. The loop over sectors is what an encrypted disk costs most.
+"""AES of whole sectors, in place, by OpenSSL's libcrypto. The loop over sectors is most of an encrypted disk's cost.
 
 Must not be given memory that a guest can write to, nor keep a key anywhere but in libcrypto, which wipes it.
 
