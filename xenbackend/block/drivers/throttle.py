@@ -134,7 +134,7 @@ class Throttle(Filter):
         bps_write_burst: Size = option("bytes written a second during a burst", default=0)
         burst: Duration = option("how long a burst may last; 0: 1s", default=0.0)
         size: Size = option(
-            "bytes that count as one request, so that larger ones count several times; 0: any", default=0
+            "bytes that count as one request, so that larger ones count several times; 0: no limit", default=0
         )
         group: str = option(
             "name of the group of disks that share the limits; none: the limits are this disk's alone", default=""
