@@ -15,6 +15,14 @@ def _map(env: StepEnv, slots: int, token: bytes) -> CacheMap:
     return CacheMap(env, slots, token, block=4096, data_at=8192)
 
 
+def _use(known: CacheMap, block: int) -> None:
+    """Look a block up, and put it into a slot if it is in none, as a read does."""
+    if known.find(block) < 0:
+        slot = known.take(block)
+        known.put(slot, block)
+        known.pins[slot] -= 1
+
+
 def test_it_is_a_dictionary_that_forgets() -> None:
     """Under random calls, a lookup finds the slot where the block was put last, if no other block has had it since."""
     chance, known = Random(1), _map(StepEnv(), 64, b"t")
@@ -67,10 +75,7 @@ def test_what_is_used_stays() -> None:
     known = _map(StepEnv(), WAYS, b"t")
     for block in range(40):
         known.find(0)
-        if known.find(block) < 0:
-            slot = known.take(block)
-            known.put(slot, block)
-            known.pins[slot] -= 1
+        _use(known, block)
     assert known.find(0) >= 0
     assert [-1, -1] == [known.find(1), known.find(30)]
     assert all(known.find(block) >= 0 for block in range(34, 40)), "those that came last, whatever slots they got"
@@ -94,10 +99,7 @@ def test_a_block_that_is_found_again_and_again_stays(way: str) -> None:
     for block in range(200):
         if way == "by looking for it" or 0 not in known.places:
             known.find(0)
-        if known.find(block) < 0:
-            slot = known.take(block)
-            known.put(slot, block)
-            known.pins[slot] -= 1
+        _use(known, block)
 
     assert known.find(0) >= 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,10 +32,10 @@ def test_what_is_held_is_what_is_opened(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "what"), [(os.mkfifo, "is a pipe"), (os.mkdir, "is a directory")], ids=["pipe", "directory"]
 )
-def test_what_can_be_no_image_is_never_opened(tmp_path: Path, make: object, what: str) -> None:
+def test_what_can_be_no_image_is_never_opened(tmp_path: Path, make: Callable[[str], object], what: str) -> None:
     """A file that cannot be an image is refused by its type without being opened, so that nothing waits for a pipe."""
     path = str(tmp_path / "odd")
-    make(path)  # type: ignore[operator]
+    make(path)
     with pytest.raises(DriverError, match=what):
         steps.hold(path)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+from collections.abc import Callable
 from random import Random
 from typing import Any
 
@@ -36,10 +37,10 @@ def parsed(image: bytes, slot: int | None = None) -> Volume:
 
 
 @pytest.mark.parametrize("make", [luks1, luks2])
-def test_a_sound_header(make: object) -> None:
+def test_a_sound_header(make: Callable[[Made], bytes]) -> None:
     """A header is read as it was written: the place of the data, their encryption, and the key slots in use."""
     made = Made(PLAIN, passphrases=[b"a", b"b", b"c"])
-    image = make(made)  # type: ignore[operator]
+    image = make(made)
     volume = parsed(image)
 
     assert len(image) - len(PLAIN) == volume.offset
@@ -50,7 +51,7 @@ def test_a_sound_header(make: object) -> None:
     assert [1] == [slot.number for slot in parsed(image, 1).slots]
     assert volume.digest.fits(bytearray(made.key))
     assert not volume.digest.fits(bytearray(64))
-    assert volume.identity == parsed(image, 1).identity != parsed(make(made)).identity  # type: ignore[operator]
+    assert volume.identity == parsed(image, 1).identity != parsed(make(made)).identity
 
 
 def test_what_is_no_volume_is_said_to_be_none() -> None:

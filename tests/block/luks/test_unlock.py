@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 
 import pytest
 
@@ -39,10 +40,10 @@ def derived(passphrase: bytes, given: list[memoryview]) -> object:
 
 
 @pytest.mark.parametrize("make", [luks1, luks2])
-def test_the_first_slot_that_opens(make: object) -> None:
+def test_the_first_slot_that_opens(make: Callable[[Made], bytes]) -> None:
     """Slots are tried in order, and all keys that were derived on the way are wiped."""
     made = Made(bytes(8192), passphrases=[b"other", PASSPHRASE, b"third"])
-    image = make(made)  # type: ignore[operator]
+    image = make(made)
     volume = luks.parse(lambda offset, length: image[offset : offset + length], len(image))
     held: list[bytearray] = []
 
