@@ -616,3 +616,13 @@ def test_the_next_service_knows_which_exchange_was_the_last(
 
     assert (0, [Code.OK, Code.GONE]) == (before, [each.code for each in answers])
     assert ["null:3G", "null:3G"] == [each.data["chain"] for each in answers]
+
+
+@pytest.mark.parametrize(("ended_at", "lasted"), [(10.50049, 0.5), (12.5, 2.0)])
+def test_how_long_was_measured(
+    serving: Stepped, monkeypatch: pytest.MonkeyPatch, ended_at: float, lasted: float
+) -> None:
+    """A measurement lasts as long as was ordered; one that ended early, from the order to its end, in milliseconds."""
+    monkeypatch.setattr(serving.vbd().orders, "_now", iter((10.0, ended_at)).__next__)
+
+    assert lasted == ask(serving, "measure", seconds=2).data["seconds"]

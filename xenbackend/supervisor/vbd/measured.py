@@ -6,7 +6,6 @@ Must not ask the worker.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 
 from xenbackend.block.timed import parse_times
@@ -15,12 +14,11 @@ from xenbackend.protocol.answers import Answer
 from xenbackend.protocol.codes import Code
 
 
-def answer_of(chain: str, seconds: float, begun: float, breach: Callable[[str], None], reply: messages.Reply) -> Answer:
-    """Return the answer for the client that ordered a measurement of `seconds` at `begun`, in monotonic seconds.
+def answer_of(chain: str, seconds: float, breach: Callable[[str], None], reply: messages.Reply) -> Answer:
+    """Return the answer for the client that ordered a measurement, which lasted `seconds`.
 
-    It may have been ended early. Call `breach` if the worker's reply has no valid times.
+    Call `breach` if the worker's reply has no valid times.
     """
-    seconds = min(seconds, round(time.monotonic() - begun, 3))
     code, sentence, layers = reply.code, reply.sentence, []
     if code is Code.OK:
         try:

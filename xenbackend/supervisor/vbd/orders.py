@@ -17,10 +17,8 @@ Must not write to xenstore, nor talk to a worker except through the vbd's link. 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from xenbackend.block.policy import Policy
@@ -76,8 +74,8 @@ class Order:
 class Orders:
     """The orders of one vbd."""
 
-    def __init__(self, vbd: Vbd, default_policy: str) -> None:
-        self._vbd = vbd
+    def __init__(self, vbd: Vbd, default_policy: str, now: Callable[[], float]) -> None:
+        self._vbd, self._now = vbd, now
         self._default_policy = default_policy
         self._under_way: dict[int, Order] = {}
 
@@ -392,9 +390,13 @@ class Orders:
 
     def _measure(self, order: Order, seconds: float) -> None:
         self._check_service()
-        answer = partial(answer_of, order.former, seconds, time.monotonic(), self._vbd.link.breach)
-        question = messages.Measure(round(seconds * 1000))
-        self._ask(order, question, lambda reply: self._answer(order, answer(reply)))
+        begun = self._now()
+
+        def end(reply: messages.Reply) -> None:
+            lasted = min(seconds, round(self._now() - begun, 3))  # less if it was ended early
+            self._answer(order, answer_of(order.former, lasted, self._vbd.link.breach, reply))
+
+        self._ask(order, messages.Measure(round(seconds * 1000)), end)
 
     def _ask(self, order: Order, question: messages.Question, then: Callable[[messages.Reply], None]) -> None:
         """Ask the worker. If a bug of ours prevents `then` from handling the reply, the order's answer says so."""

@@ -86,7 +86,7 @@ class Vbd:
         self._openings = Openings(path, context, self.device, self.handover)
         self.link = Link(self, context.fleet, self._openings)
         self._reconnecting = Reconnecting(context.loop, self.link.ask)
-        self.orders = Orders(self, context.settings.on_error)
+        self.orders = Orders(self, context.settings.on_error, context.loop.now)
         self.exchanges = Exchanges(self.handover, self.orders, context.ledger, self.handle)
         self.lives = Lives(journal.progress(self.handover.page))
         self._must_look = {"node", "theirs"}
