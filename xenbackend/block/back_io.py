@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from xenbackend.block.cache_map import CacheMap
+from xenbackend.block.cache_parts import PATIENCE
 from xenbackend.block.durable_tags import DurableTags
 from xenbackend.block.formats.beside import HEADER_SIZE
 from xenbackend.block.mapped.parts import Part, Pool, cut
@@ -19,8 +20,6 @@ from xenbackend.units import PAGE
 if TYPE_CHECKING:
     from xenbackend.block.driver import Filter, HostFile
     from xenbackend.block.formats.cache import BackHeader
-
-_PATIENCE = 16  # errors of FILE in a row
 
 
 class BackIO:
@@ -136,7 +135,7 @@ class BackIO:
             return
         self._errors += 1
         self._in_a_row += status not in (errno.ENOSPC, errno.EDQUOT)
-        if self._in_a_row >= _PATIENCE and not self.is_shunned:
+        if self._in_a_row >= PATIENCE and not self.is_shunned:
             self.is_shunned = True
             self._env.report(
                 "cache", "FILE gives errors: no more blocks are put into it, and requests for dirty blocks wait"

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from xenbackend.block.back_io import BackIO
+from xenbackend.block.cache_parts import MOST
 from xenbackend.block.copies import Copies, give
 from xenbackend.block.mapped.parts import Join, Part
 from xenbackend.block.overtaken import Overtaken
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from xenbackend.block.driver import Filter, HostFile
     from xenbackend.block.formats.cache import BackHeader
 
-MOST = 128 << 10  # bytes; a larger request takes no slots
 _AGAIN = -1  # status of a read for which FILE failed, but which can be repeated, from below
 
 

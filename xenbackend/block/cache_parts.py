@@ -14,6 +14,8 @@ from xenbackend.block.request import PENDING, Request
 from xenbackend.units import format_size
 
 MAX_SLOTS = 1 << 24
+MOST = 128 << 10  # bytes of a request whose blocks get slots
+PATIENCE = 16  # errors of FILE, one after the other, before nothing more is put into it
 READ, WRITETHROUGH, WRITEBACK = MODES = "read", "writethrough", "writeback"
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from xenbackend.block.cache_map import CacheMap
-from xenbackend.block.cache_parts import Own
+from xenbackend.block.cache_parts import MOST, PATIENCE, Own
 from xenbackend.block.copies import Copies, fill, give
 from xenbackend.block.formats.cache import DATA_AT
 from xenbackend.block.mapped.parts import Join, cut
@@ -20,9 +20,6 @@ from xenbackend.block.request import PENDING, Op, Request
 
 if TYPE_CHECKING:
     from xenbackend.block.driver import Filter, HostFile
-
-_MOST = 128 << 10  # bytes; data of larger requests are not put into FILE
-_PATIENCE = 16  # errors of FILE in a row
 
 
 class WriteThrough:
@@ -174,7 +171,7 @@ class WriteThrough:
     def _miss(self, request: Request, first: int, last: int) -> None:
         """Read whole blocks from below, to be stored in FILE, or only the request if it is large or room is short."""
         self._misses += 1
-        if request.length > _MOST or not self._copies.have_room(_MOST + 2 * self._block):
+        if request.length > MOST or not self._copies.have_room(MOST + 2 * self._block):
             self._down.append(request)
             return
         start = first << self._bits
@@ -202,7 +199,7 @@ class WriteThrough:
         """Drop the blocks from the map, send the request, and with mode=writethrough store the data afterwards."""
         first, last = self._blocks(request)
         known, is_kept = self.map, self._keeps_writes and request.op == Op.WRITE
-        if known is None or not is_kept or request.length > _MOST or not self._copies.have_room(_MOST):
+        if known is None or not is_kept or request.length > MOST or not self._copies.have_room(MOST):
             self._drop(first, last)
             self._overtaken.begin(first, last)
             self._down.append(request)
@@ -286,7 +283,7 @@ class WriteThrough:
         """Count an error of FILE. Errors of a full file system do not count towards giving up FILE."""
         self._errors += 1
         self._in_a_row += status not in (errno.ENOSPC, errno.EDQUOT)
-        if self._in_a_row >= _PATIENCE and self.map is not None:
+        if self._in_a_row >= PATIENCE and self.map is not None:
             self.leave_alone(os.strerror(status))
 
     def leave_alone(self, why: str) -> None:
