@@ -6,6 +6,7 @@ Must not print or draw: `latency_text` and `latency_plot` do.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from xenbackend import counters
 from xenbackend.client import Disk
@@ -46,11 +47,24 @@ class Histogram:
         places = [place for place, count in enumerate(self.buckets) if count]
         return range(places[0], places[-1] + 1) if places else range(0)
 
+    def as_json(self) -> dict[str, Any]:
+        """Return its mean, bounds and buckets for --json, under the names of docs/json.md."""
+        return {
+            "mean_ns": None if self.mean_ns is None else round(self.mean_ns),
+            "bounds_ns": {f"p{fraction * 100:g}": self.bound_ns(fraction) for fraction in FRACTIONS},
+            "buckets": [{"below_ns": 1 << place, "count": self.buckets[place]} for place in self.filled()],
+        }
+
+
+def counted_between(before: Disk, after: Disk) -> tuple[int, ...]:
+    """Return what each bucket has counted between two answers of the service; less than 0 if the counters were reset between them."""
+    pairs = zip(after.latency_histogram, before.latency_histogram, strict=True)
+    return tuple(new - old for new, old in pairs)
+
 
 def difference(before: Disk, after: Disk, seconds: float) -> Histogram:
     """Return the latencies between two answers of the service. Raises: XenbackendError, if counters were reset."""
-    pairs = zip(after.latency_histogram, before.latency_histogram, strict=True)
-    buckets = tuple(new - old for new, old in pairs)
+    buckets = counted_between(before, after)
     sum_ns = after.counters["latency_ns"] - before.counters["latency_ns"]
     if min(sum_ns, *buckets) < 0:
         raise XenbackendError(f"{after.vbd} was attached again meanwhile; repeat the command")

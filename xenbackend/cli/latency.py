@@ -12,7 +12,7 @@ from typing import Any
 
 from xenbackend.cli import pictures
 from xenbackend.cli.arguments import add_json, add_socket
-from xenbackend.cli.histogram import FRACTIONS, Histogram, difference
+from xenbackend.cli.histogram import Histogram, difference
 from xenbackend.cli.output import print_json
 from xenbackend.client import Client, Disk
 from xenbackend.errors import ConfigError
@@ -37,7 +37,9 @@ def register(subparsers: Any) -> None:
         "--layers", action="store_true", help="of each layer and operation, of all requests; only root may order it"
     )
     parser.add_argument(
-        "--end", action="store_true", help="with --layers: end one that is under way, which prints the times until now"
+        "--end",
+        action="store_true",
+        help="with --layers: end the measurement that is under way; the command that began it prints its times so far",
     )
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw a picture, too; needs xenbackend[plot]")
     add_json(parser)
@@ -92,7 +94,5 @@ def values(known: Disk, histogram: Histogram) -> dict[str, Any]:
         "chain": known.chain,
         "seconds": None if histogram.seconds is None else round(histogram.seconds, 3),
         "samples": histogram.samples,
-        "mean_ns": None if histogram.mean_ns is None else round(histogram.mean_ns),
-        "bounds_ns": {f"p{fraction * 100:g}": histogram.bound_ns(fraction) for fraction in FRACTIONS},
-        "buckets": [{"below_ns": 1 << place, "count": histogram.buckets[place]} for place in histogram.filled()],
+        **histogram.as_json(),
     }

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from xenbackend.cli import waiting
-from xenbackend.cli.histogram import FRACTIONS, Histogram
+from xenbackend.cli.histogram import Histogram
 from xenbackend.cli.output import print_json
 from xenbackend.client import LayerTimes, Measured, Times
 from xenbackend.disks import parse_disk
@@ -57,13 +57,7 @@ def values(layers: Sequence[LayerTimes]) -> list[dict[str, Any]]:
 
 def _values(times: Times) -> dict[str, Any]:
     histogram = _histogram(times)
-    return {
-        "requests": histogram.samples,
-        "bytes": times.bytes,
-        "mean_ns": None if histogram.mean_ns is None else round(histogram.mean_ns),
-        "bounds_ns": {f"p{fraction * 100:g}": histogram.bound_ns(fraction) for fraction in FRACTIONS},
-        "buckets": [{"below_ns": 1 << place, "count": histogram.buckets[place]} for place in histogram.filled()],
-    }
+    return {"requests": histogram.samples, "bytes": times.bytes, **histogram.as_json()}
 
 
 def lines(vbd: str, measured: Measured) -> Iterator[str]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from xenbackend import counters
 from xenbackend.cli.arguments import duration
+from xenbackend.cli.histogram import counted_between
 from xenbackend.client import Client, Disk, File, Layer, Service
 from xenbackend.errors import printable
 
@@ -60,8 +61,7 @@ def speed(before: Disk | None, after: Disk, seconds: float) -> Speed:
     if before is None or seconds <= 0:
         return Speed()
     moved = {each: after.counters[each] - before.counters[each] for each in after.counters}
-    pairs = zip(after.latency_histogram, before.latency_histogram, strict=True)
-    buckets = [new - old for new, old in pairs]
+    buckets = counted_between(before, after)
     if min(*(moved[each] for each in RATES), *buckets) < 0:
         return Speed()
     rates = {each: moved[each] / seconds for each in RATES}
