@@ -260,6 +260,16 @@ def test_a_second_one_leaves_the_first_its_place(tmp_path: Path) -> None:
     assert [] == list(tmp_path.iterdir())
 
 
+def test_what_is_no_socket_is_left_alone(tmp_path: Path) -> None:
+    """Only a socket of a former parent is replaced: a file of that name is left alone, and no service is started."""
+    file = tmp_path / "control.sock.keep"
+    file.write_text("x")
+    with pytest.raises(ConfigError, match=r"control\.sock\.keep: cannot listen there: it is not a socket"):
+        parent.run(["run"], str(tmp_path / "control.sock"), {})
+
+    assert "x" == file.read_text()
+
+
 def test_kept_descriptors_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The number of kept descriptors is bounded, whatever a faulty service sends; one too many, or one without a name,
     is closed.

@@ -93,7 +93,7 @@ def _lock(file: Path) -> int:
 
 
 def _listen(path: Path) -> socket.socket:
-    _check_free(path)
+    check_free(path, socket.SOCK_STREAM, "xenbackend service")
     near = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     former = os.umask(0o177)  # the socket is created with mode 0600
     try:
@@ -108,9 +108,9 @@ def _listen(path: Path) -> socket.socket:
     return near
 
 
-def _check_free(path: Path) -> None:
-    """Check that at `path` there is nothing, or a socket on which nobody listens. Raises: ConfigError."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+def check_free(path: Path, kind: socket.SocketKind, who: str) -> None:
+    """Check that at `path` there is nothing, or a socket of this kind that no `who` uses. Raises: ConfigError."""
+    with socket.socket(socket.AF_UNIX, kind | socket.SOCK_NONBLOCK) as probe:
         try:
             probe.connect(str(path))
         except BlockingIOError:  # it listens, and its backlog is full
@@ -121,7 +121,7 @@ def _check_free(path: Path) -> None:
             if path.exists() and not path.is_socket():
                 raise ConfigError(f"{path}: cannot listen there: it is not a socket") from None
             return
-    raise ConfigError(f"{path}: another xenbackend service listens there already")
+    raise ConfigError(f"{path}: another {who} listens there already")
 
 
 def _cannot_listen(path: Path, error: OSError) -> ConfigError:

@@ -25,7 +25,7 @@ from xenbackend.loop.reactor import Reactor
 from xenbackend.loop.signals import taking_signals
 from xenbackend.protocol import datagrams
 from xenbackend.supervisor.service.keeper import FIRST
-from xenbackend.supervisor.service.listening import alone_at
+from xenbackend.supervisor.service.listening import alone_at, check_free
 from xenbackend.supervisor.service.notify import address_of
 
 MAX_KEPT = 4096
@@ -39,11 +39,11 @@ class Store:
     """The kept descriptors by name, filled by datagrams on `socket`."""
 
     def __init__(self, path: Path) -> None:
-        """Listen at `path`. Raises: OSError; ConfigError, if another process does."""
+        """Listen at `path`. Raises: OSError; ConfigError, if that is not possible, or another process does."""
         self.fds: dict[str, int] = {}
         self.path = path
         with alone_at(path):
-            _check_free(path)
+            check_free(path, socket.SOCK_DGRAM, "`xenbackend run --keep`")
             path.unlink(missing_ok=True)
             self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
             try:
@@ -164,16 +164,6 @@ class Parent:
 
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-
-
-def _check_free(path: Path) -> None:
-    """Raise ConfigError if a process listens there: its service could not reach it any more."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(str(path))
-        except OSError:
-            return
-    raise ConfigError(f"{path}: another `xenbackend run --keep` listens there already")
 
 
 def _tell(address: str, message: str) -> None:
