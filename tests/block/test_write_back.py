@@ -11,6 +11,7 @@ import pytest
 from tests import lives
 from tests.helpers_block import Machine, content, discard, flush, read, write
 from tests.recorded import SECTOR, Disk, RecordedFile, RecordedFiles, Session, at, lost_power
+from xenbackend.block.cache_parts import MOST
 from xenbackend.block.drivers.cache import Cache
 from xenbackend.block.request import Op, Request
 from xenbackend.block.write_back import WriteBack
@@ -292,6 +293,18 @@ def test_a_disk_that_has_grown(tmp_path: Path) -> None:
 
     assert b"a" * 512 + life.first[512 : 150 << 10] + b"b" * 512 == life.disk.everything()[: (150 << 10) + 512]
     assert b"n" * (32 << 10) == life.disk.everything()[160 << 10 :]
+
+
+def test_a_large_request_goes_past_the_file(tmp_path: Path) -> None:
+    """A request of more than MOST bytes gets no slots: a backup leaves what is in use. One of MOST bytes gets them."""
+    life = Life(tmp_path, Random(1), size=512 << 10)
+    for length, kept in ((MOST + SECTOR, 0), (MOST, MOST >> 12)):
+        assert [0] == life.disk.do(read(256 << 10, length))
+        hits = life.figures()["hits"]
+        assert [0] == life.disk.do(read(256 << 10, SECTOR))
+        assert (kept > 0) == (life.figures()["hits"] > hits)
+        assert [0] == life.disk.do(write(0, bytes(length)))
+        assert kept == life.figures()["dirty"]
 
 
 def test_a_miss_that_is_overtaken_is_not_kept(tmp_path: Path) -> None:
