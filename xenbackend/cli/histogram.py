@@ -57,7 +57,7 @@ class Histogram:
 
 
 def counted_between(before: Disk, after: Disk) -> tuple[int, ...]:
-    """Return what each bucket has counted between two answers of the service; less than 0 if the counters were reset between them."""
+    """Return what each bucket has counted between two answers; negative if the counters were reset between them."""
     pairs = zip(after.latency_histogram, before.latency_histogram, strict=True)
     return tuple(new - old for new, old in pairs)
 
