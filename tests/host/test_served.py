@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 
@@ -21,17 +22,26 @@ def serving(*names: str) -> Answering:
     return lambda _: Answer(Code.OK, [{"vbd": name} for name in names])
 
 
-def test_a_service_is_looked_for_where_it_may_be(tmp_path: Path) -> None:
+def running(monkeypatch: pytest.MonkeyPatch, place: Path, *commands: str) -> None:
+    """Have a host run these commands, beside us."""
+    for pid, command in {str(os.getpid()): "python3 -I -m xenbackend.host.served", **dict(enumerate(commands))}.items():
+        directory = place / "proc" / str(pid)
+        directory.mkdir(parents=True)
+        (directory / "cmdline").write_text(command.replace(" ", "\0") + "\0")
+    monkeypatch.setattr(served, "_PROC", place / "proc")
+
+
+def test_a_service_is_looked_for_where_it_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A service is looked for at the settings' socket and the default one; broken settings leave that unknown."""
+    running(monkeypatch, tmp_path, "/usr/bin/python3 /usr/bin/xenbackend run")
     path = tmp_path / "x.toml"
     path.write_text('socket = "/elsewhere"\n')
     moved = control_sockets(path)
     path.write_text("")
     default = control_sockets(path)
     path.write_text("frob = 1\n")
-    with pytest.raises(
-        XenbackendError, match=r"it is not known whether disks are served: .*no setting frob.*or use --force"
-    ):
+    unknown = r"it is not known whether disks are served: .*no setting frob.*; process 0 may serve some, or use --force"
+    with pytest.raises(XenbackendError, match=unknown):
         control_sockets(path)
 
     assert (["/elsewhere", DEFAULT_SOCKET], [DEFAULT_SOCKET]) == (moved, default)
@@ -61,8 +71,50 @@ def test_disks_are_named(tmp_path: Path) -> None:
         refuse_while_serving(control.path)
 
 
-def test_silence_is_no_answer(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("commands", "is_known"),
+    [
+        ([], True),
+        (["/usr/bin/python3 /usr/bin/xenbackend uninstall", "vi /etc/xenbackend.toml", "man xenbackend"], True),
+        (["/usr/bin/python3 /usr/bin/xenbackend run --socket /elsewhere"], False),
+        (["/opt/venv/bin/python -m xenbackend run --keep"], False),
+        (["/usr/bin/python3 -m xenbackend.worker.zygote --host xen"], False),
+        (["/usr/bin/python3 -m xenbackend.worker.main --socket 5"], False),
+    ],
+)
+def test_nobody_serves_without_a_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commands: list[str], *, is_known: bool
+) -> None:
+    """Without a service or a worker nothing is served, whatever the settings and a socket left behind say."""
+    running(monkeypatch, tmp_path, *commands)
+    path = tmp_path / "x.toml"
+    path.write_text("frob = 1\n")
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(tmp_path / "socket"))
+
+    found = []
+    for look in (lambda: control_sockets(path), lambda: refuse_while_serving(str(tmp_path / "socket"))):
+        try:
+            look()
+            found.append(True)
+        except XenbackendError:
+            found.append(False)
+    assert [is_known] * 2 == found
+
+
+def test_processes_that_cannot_be_listed_may_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A /proc that is missing or not mounted does not show that no service runs."""
+    path = tmp_path / "x.toml"
+    path.write_text("frob = 1\n")
+    for place in (tmp_path / "none", tmp_path):
+        monkeypatch.setattr(served, "_PROC", place)
+        with pytest.raises(XenbackendError, match=r"disks are served: .*does not show which processes run"):
+            control_sockets(path)
+
+
+def test_silence_is_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A socket without an answer may belong to a hanging service, so the answer is unknown."""
+    running(monkeypatch, tmp_path, "/usr/bin/python3 /usr/bin/xenbackend run")
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(tmp_path / "socket"))
     with pytest.raises(XenbackendError, match=r"it is not known whether disks are served: .*or use --force"):
