@@ -6,6 +6,7 @@ from copy import deepcopy
 
 from tests.answering import DISK, moved, typed_disk
 from xenbackend.cli import pictures
+from xenbackend.cli.histogram import difference
 from xenbackend.cli.pictures import Speed, speed
 
 
@@ -29,6 +30,19 @@ def test_counters_that_began_anew_are_no_rate() -> None:
         speed(None, known, 1.0), speed(known, typed_disk(), 1.0), speed(known, known, 0.0),
         speed(known, typed_disk(counters={}, latency_histogram=[]), 1.0),
     }  # fmt: skip
+
+
+def test_another_release_may_count_more() -> None:
+    """A service of another release may have been started between two looks: counters that only one has do not matter."""
+    old = typed_disk(moved(deepcopy(DISK), reads=100))
+    told = moved(deepcopy(DISK), reads=110, latency_samples=4, latency_ns=400_000)
+    told["counters"]["more"] = 5
+    told["latency_histogram"].append(0)
+    new = typed_disk(told)
+
+    assert 10.0 == (speed(old, new, 1.0).rates or {})["reads"]
+    assert 4 == difference(old, new, 1.0).samples
+    assert Speed() == speed(new, old, 1.0)
 
 
 def test_an_age_is_one_word() -> None:

@@ -6,6 +6,7 @@ Must not print or draw: `latency_text` and `latency_plot` do.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from xenbackend import counters
@@ -58,7 +59,8 @@ class Histogram:
 
 def counted_between(before: Disk, after: Disk) -> tuple[int, ...]:
     """Return what each bucket has counted between two answers; negative if the counters were reset between them."""
-    pairs = zip(after.latency_histogram, before.latency_histogram, strict=True)
+    # services of two releases may have different numbers of buckets
+    pairs = zip_longest(after.latency_histogram, before.latency_histogram, fillvalue=0)
     return tuple(new - old for new, old in pairs)
 
 

@@ -20,6 +20,7 @@ from xenbackend.errors import printable
 SAMPLE_S = 1.0  # between the two pictures from which rates are computed
 SHORTEST_S = 1.0  # between two pictures of --watch: workers update their counters once a second
 RATES = ("reads", "writes", "read_bytes", "written_bytes")
+_COUNTED = (*RATES, "latency_samples", "latency_ns")
 _AGES = ((86400, "d"), (3600, "h"), (60, "m"), (1, "s"))
 _WAITS = {"storage": "its storage has not answered for {}", "key": "its key has taken {} to derive so far"}
 
@@ -57,10 +58,13 @@ def speeds(before: Picture, after: Picture) -> dict[str, Speed]:
 
 
 def speed(before: Disk | None, after: Disk, seconds: float) -> Speed:
-    """Return a disk's speed between two descriptions of it; unknown if its counters were reset between them."""
+    """Return a disk's speed between two descriptions of it; unknown if its counters were reset between them.
+
+    The service may have been exchanged between them for one that counts other things, too.
+    """
     if before is None or seconds <= 0:
         return Speed()
-    moved = {each: after.counters[each] - before.counters[each] for each in after.counters}
+    moved = {each: after.counters[each] - before.counters[each] for each in _COUNTED}
     buckets = counted_between(before, after)
     if min(*(moved[each] for each in RATES), *buckets) < 0:
         return Speed()
