@@ -33,7 +33,7 @@ def test_counters_that_began_anew_are_no_rate() -> None:
 
 
 def test_another_release_may_count_more() -> None:
-    """A service of another release may have been started between two looks: counters that only one has do not matter."""
+    """A service of another release may be started between two looks; counters that only one has do not matter."""
     old = typed_disk(moved(deepcopy(DISK), reads=100))
     told = moved(deepcopy(DISK), reads=110, latency_samples=4, latency_ns=400_000)
     told["counters"]["more"] = 5

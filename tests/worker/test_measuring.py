@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.driven import Driven
+from tests.driven import Driven, WorkerProcess
 from xenbackend.protocol import messages
 from xenbackend.protocol.codes import Code
 from xenbackend.protocol.messages import Reply
@@ -69,6 +69,18 @@ def test_nothing_ends_where_nothing_was_begun(driven: Driven) -> None:
 
     assert [Code.OK] * 2 == [driven.worker.ask(messages.Measure(0)).code for _ in range(2)]
     assert 3 == len(counts(driven.worker.ask(messages.Measure(1))))
+
+
+def test_nothing_ends_before_the_chain_is_open(driven: Driven, images: list[Path]) -> None:
+    """While a chain waits for its image's lock, no measurement can begin, and ending one does nothing."""
+    other = WorkerProcess(driven.worker.host)
+    other.open(f"aio:{images[0]}")
+    driven.open(f"aio:{images[0]}", may_wait=True)
+    begun, ended = (driven.worker.ask(messages.Measure(each)) for each in (1, 0))
+    other.drop()
+
+    assert (Code.FAILED, "the chain is not open") == (begun.code, begun.sentence)
+    assert (Code.OK, "[]") == (ended.code, ended.data)
 
 
 def test_another_chain_is_not_measured(driven: Driven, images: list[Path]) -> None:

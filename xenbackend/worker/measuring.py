@@ -28,13 +28,13 @@ class Measuring:
 
         A measurement that is under way ends first, with its times so far: this service begins no second one, and no
         client waits any more for one that an earlier service began. 0 seconds do nothing else. Raises: DriverError, if
-        no chain is open.
+        no chain is open to be measured.
         """
-        chain = stages.opened()
         self._end()
         if not seconds:
             then("[]")
             return
+        chain = stages.opened()
         timers = chain.time()
         stages.rewired(chain)
 
