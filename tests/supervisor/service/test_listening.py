@@ -65,6 +65,34 @@ def test_a_service_that_ends_takes_no_path_from_the_next(tmp_path: Path, monkeyp
         first.close()
 
 
+def test_a_service_whose_socket_was_removed_leaves_the_path_to_the_next(tmp_path: Path) -> None:
+    """A service whose socket somebody has removed does not remove that of the service that listens there now."""
+    place = tmp_path / "x"
+    with closing(Reactor()) as reactor:
+        first = Server(str(place), reactor, lambda *_: None)
+        place.unlink()
+        with listen(place), socket.socket(socket.AF_UNIX) as client:
+            first.close()
+            assert 0 == client.connect_ex(str(place))
+
+
+@pytest.mark.parametrize("kind", ["link", "directory"])
+def test_what_stands_in_the_way_of_the_lock_is_named(tmp_path: Path, kind: str) -> None:
+    """Something else at the place of the lock file is named, and left alone; a lock file left by SIGKILL is used."""
+    place, lock, other = tmp_path / "x", tmp_path / "x.lock", tmp_path / "other"
+    lock.touch()
+    with listen(place):
+        place.unlink()
+    if kind == "link":
+        lock.symlink_to(other)
+    else:
+        lock.mkdir()
+    with pytest.raises(ConfigError, match=rf"{place}: cannot listen: {lock}: \w"):
+        listen(place)
+
+    assert [lock] == [*tmp_path.iterdir()]
+
+
 def test_whoever_accepts_nobody_is_not_replaced(tmp_path: Path) -> None:
     """A service that hangs still listens, however many clients wait for it: another one is refused at once."""
     place = tmp_path / "x"

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from xenbackend.errors import ConfigError
+from xenbackend.errors import ConfigError, sentence_of
 from xenbackend.protocol.client import DEFAULT_SOCKET
 
 BACKLOG = 256  # connections that wait to be accepted
@@ -49,6 +49,15 @@ def take_over(path: Path, inherited: int) -> socket.socket | None:
         return near
     near.close()
     return None
+
+
+def identity_of(path: Path) -> tuple[int, int, int] | None:
+    """Return what tells the file at `path` from others: device, inode and, as numbers are reused, time; None: no file."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns
 
 
 def _is_reached(near: socket.socket, path: Path) -> bool:
@@ -126,4 +135,4 @@ def check_free(path: Path, kind: socket.SocketKind, who: str) -> None:
 
 def _cannot_listen(path: Path, error: OSError) -> ConfigError:
     hint = f"; make the directory {path.parent}" if error.errno == errno.ENOENT else ""
-    return ConfigError(f"{path}: cannot listen: {error.strerror or error}{hint}")
+    return ConfigError(f"{path}: cannot listen: {sentence_of(error)}{hint}")

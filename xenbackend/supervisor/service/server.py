@@ -126,6 +126,7 @@ class Server:
         self._socket = listening.take_over(self._path, inherited) or listening.listen(self._path)
         try:
             access.open_to(self._path, group, directory=self._path.parent == listening.OWN_DIRECTORY)
+            self._place = listening.identity_of(self._path)
         except ConfigError:
             self._socket.close()
             raise
@@ -145,8 +146,8 @@ class Server:
         if self._listening.due is None:
             self._loop.remove(self._socket.fileno())
         self._listening.set(None)
-        if not leaves:
-            self._path.unlink(missing_ok=True)  # before the close: from then on, the path may be another service's
+        if not leaves and listening.identity_of(self._path) == self._place:  # else another service has taken the path
+            self._path.unlink(missing_ok=True)  # before the close: from then on, another service may take it
         self._socket.close()
 
     def _accept(self) -> None:
