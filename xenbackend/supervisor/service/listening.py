@@ -52,7 +52,7 @@ def take_over(path: Path, inherited: int) -> socket.socket | None:
 
 
 def identity_of(path: Path) -> tuple[int, int, int] | None:
-    """Return what tells the file at `path` from others: device, inode and, as numbers are reused, time; None: no file."""
+    """Return what tells the file at `path` from others: device, inode and, as that is reused, time; None: no file."""
     try:
         found = path.lstat()
     except OSError:
