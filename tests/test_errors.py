@@ -18,6 +18,17 @@ def test_all_are_ours() -> None:
     assert not issubclass(XenbackendError, OSError | ValueError)
 
 
+def test_storage_that_fails_is_not_the_operators_mistake() -> None:
+    """A file that cannot be written is the operator's mistake, unless its storage is full, read-only or broken."""
+    kinds = {
+        ConfigError: (errno.ENOENT, errno.ENOTDIR, errno.EACCES),
+        XenbackendError: (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO),
+    }
+    found = {kind: {type(errors.unwritable("it", OSError(each, ""))) for each in kinds[kind]} for kind in kinds}
+
+    assert {kind: {kind} for kind in kinds} == found
+
+
 def test_an_error_of_the_host_is_a_sentence() -> None:
     """An OSError becomes a sentence with file and reason, without its number; our own errors keep their text."""
     said = {

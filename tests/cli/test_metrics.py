@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -63,4 +65,22 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path: Path, capsys: pytest.Ca
         assert 2 == main(["metrics", "--textfile", str(tmp_path), "--socket", control.path])
 
     assert f"{tmp_path / FILE} cannot be written" in capsys.readouterr().err
+    assert [FILE] == [each.name for each in tmp_path.iterdir() if FILE in each.name]
+
+
+def test_a_full_directory_is_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """If the file system is full, the command ends with 1, keeps the former file, and leaves no draft."""
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / FILE).write_text("former")
+    monkeypatch.setattr(Path, "replace", fail)
+    with answering(tmp_path / "x", working) as control:
+        assert 1 == main(["metrics", "--textfile", str(tmp_path), "--socket", control.path])
+
+    assert f"{tmp_path / FILE} cannot be written: No space left on device" in capsys.readouterr().err
+    assert "former" == (tmp_path / FILE).read_text()
     assert [FILE] == [each.name for each in tmp_path.iterdir() if FILE in each.name]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 
 from xenbackend.doctor import archive
 from xenbackend.doctor.pieces import Piece
-from xenbackend.errors import ConfigError
+from xenbackend.errors import ConfigError, XenbackendError
 
 PIECES = [Piece("a.txt", "text \udcff\n", left_out=7), Piece("b.txt", problem="it hangs")]
 
@@ -41,3 +43,17 @@ def test_nothing_is_written_over_and_nothing_is_left(tmp_path: Path) -> None:
 
     assert "kept" == path.read_text()
     assert [path] == list(tmp_path.iterdir())
+
+
+def test_a_full_directory_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full file system is no mistake of the operator, and no draft stays behind."""
+
+    def fail(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(XenbackendError, match="cannot be written: No space left on device") as found:
+        archive.write(PIECES, tmp_path / "r.tar.gz")
+
+    assert not isinstance(found.value, ConfigError)
+    assert [] == [*tmp_path.iterdir()]

@@ -12,12 +12,12 @@ from pathlib import Path
 from xenbackend import __version__
 from xenbackend.cli.histogram import Histogram
 from xenbackend.client import Disk
-from xenbackend.errors import ConfigError, printable
+from xenbackend.errors import ConfigError, printable, unwritable
 from xenbackend.units import format_duration, format_time
 
 
 def save(known: Disk, histogram: Histogram, path: Path) -> None:
-    """Write the picture to `path`, in the format that its ending names. Raises: ConfigError."""
+    """Write the picture to `path`, in the format that its ending names. Raises: XenbackendError."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -38,5 +38,7 @@ def save(known: Disk, histogram: Histogram, path: Path) -> None:
     axes.set_title(f"{title}\n{chain}\n{below}", fontsize=9)
     try:
         figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise unwritable(f"the picture {path} cannot be written: {error.strerror or error}", error) from None
+    except ValueError as error:  # of a format that matplotlib does not know
         raise ConfigError(f"the picture {path} cannot be written: {error}") from None

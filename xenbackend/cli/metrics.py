@@ -17,7 +17,7 @@ from xenbackend.cli.arguments import add_json, add_socket
 from xenbackend.cli.metrics_text import Family
 from xenbackend.cli.output import print_json
 from xenbackend.client import Client, ServiceError
-from xenbackend.errors import ConfigError
+from xenbackend.errors import unwritable
 
 FILE = "xenbackend.prom"  # the collector of node_exporter reads *.prom
 _LOCAL = ("127.0.0.1", "::1", "localhost")
@@ -48,7 +48,7 @@ def register(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print, write or serve figures. Raises: ServiceError; ConfigError, if a place cannot be written or bound."""
+    """Print, write or serve figures. Raises: ServiceError; XenbackendError, if a place cannot be written or bound."""
     if args.listen is not None:
         from xenbackend.cli.metrics_http import serve  # late: it needs http.server
 
@@ -74,7 +74,7 @@ def look(control: str) -> list[Family]:
 
 
 def leave(directory: Path, text: str) -> None:
-    """Replace the file in a directory atomically, so that nobody reads half of it. Raises: ConfigError."""
+    """Replace the file in a directory atomically, so that nobody reads half of it. Raises: XenbackendError."""
     import tempfile  # late: slow to import, and most calls write no file
 
     try:
@@ -88,7 +88,7 @@ def leave(directory: Path, text: str) -> None:
                 Path(file.name).unlink()
                 raise
     except OSError as error:
-        raise ConfigError(f"{directory / FILE} cannot be written: {error.strerror}") from None
+        raise unwritable(f"{directory / FILE} cannot be written: {error.strerror}", error) from None
 
 
 def _values(family: Family) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def register(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Gather, write, and print what is in the archive. Raises: ConfigError, if the file cannot be written."""
+    """Gather, write, and print what is in the archive. Raises: XenbackendError, if the file cannot be written."""
     from xenbackend.doctor import archive  # late: it speaks to xenstore
     from xenbackend.doctor.examine import Wanted
     from xenbackend.doctor.pieces import gather

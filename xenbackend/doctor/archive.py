@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from xenbackend.doctor.pieces import Piece
-from xenbackend.errors import ConfigError
+from xenbackend.errors import ConfigError, unwritable
 
 
 def contents(pieces: Sequence[Piece]) -> list[dict[str, Any]]:
@@ -40,7 +40,7 @@ def _exists(path: Path) -> ConfigError:
 
 
 def write(pieces: Sequence[Piece], path: Path) -> None:
-    """Write the archive, a compressed tar file. Raises: ConfigError if the path exists, or cannot be written."""
+    """Write the archive, a compressed tar file. Raises: XenbackendError, a ConfigError if the path exists."""
     directory = path.name.removesuffix(".gz").removesuffix(".tar")
     listed = Piece("contents.json", json.dumps(contents(pieces), indent=1) + "\n")
     try:
@@ -57,7 +57,7 @@ def write(pieces: Sequence[Piece], path: Path) -> None:
     except FileExistsError:
         raise _exists(path) from None
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
+        raise unwritable(f"{path}: cannot be written: {error.strerror}", error) from None
 
 
 def _data(piece: Piece) -> bytes:
