@@ -270,6 +270,20 @@ def test_what_is_no_socket_is_left_alone(tmp_path: Path) -> None:
     assert "x" == file.read_text()
 
 
+def test_a_parent_removes_no_other_ones_place(tmp_path: Path) -> None:
+    """A parent whose place somebody has removed leaves it to the one that listens there now."""
+    place = tmp_path / "keep"
+    first = Store(place)
+    place.unlink()
+    with closing(Store(place)) as second, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as near:
+        first.close()
+        near.connect(str(place))
+        near.send(b"READY=1")
+        heard = second.take()
+
+    assert "READY=1" == heard
+
+
 def test_kept_descriptors_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The number of kept descriptors is bounded, whatever a faulty service sends; one too many, or one without a name,
     is closed.

@@ -25,7 +25,7 @@ from xenbackend.loop.reactor import Reactor
 from xenbackend.loop.signals import taking_signals
 from xenbackend.protocol import datagrams
 from xenbackend.supervisor.service.keeper import FIRST
-from xenbackend.supervisor.service.listening import alone_at, check_free
+from xenbackend.supervisor.service.listening import alone_at, check_free, identity_of
 from xenbackend.supervisor.service.notify import address_of
 
 MAX_KEPT = 4096
@@ -52,6 +52,7 @@ class Store:
             except OSError:
                 self.socket.close()
                 raise
+            self._place = identity_of(path)
 
     def take(self) -> str:
         """Take one message, do what it asks for, and return it, so that it can be passed on.
@@ -74,8 +75,9 @@ class Store:
         """Close everything."""
         for name in list(self.fds):
             self._forget(name)
+        if identity_of(self.path) == self._place:  # else another parent has taken the path
+            self.path.unlink(missing_ok=True)  # before the close: from then on, another parent may take it
         self.socket.close()
-        self.path.unlink(missing_ok=True)
 
     def _forget(self, name: str) -> None:
         fd = self.fds.pop(name, -1)
