@@ -6,6 +6,7 @@ import errno
 from itertools import permutations
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -80,6 +81,18 @@ def test_a_guest_that_reads_in_order_is_ahead_of(machine: Machine, tmp_path: Pat
     assert data == found
     assert figures["hits"] > 240
     assert figures["read_ahead_bytes"] <= len(data)
+
+
+def test_it_is_closed_once_its_own_reads_are_back(machine: Machine) -> None:
+    """D1: what is being read ahead is back before the layers below are closed, as when another chain is put in."""
+    chain = machine.open("readahead:size=64K|delay:read=50ms|ram:1M")
+    ahead: Any = chain.layers[0].driver
+    for place in range(4):
+        assert [0] == machine.do(chain, read(place * 4096, 4096))
+    was_under_way = len(ahead._under_way)
+    chain.close()
+
+    assert (1, 0) == (was_under_way, len(ahead._under_way))
 
 
 def test_random_reads_are_left_alone() -> None:

@@ -138,6 +138,10 @@ class Readahead(Filter):
         """See `Driver`."""
         return {"hits": self._hits, "read_ahead_bytes": self._bytes}
 
+    def close(self) -> None:
+        """Wait for what is being read ahead: the layers below are closed next."""
+        self.env.wait_for(lambda: not self._under_way)
+
     def _find(self, request: Request) -> _Piece | None:
         for piece in self._pieces:
             if piece.start <= request.offset and request.offset + request.length <= piece.end:
