@@ -92,6 +92,16 @@ def test_plain_has_32_bits(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert done(short, data, 0) == done(short, data, far) == done(long, data, 0)
     assert done(long, data, far) == xts(bytes(key), data, 512, 1 << 32)
+    assert data == done(short, done(short, data, 0), far, decrypt=True)
+
+
+@pytest.mark.parametrize("decrypt", [False, True])
+@pytest.mark.parametrize("sectors", [1, 2])
+def test_what_the_library_refuses_is_an_error(sectors: int, decrypt: bool) -> None:  # noqa: FBT001 - as pytest passes it
+    """If the library refuses a sector, here one shorter than a block of AES, the request fails."""
+    refused = Sectors(Cipher("aes-xts-plain64", 64), bytearray(os.urandom(64)), size=8)
+    with pytest.raises(OSError, match="libcrypto failed"):
+        done(refused, bytes(8 * sectors), decrypt=decrypt)
 
 
 def test_a_key_of_equal_halves_is_refused() -> None:
