@@ -8,14 +8,22 @@ import stat
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing
 from pathlib import Path
+from threading import Event
 
 import pytest
 
+from tests.until import PATIENCE_S, until
 from xenbackend.errors import ConfigError
 from xenbackend.loop.reactor import Reactor
 from xenbackend.supervisor.service import listening
-from xenbackend.supervisor.service.listening import check_place, listen
+from xenbackend.supervisor.service.listening import alone_at, check_place, listen
 from xenbackend.supervisor.service.server import Server
+
+
+def is_waited_for(lock: Path) -> bool:
+    """Return whether somebody waits for a locked file: proc_locks(5)."""
+    waited_for = f":{lock.stat().st_ino} "
+    return any("->" in line and waited_for in line for line in Path("/proc/locks").read_text().splitlines())
 
 
 def test_only_one_service_listens(tmp_path: Path) -> None:
@@ -47,6 +55,41 @@ def test_of_two_that_start_at_once_one_listens(tmp_path: Path, monkeypatch: pyte
             second[0].result(5)
 
     assert [place] == [*tmp_path.iterdir()]
+
+
+def test_the_lock_is_the_file_that_has_its_name(tmp_path: Path) -> None:
+    """Whoever waited for the lock while its holder removed the file holds a file that the next one finds."""
+    place, lock = tmp_path / "x", tmp_path / "x.lock"
+    entered, leave = Event(), Event()
+
+    def enter() -> None:
+        with alone_at(place):
+            entered.set()
+            leave.wait(PATIENCE_S)
+
+    with ThreadPoolExecutor() as threads:
+        with alone_at(place):
+            second = threads.submit(enter)
+            until(lambda: is_waited_for(lock))
+        entered.wait(PATIENCE_S)
+        found = lock.exists()
+        leave.set()
+        second.result()
+
+    assert found
+    assert [] == [*tmp_path.iterdir()]
+
+
+def test_a_place_is_tried_by_nobody_else_meanwhile(tmp_path: Path) -> None:
+    """The check whether a service could listen waits while another one looks for a listener, or begins to listen."""
+    place = tmp_path / "x"
+    with ThreadPoolExecutor() as threads:
+        with alone_at(place):
+            tried = threads.submit(check_place, str(place))
+            until(lambda: is_waited_for(tmp_path / "x.lock") or tried.done())
+
+            assert not tried.done()
+        tried.result()
 
 
 def test_a_service_that_ends_takes_no_path_from_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
