@@ -97,7 +97,7 @@ def test_plain_has_32_bits(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("decrypt", [False, True])
 @pytest.mark.parametrize("sectors", [1, 2])
-def test_what_the_library_refuses_is_an_error(sectors: int, decrypt: bool) -> None:  # noqa: FBT001 - as pytest passes it
+def test_what_the_library_refuses_is_an_error(sectors: int, decrypt: bool) -> None:
     """If the library refuses a sector, here one shorter than a block of AES, the request fails."""
     refused = Sectors(Cipher("aes-xts-plain64", 64), bytearray(os.urandom(64)), size=8)
     with pytest.raises(OSError, match="libcrypto failed"):
