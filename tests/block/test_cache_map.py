@@ -126,6 +126,16 @@ def test_places_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
         assert 0 < len(known.places) <= 10
 
 
+def test_what_was_cleared_has_no_place() -> None:
+    """Once the map was cleared, nothing is found in the file any more, neither by the map nor by a cached place."""
+    known = _map(StepEnv(), 64, b"t")
+    known.put(known.take(1), 1)
+    assert known.find(1) >= 0
+    known.clear()
+
+    assert ({}, -1) == (known.places, known.find(1))
+
+
 @pytest.mark.parametrize("slots", [1, 7, 8, 1000])
 def test_there_are_whole_sets(slots: int) -> None:
     """Slots come in whole sets. Their number is rounded down, but there is at least one set."""

@@ -11,6 +11,7 @@ import pytest
 from tests import lives
 from tests.helpers_block import Machine, content, discard, flush, read, write
 from tests.recorded import SECTOR, Disk, RecordedFile, RecordedFiles, Session, at, lost_power
+from xenbackend.block import copies
 from xenbackend.block.cache_parts import MOST
 from xenbackend.block.drivers.cache import Cache
 from xenbackend.block.request import Op, Request
@@ -19,6 +20,14 @@ from xenbackend.block.write_back import WriteBack
 OPS = [Op.READ, Op.WRITE, Op.WRITE, Op.DISCARD]
 # Of a disk that has room in the cache, of one with some hundred blocks for 64 slots, and of one with 24 for 8
 SHAPES = [("4K", 160 << 10), ("16K", 2 << 20), ("128K", (3 << 20) + 512)]
+
+
+class AtOnce(Random):
+    """Has a `RecordedFile` do at once what it may do late."""
+
+    def random(self) -> float:
+        """Return the same each time."""
+        return 0.9
 
 
 class Life(lives.Beside):
@@ -282,6 +291,38 @@ def test_two_blocks_of_one_write_have_two_slots(tmp_path: Path) -> None:
         assert expected == life.disk.everything()
         life.settle()
         assert expected == life.image.bytes
+
+
+def test_reads_that_file_has_are_hits(tmp_path: Path) -> None:
+    """A read from FILE counts as a hit, whether it is done at once or late, and shows that FILE is well: errors of
+    writes before it do not count as errors in a row.
+    """
+    life = Life(tmp_path, Random(1))
+    assert [0] == life.disk.do(read(0, 4096))
+    for _ in range(20):
+        assert [0] == life.disk.do(read(512, 512))
+    figures = life.writer.figures()
+    life.file.chance = AtOnce()
+    life.file.fails = lambda request: errno.EIO if request.op == Op.WRITE else 0
+    for number in range(20):
+        assert [0, 0] == [*life.disk.do(write(4096 * (1 + number), b"w" * 512)), *life.disk.do(read(512, 512))]
+
+    assert (20, 1) == (figures["hits"], figures["misses"])
+    assert not life.writer.is_shunned
+
+
+def test_a_write_gives_its_copy_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory in which the rest of a block was read is free once the block is written, or could not be: with room
+    for one copy, no write of a part of a block goes past a FILE that is well.
+    """
+    life = Life(tmp_path, Random(1))
+    monkeypatch.setattr(copies, "_MAX_USED", MOST + 4096)
+    for number in range(30):
+        fails = errno.EIO * (number % 3 == 0)
+        life.file.fails = lambda request, fails=fails: fails if request.op == Op.WRITE else 0
+        assert [0] == life.disk.do(write(4096 * number, b"w" * 512))
+
+    assert 10 == life.writer.figures()["around"]
 
 
 def test_a_disk_that_has_grown(tmp_path: Path) -> None:
