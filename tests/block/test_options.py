@@ -65,6 +65,14 @@ class Lenient:
     size: Size = option("a size", default=0)
 
 
+@dataclass(frozen=True, slots=True)
+class Worded:
+    """Options whose target may be omitted, and is no file."""
+
+    word: str = option("a word", default="", target=True)
+    size: Size = option("a size", default=0)
+
+
 def parsed(text: str, options: type = Everything) -> Any:
     """Return the options of the first layer."""
     return parse_options(options, parse(text)[0], text)
@@ -166,6 +174,7 @@ def test_a_misspelt_option_is_no_file_that_may_be_left_out() -> None:
     assert Lenient(file="./szie=4K") == parsed("x:./szie=4K", Lenient)
     assert Lenient(file="/szie=4K") == parsed("x:/szie=4K", Lenient)
     assert Everything(file="szie=4K") == parsed("x:szie=4K")
+    assert Worded(word="szie=4K") == parsed("x:szie=4K", Worded)
 
 
 def test_files_are_found_by_their_kind() -> None:
