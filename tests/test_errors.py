@@ -33,6 +33,7 @@ def test_an_error_of_the_host_is_a_sentence() -> None:
     """An OSError becomes a sentence with file and reason, without its number; our own errors keep their text."""
     said = {
         "/img/x: No space left on device": OSError(errno.ENOSPC, "No space left on device", "/img/x"),
+        r"/img/a\nb: No space left on device": OSError(errno.ENOSPC, "No space left on device", "/img/a\nb"),
         "No space left on device": OSError(errno.ENOSPC, "No space left on device"),
         "it ended": OSError("it ended"),
         "the disk is gone": XenbackendError("the disk is gone"),
