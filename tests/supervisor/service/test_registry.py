@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,16 @@ from xenbackend.supervisor.xenstore.paths import VbdPath
 from xenbackend.supervisor.xenstore.store import Store
 
 OTHER = VbdPath("vbd", 0, 6, 51712)
+
+
+def counted(look: Callable[..., Any], tries: Counter[str]) -> Callable[..., Any]:
+    """Return the same function, which also counts the paths that it is called for."""
+
+    def count(path: str, *arguments: Any) -> Any:
+        tries[path] += 1
+        return look(path, *arguments)
+
+    return count
 
 
 @pytest.fixture
@@ -311,10 +322,10 @@ def test_what_cannot_be_taken_into_service_is_tried_again(
 
 
 def test_what_xenstore_refuses_of_one_place_keeps_no_other(
-    xenstored: Xenstored, toolstack: Store, lines: io.StringIO
+    xenstored: Xenstored, toolstack: Store, lines: io.StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If a vbd's node or a domain's directory may not be read, only that vbd or domain is affected: the connection
-    stays, other places are looked at, it is logged once, a script gets the error, and it is tried again.
+    stays, other places are looked at, it is logged once, a script gets the error, and it is tried again every second.
     """
     refused, hidden, other = (VbdPath("vbd", 2, domid, 51712) for domid in (5, 6, 7))
     sealed = {f"{refused.backend}/script": refused, "/local/domain/2/backend/vbd/6": hidden}
@@ -326,10 +337,15 @@ def test_what_xenstore_refuses_of_one_place_keeps_no_other(
     for node in sealed:
         toolstack.set_permissions(node, ["n0"])
     place = Place(address)
+    tries = Counter[str]()
+    for name in ("read_many", "directory"):
+        monkeypatch.setattr(place.store, name, counted(getattr(place.store, name), tries))
     try:
         place.start()
+        tries.clear()
         for _ in range(5):
             place.settle(RETRY_S)
+        assert {refused.backend: 5, "/local/domain/2/backend/vbd/6": 5} == tries
         served, doubts = set(place.registry.vbds), place.vbd(other).doubted
         with pytest.raises(StoreError, match="/5/51712/script: Permission denied"):
             place.registry.hotplug(refused.backend, lambda _: None)
@@ -344,6 +360,29 @@ def test_what_xenstore_refuses_of_one_place_keeps_no_other(
         assert [] == place.told
     finally:
         place.close()
+
+
+def test_a_connection_that_is_lost_is_no_fault_of_a_place(
+    place: Place, toolstack: Store, lines: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the connection is lost while a place is looked at, that is the connection's loss alone, and logged as such."""
+    really_read = place.store.read_many
+
+    def lose(*arguments: Any) -> dict[str, str]:
+        monkeypatch.undo()
+        place.store.disconnect()
+        return really_read(*arguments)
+
+    for path in (PATH, OTHER):
+        write_like_libxl(toolstack, path)
+    monkeypatch.setattr(place.store, "read_many", lose)
+    place.start()
+    said = lines.getvalue().splitlines()
+    place.settle(10)
+    place.settle()
+
+    assert ["the connection to xenstore is lost" in line for line in said] == [True], said
+    assert {PATH, OTHER} == set(place.registry.vbds)
 
 
 def test_xenstore_that_goes_away_is_found_again(
