@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -121,15 +122,20 @@ def test_images_that_are_missing_are_made(tmp_path: Path) -> None:
     assert [2 << 20, 3 << 20] == [(tmp_path / f"{number}.img").stat().st_size for number in (1, 2)]
 
 
-@pytest.mark.parametrize("is_found", [False, True])
-def test_the_program_is_found_in_another_terminal(is_found: bool) -> None:
-    """The printed lines include the program's directory, unless a shell finds the program already."""
+@pytest.mark.parametrize("found", ["none", "this", "another"])
+def test_the_program_is_found_in_another_terminal(found: str) -> None:
+    """The printed lines include the program's directory as a shell in another directory takes it, unless a shell finds
+    this very program already.
+    """
     scripts = Path(sys.executable).parent
     others = [each for each in os.environ["PATH"].split(":") if not (Path(each) / "xenbackend").exists()]
     with places.directory(Path("/tmp")) as directory:
+        (directory / "a place").symlink_to(scripts)
+        shutil.copy("/bin/true", directory / "xenbackend")
+        first = {"none": [], "this": [str(scripts)], "another": [str(directory)]}[found]
         process = subprocess.Popen(
-            [scripts / "xenbackend", "demo", "--keep"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, "TMPDIR": str(directory), "PATH": ":".join([*others, *([str(scripts)] * is_found)])},
+            ["a place/xenbackend", "demo", "--keep"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            cwd=directory, env={**os.environ, "TMPDIR": str(directory), "PATH": ":".join([*first, *others])},
         )  # fmt: skip
         try:
             assert process.stderr is not None
@@ -139,9 +145,9 @@ def test_the_program_is_found_in_another_terminal(is_found: bool) -> None:
             output, errors = process.communicate()
 
     lines = [line.removeprefix("export ") for line in output.splitlines()]
-    expected = ["XENBACKEND_SOCKET", "XENSTORED_PATH", *([] if is_found else ["PATH"])]
+    expected = ["XENBACKEND_SOCKET", "XENSTORED_PATH", *([] if found == "this" else ["PATH"])]
     assert expected == [line.partition("=")[0] for line in lines], errors
-    assert is_found or f"PATH={scripts}:$PATH" == lines[-1]
+    assert found == "this" or f"PATH='{directory}/a place':$PATH" == lines[-1]
 
 
 @pytest.mark.parametrize("words", [["--keep", "0"], ["--keep", "65"], ["--keep", "2", "ram:1M"], ["--keep", "1", "x:"]])
