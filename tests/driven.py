@@ -124,7 +124,7 @@ class WorkerProcess:
             self._job = replace(self._job, chains=[order.chain], read_only=order.read_only, shareable=order.shareable)
             self._may_wait = order.may_wait
             devices = {"host": order.host, "frontend_domid": order.frontend_domid, "export": order.export}
-            self._send_with_opener(order, replace(self._job, **devices), *fds)  # type: ignore[arg-type]
+            self._send_with_opener(order, replace(self._job, **devices), *fds)
         elif isinstance(order, messages.Serve) and self._may_wait:
             self._send_with_opener(order, self._job, *fds)
         else:

@@ -60,7 +60,7 @@ class Plain(MappedDisk):
 
     def step(self) -> bool:
         """Let the files do a step; False if nothing waits."""
-        return self.image.step() or (self.io.is_apart and self.io.data.step())  # type: ignore[attr-defined]
+        return self.image.step() or (self.io.is_apart and self.io.data.step())
 
     def do(self, *batch: Request) -> list[int]:
         """Submit a batch and let everything happen."""

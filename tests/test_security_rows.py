@@ -44,7 +44,7 @@ def marked() -> dict[str, list[str]]:
             for mark in getattr(node, "decorator_list", ()):
                 if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.rows":
                     for name in mark.args:
-                        found[ast.literal_eval(name)].append(f"{file.relative_to(ROOT)}::{node.name}")  # type: ignore[attr-defined]
+                        found[ast.literal_eval(name)].append(f"{file.relative_to(ROOT)}::{node.name}")
     return dict(found)
 
 

@@ -24,7 +24,7 @@ def test_a_flush_of_our_own_that_failed_is_told(tmp_path: Path, which: str, *, i
     assert [0] == life.disk.do(write(0, b"n" * 4096))
     file = life.image if which == "image" else life.file
     failed: list[int] = []
-    file.fails = lambda request: (failed.append(1), errno.EIO)[1] if request.op == Op.FLUSH and not failed else 0  # type: ignore[func-returns-value]  # a lambda
+    file.fails = lambda request: (failed.append(1), errno.EIO)[1] if request.op == Op.FLUSH and not failed else 0
     while not failed:
         life.rest()
         life.run()

@@ -123,7 +123,7 @@ def test_a_flush_below_that_takes_long_stops_what_goes_there(tmp_path: Path) -> 
         held.extend(each for each in batch if each.op == Op.FLUSH)
         submit([each for each in batch if each.op != Op.FLUSH])
 
-    life.image.submit = hold  # type: ignore[method-assign]  # to hold them
+    life.image.submit = hold
     life.start()
     for place in range(0, 900 * BLOCK, BLOCK):
         life.disk.do(write(place, b"n" * BLOCK))
@@ -161,7 +161,7 @@ def test_an_error_below_is_tried_again(tmp_path: Path, op: int) -> None:
     life = Life(tmp_path, Random(1))
     life.disk.do(write(0, b"n" * BLOCK))
     tries: list[int] = []
-    life.image.fails = lambda request: (tries.append(request.op), errno.EIO)[1] if request.op == op else 0  # type: ignore[func-returns-value]  # a lambda
+    life.image.fails = lambda request: (tries.append(request.op), errno.EIO)[1] if request.op == op else 0
     pass_time(life, 20)
     assert 1 == life.figures()["dirty"]
     assert 5 < len(tries) < 30

@@ -16,7 +16,7 @@ from xenbackend.errors import DriverError
 def opened(env: StepEnv, file: RecordedFile, pages: int = 3, token: bytes = b"t" * TOKEN) -> DurableMap:
     """Return a map at the beginning of a file."""
     found = DurableMap(env, file, 0, pages * PAGE, token)
-    file.complete = lambda batch: [found.take(part) for part in batch]  # type: ignore[assignment, arg-type, func-returns-value]  # a lambda
+    file.complete = lambda batch: [found.take(part) for part in batch]
     return found
 
 
@@ -62,7 +62,7 @@ def test_what_failed_is_done_again(step: str) -> None:
     found = opened(env, file)
     found.mark(7, 1)
     seen: list[int] = []
-    file.fails = lambda request: (seen.append(request.op), 5 if len(seen) == fails else 0)[1]  # type: ignore[func-returns-value]  # a lambda
+    file.fails = lambda request: (seen.append(request.op), 5 if len(seen) == fails else 0)[1]
     fails = ["first flush", "write", "second flush"].index(step) + 1
     for _ in range(2):
         found.flush(ended.append)

@@ -13,7 +13,7 @@ def opened(env: StepEnv, file: RecordedFile, token: bytes = b"t" * TOKEN) -> Dur
     """Return three pages behind the first one of a file."""
     found = DurablePages(env, "pages", file, PAGE, 3 * PAGE, token)
     found.are_sound()
-    file.complete = lambda batch: [found.take(part) for part in batch]  # type: ignore[assignment, arg-type, func-returns-value]  # a lambda
+    file.complete = lambda batch: [found.take(part) for part in batch]
     return found
 
 
@@ -55,7 +55,7 @@ def test_many_pages_take_few_mappings() -> None:
     """
     env, file, ended, size = StepEnv(), RecordedFile(bytearray(1800 * PAGE)), list[int](), 1800 * PAGE
     pages = DurablePages(env, "pages", file, 0, size, b"t" * TOKEN)
-    file.complete = lambda batch: [pages.take(part) for part in batch]  # type: ignore[assignment, arg-type, func-returns-value]  # a lambda
+    file.complete = lambda batch: [pages.take(part) for part in batch]
     changed = [*range(600), *range(601, 1800, 2)]
     for page in changed:
         pages.bytes[page * PAGE] = 1

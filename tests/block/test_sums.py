@@ -33,7 +33,7 @@ class Kept:
     def start(self) -> Sums:
         """Open the sums, as a successor does if the memories are kept."""
         self.sums = Sums(self.env, self.file, HEADER, self.flushes.append)
-        self.file.complete = lambda batch: [self.sums.take(each) for each in batch]  # type: ignore[arg-type,func-returns-value]  # a lambda
+        self.file.complete = lambda batch: [self.sums.take(each) for each in batch]
         return self.sums
 
     def run(self) -> None:
@@ -169,8 +169,8 @@ def test_only_pages_of_the_file_that_are_more_than_holes_are_read() -> None:
         return plain(place, length)
 
     last = HEADER.sums_at + 2 * PAGE
-    kept.file.read_at = read_at  # type: ignore[method-assign]  # to look on
-    kept.file.next_data = lambda offset: (max(offset, last), last + PAGE)  # type: ignore[method-assign]  # to look on
+    kept.file.read_at = read_at
+    kept.file.next_data = lambda offset: (max(offset, last), last + PAGE)
     kept.env = StepEnv()
 
     assert 5 == kept.start().values[2 * SUMS + 1]

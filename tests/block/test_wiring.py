@@ -30,7 +30,7 @@ def test_a_completion_goes_to_the_next_layer_that_sees_it() -> None:
     bottom.complete([request := flush()])
     assert [request] == top.seen == lower.seen == back
 
-    def guard(seen):  # type: ignore[no-untyped-def]  # as `wire_up` says
+    def guard(seen):
         guarded.append(seen)
         return seen
 

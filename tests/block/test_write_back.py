@@ -45,7 +45,7 @@ class Life(lives.Beside):
         """See `lives.Life`."""
         super().start()
         for env in self.envs:
-            env.now = lambda: self.time  # type: ignore[method-assign]  # a clock of ours
+            env.now = lambda: self.time
 
     def kill(self) -> None:
         """See `lives.Life`. From then on FILE gives no errors."""
@@ -136,7 +136,7 @@ def test_power_lost_anywhere(tmp_path: Path, seed: int, block: str, size: int, e
     begun = len(life.file.log)
     guest = Session(life.disk, life.image, life.first, chance)
     clock = RecordedLog(life.image, life.file)
-    guest.file = clock  # type: ignore[assignment]  # one time for both media
+    guest.file = clock
     step = life.disk.step
 
     def stepping() -> bool:
@@ -145,7 +145,7 @@ def test_power_lost_anywhere(tmp_path: Path, seed: int, block: str, size: int, e
             life.rest()
         return step()
 
-    life.disk.step = stepping  # type: ignore[method-assign]  # to look on
+    life.disk.step = stepping
     for longest in (24, 300, 24):
         guest.run(50, longest)
         for _ in range(10):

@@ -218,7 +218,7 @@ def test_nothing_stays_pinned(tmp_path: Path, mode: str, seed: int) -> None:
     life = Life(tmp_path, chance, mode=mode, block="16K", size=4 << 20)
     rate = 0.0
     for file, code in ((life.file, errno.ENOSPC), (life.image, errno.EIO)):  # a file that is full is not given up
-        file.fails = lambda _, code=code: code if chance.random() < rate else 0  # type: ignore[misc]  # a default
+        file.fails = lambda _, code=code: code if chance.random() < rate else 0
     for turn in range(150):
         rate = 0.2 * (turn % 3)
         place, length = chance.randrange(0, 6000) * 512, chance.choice([512, 4096, 16384, 200 * 512])
@@ -270,7 +270,7 @@ def test_a_discard_of_anything_empties_no_more_than_it_has_to(tmp_path: Path) ->
     for place in (0, 4096):
         life.disk.do(read(place, 4096))
     life.requests._alter(discard(0, 512))
-    assert -1 == life.requests.map.find(0) < life.requests.map.find(1)  # type: ignore[union-attr]  # FILE is in use
+    assert -1 == life.requests.map.find(0) < life.requests.map.find(1)
     life.requests._alter(discard(4096 << 12, 4096 << 13))
-    assert -1 == life.requests.map.find(1)  # type: ignore[union-attr]  # FILE is in use
+    assert -1 == life.requests.map.find(1)
     life.requests._down.clear()

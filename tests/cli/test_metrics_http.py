@@ -43,7 +43,7 @@ def serving(control: str) -> Iterator[str]:
 def get(url: str, **headers: str) -> tuple[str, str]:
     """Return the type and the text of what is at a URL. Raises: HTTPError."""
     request = urllib.request.Request(url, headers=headers)  # noqa: S310 - ours
-    with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:  # noqa: S310
+    with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:  # noqa: S310 - to ourselves
         return answer.headers["Content-Type"], answer.read().decode()
 
 

@@ -94,7 +94,7 @@ def test_a_driver_domain_has_what_it_may_know(
 def test_a_log_is_cut_between_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     """A log is cut between lines, with a note, as half a line could be taken for a whole one."""
     monkeypatch.setattr(pieces, "MOST", 10)
-    whole, cut, one = (pieces._as_result("x", lambda text=text: text).data for text in (  # type: ignore[misc]  # a lambda
+    whole, cut, one = (pieces._as_result("x", lambda text=text: text).data for text in (
         "a\nb\n", "not ok\nok\nfine\n", "x" * 30))  # fmt: skip
 
     assert {"text": "a\nb\n", "left_out": 0} == whole

@@ -50,7 +50,7 @@ def vhd_with(clusters: Clusters, **more: object) -> bytes:
         number: {sector: data[sector * 512 :][:512] for sector in range(BLOCK // 512)}
         for number, data in clusters.items()
     }
-    return vhd_image(SIZE, blocks, block_size=BLOCK, **more)  # type: ignore[arg-type]
+    return vhd_image(SIZE, blocks, block_size=BLOCK, **more)
 
 
 def half(clusters: Clusters, *, odd: bool) -> Clusters:

@@ -162,7 +162,7 @@ def test_a_data_file_in_use(tmp_path: Path) -> None:
     for name, backing in (("base", b""), ("child", b"base")):
         (tmp_path / f"{name}.data").write_bytes(bytes(MIB))
         options = {"backing": backing, "backing_format": b"qcow2"} if backing else {}
-        (tmp_path / name).write_bytes(qcow2(MIB, data_name=f"{name}.data".encode(), **options))  # type: ignore[arg-type]
+        (tmp_path / name).write_bytes(qcow2(MIB, data_name=f"{name}.data".encode(), **options))
     child, base = (
         find_image(f"qcow2:{tmp_path}/{name},data_file={tmp_path}/{name}.data") for name in ("child", "base")
     )

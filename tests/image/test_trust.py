@@ -133,7 +133,7 @@ def test_a_rebase_that_is_killed_leaves_an_image_that_opens(
 
     def die(self: Qcow2, file: object, parent: Parent | None) -> None:
         if when == "after":
-            name_parent(self, file, parent)  # type: ignore[arg-type]
+            name_parent(self, file, parent)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Qcow2, "name_parent", die)

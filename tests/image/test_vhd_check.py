@@ -135,7 +135,7 @@ def located(**fields: object) -> Change:
 
     def change(footer: Footer, header: Header) -> tuple[Footer, Header]:
         first, *others = header.locators
-        return footer, replace(header, locators=(replace(first, **fields), *others))  # type: ignore[arg-type]
+        return footer, replace(header, locators=(replace(first, **fields), *others))
 
     return change
 

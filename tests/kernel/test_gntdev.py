@@ -159,7 +159,7 @@ class Kernel:
     def _ioctl(self, _fd: int, request: int, argument: bytearray | bytes, _operation: str) -> int:
         self._count()
         if request == gntdev.MAP_GRANT_REF:
-            gntdev.MAP.pack_into(argument, 0, 1, 0, len(self.reserved) * 4096 + 4096)  # type: ignore[arg-type]
+            gntdev.MAP.pack_into(argument, 0, 1, 0, len(self.reserved) * 4096 + 4096)
             self.reserved.append(gntdev.UNMAP.pack(len(self.reserved) * 4096 + 4096, 1, 0))
         elif request == gntdev.UNMAP_GRANT_REF:
             self.reserved[self.reserved.index(bytes(argument))] = b""

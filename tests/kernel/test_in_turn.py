@@ -44,11 +44,11 @@ def test_one_after_the_other(tmp_path: Path) -> None:
     first.kill()
     first.communicate()
     for each in others:
-        os.set_blocking(each.stdout.fileno(), True)  # type: ignore[union-attr]
+        os.set_blocking(each.stdout.fileno(), True)
         assert each.stdin is not None
         each.stdin.write(b"x")
         each.stdin.flush()
-    assert [b"mine\n"] * 2 == [each.stdout.read() for each in others]  # type: ignore[union-attr]
+    assert [b"mine\n"] * 2 == [each.stdout.read() for each in others]
     for each in others:
         each.communicate()
 

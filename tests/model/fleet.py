@@ -93,7 +93,7 @@ class WorkerProcess(Process):
     def _pass(self) -> None:
         if self.loop is None:
             self.loop = self._world.new_loop(None)
-            worker_main.Reactor = self._loop_of  # type: ignore[misc, assignment]
+            worker_main.Reactor = self._loop_of
             self.worker = worker_main.Worker(self._far)
             with suppress(Begun):
                 self.worker.run()

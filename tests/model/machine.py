@@ -81,7 +81,7 @@ class Loop(Reactor):
         self, clock: Clock, choose: Callable[[int], int], on_bug: Callable[[Exception], None] | None = None
     ) -> None:
         super().__init__(clock=clock, on_bug=on_bug)
-        self._threads = self.jobs = Jobs(self.call_soon_threadsafe)  # type: ignore[assignment]
+        self._threads = self.jobs = Jobs(self.call_soon_threadsafe)
         self._choose = choose
         self._is_asleep = False  # a pass found nothing to do
         self._calls = 0

@@ -106,9 +106,9 @@ class ServiceProcess(Process):
 
     def _begin(self) -> None:
         world = self._world
-        main.Reactor = self._loop_of  # type: ignore[attr-defined]
-        main.Store = self._connect  # type: ignore[misc, assignment]
-        main.Fleet = lambda loop, *more, **named: LocalFleet(loop, world=world)  # type: ignore[misc, assignment]
+        main.Reactor = self._loop_of
+        main.Store = self._connect
+        main.Fleet = lambda loop, *more, **named: LocalFleet(loop, world=world)
         keeper: Any = LocalKeeper(world, world.kept)
         settings = Settings(
             host=f"tests.model.machine:{world.machine.name}", socket=world.control, poll_us=0, store="model"

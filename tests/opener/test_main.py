@@ -44,7 +44,7 @@ def image(tmp_path: Path) -> Path:
 
 def job(*chains: str, read_only: bool = False, **more: object) -> Job:
     """Return a job for these chains."""
-    return Job("vbd/5/51712", list(chains), read_only, **more)  # type: ignore[arg-type]
+    return Job("vbd/5/51712", list(chains), read_only, **more)
 
 
 def read(opener: RemoteOpener, path: Path, *, write: bool = False) -> bytes:

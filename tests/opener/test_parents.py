@@ -60,7 +60,7 @@ class Place:
         """Check that none of these names is followed, and that nothing stays open."""
         before = sorted(os.listdir("/proc/self/fd"))
         with pytest.raises(DriverError, match=match) as caught:
-            self.find(*names, **more)  # type: ignore[arg-type]
+            self.find(*names, **more)
         assert before == sorted(os.listdir("/proc/self/fd"))
         return caught.value
 
@@ -175,7 +175,7 @@ def test_an_administrator_may_name_a_directory(place: Place, by: str) -> None:
 
     def find(*names: str, where: Path = place.elsewhere) -> Allowed:
         more = {"within": str(where)} if by == "the layer" else {"settings": (f"{place.top}/none", str(where))}
-        return place.find(*names, **more)  # type: ignore[arg-type]
+        return place.find(*names, **more)
 
     act = f"parents={place.elsewhere}" if by == "the layer" else f"the settings' parents, {place.elsewhere}"
     for name in ("link", "../elsewhere/base", str(place.elsewhere / "base"), str(place.top / "named" / "base")):

@@ -140,7 +140,7 @@ class Bed:
         self.disk.attacked = self.queue
         self.model = make_model(random.getrandbits(32), ATTACKED, 32, can_discard=can_discard and not read_only)
         if read_only:
-            self.model.operations = (BLKIF_OP_READ,)  # type: ignore[misc]
+            self.model.operations = (BLKIF_OP_READ,)
         self.load = Load(frontend, self.model)
         self.agreed = self.pages.agree(layout, read_only=read_only, can_flush=can_flush, can_discard=can_discard)
 

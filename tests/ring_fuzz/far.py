@@ -151,7 +151,7 @@ class FarEpisode(Episode):
 
     # What the guest writes there is not told from what the worker writes, by which answers are found here.
     spoiled = (REQ_EVENT, RSP_EVENT)
-    bed: FarBed  # type: ignore[assignment]  # of which as much is used as is there
+    bed: FarBed
 
     def run(self, length: int = 500) -> None:
         """Send so many messages. Raises: Violation and others."""

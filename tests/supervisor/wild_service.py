@@ -39,7 +39,7 @@ def _parent(command: list[str], *rest: Any) -> parent.Parent:
 
 if __name__ == "__main__":
     _count(Words(os.environ[ENVIRONMENT]))
-    _Parent, parent.Parent = parent.Parent, _parent  # type: ignore[misc,assignment]
+    _Parent, parent.Parent = parent.Parent, _parent
     zygote.COMMAND = _ZYGOTE
     fleet.COMMAND = _WORKER
     process._TOLD = {*process._TOLD, ENVIRONMENT}

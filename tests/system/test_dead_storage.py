@@ -161,7 +161,7 @@ def test_one_disk_waits_and_no_other(host: Host, moment: str) -> None:
 
     assert f"{host.remote} cannot be opened: its storage does not answer" in found["error"]
     assert 1 <= found["waits_s"] < 60
-    disk = host.connect(attached[0])  # type: ignore[arg-type]  # what the thread has put there
+    disk = host.connect(attached[0])
     disk.write(0, DATA)
     assert disk.read(0, 8) == DATA
     assert ("", None) == (host.status()["reason"], host.status()["waits_s"])

@@ -54,7 +54,7 @@ class Host:
     def known(self) -> Found:
         """Return what the service says of the disk."""
         [known] = self.machine.ask({"verb": "status", "vbd": DISK})["data"]
-        return known  # type: ignore[no-any-return]
+        return known
 
 
 def not_well(text: str) -> list[Found]:

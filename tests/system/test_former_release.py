@@ -57,7 +57,7 @@ class Host:
 
     def status(self) -> dict[str, Any]:
         """Return what the service says of the disk, or an empty dict if it does not know the disk yet."""
-        return (ask(self.machine.control, {"verb": "status"}) or [{}])[0]  # type: ignore[no-any-return]
+        return (ask(self.machine.control, {"verb": "status"}) or [{}])[0]
 
     def service(self) -> int:
         """Return the service's process."""

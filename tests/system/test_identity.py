@@ -51,7 +51,7 @@ class Disk:
     def status(self) -> dict[str, Any]:
         """Return what the service says of it."""
         [found] = [each for each in self.machine.ask({"verb": "status"})["data"] if each["vbd"] == self.name]
-        return found  # type: ignore[no-any-return]
+        return found
 
     def order(self, verb: str, **words: object) -> dict[str, Any]:
         """Give an order, and return its answer, even if it was refused."""

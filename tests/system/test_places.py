@@ -69,7 +69,7 @@ def _is_only_kept(link: Path) -> bool:
 def status(machine: Machine) -> dict[str, Any]:
     """Return what the service says of the only disk."""
     [found] = machine.ask({"verb": "status"})["data"]
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def serve(machine: Machine, guest: GuestDomain, chain: str) -> tuple[VbdPath, Frontend]:

@@ -79,7 +79,7 @@ class Disk:
     def status(self) -> dict[str, Any]:
         """Return what the service says of it."""
         [found] = self._machine.ask({"verb": "status", "vbd": self._name})["data"]
-        return found  # type: ignore[no-any-return]
+        return found
 
     def run(self, program: str) -> None:
         """Run a program in the worker, which may be killed because of it."""

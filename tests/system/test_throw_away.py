@@ -35,7 +35,7 @@ class Disk:
     def status(self) -> dict[str, Any]:
         """Return what the service says of it."""
         [found] = self.machine.ask({"verb": "status", "vbd": self.name})["data"]
-        return found  # type: ignore[no-any-return]
+        return found
 
     def order(self, verb: str, **words: object) -> dict[str, Any]:
         """Give an order, and return its answer, even if it was refused."""

@@ -25,7 +25,7 @@ class FullDisk(HeldDisk):
     room = 1 << 30
     refused = 0
 
-    def give_back(self, batch: list[Request] | None = None) -> None:  # type: ignore[override]  # all at once
+    def give_back(self, batch: list[Request] | None = None) -> None:
         """Complete a batch; writes beyond the room fail."""
         assert batch is not None
         for request in batch:

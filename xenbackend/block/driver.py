@@ -47,15 +47,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
-from xenbackend.block.env import Env as Env  # noqa: PLC0414 - the author of a driver imports everything from here
+from xenbackend.block.env import Env as Env  # the author of a driver imports everything from here
 from xenbackend.block.extents import Extent, Kind
-from xenbackend.block.files import File as File  # noqa: PLC0414
-from xenbackend.block.files import FileFacts as FileFacts  # noqa: PLC0414
-from xenbackend.block.files import Files as Files  # noqa: PLC0414
-from xenbackend.block.files import Found as Found  # noqa: PLC0414
-from xenbackend.block.files import HostFile as HostFile  # noqa: PLC0414
-from xenbackend.block.files import Lookup as Lookup  # noqa: PLC0414
-from xenbackend.block.request import Complete as Complete  # noqa: PLC0414
+from xenbackend.block.files import File as File
+from xenbackend.block.files import FileFacts as FileFacts
+from xenbackend.block.files import Files as Files
+from xenbackend.block.files import Found as Found
+from xenbackend.block.files import HostFile as HostFile
+from xenbackend.block.files import Lookup as Lookup
+from xenbackend.block.request import Complete as Complete
 from xenbackend.block.request import Request
 from xenbackend.errors import DriverError
 

@@ -78,7 +78,7 @@ def _processes(status: os.stat_result) -> Iterator[str]:
     for pid in filter(str.isdigit, os.listdir("/proc")):  # noqa: PTH208 - pathlib costs as much as the rest
         if int(pid) != os.getpid():
             with suppress(OSError):  # the process has ended, or we may not see its files
-                if any(_has(pid, fd, status) for fd in os.listdir(f"/proc/{pid}/fd")):  # noqa: PTH208
+                if any(_has(pid, fd, status) for fd in os.listdir(f"/proc/{pid}/fd")):  # noqa: PTH208 - the same
                     yield f"{_name(pid)} (process {pid})"
 
 

@@ -84,7 +84,7 @@ def read_passphrase(source: str) -> bytearray:
     path, what = source, f"the key file {printable(source)}"
     if source.startswith(CREDENTIAL):
         name = source.removeprefix(CREDENTIAL)
-        path = os.path.join(os.environ.get("CREDENTIALS_DIRECTORY") or _CREDENTIALS, name)  # noqa: PTH118
+        path = f"{os.environ.get('CREDENTIALS_DIRECTORY') or _CREDENTIALS}/{name}"
         what = f"the credential {name}"
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)

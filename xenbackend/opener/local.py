@@ -116,7 +116,7 @@ class LocalOpener:
         finally:
             os.close(held)
 
-    def connect(self, endpoint: Endpoint, place: int, after: After, *, keeps: bool) -> socket.socket:  # noqa: ARG002
+    def connect(self, endpoint: Endpoint, place: int, after: After, *, keeps: bool) -> socket.socket:  # noqa: ARG002 - the same
         """Return a socket connected to a server. Here there is no former connection, and no successor.
 
         Raises: DriverError.

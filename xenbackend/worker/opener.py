@@ -50,15 +50,15 @@ class NoOpener:
     def release(self, path: str) -> None:
         """Do nothing: another opener has opened the file."""
 
-    def open(self, path: str, *, write: bool, claims: bool = False) -> tuple[int, Facts]:  # noqa: ARG002
+    def open(self, path: str, *, write: bool, claims: bool = False) -> tuple[int, Facts]:
         """Refuse it."""
         raise _refusal(path)
 
-    def is_used_beside(self, path: str, fd: int, access: Access) -> bool:  # noqa: ARG002
+    def is_used_beside(self, path: str, fd: int, access: Access) -> bool:
         """Refuse it."""
         raise _refusal(path)
 
-    def why_in_use(self, path: str, access: Access, *, is_claimed: bool, with_names: bool) -> InUse:  # noqa: ARG002
+    def why_in_use(self, path: str, access: Access, *, is_claimed: bool, with_names: bool) -> InUse:
         """Refuse it."""
         raise _refusal(path)
 
@@ -70,7 +70,7 @@ class NoOpener:
         """Refuse it."""
         raise _refusal(path)
 
-    def find(self, what: str, image: str, names: Sequence[str], within: str = "") -> Found:  # noqa: ARG002
+    def find(self, what: str, image: str, names: Sequence[str], within: str = "") -> Found:
         """Refuse it."""
         raise _refusal(image)
 
@@ -78,11 +78,11 @@ class NoOpener:
         """Refuse it."""
         raise _refusal(path)
 
-    def connect(self, endpoint: Endpoint, place: int, after: After, *, keeps: bool) -> socket.socket:  # noqa: ARG002
+    def connect(self, endpoint: Endpoint, place: int, after: After, *, keeps: bool) -> socket.socket:
         """Refuse it."""
         raise _refusal(str(endpoint))
 
-    def derive(self, source: str, how: Derivation, *, without_newline: bool) -> memoryview:  # noqa: ARG002
+    def derive(self, source: str, how: Derivation, *, without_newline: bool) -> memoryview:
         """Refuse it."""
         raise _refusal(source)
 
@@ -130,7 +130,7 @@ class RemoteOpener:
             os.close(fds[0])
             raise
 
-    def is_used_beside(self, path: str, fd: int, access: Access) -> bool:  # noqa: ARG002 - the opener has its own
+    def is_used_beside(self, path: str, fd: int, access: Access) -> bool:
         """Return whether an image that we have locked is used by another face. Raises: DriverError, OSError."""
         question = opening.LookBeside(path, write=access.writes, shareable=access.is_shared, chain=self.chain)
         try:
@@ -160,7 +160,7 @@ class RemoteOpener:
         """Return what a file is. Raises: DriverError, OSError."""
         return _facts(self._ask(opening.LookAt(path, self.chain), 0)[0])
 
-    def find(self, what: str, image: str, names: Sequence[str], within: str = "") -> Found:  # noqa: ARG002 - see below
+    def find(self, what: str, image: str, names: Sequence[str], within: str = "") -> Found:
         """Return the file that an image names, if it may be followed there. Raises: DriverError.
 
         The opener takes `within` from the chain's text itself.

@@ -19,19 +19,19 @@ ENCODINGS = ("ascii", "idna", "latin-1", "utf-8", "utf-16-be", "utf-16-le")  # o
 
 def preload(host: str) -> None:
     """Import modules that are imported late elsewhere, as few workers need them. `host`: its name in `kernel.ports`."""
-    import difflib  # noqa: F401
-    import encodings.idna  # noqa: F401
-    import inspect  # noqa: F401
-    import pathlib  # noqa: F401
-    import shlex  # noqa: F401
-    import traceback  # noqa: F401
-    import urllib.parse  # noqa: F401
-    import uuid  # noqa: F401
-    from xml.parsers import expat  # noqa: F401
+    import difflib
+    import encodings.idna
+    import inspect
+    import pathlib
+    import shlex
+    import traceback
+    import urllib.parse
+    import uuid
+    from xml.parsers import expat
 
     import xenbackend.worker.export
     import xenbackend.worker.io_queue
-    import xenbackend.worker.leaf  # noqa: F401
+    import xenbackend.worker.leaf
 
     load_host(host)
     for encoding in ENCODINGS:

@@ -240,7 +240,7 @@ def test_a_large_discard_takes_no_long_time(machine: Machine, tmp_path: Path) ->
     """A discard of 64 GiB is done without looking at each block."""
     chain = machine.open(f"checksum:{tmp_path}/sums,block=64K|fault:rate=0|null:64G", checked=False)
     driver_of(chain)._can_discard = True  # null: offers no discard
-    driver_of(chain).next.submit = lambda batch: driver_of(chain).on_complete(_done(batch))  # type: ignore[method-assign,union-attr]  # a disk that discards
+    driver_of(chain).next.submit = lambda batch: driver_of(chain).on_complete(_done(batch))
     began = time.process_time()
     assert [0, 0] == machine.do(chain, discard(512, (1 << 36) - 1024), write(0, bytes(512)))
     assert time.process_time() - began < 1
@@ -286,7 +286,7 @@ def test_a_guest_that_alters_its_pages_makes_no_rot(tmp_path: Path, place: int, 
                 request.iov[0][life.chance.randrange(length)] = life.chance.randrange(256)
 
             # also between the medium and the layers that see its data
-            life.image.complete = lambda batch, alter=alter, complete=complete: (alter(), complete(batch))  # type: ignore[misc,func-returns-value]  # a lambda
+            life.image.complete = lambda batch, alter=alter, complete=complete: (alter(), complete(batch))
             life.disk.chain.submit([request])
             while not life.disk.back:
                 alter()
@@ -332,7 +332,7 @@ def test_power_lost_anywhere(tmp_path: Path, seed: int, block: str) -> None:
             life.rest()
         return step()
 
-    life.disk.step = stepping  # type: ignore[method-assign]  # to look on
+    life.disk.step = stepping
     begun = len(life.sums.log)
     start = bytes(life.sums.bytes)
     for _ in range(12):

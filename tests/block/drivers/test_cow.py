@@ -243,7 +243,7 @@ def test_a_flush_puts_nothing_into_the_map_that_is_not_durable(tmp_path: Path) -
 
 def states(chain: Chain) -> bytes:
     """Return the map of a chain whose top is cow."""
-    return bytes(chain.layers[0].driver._states)  # type: ignore[attr-defined]  # the map that readers see
+    return bytes(chain.layers[0].driver._states)
 
 
 def test_a_whole_block_is_not_read_first(machine: Machine, tmp_path: Path) -> None:

@@ -323,7 +323,7 @@ def opened(image: bytes, env: StepEnv, options: Luks.Options | None = None) -> t
     driver.env, driver.next, driver.below = env, disk, Geometry(len(image), can_discard=True)
     driver.look = lambda offset, length: image[offset : offset + length]
     driver.open(env)
-    disk.complete, driver.complete = driver.on_complete, back.extend  # type: ignore[assignment]  # a list takes them
+    disk.complete, driver.complete = driver.on_complete, back.extend
     return driver, disk, back
 
 

@@ -43,7 +43,7 @@ def with_library(monkeypatch: pytest.MonkeyPatch) -> None:
     """Simulate a Python whose standard library has zstd. The package backports.zstd is the same code."""
     monkeypatch.setattr(sys, "version_info", max(sys.version_info, (3, 14)))
     compression = ModuleType("compression")
-    compression.zstd = library  # type: ignore[attr-defined]  # a module for the import system only
+    compression.zstd = library
     monkeypatch.setitem(sys.modules, "compression", compression)
 
 

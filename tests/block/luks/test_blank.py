@@ -45,7 +45,7 @@ def test_what_is_made_is_opened_and_used(machine: Machine, tmp_path: Path) -> No
     chain = machine.open(f"luks:key={key}|aio:{image}")
     assert (SIZE, 4096) == (chain.geometry.size, chain.geometry.sector_size)
     found = read(4096, 4096)
-    volume_key = bytes(chain.layers[0].driver._key.value)  # type: ignore[attr-defined]
+    volume_key = bytes(chain.layers[0].driver._key.value)
     assert [0, 0, 0] == machine.do(chain, write(4096, b"x" * 4096), flush(), read(0, 4096))
     assert [0] == machine.do(chain, found)
     assert b"x" * 4096 == content(found)

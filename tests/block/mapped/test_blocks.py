@@ -251,7 +251,7 @@ def changed(image: Image, **fields: object) -> None:
     """Change fields of an image's header."""
     footer, _ = vhd.read_footer(image.file.read_at, image.file.size)
     header = vhd.read_header(image.file.read_at, footer, image.file.size)
-    image.file.bytes[512:1536] = vhd.pack_header(replace(header, **fields))  # type: ignore[arg-type]
+    image.file.bytes[512:1536] = vhd.pack_header(replace(header, **fields))
 
 
 def test_no_block_is_put_where_a_name_is(make: Callable[[str, int], Image]) -> None:

@@ -83,8 +83,8 @@ def test_both_are_closed() -> None:
             raise OSError(errno.EIO, "close")
 
     data: File = Closing(bytearray(CLUSTER))
-    disk = Plain([0], data=data)  # type: ignore[arg-type]  # it is one
-    disk.image.close = lambda: closed.append("image")  # type: ignore[method-assign]
+    disk = Plain([0], data=data)
+    disk.image.close = lambda: closed.append("image")
     with pytest.raises(OSError, match="close"):
         disk.close()
 

@@ -117,7 +117,7 @@ def test_all_files_are_closed() -> None:
     joined = Joined()
     one, two = (Closing(closed, name, fails=name == "one") for name in ("one", "two"))
     for file in (one, two, one):
-        joined.add(file, 0, 512)  # type: ignore[arg-type]  # nothing else is asked of it
+        joined.add(file, 0, 512)
     joined.close()
 
     assert ["one", "two"] == closed

@@ -371,7 +371,7 @@ class Bed:
         """Send a guest's random requests to a new disk."""
         disk, both = self.open()
         clock = RecordedFile(bytearray())
-        clock.log = both  # type: ignore[assignment]  # a session only uses its length
+        clock.log = both
         session = Session(disk, clock, bytes(self.first), self.chance)
         session.run(count, 40)
         return session, both
@@ -440,7 +440,7 @@ def test_files_that_fail(tmp_path: Path, request: pytest.FixtureRequest, cluster
     for file in files:
         file.fails = lambda _: number if bed.chance.random() < 0.1 else 0
     clock = RecordedFile(bytearray())
-    clock.log = both  # type: ignore[assignment]  # a session only uses its length
+    clock.log = both
     session = Session(disk, clock, bytes(bed.first), bed.chance)
     session.run(30, 40)
     assert {0, number} <= {each.status for each in session.writes}

@@ -51,7 +51,7 @@ class Silent:
     def __init__(self) -> None:
         self.env, self.back = Env(), list[Request]()
         wanted = Wanted(Endpoint("/nowhere"), "", SILENCE_S, durable=False)
-        self.lane = Lane(self.env, wanted, 0, self.back.extend, lambda _: "", lambda: None)  # type: ignore[arg-type]  # no whole Env
+        self.lane = Lane(self.env, wanted, 0, self.back.extend, lambda _: "", lambda: None)
         self.ends: list[socket.socket] = []
         self.connect()
 

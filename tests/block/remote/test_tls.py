@@ -263,7 +263,7 @@ def with_tickets(places: Places, near: socket.socket, far: socket.socket, count:
     far.sendall(outgoing.read())
     thread.join(10)
     library = ctypes.PyDLL(_ssl.__file__)
-    place = id(server._sslobj) + object.__basicsize__ + ctypes.sizeof(ctypes.c_void_p)  # type: ignore[attr-defined]  # CPython's own
+    place = id(server._sslobj) + object.__basicsize__ + ctypes.sizeof(ctypes.c_void_p)
     session = ctypes.c_void_p.from_address(place)
     for _ in range(count):
         assert 1 == library.SSL_new_session_ticket(session)

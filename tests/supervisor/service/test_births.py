@@ -126,7 +126,7 @@ def test_who_comes_while_the_zygote_is_being_started_waits_for_it(line: Callable
     assert [False] * 5 == it.there()
     order: list[int] = []
     for number, each in enumerate(it.asked):
-        each.when_there(lambda number=number: order.append(number))  # type: ignore[misc]
+        each.when_there(lambda number=number: order.append(number))
     os.kill(it.zygote, signal.SIGCONT)
     it.until(lambda: all(it.there()))
 

@@ -161,7 +161,7 @@ def test_a_kill_while_it_is_written_leaves_what_was(kept: Kept) -> None:
     ledger.close(ledger.open("set", "5/xvda", WHO, {"to": "a" * 400}), Answer(Code.FAILED, sentence="no"))
     number = ledger.open("set", "5/xvda", WHO, {"to": "b" * 400})
     before = ledger.entries()
-    ledger._words = Words(ledger._words)  # type: ignore[assignment]
+    ledger._words = Words(ledger._words)
     for act in (
         lambda: ledger.close(number, Answer(Code.OK, {"chain": "c" * 500})),
         lambda: ledger.open("set", "6/xvda", WHO, {"to": "d" * 500}),

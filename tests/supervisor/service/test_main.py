@@ -173,7 +173,7 @@ def test_who_is_not_root_changes_nothing(uid: int) -> None:
     verbs = {verb: lambda request, *_: given.append(request["verb"]) for verb in ("ping", "orders", "stop", "set")}
     service: Any = SimpleNamespace(_verbs=verbs, _leaves=False)
     for verb in verbs:
-        Service._answer(service, {"verb": verb}, Peer(1, uid, "x"), answers.append)  # type: ignore[arg-type]
+        Service._answer(service, {"verb": verb}, Peer(1, uid, "x"), answers.append)
 
     assert (["ping", "orders", "stop", "set"] if uid == 0 else ["ping", "orders"]) == given
     refused = [f"{verb} changes something, which only root may do" for verb in ("stop", "set")]
@@ -441,7 +441,7 @@ def test_a_service_that_is_being_replaced_does_not_say_that_there_is_no_disk(
     service._stop(signal.SIGTERM)
     answers: list[Answer] = []
     for request in ({"verb": "resume", "vbd": "5/xvda"}, {"verb": "status"}, {"verb": "ping"}):
-        service._answer(request, Peer(1, 0, "test"), answers.append)  # type: ignore[arg-type]
+        service._answer(request, Peer(1, 0, "test"), answers.append)
     service._close()
 
     assert [Code.GONE, Code.GONE, Code.OK] == [each.code for each in answers]
@@ -456,7 +456,7 @@ def test_a_service_that_is_stopping_takes_no_order(xenstored: Xenstored, kept: K
     service._stop(signal.SIGINT)
     answers: list[Answer] = []
     for request in ({"verb": "pause", "vbd": "5/xvda"}, {"verb": "status"}):
-        service._answer(request, Peer(1, 0, "test"), answers.append)  # type: ignore[arg-type]
+        service._answer(request, Peer(1, 0, "test"), answers.append)
     service._close()
 
     assert [(Code.GONE, "the service is stopping"), (Code.OK, "")] == [(each.code, each.sentence) for each in answers]

@@ -76,4 +76,4 @@ def test_orders_are_told_by_number(asked: Questions, ledger: Ledger) -> None:
     assert ["pause"] == [each["verb"] for each in every] == [each["verb"] for each in one]
     for other in (number + 1, str(number), True):
         with pytest.raises(ConfigError, match="there is no order"):
-            asked.orders({"order": other}, Any, lambda _: None)  # type: ignore[arg-type]
+            asked.orders({"order": other}, Any, lambda _: None)

@@ -113,7 +113,7 @@ def test_a_lost_connection_is_made_anew(linked: Linked, xenstored: Xenstored, to
         tried.append(round(linked.clock.time - 100, 3))
         former()
 
-    linked.store.reconnect = note  # type: ignore[method-assign]  # the fake's own
+    linked.store.reconnect = note
     if how == "it refuses something":
         linked.settle(0.1)
         assert ([0.1], 1) == (tried, linked.backs)

@@ -66,7 +66,7 @@ def test_what_has_shrunk_is_not_served(top: object, words: str) -> None:
     """
     world = connected()
     told = dict(world.node or {})
-    world.top = top  # type: ignore[assignment]
+    world.top = top
     world.die("died")
 
     assert waits(world)

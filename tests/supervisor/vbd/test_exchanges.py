@@ -29,7 +29,7 @@ class Disk:
         self.handover.descriptors("null:1G")
         self.was_noted: list[bool] = []  # the exchange, when its order was closed
         self.orders: Any = SimpleNamespace(under_way=[])
-        self.exchanges = Exchanges(self.handover, self.orders, self, self.events.append)  # type: ignore[arg-type]
+        self.exchanges = Exchanges(self.handover, self.orders, self, self.events.append)
 
     def close(self, number: int, answer: Answer) -> None:
         """Stand for the ledger."""

@@ -51,7 +51,7 @@ def last() -> ModuleType:
     """The last release's own journal module."""
     show = ["git", "show", f"{LAST_RELEASE}:xenbackend/journal.py"]
     module = ModuleType("journal of the last release")
-    exec(subprocess.run(show, check=True, capture_output=True, cwd=Path(__file__).parent).stdout, module.__dict__)  # noqa: S102
+    exec(subprocess.run(show, check=True, capture_output=True, cwd=Path(__file__).parent).stdout, module.__dict__)  # noqa: S102 - our own former module
     return module
 
 

@@ -139,7 +139,7 @@ class Linked:
 
     def __init__(self) -> None:
         self.owner, self.fleet = Owner(), FakeFleet()
-        self.link = Link(self.owner, self.fleet, NoOpenings())  # type: ignore[arg-type]
+        self.link = Link(self.owner, self.fleet, NoOpenings())
         self.link.start()
         self.process = self.fleet.process
 

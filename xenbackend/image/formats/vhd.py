@@ -80,7 +80,7 @@ class Vhd(Tools):
         stride = round_up(bitmap, PAGE) + cluster + PAGE  # blocks begin at pages; a former footer may be between two
         return empty.size + used * stride, empty.size + most * stride
 
-    def check_parent(self, image: Image, file: File, parent: Parent | None, *, is_unsafe: bool) -> None:  # noqa: ARG002
+    def check_parent(self, image: Image, file: File, parent: Parent | None, *, is_unsafe: bool) -> None:  # noqa: ARG002 - as in the base class
         """See `Tools`."""
         footer, _ = vhd.read_footer(file.read_at, file.size)
         if footer.type == vhd.FIXED:
