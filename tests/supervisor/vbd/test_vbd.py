@@ -420,6 +420,38 @@ def test_a_fault_before_the_beginning_leaves_nothing_open(
     following.close()
 
 
+def test_a_shortage_before_the_beginning_leaves_the_worker_to_a_later_try(
+    xenstored: Xenstored, kept: Kept, toolstack: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If a vbd that an earlier service left cannot be made because the host is short of something, its worker goes on,
+    the keeper keeps everything, and a later try takes that worker over.
+    """
+    serving = Stepped(xenstored.address, Settings(), keeper=kept.keeper())
+    write_like_libxl(toolstack)
+    serving.until(lambda: serving.registry.vbds and serving.vbd().device.phase is Phase.OPEN)
+    worker = serving.vbd().worker
+    assert worker is not None
+    serving.leave()
+    names = sorted(kept.fds)
+    following = Stepped(xenstored.address, Settings(), keeper=kept.keeper(), starts=False)
+    tries: list[object] = []
+
+    def lack(*_: object, **__: object) -> None:
+        tries.append(None)
+        raise KernelError("make a memory", errno.ENOMEM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ending, "find", lack)
+        following.registry.start()
+        following.until(lambda: len(tries) > 1)
+        assert names == sorted(kept.fds)
+    following.until(lambda: following.registry.vbds)
+    found = following.vbd().worker
+    assert found is not None
+    assert worker.pid == found.pid
+    following.close()
+
+
 def test_a_fault_over_the_beginning_leaves_nothing_open(
     stepped: Stepped, toolstack: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
