@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import time
@@ -16,7 +17,9 @@ from tests import answering
 from tests.answering import DISK, Control, moved, working
 from xenbackend.cli import pictures
 from xenbackend.cli.main import main
+from xenbackend.cli.pictures import Picture, Speed
 from xenbackend.cli.status import COLUMNS
+from xenbackend.client import Disk
 from xenbackend.protocol.answers import Answer
 from xenbackend.protocol.codes import Code
 
@@ -203,6 +206,26 @@ def test_watching_into_a_pipe_is_written_at_once(
     assert 0 == main(["status", "--watch", *form, "--socket", control.path])
 
     assert [1, 2, 3] == [each.count("6/xvdb") for each in seen]
+
+
+def test_watched_rates_are_of_each_interval(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --watch each block's rates are those since the block before."""
+    spans: list[tuple[float, float]] = []
+    really_arranged = pictures.arranged
+
+    def arranged(args: argparse.Namespace, before: Picture, after: Picture) -> list[tuple[Disk, Speed]]:
+        spans.append((before.at, after.at))
+        return really_arranged(args, before, after)
+
+    def sleep(_: float) -> None:
+        if len(spans) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(pictures, "arranged", arranged)
+    monkeypatch.setattr(time, "sleep", sleep)
+    assert 0 == main(["status", "--watch", "--socket", control.path])
+
+    assert [end for _, end in spans[:-1]] == [begin for begin, _ in spans[1:]]
 
 
 def test_no_service_is_told_with_how_to_start_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
