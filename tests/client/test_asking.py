@@ -151,13 +151,14 @@ def test_no_service_is_unreachable(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_disk_is_found_by_all_of_its_names(tmp_path: Path) -> None:
     """A disk is found by domain and device, by its guest's name, and by its place in xenstore; any other name is
-    Invalid.
+    Invalid, also one that differs only by its kind.
     """
-    other = {**DISK, "vbd": "6/xvda", "node": "vbd/6/51712", "domid": 6, "guest": "web"}
+    other = {**DISK, "vbd": "6/xvda", "node": "vbd3/6/51712", "kind": "vbd3", "domid": 6, "guest": "web"}
     with answering(tmp_path / "x", lambda _: Answer(Code.OK, [DISK, other])) as control:
         service = Client(control.path)
-        found = [service.disk(each).vbd for each in ("5/xvda", "mail/xvda", "5/51712", "vbd/5/51712", "web/xvda")]
-        for wrong, said in (("7/xvda", "there are 5/xvda, 6/xvda"), ("frob", "is not a disk")):
+        found = [service.disk(each).vbd for each in ("5/xvda", "mail/xvda", "5/51712", "vbd/5/51712", "vbd3/6/xvda")]
+        there = "there are 5/xvda, 6/xvda"
+        for wrong, said in (("7/xvda", there), ("vbd/6/xvda", there), ("frob", "is not a disk")):
             with pytest.raises(Invalid, match=said):
                 service.disk(wrong)
 
