@@ -11,7 +11,7 @@ import pytest
 from tests import lives
 from tests.helpers_block import Machine, content, discard, flush, read, write
 from tests.recorded import SECTOR, Disk, RecordedFile, RecordedFiles, Session, at, lost_power
-from xenbackend.block import copies
+from xenbackend.block import copies, overtaken
 from xenbackend.block.cache_parts import MOST
 from xenbackend.block.drivers.cache import Cache
 from xenbackend.block.request import Op, Request
@@ -222,6 +222,21 @@ def test_a_discard_is_never_undone(tmp_path: Path, place: int) -> None:
         assert expected == without_power(life, life.chance).everything(), seed
         life.kill()
         assert expected == life.disk.everything(), seed
+
+
+def test_a_wide_discard_leaves_only_what_is_dirty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A discard of more blocks than are looked at one by one empties the cache, except of dirty blocks: what was
+    discarded reads as zeros although the cache had it, and what is dirty beside it is still found.
+    """
+    monkeypatch.setattr(overtaken, "_WIDE", 8)
+    life = Life(tmp_path, Random(1))
+    end = 80 << 10
+    for _ in range(2):
+        assert [0] == life.disk.do(read(0, end))
+    assert [0] == life.disk.do(write(end, b"d" * 4096))
+    assert [0] == life.disk.do(discard(0, end))
+
+    assert bytes(end) + b"d" * 4096 + life.first[end + 4096 :] == life.disk.everything()
 
 
 def test_file_forgets_nothing_that_the_medium_below_may_not_have(tmp_path: Path) -> None:
