@@ -128,6 +128,7 @@ def test_a_time_that_was_printed_is_one_to_begin_at(file: Path, capsys: pytest.C
         (("--errors",), [2]),
         (("--slower-than", "5ms"), [1]),
         (("--since", "2023-11-14T22:13:22+00:00"), [2, 3]),
+        (("--since", "2023-11-15T03:43:22+05:30"), [2, 3]),
         (("--since", "10s"), []),
         (("--head", "2"), [0, 1]),
         (("--tail", "3"), [2, 3]),
