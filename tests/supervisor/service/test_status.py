@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import time
+from datetime import datetime
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,7 @@ from xenbackend import __version__, counters
 from xenbackend.blkif.handshake import XenbusState
 from xenbackend.protocol.messages import LayerFacts
 from xenbackend.protocol.opening import Meaning
-from xenbackend.supervisor.service.status import describe, describe_service, started_at
+from xenbackend.supervisor.service.status import describe, describe_briefly, describe_service, started_at
 from xenbackend.supervisor.vbd.notes import Notes
 from xenbackend.supervisor.xenstore.paths import VbdPath
 
@@ -44,12 +45,19 @@ def vbd(**changes: Any) -> Any:
         "handover": SimpleNamespace(
             notes=Notes(program="0.0.1", restarts=2), page=page, files=SimpleNamespace(identities=lambda: dict(FILES))
         ),
-        "orders": SimpleNamespace(under_way=[SimpleNamespace(number=17, verb="set", chain="aio:/b")]),
+        "orders": SimpleNamespace(paused_by="", under_way=[SimpleNamespace(number=17, verb="set", chain="aio:/b")]),
         "link": SimpleNamespace(waits_since=time.monotonic() - 12, waits_for="storage"),
         "since": 100.0,
         "chain_in_service": lambda: "aio:/img",
     }
     return SimpleNamespace(**values | changes)
+
+
+def test_what_xenstore_shows_has_a_time_with_its_zone() -> None:
+    """The time since when a disk is in its phase, as people read it in xenstore, means the same on any host."""
+    since = datetime.fromisoformat(describe_briefly(vbd())["since"])
+
+    assert (100.0, True) == (since.timestamp(), since.utcoffset() is not None)
 
 
 def test_a_disk_has_the_keys_that_clients_go_by() -> None:
