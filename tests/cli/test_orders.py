@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from xenbackend.protocol.answers import Answer
 from xenbackend.protocol.codes import Code
 
 FAILED = {**ENTRY, "number": 18, "verb": "pause", "from": "", "to": "", "code": "failed", "error": "no\x1b[2J"}
+BEGAN = datetime.fromtimestamp(ENTRY["began"], UTC)  # with its zone, which what is printed must have
 OPEN = {**ENTRY, "number": 19, "ended": None, "code": "under-way"}
 
 
@@ -26,6 +28,7 @@ def test_a_line_for_each_order(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert heading.split() == ["order", "began", "took", "by", "disk", "what", "ended", "from", "->", "to"]
     assert [line.split()[0] for line in lines] == ["17", "18", "19"]
     assert "2.5s" == lines[0].split()[2]
+    assert BEGAN == datetime.fromisoformat(lines[0].split()[1])
     assert lines[0].endswith("xenbackend[33],uid=0  5/xvda  set    ok         aio:/img -> log:|aio:/img")
     assert lines[1].endswith(r"pause  failed     -  # no\x1b[2J")
     assert "under way" in lines[2]
@@ -44,6 +47,7 @@ def test_one_order_in_full(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         said[key] for key in ("order", "what", "disk", "took", "ended")
     )
     assert ("aio:/img", "log:|aio:/img") == (said["from"], said["to"])
+    assert BEGAN == datetime.fromisoformat(said["began"])
     assert {"version": 1, "orders": [ENTRY]} == json.loads(values)
 
 
