@@ -69,6 +69,13 @@ def test_a_failure_is_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no service answers" in capsys.readouterr().err
 
 
+def test_an_error_of_the_host_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    """An error of the host that a command does not handle is printed with its file and reason, without its number."""
+    assert 1 == cli.main(["image", "create", "qcow2", "/proc/self/new.qcow2", "1M"])
+
+    assert "xenbackend: /proc/self/new.qcow2: No such file or directory\n" == capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_reader_that_has_seen_enough_is_no_error() -> None:
     """A pipe that is closed early ends the output without a message."""
