@@ -115,7 +115,7 @@ def test_nothing_is_encrypted_after_the_end() -> None:
     sectors = Sectors(Cipher("aes-xts-plain64", 64), bytearray(os.urandom(64)))
     sectors.close()
     sectors.close()
-    with pytest.raises(OSError, match="after its end"):
+    with pytest.raises(OSError, match="this encryption is closed"):
         done(sectors, bytes(512))
 
 
