@@ -134,5 +134,6 @@ def check_free(path: Path, kind: socket.SocketKind, who: str) -> None:
 
 
 def _cannot_listen(path: Path, error: OSError) -> ConfigError:
-    hint = f"; make the directory {path.parent}" if error.errno == errno.ENOENT else ""
-    return ConfigError(f"{path}: cannot listen: {sentence_of(error)}{hint}")
+    if error.errno == errno.ENOENT:
+        return ConfigError(f"{path}: cannot listen: {error.strerror}; make the directory {path.parent}")
+    return ConfigError(f"{path}: cannot listen: {sentence_of(error)}")
