@@ -102,8 +102,8 @@ fuzz: $(VENV)/.dev  ## hostile ring messages, rewritten while they are read; the
 test-xen: $(VENV)/.dev  ## the suite in the dom0 of a real Xen under emulation; skipped where that is not possible
 	exec $(CONTAINED) $(BIN)/python -m tests.xen.bed $(XEN_OF) $(if $(AGAIN),--again) $(if $(FAILED),--failed) $(PART_OF) $(if $(K),-k '$(K)')
 
-bench-xen: $(VENV)/.dev  ## measure beside blkback and qdisk there; the table is build/xen/speed.txt
-	exec $(CONTAINED) $(BIN)/python -m tests.xen.bed $(XEN_OF) --cpus 2 tests/xen/speed.py
+bench-xen: $(VENV)/.dev  ## measure beside blkback and qdisk there; the tables are build/xen/speed.txt and counts.txt
+	exec $(CONTAINED) $(BIN)/python -m tests.xen.bed $(XEN_OF) --cpus 2 $(if $(K),-k '$(K)') tests/xen/speed.py
 
 # N=requests of each. A disk that is full, or fails its flushes, again and again; what frontends and toolstacks may write.
 figures: $(VENV)/.dev  ## what the scoreboard wants, and no other suite does at length

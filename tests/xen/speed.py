@@ -1,7 +1,8 @@
 """How fast our service is compared with xen-blkback and QEMU's qdisk, through dom0's own blkfront, in one boot.
 
-Must not judge: everything is 20 to 50 times slower than on real hardware, and only ratios mean anything. Not part of
-the suite; `make bench-xen` runs it and leaves `speed.txt` and `speed.json` with the other results.
+Must not judge times: everything is 20 to 50 times slower than on real hardware, and only ratios mean anything. Counts
+of calls are the same as there, so those have goals. Not part of the suite; `make bench-xen` runs it and leaves
+`speed.txt`, `speed.json` and `counts.txt` with the other results.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,9 +18,12 @@ import pytest
 
 from tests.xen.tools import xenstore
 from tests.xen.tools.command import run, until, xl
+from tests.xen.tools.counts import EVENT_CHANNEL_OP, GRANT_TABLE_OP, Counts, counted
 from tests.xen.tools.service import Service, attached
 
 DEVICE = Path("/dev/xvdq")
+OUT = Path("/parcel/out")
+QEMU_PID = Path("/run/xen/speed-qemu.pid")
 ROUNDS, SECONDS = int(os.environ.get("ROUNDS", "3")), 2
 SIZE_MIB = 64
 QEMU = "/usr/libexec/xen-qemu-system-i386"
@@ -49,13 +53,12 @@ def by_xl(line: str) -> Iterator[None]:
 @pytest.fixture
 def _dom0_qemu() -> Iterator[None]:
     """Run QEMU as the backend of dom0's own disks, which Xen's init script starts on most hosts."""
-    pid_file = Path("/run/xen/speed-qemu.pid")
-    pid_file.parent.mkdir(exist_ok=True)
+    QEMU_PID.parent.mkdir(exist_ok=True)
     run(
         *(QEMU, "-xen-domid", "0", "-xen-attach", "-name", "dom0", "-M", "xenpv", "-daemonize", "-nographic"),
-        *("-monitor", "/dev/null", "-serial", "/dev/null", "-parallel", "/dev/null", "-pidfile", pid_file),
+        *("-monitor", "/dev/null", "-serial", "/dev/null", "-parallel", "/dev/null", "-pidfile", QEMU_PID),
     )
-    pid = pid_file.read_text().strip()
+    pid = QEMU_PID.read_text().strip()
     xenstore.write("/local/domain/0/image/device-model-pid", pid)  # tells libxl that it runs
     yield
     run("kill", pid)
@@ -71,6 +74,9 @@ BACKENDS: dict[str, Callable[[Path], object]] = {
     "log:|aio:": lambda image: attached(0, "xvdq", f"log:|aio:{image}"),
     "aio:,cache=on": lambda image: attached(0, "xvdq", f"aio:{image},cache=on"),  # like blkback and qdisk
 }
+COUNTED = ("blkback", "qdisk", "aio:", "log:|aio:")
+COUNTED_LOADS = ("4K randread QD1", "4K randwrite QD1", "4K randread QD32", "4K randwrite QD32")
+FEW, MANY = 200, 1200  # requests; the difference between both runs is free of what fio does at its start
 LEFT_OUT = {"on_tmpfs": "aio:,cache=on", "on_ext4": "log:|aio:"}  # nothing goes past the cache there; the same again
 
 
@@ -83,6 +89,29 @@ def measure(load: str) -> float:
     ).out
     job = json.loads(told[told.index("{") :])["jobs"][0]
     return float(job["read"]["iops"] + job["write"]["iops"])
+
+
+def count(load: str, pids: Sequence[int], trace: Path) -> dict[str, float]:
+    """Return what one request costs, as the columns of `counts.txt`."""
+    few, many = (_counted(load, requests, pids, trace) for requests in (FEW, MANY))
+    more = {
+        "to and fro": many.notifications - few.notifications,
+        "system calls": many.system_calls - few.system_calls,
+        "grants": many.hypercalls[GRANT_TABLE_OP] - few.hypercalls[GRANT_TABLE_OP],
+        "events": many.hypercalls[EVENT_CHANNEL_OP] - few.hypercalls[EVENT_CHANNEL_OP],
+        "hypercalls": many.hypercalls.total() - few.hypercalls.total(),
+    }
+    return {name: value / (MANY - FEW) for name, value in more.items()}
+
+
+def _counted(load: str, requests: int, pids: Sequence[int], trace: Path) -> Counts:
+    pattern, size, depth = LOADS[load]
+    with counted(pids, trace) as counts:
+        run(
+            *("fio", "--name=count", f"--filename={DEVICE}", f"--rw={pattern}", f"--bs={size}"),
+            *(f"--iodepth={depth}", "--ioengine=libaio", "--direct=1", f"--number_ios={requests}"),
+        )
+    return counts
 
 
 def served(place: str) -> list[str]:
@@ -111,7 +140,6 @@ def table(rates: Rates) -> str:
 def test_speed(request: pytest.FixtureRequest, the_service: Service) -> None:
     """In each round every backend serves the same image in turn; the rates are written to files."""
     rates: Rates = {}
-    out = Path("/parcel/out")
     for _ in range(ROUNDS):
         for place in ("on_tmpfs", "on_ext4"):
             image = request.getfixturevalue(place) / "speed.raw"
@@ -120,7 +148,41 @@ def test_speed(request: pytest.FixtureRequest, the_service: Service) -> None:
                 with BACKENDS[backend](image):
                     for load in LOADS:
                         rates.setdefault((place, backend, load), []).append(measure(load))
-            (out / "speed.txt").write_text(table(rates))
-            (out / "speed.json").write_text(json.dumps([[*key, value] for key, value in rates.items()], indent=1))
+            (OUT / "speed.txt").write_text(table(rates))
+            (OUT / "speed.json").write_text(json.dumps([[*key, value] for key, value in rates.items()], indent=1))
 
     assert all(rate > 0 for each in rates.values() for rate in each)
+
+
+@pytest.mark.usefixtures("_dom0_qemu")
+def test_counts(on_tmpfs: Path, the_service: Service) -> None:
+    """A request takes no more notifications and calls of the grant table than with blkback; at depth 1 no more than 3
+    system calls.
+    """
+    image = on_tmpfs / "speed.raw"
+    image.write_bytes(os.urandom(SIZE_MIB << 20))
+    rows: dict[tuple[str, str], dict[str, float]] = {}
+    for backend in COUNTED:
+        with BACKENDS[backend](image):
+            for load in COUNTED_LOADS:
+                rows[load, backend] = count(load, _pids(backend, the_service), on_tmpfs / "trace")
+    columns = list(next(iter(rows.values())))
+    lines = [f"{'a request':<18}  {'':<10}" + "".join(f"{each:>14}" for each in columns)]
+    for load in COUNTED_LOADS:
+        for backend in COUNTED:
+            cells = "".join(f"{rows[load, backend][each]:>14.2f}" for each in columns)
+            lines.append(f"{load:<18}  {backend:<10}{cells}")
+    (OUT / "counts.txt").write_text("\n".join(lines) + "\n")
+
+    for load in COUNTED_LOADS:
+        ours, theirs = rows[load, "aio:"], rows[load, "blkback"]
+        for each in ("to and fro", "grants"):
+            assert ours[each] <= theirs[each] + 0.1, f"{load}: {each}"  # a few come from elsewhere
+        if load.endswith("QD1"):
+            assert ours["system calls"] <= 3.1, load
+
+
+def _pids(backend: str, service: Service) -> list[int]:
+    if backend == "blkback":
+        return []
+    return [int(QEMU_PID.read_text()) if backend == "qdisk" else service.disk(0, "xvdq")["worker"]]
