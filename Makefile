@@ -97,10 +97,11 @@ fuzz: $(VENV)/.dev  ## hostile ring messages, rewritten while they are read; the
 	exec nice $(CONTAINED) $(BIN)/python -m tests.ring_fuzz --messages $(or $(N),1000000) --seed $(or $(S),1) \
 		--json build/fuzz-$(or $(S),1).json $(if $(JOBS),--jobs $(JOBS)) $(if $(ANEW),--anew)
 
-# K=expression runs some of them, as pytest's -k has it; AGAIN=1 gives what failed another chance, on a fresh machine.
+# K=expression runs some of them, as pytest's -k has it; AGAIN=1 gives what failed another chance, on a fresh machine;
+# TIMES=N runs each N times.
 # XEN=4.17 is another version (tests/xen/bed/release.py). The first time it builds an image, which only root can.
 test-xen: $(VENV)/.dev  ## the suite in the dom0 of a real Xen under emulation; skipped where that is not possible
-	exec $(CONTAINED) $(BIN)/python -m tests.xen.bed $(XEN_OF) $(if $(AGAIN),--again) $(if $(FAILED),--failed) $(PART_OF) $(if $(K),-k '$(K)')
+	exec $(CONTAINED) $(BIN)/python -m tests.xen.bed $(XEN_OF) $(if $(AGAIN),--again) $(if $(FAILED),--failed) $(PART_OF) $(if $(TIMES),--times $(TIMES)) $(if $(K),-k '$(K)')
 
 bench-xen: $(VENV)/.dev  ## measure beside blkback and qdisk there; the tables are build/xen/speed.txt and counts.txt
 	exec $(CONTAINED) $(BIN)/python -m tests.xen.bed $(XEN_OF) --cpus 2 $(if $(K),-k '$(K)') tests/xen/speed.py

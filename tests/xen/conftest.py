@@ -15,7 +15,7 @@ import pytest
 from tests.xen.bed.progress import NEEDS
 from tests.xen.tools import leaks, service, xenstore
 from tests.xen.tools.command import run, until, xl_has_waited
-from tests.xen.tools.guest import Guest
+from tests.xen.tools.guest import Guest, names
 from tests.xen.tools.logs import KernelLog, XenLog
 from tests.xen.tools.service import Service
 
@@ -25,6 +25,19 @@ if not CAPABILITIES.is_file() or "control_d" not in CAPABILITIES.read_text():
 
 NewGuest = Callable[..., Guest]
 _began = pytest.StashKey[float]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add `--times`, with which a failure that hardly ever happens is looked for."""
+    parser.addoption("--times", type=int, default=1, help="run each test so many times")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Collect each test as often as it is to run."""
+    times = metafunc.config.getoption("--times", default=1)
+    if times > 1:
+        metafunc.fixturenames.append("_repetition")
+        metafunc.parametrize("_repetition", range(1, times + 1))
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -43,9 +56,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
-    """Add to a failure what the service has logged since, what it says of its disks, and the backends."""
+    """Add to a failure what the service has logged since, what it says of its disks, and the backends; each guest
+    prints which of its tasks are blocked, and where.
+    """
     report = yield
     if report.failed and _began in item.stash:
+        for name in names():
+            run("xl", "sysrq", name, "w", check=False)
         report.sections.append(("the service's journal", service.journal(item.stash[_began])))
         report.sections.append(("its disks", run("xenbackend", "status", "--json", check=False).out))
         nodes = xenstore.tree("/local/domain/0/backend")

@@ -10,7 +10,7 @@ import pytest
 
 from tests.xen.tools.command import run, until, xenbackend, xl
 from tests.xen.tools.disks import blank, line
-from tests.xen.tools.guest import Guest
+from tests.xen.tools.guest import Guest, names
 from tests.xen.tools.load import Load
 from tests.xen.tools.migration import INCOMING, Receiver
 from tests.xen.tools.service import Service
@@ -108,11 +108,6 @@ def small(place: Path) -> Iterator[Path]:
 def workers(service: Service) -> dict[str, int]:
     """Return the process that serves each disk."""
     return {disk["device"]: disk["worker"] for disk in service.disks()}
-
-
-def names() -> list[str]:
-    """Return the names of all guests."""
-    return [each.split()[0] for each in xl("list").out.splitlines()[2:]]
 
 
 def states(service: Service) -> dict[tuple[int, str], str]:

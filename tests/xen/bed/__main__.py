@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tests.xen.bed", description="Run tests/xen in the dom0 of an emulated Xen.")
     parser.add_argument("--xen", choices=RELEASES, default=NEWEST.xen, help="the version to boot (%(default)s)")
     parser.add_argument("-k", default="", metavar="EXPRESSION", help="only tests that match, as pytest has it")
+    parser.add_argument("--times", type=int, default=1, metavar="N", help="run each test N times")
     parser.add_argument("--must", action="store_true", help="it is an error when this machine cannot do it")
     parser.add_argument("--part", type=Part.parse, metavar="K/N", help="the core, and the K-th of N parts of the rest")
     parser.add_argument("--failed", action="store_true", help="only what failed last")
@@ -92,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace, console: Console, place: Path) -> int:
     results = args.results or Path("build", "xen" if args.xen == NEWEST.xen else f"xen-{args.xen}")
     last = results / LAST
-    words = ["-k", args.k] if args.k else []
+    words = [*(["-k", args.k] if args.k else ()), *([f"--times={args.times}"] if args.times > 1 else ())]
     bed = Bed(console, RELEASES[args.xen], place, words, args.cpus, args.silence)
     if args.failed and not last.exists():
         console.print(f"nothing failed last: there is no {last}", markup=False)

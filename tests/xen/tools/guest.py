@@ -28,6 +28,11 @@ LOGS = Path("/var/log/xen/console")
 _numbers = itertools.count(1)
 
 
+def names() -> list[str]:
+    """Return the names of all guests."""
+    return [line.split()[0] for line in xl("list").out.splitlines()[2:]]  # after the heading and dom0
+
+
 @dataclass
 class Guest:
     """A guest's configuration and, once it is created, the guest.
@@ -41,7 +46,7 @@ class Guest:
     disks: list[str] = field(default_factory=list)  # as in xl's configuration
     memory_mib: int = 384
     vcpus: int = 1
-    command_line: str = "console=hvc0 quiet"
+    command_line: str = "console=hvc0 quiet sysrq_always_enabled"
     extra: str = ""  # further lines of the configuration
     name: str = ""
     domid: int = 0  # 0: not created yet
