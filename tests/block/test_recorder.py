@@ -175,6 +175,22 @@ def test_file_begins_anew_without_its_older_half_when_that_finds_no_place(tmp_pa
     assert "File too large" == recorder.problem
 
 
+@pytest.mark.parametrize("size", [0, 1000])
+def test_a_file_that_was_truncated_has_no_hole(tmp_path: Path, size: int) -> None:
+    """If another program truncates the file, such as logrotate, new records follow what is left, as a new session."""
+    path = tmp_path / "rec"
+    env = StepEnv()
+    recorder = new_recorder(env, path)
+    recorder.add(packed(0, 100))
+    env.ring()
+    os.truncate(path, size)
+    recorder.add(packed(100, 1))
+    recorder.close()
+
+    assert [*range(size // SIZE - bool(size)), 100] == sectors(path)
+    assert [Session, Entry] == [type(each) for each in records(path)[-2:]]
+
+
 def test_what_the_file_does_not_take_is_counted_and_told(tmp_path: Path) -> None:
     """A failed write leaves no partial record. The loss is counted, and recorded as soon as the file can be written."""
     path = tmp_path / "rec"

@@ -504,6 +504,41 @@ def test_what_a_file_has_lost_is_no_hole(reactor: Reactor, path: str) -> None:
     files.close()
 
 
+@pytest.mark.parametrize("neighbours", [1, 4])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_file_that_another_program_makes_shorter(reactor: Reactor, path: str, way: str, neighbours: int) -> None:
+    """No write makes such a file grow again: what was lost stays an error, even if another program then makes the file
+    longer. The next flush fails once, a sentence says what happened, once, and the rest of the file is in service.
+    """
+    model = Path(path).read_bytes()
+    files = HostFiles(reactor)
+    said: list[str] = []
+    files.on_short = said.append
+    image = files.open(path, read_only=False, **WAYS[way])
+    os.truncate(path, 65536)
+    late = [request(Op.WRITE, SIZE - (each + 1) * 4096, 4096) for each in reversed(range(neighbours))]
+    early = [request(Op.WRITE, each * 4096, 4096) for each in range(neighbours)]
+    flush = request(Op.FLUSH)
+    serve(reactor, image, [[*late, *early]])
+    serve(reactor, image, [[flush]])
+    assert [[errno.EIO] * neighbours, [0] * neighbours] == [[one.status for one in each] for each in (late, early)]
+    assert (errno.EIO, 65536) == (flush.status, Path(path).stat().st_size)
+
+    os.truncate(path, SIZE)
+    reads = [request(Op.READ, SIZE - 4096, 4096), request(Op.READ, 61440, 4096), request(Op.READ, 61440, 8192)]
+    others = [request(Op.WRITE, SIZE - 4096, 4096), request(Op.DISCARD, SIZE - 4096, 4096), request(Op.FLUSH)]
+    serve(reactor, image, [reads, others])
+    assert [errno.EIO, 0, errno.EIO] == [each.status for each in reads]
+    assert [errno.EIO, errno.EIO, 0] == [each.status for each in others]
+    assert model[61440:65536] == bytes(reads[1].iov[0])
+    for call in (lambda: image.write_at(SIZE - 4096, b"x"), lambda: image.grow(2 * SIZE)):
+        with pytest.raises(OSError, match="become shorter"):
+            call()
+    assert [f"{path} has become shorter: it has 65536 of {SIZE} bytes"] == [each.split(",")[0] for each in said]
+    image.close()
+    files.close()
+
+
 def test_an_image_was_changed_when_others_changed_it(reactor: Reactor, path: str) -> None:
     """`look` returns when others last changed an image: the time from before we opened it, which itself changes it."""
     os.utime(path, ns=(10**9, 10**9))

@@ -5,11 +5,15 @@ Must not know its content beyond the header (`formats.beside`).
 
 from __future__ import annotations
 
+import hashlib
 import os
 
 from xenbackend.block.driver import Env, File, HostFile
 from xenbackend.block.formats.beside import HEADER_SIZE, MAX_BLOCK, MIN_BLOCK, Header
+from xenbackend.errors import DriverError
 from xenbackend.units import PAGE, format_size
+
+_DIGEST = 32  # bytes, of a file's identity
 
 
 def check_block(block: int) -> None:
@@ -36,6 +40,24 @@ def have(env: Env, path: str, *, read_only: bool) -> tuple[HostFile, int]:
 def is_new(file: File, first: bytes, size: int) -> bool:
     """Return whether a file that begins with `first` is not initialised yet; `size` is its size when it is."""
     return not any(first) and file.size in (HEADER_SIZE, size)
+
+
+def refuse_emptied(env: Env, path: str) -> None:
+    """Refuse a new file if a predecessor had data of this layer in it (`note_in_use`). Raises: DriverError."""
+    if env.memory("file", PAGE)[:_DIGEST] == _digest(env, path):
+        raise DriverError(
+            "it is empty, and had data that the guest wrote: another program has truncated it; restore the file, or "
+            "detach the disk, which loses these data"
+        )
+
+
+def note_in_use(env: Env, path: str) -> None:
+    """Note for successors that a file is initialised, and has data of this layer from now on."""
+    env.memory("file", PAGE)[:_DIGEST] = _digest(env, path)
+
+
+def _digest(env: Env, path: str) -> bytes:
+    return hashlib.sha256(env.files.look(path).identity.encode(errors="surrogateescape")).digest()
 
 
 def begin(file: File, header: Header, *, size: int, written: int) -> None:

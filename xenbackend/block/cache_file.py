@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 
 from xenbackend.block.below import changed_ns, describe
-from xenbackend.block.beside import begin, have, is_new
+from xenbackend.block.beside import begin, have, is_new, note_in_use, refuse_emptied
 from xenbackend.block.cache_map import WAYS
 from xenbackend.block.cache_parts import MAX_SLOTS
 from xenbackend.block.driver import File, Filter, HostFile
@@ -30,7 +30,10 @@ def open_back(driver: Filter, path: str, size: int, block: int) -> tuple[HostFil
     wanted = BackHeader(size // block * block, block, base, os.urandom(16))
     file, changed_at = have(env, path, read_only=env.read_only)
     try:
-        return file, _header_of(file, driver, path, wanted, changed_at)
+        header = _header_of(file, driver, path, wanted, changed_at)
+        if header is not None:
+            note_in_use(env, path)
+        return file, header
     except BaseException:
         file.close()
         raise
@@ -76,6 +79,8 @@ def _header_of(file: File, driver: Filter, path: str, wanted: BackHeader, change
         if dirty or (found.base, found.size, found.block) == (wanted.base, wanted.size, wanted.block):
             _check(driver, path, found, wanted, dirty, changed_at)
             return found
+    elif not any(first):
+        refuse_emptied(env, path)
     if env.read_only:
         return None
     if any(first):  # first an empty cache with a new token: after a kill, no memory of a former worker fits to the file

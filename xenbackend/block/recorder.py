@@ -112,6 +112,10 @@ class Recorder:
         if lost > self._said:
             data += record.pack_lost(record.Lost(self._wall_ns(), lost - self._said))
         try:
+            size = os.fstat(self._file).st_size
+            if size < self._size:  # another program has truncated it, such as logrotate: leave no hole
+                self._size = size - size % record.SIZE
+                self._needs_session = True
             if self._size + record.SIZE + len(data) > self._limit:
                 self._begin_anew()
             if self._needs_session:

@@ -31,6 +31,10 @@ class CachedImage(Image):
 
     def submit(self, batch: list[Request]) -> None:
         """Take requests; those that the page cache can serve are given back before this returns."""
+        if self.is_short:
+            for request in batch:
+                self.start(request)
+            return
         done: list[Request] = []
         if len(batch) > 1 and (_are_neighbours(batch[0], batch[1]) or _are_neighbours(batch[-2], batch[-1])):
             batch = self._do_joined(batch, done)
@@ -47,6 +51,8 @@ class CachedImage(Image):
         self, batch: list[Request], places: Mapping[int, int], bits: int
     ) -> tuple[list[Request], list[tuple[Request, int]], list[Request]]:
         """See `block.driver.HostFile`. This loop runs for every read of a cache."""
+        if self.is_short:
+            return super().read_mapped(batch, places, bits)
         preadv, fd, flags = os.preadv, self.fd, self._read_flags
         get, inside_mask, block = places.get, (1 << bits) - 1, 1 << bits
         done: list[Request] = []
@@ -71,7 +77,8 @@ class CachedImage(Image):
 
     def _do_each(self, batch: list[Request]) -> list[Request]:
         """Execute each request that a single call completes, and return the others. Nearly all requests end here."""
-        preadv, pwritev, fd, size, flags = os.preadv, os.pwritev, self.fd, self.size, self._read_flags
+        preadv, pwritev, fd, flags = os.preadv, os.pwritev, self.fd, self._read_flags
+        end = -1  # of the file, once the first write has asked for it
         odd: list[Request] = []
         for request in batch:
             op = request.op
@@ -79,7 +86,7 @@ class CachedImage(Image):
             try:
                 if op == 0:  # Op.READ, and below Op.WRITE: looking the names up would cost a tenth of the loop
                     moved = preadv(fd, request.iov, request.offset, flags)
-                elif op == 1 and request.offset + request.length <= size:
+                elif op == 1 and request.offset + request.length <= (end if end >= 0 else (end := self.look())):
                     moved = pwritev(fd, request.iov, request.offset)
             except OSError as error:
                 if error.errno == errno.EOPNOTSUPP and op == Op.READ:
@@ -96,6 +103,8 @@ class CachedImage(Image):
             self.do(request)
             done.append(request)
         else:
+            if request.op == Op.FLUSH:
+                self.look()
             self.start(request)
 
     def _do_joined(self, batch: list[Request], done: list[Request]) -> list[Request]:
@@ -115,7 +124,7 @@ class CachedImage(Image):
         try:
             if first.op == Op.READ:
                 moved = os.preadv(self.fd, iov, first.offset, self._read_flags)
-            elif end <= self.size:
+            elif end <= self.look():
                 moved = os.pwritev(self.fd, iov, first.offset)
             else:
                 return False

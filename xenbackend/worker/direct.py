@@ -40,8 +40,12 @@ class DirectImage(Image):
             return
         mask, size = self._mask, self.size
         refused: list[Request] = []
+        has_looked = False
         for place, request in enumerate(batch):
             op = request.op
+            if op and not has_looked:  # before a write, or a flush of what may be lost
+                has_looked = True
+                self.look()
             if op and request.offset + request.length > size:
                 self.do(request)
                 refused.append(request)

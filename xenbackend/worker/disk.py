@@ -65,6 +65,7 @@ class Disk:
             names_users=not waits,
             disk=number_of(message.frontend_domid, message.vbd),
         )
+        self.files.on_short = on_stopped
         self._opener: ChainOpener | None = None
         self._read_only, self._shareable = message.read_only, message.shareable
         self._reactor = reactor

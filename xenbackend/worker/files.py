@@ -134,6 +134,7 @@ class HostFiles:
         self._disk = disk
         self._queues: list[IoQueue] = []
         self._spares = Spares()
+        self.on_short: Callable[[str], None] | None = None  # gets a sentence: see `Image`
         self._changed: dict[str, int] = {}  # mtime_ns of open files from before: opening one for writing changes it
 
     def open(
@@ -169,7 +170,7 @@ class HostFiles:
                         os.ftruncate(fd, size)
                         medium = replace(medium, size=size, end=size)
                     image = self._choose(fd, medium, direct=direct, blocking=blocking)
-                    image.path = path
+                    image.path, image.on_short = path, self.on_short
                     opened.pop_all()
                     self._changed[path] = facts.mtime_ns
                     held.callback(self._changed.pop, path, None)

@@ -222,6 +222,8 @@ def test_another_file_of_the_same_name_has_its_own_map(tmp_path: Path) -> None:
     life = Life(f"cow:{path},block=8K|aio:base", files, Random(0))
     assert [0] == life.disk.do(write(0, bytes(64 << 10)))
     files[path] = RecordedFile(bytearray(4096))
+    Path(path).rename(tmp_path / "former")
+    at(Path(path))
     life.start()
 
     assert first == life.disk.everything()

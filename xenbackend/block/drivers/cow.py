@@ -76,7 +76,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from xenbackend.block.below import describe
-from xenbackend.block.beside import begin, check_block, have, is_new
+from xenbackend.block.beside import begin, check_block, have, is_new, note_in_use, refuse_emptied
 from xenbackend.block.driver import Env, File, Filter, Geometry
 from xenbackend.block.durable_map import DurableMap
 from xenbackend.block.durable_pages import TOKEN
@@ -118,6 +118,7 @@ class Cow(Filter):
         self._bits = header.block.bit_length() - 1
         if file and file.size >= header.file_size:  # otherwise it is new, and open for reading only
             self._map = DurableMap(env, file, HEADER_SIZE, header.map_size, header.token)
+            note_in_use(env, self.options.file)
         self._states = self._map.states if self._map else memoryview(bytes(header.map_size))
         self._pool = Pool()
         self._back: list[Request] = []
@@ -163,6 +164,7 @@ class Cow(Filter):
             if file.size < found.file_size:
                 raise DriverError(f"it has only {file.size} of its {found.file_size} bytes: it has been truncated")
             return found
+        refuse_emptied(self.env, self.options.file)
         found = wanted
         if not self.env.read_only:
             begin(file, found, size=found.file_size, written=HEADER_SIZE + found.map_size)

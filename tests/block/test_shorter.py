@@ -1,0 +1,117 @@
+"""Files of a chain that another program makes shorter while the disk is in service."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from tests import places
+from tests.helpers_block import Machine, content, flush, image, read, write
+from xenbackend.block.chain import Chain
+from xenbackend.errors import DriverError, XenbackendError
+from xenbackend.image.create import create
+from xenbackend.worker.env import EnvFactory
+
+SIZE, PIECE = 1 << 20, 16384
+CHAINS = {
+    "aio:{0}": "0",
+    "aio:{0},cache=on": "0",
+    "cow:{0}|aio:{1}": "0",
+    "checksum:{0}|aio:{1}": "0",
+    "checksum:{0}|aio:{1} below": "1",
+    "cache:{0},size=4M,mode=writeback|aio:{1}": "0",
+    "cache:{0},size=4M,mode=writethrough|aio:{1}": "0",
+    "qcow2:{0}": "0",
+    "vhd:{0}": "0",
+}
+
+
+@pytest.fixture
+def home() -> Iterator[Path]:
+    """Return a directory on a disk, where direct I/O is possible."""
+    made = places.DISK / f"{places.prefix()}{os.getpid()}"
+    made.mkdir()
+    yield made
+    for each in made.iterdir():
+        each.unlink()
+    made.rmdir()
+
+
+def made(text: str, home: Path) -> tuple[str, Path]:
+    """Make the files of a chain; return its text, and the file that becomes shorter."""
+    paths = home / "file", home / "below"
+    if text.startswith(("qcow2", "vhd")):
+        create(text.partition(":")[0], str(paths[0]), SIZE)
+    elif text.startswith("aio"):
+        image(paths[0], SIZE)
+    image(paths[1], SIZE)
+    return text.partition(" ")[0].format(*paths), paths[int(CHAINS[text])]
+
+
+@pytest.mark.parametrize("keeps", [0, 0.3, 0.9])
+@pytest.mark.parametrize("text", CHAINS)
+def test_nothing_that_was_lost_reads_as_zeros(home: Path, text: str, keeps: float) -> None:
+    """F2: whatever the guest writes after another program has made a file shorter, a read returns what was answered
+    last, or an error.
+    """
+    chain_text, file = made(text, home)
+    chance = Random(1)
+    machine = Machine()
+    chain = machine.open(chain_text)
+    model = {place: chance.randbytes(PIECE) for place in range(0, SIZE, PIECE)}
+    assert {0} == {*machine.do(chain, *(write(place, data) for place, data in model.items()))}
+    assert [0] == machine.do(chain, flush())
+    os.truncate(file, int(file.stat().st_size * keeps))
+    for place in chance.sample(sorted(model), 20):
+        data = chance.randbytes(PIECE)
+        if machine.do(chain, write(place, data)) == [0]:
+            model[place] = data
+        else:
+            del model[place]  # it may have parts of both contents
+    check(machine, chain, model)
+    with suppress(OSError, XenbackendError):
+        chain.close()
+    machine.close()
+
+
+@pytest.mark.parametrize("size", ["keep", "lose"])
+@pytest.mark.parametrize("text", ["cow:{0}|aio:{1}", "cache:{0},size=4M,mode=writeback|aio:{1}"])
+def test_a_successor_refuses_a_file_that_was_emptied(home: Path, text: str, size: str) -> None:
+    """F2: a worker's successor does not take a file that was emptied, and had data of the guest, for a new one, also if
+    it was made as long as it was; a new file in its place is initialised.
+    """
+    chain_text, file = made(text, home)
+    machine = Machine()
+    memories: dict[str, int] = {}
+    machine.make_env = EnvFactory(
+        machine.reactor, machine.files, serves=True, keep=lambda name, _, fd: memories.update({name: os.dup(fd)})
+    )
+    chain = machine.open(chain_text)
+    assert [0] == machine.do(chain, write(0, b"d" * PIECE))
+    chain.close()
+    length = file.stat().st_size
+    os.truncate(file, 0)
+    if size == "keep":
+        os.truncate(file, length)
+    machine.make_env.close()
+    machine.make_env = EnvFactory(machine.reactor, machine.files, memories, serves=True, resumes=True, continues=True)
+    with pytest.raises(DriverError, match="it is empty, and had data"):
+        machine.open(chain_text)
+    file.rename(home / "former")
+    chain = machine.open(chain_text)
+
+    assert bytes(SIZE) == machine.everything(chain)
+    chain.close()
+    machine.close()
+
+
+def check(machine: Machine, chain: Chain, model: dict[int, bytes]) -> None:
+    """Check that each read returns what was written, or an error."""
+    for place, data in model.items():
+        request = read(place, PIECE)
+        assert machine.do(chain, request) != [0] or content(request) == data, f"{place}: {content(request)[:8]!r}"
