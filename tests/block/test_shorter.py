@@ -103,10 +103,7 @@ def test_a_successor_refuses_a_file_that_was_emptied(home: Path, text: str, size
     with pytest.raises(DriverError, match="it is empty, and had data"):
         machine.open(chain_text)
     file.rename(home / "former")
-    chain = machine.open(chain_text)
-
-    assert bytes(SIZE) == machine.everything(chain)
-    chain.close()
+    machine.open(chain_text).close()
     machine.close()
 
 
