@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import stat
+import subprocess
+import sys
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -16,14 +19,14 @@ from tests.until import PATIENCE_S, until
 from xenbackend.errors import ConfigError
 from xenbackend.loop.reactor import Reactor
 from xenbackend.supervisor.service import listening
-from xenbackend.supervisor.service.listening import alone_at, check_place, listen
+from xenbackend.supervisor.service.listening import alone_at, check_place, listen, take_over
 from xenbackend.supervisor.service.server import Server
 
 
 def is_waited_for(lock: Path) -> bool:
-    """Return whether somebody waits for a locked file: proc_locks(5)."""
-    waited_for = f":{lock.stat().st_ino} "
-    return any("->" in line and waited_for in line for line in Path("/proc/locks").read_text().splitlines())
+    """Return whether somebody in this process waits for a locked file, and so has it open beside its holder."""
+    names = [each.readlink() for each in Path("/proc/self/fd").iterdir() if each.is_symlink()]
+    return names.count(lock) > 1
 
 
 def test_only_one_service_listens(tmp_path: Path) -> None:
@@ -119,6 +122,28 @@ def test_a_service_whose_socket_was_removed_leaves_the_path_to_the_next(tmp_path
             assert 0 == client.connect_ex(str(place))
 
 
+def test_a_holder_that_is_stopped_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service that waits too long for the lock of another process gives up, and says which process to continue."""
+    monkeypatch.setattr(listening, "PATIENCE_S", 0.1)
+    place = tmp_path / "x"
+    code = "import sys; from pathlib import Path; from xenbackend.supervisor.service.listening import alone_at\n"
+    code += "with alone_at(Path(sys.argv[1])): print(flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(place)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout
+        holder.stdout.readline()
+        holder.send_signal(signal.SIGSTOP)
+        try:
+            with pytest.raises(
+                ConfigError, match=f"process {holder.pid} has held the lock .*x.lock for 0.1 s; continue"
+            ):
+                listen(place)
+        finally:
+            holder.send_signal(signal.SIGCONT)
+            holder.communicate()
+    listen(place).close()
+
+
 @pytest.mark.parametrize("kind", ["link", "directory"])
 def test_what_stands_in_the_way_of_the_lock_is_named(tmp_path: Path, kind: str) -> None:
     """Something else at the place of the lock file is named, and left alone; a lock file left by SIGKILL is used."""
@@ -179,6 +204,26 @@ def test_a_place_is_tried_and_left_as_it_was(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="listens there already"):
             check_place(str(place))
         assert [place] == [*tmp_path.iterdir()]
+
+
+def test_another_services_socket_is_not_taken_for_the_inherited_one(tmp_path: Path) -> None:
+    """If another service listens at the path of an inherited socket, the check names it; a socket that nobody listens
+    at is replaced.
+    """
+    place = tmp_path / "x"
+    code = "import sys; from pathlib import Path; from xenbackend.supervisor.service.listening import listen\n"
+    code += "near = listen(Path(sys.argv[1])); print(flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(place)]
+    with listen(place) as first:
+        place.unlink()
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+            assert other.stdout
+            other.stdout.readline()
+            with pytest.raises(ConfigError, match="another xenbackend service listens there already"):
+                check_place(str(place), first.fileno())
+            other.communicate()
+        assert place.is_socket()
+        assert None is take_over(place, os.dup(first.fileno()))
 
 
 def test_our_own_directory_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

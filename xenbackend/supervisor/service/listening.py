@@ -9,6 +9,7 @@ import errno
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +18,9 @@ from xenbackend.errors import ConfigError, sentence_of
 from xenbackend.protocol.client import DEFAULT_SOCKET
 
 BACKLOG = 256  # connections that wait to be accepted
+PATIENCE_S = 10.0  # for the lock, which is held for milliseconds
+_PAUSE_S = 0.01  # between two tries for it
+_CREDENTIALS = 12  # bytes of struct ucred, unix(7)
 OWN_DIRECTORY = Path(DEFAULT_SOCKET).parent
 
 
@@ -61,12 +65,31 @@ def identity_of(path: Path) -> tuple[int, int, int] | None:
 
 
 def _is_reached(near: socket.socket, path: Path) -> bool:
-    return near.getsockname() == str(path) and path.is_socket()
+    """Return whether clients that connect at `path` reach `near`, and not another service that has taken the path.
+
+    The kernel tells for both sockets which process has begun to listen.
+    """
+    if near.getsockname() != str(path) or not path.is_socket():
+        return False
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        try:
+            probe.connect(str(path))
+        except BlockingIOError:  # somebody listens, for so many clients that it is hardly another service
+            return True
+        except OSError:
+            return False
+        return _listener(probe) == _listener(near)
+
+
+def _listener(near: socket.socket) -> bytes:
+    return near.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS)
 
 
 @contextmanager
 def alone_at(path: Path) -> Iterator[None]:
-    """Hold a lock beside `path`, without which no service listens there or removes a socket. Raises: ConfigError.
+    """Hold a lock beside `path`, without which no service listens there or removes a socket.
+
+    Raises: ConfigError, also if the holder does not release it, such as a process that is stopped.
 
     It is needed because between bind and listen a socket looks like one that a dead service has left. OWN_DIRECTORY is
     created if it does not exist.
@@ -77,6 +100,8 @@ def alone_at(path: Path) -> Iterator[None]:
     file = Path(f"{path}.lock")
     try:
         fd = _lock(file)
+    except TimeoutError as error:
+        raise ConfigError(f"{path}: cannot listen: {error}") from None
     except OSError as error:
         raise _cannot_listen(path, error) from None
     try:
@@ -87,11 +112,17 @@ def alone_at(path: Path) -> Iterator[None]:
 
 
 def _lock(file: Path) -> int:
-    """Return a descriptor of a file that is locked while it has this name. Raises: OSError."""
+    """Return a descriptor of a file that is locked while it has this name. Raises: TimeoutError, OSError."""
+    give_up = time.monotonic() + PATIENCE_S
     while True:
         fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            while not _is_locked(fd):
+                if time.monotonic() >= give_up:
+                    raise TimeoutError(
+                        f"{_holder(fd)} has held the lock {file} for {PATIENCE_S:g} s; continue that process, or end it"
+                    )
+                time.sleep(_PAUSE_S)
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(fd), file.stat()):
                     return fd
@@ -99,6 +130,26 @@ def _lock(file: Path) -> int:
             os.close(fd)
             raise
         os.close(fd)  # its former holder has removed the file
+
+
+def _is_locked(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _holder(fd: int) -> str:
+    """Return who has locked a file, for people: proc_locks(5)."""
+    status = os.fstat(fd)
+    place = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    with suppress(OSError):
+        for line in Path("/proc/locks").read_text().splitlines():
+            words = line.split()
+            if place in words and words[1] == "FLOCK":
+                return f"process {words[4]}"
+    return "another process"
 
 
 def _listen(path: Path) -> socket.socket:
