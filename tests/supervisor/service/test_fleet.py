@@ -355,6 +355,65 @@ def test_a_worker_that_cannot_be_watched_is_not_adopted(
     heard.kill()
 
 
+@pytest.mark.parametrize("which", [1, 2])
+def test_a_worker_that_cannot_be_watched_is_not_started(
+    hear: Callable[..., Heard], monkeypatch: pytest.MonkeyPatch, which: int
+) -> None:
+    """If the host has no room to watch a new worker, the caller gets the error, and nothing of the worker is left: no
+    process, and no place among those that begin, for which others would wait.
+    """
+    heard = hear(FAKE_WORKER)
+    heard.kill()
+    add, places, watched = heard.loop.add, count(1), len(heard.loop._callbacks)
+
+    def fail_once(fd: int, callback: Callable[[], object]) -> None:
+        if next(places) == which:
+            raise OSError(errno.ENOSPC, "watch a descriptor")
+        add(fd, callback)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(heard.loop, "add", fail_once)
+        for _ in range(births.BY_EXEC + 1):
+            places = count(1)
+            with pytest.raises(KernelError, match="watch a worker process: No space left"):
+                heard.start()
+    heard.fleet.openers.drop_spare()
+    assert (watched, []) == (len(heard.loop._callbacks), children())
+    heard.start().send(messages.Report(5))
+    heard.until(lambda: heard.messages)
+    heard.kill()
+
+
+def test_a_worker_that_cannot_be_watched_when_it_comes_is_killed(
+    hear: Callable[..., Heard], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the host has no room to watch a process that was queued, the process is killed, and its end says why."""
+    heard = hear(FAKE_WORKER, ("/nonexistent/zygote",))
+    heard.kill()
+    heard.fleet.prepare()
+    heard.fleet._births._rests = False  # a zygote is about to be there, so a worker is queued
+    late = heard.start()
+    heard.ends.clear()
+    assert not late.is_there
+    add = heard.loop.add
+
+    def fail(fd: int, callback: Callable[[], object]) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(heard.loop, "add", fail)
+        heard.fleet._births._rests = True
+        heard.fleet._births._go_on()
+        patch.setattr(heard.loop, "add", add)
+
+    assert "the worker was killed: it cannot be watched: No space left on device" == heard.until_end()
+
+
+def children() -> list[str]:
+    """Return the process numbers of our children."""
+    return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+
+
 def test_workers_come_from_a_zygote_where_there_is_one(
     hear: Callable[..., Heard], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -269,7 +269,13 @@ class Fleet:
         kinds = [births.WORKER, *([births.OPENER] if self.openers.want_spare else [])]
         worker, *openers = self._start(kinds, drivers)
         self.openers.spare = openers[0] if openers else self.openers.spare
-        return Worker(self, worker, on_message, on_end)
+        try:
+            return Worker(self, worker, on_message, on_end)
+        except OSError as error:
+            worker.kill()
+            worker.wait()
+            self.has_begun(worker)  # so that it does not count among those that begin
+            raise KernelError("watch a worker process", error.errno or errno.EIO) from None
 
     def open(
         self,

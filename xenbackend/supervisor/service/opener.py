@@ -11,6 +11,7 @@ import os
 import select
 import socket
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 
 from xenbackend.kernel.process import state_of
@@ -84,18 +85,25 @@ class Opener:
         self._is_held, self._is_heard = True, False
 
     def begin(self, started: Process) -> None:
-        """Become this process, and give it its job. Raises: OSError, if it has ended; another one may be tried."""
+        """Become this process, and give it its job.
+
+        Raises: OSError, if it has ended or cannot be watched, and then has nothing of ours; another one may be tried.
+        """
         near, assignment = started.socket, self._assignment
         fds = [assignment.worker.fileno(), *assignment.kept]
         most = opening.MAX_CARRIED
-        _send(near, assignment.job, fds[:most])
-        for start in range(most, len(fds), most):
-            _send(near, opening.Ack(), fds[start : start + most])
+        with ExitStack() as undo:
+            self._loop.add(near.fileno(), partial(self._receive, started))
+            undo.callback(self._loop.remove, near.fileno())
+            started.watch(self._loop, partial(self._reap, started))
+            undo.callback(started.unwatch)
+            _send(near, assignment.job, fds[:most])
+            for start in range(most, len(fds), most):
+                _send(near, opening.Ack(), fds[start : start + most])
+            undo.pop_all()
         assignment.close()
         self._process = started
         self._is_heard = True
-        self._loop.add(near.fileno(), partial(self._receive, started))
-        started.watch(self._loop, partial(self._reap, started))
         if self._is_boosted:
             started.boost()
 

@@ -44,6 +44,7 @@ class Process:
         self.pid = _pid_of(pidfd) if self.is_there else 0
         self.far = far
         self._why_not = ""
+        self._is_watched = False
         self._is_boosted = False
         self._loop: Reactor | None = None
         self._on_end: Callable[[], object] = int
@@ -71,11 +72,21 @@ class Process:
             self.is_there, self.pidfd, self.pid = True, pidfd, _pid_of(pidfd)
             (boost if self._is_boosted else unboost)(self.pid)
             if self._loop is not None:
-                self._loop.add(pidfd, self._on_end)
+                self._watch_or_kill(self._loop)
             callbacks, self._when_there = self._when_there, []
             for callback in callbacks:
                 callback()
             give(far)
+
+    def _watch_or_kill(self, loop: Reactor) -> None:
+        """Watch it; kill it if the host has no room for that, since nobody would notice its end."""
+        try:
+            loop.add(self.pidfd, self._on_end)
+            self._is_watched = True
+        except OSError as error:
+            self._why_not = f"the worker was killed: it cannot be watched: {error.strerror}"
+            kill(self.pidfd)
+            loop.call_soon(self._tell_end)
 
     def give_up(self, sentence: str) -> None:
         """Give up a process that is not there yet; `sentence` says why. Does nothing if it is there."""
@@ -88,17 +99,21 @@ class Process:
             self._loop.call_soon(self._tell_end)
 
     def watch(self, loop: Reactor, on_end: Callable[[], object]) -> None:
-        """Have the loop call `on_end` once it has ended, or has been given up."""
-        self._loop, self._on_end = loop, on_end
+        """Have the loop call `on_end` once it has ended, or has been given up. Raises: OSError."""
         if self.is_there:
             loop.add(self.pidfd, on_end)
-        elif self.far is None:
+            self._is_watched = True
+        self._loop, self._on_end = loop, on_end
+        if self.is_there:
+            return
+        if self.far is None:
             loop.call_soon(self._tell_end)
 
     def unwatch(self) -> None:
         """Undo `watch`."""
         loop, self._loop = self._loop, None
-        if loop is not None and self.is_there:
+        if loop is not None and self._is_watched:
+            self._is_watched = False
             loop.remove(self.pidfd)
 
     def boost(self) -> None:
@@ -131,7 +146,7 @@ class Process:
     def describe_end(self) -> str:
         """Wait for the end, collect the exit status if it is our child, close both descriptors; return how it ended."""
         end = self._collect()
-        if end is None:
+        if end is None or self._why_not:
             return self._why_not or "the worker has ended"
         if end.si_code == os.CLD_EXITED:
             return f"the worker ended unexpectedly with exit status {end.si_status}"
