@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.driven import Driven, WorkerProcess
+from tests.nbd_server import Export, Server
 from xenbackend.protocol import messages
 from xenbackend.protocol.codes import Code
 from xenbackend.protocol.messages import Reply
@@ -106,3 +107,38 @@ def test_a_worker_ends_whoever_waits_for_its_times(driven: Driven) -> None:
     driven.worker.put(messages.Measure(3_600_000))
     driven.disconnect()
     driven.worker.close()
+
+
+def test_the_end_of_one_waits_for_nothing(driven: Driven, tmp_path: Path) -> None:
+    """While an exchange waits for a request that hangs, a measurement can be ended: the one under way with its times,
+    and one that waits for its turn without any.
+    """
+    with Server(tmp_path / "nbd.sock", Export(bytearray(1 << 20)), slow=DATA) as server:
+        driven.connect(f"nbd:unix:{server.path},drain=0s")
+        first = driven.worker.put(messages.Measure(3_600_000))
+        driven.frontend.read(0, 8)
+        driven.worker.ask(messages.Command("nosuch", "get", []))  # it has begun
+        driven.begin_write(DATA)
+        assert server.begun.wait(20)
+        swap = driven.worker.put(messages.Swap("ram:1M", replaces=True, order=3))
+        second = driven.worker.put(messages.Measure(3_600_000))
+        end = driven.worker.put(messages.Measure(0))
+        replies = [driven.worker.expect_reply(each) for each in (first, second, end)]
+        assert not server.go.is_set()
+        server.go.set()
+        swapped = driven.worker.expect_reply(swap)
+        assert Code.OK is driven.worker.ask(messages.SetPolicy("")).code  # the second one, ended, does not begin
+
+    assert [Code.OK] * 4 == [each.code for each in (*replies, swapped)]
+    assert ["[]", "[]"] == [each.data for each in replies[1:]]
+
+
+def test_a_worker_that_hands_over_says_so_to_whoever_waits(driven: Driven) -> None:
+    """A worker that another one replaces says that the measurement is gone, and not that it ended unexpectedly."""
+    driven.connect(CHAIN)
+    number = driven.worker.put(messages.Measure(3_600_000))
+    driven.worker.ask(messages.Command("nosuch", "get", []))  # it has begun
+    driven.worker.tell(messages.Close, True)
+    reply = driven.worker.expect_reply(number)
+
+    assert (Code.GONE, "the disk's worker was ended before the measurement was done") == (reply.code, reply.sentence)

@@ -5,7 +5,7 @@ closes its chain and ends. While a supervisor is only restarted, the socket stay
 and the next supervisor asks the worker where it stands.
 
 Orders and questions wait for their turn on one line, where each is a generator of steps; `Report` and `Command`, which
-change nothing, are answered at once.
+change nothing, are answered at once, and so is the end of a measurement.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ class Worker:
         self._failure, self._errno, self._is_mistake = "", 0, False  # of that order
         self._exchange = ""  # the chain that is being put in
         self._measuring = Measuring(self._reactor)
+        self._to_measure: set[int] = set()  # ids of `Measure` that have to begin and wait for their turn
         self._pausing: list[int] = []  # ids of `Pause`, until nothing is in flight
         self._has_ended = False
         self.walls = Raised()  # which ones are up; set before `run`
@@ -229,6 +230,7 @@ class Worker:
         return False
 
     def _close(self, *, hands_over: bool) -> Steps[None]:
+        self._measuring.give_up()
         try:
             if self._stages is not None:
                 yield from self._stages.leave(hands_over=hands_over, ends=True)
@@ -245,14 +247,23 @@ class Worker:
             self._channel.stand()
             return
         steps = self._answer(ask, opener)
-        if isinstance(ask.question, messages.Command):
+        if isinstance(ask.question, messages.Command) or ask.question == messages.Measure(0):
             run(steps)
+        elif isinstance(ask.question, messages.Measure):
+            self._to_measure.add(ask.id)
+            self._line.add(self._in_turn(ask.id, steps))
         elif isinstance(ask.question, messages.Swap | messages.Branch) and (reason := self._what_excludes()):
             self._channel.reply(ask.id, Code.BUSY, reason)
             if opener is not None:
                 opener.close()
         else:
             self._line.add(steps)
+
+    def _in_turn(self, number: int, steps: Steps[None]) -> Steps[None]:
+        """Begin a measurement, unless it was ended, and answered, before its turn."""
+        if number in self._to_measure:
+            self._to_measure.discard(number)
+            yield from steps
 
     def _what_excludes(self) -> str:
         """Return a sentence about why the chain must not be exchanged now; empty if it may be."""
@@ -313,6 +324,9 @@ class Worker:
                 stages.set_policy(question.policy)
             case messages.Command() as question:
                 return self._control(stages, question)
+            case messages.Measure(milliseconds=0):
+                self._end_measuring()
+                return "[]"
             case messages.Measure() as question:
                 self._measuring.begin(stages, question.milliseconds / 1000, partial(self._measured, ask.id))
                 return None
@@ -347,8 +361,17 @@ class Worker:
             raise ConfigError(f"an answer of {len(data)} bytes is too large; ask for less")
         return data
 
-    def _measured(self, number: int, times: str) -> None:
-        if _fits(times):
+    def _end_measuring(self) -> None:
+        """End the measurement under way, and those that wait for their turn, such as behind an exchange that hangs."""
+        waiting, self._to_measure = self._to_measure, set()
+        self._measuring.end()
+        for number in waiting:
+            self._channel.reply(number, Code.OK, data="[]")
+
+    def _measured(self, number: int, times: str | None) -> None:
+        if times is None:
+            self._channel.reply(number, Code.GONE, "the disk's worker was ended before the measurement was done")
+        elif _fits(times):
             self._channel.reply(number, Code.OK, data=times)
         else:
             self._channel.reply(number, Code.FAILED, "the chain has too many layers to tell their times in one answer")

@@ -12,28 +12,26 @@ from collections.abc import Callable
 from xenbackend.loop.reactor import Reactor
 from xenbackend.worker.stages import Stages
 
-Then = Callable[[str], None]  # takes the layers' times as JSON, `Timed.as_json`
+Then = Callable[[str | None], None]  # takes the layers' times as JSON, `Timed.as_json`; None if the worker ends first
 
 
 class Measuring:
     """At most one measurement at a time."""
 
     def __init__(self, reactor: Reactor) -> None:
-        self._timer = reactor.timer(self._end)
+        self._timer = reactor.timer(self.end)
         self._reactor = reactor
         self._under_way: Callable[[], None] | None = None  # ends it
+        self._then: Then | None = None  # of the one under way
 
     def begin(self, stages: Stages, seconds: float, then: Then) -> None:
         """Measure for so many seconds, then call `then`, even if the chain was exchanged or closed meanwhile.
 
         A measurement that is under way ends first, with its times so far: this service begins no second one, and no
-        client waits any more for one that an earlier service began. 0 seconds do nothing else. Raises: DriverError, if
-        no chain is open to be measured.
+        client waits any more for one that an earlier service began. Raises: DriverError, if no chain is open to be
+        measured.
         """
-        self._end()
-        if not seconds:
-            then("[]")
-            return
+        self.end()
         chain = stages.opened()
         timers = chain.time()
         stages.rewired(chain)
@@ -43,11 +41,19 @@ class Measuring:
             stages.rewired(chain)
             then(json.dumps([each.as_json() for each in timers]))
 
-        self._under_way = end
+        self._under_way, self._then = end, then
         self._timer.set(self._reactor.now() + seconds)
 
-    def _end(self) -> None:
-        end, self._under_way = self._under_way, None
+    def give_up(self) -> None:
+        """Tell who waits for a measurement that there will be none, because the worker ends."""
+        then, self._under_way, self._then = self._then, None, None
+        self._timer.set(None)
+        if then is not None:
+            then(None)
+
+    def end(self) -> None:
+        """End the measurement that is under way, with its times so far."""
+        end, self._under_way, self._then = self._under_way, None, None
         self._timer.set(None)
         if end is not None:
             end()

@@ -15,10 +15,12 @@ from xenbackend import __version__, counters
 from xenbackend.blkif.handshake import XenbusState
 from xenbackend.protocol.messages import LayerFacts
 from xenbackend.protocol.opening import Meaning
-from xenbackend.supervisor.service.status import describe, describe_briefly, describe_service, started_at
+from xenbackend.supervisor.service import status
+from xenbackend.supervisor.service.status import describe_briefly, describe_service, started_at
 from xenbackend.supervisor.vbd.notes import Notes
 from xenbackend.supervisor.xenstore.paths import VbdPath
 
+NOW = 5000.0  # by the loop's clock, which a test may set
 FILES = {"/img": "file device=1 inode=2", "/parent": "file device=1 inode=3"}
 
 
@@ -46,11 +48,16 @@ def vbd(**changes: Any) -> Any:
             notes=Notes(program="0.0.1", restarts=2), page=page, files=SimpleNamespace(identities=lambda: dict(FILES))
         ),
         "orders": SimpleNamespace(paused_by="", under_way=[SimpleNamespace(number=17, verb="set", chain="aio:/b")]),
-        "link": SimpleNamespace(waits_since=time.monotonic() - 12, waits_for="storage"),
+        "link": SimpleNamespace(waits_since=NOW - 12, waits_for="storage"),
         "since": 100.0,
         "chain_in_service": lambda: "aio:/img",
     }
     return SimpleNamespace(**values | changes)
+
+
+def describe(one: Any, *rest: Any, **more: Any) -> dict[str, Any]:
+    """Return what is known of a disk at the time NOW."""
+    return status.describe(one, *rest, now=NOW, **more)
 
 
 def test_what_xenstore_shows_has_a_time_with_its_zone() -> None:

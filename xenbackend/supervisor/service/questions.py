@@ -55,7 +55,7 @@ class Questions:
     def _describe(self, vbd: Vbd, guest: str, meanings: Mapping[str, Meaning]) -> dict[str, Any] | None:
         """Return what is known of one vbd; None if that meets a bug of ours, which must not hide the others."""
         try:
-            return describe(vbd, guest, meanings, braked_s=self._registry.braked_s(vbd))
+            return describe(vbd, guest, meanings, now=self._loop.now(), braked_s=self._registry.braked_s(vbd))
         except Exception as bug:
             bug.add_note(f"while {vbd.path} was described")
             self._loop.bug(bug)

@@ -29,12 +29,13 @@ if TYPE_CHECKING:
 
 
 def describe(
-    vbd: Vbd, guest: str = "", meanings: Mapping[str, Meaning] | None = None, *, braked_s: float = 0.0
+    vbd: Vbd, guest: str = "", meanings: Mapping[str, Meaning] | None = None, *, now: float, braked_s: float = 0.0
 ) -> dict[str, Any]:
     """Return what is known of one disk.
 
     `guest` is the name of its frontend's domain. `meanings` are what names mean now, as far as they were looked up.
-    `braked_s` is the pause between two looks at a guest that writes to xenstore without end.
+    `now` is the time of the service's loop. `braked_s` is the pause between two looks at a guest that writes to
+    xenstore without end.
     """
     path, device, notes = vbd.path, vbd.device, vbd.handover.notes
     page = memoryview(bytes(vbd.handover.page[: counters.SIZE]))  # also of a worker that has ended
@@ -57,7 +58,7 @@ def describe(
         "paused_by": notes.paused or "",
         "reason": device.reason,
         "error": device.error,
-        "waits_s": None if vbd.link.waits_since is None else round(time.monotonic() - vbd.link.waits_since, 1),
+        "waits_s": None if vbd.link.waits_since is None else round(now - vbd.link.waits_since, 1),
         "waits_for": vbd.link.waits_for,
         "under_way": [{"order": each.number, "verb": each.verb} for each in vbd.orders.under_way if each.number > 0],
         "worker": pid,
