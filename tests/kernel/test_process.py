@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.privileges import MAY_COME_FIRST
-from xenbackend.kernel.process import AHEAD, OpenFile, boost, files_of, state_of, unboost
+from xenbackend.kernel.process import AHEAD, OpenFile, boost, files_of, is_ending, state_of, unboost
 
 # The shell in between ends first; then its child does, with status 7.
 _PROGRAM = """
@@ -132,6 +132,8 @@ def test_a_process_has_a_state() -> None:
         sleeper.kill()
         os.waitid(os.P_PID, sleeper.pid, os.WEXITED | os.WNOWAIT)
         ended = state_of(sleeper.pid)
+        assert is_ending(sleeper.pid)
 
     assert ("T", "Z", "") == (stopped, ended, state_of(sleeper.pid))
+    assert (True, False) == (is_ending(sleeper.pid), is_ending(os.getpid()))
     assert "R" == state_of(os.getpid())

@@ -22,6 +22,7 @@ _LEAST = -20  # the lowest nice value
 _PR_SET_NAME = 15  # linux/prctl.h
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+_PF_EXITING = 4  # linux/sched.h
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -61,6 +62,15 @@ def state_of(pid: int) -> str:
         return text_of(f"/proc/{pid}/stat").rpartition(")")[2].split()[0]
     except (OSError, IndexError):
         return ""
+
+
+def is_ending(pid: int) -> bool:
+    """Return whether a process has ended or is about to, even if the kernel still waits for what it has in flight."""
+    try:
+        words = text_of(f"/proc/{pid}/stat").rpartition(")")[2].split()
+        return words[0] in "ZX" or bool(int(words[6]) & _PF_EXITING)
+    except (OSError, IndexError):
+        return True
 
 
 @dataclass(frozen=True, slots=True)

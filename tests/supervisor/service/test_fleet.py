@@ -204,6 +204,24 @@ def test_a_worker_that_hangs_up_and_stays_is_killed(hear: Callable[..., Heard], 
     assert 1 == heard.fleet.breaches
 
 
+def test_a_close_that_takes_long_breaks_no_protocol(hear: Callable[..., Heard], tmp_path: Path) -> None:
+    """A worker that was told to close, and has closed its socket, but still waits for storage, is not killed for that,
+    and has broken no protocol.
+    """
+    os.mkfifo(tmp_path / "storage")
+    text = f"channel.recv(9999)\nchannel.close()\nopen({str(tmp_path / 'storage')!r}).read()\n"
+    heard = hear(_python(tmp_path, text))
+    heard.worker.send(messages.Close(1))
+    heard.until(lambda: not heard.worker._is_heard)
+    heard.ahead_s = HANG_UP_S
+    settle(heard.loop)
+    assert ([], 0) == (heard.ends, heard.fleet.breaches)
+    (tmp_path / "storage").write_text("")
+
+    assert "the worker ended unexpectedly with exit status 0" == heard.until_end()
+    assert not heard.worker.has_broken_protocol
+
+
 def test_a_bug_over_a_message_concerns_no_other(hear: Callable[..., Heard], tmp_path: Path) -> None:
     """If the handling of a message raises an exception, that is reported, its descriptors are closed, and later
     messages are still handled.

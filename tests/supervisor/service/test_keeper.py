@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -52,6 +53,42 @@ def test_a_keeper_that_has_gone_is_an_error(kept: Kept) -> None:
 
     with pytest.raises(KernelError, match="keep a descriptor"):
         keeper.keep("a", 0)
+
+
+def test_a_keeper_that_hangs_is_waited_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A keeper that takes no messages holds the service up once, however much is to be kept, until it takes one again;
+    all guests wait for the service.
+    """
+    limits: list[float | None] = []
+
+    class Timed(socket.socket):
+        def settimeout(self, value: float | None) -> None:
+            limits.append(value)
+            super().settimeout(value and 0.01)
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as hanging:
+        hanging.bind(str(tmp_path / "keep"))
+        keeper = Keeper({"NOTIFY_SOCKET": str(tmp_path / "keep"), "FDSTORE": "100000"})
+        monkeypatch.setattr(socket, "socket", Timed)
+        fd, errors = os.memfd_create("kept"), 0
+        for number in range(2000):
+            try:
+                keeper.keep(str(number), fd)
+            except KernelError:
+                errors += 1
+        waits = [bool(each) for each in limits]
+        while errors:
+            try:
+                hanging.recv(4096)
+            except BlockingIOError:
+                break
+        keeper.keep("again", fd)
+        keeper.forget("again")
+        os.close(fd)
+
+    assert errors > 1
+    assert [True] * (2001 - errors) + [False] * (errors - 1) == waits
+    assert [False, True] == [bool(each) for each in limits[-2:]]
 
 
 def test_what_there_is_no_room_for_is_an_error(kept: Kept) -> None:

@@ -462,6 +462,25 @@ def test_a_service_that_is_stopping_takes_no_order(xenstored: Xenstored, kept: K
     assert [(Code.GONE, "the service is stopping"), (Code.OK, "")] == [(each.code, each.sentence) for each in answers]
 
 
+def test_a_parent_that_ends_during_a_replacement_has_the_workers_drained(
+    xenstored: Xenstored, kept: Kept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If a service that is being replaced still waits for an exchange, and its parent ends, too, it drains its workers:
+    nobody would keep what the next service needs.
+    """
+    settings = Settings(store=xenstored.address, socket=str(tmp_path / "control.sock"))
+    service = Service(settings, Notifier({}), kept.keeper())
+    monkeypatch.setattr(service, "_exchanging", lambda: [VbdPath("vbd", 0, 5, 51712)])
+    service._stop(signal.SIGTERM)
+    waits = (service._leaves, service._has_let_go)
+    service._stop(signal.SIGINT)
+    ends = (service._leaves, service._has_let_go, service._leave_at.due)
+    service._close()
+
+    assert ((True, False), (False, True, None)) == (waits, ends)
+    assert [] == [name for name in kept.fds if name.startswith("orders")]
+
+
 def test_whoever_stops_a_service_that_is_stopping_waits_for_the_same_end(
     xenstored: Xenstored, kept: Kept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

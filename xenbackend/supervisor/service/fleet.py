@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from xenbackend.budget import Bucket
 from xenbackend.errors import KernelError
+from xenbackend.kernel.process import is_ending
 from xenbackend.log import get_logger
 from xenbackend.loop.reactor import Reactor
 from xenbackend.protocol import codec, datagrams, messages, opening
@@ -69,6 +70,7 @@ class Worker:
         self.is_boosted = False
         self.has_broken_protocol = False
         self._is_heard = self._is_held = True  # we listen; it is ours
+        self._closes = False  # it was told to close
         self._overdue = self._loop.timer(self._has_not_ended)
         started.watch(self._loop, self._reap)
         try:
@@ -101,6 +103,7 @@ class Worker:
 
         Raises: KernelError, if the host could not take the message; then the worker has not received it.
         """
+        self._closes |= isinstance(message, messages.Close)
         try:
             socket.send_fds(self._process.socket, [codec.encode(message)], list(fds))
         except BlockingIOError:
@@ -168,7 +171,12 @@ class Worker:
         self._overdue.set(self._loop.now() + HANG_UP_S)
 
     def _has_not_ended(self) -> None:
-        if not self._why_killed:
+        """Kill a worker that has closed its socket for no reason.
+
+        A slow close is none of its faults: the limit of the vbd's phase ends it, or the kernel, once nothing is in
+        flight.
+        """
+        if not (self._why_killed or self._closes or is_ending(self.pid)):
             sentence = "the worker was killed: it closed its socket, and did not end"
             self._note_breach()
             self.kill(sentence)

@@ -18,7 +18,7 @@ from xenbackend.supervisor.service.notify import address_of
 
 FIRST = 3  # descriptor that a service inherits, SD_LISTEN_FDS_START
 MAX_NAME = 255  # characters
-_TIMEOUT_S = 5.0
+_TIMEOUT_S = 1.0  # for a keeper to take a message
 
 
 class Keeper:
@@ -36,9 +36,10 @@ class Keeper:
         self.is_there = bool(self._address) and self._room > 0
         self.inherited = _inherited(environment) if self.is_there else {}
         self._names = set(self.inherited)  # of what is kept now
+        self._has_patience = True  # not after it took no message: then none is waited for until it takes one again
 
     def keep(self, name: str, fd: int) -> None:
-        """Have a descriptor kept under a name that nothing else has.
+        """Have a descriptor kept under a name that nothing else has. If the keeper is busy, this waits a second, once.
 
         Raises: KernelError, also if there is no room, which the keeper would not report.
         """
@@ -66,10 +67,13 @@ class Keeper:
             return
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as near:
-                near.settimeout(_TIMEOUT_S)
+                near.settimeout(_TIMEOUT_S if self._has_patience else 0)
                 near.connect(self._address)
                 socket.send_fds(near, [state.encode()], list(fds))
+            self._has_patience = True
         except OSError as error:
+            if isinstance(error, TimeoutError | BlockingIOError):
+                self._has_patience = False
             code = error.errno or errno.ETIMEDOUT
             raise KernelError("keep a descriptor in the process that started the service", code) from None
 
