@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tests.driven import Driven, WorkerProcess
+from tests.helpers_block import Machine
 from tests.nbd_server import Export, Server
 from xenbackend.protocol import messages
 from xenbackend.protocol.codes import Code
 from xenbackend.protocol.messages import Reply
 from xenbackend.units import PAGE
+from xenbackend.worker.measuring import Measuring
 
 pytestmark = pytest.mark.slow  # each starts a process
 DATA = b"d" * PAGE
@@ -107,6 +111,22 @@ def test_a_worker_ends_whoever_waits_for_its_times(driven: Driven) -> None:
     driven.worker.put(messages.Measure(3_600_000))
     driven.disconnect()
     driven.worker.close()
+
+
+def test_a_measurement_leaves_no_timer_behind() -> None:
+    """Once a measurement has ended, requests go through the chain as before, without its timers."""
+    with closing(Machine()) as machine:
+        chain, times = machine.open("log:|ram:1M", checked=False), list[str | None]()
+        rewired: list[bool] = []
+        stages: Any = SimpleNamespace(opened=lambda: chain, rewired=lambda of: rewired.append(of.submit == before))
+        before = chain.submit
+        measuring = Measuring(machine.reactor)
+        measuring.begin(stages, 3600, times.append)
+        measuring.end()
+        chain.close()
+
+    assert [False, True] == rewired
+    assert 2 == len(json.loads(times[0] or ""))
 
 
 def test_the_end_of_one_waits_for_nothing(driven: Driven, tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ class NoOpenings:
         """Return no descriptors."""
         return []
 
-    def found(self, _found: Any, _fds: list[int]) -> str:
+    def found(self, _question: Any, _found: Any, _fds: list[int]) -> str:
         """Accept whatever an opener has found."""
         return ""
 

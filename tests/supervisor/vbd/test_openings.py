@@ -94,14 +94,20 @@ def test_an_inherited_worker_may_open_what_the_toolstack_says(tmp_path: Path) ->
 
 
 def test_what_is_opened_is_kept_as_of_its_chain(tmp_path: Path) -> None:
-    """A file is kept for the chain that it was opened for; another file may replace one only if the order says so."""
+    """A file is kept for the chain that it was opened for. Another file may replace one only if the order says so whose
+    opener has found it, whatever was asked since then.
+    """
     taken: list[Any] = []
     it = openings(tmp_path, taken)
-    it.for_question(messages.Swap("aio:/x", replaces=True))
+    first, later = messages.Swap("aio:/x", replaces=True), messages.Swap("aio:/x", is_resize=True)
+    for each in (first, later):
+        it.for_question(each)
 
-    assert "no" == it.found(Opened("/x", "file device=1 inode=3", 1), [9])
-    named = {"is_next": True, "replaces": True, "may_grow": False}
-    assert [(("/x", "file device=1 inode=3", 9), named)] == taken
+    for question in (first, later, None):
+        assert "no" == it.found(question, Opened("/x", "file device=1 inode=3", 1), [9])
+    named = [(True, False), (False, True), (False, False)]
+    assert named == [(each["replaces"], each["may_grow"]) for _, each in taken]
+    assert [(("/x", "file device=1 inode=3", 9), True)] * 3 == [(each, more["is_next"]) for each, more in taken]
 
 
 def test_what_becomes_of_an_unnamed_file_the_notes_say(tmp_path: Path) -> None:
@@ -128,8 +134,8 @@ def test_a_connection_is_kept_and_what_has_no_end_is_noted(tmp_path: Path) -> No
     assert job is not None
     assert (["aio:/img"], [KeptConnection("unix:/s", 0)]) == (job.chains, job.connections)
     assert [7, 8] == it.kept()
-    assert "no" == it.found(Connected("unix:/s", 1, is_alone=True), [9])
-    assert "" == it.found(Undrained("unix:/s", 2, is_broken=False), [])
+    assert "no" == it.found(None, Connected("unix:/s", 1, is_alone=True), [9])
+    assert "" == it.found(None, Undrained("unix:/s", 2, is_broken=False), [])
     assert [(("unix:/s", 1, 9), {"is_alone": True}), (("unix:/s", 2), {"is_broken": False})] == taken
 
 

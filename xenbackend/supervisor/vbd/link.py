@@ -149,7 +149,8 @@ class Link:
             return None
         openings = self._openings
         on_end = partial(self._opener_ended, worker)
-        opener, near = self._fleet.open(job, openings.kept(), openings.found, on_end, on_waits)
+        on_found = partial(openings.found, message.question if isinstance(message, messages.Ask) else None)
+        opener, near = self._fleet.open(job, openings.kept(), on_found, on_end, on_waits)
         self._openers.append(opener)
         if worker.is_boosted:
             opener.boost()

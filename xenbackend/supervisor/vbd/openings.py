@@ -31,7 +31,6 @@ class Openings:
         self._context = context
         self._device = device
         self._handover = handover
-        self._swap = messages.Swap("")  # the last one that was asked
         self._mode: tuple[bool, bool] | None = None  # read_only, shareable: as the worker was told
         self._comes = False  # the guest is migrated here, and may write at its source until then
         self._has_export = False  # the worker's socket for a device model was there
@@ -71,7 +70,6 @@ class Openings:
         chain = self._handover.notes.chain
         match question:
             case messages.Swap():
-                self._swap = question
                 exchange = self._handover.notes.exchange
                 names, renews = (exchange.names_unnamed, exchange.renews_unnamed) if exchange else ("", False)
                 job = replace(self._job([chain, question.chain]), keeps=question.is_resize)
@@ -86,20 +84,24 @@ class Openings:
         """Return the descriptors of a job's kept files and connections, which stay ours."""
         return [fd for _, fd in [*self._handover.files.kept(), *self._handover.connections.kept()]]
 
-    def found(self, found: Found, fds: list[int]) -> str:
-        """Keep what an opener has found; `fds` are ours now. Return why the worker may not have it; empty: it may."""
+    def found(self, question: messages.Question | None, found: Found, fds: list[int]) -> str:
+        """Keep what an opener has found for a question, or for an order; `fds` are ours now.
+
+        Return why the worker may not have it; empty: it may.
+        """
         connections = self._handover.connections
         match found:
             case Opened():
-                return self._opened(found, fds[0])
+                return self._opened(question, found, fds[0])
             case Connected():
                 return connections.take(found.server, found.place, fds[0], is_alone=found.is_alone)
             case Undrained():
                 connections.is_undrained(found.server, found.place, is_broken=found.is_broken)
         return ""
 
-    def _opened(self, found: Opened, fd: int) -> str:
-        files, swap, is_next = self._handover.files, self._swap, found.chain > 0
+    def _opened(self, question: messages.Question | None, found: Opened, fd: int) -> str:
+        swap = question if isinstance(question, messages.Swap) else messages.Swap("")
+        files, is_next = self._handover.files, found.chain > 0
         if is_next and swap.is_dry_run:
             os.close(fd)
             return files.check(found.name, found.identity, is_next=True, replaces=swap.replaces)
