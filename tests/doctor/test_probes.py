@@ -11,9 +11,13 @@ import time
 from functools import partial
 from pathlib import Path
 
+from tests.until import until
 from xenbackend.doctor import probes
 from xenbackend.doctor.finding import Verdict, ok
 from xenbackend.doctor.probes import Probe, Result
+from xenbackend.kernel.process import state_of
+
+LIMITS_S = (0.3, 3.0, 60.0)  # a host that is too busy for one of them gets the next
 
 
 def looks_well(name: str) -> Result:
@@ -60,10 +64,15 @@ def test_one_that_hangs_hides_no_other() -> None:
     """A look that hangs is reported as unknown after its limit, and killed; one with a bug is reported as unknown."""
     wanted = [Probe("stuck", "the storage of /img", hangs, "5/xvda"), Probe("bug", "it", fails),
               Probe("a", "this", partial(looks_well, "a"))]  # fmt: skip
-    begun, before = time.monotonic(), children()
-    stuck, bug, fine = probes.run(wanted, limit_s=0.3)
+    before = children()
+    for limit_s in LIMITS_S:
+        begun = time.monotonic()
+        stuck, bug, fine = probes.run(wanted, limit_s=limit_s)
+        took_s = time.monotonic() - begun
+        if Verdict.OK is fine.findings[0].verdict and "ValueError" in bug.findings[0].sentence:
+            break
 
-    assert time.monotonic() - begun < 10  # far above the limit, as the host may be loaded
+    assert took_s < limit_s + 30  # far above the limit, as the host may be loaded
     [finding] = stuck.findings
     assert (Verdict.UNKNOWN, "stuck", "5/xvda") == (finding.verdict, finding.check, finding.disk)
     assert re.fullmatch(r"the storage of /img did not answer within \d+\.\d s", finding.sentence)
@@ -81,21 +90,22 @@ def starts(path: str) -> Result:
 def test_what_a_look_has_started_ends_with_it(tmp_path: Path) -> None:
     """A program that a look has started is killed with it."""
     path = tmp_path / "pid"
-    [result] = probes.run([Probe("tool", "it", partial(starts, str(path)))], limit_s=2.0)
+    for limit_s in LIMITS_S:
+        [result] = probes.run([Probe("tool", "it", partial(starts, str(path)))], limit_s=limit_s)
+        if path.exists():
+            break
     pid = int(path.read_text())
 
     assert Verdict.UNKNOWN is result.findings[0].verdict
-    end = time.monotonic() + 10
-    while Path(f"/proc/{pid}").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z":
-        assert time.monotonic() < end
+    until(lambda: state_of(pid) in ("", "Z"))
 
 
 def test_all_together_have_a_limit() -> None:
     """All looks together have a limit; those that had not begun by then are reported too."""
     wanted = [Probe("stuck", f"number {number}", hangs) for number in range(probes._AT_ONCE + 5)]
     begun = time.monotonic()
-    results = probes.run(wanted, limit_s=60, all_s=0.5)
+    results = probes.run(wanted, limit_s=600, all_s=0.5)
 
-    assert time.monotonic() - begun < 20
+    assert time.monotonic() - begun < 300  # far below the limit of each
     assert {Verdict.UNKNOWN} == {each.verdict for result in results for each in result.findings}
     assert "was not examined: all checks together took 0.5 s" in results[-1].findings[0].sentence

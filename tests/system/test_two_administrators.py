@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from tests.until import until
 from xenbackend.cli.main import main
 from xenbackend.client import Client, UnderWay
 from xenbackend.embedded.machine import Machine
+from xenbackend.errors import XenbackendError
 from xenbackend.protocol import client
 from xenbackend.protocol.codes import Code
 from xenbackend.rig.frontend import Frontend, Wishes
@@ -43,6 +44,12 @@ class Site:
         """Return what the service says of the disk."""
         [found] = self.machine.ask({"verb": "status", "vbd": "5/xvda"})["data"]
         return found
+
+    def is_served(self) -> bool:
+        """Return whether a service answers, and serves the disk."""
+        with suppress(XenbackendError):
+            return self.status()["phase"] == "serving"
+        return False
 
     def under_way(self) -> list[str]:
         """Return the verbs of orders that have no answer yet."""
@@ -229,6 +236,7 @@ def test_nobody_measures_for_nobody(site: Site, end: str) -> None:
             else:
                 os.kill(site.machine.service_pid, signal.SIGKILL)
             assert process.wait() != 0
+    until(site.is_served, limit_s=120)  # the next service takes its time where the host is busy
     service = Client(site.machine.control)
 
     assert (Code.GONE if "service" in end else Code.OK) is service.wait(number).code
