@@ -455,3 +455,18 @@ def test_what_was_asked_of_a_worker_that_ends_has_its_reply(driven: Driven) -> N
 
     assert Code.GONE == reply.code
     assert 0 == driven.worker.process.wait(10)
+
+
+def test_a_file_that_becomes_shorter_pauses_the_disk(driven: Driven, images: list[Path]) -> None:
+    """If another program truncates the image, the disk pauses with a sentence, and goes on when it is resumed."""
+    driven.connect(f"aio:{images[0]}")
+    os.truncate(images[0], 4096)
+    request = driven.begin_write(b"d" * 4096)
+    paused = driven.worker.expect(lambda it: isinstance(it, messages.Standing) and bool(it.trouble))
+    driven.frontend.wait([request])
+    driven.worker.ask(messages.Resume())
+    driven.frontend.write(0, b"e" * 4096)
+
+    assert f"{images[0]} has become shorter: it has 4096 of" in paused.trouble
+    assert "" == driven.worker.stand().trouble
+    assert (4096, b"e" * 4096) == (images[0].stat().st_size, images[0].read_bytes())

@@ -116,17 +116,18 @@ def test_a_worker_ends_whoever_waits_for_its_times(driven: Driven) -> None:
 def test_a_measurement_leaves_no_timer_behind() -> None:
     """Once a measurement has ended, requests go through the chain as before, without its timers."""
     with closing(Machine()) as machine:
-        chain, times = machine.open("log:|ram:1M", checked=False), list[str | None]()
+        chain, times = machine.open("log:|ram:1M", checked=False), list[str]()
         rewired: list[bool] = []
         stages: Any = SimpleNamespace(opened=lambda: chain, rewired=lambda of: rewired.append(of.submit == before))
         before = chain.submit
-        measuring = Measuring(machine.reactor)
-        measuring.begin(stages, 3600, times.append)
+        channel: Any = SimpleNamespace(reply=lambda _number, _code, data: times.append(data))
+        measuring = Measuring(machine.reactor, channel)
+        measuring.begin(stages, 3600, 1)
         measuring.end()
         chain.close()
 
     assert [False, True] == rewired
-    assert 2 == len(json.loads(times[0] or ""))
+    assert 2 == len(json.loads(times[0]))
 
 
 def test_the_end_of_one_waits_for_nothing(driven: Driven, tmp_path: Path) -> None:

@@ -132,3 +132,8 @@ def _fitting(standing: messages.Standing) -> messages.Standing:
     while len(standing.layers) > 1 and len(codec.encode(standing)) > DATAGRAM_MAX:
         standing = replace(standing, layers=standing.layers[: len(standing.layers) // 2])
     return standing
+
+
+def fits(data: str) -> bool:
+    """Return whether a reply with these data fits into one datagram."""
+    return len(codec.encode(messages.Reply(0, Code.OK, data=data))) <= DATAGRAM_MAX

@@ -30,7 +30,7 @@ from xenbackend.protocol.codes import Code
 from xenbackend.protocol.messages import Stage
 from xenbackend.walls.raising import Raised, Walls
 from xenbackend.worker import birth
-from xenbackend.worker.channel import DATAGRAM_MAX, Channel, plain
+from xenbackend.worker.channel import Channel, fits, plain
 from xenbackend.worker.disk import is_locked
 from xenbackend.worker.measuring import Measuring
 from xenbackend.worker.opener import QUESTION_S, OpenerGone, RemoteOpener
@@ -59,8 +59,7 @@ class Worker:
         self._under_way: messages.Order | None = None  # the last order that changes something, until it is carried out
         self._failure, self._errno, self._is_mistake = "", 0, False  # of that order
         self._exchange = ""  # the chain that is being put in
-        self._measuring = Measuring(self._reactor)
-        self._to_measure: set[int] = set()  # ids of `Measure` that have to begin and wait for their turn
+        self._measuring = Measuring(self._reactor, self._channel)
         self._pausing: list[int] = []  # ids of `Pause`, until nothing is in flight
         self._has_ended = False
         self.walls = Raised()  # which ones are up; set before `run`
@@ -250,20 +249,13 @@ class Worker:
         if isinstance(ask.question, messages.Command) or ask.question == messages.Measure(0):
             run(steps)
         elif isinstance(ask.question, messages.Measure):
-            self._to_measure.add(ask.id)
-            self._line.add(self._in_turn(ask.id, steps))
+            self._line.add(self._measuring.in_turn(ask.id, steps))
         elif isinstance(ask.question, messages.Swap | messages.Branch) and (reason := self._what_excludes()):
             self._channel.reply(ask.id, Code.BUSY, reason)
             if opener is not None:
                 opener.close()
         else:
             self._line.add(steps)
-
-    def _in_turn(self, number: int, steps: Steps[None]) -> Steps[None]:
-        """Begin a measurement, unless it was ended, and answered, before its turn."""
-        if number in self._to_measure:
-            self._to_measure.discard(number)
-            yield from steps
 
     def _what_excludes(self) -> str:
         """Return a sentence about why the chain must not be exchanged now; empty if it may be."""
@@ -325,10 +317,10 @@ class Worker:
             case messages.Command() as question:
                 return self._control(stages, question)
             case messages.Measure(milliseconds=0):
-                self._end_measuring()
+                self._measuring.end_all()
                 return "[]"
             case messages.Measure() as question:
-                self._measuring.begin(stages, question.milliseconds / 1000, partial(self._measured, ask.id))
+                self._measuring.begin(stages, question.milliseconds / 1000, ask.id)
                 return None
         return ""
 
@@ -357,24 +349,9 @@ class Worker:
             if problem.errno in _MISTAKES:
                 raise ConfigError(str(problem)) from problem
             raise
-        if not _fits(data):
+        if not fits(data):
             raise ConfigError(f"an answer of {len(data)} bytes is too large; ask for less")
         return data
-
-    def _end_measuring(self) -> None:
-        """End the measurement under way, and those that wait for their turn, such as behind an exchange that hangs."""
-        waiting, self._to_measure = self._to_measure, set()
-        self._measuring.end()
-        for number in waiting:
-            self._channel.reply(number, Code.OK, data="[]")
-
-    def _measured(self, number: int, times: str | None) -> None:
-        if times is None:
-            self._channel.reply(number, Code.GONE, "the disk's worker was ended before the measurement was done")
-        elif _fits(times):
-            self._channel.reply(number, Code.OK, data=times)
-        else:
-            self._channel.reply(number, Code.FAILED, "the chain has too many layers to tell their times in one answer")
 
     def _give_up(self, ask: messages.Ask, sentence: str) -> None:
         """End the process, so that a successor tries again: no chain could be opened."""
@@ -405,10 +382,6 @@ def _take_name_of(vbd: str) -> None:
     """Name this process after its disk, for others that say who uses an image."""
     with suppress(KernelError, ConfigError):  # nothing depends on it
         process.rename(f"{users.WORKER}{parse_disk(vbd)}")
-
-
-def _fits(data: str) -> bool:
-    return len(codec.encode(messages.Reply(0, Code.OK, data=data))) <= DATAGRAM_MAX
 
 
 def _of_bug(bug: Exception) -> str:
