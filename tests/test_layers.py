@@ -159,8 +159,8 @@ HOMES = {
         "worker/main",
         "worker/zygote",
     ),  # processes of their own
-    # the chain and the store take it as an argument; a file waits for its lock before anything is served, and a service
-    # that may serve nothing before it ends
+    # the chain and the store take it as an argument; a file and the control socket wait for their lock before anything is
+    # served, and a service that may serve nothing before it ends
     "time.sleep": (
         "bench/",
         "block/chain",
@@ -169,6 +169,7 @@ HOMES = {
         "embedded/",
         "opener/connecting",
         "rig/",
+        "supervisor/service/listening",
         "supervisor/service/main",
         "supervisor/xenstore/store",
         "worker/files",
