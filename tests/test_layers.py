@@ -159,8 +159,8 @@ HOMES = {
         "worker/main",
         "worker/zygote",
     ),  # processes of their own
-    # the chain and the store take it as an argument; a file and the control socket wait for their lock before anything is
-    # served, and a service that may serve nothing before it ends
+    # the chain and the store take it as an argument; a file and the control socket wait for their lock before anything
+    # is served, and a service that may serve nothing before it ends
     "time.sleep": (
         "bench/",
         "block/chain",
