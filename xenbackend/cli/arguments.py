@@ -32,14 +32,14 @@ class Help(argparse.HelpFormatter):
     """Finds the terminal's width itself: argparse makes a formatter for every option, and imports shutil for that."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, width=_columns() - 2)  # argparse leaves two free, too
+        super().__init__(prog, width=columns() - 2)  # argparse leaves two free, too
 
 
 class LinesHelp(Help, argparse.RawDescriptionHelpFormatter):
     """Leaves a description's lines as they are."""
 
 
-def _columns() -> int:
+def columns() -> int:
     """Return the columns that shutil.get_terminal_size would."""
     with suppress(KeyError, ValueError):
         if (columns := int(os.environ["COLUMNS"])) > 0:

@@ -13,6 +13,7 @@ from xenbackend.block.drivers import UNBUILT, driver_names, find_driver, manual,
 from xenbackend.block.options import describe_options
 from xenbackend.cli import output
 from xenbackend.cli.arguments import add_json
+from xenbackend.cli.columns import print_manual
 from xenbackend.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def drivers(arguments: argparse.Namespace) -> int:
         except LookupError as error:
             raise ConfigError(str(error)) from error
         if not arguments.json:
-            print(manual(driver))
+            print_manual(manual(driver))
             return 0
     rows = [_describe(name) for name in ([arguments.name] if arguments.name else driver_names())]
     if arguments.json:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from xenbackend.cli import waiting
+from xenbackend.cli.columns import print_rows
 from xenbackend.cli.histogram import Histogram
 from xenbackend.cli.output import print_json
 from xenbackend.client import LayerTimes, Measured, Times
@@ -18,6 +19,7 @@ from xenbackend.errors import printable
 from xenbackend.units import format_duration, format_size
 
 _HEAD = ("layer", "operation", "requests", "mean size", "mean", "50 % <", "99 % <")
+FIGURES = range(2, len(_HEAD))  # aligned right
 
 
 def run(args: argparse.Namespace) -> int:
@@ -31,7 +33,10 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json({"order": measured.order, "vbd": vbd, **measured.values, "layers": values(measured.layers)})
     else:
-        print("\n".join(lines(vbd, measured)))
+        before, rows, behind = parts(vbd, measured)
+        print(before)
+        print_rows(rows, [(place,) for place in range(len(_HEAD))], folds=0, right=FIGURES)
+        print(behind)
     return 0
 
 
@@ -60,15 +65,11 @@ def _values(times: Times) -> dict[str, Any]:
     return {"requests": histogram.samples, "bytes": times.bytes, **histogram.as_json()}
 
 
-def lines(vbd: str, measured: Measured) -> Iterator[str]:
-    """Yield a line about the disk, and a line for each operation of each layer, in columns."""
-    yield f"{vbd}  {printable(measured.chain)}"
+def parts(vbd: str, measured: Measured) -> tuple[str, list[tuple[str, ...]], str]:
+    """Return a line about the disk, a row for each operation of each layer below the headings, and a remark."""
     rows = [_HEAD, *(row for each in measured.layers for row in _rows(each))]
-    widths = [max(len(row[place]) for row in rows) for place in range(len(_HEAD))]
-    for row in rows:
-        left = [word.ljust(width) for word, width in zip(row[:2], widths, strict=False)]
-        yield "  ".join([*left, *(word.rjust(width) for word, width in zip(row[2:], widths[2:], strict=True))])
-    yield f"measured for {measured.seconds:g} s; a layer's time has that of the layers below it in it"
+    remark = f"measured for {measured.seconds:g} s; a layer's time has that of the layers below it in it"
+    return f"{vbd}  {printable(measured.chain)}", rows, remark
 
 
 def _rows(layer: LayerTimes) -> Iterator[tuple[str, ...]]:

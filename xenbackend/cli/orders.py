@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
 from typing import Any
 
 from xenbackend.cli.arguments import add_json, add_socket
+from xenbackend.cli.columns import print_rows
 from xenbackend.cli.output import print_json
 from xenbackend.client import Client
 from xenbackend.errors import printable
@@ -18,6 +18,7 @@ from xenbackend.protocol.codes import Code
 from xenbackend.units import format_duration, format_time
 
 HEADINGS = ("order", "began", "took", "by", "disk", "what", "ended", "from -> to")
+_STACKS = ((0, 6), (4, 5), (1, 2), (3, 7))  # of the headings, on a terminal
 Entry = dict[str, Any]
 
 
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         for entry in entries:
             print("\n".join(f"{key + ':':8}{value}" for key, value in details(entry) if value))
     else:
-        _print_lines([HEADINGS, *(words(each) for each in entries)])
+        print_rows([HEADINGS, *(words(each) for each in entries)], _STACKS)
     return 0
 
 
@@ -99,9 +100,3 @@ def _who(who: dict[str, Any]) -> str:
         return "-"
     command = printable(str(who.get("command", ""))) or "?"
     return f"{command}[{who.get('pid', '?')}],uid={who.get('uid', '?')}"
-
-
-def _print_lines(rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(len(row[place]) for row in rows) for place in range(len(HEADINGS))]
-    for row in rows:
-        print("  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip())

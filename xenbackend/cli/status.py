@@ -12,6 +12,7 @@ from typing import Any
 
 from xenbackend.cli import pictures
 from xenbackend.cli.arguments import add_json, add_socket
+from xenbackend.cli.columns import lines
 from xenbackend.cli.output import print_json
 from xenbackend.cli.pictures import Speed
 from xenbackend.client import Disk
@@ -100,9 +101,7 @@ def _print_lines(args: argparse.Namespace) -> None:
     while True:
         now = time.time()
         rows = [list(COLUMNS), *(line(*row, now) for row in pictures.arranged(args, before, after))]
-        widths = [max(len(row[place]) for row in rows) for place in range(len(COLUMNS))]
-        for row in rows:
-            print("  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip())
+        print("\n".join(lines(rows)))
         sys.stdout.flush()
         if args.watch is None:
             return

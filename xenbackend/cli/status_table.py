@@ -9,7 +9,7 @@ import argparse
 import time
 from typing import TYPE_CHECKING
 
-from xenbackend.cli import pictures
+from xenbackend.cli import columns, pictures
 from xenbackend.cli.pictures import Picture, Speed
 from xenbackend.client import Disk
 from xenbackend.errors import printable
@@ -73,12 +73,7 @@ def frame(args: argparse.Namespace, before: Picture, after: Picture, room: int |
 
 def table(rows: list[tuple[Disk, Speed]]) -> Table:
     """Return the table, which fits into 80 columns: related values are stacked in one cell."""
-    from rich.table import Table
-
-    made = Table(box=None, padding=(0, 2, 0, 0))
-    for heading in ("disk\nguest", "state\nworker", "reads", "writes", "mean\n99%", "errors"):
-        made.add_column(heading, no_wrap=True)
-    made.add_column("chain", overflow="fold", ratio=1)
+    made = columns.table(("disk\nguest", "state\nworker", "reads", "writes", "mean\n99%", "errors", "chain"))
     now = time.time()
     for known, moved in rows:
         made.add_row(*_cells(known, moved, now))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from xenbackend.cli import pictures, top_rows
 from xenbackend.cli.arguments import add_json, add_socket
+from xenbackend.cli.columns import print_rows
 from xenbackend.cli.output import print_json
 from xenbackend.cli.pictures import Picture
 from xenbackend.cli.top_rows import History, Row, View
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 ANSWER_S = 5.0
 _HOLD_S = 3600.0  # longest wait for a key while a picture is held
 COLUMNS = ("disk", "guest", "state", "r/s", "w/s", "rB/s", "wB/s", "queue", "mean-us", "p99-us", "errors", "chain")
+_STACKS = ((0, 1), (2, 7), (3, 5), (4, 6), (8, 9), (10,), (11,))  # of them, on a terminal without a screen
 _INTERVALS = (1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 
 
@@ -247,13 +249,9 @@ def _print(args: argparse.Namespace, view: View) -> None:
 
 
 def _print_lines(rows: list[Row], view: View) -> None:
-    cells = [list(COLUMNS), *map(_cells, rows)]
-    widths = [max(len(row[place]) for row in cells) for place in range(len(COLUMNS))]
-    below: list[list[str]] = [[], *(top_rows.layers(row) if view.with_layers else [] for row in rows)]
-    for row, layers in zip(cells, below, strict=True):
-        print("  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip())
-        for place, layer in enumerate(layers):
-            print(f"  {place}  {layer}")
+    layers = [top_rows.layers(row) if view.with_layers else [] for row in rows]
+    below = [[f"  {place}  {layer}" for place, layer in enumerate(each)] for each in layers]
+    print_rows([COLUMNS, *map(_cells, rows)], _STACKS, below=[[], *below])
 
 
 def _cells(row: Row) -> list[str]:
