@@ -6,7 +6,17 @@ from random import Random
 
 import pytest
 
-from xenbackend.block.grammar import MAX_CHAIN, MAX_LAYERS, Item, Layer, format_chain, format_item, format_layer, parse
+from xenbackend.block.grammar import (
+    MAX_CHAIN,
+    MAX_LAYERS,
+    Item,
+    Layer,
+    format_chain,
+    format_file,
+    format_item,
+    format_layer,
+    parse,
+)
 from xenbackend.errors import ChainError
 
 AIO = Layer("aio", (Item("/img"),))
@@ -109,3 +119,12 @@ def test_limits_are_exact() -> None:
         parse(longest + "x")
     with pytest.raises(ChainError, match="at most 32"):
         parse(deepest + "|log:")
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [("a=b", "./a=b"), ("a=b/c", "./a=b/c"), ("a/b=c", "a/b=c"), ("/a=b", "/a=b"), ("a,b", r"a\,b"), ("a", "a")],
+)
+def test_a_file_that_looks_like_an_option_is_written_with_a_path(path: str, text: str) -> None:
+    """Of the text of a layer nobody takes a relative file name such as ``a=b`` for an option."""
+    assert f"aio:{text},cache=on" == format_file("aio", path, "cache=on")

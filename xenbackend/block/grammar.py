@@ -91,6 +91,12 @@ def format_layer(name: str, *items: str) -> str:
     return f"{name}:{','.join(written)}"
 
 
+def format_file(name: str, path: str, *options: str) -> str:
+    """Return the text of a layer whose first item is a file; a relative name of the form ``name=value`` gets a path."""
+    is_like_an_option = "=" in path.partition("/")[0]
+    return format_layer(name, f"./{path}" if is_like_an_option else path, *options)
+
+
 def format_item(item: str) -> str:
     """Return the text of an item after the first one, such as ``key=value``, escaped."""
     return _SPECIAL.sub(r"\\\g<0>", item)

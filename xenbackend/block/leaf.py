@@ -93,7 +93,7 @@ def child_of(layers: Sequence[OpenLayer], path: str, image_format: str) -> tuple
     texts = []
     for places in ([], _places_for(files, layer.driver.options, parent_path)):
         options = _options(child_format, places, parent_format, layer.driver.options)
-        texts.append(grammar.format_layer(child_format.driver, path, *options))
+        texts.append(grammar.format_file(child_format.driver, path, *options))
     return parent, texts[0], texts[1]
 
 

@@ -59,7 +59,8 @@ def option(text: str, *, default: Any = MISSING, target: bool = False) -> Any:
         default: the value if the chain does not name the option; must not be mutable.
         target: the option is the driver's first item, whatever that contains. If it has a default it may be left out,
             and a first item that looks like another option is that option: ``log:track=off`` names no file. If it is
-            a file, a misspelt option is refused: ``log:trakc=off`` would create a file of that name.
+            a file, nothing of the form ``name=value`` is one, since ``log:trakc=off`` would create a file of that
+            name. A file whose name has such a form is named with a slash before the sign: ``./name=value``.
     """
     return field(default=default, metadata={"help": text, "target": target})
 
@@ -137,17 +138,19 @@ def _is_left_out(options: type, target: str, first: str) -> bool:
 
 
 def _check_target(options: type, target: str, layer: Layer, first: Item, chain: str) -> None:
-    """Refuse a misspelt option in the place of a file that may be left out. Raises: ChainError."""
+    """Refuse what is an option, known or not, in the place of the target. Raises: ChainError."""
     key, sign, _ = first.text.partition("=")
     kinds = _kinds(options)
-    may_be_left_out = any(each.name == target and each.default is not MISSING for each in fields(options))
-    if not sign or not may_be_left_out or kinds[target].noun != FILE.noun:
+    is_file = kinds[target].noun == FILE.noun
+    if not sign or "/" in key or kinds[target] is _PLAIN[str]:
         return
     length = first.value_start - 1 - first.start
     if key == target:
         raise ChainError(f"{layer.name}: write {key} first and without {key}=", chain, first.start, length)
-    if "/" not in first.text and nearest(key, set(kinds) - {target}):
-        problem = f"{_unknown(layer.name, key, kinds, target)} For a file write ./{first.text}"
+    if is_file and key in kinds:
+        raise ChainError(_missing(options, layer.name, target), chain, first.start, length)
+    if is_file:
+        problem = _unknown(layer.name, key, kinds, target, f"; a file of that name is ./{first.text}")
         raise ChainError(problem, chain, first.start, length)
 
 
@@ -179,18 +182,22 @@ def _parse_value(kind: Kind, driver: str, name: str, text: str, chain: str, star
         raise ChainError(f"{driver}: option {name}: {error}", chain, start, end - start) from None
 
 
-def _unknown(driver: str, key: str, kinds: Mapping[str, Kind], target: str) -> str:
+def _unknown(driver: str, key: str, kinds: Mapping[str, Kind], target: str, aside: str = "") -> str:
     known = [name for name in kinds if name != target]
     has = f"it knows {', '.join(known)}" if known else "it has none"
-    return f"{driver}: unknown option {key!r}; {has}{nearest(key, known)}"
+    return f"{driver}: unknown option {key!r}; {has}{aside}{nearest(key, known)}"
+
+
+def _missing(options: type, driver: str, name: str) -> str:
+    text = next(each.metadata["help"] for each in fields(options) if each.name == name)
+    return f"{driver}: the {name} is missing: {text}"
 
 
 def _build(options: type, values: dict[str, Any], layer: Layer, chain: str) -> Any:
     length = layer.end - layer.start
     for each in fields(options):
         if each.name not in values and each.default is MISSING:
-            problem = f"{layer.name}: the {each.name} is missing: {each.metadata['help']}"
-            raise ChainError(problem, chain, layer.start, length)
+            raise ChainError(_missing(options, layer.name, each.name), chain, layer.start, length)
     try:
         return options(**values)
     except ValueError as error:

@@ -119,7 +119,7 @@ def hint_for(path: str) -> str:
 
 def layer_of(look: Look, path: str) -> str:
     """Return the layer that serves a file, empty if no driver does."""
-    return grammar.format_layer(look.driver, path) if look.driver else ""
+    return grammar.format_file(look.driver, path) if look.driver else ""
 
 
 def open_to_look(path: str) -> int:
@@ -203,8 +203,8 @@ def _advice(name: str, kind: _Kind, path: str) -> str:
         name=name,
         file=file,
         new=shlex.quote(printable(new)),
-        layer=printable(grammar.format_layer(FORMATS["qcow2"].driver, new)),
-        raw=printable(grammar.format_layer(FORMATS["raw"].driver, path)),
+        layer=printable(grammar.format_file(FORMATS["qcow2"].driver, new)),
+        raw=printable(grammar.format_file(FORMATS["raw"].driver, path)),
         command=kind.command.format(file=file, unpacked=shlex.quote(printable(_unpacked(path)))),
     )
 

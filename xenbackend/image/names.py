@@ -83,7 +83,7 @@ def find_image(text: str, formats: tuple[str, ...] = tuple(WRITTEN)) -> Image:
 
 def image_of_file(image_format: str, path: str, *options: str) -> Image:
     """Return the image in a file whose format is known."""
-    return find_image(grammar.format_layer(FORMATS[image_format].driver, path, *options))
+    return find_image(grammar.format_file(FORMATS[image_format].driver, path, *options))
 
 
 def at_another_path(image: Image, path: str) -> Image:
