@@ -141,6 +141,7 @@ class StepEnv:
     resumes: bool = False
     continues: bool = False
     serves: bool = True
+    is_check: bool = False
     is_draft: bool = False
     files: Any = field(default_factory=LocalOpener)
     facts: dict[str, str] = field(default_factory=dict)

@@ -5,17 +5,24 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.helpers_block import image
+from xenbackend.block.chain import open_chain, parse_chain
 from xenbackend.cli import check
 from xenbackend.cli.main import main
 from xenbackend.errors import ChainError, ConfigError, DriverError
 from xenbackend.kernel import blockdev
+from xenbackend.loop.reactor import Reactor
+from xenbackend.worker.env import EnvFactory
+from xenbackend.worker.files import HostFiles
 
 
 def run(*words: str) -> int:
@@ -24,6 +31,15 @@ def run(*words: str) -> int:
     check.register(parser.add_subparsers())
     arguments = parser.parse_args(["check", *words])
     return int(arguments.run(arguments))
+
+
+def served(text: str) -> None:
+    """Open and close a chain as a worker that no guest needs."""
+    reactor = Reactor()
+    files = HostFiles(reactor)
+    open_chain(parse_chain(text), EnvFactory(reactor, files, serves=True), read_only=False).close()
+    files.close()
+    reactor.close()
 
 
 def test_a_chain_is_explained_layer_by_layer(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -91,15 +107,91 @@ def test_what_is_wrong_is_raised_for_the_operator(tmp_path: Path) -> None:
         run(f"aio:{tmp_path}/none")
 
 
-def test_the_help_names_the_files_that_a_check_leaves(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """`check` opens a record as the service does and leaves its two files behind; the help says so."""
-    assert run(f"log:{tmp_path}/rec|null:1M") == 0
-    assert {"rec", "rec.1"} == {path.name for path in tmp_path.iterdir()}
-    capsys.readouterr()
-    with pytest.raises(SystemExit):
-        run("--help")
+FILES = {
+    "cow": "cow:{0}/new|aio:{0}/img",
+    "checksum": "checksum:{0}/new|aio:{0}/img",
+    "log": "log:{0}/new|aio:{0}/img",
+    "cache": "cache:{0}/new,size=1M|aio:{0}/img",
+    "writeback": "cache:{0}/new,size=1M,mode=writeback|aio:{0}/img",
+    "two": "log:{0}/new|cow:{0}/other|aio:{0}/img",
+}
 
-    assert "log:FILE leaves FILE and FILE.1 behind" in " ".join(capsys.readouterr().out.split())
+
+@pytest.mark.parametrize("chain", FILES.values(), ids=FILES)
+def test_a_check_creates_no_file(chain: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A file that a worker would create is named, also in JSON, and not created; an empty one stays empty."""
+    image(tmp_path / "img")
+    text = chain.format(tmp_path)
+    wanted = [f"{tmp_path}/{name}" for name in (["other"] * ("other" in text) + ["new"] + ["new.1"] * ("log:" in text))]
+
+    assert run(text) == run("--json", text) == 0
+    told, values = capsys.readouterr().out.split("{", 1)
+    assert ["img"] == os.listdir(tmp_path)
+    assert [f"creates: {each}, when the disk is attached" in told for each in wanted] == [True] * len(wanted)
+    assert wanted == json.loads("{" + values)["creates"]
+    (tmp_path / "new").touch()
+    assert run("--json", text) == 0
+    assert f"{tmp_path}/new" not in json.loads(capsys.readouterr().out)["creates"]
+    assert 0 == (tmp_path / "new").stat().st_size
+
+
+@pytest.mark.parametrize("chain", FILES.values(), ids=FILES)
+def test_a_check_changes_no_file(chain: str, tmp_path: Path) -> None:
+    """No file gets other content or another time of change, which other layers take for a change of the image."""
+    image(tmp_path / "img")
+    text = chain.format(tmp_path)
+    served(text)
+    before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()}
+
+    assert 2 <= len(before)
+    assert run(text) == run(f"aio:{tmp_path}/img") == 0
+    assert before == {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()}
+    assert run(text) == 0
+
+
+def test_a_check_leaves_what_another_writer_has_to_say(tmp_path: Path) -> None:
+    """Opening an image for writing ends its dirty bitmaps, and checksums of a changed image; a check does neither."""
+    made = tmp_path / "q"
+    assert 0 == main(["image", "create", "qcow2", str(made), "1M"])
+    with made.open("r+b") as file:
+        file.seek(88)  # the last byte of the autoclear bits: there are bitmaps
+        file.write((1).to_bytes(8, "big"))
+    text = f"checksum:{tmp_path}/sums|aio:{image(tmp_path / 'img')}"
+    served(text)
+    os.utime(tmp_path / "img", ns=(time.time_ns() + 60 * 10**9,) * 2)
+    before = made.read_bytes(), (tmp_path / "sums").read_bytes()
+
+    assert run(f"qcow2:{made}") == run(text) == 0
+    assert before == (made.read_bytes(), (tmp_path / "sums").read_bytes())
+
+
+def test_whether_a_file_could_be_created(tmp_path: Path) -> None:
+    """A check fails where the service would: no directory, no such file system, no room for what is reserved."""
+    image(tmp_path / "img")
+    with pytest.raises(DriverError, match=f"cannot be created, as there is no directory {tmp_path}/no; make it first"):
+        run(f"cow:{tmp_path}/no/new|aio:{tmp_path}/img")
+    with pytest.raises(DriverError, match="option file"):
+        run(f"cow:/proc/new|aio:{tmp_path}/img")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
+        with pytest.raises(DriverError, match="File too large"):
+            run(f"cow:{tmp_path}/new|null:64G")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+
+
+@pytest.mark.parametrize("chain", ["aio:img", "log:rec|aio:/img", "luks:key=k|aio:/img", "cow:./a=b|aio:/img"])
+def test_a_relative_file_is_refused_as_by_attach(chain: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """`check` refuses what `attach` refuses, with the same sentence and status: the service has another directory."""
+    assert 2 == main(["attach", "5/xvdb", chain])
+    theirs = capsys.readouterr().err
+    assert 2 == main(["check", chain])
+
+    assert theirs == capsys.readouterr().err
+    assert "relative to the service's working directory; write the whole path, such as /" in theirs
 
 
 def test_an_image_is_free_after_a_check(tmp_path: Path) -> None:

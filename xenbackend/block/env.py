@@ -27,6 +27,7 @@ class Env(Protocol):
     resumes: bool  # the guest may have written before this opening, so a fresh `memory` is missing those writes
     continues: bool  # a guest was served through this same layer before, even if none of its memories is left
     serves: bool  # a guest is served through the layer; else a check of the chain or a command uses it
+    is_check: bool  # the layer is opened and closed again, without a request; `files` change nothing meanwhile
     is_draft: bool  # the image is being made: if that is interrupted, only what was flushed will be read again
     files: Files
     facts: dict[str, str]  # what the layer has reported so far (`report`)

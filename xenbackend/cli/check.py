@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from xenbackend.block.chain import Chain, open_chain, parse_chain
 from xenbackend.block.order import remarks, words_of
-from xenbackend.block.spec import ChainSpec
+from xenbackend.block.spec import ChainSpec, check_whole_paths
 from xenbackend.cli import output
 from xenbackend.cli.arguments import add_json
 from xenbackend.errors import ChainError, ConfigError, printable
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 _HELP = "open a chain and explain it layer by layer"
 _DESCRIPTION = (
-    "Open a chain as a worker would, explain it layer by layer, and close it. Files that opening creates are created "
-    "here too: log:FILE leaves FILE and FILE.1 behind, cow:FILE leaves FILE."
+    "Open a chain as a worker would, explain it layer by layer, and close it. Nothing is changed. Files that a worker "
+    "would create are named, and it is tried whether they could be created."
 )
 
 
@@ -50,14 +50,17 @@ def check(arguments: argparse.Namespace) -> int:
     """Open, explain and close the chain. Raises: ChainError, ConfigError, DriverError."""
     meant = disk.read(arguments.chain, running_xen()) if arguments.disk else None
     spec = parse_chain(meant.chain) if meant else _parse(arguments.chain)
-    facts = open_once(spec, read_only=arguments.read_only or bool(meant and meant.is_read_only))
+    check_whole_paths(spec)
+    facts, missing = open_once(spec, read_only=arguments.read_only or bool(meant and meant.is_read_only))
     notes = remarks(words_of(spec.layers))
     if arguments.json:
         layers = [output.layer_values(asdict(each)) for each in facts]
         line = {"vdev": meant.vdev, "line": meant.line} if meant else {}
-        output.print_json({"chain": spec.text, "layers": layers, "notes": notes, **line}, indent=2)
+        output.print_json({"chain": spec.text, "layers": layers, "notes": notes, "creates": missing, **line}, indent=2)
     else:
         _print_table(spec.text, facts)
+        for path in missing:
+            print(f"creates: {printable(path)}, when the disk is attached")
         for note in notes:
             print(f"note: {note}")
         if meant:
@@ -79,22 +82,28 @@ def _parse(text: str) -> ChainSpec:
         ) from None
 
 
-def open_once(spec: ChainSpec, *, read_only: bool) -> list[LayerFacts]:
-    """Open a chain as a worker would, close it, and return what each layer reported. Raises: DriverError."""
+def open_once(spec: ChainSpec, *, read_only: bool) -> tuple[list[LayerFacts], list[str]]:
+    """Open a chain as a worker would, and close it, without changing anything.
+
+    Returns: what each layer reported, and the files that a worker would create. Raises: DriverError.
+    """
     from xenbackend.loop.reactor import Reactor
+    from xenbackend.opener.local import LocalOpener
     from xenbackend.worker.env import EnvFactory
     from xenbackend.worker.files import HostFiles
 
     reactor = Reactor()
-    files = HostFiles(reactor)
+    opener = LocalOpener(creates=False)
+    files = HostFiles(reactor, opener, changes=False)
     try:
-        chain = open_chain(spec, EnvFactory(reactor, files), read_only=read_only)
+        chain = open_chain(spec, EnvFactory(reactor, files, is_check=True), read_only=read_only)
         try:
-            return layer_facts(chain)
+            return layer_facts(chain), opener.missing
         finally:
             chain.close()
     finally:
         files.close()
+        opener.close()
         reactor.close()
 
 

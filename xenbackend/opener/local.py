@@ -61,8 +61,11 @@ class LocalOpener:
         settings: returns the places in which the settings allow parents; called when an image names another file.
         trusts: follow images wherever they lead to, as an administrator has said.
         scratch: returns the directory of unnamed files. Such a file exists only while it is open.
+        creates: create record files that do not exist. If not, an unnamed file in the same directory stands for such a
+            file, and for an empty one, which is a new one, too: so whatever fails there would have failed.
 
     `followed`: if it trusts images, those that led to other files, in order.
+    `missing`: if it does not create files, those that it would have created, in order.
     """
 
     def __init__(
@@ -71,14 +74,18 @@ class LocalOpener:
         *,
         trusts: bool = False,
         scratch: Callable[[], str] = scratch_of_settings,
+        creates: bool = True,
     ) -> None:
         self._settings = settings
         self._scratch = scratch
         self._trusts = trusts
+        self._creates = creates
         self.followed: list[Followed] = []
+        self.missing: list[str] = []
         self._fds: dict[str, int] = {}  # O_PATH, by name
         self._uses: Counter[str] = Counter()  # how often it is held, by name
         self._found: set[str] = set()  # names that images led to: they stay what they were
+        self._stand_ins: set[str] = set()  # names of record files that are not created
 
     def hold(self, path: str) -> None:
         """Make a name mean one file: the one that it leads to now, or the one that `find` has found.
@@ -87,7 +94,7 @@ class LocalOpener:
         """
         if path == UNNAMED:
             self._have_unnamed()
-        elif path not in self._found:
+        elif path not in self._found | self._stand_ins:
             self._keep(path, steps.hold(path))
         self._uses[path] += 1
 
@@ -110,11 +117,15 @@ class LocalOpener:
         if path == UNNAMED:
             self._have_unnamed()
             return steps.reopen(self._fds[path], path, write=True)
-        held = steps.hold_record(path, create=True)
+        held = steps.hold_record(path, create=True) if self._creates else self._hold_or_stand_in(path)
         try:
             return steps.reopen(held, path, write=True)
         finally:
             os.close(held)
+
+    def is_stand_in(self, path: str) -> bool:
+        """Return whether an unnamed file stands for a record file."""
+        return path in self._stand_ins
 
     def connect(self, endpoint: Endpoint, place: int, after: After, *, keeps: bool) -> socket.socket:  # noqa: ARG002 - the same
         """Return a socket connected to a server. Here there is no former connection, and no successor.
@@ -160,7 +171,7 @@ class LocalOpener:
     def release(self, path: str) -> None:
         """End one `hold` of a name; after the last one it may mean another file."""
         self._uses[path] -= 1
-        if self._uses[path] <= 0 and path in self._fds:
+        if self._uses[path] <= 0 and path in self._fds and path not in self._stand_ins:
             os.close(self._fds.pop(path))
             self._found.discard(path)
 
@@ -208,10 +219,26 @@ class LocalOpener:
         self._fds.clear()
         self._uses.clear()
         self._found.clear()
+        self._stand_ins.clear()
 
     def _have_unnamed(self) -> None:
         if UNNAMED not in self._fds:
             self._fds[UNNAMED] = steps.hold_unnamed(self._scratch())
+
+    def _hold_or_stand_in(self, path: str) -> int:
+        """Return a descriptor of a record file, or of the one that stands for it, which is made if necessary."""
+        if path not in self._stand_ins:
+            try:
+                held = steps.hold_record(path, create=False)
+            except FileNotFoundError:
+                self.missing.append(path)
+            else:
+                if os.fstat(held).st_size:
+                    return held
+                os.close(held)
+            self._keep(path, steps.hold_stand_in(path))
+            self._stand_ins.add(path)
+        return os.dup(self._fds[path])
 
     def _facts(self, fd: int, path: str) -> Facts:
         return steps.look(fd, self._scratch() if path == UNNAMED else path)

@@ -40,12 +40,38 @@ def hold_record(path: str, *, create: bool) -> int:
     """
     if create and not os.path.lexists(path):
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        os.close(os.open(path, flags, 0o600))
+        try:
+            os.close(os.open(path, flags, 0o600))
+        except FileNotFoundError:
+            _check_directory(path)
+            raise
     fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise DriverError(f"{path} is not a regular file", path=path)
     return fd
+
+
+def hold_stand_in(path: str) -> int:
+    """Return an O_PATH descriptor of a new, empty file without a name, where `hold_record` would make a file.
+
+    Raises: DriverError, OSError, as for the file itself.
+    """
+    try:
+        return _unnamed(os.path.split(path)[0] or ".")
+    except OSError as error:
+        error.filename = path
+        if error.errno == errno.ENOENT:
+            _check_directory(path)
+        raise
+
+
+def _check_directory(path: str) -> None:
+    """Refuse a file to be created whose directory does not exist. Raises: DriverError."""
+    directory = os.path.split(path)[0] or "."
+    if not os.path.lexists(directory):
+        problem = f"{printable(path)} cannot be created, as there is no directory {printable(directory)}; make it first"
+        raise DriverError(problem, path=path, errno=errno.ENOENT)
 
 
 def hold_unnamed(directory: str) -> int:
@@ -57,11 +83,18 @@ def hold_unnamed(directory: str) -> int:
     if not directory:
         raise DriverError("no directory for unnamed files is configured; see the setting scratch", errno=errno.EACCES)
     try:
+        return _unnamed(directory)
+    except OSError as error:
+        problem = f"cannot make an unnamed file in {printable(directory)}, the directory of the setting scratch"
+        raise DriverError(f"{problem}: {error.strerror}", path=directory, errno=error.errno or errno.EIO) from error
+
+
+def _unnamed(directory: str) -> int:
+    try:
         fd = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
-            problem = f"cannot make an unnamed file in {printable(directory)}, the directory of the setting scratch"
-            raise DriverError(f"{problem}: {error.strerror}", path=directory, errno=error.errno or errno.EIO) from error
+            raise
         import tempfile  # late: most file systems can make one, and a look at an image should import little
 
         fd, name = tempfile.mkstemp(prefix=".xenbackend-", dir=directory)

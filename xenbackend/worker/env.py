@@ -45,6 +45,7 @@ class WorkerEnv:
         self.resumes = factory.resumes
         self.continues = factory.continues and factory.is_first
         self.serves = factory.serves
+        self.is_check = factory.is_check
         self.is_draft = factory.is_draft
         self.files = factory.files
         self.facts: dict[str, str] = {}  # what the layer reported
@@ -130,6 +131,7 @@ class EnvFactory:
         resumes: a guest may have written through an earlier worker.
         continues: an earlier worker served a guest through the chain that is opened first.
         serves: a guest is served.
+        is_check: the chain is only opened and closed, with `files` that change nothing.
         is_draft: the image is being made, as `Env` says.
     """
 
@@ -149,12 +151,14 @@ class EnvFactory:
         resumes: bool = False,
         continues: bool = False,
         serves: bool = False,
+        is_check: bool = False,
         is_draft: bool = False,
     ) -> None:
         self.reactor = reactor
         self.files = files
         self.resumes, self.continues = resumes, continues
         self.serves = serves
+        self.is_check = is_check
         self.is_draft = is_draft
         self._memories = dict(memories or {})
         self._keep = keep

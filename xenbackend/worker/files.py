@@ -14,7 +14,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -68,6 +68,9 @@ class Opener(Protocol):
     def open_record(self, path: str) -> int:
         """As `block.driver.Files.open_record`."""
 
+    def is_stand_in(self, path: str) -> bool:
+        """Return whether an unnamed file stands for this one, which an opener that changes nothing has not created."""
+
     def look(self, path: str) -> Facts:
         """As `block.driver.Files.look`."""
 
@@ -105,6 +108,8 @@ class HostFiles:
         whole: refuse an image that ends inside a sector, which only a reader can open.
         names_users: say who uses an image that is in use. That looks at every process: not for callers that ask often.
         disk: a number that no other disk has, for `kernel.locks.take`.
+        changes: if False, no file is changed: what is written by `File`'s own methods is dropped, except for files that
+            stand for others (`Opener.is_stand_in`), and a file's times are as before.
     """
 
     def __init__(
@@ -119,6 +124,7 @@ class HostFiles:
         whole: bool = False,
         names_users: bool = True,
         disk: int = -1,
+        changes: bool = True,
     ) -> None:
         self._own: LocalOpener | None = None
         if opener is None:
@@ -132,6 +138,7 @@ class HostFiles:
         self._whole = whole
         self._names_users = names_users
         self._disk = disk
+        self._changes = changes
         self._queues: list[IoQueue] = []
         self._spares = Spares()
         self.on_short: Callable[[str], None] | None = None  # gets a sentence: see `Image`
@@ -157,20 +164,23 @@ class HostFiles:
             fd, facts = self._spare(path, access) or self._open(path, access)
             with ExitStack() as opened:
                 opened.callback(os.close, fd)
-                medium = blockdev.examine(
-                    fd, path, read_only=read_only, ends_anywhere=step > 0, sector_size=sector_size,
-                    discard_granularity=facts.discard_granularity,
-                )  # fmt: skip
+                drops = not (self._changes or opener.is_stand_in(path))
+                with _as_before(fd) if drops else nullcontext():
+                    medium = blockdev.examine(
+                        fd, path, read_only=read_only, ends_anywhere=step > 0, sector_size=sector_size,
+                        discard_granularity=facts.discard_granularity,
+                    )  # fmt: skip
                 if self._whole:
                     blockdev.refuse_part_of_a_sector(medium, path)
                 os.set_blocking(fd, True)  # else asynchronous I/O would end with EAGAIN instead of waiting
                 if self._lock(fd, path, access):
                     if step and not (read_only or medium.is_device):
                         size = round_up(medium.size, step)
-                        os.ftruncate(fd, size)
-                        medium = replace(medium, size=size, end=size)
+                        if not drops:
+                            os.ftruncate(fd, size)
+                        medium = replace(medium, size=size, end=medium.end if drops else size)
                     image = self._choose(fd, medium, direct=direct, blocking=blocking)
-                    image.path, image.on_short = path, self.on_short
+                    image.path, image.on_short, image.drops = path, self.on_short, drops
                     opened.pop_all()
                     self._changed[path] = facts.mtime_ns
                     held.callback(self._changed.pop, path, None)
@@ -327,3 +337,15 @@ class HostFiles:
         except KernelError:
             return None
         return queue
+
+
+@contextmanager
+def _as_before(fd: int) -> Iterator[None]:
+    """Give a file its times back: the attempt to punch a hole behind its end changes them on some file systems."""
+    times = os.fstat(fd)
+    try:
+        yield
+    finally:
+        if os.fstat(fd).st_mtime_ns != times.st_mtime_ns:
+            with suppress(OSError):
+                os.utime(fd, ns=(times.st_atime_ns, times.st_mtime_ns))

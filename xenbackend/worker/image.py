@@ -43,6 +43,7 @@ class Image:
     path      its name, for sentences; empty if that is not known
     is_short  another program has made the file shorter since it was opened
     on_short  gets a sentence about that, in the loop, once
+    drops     `write_at`, `sync` and `grow` leave the file as it is; set by a check of a chain, in which nothing is served
     """
 
     how = "blocking calls"
@@ -52,6 +53,7 @@ class Image:
     ) -> None:
         self.fd = fd
         self.path = ""
+        self.drops = False
         self.medium = medium
         self.size = medium.size
         self.sector_size = medium.sector_size
@@ -145,12 +147,16 @@ class Image:
         """Write all of `data`, blocking. Raises: OSError; EINVAL where the file would grow."""
         if offset + len(data) > self.size:
             raise OSError(errno.EINVAL, "a write past the end of an image")
+        if self.drops:
+            return
         with self._named(f"write of {len(data)} bytes at {offset}"):
             self._check_there(offset + len(data))
             self._write_blocks(offset, [memoryview(data)], len(data))
 
     def sync(self) -> None:
         """Make everything durable, blocking. Raises: OSError."""
+        if self.drops:
+            return
         with self._named("flush"):
             self._sync()
 
@@ -193,6 +199,9 @@ class Image:
         start = (size - len(tail)) // step * step
         if size % step or start < self.size:
             raise OSError(errno.EINVAL, "direct I/O cannot make the file end there")
+        if self.drops:
+            self.size = size
+            return
         self._check_there(self._end)
         if tail:
             block = memoryview(mmap.mmap(-1, size - start))

@@ -62,6 +62,10 @@ class NoOpener:
         """Refuse it."""
         raise _refusal(path)
 
+    def is_stand_in(self, path: str) -> bool:
+        """See `worker.files.Opener`: a worker's files are created."""
+        return False
+
     def open_record(self, path: str) -> int:
         """Refuse it."""
         raise _refusal(path)
@@ -151,6 +155,10 @@ class RemoteOpener:
         except InUse as found:
             return found
         raise OpenerGone
+
+    def is_stand_in(self, path: str) -> bool:
+        """See `worker.files.Opener`: a worker's files are created."""
+        return False
 
     def open_record(self, path: str) -> int:
         """Return a descriptor of a record file, which is made if it is not there. Raises: DriverError, OSError."""

@@ -128,7 +128,7 @@ class Cache(Filter):
         geometry = super().open(env)
         if self.options.mode == WRITEBACK:
             return self._open_back(env, geometry)
-        if not env.serves:
+        if not (env.serves or env.is_check):
             self._requests = self._through(None)
             return geometry
         try:

@@ -56,7 +56,7 @@ Example:
     cow:|qcow2:/srv/images/template.qcow2
 
 Limits:
-    FILE must be a regular file, and not a symbolic link. Anything that opens the chain creates it, including
+    FILE must be a regular file, and not a symbolic link. Anything that opens the chain creates it, except for
     `xenbackend check`. A chain that is only read has no unnamed file, and shows the content of the layer below. If a
     chain has two layers without FILE, the upper one is written to. The directory of unnamed files needs space for what
     guests write: when it is full, their disks pause.
