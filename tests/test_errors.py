@@ -59,6 +59,11 @@ def test_chain_error_always_has_a_caret() -> None:
     assert "       ^" == caret
 
 
+def test_a_chain_without_text_has_no_caret() -> None:
+    """If there is no chain to show, the sentence stands alone."""
+    assert "the chain is empty" == str(ChainError("the chain is empty", " ", position=0))
+
+
 def test_chain_error_points_at_the_place_whatever_stands_before_it() -> None:
     """Wide or invisible characters before the mistake do not displace the caret, and are not printed raw."""
     chain = "aio:日本\n\x1b[2J,frob=1"

@@ -43,6 +43,8 @@ class ChainError(ConfigError):
         self.length = length
 
     def __str__(self) -> str:
+        if not self.chain.strip():
+            return printable(self.problem)
         start, end = self.position, self.position + self.length
         caret = " " * _columns(self.chain[:start]) + "^" * max(1, _columns(self.chain[start:end]))
         return f"{printable(self.problem)}\n  {printable(self.chain)}\n  {caret}"
