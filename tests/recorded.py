@@ -8,7 +8,7 @@ disk with requests in flight that do not overlap, and says what the disk may hol
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
@@ -16,6 +16,7 @@ from random import Random
 from tests.helpers_block import StepEnv, content, flush, read, write
 from xenbackend.block.chain import Chain, open_chain, parse_chain
 from xenbackend.block.driver import Complete, Found
+from xenbackend.block.places import Places
 from xenbackend.block.request import Op, Request
 from xenbackend.opener.local import LocalOpener
 from xenbackend.protocol.opening import Facts
@@ -86,18 +87,18 @@ class RecordedFile:
         return 0
 
     def read_mapped(
-        self, batch: list[Request], places: Mapping[int, int], bits: int
+        self, batch: list[Request], places: Places
     ) -> tuple[list[Request], list[tuple[Request, int]], list[Request]]:
         """See `HostFile`: some of these reads are done at once, some are late."""
         done, late, rest = list[Request](), list[tuple[Request, int]](), list[Request]()
         for request in batch:
-            place, inside = places.get(request.offset >> bits), request.offset % (1 << bits)
-            if place is None or request.op != Op.READ or inside + request.length > 1 << bits:
+            place = places.find(request.offset, request.length)
+            if place < 0 or request.op != Op.READ:
                 rest.append(request)
             elif self.fails(request) or self.chance.random() < 0.5:
-                late.append((request, place + inside))
+                late.append((request, place))
             else:
-                found = self.read_at(place + inside, request.length)
+                found = self.read_at(place, request.length)
                 for view in request.iov:
                     view[:], found = found[: len(view)], found[len(view) :]
                 request.status = 0

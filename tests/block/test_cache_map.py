@@ -7,7 +7,6 @@ from random import Random
 import pytest
 
 from tests.helpers_block import StepEnv
-from xenbackend.block import cache_map
 from xenbackend.block.cache_map import WAYS, CacheMap
 
 
@@ -31,7 +30,8 @@ def test_it_is_a_dictionary_that_forgets() -> None:
         block = chance.randrange(200)
         slot = known.find(block)
         assert slot < 0 or content[slot] == block
-        assert all(known.find(each) == place - 8192 >> 12 for each, place in list(known.places.items()))
+        places = [known.places.find(each << 12, 4096) for each in range(204)]
+        assert all(place < 0 or known.find(each) == place - 8192 >> 12 for each, place in enumerate(places))
         match chance.randrange(3):
             case 0:
                 known.drop(block, block + 3)
@@ -97,7 +97,7 @@ def test_a_block_that_is_found_again_and_again_stays(way: str) -> None:
     """A block that is found again and again is kept, although a lookup by its cached place does not mark it as used."""
     known = _map(StepEnv(), WAYS, b"t")
     for block in range(200):
-        if way == "by looking for it" or 0 not in known.places:
+        if way == "by looking for it" or known.places.find(0, 4096) < 0:
             known.find(0)
         _use(known, block)
 
@@ -113,17 +113,7 @@ def test_a_slot_that_is_given_to_another_block_is_no_place_of_the_former_one() -
     known.restore(slot, 2)
 
     assert (-1, slot) == (known.find(1), known.find(2))
-    assert [2] == list(known.places)
-
-
-def test_places_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The number of cached places is limited, however many blocks a cache holds."""
-    monkeypatch.setattr(cache_map, "_MOST_PLACES", 10)
-    known = _map(StepEnv(), 64, b"t")
-    for block in range(64):
-        known.put(known.take(block), block)
-        assert known.find(block) >= 0
-        assert 0 < len(known.places) <= 10
+    assert [-1, 8192 + (slot << 12)] == [known.places.find(block << 12, 4096) for block in (1, 2)]
 
 
 def test_what_was_cleared_has_no_place() -> None:
@@ -133,7 +123,7 @@ def test_what_was_cleared_has_no_place() -> None:
     assert known.find(1) >= 0
     known.clear()
 
-    assert ({}, -1) == (known.places, known.find(1))
+    assert (-1, -1) == (known.places.find(4096, 4096), known.find(1))
 
 
 @pytest.mark.parametrize("slots", [1, 7, 8, 1000])

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests import places
+from xenbackend.block.places import Places
 from xenbackend.block.request import PENDING, Op, Request
 from xenbackend.loop.reactor import Reactor
 from xenbackend.worker.cached import _runs
@@ -149,7 +150,10 @@ def test_what_memory_has_is_read_through_a_map_of_blocks(reactor: Reactor, *, di
     inside, across = request_of(Op.READ, 3 * 8192 + 4096, pieces=4), request_of(Op.READ, 3 * 8192 + 4096, 8192)
     behind = request_of(Op.READ, 5 * 8192)
     rest = [request_of(Op.WRITE, 3 * 8192), across, request_of(Op.READ, 4 * 8192), request_of(Op.FLUSH, 0, 0)]
-    done, late, left = image.read_mapped([rest[0], inside, *rest[1:], behind], {3: 40960, 5: len(CONTENT), 0: 0}, 13)
+    known = Places((len(CONTENT) >> 13) + 1, 13, 0)
+    for block, slot in ((3, 5), (5, len(CONTENT) >> 13), (0, 0)):
+        known.put(block, slot)
+    done, late, left = image.read_mapped([rest[0], inside, *rest[1:], behind], known)
     path.unlink()
     image.close()
     files.close()

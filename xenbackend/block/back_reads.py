@@ -37,7 +37,7 @@ class BackReads(BackIO):
 
     def read_found(self, batch: list[Request]) -> list[Request]:
         """Execute reads within a block that `map.places` has, as most hits are; return the other requests."""
-        done, late, rest = self._file.read_mapped(batch, self.map.places, self._bits)
+        done, late, rest = self._file.read_mapped(batch, self.map.places)
         if done:
             self._in_a_row = 0
             self._back += done

@@ -13,11 +13,11 @@ from array import array
 from collections.abc import Sequence
 
 from xenbackend.block.driver import Env
+from xenbackend.block.places import Places
 from xenbackend.units import PAGE
 
 WAYS = 8
 _TOKEN = 48  # bytes, at the beginning
-_MOST_PLACES = 1 << 16  # 130 bytes each
 
 
 class CacheMap:
@@ -28,7 +28,6 @@ class CacheMap:
 
         The slots follow one another in the file from byte `data_at` on, and have `block` bytes each.
         """
-        self._block, self._data_at = block, data_at
         self._sets = max(1, slots // WAYS)
         self.slots = self._sets * WAYS
         self._memory = env.memory("map", PAGE + 8 * self.slots)
@@ -36,7 +35,7 @@ class CacheMap:
         self._used = bytearray(self.slots)  # by slot: 1 if it was used since the hand passed
         self._hands = bytearray(self._sets)  # by set: the way that is examined next for replacement
         self.pins = array("I", bytes(4 * self.slots))  # by slot: the number of its uses at the moment
-        self.places: dict[int, int] = {}  # by block: its byte in the file; an index of recently found blocks
+        self.places = Places(self.slots, block.bit_length() - 1, data_at)  # of blocks that were found lately
         token = token.ljust(_TOKEN, b"\0")[:_TOKEN]
         if self._memory[:_TOKEN] != token:
             self.clear()
@@ -50,9 +49,7 @@ class CacheMap:
         except ValueError:
             return -1
         self._used[slot] = 1
-        if len(self.places) >= _MOST_PLACES:
-            self.places.clear()
-        self.places[block] = self._data_at + slot * self._block
+        self.places.put(block, slot)
         return slot
 
     def drop(self, first: int, last: int) -> None:
@@ -63,7 +60,7 @@ class CacheMap:
             row = tags[start : start + WAYS].tolist()
             if block + 1 in row:
                 tags[start + row.index(block + 1)] = 0
-                self.places.pop(block, None)
+                self.places.drop(block)
 
     def clear(self) -> None:
         """Remove all entries."""
@@ -97,7 +94,7 @@ class CacheMap:
                 self._hands[number] = hand
                 return slot
             self._used[slot] = 0
-            self.places.pop(self._tags[slot] - 1, None)  # so that its next use calls `find`
+            self.places.drop(self._tags[slot] - 1)  # so that its next use calls `find`
 
     def put(self, slot: int, block: int) -> None:
         """Enter that a slot returned by `take` has a block, unless another slot has got it meanwhile."""
@@ -111,7 +108,7 @@ class CacheMap:
         self._give(slot, block + 1)
 
     def _give(self, slot: int, tag: int) -> None:
-        self.places.pop(self._tags[slot] - 1, None)
+        self.places.drop(self._tags[slot] - 1)
         self._tags[slot] = tag
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from xenbackend.block.keys import Derivation
+from xenbackend.block.places import Places
 from xenbackend.block.request import Complete, Request
 from xenbackend.block.servers import Account, After, Endpoint
 
@@ -73,14 +74,13 @@ class HostFile(File, Protocol):
     """A file of the host."""
 
     def read_mapped(
-        self, batch: list[Request], places: Mapping[int, int], bits: int
+        self, batch: list[Request], places: Places
     ) -> tuple[list[Request], list[tuple[Request, int]], list[Request]]:
         """Do those reads of a batch that lie in one block each whose place in the file is known.
 
         Args:
             batch: of the owner, who gets it back by this return, and not by `complete`.
-            places: where blocks are, by their number; in bytes.
-            bits: a block has 2 to the power of this many bytes.
+            places: where blocks are.
 
         Returns: reads that the host's memory had, with status 0; those that take longer, with their places; what lies
         in no such block, or is no read, in its order. These two as they were.

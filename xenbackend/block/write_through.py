@@ -47,10 +47,13 @@ class WriteThrough:
     def submit(self, batch: list[Request]) -> None:
         """Take requests as a driver does: read hits from FILE, pass on the rest, and store in FILE what comes back."""
         if self.map is not None:
-            done, late, batch = self._file.read_mapped(batch, self.map.places, self._bits)  # type: ignore[union-attr]  # there is a map
+            done, late, batch = self._file.read_mapped(batch, self.map.places)  # type: ignore[union-attr]  # there is a map
             self._hits += len(done) + len(late)
             if done:
                 self._in_a_row = 0
+                if not (late or batch):  # the common case
+                    self._driver.complete(done)
+                    return
                 self._back += done
             for request, place in late:
                 self._read_from(request, place - DATA_AT >> self._bits, place, request.length, request.iov)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Mapping
 from itertools import pairwise
 
+from xenbackend.block.places import Places
 from xenbackend.block.request import Op, Request
 from xenbackend.worker.image import MAX_IOVECS, Image
 
@@ -48,32 +48,30 @@ class CachedImage(Image):
             self.complete(done)
 
     def read_mapped(
-        self, batch: list[Request], places: Mapping[int, int], bits: int
+        self, batch: list[Request], places: Places
     ) -> tuple[list[Request], list[tuple[Request, int]], list[Request]]:
         """See `block.driver.HostFile`. This loop runs for every read of a cache."""
         if self.is_short:
             return super().read_mapped(batch, places, bits)
         preadv, fd, flags = os.preadv, self.fd, self._read_flags
-        get, inside_mask, block = places.get, (1 << bits) - 1, 1 << bits
-        done: list[Request] = []
+        bits, start, stop, shifts = places.bits, places.start, places.stop, places.shifts
+        count, block, inside = len(shifts), 1 << bits, (1 << bits) - 1
         late: list[tuple[Request, int]] = []
         rest: list[Request] = []
         for request in batch:
             offset, length = request.offset, request.length
-            place = get(offset >> bits)
-            inside = offset & inside_mask
-            if place is None or request.op or inside + length > block:  # Op.READ is 0: as in `_do_each`
+            place = offset + shifts[(offset >> bits) % count]  # as `Places.find`, without its call
+            if request.op or not start <= place < stop or (offset & inside) + length > block:  # Op.READ is 0
                 rest.append(request)
                 continue
             try:
-                if preadv(fd, request.iov, place + inside, flags) == length:
+                if preadv(fd, request.iov, place, flags) == length:
                     request.status = 0
-                    done.append(request)
                     continue
             except OSError:  # not in the page cache, or an error, which the caller gets when it submits the read
                 pass
-            late.append((request, place + inside))
-        return done, late, rest
+            late.append((request, place))
+        return [request for request in batch if not request.status] if late or rest else batch, late, rest
 
     def _do_each(self, batch: list[Request]) -> list[Request]:
         """Execute each request that a single call completes, and return the others. Nearly all requests end here."""

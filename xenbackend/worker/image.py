@@ -10,12 +10,13 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
 from xenbackend.block.driver import Complete
+from xenbackend.block.places import Places
 from xenbackend.block.request import Op, Request, clear
 from xenbackend.errors import XenbackendError, printable
 from xenbackend.kernel import blockdev
@@ -89,19 +90,17 @@ class Image:
             request.status = error.errno or errno.EIO
 
     def read_mapped(
-        self, batch: list[Request], places: Mapping[int, int], bits: int
+        self, batch: list[Request], places: Places
     ) -> tuple[list[Request], list[tuple[Request, int]], list[Request]]:
         """See `block.driver.HostFile`: past the page cache nothing is there at once."""
-        get, inside_mask, block = places.get, (1 << bits) - 1, 1 << bits
         late: list[tuple[Request, int]] = []
         rest: list[Request] = []
         for request in batch:
-            place = get(request.offset >> bits)
-            inside = request.offset & inside_mask
-            if place is None or request.op or inside + request.length > block:  # Op.READ is 0
+            place = places.find(request.offset, request.length)
+            if place < 0 or request.op:  # Op.READ is 0
                 rest.append(request)
             else:
-                late.append((request, place + inside))
+                late.append((request, place))
         return [], late, rest
 
     def start(self, request: Request) -> None:

@@ -1,0 +1,44 @@
+"""An index of blocks that were found in a cache's file lately, for `HostFile.read_mapped`.
+
+Must not be asked what the file has: a block that is not in here may be there all the same.
+"""
+
+from __future__ import annotations
+
+from array import array
+
+_LEAST = 1 << 16  # entries; blocks whose numbers differ by a multiple of their count share one
+_NOWHERE = -1 << 62  # an entry for no block: it leads outside the slots, too
+
+
+class Places:
+    """Where blocks are, by `shifts`, which have for a block how many bytes further it is in the file than on the disk.
+
+    An entry does not say which of the blocks that share it it is for. For all others it leads outside the slots, from
+    byte `start` to `stop` of the file, since there are at least as many entries as slots.
+    """
+
+    __slots__ = ("bits", "shifts", "start", "stop")
+
+    def __init__(self, slots: int, bits: int, start: int) -> None:
+        """Begin with no block. The `slots` follow one another from byte `start` on; each has 2**`bits` bytes."""
+        self.bits, self.start, self.stop = bits, start, start + (slots << bits)
+        self.shifts = array("q", [_NOWHERE]) * max(_LEAST, slots)
+
+    def put(self, block: int, slot: int) -> None:
+        """Enter that a slot has a block."""
+        self.shifts[block % len(self.shifts)] = self.start + ((slot - block) << self.bits)
+
+    def drop(self, block: int) -> None:
+        """Remove the entry for a block, or for another one that shares it."""
+        self.shifts[block % len(self.shifts)] = _NOWHERE
+
+    def clear(self) -> None:
+        """Remove all entries."""
+        self.shifts = array("q", [_NOWHERE]) * len(self.shifts)
+
+    def find(self, offset: int, length: int) -> int:
+        """Return the byte in the file where these bytes of the disk are, or -1, also if they are of several blocks."""
+        place = offset + self.shifts[(offset >> self.bits) % len(self.shifts)]
+        is_one = offset >> self.bits == (offset + length - 1) >> self.bits
+        return place if is_one and self.start <= place < self.stop else -1
