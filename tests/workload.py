@@ -24,10 +24,12 @@ ALL = (*[BLKIF_OP_READ, BLKIF_OP_WRITE] * 8, BLKIF_OP_FLUSH_DISKCACHE, BLKIF_OP_
 DIRECT = 8 * BLKIF_MAX_SEGMENTS_PER_REQUEST  # sectors
 
 
-def make_model(seed: int, sectors: int, max_count: int = DIRECT, *, can_discard: bool = True) -> DiskModel:
-    """Return the model of a disk of zeros, for every operation that it can do."""
+def make_model(
+    seed: int, sectors: int, max_count: int = DIRECT, *, can_discard: bool = True, first: int = 0
+) -> DiskModel:
+    """Return the model of a disk for every operation that it can do; `first` is its content, by default zeros."""
     operations = ALL if can_discard else tuple(each for each in ALL if each != BLKIF_OP_DISCARD)
-    return DiskModel(seed, sectors, Random(seed), operations=operations, max_count=max_count)
+    return DiskModel(seed, sectors, Random(seed), operations=operations, max_count=max_count, first=first)
 
 
 class Load:

@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tests.chaos.engines import KINDS, missing
 from tests.chaos.host import ChaosError, Host
 from tests.chaos.orders import Tally
-from tests.chaos.plan import ACTIONS, ENGINE_ACTIONS, ORDERS, VERBS, Step, next_step
+from tests.chaos.plan import ACTIONS, ENGINE_ACTIONS, ORDERS, UNNAMED_VERBS, VERBS, Step, next_step
 from tests.stamp import stamp
 
 ERRORS, UNTRUE = "errors that guests saw", "untrue replies"
@@ -164,7 +164,8 @@ def _figures(
 def _orders(tally: Tally) -> dict[str, Any]:
     """Return which orders were given, how they ended, and what administrators were told that is not true."""
     by_verb = {
-        verb: {code: n for (each, code), n in tally.ended.items() if each == verb} for verb in (*VERBS, "resume")
+        verb: {code: n for (each, code), n in tally.ended.items() if each == verb}
+        for verb in (*VERBS, *UNNAMED_VERBS, "resume")
     }
     return {
         "orders": tally.ended.total(),

@@ -82,7 +82,7 @@ def _serve(args: argparse.Namespace, disk: Disk, clock: Clock, is_over: list[int
     frontend.connect()
     frontend._idle = lambda timeout_s: _sleep(frontend, timeout_s)  # xenstore may be away from now on
     _say(event="connected", disk=asdict(disk))
-    model = make_model(args.seed, disk.sectors, can_discard=frontend.facts.can_discard)
+    model = make_model(args.seed, disk.sectors, can_discard=frontend.facts.can_discard, first=disk.first)
     load = Load(frontend, model, PATIENCE_S, clock.tick)
     while not is_over:
         load.run(ROUND)

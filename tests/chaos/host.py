@@ -26,12 +26,14 @@ from tests import luks_images, places
 from tests.chaos.engines import KINDS, Cluster, NbdServers
 from tests.chaos.guest import ANSWERED, BEGUN, LAST, SETTLED
 from tests.chaos.orders import Desk
-from tests.chaos.plan import ORDERS, Disk, Step, disks, is_ordered_of
+from tests.chaos.plan import LUKS, ORDERS, Disk, Step, content, disks, has_unnamed, is_ordered_of
 from xenbackend.block.spec import parse_chain
 from xenbackend.embedded.machine import Machine
 from xenbackend.errors import XenbackendError
 from xenbackend.image.compare import compare
 from xenbackend.image.create import create
+from xenbackend.image.names import image_of_file
+from xenbackend.rig.pattern import make
 from xenbackend.supervisor.xenstore.paths import VbdPath
 
 PATIENCE_S = 60.0  # for anything that must happen eventually
@@ -72,7 +74,7 @@ class GuestProcess:
                 sys.executable, "-m", "tests.chaos.guest",
                 "--directory", str(machine.directory), "--store", store, "--frontend", self.path.frontend,
                 "--disk", json.dumps(asdict(disk)), "--clock", str(clock), "--content", str(self.content),
-                "--domid", str(self.domid), "--seed", str(seed * 100 + number),
+                "--domid", str(self.domid), "--seed", str(guest_seed(seed, number)),
             ],
             stdout=subprocess.PIPE,
             text=True,
@@ -142,7 +144,9 @@ class Host:
         with ExitStack() as undo:
             directory = undo.enter_context(places.directory(places.MEMORY))
             self.log = directory / "service.log"
-            self.machine = undo.enter_context(Machine(log=self.log))
+            settings = directory / "settings.toml"
+            settings.write_text(f'scratch = "{directory}"\n')
+            self.machine = undo.enter_context(Machine(log=self.log, config=settings))
             if self._engine:
                 engines = undo.enter_context(KINDS[self._engine](directory / "engine"))
                 self._add(engines)
@@ -150,6 +154,9 @@ class Host:
             else:
                 plan = disks(directory, self._slow, _make_image)[: self._count]
             for number, disk in enumerate(plan):
+                if disk.first:  # what only `cow:` has must not look like what is below
+                    image = Path(disk.chain.rpartition(":")[2])
+                    image.write_bytes(make(guest_seed(self._seed, number), 0, [disk.first] * disk.sectors))
                 guest = GuestProcess(self.machine, directory, number, disk, self._seed)
                 undo.callback(_end, guest.process)
                 self.guests.append(guest)
@@ -179,8 +186,14 @@ class Host:
         return sum(int(each["counters"].get("missed_wakeups", 0)) for each in self._ask({"verb": "status"}))
 
     def finish(self) -> list[dict[str, Any]]:
-        """Have the guests verify their disks and end; return the last event of each. Raises: ChaosError."""
+        """Have the guests verify their disks and end; return the last event of each. Raises: ChaosError.
+
+        Unnamed files get a name first: otherwise they would be gone before they are compared.
+        """
         self.desk.finish()
+        for guest in self.guests:
+            if has_unnamed(self.desk.chain(guest.vbd) or guest.disk.chain):
+                self.desk.keep(guest)
         for guest in self.guests:
             guest.process.terminate()
         ends = [guest.hear() for guest in self.guests]
@@ -192,9 +205,8 @@ class Host:
 
     def _compare(self, guest: GuestProcess, chain: str) -> None:
         """Check that a chain has the content that the guest read from its disk at the end."""
-        *filters, last = chain.split("|")  # without the filters that may break requests
-        source = "|".join([*(each for each in filters if each.startswith("luks:")), last])
-        differs_at = compare(parse_chain(source), parse_chain(f"aio:{guest.content}"), lambda *_: None).differs_at
+        stored, seen = parse_chain(content(chain)), parse_chain(f"aio:{guest.content}")
+        differs_at = compare(stored, seen, lambda *_: None).differs_at
         if differs_at is not None:
             self.desk.tally.lies.append(
                 f"{guest.vbd}: {chain} is in service, and differs at {differs_at} from its disk"
@@ -336,9 +348,17 @@ class Host:
         self.machine.store.reconnect()
 
 
+def guest_seed(seed: int, number: int) -> int:
+    """Return the seed of a guest's data."""
+    return seed * 100 + number
+
+
 def _make_image(kind: str, file: Path) -> None:
-    if kind == "luks":
-        file.write_bytes(luks_images.luks2(luks_images.Made(bytes(4 << 20))))
+    if kind in LUKS:
+        raw = file if LUKS[kind] == "aio" else file.with_suffix(".raw")
+        raw.write_bytes(luks_images.luks2(luks_images.Made(bytes(4 << 20))))
+        if raw != file:  # over the encrypted image, which so becomes a parent
+            create(LUKS[kind], str(file), None, parent=image_of_file("raw", str(raw)))
         return
     create(kind, str(file), 4 << 20)
 

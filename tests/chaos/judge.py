@@ -14,7 +14,7 @@ from xenbackend.block.policy import Policy
 from xenbackend.protocol.answers import Answer
 from xenbackend.protocol.codes import Code
 
-EXCHANGES = ("set", "snapshot", "resize")  # orders that may change the chain
+EXCHANGES = ("set", "snapshot", "resize", "keep")  # orders that may change the chain
 REMEMBERED = 100  # characters of a sentence that the ledger keeps in any case
 _TICK_S = 0.05  # the start of a process is known to a hundredth of a second
 
@@ -117,7 +117,9 @@ def _of_success(told: Told, data: dict[str, Any], entry: Entry, after: Truth) ->
             is_true = data["chain"] == request["chain"] == entry["to"]
         case "snapshot" if request["file"].startswith("@"):  # the image's own, which changes no chain
             is_true = data["chain"] == entry["from"]
-        case "snapshot":
+        case "drop":  # a guest uses the disk
+            is_true = False
+        case "snapshot" | "keep":
             is_true = request["file"] in data["chain"] and data["chain"] == entry["to"]
         case "resize":
             is_true = data["chain"] == entry["from"] == entry["to"]

@@ -19,11 +19,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
+from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
 from tests.chaos.judge import Entry, Told, Truth, untrue
-from tests.chaos.plan import MOST_SNAPSHOTS, Manner, Wish, next_wishes
+from tests.chaos.plan import MOST_SNAPSHOTS, Manner, Wish, has_unnamed, next_wishes
 from xenbackend.errors import XenbackendError
 from xenbackend.protocol.client import ServiceError, give_order
 from xenbackend.protocol.codes import Code
@@ -90,13 +91,28 @@ class Desk:
         if vbd in self._rounds and self._rounds[vbd].done():
             self._rounds.pop(vbd).result()
 
+    def keep(self, guest: GuestProcess) -> None:
+        """Have a disk's unnamed file get a name. Raises: AssertionError, if that is refused while all is well."""
+        request = {"file": str(self._new_image(guest))}
+        self._carry_out(guest, self._before(guest), [[Wish("keep", request, Manner.PATIENT, 0.0, 0.0)]])
+        assert not has_unnamed(self.chain(guest.vbd)), f"{guest.vbd}: its unnamed file gets no name"
+
     def _round(self, guest: GuestProcess, random: Random) -> None:
+        before = self._before(guest)
+        may_grow = self._snapshots[guest.vbd] < MOST_SNAPSHOTS
+        wishes = next_wishes(random, guest.disk, before.chain, self._new_image(guest), may_grow=may_grow)
+        self._carry_out(guest, before, wishes)
+
+    def _before(self, guest: GuestProcess) -> Truth:
+        return self._truths.get(guest.vbd) or self._look(guest.vbd, self._policy(guest.vbd))
+
+    def _new_image(self, guest: GuestProcess) -> Path:
+        return guest.images / f"{guest.vbd.replace('/', '-')}-{next(self._images)}.img"
+
+    def _carry_out(self, guest: GuestProcess, before: Truth, wishes: list[list[Wish]]) -> None:
+        """Give the orders of one round, and judge the answers; there is a list for each administrator."""
         vbd = guest.vbd
-        before = self._truths.get(vbd) or self._look(vbd, self._policy(vbd))
         known = {each["number"] for each in self._entries(vbd)}
-        image = guest.images / f"{vbd.replace('/', '-')}-{next(self._images)}.img"
-        may_grow = self._snapshots[vbd] < MOST_SNAPSHOTS
-        wishes = next_wishes(random, guest.disk, before.chain, image, may_grow=may_grow)
         parts = [self._pool.submit(self._administer, guest, each) for each in wishes]
         told = [each for part in parts for each in part.result(2 * PATIENCE_S)]
         entries = [each for each in self._ended(vbd) if each["number"] not in known]

@@ -15,14 +15,15 @@ from typing import Any
 from tests import luks_images
 
 SECTORS = 8192  # of a guest's disk: 4 MiB, so that requests meet each other
+LUKS = {"luks": "aio", "qcow2.luks": "qcow2"}  # kinds of encrypted images, and which driver is below `luks:`
 
 
 @dataclass(frozen=True, slots=True)
 class Disk:
     """One guest's disk, and how its frontend uses it."""
 
-    chain: str
-    other: str  # a chain with the same content, put in its place and back
+    chain: str  # at first
+    other: str  # over the same source; `set` takes its filters out and puts them in, and those that only `chain` has
     sectors: int = SECTORS
     protocol: str = "x86_64-abi"
     ring_order: int = 0
@@ -30,6 +31,7 @@ class Disk:
     persistent: bool = True
     indirect: int = 0
     discard: bool = True
+    first: int = 0  # generation of its sectors at first (`rig.pattern`); unless it is 0, the image below is raw
 
     @property
     def is_timed(self) -> bool:
@@ -41,30 +43,45 @@ Make = Callable[[str, Path], None]  # makes an image of a format
 
 
 def disks(directory: Path, slow: Path, make: Make) -> list[Disk]:
-    """Return eight disks, no two alike: images in memory (`directory`) and on a disk (`slow`), made by `make`."""
+    """Return eight disks, no two alike: images in memory (`directory`) and on a disk (`slow`), made by `make`.
+
+    Among their chains is each filter: those that hold data, or a key, all the time, the others now and then.
+    """
 
     def image(kind: str, name: str, place: Path) -> str:
         file = place / f"{name}.{kind}"
         make(kind, file)
-        if kind == "luks":
-            return f"luks:key={luks_images.key_file(file.with_suffix('.key'))}|aio:{file}"
-        return f"{'aio' if kind == 'raw' else kind}:{file}"
+        if kind in LUKS:
+            layer, driver = f"luks:key={luks_images.key_file(file.with_suffix('.key'))}|", LUKS[kind]
+        else:
+            layer, driver = "", "aio" if kind == "raw" else kind
+        return f"{layer}{driver}:{file}"
 
     full = "fault:op=write,errno=ENOSPC,skip=99,every=701"  # the policy pauses and tries again: the guest sees no error
     bad = "fault:op=read,errno=EIO,skip=99,every=907"
     bases = {name: image(kind, name, place) for name, kind, place in (
-        ("plain", "raw", directory), ("direct", "raw", slow), ("logged", "luks", directory), ("full", "raw", directory),
-        ("bad", "raw", directory), ("vhd", "vhd", directory), ("qcow2", "qcow2", directory), ("old", "raw", slow),
+        ("deep", "qcow2.luks", directory), ("summed", "raw", slow), ("logged", "luks", directory),
+        ("full", "raw", directory), ("bad", "raw", directory), ("vhd", "vhd", directory), ("qcow2", "qcow2", directory),
+        ("own", "raw", slow),
     )}  # fmt: skip
+    group = "throttle:iops=4000,bps=80M,group=two"
+    deep = f"cache:{slow}/deep.cache,size=1M,mode=writeback|{bases['deep']}"
+    summed = f"checksum:{slow}/summed.sums|{bases['summed']}"
+    late = f"cache:{directory}/bad.cache,size=2M,mode=writeback,destage=4M|{bad}|offset:start=1M|{bases['bad']}"
+    own = f"cow:{slow}/own.cow,block=8K|{bases['own']}"
     return [
-        Disk(bases["plain"], f"cache:{slow}/plain.cache,size=1M,mode=writethrough|log:|{bases['plain']}", queues=2),
-        Disk(bases["direct"], f"throttle:iops=3000,bps=80M|log:|{bases['direct']}", ring_order=2, indirect=64),
-        Disk(f"log:|{bases['logged']}", bases["logged"], persistent=False),
-        Disk(f"{full}|{bases['full']}", bases["full"], queues=2, indirect=32),
-        Disk(f"{bad}|{bases['bad']}", f"log:|{bases['bad']}"),
-        Disk(f"log:|{bases['vhd']}", bases["vhd"], discard=False),
+        Disk(f"{group}|{deep}", f"{group}|log:|{deep}", queues=2),
+        Disk(summed, f"{group}|log:|{summed}", ring_order=2, indirect=64),
+        Disk(
+            f"log:|{bases['logged']}",
+            f"cache:{slow}/logged.cache,size=1M,mode=writethrough|log:|{bases['logged']}",
+            persistent=False,
+        ),
+        Disk(f"{full}|cow:|{bases['full']}", f"log:|{full}|cow:|{bases['full']}", queues=2, indirect=32, first=1),
+        Disk(late, f"log:|{late}", sectors=SECTORS - 2048),
+        Disk(f"log:|{bases['vhd']}", f"cache:{slow}/vhd.cache,size=1M|log:|{bases['vhd']}", discard=False),
         Disk(bases["qcow2"], f"readahead:size=64K|log:|{bases['qcow2']}", queues=2),
-        Disk(bases["old"], f"delay:write=2ms|{bases['old']}", protocol="x86_32-abi", persistent=False),
+        Disk(own, f"delay:write=2ms|{own}", protocol="x86_32-abi", persistent=False, first=1),
     ]
 
 
@@ -102,10 +119,33 @@ def next_step(random: Random, guests: int, actions: dict[str, int]) -> Step:
 # What is ordered ----------------------------------------------------------------------------------------------------
 
 VERBS = {"set": 34, "snapshot": 12, "resize": 8, "pause": 12, "policy": 9, "upgrade": 14, "command": 11}
+UNNAMED_VERBS = {"keep": 1, "drop": 4}  # besides, for a disk whose `cow:` has an unnamed file
+_REFUSED = 2  # weight of an order that is to be refused
 MOST_SNAPSHOTS = 4  # of one disk: each makes its guest slower, for good
 POLICIES = ("read=retry 3 every 1s", "read=retry 4 every 0.5s", "write=retry 9 every 0.1s")  # harmless to all disks
-_OWN = ("cache:", "fault:", "delay:", "throttle:", "readahead:")  # filters that only some disks have
+_MOSTLY = 0.7  # share of the filters that may be missing, and that a chain has all the same
+_BREAKING = ("fault:", "delay:", "throttle:", "log:")  # filters that may break or delay requests, or make a file
 _BUSY = 0.4  # share of the disks that orders are given about in a round
+
+
+def holds(layer: str) -> bool:
+    """Return whether a filter must stay: it has data that are nowhere else, or knows how to find or read them."""
+    return layer.startswith(("cow:", "luks:", "offset:")) or is_write_back(layer)
+
+
+def is_write_back(layer: str) -> bool:
+    """Return whether a layer is a cache that destages."""
+    return layer.startswith("cache:") and "mode=writeback" in layer
+
+
+def has_unnamed(chain: str) -> bool:
+    """Return whether what the guest writes goes to a file without a name."""
+    return any(each.startswith("cow:") and not each.startswith("cow:/") for each in chain.split("|"))
+
+
+def content(chain: str) -> str:
+    """Return a chain that has the content of this one, and reads it without delay."""
+    return "|".join(each for each in chain.split("|") if not each.startswith(_BREAKING))
 
 
 class Manner(Enum):
@@ -132,7 +172,10 @@ def next_wishes(random: Random, disk: Disk, chain: str, image: Path, *, may_grow
 
     `chain` is in service before, `image` does not exist yet; without `may_grow` a snapshot is to be refused.
     """
-    verbs = random.choices([*VERBS], [*VERBS.values()], k=random.choice((1, 2, 2)))
+    weights = VERBS | (UNNAMED_VERBS if has_unnamed(chain) else {})
+    if any(is_write_back(each) or each.startswith(("cow:", "checksum:")) for each in disk.other.split("|")):
+        weights["snapshot"] = _REFUSED  # of the image below would miss what is above, or has other sums
+    verbs = random.choices([*weights], [*weights.values()], k=random.choice((1, 2, 2)))
     if verbs.count("pause") > 1:
         verbs.pop()  # only the administrator who paused a disk resumes it
     return [[_wish(random, verb, _request(random, verb, disk, chain, image, may_grow=may_grow))] for verb in verbs]
@@ -157,6 +200,8 @@ def _request(random: Random, verb: str, disk: Disk, chain: str, image: Path, *, 
             return {"file": f"@{image.stem if may_grow else ''}"}
         case "snapshot":
             return {"file": str(image) if may_grow else source.partition(":")[2].partition(",")[0]}
+        case "keep":
+            return {"file": str(image)}
         case "policy":
             return {"policy": random.choice(POLICIES)}
         case "command":
@@ -166,15 +211,27 @@ def _request(random: Random, verb: str, disk: Disk, chain: str, image: Path, *, 
 
 def _set(random: Random, disk: Disk, layers: list[str]) -> dict[str, Any]:
     """Return another chain over the same source, with filters or without; sometimes one that must be refused."""
-    own = [each for each in f"{disk.chain}|{disk.other}".split("|") if each.startswith(_OWN)]
-    filters = [each for each in ["log:", *own[:1]] if random.random() < 0.5]
-    below = [*(each for each in layers[:-1] if each.startswith("luks:")), layers[-1]]
-    chosen = "|".join([*filters, *below])
+    *filters, _ = max(disk.chain.split("|"), disk.other.split("|"), key=len)
+    filters = filters if "log:" in filters else ["log:", *filters]
+    held = iter([each for each in layers[:-1] if holds(each)])  # as it is now: an unnamed file may have got a name
+    chosen = []
+    for each in filters:
+        if holds(each):
+            chosen.append(_vary(random, next(held)))
+        elif random.random() < _MOSTLY:
+            chosen.append(each)
     match random.choices(["other", "dry", "bottom", "missing"], [17, 1, 1, 1])[0]:
         case "dry":
-            return {"chain": chosen, "dry_run": True}
+            return {"chain": "|".join([*chosen, layers[-1]]), "dry_run": True}
         case "bottom":
-            return {"chain": "|".join([*filters, "null:4M"])}
+            return {"chain": "|".join([*chosen, "null:4M"])}
         case "missing":
-            return {"chain": "|".join([*filters, "aio:/nonexistent/chaos"])}
-    return {"chain": chosen}
+            return {"chain": "|".join([*chosen, "aio:/nonexistent/chaos"])}
+    return {"chain": "|".join([*chosen, layers[-1]])}
+
+
+def _vary(random: Random, layer: str) -> str:
+    """Return a layer, for a cache that destages with any rate."""
+    if not is_write_back(layer):
+        return layer
+    return layer.partition(",destage=")[0] + random.choice(("", ",destage=2M", ",destage=16M"))

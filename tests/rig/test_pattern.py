@@ -37,6 +37,16 @@ def test_sectors_differ() -> None:
     assert bytes(2 * SECTOR) == make(SEED, 7, [0, 0])
 
 
+def test_a_disk_may_have_data_at_first() -> None:
+    """`first` is the generation of all sectors at first; what is written later differs from it."""
+    model = DiskModel(SEED, 64, Random(1), first=4)
+
+    model.check(8, make(SEED, 8, [4] * 8))
+    assert 5 == finished_write(model, 8, 8).generation
+    with pytest.raises(WrongData, match="sector 8 holds generation 4 where generation 5 belongs"):
+        model.check(8, make(SEED, 8, [4] * 8))
+
+
 @pytest.mark.parametrize(
     ("data", "sentence"),
     [

@@ -92,15 +92,17 @@ class DiskModel:
     operations: tuple[int, ...] = (BLKIF_OP_READ, BLKIF_OP_WRITE)  # one is chosen at random; repeat one to favour it
     max_count: int = 88  # sectors per request; 11 whole pages
     alignment: int = 1  # sectors; of every request's start and length
+    first: int = 0  # the generation that all sectors have at first
     failures: int = 0  # steps that ended with an error
     verified: int = 0  # sectors that were compared and are correct
     _possible: list[tuple[int, ...]] = field(init=False)
     _writing: bytearray = field(init=False)  # per sector: a write or discard is in flight
     _reading: list[int] = field(init=False)  # per sector: reads in flight
-    _generation: int = 0
+    _generation: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self._possible = [(0,)] * self.sectors
+        self._generation = self.first
+        self._possible = [(self.first,)] * self.sectors
         self._writing = bytearray(self.sectors)
         self._reading = [0] * self.sectors
 
