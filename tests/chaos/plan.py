@@ -64,10 +64,10 @@ def disks(directory: Path, slow: Path, make: Make) -> list[Disk]:
         ("full", "raw", directory), ("bad", "raw", directory), ("vhd", "vhd", directory), ("qcow2", "qcow2", directory),
         ("own", "raw", slow),
     )}  # fmt: skip
-    group = "throttle:iops=4000,bps=80M,group=two"
+    group = "throttle:iops=1500,bps=80M,group=two"
     deep = f"cache:{slow}/deep.cache,size=1M,mode=writeback|{bases['deep']}"
     summed = f"checksum:{slow}/summed.sums|{bases['summed']}"
-    late = f"cache:{directory}/bad.cache,size=2M,mode=writeback,destage=4M|{bad}|offset:start=1M|{bases['bad']}"
+    late = f"cache:{directory}/bad.cache,size=2M,mode=writeback,destage=8M|{bad}|offset:start=1M|{bases['bad']}"
     own = f"cow:{slow}/own.cow,block=8K|{bases['own']}"
     return [
         Disk(f"{group}|{deep}", f"{group}|log:|{deep}", queues=2),
@@ -234,4 +234,4 @@ def _vary(random: Random, layer: str) -> str:
     """Return a layer, for a cache that destages with any rate."""
     if not is_write_back(layer):
         return layer
-    return layer.partition(",destage=")[0] + random.choice(("", ",destage=2M", ",destage=16M"))
+    return layer.partition(",destage=")[0] + random.choice(("", ",destage=8M", ",destage=32M"))
