@@ -70,7 +70,7 @@ def disks(directory: Path, slow: Path, make: Make) -> list[Disk]:
     late = f"cache:{directory}/bad.cache,size=2M,mode=writeback,destage=8M|{bad}|offset:start=1M|{bases['bad']}"
     own = f"cow:{slow}/own.cow,block=8K|{bases['own']}"
     return [
-        Disk(f"{group}|{deep}", f"{group}|log:|{deep}", queues=2),
+        Disk(f"{group}|{deep}", f"{group}|log:|{deep}"),
         Disk(summed, f"{group}|log:|{summed}", ring_order=2, indirect=64),
         Disk(
             f"log:|{bases['logged']}",
