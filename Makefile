@@ -65,10 +65,11 @@ chaos: $(VENV)/.dev  ## kill everything below guests under load, while administr
 		--json build/chaos.json
 
 # The same below disks of NBD servers and of a Ceph, whose servers are killed, stopped and continued, too.
-chaos-engines: $(VENV)/.dev  ## the same with disks on real NBD servers and a real Ceph; the figures are build/chaos-nbd.json, -rbd.json
+# KILLS=number of each engine, S=number; ENGINE=nbdkit, qemu-nbd or rbd runs one of them.
+chaos-engines: $(VENV)/.dev  ## the same with disks on real NBD servers and a real Ceph; the figures are build/chaos-ENGINE.json
 	mkdir -p build
-	for engine in nbd rbd; do $(CONTAINED) $(BIN)/python -m tests.chaos --engine $$engine --kills $(or $(KILLS),1000) \
-		--seed $(or $(S),1) --json build/chaos-$$engine.json || exit 1; done
+	for engine in $(or $(ENGINE),nbdkit qemu-nbd rbd); do $(CONTAINED) $(BIN)/python -m tests.chaos --engine $$engine \
+		--kills $(or $(KILLS),1000) --seed $(or $(S),1) --json build/chaos-$$engine.json || exit 1; done
 
 # HOURS=number, DISKS=number. It takes 1.5 GiB of memory; the figure is of 128 disks, and of no fewer.
 soak: $(VENV)/.dev  ## 128 disks under verified load for an hour, and nothing that grows; the figures are build/soak.json

@@ -123,6 +123,7 @@ class Host:
     def __init__(self, guests: int, seed: int, slow: Path, engine: str = "") -> None:
         """Prepare; images that are to be on a real disk are below `slow`. With an engine, the disks are its own."""
         self._engine = engine
+        self._engines: NbdServers | Cluster | None = None
         self.guests: list[GuestProcess] = []
         self._count, self._seed, self._slow = guests, seed, slow
         self._random = Random(seed)
@@ -148,7 +149,7 @@ class Host:
             settings.write_text(f'scratch = "{directory}"\n')
             self.machine = undo.enter_context(Machine(log=self.log, config=settings))
             if self._engine:
-                engines = undo.enter_context(KINDS[self._engine](directory / "engine"))
+                engines = undo.enter_context(KINDS[self._engine](directory / "engine", self._seed))
                 self._add(engines)
                 plan = engines.disks[: self._count]
             else:
@@ -173,13 +174,23 @@ class Host:
         self._undo.close()
 
     def _add(self, engines: NbdServers | Cluster) -> None:
-        """Add the actions on servers."""
+        """Add the actions on servers, and on the links to them."""
+        self._engines = engines
 
         def act(name: str, guest: GuestProcess) -> None:
             engines.actions[name](self.guests.index(guest), self._ask)
             self.kills["servers"] = engines.kills
 
         self.actions |= {name: partial(act, name) for name in engines.actions}
+
+    def is_timed(self, number: int, since_ns: int) -> bool:
+        """Return whether a guest's waits since then say how long we take, and not its disk's faults or link."""
+        is_slowed = self._engines is not None and self._engines.is_slowed(number, since_ns)
+        return self.guests[number].disk.is_timed and not is_slowed
+
+    def link_faults(self) -> dict[str, int]:
+        """Return how often connections had each fault; empty without links."""
+        return {} if self._engines is None else self._engines.counts()
 
     def missed_wakeups(self) -> int:
         """Return how many requests only the safety poll has found; the counters outlive the workers."""

@@ -98,7 +98,8 @@ ACTIONS = {  # with their frequencies, in percent
     "xenstore goes away": 2,
 }
 KILL_SERVER, STOP_SERVER, REFUSE = "kill a server", "stop a server for a moment", "the cluster refuses a worker"
-ENGINE_ACTIONS = {KILL_SERVER: 9, STOP_SERVER: 6, REFUSE: 3}  # as above, for an engine's own actions
+LINK_FAULT = "a link fails"
+ENGINE_ACTIONS = {KILL_SERVER: 9, STOP_SERVER: 6, REFUSE: 3, LINK_FAULT: 12}  # as above, for an engine's own actions
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,14 @@ import pytest
 from tests.until import until
 
 START_S = 10.0
+_ACTIVATE = 'LISTEN_FDS=1 LISTEN_PID=$$ exec "$@" 3<&"$0"'
+
+
+def tls_of(kind: str, certificates: Path) -> list[str]:
+    """Return the options by which a server requires TLS and a valid client certificate."""
+    if kind == "nbdkit":
+        return ["--tls=require", f"--tls-certificates={certificates}", "--tls-verify-peer"]
+    return ["--object", f"tls-creds-x509,id=t,endpoint=server,verify-peer=yes,dir={certificates}", "--tls-creds", "t"]
 
 
 class Engine:
@@ -27,11 +35,20 @@ class Engine:
     """
 
     def __init__(
-        self, kind: str, directory: Path, size: int, options: Sequence[str] = (), more: str = "", image: str = ""
+        self,
+        kind: str,
+        directory: Path,
+        size: int,
+        options: Sequence[str] = (),
+        more: str = "",
+        image: str = "",
+        *,
+        has_socket_unit: bool = False,
     ) -> None:
         """Prepare a server. `options` come before nbdkit's plug-in or the image, and `more` is added to the chain.
 
-        `image` is what qemu-nbd serves instead of a file of zeros.
+        `image` is what qemu-nbd serves instead of a file of zeros. With `has_socket_unit`, nbdkit gets its socket as
+        from a systemd unit: the socket outlives it, and connections wait until it is started again.
         """
         if shutil.which(kind) is None:
             pytest.skip(f"there is no {kind} here")
@@ -43,6 +60,11 @@ class Engine:
         self._options = list(options)
         self._more = more
         self._image = image or str(self.image)
+        self._listener: socket.socket | None = None
+        if has_socket_unit and kind == "nbdkit":
+            self._listener = socket.socket(socket.AF_UNIX)
+            self._listener.bind(str(self.socket))
+            self._listener.listen(64)
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -53,6 +75,15 @@ class Engine:
 
     def start(self) -> None:
         """Start the server, and return when it accepts connections."""
+        if self._listener is not None:
+            listener = self._listener.fileno()
+            self._process = subprocess.Popen(
+                ["bash", "-c", _ACTIVATE, str(listener), *self._command()],
+                stdin=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,  # an assertion for each death of a client
+                pass_fds=[listener],
+            )
+            return
         self.socket.unlink(missing_ok=True)
         self._process = subprocess.Popen(self._command(), stdin=subprocess.DEVNULL)
         until(self._listens_or_has_ended, f"{self.kind} does not listen", limit_s=START_S)
@@ -80,6 +111,8 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.kill()
+        if self._listener is not None:
+            self._listener.close()
 
     def _listens_or_has_ended(self) -> bool:
         """Whether the server accepts connections, which it may do later than its socket exists, or has ended."""
@@ -95,7 +128,8 @@ class Engine:
                     [] if any(each in ("memory", "sh", "eval") for each in self._options) else ["file", str(self.image)]
                 )
                 # With several threads the end of a connection proves nothing, and `chain` could not say drain=0s.
-                return ["nbdkit", "-f", "--threads=1", "-U", str(self.socket), *self._options, *plugin]
+                where = [] if self._listener is not None else ["-U", str(self.socket)]
+                return ["nbdkit", "-f", "--threads=1", *where, *self._options, *plugin]
             case "qemu-nbd":
                 return [
                     "qemu-nbd",

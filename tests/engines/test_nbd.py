@@ -17,7 +17,7 @@ import pytest
 from tests.certificates import Authority
 from tests.driven import Driven
 from tests.engines.guest import DOMID, SIZE, Guest
-from tests.engines.servers import Engine
+from tests.engines.servers import Engine, tls_of
 from tests.until import until
 from xenbackend.block.chain import parse_chain
 from xenbackend.cli.main import main
@@ -64,13 +64,6 @@ def test_workers_are_killed_under_load(guest: Guest, engine: Engine, request: py
             engine.start()
     guest.load.run(200)
     guest.end()
-
-
-def tls_of(kind: str, certificates: Path) -> list[str]:
-    """Return the options by which a server requires TLS and a valid client certificate."""
-    if kind == "nbdkit":
-        return ["--tls=require", f"--tls-certificates={certificates}", "--tls-verify-peer"]
-    return ["--object", f"tls-creds-x509,id=t,endpoint=server,verify-peer=yes,dir={certificates}", "--tls-creds", "t"]
 
 
 @pytest.mark.parametrize("kind", ["nbdkit", "qemu-nbd"])
