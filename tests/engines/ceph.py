@@ -233,8 +233,9 @@ class Ceph:
         log = (self.directory / "log" / f"{program}.out").open("wb")
         with log:
             command = [program, *words, "-c", str(self._own_conf), "-f"]
+            # Debian 13 has `osd class dir` relative to the root directory, where systemd starts it
             self._processes[program] = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd="/"
             )
 
     def _begin_osd(self) -> None:

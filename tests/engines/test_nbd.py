@@ -15,6 +15,7 @@ from random import Random
 import pytest
 
 from tests.certificates import Authority
+from tests.chaos.link import Fault, Link
 from tests.driven import Driven
 from tests.engines.guest import DOMID, SIZE, Guest
 from tests.engines.servers import Engine, tls_of
@@ -218,13 +219,21 @@ dd if="$data" of={image} oflag=seek_bytes seek="$4" conv=notrunc status=none
 """
 
 
-@pytest.mark.parametrize("threads", [16, 1], ids=["as-by-default", "one"])
-def test_the_end_of_a_connection_proves_nothing_where_nbdkit_has_threads(tmp_path: Path, threads: int) -> None:
+@pytest.mark.parametrize(
+    ("threads", "is_ended_in_between"),
+    [(16, False), (1, False), (1, True)],
+    ids=["as-by-default", "one", "one-behind-what-ends-connections"],
+)
+def test_when_the_end_of_a_connection_proves_something(
+    tmp_path: Path, threads: int, *, is_ended_in_between: bool
+) -> None:
     """If a connection ends inside a request, nbdkit closes it at once, although another thread may still be writing.
-    With one thread, there is no other.
+    With one thread, there is no other. An end that something between the hosts has made proves nothing.
 
-    So with `drain=0s` a late write of a dead worker can land, unless nbdkit has only one thread.
+    So with `drain=0s` a late write of a dead worker can land, unless nbdkit has only one thread and is connected to
+    directly.
     """
+    proves = threads == 1 and not is_ended_in_between
     image, begun, go = (tmp_path / name for name in ("image", "begun", "go"))
     image.write_bytes(bytes(SIZE))
     slow_write = _SLOW_WRITE.format(begun=begun, go=go, image=image)
@@ -235,9 +244,11 @@ def test_the_end_of_a_connection_proves_nothing_where_nbdkit_has_threads(tmp_pat
     a, b = b"A" * PAGE, b"B" * PAGE
     with (
         Engine("nbdkit", tmp_path, SIZE, [f"--threads={threads}", "eval", *script]) as engine,
+        Link(tmp_path / "link", engine.socket) as link,
         Driven(tmp_path) as driven,
     ):
-        driven.connect(engine.chain)
+        chain = engine.chain.replace(str(engine.socket), str(link.path))
+        driven.connect(chain)
         driven.begin_write(a)
         until(begun.exists)
         driven.worker.process.kill()
@@ -245,10 +256,12 @@ def test_the_end_of_a_connection_proves_nothing_where_nbdkit_has_threads(tmp_pat
         [fd] = driven.worker.openers.connections.values()
         with socket.socket(fileno=os.dup(fd)) as dead:  # the beginning of the worker's next write
             dead.sendall(REQUEST.pack(REQUEST_MAGIC, 0, CMD_WRITE, 99, 1 << 20, PAGE) + bytes(100))
+        if is_ended_in_between:
+            link.fail(Fault.HALF, Random(1))
         driven.start_successor()
-        opening = threading.Thread(target=driven.open, args=[engine.chain])
+        opening = threading.Thread(target=driven.open, args=[chain])
         opening.start()
-        if threads == 1:
+        if proves:
             opening.join(1.0)
             assert opening.is_alive(), "it has not waited"
             go.touch()
@@ -261,5 +274,5 @@ def test_the_end_of_a_connection_proves_nothing_where_nbdkit_has_threads(tmp_pat
         driven.frontend.flush()
         assert b == image.read_bytes()[:PAGE]
         go.touch()
-        if threads > 1:
+        if not proves:
             until(lambda: a == image.read_bytes()[:PAGE])

@@ -48,7 +48,9 @@ Behaviour:
     with one thread does; when a worker dies, the guest then waits for milliseconds instead of seconds. `status` shows
     what applies (`barrier`). If the server or the network does not end the old connection within 10 s, the disk
     waits until it does, or until an administrator who knows that nothing is under way there uses `xenbackend resume`.
-    A connection that is reset counts as ended.
+    A connection that is reset counts as ended. So the server itself has to end it: if something between the hosts may
+    end or reset connections (a load balancer, `ssh -L`, a firewall that rejects by a TCP reset), an end proves nothing,
+    and `drain` has to be as for qemu-nbd, and longer than such a program may hold data back.
 
     A flush is an NBD flush, and covers what the guest wrote before it. A discard is a trim, after which the content of
     the range is undefined. `image map` and `image convert` ask for the block status, and skip what reads as zeros.
