@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tests.chaos.engines import GOALS_MS, KINDS, missing
 from tests.chaos.host import ChaosError, Host
 from tests.chaos.orders import Tally
-from tests.chaos.plan import ACTIONS, ENGINE_ACTIONS, ORDERS, UNNAMED_VERBS, VERBS, Step, next_step
+from tests.chaos.plan import ACTIONS, ENGINE_ACTIONS, LINK_FAULT, ORDERS, UNNAMED_VERBS, VERBS, Step, next_step
 from tests.stamp import stamp
 
 ERRORS, UNTRUE = "errors that guests saw", "untrue replies"
@@ -102,14 +102,15 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             for name, weight in {**ACTIONS, **ENGINE_ACTIONS}.items()
             if name in host.actions and (not args.only or name in args.only)
         }
+        first = [each for each in (ORDERS, LINK_FAULT) if each in actions]  # a short run has them, too
         total = args.hours * 3600 if args.hours else args.kills
         task = progress.add_task("connecting", total=total)
         while True:
             passed = (time.monotonic() - began) if args.hours else host.kills["workers"]
             if passed >= total:
                 break
-            begins = ORDERS in actions and not steps
-            step = Step(ORDERS, 0, 0.0) if begins else next_step(random, args.guests, actions)
+            begins = first[len(steps)] if len(steps) < len(first) else ""
+            step = Step(begins, 0, 0.0) if begins else next_step(random, args.guests, actions)
             progress.update(task, description=step.action, completed=int(passed))
             steps.append((time.monotonic_ns(), step.action))
             begun_ns = time.monotonic_ns()
