@@ -70,7 +70,7 @@ class Taken:
                 return set(json.loads(said.data))
 
 
-SELDOM_OFFERED = {"see the network's devices", "read a neighbour's memory"}  # Debian 12's dom0 in the bed has neither
+SELDOM_OFFERED = {"read a neighbour's memory"}  # Debian 12's dom0 in the bed does not
 
 
 @contextmanager
