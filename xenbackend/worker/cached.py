@@ -52,7 +52,7 @@ class CachedImage(Image):
     ) -> tuple[list[Request], list[tuple[Request, int]], list[Request]]:
         """See `block.driver.HostFile`. This loop runs for every read of a cache."""
         if self.is_short:
-            return super().read_mapped(batch, places, bits)
+            return super().read_mapped(batch, places)
         preadv, fd, flags = os.preadv, self.fd, self._read_flags
         bits, start, stop, shifts = places.bits, places.start, places.stop, places.shifts
         count, block, inside = len(shifts), 1 << bits, (1 << bits) - 1

@@ -44,7 +44,7 @@ class Image:
     path      its name, for sentences; empty if that is not known
     is_short  another program has made the file shorter since it was opened
     on_short  gets a sentence about that, in the loop, once
-    drops     `write_at`, `sync` and `grow` leave the file as it is; set by a check of a chain, in which nothing is served
+    drops     `write_at`, `sync` and `grow` leave the file as it is; set by a check of a chain, which serves nothing
     """
 
     how = "blocking calls"
