@@ -87,7 +87,7 @@ STEPS = (  # cheap ones first, so that most mistakes end a run early
     Step(
         "engines", "make test-engines", 1.5, full="make test-engines", failed="build/failed/engines/v/cache/lastfailed"
     ),
-    Step("chaos", "make chaos KILLS=200 S={seed}", 2.0, full="make chaos KILLS=1000 S={seed}"),
+    Step("chaos", "make chaos KILLS=150 S={seed}", 2.0, full="make chaos KILLS=1000 S={seed}"),
     Step("chroots", "", 0.0, full="make test-chroots", failed="build/failed/chroots/v/cache/lastfailed"),
     Step("chaos-engines", "", 0.0, full="make chaos-engines S={seed}"),
     Step("soak", "", 0.0, full="make soak S={seed}"),
