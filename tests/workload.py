@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from random import Random
 
+from tests.full_rings import KnownDisk
 from xenbackend.blkif.abi import (
     BLKIF_MAX_SEGMENTS_PER_REQUEST,
     BLKIF_OP_DISCARD,
@@ -26,10 +27,10 @@ DIRECT = 8 * BLKIF_MAX_SEGMENTS_PER_REQUEST  # sectors
 
 def make_model(
     seed: int, sectors: int, max_count: int = DIRECT, *, can_discard: bool = True, first: int = 0
-) -> DiskModel:
+) -> KnownDisk:
     """Return the model of a disk for every operation that it can do; `first` is its content, by default zeros."""
     operations = ALL if can_discard else tuple(each for each in ALL if each != BLKIF_OP_DISCARD)
-    return DiskModel(seed, sectors, Random(seed), operations=operations, max_count=max_count, first=first)
+    return KnownDisk(seed, sectors, Random(seed), operations=operations, max_count=max_count, first=first)
 
 
 class Load:

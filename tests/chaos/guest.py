@@ -14,18 +14,22 @@ import signal
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from tests.chaos.plan import Disk
+from tests.full_rings import FullRings
 from tests.workload import Load, make_model, read_all
-from xenbackend.blkif.abi import LAYOUTS
+from xenbackend.blkif.abi import BLKIF_MAX_SEGMENTS_PER_REQUEST, LAYOUTS
 from xenbackend.rig.frontend import Frontend, Wishes
 from xenbackend.rig.guest import Guest
 from xenbackend.supervisor.xenstore.store import Store
 
 PAGES = 8192
 PATIENCE_S = 60.0  # for one answer
-ROUND = 64  # requests between two looks at whether to end
+# By turns: requests of every kind; full rings of requests for one page, which are most requests; a few of requests for
+# many pages, mostly reads, which verify half of the sectors.
+REQUESTS, ROUNDS, ROUNDS_OF_MANY = 64, 64, 4
 # words of the file: time of the last answer in ns; requests begun, answered, answered before the oldest that is not
 LAST, BEGUN, ANSWERED, SETTLED = range(4)
 
@@ -38,14 +42,16 @@ class Clock:
             self._words = memoryview(mmap.mmap(file.fileno(), mmap.PAGESIZE)).cast("Q")
         self.longest_s, self.longest_at = 0.0, 0
 
-    def tick(self, load: Load) -> None:
-        """Take note of answers that came just now."""
+    def tick(self, loads: list[Load | FullRings]) -> None:
+        """Take note of answers that came just now; only one of a guest's `loads` has requests in flight."""
         now = time.monotonic_ns()
         passed_s = (now - self._words[LAST]) / 1e9
         if self._words[LAST] and passed_s > self.longest_s:
             self.longest_s, self.longest_at = passed_s, now
         self._words[LAST] = now
-        self._words[BEGUN], self._words[ANSWERED], self._words[SETTLED] = load.begun, load.finished, load.settled
+        self._words[BEGUN] = sum([load.begun for load in loads])
+        self._words[ANSWERED] = sum([load.finished for load in loads])
+        self._words[SETTLED] = sum([load.settled for load in loads])
 
 
 def main(arguments: list[str]) -> int:
@@ -79,18 +85,26 @@ def _serve(args: argparse.Namespace, disk: Disk, clock: Clock, is_over: list[int
         discard=disk.discard,
     )
     frontend = Frontend(Guest(Path(args.directory), args.domid, PAGES), Store(args.store), args.frontend, wishes)
-    frontend.connect()
+    frontend.connect(PATIENCE_S)
     frontend._idle = lambda timeout_s: _sleep(frontend, timeout_s)  # xenstore may be away from now on
     _say(event="connected", disk=asdict(disk))
     model = make_model(args.seed, disk.sectors, can_discard=frontend.facts.can_discard, first=disk.first)
-    load = Load(frontend, model, PATIENCE_S, clock.tick)
+    loads: list[Load | FullRings] = []
+    full = partial(FullRings, frontend, model, PATIENCE_S, lambda _: clock.tick(loads))
+    single, many = full(), full(pages=BLKIF_MAX_SEGMENTS_PER_REQUEST, most_writes=0.1)
+    load = Load(frontend, model, PATIENCE_S, lambda _: clock.tick(loads))
+    loads += [single, many, load]
     while not is_over:
-        load.run(ROUND)
-    load.finish()
+        load.run(REQUESTS)
+        load.finish()
+        for rings in [single] * ROUNDS + [many] * ROUNDS_OF_MANY:
+            if not is_over:
+                rings.run(1)
     # like every read before, this raises at the first sector that is not what it must be
     with Path(args.content).open("wb") as file:
         read_all(frontend, model, file.write)
-    return {"requests": load.finished, "sectors": model.verified, "errors": model.failures, "is_timed": disk.is_timed}
+    requests = sum(each.finished for each in loads)
+    return {"requests": requests, "sectors": model.verified, "errors": model.failures, "is_timed": disk.is_timed}
 
 
 def _sleep(frontend: Frontend, timeout_s: float) -> None:
