@@ -12,8 +12,10 @@ import select
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+from tests.full_rings import FullRings
 from tests.workload import Load, make_model, read_all
 from xenbackend.rig.frontend import Frontend, Wishes
 from xenbackend.rig.guest import Guest as Memory
@@ -21,7 +23,9 @@ from xenbackend.supervisor.xenstore.store import Store
 
 PAGES = 8192
 SECTORS = 2048  # of a disk
-DEPTH = 4  # requests of a disk in flight
+DEPTH = 4  # requests of any kind that a disk has in flight
+# By turns: requests of every kind, and full rings of whole pages, which are most of the requests.
+REQUESTS, ROUNDS = 64, 64
 PATIENCE_S = 60.0  # for one answer
 TELL_S = 5.0
 
@@ -34,15 +38,40 @@ class LoadedDisk:
         self.path = path
         self.model = make_model(seed, SECTORS, can_discard=frontend.facts.can_discard)
         self.load = Load(frontend, self.model)
+        self.rings = FullRings(frontend, self.model)
         self.answered_at = time.monotonic()
+        self._turns = self._take_turns()
+
+    @property
+    def finished(self) -> int:
+        """How many requests were answered."""
+        return self.load.finished + self.rings.finished
 
     def step(self) -> bool:
         """Ask for more, and take what is answered; return whether there may be more at once. Raises: WrongData."""
-        self.load.top_up(DEPTH - (self.load.begun - self.load.finished))
-        if self.load.take():  # which pushes what was asked for
+        if next(self._turns):
             self.answered_at = time.monotonic()
             return True
         return False
+
+    def finish(self) -> None:
+        """Wait for all that is in flight, and read all of the disk. Raises: WrongData and others."""
+        self.load.finish()
+        self.rings.finish()
+        read_all(self.frontend, self.model)
+
+    def _take_turns(self) -> Iterator[int]:
+        """Ask for more, again and again, and yield how many answers have come, instead of waiting."""
+        load, rings = self.load, self.rings
+        while True:
+            end = load.begun + REQUESTS
+            while load.settled < end:
+                load.top_up(min(end - load.begun, DEPTH - (load.begun - load.finished)))
+                yield load.take()  # which pushes what was asked for
+            for _ in range(ROUNDS):
+                rings.begin()
+                while rings.settled < rings.begun:
+                    yield rings.take()
 
 
 class Guest:
@@ -56,7 +85,7 @@ class Guest:
         self._by_port: dict[int, LoadedDisk] = {}
         for number, path in enumerate(frontends):
             frontend = Frontend(memory, store, path, Wishes(persistent=number % 2 == 0, queues=1 + number % 4 // 2))
-            frontend.connect()
+            frontend.connect(PATIENCE_S)
             self.disks.append(LoadedDisk(frontend, path, seed + number))
             for ring in frontend.rings:
                 self._by_port[ring.port.fileno()] = self.disks[-1]
@@ -78,14 +107,13 @@ class Guest:
     def finish(self) -> None:
         """Read all of each disk. Raises: WrongData and others."""
         for disk in self.disks:
-            disk.load.finish()
-            read_all(disk.frontend, disk.model)
+            disk.finish()
 
     def counts(self) -> dict[str, float]:
         """Return what was done."""
         return {
-            "requests": sum(disk.load.finished for disk in self.disks),
-            "fewest": min(disk.load.finished for disk in self.disks),
+            "requests": sum(disk.finished for disk in self.disks),
+            "fewest": min(disk.finished for disk in self.disks),
             "sectors": sum(disk.model.verified for disk in self.disks),
             "errors": sum(disk.model.failures for disk in self.disks),
             "slowest_s": self.slowest_s,
