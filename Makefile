@@ -58,11 +58,11 @@ test-images: $(VENV)/.dev  ## image formats at length: a million requests to eac
 test-engines: $(VENV)/.dev  ## disks on real NBD servers and a real Ceph: kills, stops, locks, names, limits
 	exec $(CONTAINED) $(BIN)/pytest -q -n 2 --dist worksteal --basetemp={tmp}/t $(call FAILED_OF,engines) tests/engines
 
-# KILLS=number, or HOURS=number; S=number plans other steps.
+# KILLS=number, or HOURS=number; OPERATIONS=number spreads the kills over so many requests; S=number plans other steps.
 chaos: $(VENV)/.dev  ## kill everything below guests under load, while administrators order; the figures are build/chaos.json
 	mkdir -p build
-	exec $(CONTAINED) $(BIN)/python -m tests.chaos --kills $(or $(KILLS),1000) $(if $(HOURS),--hours $(HOURS)) --seed $(or $(S),1) \
-		--json build/chaos.json
+	exec $(CONTAINED) $(BIN)/python -m tests.chaos --kills $(or $(KILLS),1000) $(if $(HOURS),--hours $(HOURS)) \
+		$(if $(OPERATIONS),--operations $(OPERATIONS)) --seed $(or $(S),1) --json build/chaos.json
 
 # The same below disks of NBD servers and of a Ceph, whose servers are killed, stopped and continued, too.
 # KILLS=number of each engine, S=number; ENGINE=nbdkit, qemu-nbd or rbd runs one of them.

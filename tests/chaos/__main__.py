@@ -43,6 +43,9 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="tests.chaos", description="Kill what serves guests under verified load.")
     parser.add_argument("--kills", type=int, default=1000, help="of workers (%(default)s)")
     parser.add_argument("--hours", type=float, help="go on for so long instead")
+    parser.add_argument(
+        "--operations", type=int, default=0, help="verify so many requests, too, with the kills spread over them"
+    )
     parser.add_argument("--guests", type=int, choices=range(1, 9), help="(8, and 4 with an engine)")
     parser.add_argument("--engine", choices=[*KINDS], default="", help="serve their disks from servers, or a cluster")
     parser.add_argument("--seed", type=int, default=1, help="(%(default)s)")
@@ -103,15 +106,17 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             if name in host.actions and (not args.only or name in args.only)
         }
         first = [each for each in (ORDERS, LINK_FAULT) if each in actions]  # a short run has them, too
-        total = args.hours * 3600 if args.hours else args.kills
+        total = int(args.hours * 3600) if args.hours else args.operations or args.kills
         task = progress.add_task("connecting", total=total)
-        while True:
-            passed = (time.monotonic() - began) if args.hours else host.kills["workers"]
-            if passed >= total:
-                break
+        while (passed := _passed(args, host, time.monotonic() - began)) < 1:
+            progress.update(task, completed=int(passed * total))
+            if _is_ahead(args, host):
+                progress.update(task, description="guests are left alone")
+                host.rest()
+                continue
             begins = first[len(steps)] if len(steps) < len(first) else ""
             step = Step(begins, 0, 0.0) if begins else next_step(random, args.guests, actions)
-            progress.update(task, description=step.action, completed=int(passed))
+            progress.update(task, description=step.action)
             steps.append((time.monotonic_ns(), step.action))
             begun_ns = time.monotonic_ns()
             took = host.wait_for_answers(host.do(step))
@@ -127,17 +132,31 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             done[step.action] += 1
             if not console.is_terminal and host.kills["workers"] >= told + _TELL:
                 told = host.kills["workers"]
-                console.print(_progress(told, passed, total, time.monotonic() - began), highlight=False)
+                console.print(_progress(host, passed, time.monotonic() - began), highlight=False)
         progress.update(task, description="verifying", completed=total)
         missed = host.missed_wakeups()
         ends = host.finish()
         return _figures(host, missed, done, slowest, waits, steps, ends, time.monotonic() - began)
 
 
-def _progress(kills: int, passed: float, total: float, seconds: float) -> str:
+def _progress(host: Host, passed: float, seconds: float) -> str:
     """Return how far a run is, and how many seconds more it needs at that pace."""
-    left_s = seconds * (total - passed) / passed if passed else 0.0
-    return f"{kills} workers killed in {seconds:.0f} s, some {max(0.0, left_s):.0f} s left"
+    left_s = seconds * (1 - passed) / passed if passed else 0.0
+    done = f"{host.kills['workers']} workers killed, {host.answers} requests answered"
+    return f"{passed:.1%} in {seconds:.0f} s: {done}, some {left_s:.0f} s left"
+
+
+def _passed(args: argparse.Namespace, host: Host, seconds: float) -> float:
+    """Return the part of the run that has passed; it is over at 1."""
+    if args.hours:
+        return seconds / (args.hours * 3600)
+    killed = host.kills["workers"] / args.kills
+    return min(killed, host.answers / args.operations) if args.operations else killed
+
+
+def _is_ahead(args: argparse.Namespace, host: Host) -> bool:
+    """Return whether more of the kills than of the operations are done."""
+    return bool(host.kills["workers"] * args.operations > host.answers * args.kills)
 
 
 def _figures(

@@ -39,6 +39,7 @@ from xenbackend.supervisor.xenstore.paths import VbdPath
 PATIENCE_S = 60.0  # for anything that must happen eventually
 FIRST_DOMID = 11
 PAUSE_S = 0.001  # between two looks
+REST_S = 0.05
 
 
 def pause(seconds: float) -> None:
@@ -191,6 +192,17 @@ class Host:
     def link_faults(self) -> dict[str, int]:
         """Return how often connections had each fault; empty without links."""
         return {} if self._engines is None else self._engines.counts()
+
+    @property
+    def answers(self) -> int:
+        """How many requests of all guests were answered."""
+        return sum(guest.answers for guest in self.guests)
+
+    def rest(self) -> None:
+        """Leave the guests alone for a moment. Raises: ChaosError if one has ended."""
+        pause(REST_S)
+        for guest in self.guests:
+            guest.check()
 
     def missed_wakeups(self) -> int:
         """Return how many requests only the safety poll has found; the counters outlive the workers."""
