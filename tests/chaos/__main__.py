@@ -31,7 +31,7 @@ from tests.stamp import stamp
 ERRORS, UNTRUE = "errors that guests saw", "untrue replies"
 _LIES = "lies"
 _COUNTED = "counted"  # numbers for the scoreboard
-_TELL = 100  # kills between two lines of output without a progress bar
+_TELL_S = 60.0  # between two lines of output without a progress bar
 _IN_A_ROW = 3  # steps until requests in flight may finish: no worker follows the seventh that died in vain
 # how long guests waited for their next answer, by what was done
 _ONE, _ALL, _OTHERS = "kill to first answer", "the same, all killed at once", "meanwhile, of guests left alone"
@@ -86,8 +86,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     slowest: Counter[str] = Counter()  # seconds until every guest had an answer again
     waits: dict[str, list[float]] = {_ONE: [], _ALL: [], _OTHERS: []}
     steps: list[tuple[int, str]] = []
-    told = 0
-    began = time.monotonic()
+    began = told_at = time.monotonic()
     columns = (
         TextColumn("{task.description:<28}"),
         BarColumn(),
@@ -110,6 +109,9 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         task = progress.add_task("connecting", total=total)
         while (passed := _passed(args, host, time.monotonic() - began)) < 1:
             progress.update(task, completed=int(passed * total))
+            if not console.is_terminal and time.monotonic() > told_at + _TELL_S:
+                told_at = time.monotonic()
+                console.print(_progress(host, passed, told_at - began), highlight=False)
             if _is_ahead(args, host):
                 progress.update(task, description="guests are left alone")
                 host.rest()
@@ -130,9 +132,6 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             elif step.action == _KILL_ALL:
                 waits[_ALL] += timed.values()
             done[step.action] += 1
-            if not console.is_terminal and host.kills["workers"] >= told + _TELL:
-                told = host.kills["workers"]
-                console.print(_progress(host, passed, time.monotonic() - began), highlight=False)
         progress.update(task, description="verifying", completed=total)
         missed = host.missed_wakeups()
         ends = host.finish()

@@ -28,8 +28,8 @@ from xenbackend.supervisor.xenstore.store import Store
 PAGES = 8192
 PATIENCE_S = 60.0  # for one answer
 # By turns: requests of every kind; full rings of requests for one page, which are most requests; a few of requests for
-# many pages, mostly reads, which verify half of the sectors.
-REQUESTS, ROUNDS, ROUNDS_OF_MANY = 64, 64, 4
+# many pages, mostly reads, which verify most of the sectors: eleven for each request of all.
+REQUESTS, ROUNDS, ROUNDS_OF_MANY = 64, 64, 6
 # words of the file: time of the last answer in ns; requests begun, answered, answered before the oldest that is not
 LAST, BEGUN, ANSWERED, SETTLED = range(4)
 
