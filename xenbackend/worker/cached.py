@@ -31,7 +31,7 @@ class CachedImage(Image):
 
     def submit(self, batch: list[Request]) -> None:
         """Take requests; those that the page cache can serve are given back before this returns."""
-        if self.is_short:
+        if self.extent.is_short:
             for request in batch:
                 self.start(request)
             return
@@ -51,7 +51,7 @@ class CachedImage(Image):
         self, batch: list[Request], places: Places
     ) -> tuple[list[Request], list[tuple[Request, int]], list[Request]]:
         """See `block.driver.HostFile`. This loop runs for every read of a cache."""
-        if self.is_short:
+        if self.extent.is_short:
             return super().read_mapped(batch, places)
         preadv, fd, flags = os.preadv, self.fd, self._read_flags
         bits, start, stop, shifts = places.bits, places.start, places.stop, places.shifts
@@ -84,8 +84,11 @@ class CachedImage(Image):
             try:
                 if op == 0:  # Op.READ, and below Op.WRITE: looking the names up would cost a tenth of the loop
                     moved = preadv(fd, request.iov, request.offset, flags)
-                elif op == 1 and request.offset + request.length <= (end if end >= 0 else (end := self.look())):
-                    moved = pwritev(fd, request.iov, request.offset)
+                elif op == 1:
+                    if end < 0:
+                        end = self.extent.look(self.size)
+                    if request.offset + request.length <= end:
+                        moved = pwritev(fd, request.iov, request.offset)
             except OSError as error:
                 if error.errno == errno.EOPNOTSUPP and op == Op.READ:
                     flags = self._read_flags = 0
@@ -102,7 +105,7 @@ class CachedImage(Image):
             done.append(request)
         else:
             if request.op == Op.FLUSH:
-                self.look()
+                self.extent.look(self.size)
             self.start(request)
 
     def _do_joined(self, batch: list[Request], done: list[Request]) -> list[Request]:
@@ -122,7 +125,7 @@ class CachedImage(Image):
         try:
             if first.op == Op.READ:
                 moved = os.preadv(self.fd, iov, first.offset, self._read_flags)
-            elif end <= self.look():
+            elif end <= self.extent.look(self.size):
                 moved = os.pwritev(self.fd, iov, first.offset)
             else:
                 return False

@@ -45,7 +45,7 @@ class DirectImage(Image):
             op = request.op
             if op and not has_looked:  # before a write, or a flush of what may be lost
                 has_looked = True
-                self.look()
+                self.extent.look(self.size)
             if op and request.offset + request.length > size:
                 self.do(request)
                 refused.append(request)

@@ -16,12 +16,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from xenbackend.block.driver import Found
 from xenbackend.block.keys import Derivation
 from xenbackend.block.servers import Account, After, Endpoint
-from xenbackend.errors import DriverError, KernelError
+from xenbackend.errors import DriverError, KernelError, printable
 from xenbackend.kernel import blockdev, locks
 from xenbackend.kernel.blockdev import Medium
 from xenbackend.opener.local import LocalOpener
@@ -141,7 +142,7 @@ class HostFiles:
         self._changes = changes
         self._queues: list[IoQueue] = []
         self._spares = Spares()
-        self.on_short: Callable[[str], None] | None = None  # gets a sentence: see `Image`
+        self.on_short: Callable[[str], None] | None = None  # gets a sentence if another program cuts a file off
         self._changed: dict[str, int] = {}  # mtime_ns of open files from before: opening one for writing changes it
 
     def open(
@@ -180,7 +181,8 @@ class HostFiles:
                             os.ftruncate(fd, size)
                         medium = replace(medium, size=size, end=medium.end if drops else size)
                     image = self._choose(fd, medium, direct=direct, blocking=blocking)
-                    image.path, image.on_short, image.drops = path, self.on_short, drops
+                    image.path, image.drops = path, drops
+                    image.extent.on_short = partial(self._tell_of_short, path)
                     opened.pop_all()
                     self._changed[path] = facts.mtime_ns
                     held.callback(self._changed.pop, path, None)
@@ -266,6 +268,13 @@ class HostFiles:
         if alignment is not None:
             return DirectImage(fd, medium, alignment, self._reactor, self._queue(direct=True))
         return CachedImage(fd, medium, None, self._reactor, self._queue(direct=False))
+
+    def _tell_of_short(self, path: str, had: int, has: int) -> None:
+        if self.on_short is not None:
+            self.on_short(
+                f"{printable(path)} has become shorter: it has {has} of {had} bytes, and another program has cut off "
+                "the rest; the disk waits: after `resume`, requests for the rest fail until the disk is detached"
+            )
 
     def _spare(self, path: str, access: locks.Access) -> tuple[int, Facts] | None:
         """Return descriptor and facts of a file that is kept during an exchange; None if it is not kept."""

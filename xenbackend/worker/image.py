@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING
 from xenbackend.block.driver import Complete
 from xenbackend.block.places import Places
 from xenbackend.block.request import Op, Request, clear
-from xenbackend.errors import XenbackendError, printable
+from xenbackend.errors import XenbackendError
 from xenbackend.kernel import blockdev
 from xenbackend.kernel.blockdev import Alignment, Medium
 from xenbackend.units import round_up
+from xenbackend.worker.extent import Extent, shorter
 
 if TYPE_CHECKING:
     from xenbackend.loop.reactor import Reactor
@@ -41,10 +42,9 @@ class Image:
         reactor: the worker's loop.
         queue: of asynchronous I/O, if there is one; used by subclasses.
 
-    path      its name, for sentences; empty if that is not known
-    is_short  another program has made the file shorter since it was opened
-    on_short  gets a sentence about that, in the loop, once
-    drops     `write_at`, `sync` and `grow` leave the file as it is; set by a check of a chain, which serves nothing
+    path    its name, for sentences; empty if that is not known
+    extent  how much there is of it
+    drops   `write_at`, `sync` and `grow` leave the file as it is; set by a check of a chain, which serves nothing
     """
 
     how = "blocking calls"
@@ -63,13 +63,8 @@ class Image:
         self.discard_granularity = medium.discard_granularity
         self.complete: Complete = _nobody
         self.on_close: Callable[[], None] | None = None
-        self.is_short = False
-        self.on_short: Callable[[str], None] | None = None
         self.mode = f"{'O_DIRECT' if alignment else 'page cache'}, {self.how}"
-        self._end = medium.end  # bytes from here up to `size` are not there, and read as zeros
-        self._has = medium.end  # bytes that the file has not lost: less than `_end` if it is short
-        self._owes_error = False  # the next flush fails, as data that were answered are lost
-        self._measure = None if medium.is_device else blockdev.measure(fd)
+        self.extent = Extent(fd, medium, reactor)
         self._alignment = alignment or _ANYTHING
         self._reactor = reactor
         self._queue = queue
@@ -105,7 +100,7 @@ class Image:
 
     def start(self, request: Request) -> None:
         """Do one request without blocking, by the queue or in a thread; `finished` gets it back."""
-        if self._queue is None or request.op == Op.DISCARD or self.is_short:
+        if self._queue is None or request.op == Op.DISCARD or self.extent.is_short:
             self.start_in_thread(request)
         else:
             self._queue.start(self, request)
@@ -117,12 +112,6 @@ class Image:
     def finished(self, batch: list[Request]) -> None:
         """Take back requests that were started."""
         self.complete(batch)
-
-    def look(self) -> int:
-        """Return up to which byte a write is inside the file, which may have become shorter. For the loop only."""
-        if self._measure is not None:
-            self._note_size(self._measure())
-        return self._has if self.is_short else self.size
 
     def settle(self, request: Request, result: int) -> bool:
         """Set the status for a result of the queue that is not the full length; False if it was started again."""
@@ -149,7 +138,7 @@ class Image:
         if self.drops:
             return
         with self._named(f"write of {len(data)} bytes at {offset}"):
-            self._check_there(offset + len(data))
+            self.extent.check(offset + len(data))
             self._write_blocks(offset, [memoryview(data)], len(data))
 
     def sync(self) -> None:
@@ -182,7 +171,7 @@ class Image:
             return min(self.size, os.lseek(self.fd, offset, whence))
         except OSError as error:
             if error.errno == errno.ENXIO:  # there is only a hole from here on, or the file became shorter
-                self._check_there(self._end)
+                self.extent.check(self.extent.end)
                 return self.size
             if error.errno == errno.EINVAL:  # a block device or file system that cannot tell: all of it is data
                 return offset if whence == os.SEEK_DATA else self.size
@@ -201,7 +190,7 @@ class Image:
         if self.drops:
             self.size = size
             return
-        self._check_there(self._end)
+        self.extent.check(self.extent.end)
         if tail:
             block = memoryview(mmap.mmap(-1, size - start))
             block[-len(tail) :] = tail
@@ -209,7 +198,8 @@ class Image:
                 raise OSError(errno.EIO, "a write ended early")
         else:
             os.ftruncate(self.fd, size)
-        self.size = self._end = self._has = size
+        self.extent.grown(size)
+        self.size = size
 
     def close(self) -> None:
         """Release the file and its lock; nothing is in flight."""
@@ -231,30 +221,9 @@ class Image:
         if request.op != Op.READ:
             if end > self.size:
                 raise OSError(errno.EINVAL, "past the end of an image")
-            self._check_there(end)
-        elif self.is_short and min(end, self._end) > self._has:
-            raise _shorter()
-
-    def _check_there(self, end: int) -> None:
-        """Check that the file has not lost anything before byte `end`. For any thread. Raises: OSError."""
-        if not self.medium.is_device:
-            self._note_size(os.fstat(self.fd).st_size)
-            if end > self._has:
-                raise _shorter()
-
-    def _note_size(self, size: int) -> None:
-        if size >= self._has:
-            return
-        self._has = size
-        if not self.is_short:
-            self.is_short = self._owes_error = True
-            if self.on_short is not None:
-                sentence = (
-                    f"{printable(self.path)} has become shorter: it has {size} of {self._end} bytes, and another "
-                    "program has cut off the rest; the disk waits: after `resume`, requests for the rest fail until "
-                    "the disk is detached"
-                )
-                self._reactor.call_soon_threadsafe(partial(self.on_short, sentence))
+            self.extent.check(end)
+        else:
+            self.extent.check_read(end)
 
     def _read(self, request: Request) -> None:
         if self._covers_part(request.offset, request.length):
@@ -267,9 +236,9 @@ class Image:
                 raise
             self._read_copied(request)
             return
-        if rest and request.offset + request.length - sum(map(len, rest)) < self._end:
-            self._check_there(self._end)
-            raise _shorter()
+        if rest and request.offset + request.length - sum(map(len, rest)) < self.extent.end:
+            self.extent.check(self.extent.end)
+            raise shorter()
         clear(rest)  # past the end: a frontend must not see what the buffer held before
 
     def _read_copied(self, request: Request) -> None:
@@ -297,9 +266,7 @@ class Image:
 
     def _sync(self) -> None:
         os.fdatasync(self.fd)
-        if self._owes_error:
-            self._owes_error = False
-            raise _shorter()
+        self.extent.flushed()
 
     def _discard(self, request: Request) -> None:
         if not self.can_discard:
@@ -312,10 +279,10 @@ class Image:
         start = offset // step * step
         size = round_up(offset + length, step) - start
         block = memoryview(mmap.mmap(-1, max(1, size)))[:size]
-        inside = block[: max(0, self._end - start)]
+        inside = block[: max(0, self.extent.end - start)]
         if _whole(os.preadv, self.fd, [inside], start):
-            self._check_there(self._end)
-            raise _shorter()
+            self.extent.check(self.extent.end)
+            raise shorter()
         return start, block
 
     def _write_blocks(self, offset: int, pieces: Sequence[memoryview], length: int) -> None:
@@ -339,10 +306,6 @@ class Image:
 _STEPS: tuple[Callable[[Image, Request], None], ...] = (
     Image._read, Image._write, Image._flush, Image._discard,  # noqa: SLF001 - by the number of the operation
 )  # fmt: skip
-
-
-def _shorter() -> OSError:
-    return OSError(errno.EIO, "the image has become shorter")
 
 
 def _nobody(batch: list[Request]) -> None:

@@ -1,0 +1,86 @@
+"""How much there is of an open file, and what another program has cut off since it was opened.
+
+Must not read or write the file, nor know its name.
+
+What was cut off stays lost until the file is closed, even if it becomes longer again: it held data that were answered.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+from xenbackend.kernel import blockdev
+from xenbackend.kernel.blockdev import Medium
+
+if TYPE_CHECKING:
+    from xenbackend.loop.reactor import Reactor
+
+
+class Extent:
+    """How much there is of one file; a block device is always there.
+
+    Args:
+        fd: of the file, open as long as this is used.
+        medium: what it is.
+        reactor: the worker's loop.
+
+    end       bytes from here up to the image's size are not there, and read as zeros
+    is_short  another program has made the file shorter
+    on_short  is called about that once, in the loop, with the bytes that the file had and those it has
+    """
+
+    def __init__(self, fd: int, medium: Medium, reactor: Reactor) -> None:
+        self.end = medium.end
+        self.is_short = False
+        self.on_short: Callable[[int, int], None] | None = None
+        self._has = medium.end  # bytes that the file has not lost: less than `end` if it is short
+        self._owes_error = False  # the next flush fails, as data that were answered are lost
+        self._fd = fd
+        self._measure = None if medium.is_device else blockdev.measure(fd)
+        self._reactor = reactor
+
+    def look(self, size: int) -> int:
+        """Return up to which byte a write is inside an image of `size` bytes. For the loop only."""
+        if self._measure is not None:
+            self._note(self._measure())
+        return self._has if self.is_short else size
+
+    def check(self, end: int) -> None:
+        """Check that the file has not lost anything before byte `end`. For any thread. Raises: OSError."""
+        if self._measure is not None:
+            self._note(os.fstat(self._fd).st_size)
+            if end > self._has:
+                raise shorter()
+
+    def check_read(self, end: int) -> None:
+        """Check that nothing before byte `end` is known to be lost. Raises: OSError."""
+        if self.is_short and min(end, self.end) > self._has:
+            raise shorter()
+
+    def grown(self, size: int) -> None:
+        """Note that we have made the file longer."""
+        self.end = self._has = size
+
+    def flushed(self) -> None:
+        """Note that all was flushed that is there. Raises: OSError, once after something was lost."""
+        if self._owes_error:
+            self._owes_error = False
+            raise shorter()
+
+    def _note(self, size: int) -> None:
+        if size >= self._has:
+            return
+        self._has = size
+        if not self.is_short:
+            self.is_short = self._owes_error = True
+            if self.on_short is not None:
+                self._reactor.call_soon_threadsafe(partial(self.on_short, self.end, size))
+
+
+def shorter() -> OSError:
+    """Return the error of a request for what is lost."""
+    return OSError(errno.EIO, "the image has become shorter")
