@@ -75,6 +75,7 @@ EXEMPT = {
     "os.waitpid": "the zygote's: worker/test_zygote.py",
     "os.read": "the zygote's pipe, and evtchn: kernel/test_evtchn.py",
     "os.urandom": "getrandom(2): cannot fail once the host has started",
+    "os.utime": "of a check, which has no guest: cli/test_check.py",
     "os.write": "evtchn: kernel/test_evtchn.py; `xen.unmask` stands for it",
     "select.epoll": "made once, when the process begins, before it has a guest",
     "select.poll": "no system call: makes an object",

@@ -95,11 +95,12 @@ def test_commit_says_what_a_parent_with_a_data_file_needs(run: Run, run_json: Ru
 
 
 def test_create_makes_what_it_says(run: Run, run_json: RunJson, raw: Path, tmp_path: Path) -> None:
-    """The printed text is a layer that can be attached unchanged."""
+    """The printed text is a layer that can be attached unchanged, if the file was given by its whole name."""
     assert run("create", "vhd", "new.vhd", "1G")[:2] == (0, "vhd:new.vhd: 1 GiB\n")
     made = run_json("create", "qcow", "child", "--parent", "disk.raw", "--parent-format", "raw")
     assert made["text"] == "qcow:child,parent_format=raw"
-    assert main(["check", "--json", made["text"]]) == 0
+    made = run_json("create", "qcow", f"{tmp_path}/other", "--parent", "disk.raw", "--parent-format", "raw")
+    assert main(["check", "--json", made["text"]]) == 0  # an attached file has a whole name
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,9 @@ def test_what_is_exchanged_meanwhile_leads_nowhere(top: tuple[int, Path], exchan
     flipper = threading.Thread(target=_flip, args=(path / "kept", path / exchanged, stop))
     flipper.start()
     try:
-        for _ in range(2000):
+        for number in range(1_000_000):
+            if number >= 2000 and len(got) > 1:  # on a busy machine both take turns seldom
+                break
             try:
                 fd = openat.open_beneath(directory, "sub/file")
             except OSError as error:

@@ -33,10 +33,10 @@ def bugs() -> list[Exception]:
 def asked(monkeypatch: pytest.MonkeyPatch, bugs: list[Exception], ledger: Ledger) -> Questions:
     """The questions of a service with three disks."""
 
-    def describe(vbd: Any, guest: str, _meanings: object, *, braked_s: float) -> dict[str, Any]:
+    def describe(vbd: Any, guest: str, _meanings: object, *, now: float, braked_s: float) -> dict[str, Any]:
         if vbd.path.frontend_domid == BROKEN:
             raise RuntimeError("broken")
-        return {"vbd": vbd.path, "guest": guest, "braked_s": braked_s}
+        return {"vbd": vbd.path, "guest": guest, "now": now, "braked_s": braked_s}
 
     monkeypatch.setattr(questions, "describe", describe)
     vbds = {
@@ -45,7 +45,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, bugs: list[Exception], ledger: Ledger
     registry: Any = SimpleNamespace(
         vbds=vbds, names_of=lambda domids: {each: f"guest-{each}" for each in domids}, braked_s=lambda _: 0.5
     )
-    loop: Any = SimpleNamespace(bug=bugs.append)
+    loop: Any = SimpleNamespace(bug=bugs.append, now=lambda: 7.0)
     looks: Any = SimpleNamespace(close=lambda: None)
     return Questions(registry, looks, ledger, loop)
 
@@ -61,7 +61,7 @@ def test_a_fault_hides_one_disk(asked: Questions, bugs: list[Exception]) -> None
     """Disks are listed in order. One that cannot be described is left out, and that is reported with its name."""
     [answer] = answers_of(asked.status, {})
 
-    assert ["guest-1", "guest-3"] == [each["guest"] for each in answer.data]
+    assert [("guest-1", 7.0), ("guest-3", 7.0)] == [(each["guest"], each["now"]) for each in answer.data]
     assert ["broken"] == [str(each) for each in bugs]
     assert "was described" in bugs[0].__notes__[0]
 
