@@ -200,7 +200,7 @@ def test_status_and_commands(stepped: Stepped, toolstack: Store) -> None:
     stepped.until(_has(toolstack, "hotplug-status", "connected"))
     vbd = stepped.registry.find("5/xvda")
     answers = [stepped.give("command", layer="log", command=each, arguments=["a"]) for each in ("get", "nonsense")]
-    known = describe(vbd)
+    known = describe(vbd, now=stepped.loop.now())
 
     assert [(Code.OK, "log ['a']"), Code.INVALID] == [(answers[0].code, answers[0].data), answers[1].code]
     assert ("InitWait", "xvda", 7, "null:1G") == (
@@ -220,7 +220,7 @@ def test_counters_outlive_a_worker(stepped: Stepped, toolstack: Store, guest: St
     stepped.until(lambda: vbd.worker is not None and vbd.worker.pid != first)
     stepped.until(lambda: vbd.device.phase is Phase.SERVING)
 
-    assert 14 == describe(vbd)["counters"]["reads"]
+    assert 14 == describe(vbd, now=stepped.loop.now())["counters"]["reads"]
     assert "4" == toolstack.read(f"{PATH.backend}/state")
 
 
@@ -242,7 +242,7 @@ def test_a_service_takes_over_from_another_one(
         stepped.until(lambda: stepped.vbd().device.phase is Phase.SERVING)  # noqa: B023 - at once
         counts.append((len(open_descriptors()), sorted(kept.fds)))
         assert worker == stepped.vbd().worker.pid
-    known = describe(stepped.vbd())
+    known = describe(stepped.vbd(), now=stepped.loop.now())
     answer = stepped.give("command", layer="log", command="get")
     said = lines.getvalue()  # so far: a worker that the test kills at the end has a successor too
     with closing(stepped):
