@@ -1,6 +1,8 @@
 """Tests of `xenbackend.worker.extent`; test_files.py checks what requests for lost bytes get."""
 
 import os
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
@@ -70,3 +72,78 @@ def test_a_file_that_we_make_longer(fd: int) -> None:
         assert (2 * SIZE, False) == (extent.end, extent.is_short)
         assert fails(lambda: extent.check(SIZE + 1))
         assert extent.is_short
+
+
+@pytest.mark.parametrize("way", ["look"])
+def test_a_file_that_grows_while_it_is_measured_is_not_short(
+    fd: int, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """F2: a size that was measured before we made the file longer does not make a healthy file short."""
+    real, grows = blockdev.measure, []
+
+    def measure(of: int) -> Callable[[], int]:
+        now = real(of)
+
+        def grown_meanwhile() -> int:
+            size = now()
+            while grows:
+                os.truncate(of, grows[0])
+                extent.grown(grows.pop())
+            return size
+
+        return grown_meanwhile
+
+    monkeypatch.setattr(blockdev, "measure", measure)
+    with closing(Reactor()) as reactor:
+        extent = extent_of(fd, reactor)
+        grows.append(2 * SIZE)
+        if way == "look":
+            assert extent.look(SIZE) == SIZE
+        else:
+            extent.check(SIZE)
+
+        assert (2 * SIZE, False, False) == (extent.end, extent.is_short, bool(grows))
+        extent.check(2 * SIZE)
+
+
+@pytest.mark.parametrize("way", ["look", "check"])
+@pytest.mark.parametrize("grows_in_thread", [True, False])
+def test_threads_that_grow_and_measure(fd: int, way: str, grows_in_thread: bool) -> None:
+    """F2: however a thread that makes the file longer and one that measures it meet, the file is not short."""
+    with closing(Reactor()) as reactor:
+        extent, ends = extent_of(fd, reactor), range(2 * SIZE, 4000 * SIZE, SIZE)
+        has_ended = threading.Event()
+
+        def grow() -> None:
+            for end in ends:
+                os.truncate(fd, end)
+                extent.grown(end)
+            has_ended.set()
+
+        def measure() -> None:
+            while not has_ended.is_set() and not extent.is_short:
+                extent.look(SIZE) if way == "look" else extent.check(SIZE)
+
+        here, there = (measure, grow) if grows_in_thread else (grow, measure)
+        former = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        thread = threading.Thread(target=there)
+        thread.start()
+        here()
+        thread.join()
+        sys.setswitchinterval(former)
+
+        assert (ends[-1], False) == (extent.end, extent.is_short)
+
+
+def test_what_was_lost_does_not_come_back_by_growing(fd: int) -> None:
+    """F2: if the file was cut off just before we made it longer, what was lost stays lost."""
+    with closing(Reactor()) as reactor:
+        extent = extent_of(fd, reactor)
+        os.truncate(fd, 4096)
+        extent.look(SIZE)
+        os.truncate(fd, 2 * SIZE)
+        extent.grown(2 * SIZE)
+
+        assert extent.look(2 * SIZE) == 4096
+        assert fails(lambda: extent.check_read(4097))

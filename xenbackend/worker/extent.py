@@ -11,6 +11,7 @@ import errno
 import os
 from collections.abc import Callable
 from functools import partial
+from threading import Lock
 from typing import TYPE_CHECKING
 
 from xenbackend.kernel import blockdev
@@ -39,6 +40,7 @@ class Extent:
         self.on_short: Callable[[int, int], None] | None = None
         self._has = medium.end  # bytes that the file has not lost: less than `end` if it is short
         self._owes_error = False  # the next flush fails, as data that were answered are lost
+        self._lock = Lock()  # of what `_note` and `grown` set; requests on a healthy file never take it
         self._fd = fd
         self._measure = None if medium.is_device else blockdev.measure(fd)
         self._reactor = reactor
@@ -46,13 +48,17 @@ class Extent:
     def look(self, size: int) -> int:
         """Return up to which byte a write is inside an image of `size` bytes. For the loop only."""
         if self._measure is not None:
-            self._note(self._measure())
+            had = self._has  # before we measure: another thread may make the file longer, and call `grown`, meanwhile
+            if (found := self._measure()) < had:
+                self._note(found)
         return self._has if self.is_short else size
 
     def check(self, end: int) -> None:
         """Check that the file has not lost anything before byte `end`. For any thread. Raises: OSError."""
         if self._measure is not None:
-            self._note(os.fstat(self._fd).st_size)
+            had = self._has  # as in `look`
+            if (found := os.fstat(self._fd).st_size) < had:
+                self._note(found)
             if end > self._has:
                 raise shorter()
 
@@ -62,8 +68,11 @@ class Extent:
             raise shorter()
 
     def grown(self, size: int) -> None:
-        """Note that we have made the file longer."""
-        self.end = self._has = size
+        """Note that we have made the file longer, which must have happened by now. For any thread."""
+        with self._lock:
+            self.end = size
+            if not self.is_short:
+                self._has = size
 
     def flushed(self) -> None:
         """Note that all was flushed that is there. Raises: OSError, once after something was lost."""
@@ -72,13 +81,14 @@ class Extent:
             raise shorter()
 
     def _note(self, size: int) -> None:
-        if size >= self._has:
-            return
-        self._has = size
-        if not self.is_short:
+        """Note that the file was shorter than what it had when we began to measure it."""
+        with self._lock:
+            self._has = min(self._has, size)
+            if self.is_short:
+                return
             self.is_short = self._owes_error = True
-            if self.on_short is not None:
-                self._reactor.call_soon_threadsafe(partial(self.on_short, self.end, size))
+        if self.on_short is not None:
+            self._reactor.call_soon_threadsafe(partial(self.on_short, self.end, size))
 
 
 def shorter() -> OSError:
