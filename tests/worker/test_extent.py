@@ -147,3 +147,15 @@ def test_what_was_lost_does_not_come_back_by_growing(fd: int) -> None:
 
         assert extent.look(2 * SIZE) == 4096
         assert fails(lambda: extent.check_read(4097))
+
+
+def test_a_file_that_cannot_be_measured(fd: int) -> None:
+    """D6: if the file system cannot say how long the file is, as a shut-down XFS, `look` raises nothing, and takes
+    nothing for lost: the request itself gets the error. `check` raises it.
+    """
+    with closing(Reactor()) as reactor:
+        extent = extent_of(gone := os.dup(fd), reactor)
+        os.close(gone)
+
+        assert (SIZE, False) == (extent.look(SIZE), extent.is_short)
+        assert fails(lambda: extent.check(SIZE))

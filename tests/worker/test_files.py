@@ -539,6 +539,25 @@ def test_a_file_that_another_program_makes_shorter(reactor: Reactor, path: str, 
     files.close()
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_a_file_whose_size_nobody_knows_any_more(reactor: Reactor, path: str, way: str) -> None:
+    """D6: if the file system has failed so that not even the file's size is known, each request ends with the error,
+    which the disk's policies can handle; `submit` raises nothing.
+    """
+    files = HostFiles(reactor)
+    image = files.open(path, read_only=False, **WAYS[way])
+    fd = os.dup(image.fd)
+    os.close(image.fd)
+    batch = [request(Op.WRITE, 0, 4096), request(Op.WRITE, 8192, 4096), request(Op.FLUSH)]
+    serve(reactor, image, [batch])
+    os.dup2(fd, image.fd)
+    os.close(fd)
+
+    assert [errno.EBADF] * 3 == [each.status for each in batch]
+    image.close()
+    files.close()
+
+
 def test_an_image_was_changed_when_others_changed_it(reactor: Reactor, path: str) -> None:
     """`look` returns when others last changed an image: the time from before we opened it, which itself changes it."""
     os.utime(path, ns=(10**9, 10**9))

@@ -46,10 +46,17 @@ class Extent:
         self._reactor = reactor
 
     def look(self, size: int) -> int:
-        """Return up to which byte a write is inside an image of `size` bytes. For the loop only."""
+        """Return up to which byte a write is inside an image of `size` bytes. For the loop only.
+
+        If the file cannot be measured, nothing is noted: the request itself gets the error.
+        """
         if self._measure is not None:
             had = self._has  # before we measure: another thread may make the file longer, and call `grown`, meanwhile
-            if (found := self._measure()) < had:
+            try:
+                found = self._measure()
+            except OSError:
+                found = had
+            if found < had:
                 self._note(found)
         return self._has if self.is_short else size
 
