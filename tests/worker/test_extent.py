@@ -2,8 +2,10 @@
 
 import os
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from pathlib import Path
 
@@ -74,7 +76,7 @@ def test_a_file_that_we_make_longer(fd: int) -> None:
         assert extent.is_short
 
 
-@pytest.mark.parametrize("way", ["look"])
+@pytest.mark.parametrize("way", ["look", "check"])
 def test_a_file_that_grows_while_it_is_measured_is_not_short(
     fd: int, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
@@ -82,16 +84,13 @@ def test_a_file_that_grows_while_it_is_measured_is_not_short(
     real, grows = blockdev.measure, []
 
     def measure(of: int) -> Callable[[], int]:
-        now = real(of)
+        return lambda: measured_before_it_grows(real(of)())
 
-        def grown_meanwhile() -> int:
-            size = now()
-            while grows:
-                os.truncate(of, grows[0])
-                extent.grown(grows.pop())
-            return size
-
-        return grown_meanwhile
+    def measured_before_it_grows(size: int) -> int:
+        while grows:
+            os.truncate(fd, grows[0])
+            extent.grown(grows.pop())
+        return size
 
     monkeypatch.setattr(blockdev, "measure", measure)
     with closing(Reactor()) as reactor:
@@ -102,7 +101,7 @@ def test_a_file_that_grows_while_it_is_measured_is_not_short(
         else:
             extent.check(SIZE)
 
-        assert (2 * SIZE, False, False) == (extent.end, extent.is_short, bool(grows))
+        assert (2 * SIZE, False, []) == (extent.end, extent.is_short, grows)
         extent.check(2 * SIZE)
 
 
@@ -159,3 +158,21 @@ def test_a_file_that_cannot_be_measured(fd: int) -> None:
 
         assert (SIZE, False) == (extent.look(SIZE), extent.is_short)
         assert fails(lambda: extent.check(SIZE))
+
+
+def test_no_server_is_asked_for_the_size(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A check before a write does without the `fstat` at which NFS first writes all changed pages back. Each thread has
+    memory of its own for the answer.
+    """
+
+    def refuse(_fd: int) -> os.stat_result:
+        raise AssertionError("fstat")
+
+    with closing(Reactor()) as reactor, ThreadPoolExecutor(4) as threads, tempfile.TemporaryFile() as other:
+        os.truncate(other.fileno(), 1)
+        extent = extent_of(fd, reactor)
+        monkeypatch.setattr(os, "fstat", refuse)
+        calls = [lambda: extent.check(SIZE), lambda: blockdev.size_of(other.fileno())] * 500
+        assert {None, 1} == set(threads.map(lambda call: call(), calls))
+
+        assert (False, SIZE) == (extent.is_short, blockdev.size_of(fd))

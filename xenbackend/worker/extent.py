@@ -8,7 +8,6 @@ What was cut off stays lost until the file is closed, even if it becomes longer 
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Callable
 from functools import partial
 from threading import Lock
@@ -64,7 +63,7 @@ class Extent:
         """Check that the file has not lost anything before byte `end`. For any thread. Raises: OSError."""
         if self._measure is not None:
             had = self._has  # as in `look`
-            if (found := os.fstat(self._fd).st_size) < had:
+            if (found := blockdev.size_of(self._fd)) < had:
                 self._note(found)
             if end > self._has:
                 raise shorter()
