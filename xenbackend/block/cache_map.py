@@ -36,6 +36,7 @@ class CacheMap:
         self._hands = bytearray(self._sets)  # by set: the way that is examined next for replacement
         self.pins = array("I", bytes(4 * self.slots))  # by slot: the number of its uses at the moment
         self.places = Places(self.slots, block.bit_length() - 1, data_at)  # of blocks that were found lately
+        self._is_empty = False  # as far as we know: a predecessor may have left entries
         token = token.ljust(_TOKEN, b"\0")[:_TOKEN]
         if self._memory[:_TOKEN] != token:
             self.clear()
@@ -63,8 +64,11 @@ class CacheMap:
                 self.places.drop(block)
 
     def clear(self) -> None:
-        """Remove all entries."""
-        self.places.clear()
+        """Remove all entries. This costs nothing if there are none since the last time."""
+        if self._is_empty:
+            return
+        self._is_empty = True
+        self.places.clear()  # which has only blocks that are in the map
         step = 1 << 20
         for start in range(PAGE, len(self._memory), step):
             part = self._memory[start : start + step]
@@ -108,6 +112,8 @@ class CacheMap:
         self._give(slot, block + 1)
 
     def _give(self, slot: int, tag: int) -> None:
+        if tag:
+            self._is_empty = False
         self.places.drop(self._tags[slot] - 1)
         self._tags[slot] = tag
 

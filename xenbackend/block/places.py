@@ -34,8 +34,10 @@ class Places:
         self.shifts[block % len(self.shifts)] = _NOWHERE
 
     def clear(self) -> None:
-        """Remove all entries."""
-        self.shifts = array("q", [_NOWHERE]) * len(self.shifts)
+        """Remove all entries, in place."""
+        nothing = array("q", [_NOWHERE]) * _LEAST
+        for first in range(0, len(self.shifts), _LEAST):
+            self.shifts[first : first + _LEAST] = nothing[: len(self.shifts) - first]
 
     def find(self, offset: int, length: int) -> int:
         """Return the byte in the file where these bytes of the disk are, or -1, also if they are of several blocks."""
