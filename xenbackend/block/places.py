@@ -12,10 +12,16 @@ _NOWHERE = -1 << 62  # an entry for no block: it leads outside the slots, too
 
 
 class Places:
-    """Where blocks are, by `shifts`, which have for a block how many bytes further it is in the file than on the disk.
+    """Where blocks are in the file.
 
-    An entry does not say which of the blocks that share it it is for. For all others it leads outside the slots, from
-    byte `start` to `stop` of the file, since there are at least as many entries as slots.
+    bits    a block has 2**`bits` bytes
+    start   where the slots begin in the file, in bytes
+    stop    where they end
+    shifts  by a block's number modulo their count: how many bytes further the block is in the file than on the disk
+
+    Many blocks share an entry, and it has no block's number: it is for the one block that it takes into the slots. Any
+    other block that shares it gets a place before `start` or from `stop` on, since there are no fewer entries than
+    slots.
     """
 
     __slots__ = ("bits", "shifts", "start", "stop")

@@ -51,12 +51,12 @@ Example:
     cache:/ssd/guest.cache,size=20G,mode=writeback,destage=50M|aio:/mnt/nfs/guest.img
 
 Limits:
-    FILE must be a regular file, and is for one disk at a time. Commands on the image, and `check`, do not read FILE,
-    except with writeback. `size` must be at least 1 MiB and 8 blocks, and at most 16 million blocks. A slot takes 21
-    bytes of memory, or 29 with writeback, and all slots together at least 512 KiB. Above `luks:` FILE has plain text.
-    What others write to a shared image (`share=on`, `w!`) is not noticed: do not use a cache there. A discard of more
-    than 4096 blocks empties the cache, except for dirty blocks. If the medium below FILE hangs, rather than failing,
-    reads from FILE hang as well.
+    FILE must be a regular file, and is for one disk at a time. `check` opens FILE and looks at its header; commands on
+    the image do not open it, except with writeback. `size` must be at least 1 MiB and 8 blocks, and at most 16 million
+    blocks. A slot, which has one block, takes 21 bytes of memory, or 29 with writeback: 8 of them are for an index,
+    which takes at least 512 KiB. Above `luks:` FILE has plain text. What others write to a shared image (`share=on`,
+    `w!`) is not noticed: do not use a cache there. A discard of more than 4096 blocks empties the cache, except for
+    dirty blocks. If the medium below FILE hangs, rather than failing, reads from FILE hang as well.
 
     With writeback the image alone is not the disk until nothing is dirty, and nothing keeps others from using the
     image. At most 65536 blocks, and at most 3/4 of FILE, can be dirty. `snapshot` is refused. To change the mode,
