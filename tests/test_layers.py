@@ -131,7 +131,16 @@ HOMES = {
         "host/program",
         "supervisor/service/process",
     ),
-    "threading": ("block/recorder", "ceph/", "cli/demo", "kernel/fence", "rig/", "loop/threads", "opener/watch"),
+    "threading": (
+        "block/recorder",
+        "ceph/",
+        "cli/demo",
+        "kernel/fence",
+        "rig/",
+        "loop/threads",
+        "opener/watch",
+        "worker/extent",
+    ),
     # attributes
     # XENBACKEND_SOCKET, of clients
     # XENSTORED_PATH, as libxenstore has it; XENBUS_PATH, as libxl gives it to its scripts; TMPDIR, for a compiler;

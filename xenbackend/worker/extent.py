@@ -37,9 +37,9 @@ class Extent:
         self.end = medium.end
         self.is_short = False
         self.on_short: Callable[[int, int], None] | None = None
-        self._has = medium.end  # bytes that the file has not lost: less than `end` if it is short
+        self._kept = medium.end  # if it is short: bytes that it has not lost
         self._owes_error = False  # the next flush fails, as data that were answered are lost
-        self._lock = Lock()  # of what `_note` and `grown` set; requests on a healthy file never take it
+        self._lock = Lock()  # of what `_note` sets; requests on a healthy file never take it
         self._fd = fd
         self._measure = None if medium.is_device else blockdev.measure(fd)
         self._reactor = reactor
@@ -50,35 +50,32 @@ class Extent:
         If the file cannot be measured, nothing is noted: the request itself gets the error.
         """
         if self._measure is not None:
-            had = self._has  # before we measure: another thread may make the file longer, and call `grown`, meanwhile
+            had = self.end  # before we measure: another thread may make the file longer, and call `grown`, meanwhile
             try:
                 found = self._measure()
             except OSError:
                 found = had
             if found < had:
                 self._note(found)
-        return self._has if self.is_short else size
+        return self._kept if self.is_short else size
 
     def check(self, end: int) -> None:
         """Check that the file has not lost anything before byte `end`. For any thread. Raises: OSError."""
         if self._measure is not None:
-            had = self._has  # as in `look`
+            had = self.end  # as in `look`
             if (found := blockdev.size_of(self._fd)) < had:
                 self._note(found)
-            if end > self._has:
+            if end > (self._kept if self.is_short else self.end):
                 raise shorter()
 
     def check_read(self, end: int) -> None:
         """Check that nothing before byte `end` is known to be lost. Raises: OSError."""
-        if self.is_short and min(end, self.end) > self._has:
+        if self.is_short and min(end, self.end) > self._kept:
             raise shorter()
 
     def grown(self, size: int) -> None:
         """Note that we have made the file longer, which must have happened by now. For any thread."""
-        with self._lock:
-            self.end = size
-            if not self.is_short:
-                self._has = size
+        self.end = size
 
     def flushed(self) -> None:
         """Note that all was flushed that is there. Raises: OSError, once after something was lost."""
@@ -89,9 +86,10 @@ class Extent:
     def _note(self, size: int) -> None:
         """Note that the file was shorter than what it had when we began to measure it."""
         with self._lock:
-            self._has = min(self._has, size)
             if self.is_short:
+                self._kept = min(self._kept, size)
                 return
+            self._kept = size
             self.is_short = self._owes_error = True
         if self.on_short is not None:
             self._reactor.call_soon_threadsafe(partial(self.on_short, self.end, size))
