@@ -107,6 +107,42 @@ def test_a_successor_refuses_a_file_that_was_emptied(home: Path, text: str, size
     machine.close()
 
 
+@pytest.mark.parametrize("loses", [512, 65536, SIZE // 2])
+@pytest.mark.parametrize("image_format", ["qcow2", "qcow"])
+def test_a_successor_refuses_an_image_that_was_cut_off(home: Path, image_format: str, loses: int) -> None:
+    """F2: QCOW does not say where its file ends, and what is behind the end reads as zeros. So a worker's successor
+    compares the file's size with what it was at last, also after it had grown; it refuses a shorter one each time, and
+    does not make it longer. It takes one that was restored, and another file.
+    """
+    file, machine = home / "file", Machine()
+    chain_text = f"{image_format}:{file}"
+    create(image_format, str(file), SIZE)
+    memories: dict[str, int] = {}
+    machine.make_env = EnvFactory(
+        machine.reactor, machine.files, serves=True, keep=lambda name, _, fd: memories.update({name: os.dup(fd)})
+    )
+    chain = machine.open(chain_text)
+    assert [0] == machine.do(chain, write(0, os.urandom(SIZE)))
+    assert [0] == machine.do(chain, flush())
+    chain.close()
+    whole = file.read_bytes()
+    os.truncate(file, len(whole) - loses)
+    machine.make_env.close()
+    machine.make_env = EnvFactory(machine.reactor, machine.files, memories, serves=True, resumes=True, continues=True)
+    for _ in range(2):
+        with pytest.raises(DriverError, match=f"it has {len(whole) - loses} of the {len(whole)} bytes that it had"):
+            machine.open(chain_text)
+    assert whole[:-loses] == file.read_bytes()
+
+    with file.open("r+b") as restored:
+        restored.write(whole)
+    machine.open(chain_text).close()
+    file.rename(home / "former")
+    create(image_format, str(file), SIZE)
+    machine.open(chain_text).close()
+    machine.close()
+
+
 def check(machine: Machine, chain: Chain, model: dict[int, bytes]) -> None:
     """Check that each read returns what was written, or an error."""
     for place, data in model.items():

@@ -539,6 +539,20 @@ def test_a_file_that_another_program_makes_shorter(reactor: Reactor, path: str, 
     files.close()
 
 
+def test_a_file_that_is_shorter_is_not_taken_over(reactor: Reactor, path: str) -> None:
+    """F2: another chain of the same disk must not open a file that has become shorter in service: its new end would be
+    that of the disk, and what was lost would be read as zeros.
+    """
+    files = HostFiles(reactor)
+    image = files.open(path, read_only=False)
+    files.check_free(path, read_only=False, shareable=False)
+    os.truncate(path, 65536)
+    with pytest.raises(DriverError, match=f"it has 65536 of the {SIZE} bytes that it had in service"):
+        files.check_free(path, read_only=False, shareable=False)
+    image.close()
+    files.close()
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_a_file_whose_size_nobody_knows_any_more(reactor: Reactor, path: str, way: str) -> None:
     """D6: if the file system has failed so that not even the file's size is known, each request ends with the error,

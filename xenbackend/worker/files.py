@@ -31,6 +31,7 @@ from xenbackend.units import round_up
 from xenbackend.worker.cached import CachedImage
 from xenbackend.worker.direct import DirectImage
 from xenbackend.worker.image import Image
+from xenbackend.worker.length import Length
 from xenbackend.worker.spares import Spares
 
 if TYPE_CHECKING:
@@ -155,6 +156,7 @@ class HostFiles:
         blocking: bool = False,
         step: int = 0,
         sector_size: int = 0,
+        noted: memoryview | None = None,
     ) -> Image:
         """Open an image, as `block.driver.Files.open` says."""
         access = locks.access(read_only=read_only, shareable=shareable)
@@ -175,6 +177,9 @@ class HostFiles:
                     blockdev.refuse_part_of_a_sector(medium, path)
                 os.set_blocking(fd, True)  # else asynchronous I/O would end with EAGAIN instead of waiting
                 if self._lock(fd, path, access):
+                    length = None if noted is None else Length(noted, facts.identity)
+                    if length is not None and medium.size < length.size:
+                        raise _cut_off(path, medium.size, length.size)
                     if step and not (read_only or medium.is_device):
                         size = round_up(medium.size, step)
                         if not drops:
@@ -182,6 +187,8 @@ class HostFiles:
                         medium = replace(medium, size=size, end=medium.end if drops else size)
                     image = self._choose(fd, medium, direct=direct, blocking=blocking)
                     image.path, image.drops = path, drops
+                    if length is not None:
+                        image.length, length.size = length, image.size
                     image.extent.on_short = partial(self._tell_of_short, path)
                     opened.pop_all()
                     self._changed[path] = facts.mtime_ns
@@ -199,7 +206,10 @@ class HostFiles:
         with ExitStack() as held:
             self.opener.hold(path)
             held.callback(self.opener.release, path)
-            if self._spares.has(self.opener.look(path).identity):
+            if (image := self._spares.find(self.opener.look(path).identity)) is not None:
+                kept = image.extent.look(image.size)
+                if image.extent.is_short:
+                    raise _cut_off(path, kept, image.extent.end)
                 return
             fd, _ = self._open(path, access, timeout_s=0.0)
             try:
@@ -346,6 +356,15 @@ class HostFiles:
         except KernelError:
             return None
         return queue
+
+
+def _cut_off(path: str, has: int, had: int) -> DriverError:
+    """Return the error for a file that must not be opened again: what it has lost would be read as zeros."""
+    return DriverError(
+        f"it has {has} of the {had} bytes that it had in service: another program has cut off the rest; restore the "
+        "file, or detach the disk, which loses these data",
+        path=path,
+    )
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from xenbackend.worker.extent import Extent, shorter
 if TYPE_CHECKING:
     from xenbackend.loop.reactor import Reactor
     from xenbackend.worker.io_queue import IoQueue
+    from xenbackend.worker.length import Length
 
 MAX_IOVECS = 1024  # IOV_MAX: pieces of one call
 _ANYTHING = Alignment(1, 1)
@@ -44,6 +45,7 @@ class Image:
 
     path    its name, for sentences; empty if that is not known
     extent  how much there is of it
+    length  its size, noted for successors; None: nobody notes it
     drops   `write_at`, `sync` and `grow` leave the file as it is; set by a check of a chain, which serves nothing
     """
 
@@ -54,6 +56,7 @@ class Image:
     ) -> None:
         self.fd = fd
         self.path = ""
+        self.length: Length | None = None
         self.drops = False
         self.medium = medium
         self.size = medium.size
@@ -199,6 +202,8 @@ class Image:
         else:
             os.ftruncate(self.fd, size)
         self.extent.grown(size)
+        if self.length is not None:
+            self.length.size = size
         self.size = size
 
     def close(self) -> None:

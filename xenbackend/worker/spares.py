@@ -36,9 +36,9 @@ class Spares:
         """Whether any file is kept."""
         return bool(self._kept)
 
-    def has(self, identity: str) -> bool:
-        """Return whether the file with this identity is open."""
-        return any(image.fd >= 0 and _is_same(other, identity) for image, other, _ in self._open)
+    def find(self, identity: str) -> Image | None:
+        """Return the open image of the file with this identity; None if it is not open."""
+        return next((image for image, other, _ in self._open if image.fd >= 0 and _is_same(other, identity)), None)
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -58,7 +58,7 @@ class Spares:
         by now the answer is -1, too: to open it once more is refused, as it would be in a first chain.
         """
         former = next((each for each in self._kept if _is_same(each, identity)), None)
-        if former is None or self.has(identity):
+        if former is None or self.find(identity) is not None:
             return -1
         fd, earlier = self._kept[former]
         if earlier != access:

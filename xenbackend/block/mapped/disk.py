@@ -31,6 +31,7 @@ from xenbackend.block.mapped.shared import Once, Then
 from xenbackend.block.mapped.tables import PLACE, Table, Tables
 from xenbackend.block.options import FilePath, option
 from xenbackend.block.request import PENDING, Op, Request, clear
+from xenbackend.units import PAGE
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,7 @@ class MappedDisk(Driver):
     """
 
     Options: ClassVar[type] = ImageOptions
+    notes_length: ClassVar[bool] = False  # a successor has to notice by itself that the file was cut off
     step: ClassVar[int] = 0  # bytes: the file's size is made a multiple of this; 0: it is left as it is
 
     def open(self, env: Env) -> Geometry:
@@ -82,12 +84,18 @@ class MappedDisk(Driver):
     def open_file(self, env: Env, path: str = "", *, read_only: bool = False) -> File:
         """Open a file of the disk, by default the image itself. Raises: DriverError, OSError."""
         options = self.options
+        noted = None
+        if self.notes_length and not (path or read_only or env.read_only):
+            noted = env.memory("length", PAGE)
+            if not env.resumes:  # no guest has written there
+                noted[:] = bytes(PAGE)
         return env.files.open(
             path or options.file,
             read_only=read_only or env.read_only,
             shareable=env.shareable,
             direct=not options.cache,
             step=self.step,
+            noted=noted,
         )
 
     def start(
