@@ -179,7 +179,7 @@ class HostFiles:
                 if self._lock(fd, path, access):
                     length = None if noted is None else Length(noted, facts.identity)
                     if length is not None and medium.size < length.size:
-                        raise _cut_off(path, medium.size, length.size)
+                        raise _cut_off(path, medium.size, length.size, "restore the file, or detach the disk")
                     if step and not (read_only or medium.is_device):
                         size = round_up(medium.size, step)
                         if not drops:
@@ -198,7 +198,7 @@ class HostFiles:
             raise self._in_use(path, access)  # the file is closed by now, else we would be among its users
 
     def check_free(self, path: str, *, read_only: bool, shareable: bool) -> None:
-        """Refuse an image that somebody else uses at the moment, without waiting.
+        """Refuse an image that somebody else uses at the moment, without waiting, or of which we have lost a part.
 
         Raises: DriverError, OSError.
         """
@@ -209,7 +209,7 @@ class HostFiles:
             if (image := self._spares.find(self.opener.look(path).identity)) is not None:
                 kept = image.extent.look(image.size)
                 if image.extent.is_short:
-                    raise _cut_off(path, kept, image.extent.end)
+                    raise _cut_off(path, kept, image.extent.end, "detach the disk")
                 return
             fd, _ = self._open(path, access, timeout_s=0.0)
             try:
@@ -358,11 +358,11 @@ class HostFiles:
         return queue
 
 
-def _cut_off(path: str, has: int, had: int) -> DriverError:
+def _cut_off(path: str, has: int, had: int, advice: str) -> DriverError:
     """Return the error for a file that must not be opened again: what it has lost would be read as zeros."""
     return DriverError(
-        f"it has {has} of the {had} bytes that it had in service: another program has cut off the rest; restore the "
-        "file, or detach the disk, which loses these data",
+        f"it has {has} of the {had} bytes that it had in service: another program has cut off the rest; {advice}, "
+        "which loses these data",
         path=path,
     )
 
