@@ -108,11 +108,11 @@ def test_a_successor_refuses_a_file_that_was_emptied(home: Path, text: str, size
 
 
 @pytest.mark.parametrize("loses", [512, 65536, SIZE // 2])
-@pytest.mark.parametrize("image_format", ["qcow2", "qcow"])
+@pytest.mark.parametrize("image_format", ["qcow2", "qcow", "vhd"])
 def test_a_successor_refuses_an_image_that_was_cut_off(home: Path, image_format: str, loses: int) -> None:
-    """F2: QCOW does not say where its file ends, and what is behind the end reads as zeros. So a worker's successor
-    compares the file's size with what it was at last, also after it had grown; it refuses a shorter one each time, and
-    does not make it longer. It takes one that was restored, and another file.
+    """F2: QCOW does not say where its file ends, VHD mends an end that is missing, and what is behind reads as zeros.
+    So a worker's successor compares the file's size with what it was at last, also after it had grown; it refuses a
+    shorter one each time, and does not make it longer. It takes one that was restored, and another file.
     """
     file, machine = home / "file", Machine()
     chain_text = f"{image_format}:{file}"
