@@ -65,7 +65,10 @@ def state_of(pid: int) -> str:
 
 
 def is_ending(pid: int) -> bool:
-    """Return whether a process has ended or is about to, even if the kernel still waits for what it has in flight."""
+    """Return whether a process has ended or is about to, even if the kernel still waits for what it has in flight.
+
+    Also True if only its first thread has ended, and if nobody can tell, as when we have no descriptor left to look.
+    """
     try:
         words = text_of(f"/proc/{pid}/stat").rpartition(")")[2].split()
         return words[0] in "ZX" or bool(int(words[6]) & _PF_EXITING)

@@ -20,6 +20,7 @@ import pytest
 from tests.supervisor.helpers import FAKE_OPENER, FAKE_WORKER, PATIENCE_S, settle
 from xenbackend import journal
 from xenbackend.errors import KernelError
+from xenbackend.kernel.process import is_ending
 from xenbackend.loop.reactor import Reactor
 from xenbackend.protocol import codec, messages
 from xenbackend.supervisor.service import births, zygote
@@ -202,6 +203,43 @@ def test_a_worker_that_hangs_up_and_stays_is_killed(hear: Callable[..., Heard], 
 
     assert "the worker was killed: it closed its socket, and did not end" == heard.until_end()
     assert 1 == heard.fleet.breaches
+
+
+_FIRST_THREAD_ENDS = """
+import ctypes, threading
+threading.Thread(target=threading.Event().wait).start()
+channel.close()
+ctypes.CDLL(None).syscall(60, 0)
+"""  # exit(2) of this thread alone
+
+
+@pytest.mark.parametrize("why", ["its first thread has ended", "no descriptor is left", "its number is not known"])
+def test_a_worker_that_hangs_up_is_killed_whatever_is_known_of_it(
+    hear: Callable[..., Heard], tmp_path: Path, why: str
+) -> None:
+    """A worker that closed its socket and stays is killed even if it seems to be ending, or if nobody can tell; then it
+    has not broken the protocol.
+    """
+    first_ends = why == "its first thread has ended"
+    heard = hear(
+        _python(tmp_path, _FIRST_THREAD_ENDS if first_ends else "channel.close()\nimport time; time.sleep(1000)")
+    )
+    heard.until(lambda: not heard.worker._is_heard)
+    former = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if first_ends:
+        heard.until(lambda: is_ending(heard.worker.pid))
+        assert [] == heard.ends
+    elif why == "its number is not known":
+        heard.worker._process.pid = 0
+    else:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, former[1]))
+    try:
+        heard.ahead_s = HANG_UP_S
+        sentence = heard.until_end()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, former)
+
+    assert ("the worker was ended by SIGKILL", 0) == (sentence, heard.fleet.breaches)
 
 
 def test_a_close_that_takes_long_breaks_no_protocol(hear: Callable[..., Heard], tmp_path: Path) -> None:

@@ -171,15 +171,18 @@ class Worker:
         self._overdue.set(self._loop.now() + HANG_UP_S)
 
     def _has_not_ended(self) -> None:
-        """Kill a worker that has closed its socket for no reason.
+        """Kill a worker that has closed its socket, unless it was told to close.
 
         A slow close is none of its faults: the limit of the vbd's phase ends it, or the kernel, once nothing is in
-        flight.
+        flight. One that is ending, or of which nobody can tell, has broken no protocol.
         """
-        if not (self._why_killed or self._closes or is_ending(self.pid)):
-            sentence = "the worker was killed: it closed its socket, and did not end"
+        if self._closes:
+            return
+        if self._why_killed or is_ending(self.pid):
+            self._process.kill()
+        else:
             self._note_breach()
-            self.kill(sentence)
+            self.kill("the worker was killed: it closed its socket, and did not end")
 
     def _receive(self, most: int = _MESSAGES_PER_TURN) -> None:
         """Read what the worker has sent, at most so many messages, and pass it on."""
