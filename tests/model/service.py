@@ -44,6 +44,12 @@ class LocalKeeper:
         with self._world.machine.outside():
             self._let_go(name)
 
+    def send_again_from(self, loop: object) -> None:
+        """Everything is taken at once."""
+
+    def close(self, *, waits: bool) -> None:
+        """Nothing is left to be taken."""
+
     def _let_go(self, name: str) -> None:
         fd = self._kept.pop(name, -1)
         if fd >= 0:

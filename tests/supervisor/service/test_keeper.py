@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import os
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,8 @@ import pytest
 from tests.descriptors import open_descriptors
 from tests.supervisor.helpers import Kept
 from xenbackend.errors import KernelError
+from xenbackend.loop.reactor import Reactor
+from xenbackend.protocol import datagrams
 from xenbackend.supervisor.service.keeper import FIRST, Keeper, forget_inheritance
 
 
@@ -55,40 +59,124 @@ def test_a_keeper_that_has_gone_is_an_error(kept: Kept) -> None:
         keeper.keep("a", 0)
 
 
-def test_a_keeper_that_hangs_is_waited_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A keeper that takes no messages holds the service up once, however much is to be kept, until it takes one again;
-    all guests wait for the service.
+class Busy:
+    """A keeper that takes messages only when it is told to, as systemd while it reloads its units.
+
+    The service waits only 10 ms where it would wait longer; `waits` says for each message whether it would.
     """
-    limits: list[float | None] = []
 
-    class Timed(socket.socket):
-        def settimeout(self, value: float | None) -> None:
-            limits.append(value)
-            super().settimeout(value and 0.01)
+    def __init__(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.waits: list[bool] = []
+        waits = self.waits
 
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as hanging:
-        hanging.bind(str(tmp_path / "keep"))
-        keeper = Keeper({"NOTIFY_SOCKET": str(tmp_path / "keep"), "FDSTORE": "100000"})
+        class Timed(socket.socket):
+            def settimeout(self, value: float | None) -> None:
+                waits.append(bool(value))
+                super().settimeout(value and 0.01)
+
+        self.fds: dict[str, int] = {}
+        self.names: list[str] = []  # of all messages, in order
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        self._socket.bind(str(path))
+        self.keeper = Keeper({"NOTIFY_SOCKET": str(path), "FDSTORE": "100000"})
         monkeypatch.setattr(socket, "socket", Timed)
-        fd, errors = os.memfd_create("kept"), 0
-        for number in range(2000):
-            try:
-                keeper.keep(str(number), fd)
-            except KernelError:
-                errors += 1
-        waits = [bool(each) for each in limits]
-        while errors:
-            try:
-                hanging.recv(4096)
-            except BlockingIOError:
-                break
-        keeper.keep("again", fd)
-        keeper.forget("again")
-        os.close(fd)
 
-    assert errors > 1
-    assert [True] * (2001 - errors) + [False] * (errors - 1) == waits
-    assert [False, True] == [bool(each) for each in limits[-2:]]
+    def fill(self) -> None:
+        """Keep something under so many names that the last one is not taken."""
+        number = 0
+        while not self.keeper._untaken:
+            self.keeper.keep(f"first {number}", 0)
+            number += 1
+
+    def take(self, most: int = 100_000) -> None:
+        """Take the messages that have come."""
+        for _ in range(most):
+            try:
+                data, fds, _ = datagrams.receive(self._socket, 4096, 8)
+            except BlockingIOError:
+                return
+            name = data.decode().partition("FDNAME=")[2].partition("\n")[0]
+            self.names.append(name)
+            if (former := self.fds.pop(name, -1)) >= 0:
+                assert not fds, "systemd would keep both"
+                os.close(former)
+            if fds:
+                self.fds[name] = fds.pop()
+
+    def close(self) -> None:
+        """Close everything."""
+        for fd in self.fds.values():
+            os.close(fd)
+        self._socket.close()
+
+
+@pytest.fixture
+def busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, descriptors: None) -> Iterator[Busy]:
+    """Return a busy keeper."""
+    made = Busy(tmp_path / "keep", monkeypatch)
+    yield made
+    made.close()
+
+
+def test_what_a_busy_keeper_did_not_take_is_sent_again(busy: Busy, lines: io.StringIO) -> None:
+    """A keeper that takes no messages holds the service up once, however much is to be kept or forgotten, as all guests
+    wait for the service. As soon as it takes messages, it gets the newest state of each name, in the order of changes,
+    without a further change. That it takes none is said once, and so is the end of that.
+    """
+    loop = Reactor()
+    busy.keeper.send_again_from(loop)
+    first, second = os.memfd_create("first"), os.memfd_create("second")
+    busy.keeper.keep("forgotten", first)
+    busy.fill()
+    first_waits = busy.waits[:]
+    for name in ("journal", "changed", "gone"):
+        busy.keeper.keep(name, first)
+    busy.keeper.forget("forgotten")
+    busy.keeper.replace("changed", second)
+    busy.keeper.forget("gone")
+    busy.keeper.keep("notes", second)
+    os.write(second, b"second")
+    os.close(first)
+    os.close(second)
+    later_waits = busy.waits[len(first_waits) :]
+    said_before = lines.getvalue().count("sent again")
+    while busy.keeper._untaken:
+        busy.take()
+        loop.call_later(0.05, loop.stop)
+        loop.run()
+    busy.take()
+    found = {name: os.pread(fd, 10, 0) for name, fd in busy.fds.items() if not name.startswith("first ")}
+    loop.close()
+
+    assert {"journal": b"", "changed": b"second", "notes": b"second"} == found
+    assert ["journal", "forgotten", "changed", "gone", "notes"] == list(dict.fromkeys(busy.names[-8:]))[-5:]
+    assert ({True}, {False}) == (set(first_waits), set(later_waits))
+    assert 1 == said_before == lines.getvalue().count("sent again") == lines.getvalue().count("has taken all")
+
+
+def test_a_keeper_that_takes_messages_again_is_waited_for_again(busy: Busy) -> None:
+    """Once a keeper has taken everything, it is waited for again."""
+    busy.fill()
+    busy.take()
+    busy.keeper.keep("more", 0)
+    busy.keeper.keep("again", 0)
+
+    assert ([False, False, False, True], {}) == (busy.waits[-4:], busy.keeper._untaken)
+
+
+@pytest.mark.parametrize("takes", [False, True])
+def test_a_service_that_ends_sends_for_the_last_time(busy: Busy, lines: io.StringIO, *, takes: bool) -> None:
+    """A service that leaves its disks waits a little for the keeper to take what it has not taken; that something is
+    lost is said. No descriptor is left open.
+    """
+    busy.fill()
+    if takes:
+        busy.take()
+    busy.keeper.close(waits=True)
+    busy.take()
+
+    assert (True, {}) == (busy.waits[-1], busy.keeper._untaken)
+    assert takes == ("the next service will lack" not in lines.getvalue())
 
 
 def test_what_there_is_no_room_for_is_an_error(kept: Kept) -> None:

@@ -11,18 +11,27 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import time
 from collections.abc import Mapping, MutableMapping
+from contextlib import suppress
 
 from xenbackend.errors import KernelError
+from xenbackend.log import get_logger
+from xenbackend.loop.reactor import Reactor, Timer
 from xenbackend.supervisor.service.notify import address_of
 
 FIRST = 3  # descriptor that a service inherits, SD_LISTEN_FDS_START
 MAX_NAME = 255  # characters
 _TIMEOUT_S = 1.0  # for a keeper to take a message
+_AGAIN_S = 1.0  # between two tries to send what was not taken
+_LAST_S = 5.0  # for a keeper to take all of it when the service ends
 
 
 class Keeper:
     """The keeper's address, and what it had kept.
+
+    A keeper that is busy takes no messages: systemd does not while it reloads its units. It is waited for once. What it
+    has not taken by then is sent again until it is taken, of each name the newest state, in the order of the changes.
 
     is_there    whether there is a keeper
     inherited   the kept descriptors by name, ours from now on
@@ -35,8 +44,15 @@ class Keeper:
         self._room = int(store) if store.isdigit() else 0  # descriptors
         self.is_there = bool(self._address) and self._room > 0
         self.inherited = _inherited(environment) if self.is_there else {}
-        self._names = set(self.inherited)  # of what is kept now
-        self._has_patience = True  # not after it took no message: then none is waited for until it takes one again
+        self._names = set(self.inherited)  # of what is kept now, or will be
+        self._untaken: dict[str, int] = {}  # duplicates by name; -1: the name is to be forgotten
+        self._loop: Reactor | None = None
+        self._again: Timer | None = None
+        self._log = get_logger("keeper")
+
+    def send_again_from(self, loop: Reactor) -> None:
+        """Have this loop send what was not taken; without a loop, only the next change does so."""
+        self._loop, self._again = loop, loop.timer(self._send_untaken)
 
     def keep(self, name: str, fd: int) -> None:
         """Have a descriptor kept under a name that nothing else has. If the keeper is busy, this waits a second, once.
@@ -46,7 +62,7 @@ class Keeper:
         if self.is_there and name not in self._names and len(self._names) >= self._room:
             operation = f"keep more than {self._room} descriptors in the process that started the service (FDSTORE)"
             raise KernelError(operation, errno.ENOSPC)
-        self._send(f"FDSTORE=1\nFDNAME={name}\nFDPOLL=0", fd)
+        self._change(name, fd)
         self._names.add(name)
 
     def replace(self, name: str, fd: int) -> None:
@@ -59,23 +75,72 @@ class Keeper:
 
     def forget(self, name: str) -> None:
         """Have the keeper close a descriptor. Raises: KernelError."""
-        self._send(f"FDSTOREREMOVE=1\nFDNAME={name}")
+        self._change(name)
         self._names.discard(name)
 
-    def _send(self, state: str, *fds: int) -> None:
+    def close(self, *, waits: bool) -> None:
+        """Send what was not taken for the last time; with `waits`, the keeper has some seconds to take all of it."""
+        self._send_untaken(_LAST_S if waits else 0.0)
+        if self._untaken and waits:
+            self._log.error("the next service will lack what was not taken", descriptors=len(self._untaken))
+        for name in list(self._untaken):
+            self._drop(name)
+        if self._again is not None:
+            self._again.set(None)
+
+    def _change(self, name: str, fd: int = -1) -> None:
+        """Have a descriptor kept, or a name forgotten. Raises: KernelError."""
         if not self.is_there:
             return
         try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as near:
-                near.settimeout(_TIMEOUT_S if self._has_patience else 0)
-                near.connect(self._address)
-                socket.send_fds(near, [state.encode()], list(fds))
-            self._has_patience = True
+            if self._untaken:  # later changes wait behind earlier ones
+                self._remember(name, fd)
+                self._send_untaken()
+                return
+            try:
+                self._send(name, fd, _TIMEOUT_S)
+            except (TimeoutError, BlockingIOError):
+                self._remember(name, fd)
+                self._log.warning("the process that started the service takes no messages; they are sent again")
+                self._set_timer()
         except OSError as error:
-            if isinstance(error, TimeoutError | BlockingIOError):
-                self._has_patience = False
-            code = error.errno or errno.ETIMEDOUT
+            code = error.errno or errno.EIO
             raise KernelError("keep a descriptor in the process that started the service", code) from None
+
+    def _remember(self, name: str, fd: int) -> None:
+        copy = os.dup(fd) if fd >= 0 else -1
+        self._drop(name)
+        self._untaken[name] = copy
+
+    def _drop(self, name: str) -> None:
+        fd = self._untaken.pop(name, -1)
+        if fd >= 0:
+            os.close(fd)
+
+    def _send_untaken(self, within_s: float = 0.0) -> None:
+        """Send what was not taken, as far as the keeper takes it now, or within so many seconds."""
+        if not self._untaken:
+            return
+        give_up = time.monotonic() + within_s
+        with suppress(OSError):
+            for name, fd in list(self._untaken.items()):
+                for each in (-1, fd) if fd >= 0 else (-1,):  # it may still have a former one of that name
+                    self._send(name, each, max(0.0, give_up - time.monotonic()))
+                self._drop(name)
+            self._log.info("the process that started the service has taken all messages")
+        self._set_timer()
+
+    def _set_timer(self) -> None:
+        if self._loop is not None and self._again is not None:
+            self._again.set(self._loop.now() + _AGAIN_S if self._untaken else None)
+
+    def _send(self, name: str, fd: int, timeout_s: float) -> None:
+        """Send one message: keep a descriptor, or forget the name. Raises: OSError."""
+        state = f"FDSTORE=1\nFDNAME={name}\nFDPOLL=0" if fd >= 0 else f"FDSTOREREMOVE=1\nFDNAME={name}"
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as near:
+            near.settimeout(timeout_s)
+            near.connect(self._address)
+            socket.send_fds(near, [state.encode()], [fd] if fd >= 0 else [])
 
 
 def forget_inheritance(environment: MutableMapping[str, str]) -> None:

@@ -84,6 +84,7 @@ class Service:
         self._keeper = keeper
         self._bugs = Bugs()
         self._loop = Reactor(clock, on_bug=self._bugs.note)
+        keeper.send_again_from(self._loop)
         self._store = Store(settings.store or None)
         self._ledger = Ledger(keeper, wall_clock)
         inherited = keeper.inherited.pop(_CONTROL, -1)  # the rest is the registry's
@@ -241,6 +242,7 @@ class Service:
             self._ledger.forget()
             with suppress(KernelError):
                 self._keeper.forget(_CONTROL)
+        self._keeper.close(waits=self._leaves)
         self._server.close(leaves=self._leaves)
         self._store.close()
         self._loop.close()
