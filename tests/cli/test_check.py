@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -181,6 +182,30 @@ def test_whether_a_file_could_be_created(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, before)
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="unshare is not installed (Debian: util-linux)")
+@pytest.mark.parametrize("is_directory", [False, True])
+def test_an_empty_record_file_is_judged_by_itself(tmp_path: Path, *, is_directory: bool) -> None:
+    """An existing empty file that cannot be written fails the check, as it would fail the service; whether its
+    directory can be written does not matter.
+    """
+    image(tmp_path / "img")
+    (records := tmp_path / "records").mkdir()
+    (records / "new").touch()
+    (tmp_path / "file").touch()
+    only = records if is_directory else records / "new"
+    script = f"""
+        mount --bind {only} {only} && mount -o remount,ro,bind {only} || exit 77
+        {f"mount --bind {tmp_path}/file {records}/new || exit 77" if is_directory else ""}
+        {sys.executable} -m xenbackend check 'cow:{records}/new|aio:{tmp_path}/img'
+    """
+    ended = subprocess.run(["unshare", "-m", "sh", "-c", script], capture_output=True, text=True, check=False)
+    if ended.returncode == 77 or "unshare" in ended.stderr:
+        pytest.skip(f"no mount for us: {ended.stderr}")
+
+    assert is_directory == (ended.returncode == 0), ended.stdout + ended.stderr
+    assert is_directory or "new is on a read-only file system" in ended.stderr
 
 
 @pytest.mark.parametrize("chain", ["aio:img", "log:rec|aio:/img", "luks:key=k|aio:/img", "cow:./a=b|aio:/img"])

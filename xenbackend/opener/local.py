@@ -62,7 +62,8 @@ class LocalOpener:
         trusts: follow images wherever they lead to, as an administrator has said.
         scratch: returns the directory of unnamed files. Such a file exists only while it is open.
         creates: create record files that do not exist. If not, an unnamed file in the same directory stands for such a
-            file, and for an empty one, which is a new one, too: so whatever fails there would have failed.
+            file, so whatever fails there would have failed. For an empty file, which is a new one, too, a temporary one
+            stands, once it has been opened for writing.
 
     `followed`: if it trusts images, those that led to other files, in order.
     `missing`: if it does not create files, those that it would have created, in order.
@@ -232,11 +233,16 @@ class LocalOpener:
                 held = steps.hold_record(path, create=False)
             except FileNotFoundError:
                 self.missing.append(path)
+                stand_in = steps.hold_stand_in(path)
             else:
                 if os.fstat(held).st_size:
                     return held
-                os.close(held)
-            self._keep(path, steps.hold_stand_in(path))
+                try:
+                    os.close(steps.reopen(held, path, write=True))  # it may be immutable, or mounted read-only
+                finally:
+                    os.close(held)
+                stand_in = steps.hold_temporary()
+            self._keep(path, stand_in)
             self._stand_ins.add(path)
         return os.dup(self._fds[path])
 

@@ -66,6 +66,13 @@ def hold_stand_in(path: str) -> int:
         raise
 
 
+def hold_temporary() -> int:
+    """Return an O_PATH descriptor of a new, empty file without a name among the temporary files. Raises: OSError."""
+    import tempfile  # late: few look at a new file
+
+    return _unnamed(tempfile.gettempdir())
+
+
 def _check_directory(path: str) -> None:
     """Refuse a file to be created whose directory does not exist. Raises: DriverError."""
     directory = os.path.split(path)[0] or "."
