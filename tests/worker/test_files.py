@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from descriptors import open_descriptors
@@ -582,3 +583,31 @@ def test_an_image_was_changed_when_others_changed_it(reactor: Reactor, path: str
     image.close()
     assert Path(path).stat().st_mtime_ns == files.look(path).mtime_ns
     files.close()
+
+
+def test_a_check_of_an_image_in_use_leaves_its_times(
+    reactor: Reactor, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A check sets back no time of an image that a guest uses: it refuses the image before it looks closer, so the time
+    of what the guest writes meanwhile stays.
+    """
+    files, check = HostFiles(reactor), HostFiles(reactor, changes=False)
+    image = files.open(path, read_only=False)
+    written = [10**9]
+    os.utime(path, ns=(written[0], written[0]))
+    examine = blockdev.examine
+
+    def examine_while_a_guest_writes(*arguments: Any, **named: Any) -> blockdev.Medium:
+        medium = examine(*arguments, **named)
+        written.append(2 * 10**9)
+        os.utime(path, ns=(written[-1], written[-1]))
+        return medium
+
+    monkeypatch.setattr(blockdev, "examine", examine_while_a_guest_writes)
+    with pytest.raises(DriverError, match="is locked by another process"):
+        check.open(path, read_only=False)
+    image.close()
+    for each in (files, check):
+        each.close()
+
+    assert written[-1] == Path(path).stat().st_mtime_ns

@@ -111,7 +111,7 @@ class HostFiles:
         names_users: say who uses an image that is in use. That looks at every process: not for callers that ask often.
         disk: a number that no other disk has, for `kernel.locks.take`.
         changes: if False, no file is changed: what is written by `File`'s own methods is dropped, except for files that
-            stand for others (`Opener.is_stand_in`), and a file's times are as before.
+            stand for others (`Opener.is_stand_in`), and the time of a file's last change (mtime) is as before.
     """
 
     def __init__(
@@ -168,15 +168,15 @@ class HostFiles:
             with ExitStack() as opened:
                 opened.callback(os.close, fd)
                 drops = not (self._changes or opener.is_stand_in(path))
-                with _as_before(fd) if drops else nullcontext():
-                    medium = blockdev.examine(
-                        fd, path, read_only=read_only, ends_anywhere=step > 0, sector_size=sector_size,
-                        discard_granularity=facts.discard_granularity,
-                    )  # fmt: skip
-                if self._whole:
-                    blockdev.refuse_part_of_a_sector(medium, path)
                 os.set_blocking(fd, True)  # else asynchronous I/O would end with EAGAIN instead of waiting
-                if self._lock(fd, path, access):
+                if self._lock(fd, path, access):  # first: a check must not set back another writer's time
+                    with _as_before(fd) if drops else nullcontext():
+                        medium = blockdev.examine(
+                            fd, path, read_only=read_only, ends_anywhere=step > 0, sector_size=sector_size,
+                            discard_granularity=facts.discard_granularity,
+                        )  # fmt: skip
+                    if self._whole:
+                        blockdev.refuse_part_of_a_sector(medium, path)
                     length = None if noted is None else Length(noted, facts.identity)
                     if length is not None and medium.size < length.size:
                         raise _cut_off(path, medium.size, length.size, "restore the file, or detach the disk")
@@ -369,7 +369,10 @@ def _cut_off(path: str, has: int, had: int, advice: str) -> DriverError:
 
 @contextmanager
 def _as_before(fd: int) -> Iterator[None]:
-    """Give a file its times back: the attempt to punch a hole behind its end changes them on some file systems."""
+    """Give a file its mtime back: the attempt to punch a hole behind its end changes it on some file systems.
+
+    The file must be locked: what another writer changes meanwhile would be set back, too.
+    """
     times = os.fstat(fd)
     try:
         yield
