@@ -481,6 +481,23 @@ def test_a_parent_that_ends_during_a_replacement_has_the_workers_drained(
     assert [] == [name for name in kept.fds if name.startswith("orders")]
 
 
+def test_a_parent_that_ends_after_the_workers_were_let_go_has_everything_forgotten(
+    xenstored: Xenstored, kept: Kept, tmp_path: Path
+) -> None:
+    """If the parent of a service that has let its workers go ends, too, nothing is left of the service: no socket, and
+    nothing at the keeper.
+    """
+    settings = Settings(store=xenstored.address, socket=str(tmp_path / "control.sock"))
+    service = Service(settings, Notifier({}), kept.keeper())
+    service._stop(signal.SIGTERM)
+    has_let_go = service._has_let_go
+    service._stop(signal.SIGINT)
+    service._close()
+
+    assert (True, False) == (has_let_go, Path(settings.socket).exists())
+    assert [] == [name for name in kept.fds if name.startswith(("orders", "control"))]
+
+
 def test_whoever_stops_a_service_that_is_stopping_waits_for_the_same_end(
     xenstored: Xenstored, kept: Kept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

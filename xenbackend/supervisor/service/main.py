@@ -198,10 +198,11 @@ class Service:
     def _stop(self, number: int) -> None:
         """End the service, as the signal of this number asks."""
         if self._is_stopping:
-            if number == signal.SIGINT and self._leaves and not self._has_let_go:
+            if number == signal.SIGINT and self._leaves:
                 self._log.info("stopping for good, as the parent ends, too")
                 self._leaves = False  # nobody would keep what the next service needs
-                self._let_go()
+                if not self._has_let_go:  # else the workers close their disks when the keeper has closed their sockets
+                    self._let_go()
             return
         self._leaves = leaves = self._keeper.is_there and number != signal.SIGINT
         self._log.info("stopping", vbds=len(self._registry.vbds), workers="go on" if leaves else "are drained")
