@@ -32,6 +32,7 @@ from tests.xen.bed.release import DECOMPRESS, NEWEST, RELEASES
 from tests.xen.bed.report import Failure, Report
 from tests.xen.bed.session import DIED, NO_TESTS, together
 from tests.xen.bed.share import Given, Watch
+from tests.xen.tools.counts import GRANT_TABLE_OP, HYPERCALL, LOST, SUBCALL, hypercalls, notifications
 
 
 def test_each_release_has_an_image_of_its_own() -> None:
@@ -362,3 +363,54 @@ def test_two_machines_share_what_is_run() -> None:
 def test_the_worst_machine_counts(statuses: list[int], status: int) -> None:
     """All machines have to pass; one without tests counts only if no other has any."""
     assert status == together(statuses)
+
+
+def _record(event: int, *words: int, time: int | None = None) -> bytes:
+    """Return a record of xentrace: `event`, `time` if it has one, and other words."""
+    head = event | len(words) << 28 | (time is not None) << 31
+    return (
+        struct.pack("<I", head)
+        + (b"" if time is None else struct.pack("<Q", time))
+        + struct.pack(f"<{len(words)}I", *words)
+    )
+
+
+def test_hypercalls_are_counted() -> None:
+    """Each record of a hypercall counts, by its number, with a time or without; other records do not."""
+    argument = 1 << 20  # above the number: which arguments follow
+    trace = (
+        _record(HYPERCALL, GRANT_TABLE_OP | argument, 5, 6, time=1 << 40)
+        + _record(0x0020_1001, HYPERCALL, GRANT_TABLE_OP, time=2)
+        + _record(SUBCALL, GRANT_TABLE_OP)
+        + _record(HYPERCALL, 29, time=3)
+        + _record(0x0001_F003)
+    )
+
+    assert {GRANT_TABLE_OP: 2, 29: 1} == hypercalls(trace)
+    assert {} == hypercalls(b"")
+
+
+def test_lost_records_are_an_error() -> None:
+    """A trace with lost records is refused, since it would count too few."""
+    trace = _record(HYPERCALL, GRANT_TABLE_OP, time=1) + _record(LOST, 7, 0, 0, 0, time=2)
+    with pytest.raises(AssertionError, match="lost records"):
+        hypercalls(trace)
+
+
+_INTERRUPTS = """\
+            CPU0       CPU1
+  24:       100          1  xen-dyn    -event     xenbus
+  25:         7          3  xen-dyn    -event     evtchn:xb 5/xvda
+  26:        20          0  xen-dyn    -event     evtchn:qemu-system-i38
+  27:        30          0  xen-dyn    -event     evtchn:xenstored
+  28:        40          0  xen-dyn    -event     evtchn:oxenstored
+  29:         0          5  xen-dyn    -event     blkif-backend
+  30:         6          0  xen-dyn-lateeoi -event     blkif
+ NMI:         9          9   Non-maskable interrupts
+ ERR:         2
+"""
+
+
+def test_notifications_are_counted() -> None:
+    """Those of blkfront, blkback and programs count, also of a program whose name has a space; xenstored's do not."""
+    assert 7 + 3 + 20 + 5 + 6 == notifications(_INTERRUPTS)
