@@ -5,7 +5,9 @@ Must not be the only load of a disk: parts of pages, other operations and rings 
 A round fills each ring with reads and writes of distinct pages, in a random order with random ids, and ends when all of
 them are answered. Every read is compared with what the model says may be there, and every answer with the only right
 one, padding included; no two writes have the same data. Most of that is one call for a whole ring: a request takes a
-thirtieth of the time that it takes `Load`. The loops that look at each answer are for rings in which something differs.
+thirtieth of the time that it takes `Load`. A loop looks at each answer of a ring in which something differs. Some
+rounds are watched: each answer is judged as soon as it is there, because its bytes, its data and the end of its
+mappings must not come later.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from xenbackend.units import PAGE, SECTOR
 
 _PATTERNS = 16  # ways to fill a ring; each round takes one at random
 _ROUNDS = 256  # until the pages get another order
+_WATCHED = 16  # one round of so many is watched
 _UNTOUCHED = b"\xa5"  # fills pages that are to be read into, so that bytes that the backend does not write are noticed
 
 
@@ -128,6 +131,7 @@ class _FullRing:
 
     def __init__(self, ring: GuestRing, model: KnownDisk, pages: int, most_writes: float) -> None:
         self.size = ring.ring.size
+        self._unanswered: dict[int, tuple[int, int]] | None = None  # the pattern's operations, in a watched round
         self._ring, self._model, self._random = ring, model, model.random
         self._sectors_of_each = pages * PER_PAGE
         guest, layout, total = ring.guest, ring.layout, self.size * pages
@@ -152,9 +156,10 @@ class _FullRing:
         if not ring.persistent:
             self._grants[:] = self._no_grants
 
-    def fill(self, sectors: list[int]) -> None:
-        """Ask for what begins at these sectors, one for each slot."""
+    def fill(self, sectors: list[int], *, is_watched: bool) -> None:
+        """Ask for what begins at these sectors, one for each slot; `is_watched`: judge each answer when it is taken."""
         self._pattern = pattern = self._random.choice(self._patterns)
+        self._unanswered = dict(pattern.operations) if is_watched else None
         self._of_writes, self._of_reads = sectors[: pattern.writes], sectors[pattern.writes :]
         self._generation, self._data = self._model.next_write(self._of_writes, self._sectors_of_each)
         self._memory[: len(self._data)] = self._data
@@ -167,7 +172,7 @@ class _FullRing:
         self._ring.push()
 
     def take(self) -> int:
-        """Return how many answers have come; the last ones of a ring are judged with all others.
+        """Return how many answers have come; unless they are watched, all of a ring are judged with the last ones.
 
         Raises: WrongData, BackendMisbehaved.
         """
@@ -176,58 +181,70 @@ class _FullRing:
         while count := front.waiting() or front.final_check():
             if count > front.pushed - front.consumed:
                 raise BackendMisbehaved(f"{count} responses to {front.pushed - front.consumed} requests")
+            if self._unanswered is not None:
+                self._judge_each(self._unanswered, front.consumed, count)
             front.consumed += count
-        if before < front.consumed == front.pushed:
+        if self._unanswered is None and before < front.consumed == front.pushed:
             self._judge()
         return front.consumed - before
 
     def _judge(self) -> None:
-        slots, pattern, model = bytes(self._slots), self._pattern, self._model
-        is_right = frozenset(self._answers(slots)) == pattern.answers
-        failed = {} if is_right else self._failed(slots)
+        """Judge a ring whose requests are all answered. Raises: WrongData, BackendMisbehaved."""
+        pattern, model = self._pattern, self._model
+        if frozenset(self._answers(bytes(self._slots))) != pattern.answers:
+            self._judge_each(dict(pattern.operations), 0, self.size)
+            return
         if not self._ring.persistent:
             if self._grants != pattern.grants:
                 raise BackendMisbehaved("a grant is still mapped, though all requests were answered")
             self._grants[:] = self._no_grants
-        if failed:
-            self._judge_each(failed)
-            return
         model.check_each(self._of_reads, self._sectors_of_each, self._memory[len(self._data) :])
         model.wrote(self._of_writes, self._sectors_of_each, self._generation, self._data)
 
-    def _failed(self, slots: bytes) -> dict[int, int]:
-        """Return the status of each request that has failed, by its number. Raises: BackendMisbehaved."""
-        response = self._ring.layout.response
-        operations = dict(self._pattern.operations)
-        failed = {}
-        for (raw,) in self._answers(slots):
-            guest_id, operation, status = response.unpack(raw)
-            if guest_id not in operations:
+    def _judge_each(self, unanswered: dict[int, tuple[int, int]], first: int, count: int) -> None:
+        """Judge answer by answer, `count` of them from number `first` on, each with its data and grants.
+
+        `unanswered` are those of the pattern's `operations` that no earlier answer is for; the answered ones leave it.
+
+        Raises: WrongData, BackendMisbehaved.
+        """
+        layout = self._ring.layout
+        for place in range(first, first + count):
+            start = place % self.size * layout.slot_size
+            raw = bytes(self._slots[start : start + layout.response.size])
+            guest_id, operation, status = layout.response.unpack(raw)
+            if guest_id not in unanswered:
                 raise BackendMisbehaved(f"a response to request {guest_id}, which is not in flight")
-            asked, number = operations.pop(guest_id)
+            asked, number = unanswered.pop(guest_id)
             if operation != asked:
                 raise BackendMisbehaved(f"operation {operation} in the response to operation {asked}")
-            if raw != response.pack(guest_id, operation, status):
+            if raw != layout.response.pack(guest_id, operation, status):
                 raise BackendMisbehaved(f"padding that is not zero in the response {raw.hex()}")
-            if status != BLKIF_RSP_OKAY:
-                failed[number] = status
-        return failed
+            self._take_back(number)
+            self._finish(number, status)
 
-    def _judge_each(self, failed: dict[int, int]) -> None:
-        """Judge request by request."""
-        model, count = self._model, self._sectors_of_each
-        for number, sector in enumerate([*self._of_writes, *self._of_reads]):
-            status, place = (
-                failed.get(number, BLKIF_RSP_OKAY),
-                slice(number * count * SECTOR, (number + 1) * count * SECTOR),
-            )
-            if number < len(self._of_writes):
-                data = bytes(self._data[place])
-                model.finish(Step(BLKIF_OP_WRITE, sector, count, data, self._generation), status)
-            elif status == BLKIF_RSP_OKAY:
-                model.check(sector, bytes(self._memory[place]))
-            else:
-                model.failures += 1
+    def _take_back(self, number: int) -> None:
+        """Revoke the grants of one request. Raises: BackendMisbehaved."""
+        if self._ring.persistent:
+            return
+        pages = self._sectors_of_each // PER_PAGE
+        # one by one: to compare slices takes three times as long for one page
+        for page in range(number * pages, (number + 1) * pages):
+            if self._grants[page] != self._pattern.grants[page]:
+                raise BackendMisbehaved("a grant is still mapped, though its request was answered")
+            self._grants[page] = 0
+
+    def _finish(self, number: int, status: int) -> None:
+        """Note the result of one request. Raises: WrongData."""
+        model, count, writes = self._model, self._sectors_of_each, len(self._of_writes)
+        place = slice(number * count * SECTOR, (number + 1) * count * SECTOR)
+        if number < writes:
+            data = bytes(self._data[place])
+            model.finish(Step(BLKIF_OP_WRITE, self._of_writes[number], count, data, self._generation), status)
+        elif status == BLKIF_RSP_OKAY:
+            model.check(self._of_reads[number - writes], bytes(self._memory[place]))
+        else:
+            model.failures += 1
 
 
 class FullRings:
@@ -279,10 +296,11 @@ class FullRings:
         """Begin a round; the last one has ended."""
         if not self._rounds % _ROUNDS:
             self._random.shuffle(self._order)
+        is_watched = not self._rounds % _WATCHED
         self._rounds += 1
         at = self._random.randrange(len(self._order) - self._size + 1)
         for ring in self._rings:
-            ring.fill(self._order[at : at + ring.size])
+            ring.fill(self._order[at : at + ring.size], is_watched=is_watched)
             at += ring.size
         self.begun += self._size
 

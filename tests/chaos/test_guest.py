@@ -22,6 +22,7 @@ from xenbackend.rig.table import GTF_READING
 from xenbackend.units import SECTOR
 
 TIMES = 20  # that a disk lies: the guest writes over some of it before it looks
+Call = Callable[[], object]
 SOON = 300  # requests, so that sectors have been written more than once
 
 
@@ -180,6 +181,33 @@ class Machine:
         for ring in rings:
             ring.write_response = write
 
+    def answer_in_parts(self, lie: Callable[[Machine, Callable[[], None]], Call | None]) -> None:
+        """Have the disk give back half of what it has at a time, and the guest look in between.
+
+        `lie` has the disk do that, and returns what comes later than the answers: before the next ones, and after the
+        guest has looked.
+        """
+        disk, later = self.served.disk, list[Call]()
+        disk.holding = True
+
+        def idle(_timeout_s: float) -> None:
+            self.served.step()
+            while later:
+                later.pop()()
+            if len(disk.held) > 1:
+                late = lie(self, partial(disk.give_back, disk.held[: len(disk.held) // 2]))
+                later.extend([late] if late else [])
+            elif disk.held:
+                disk.give_back()
+
+        self.frontend._idle = idle
+
+    def pages(self) -> dict[int, memoryview]:
+        """Return the pages for data that are granted now, by their grants."""
+        ring, guest = {*self.frontend.rings[0].grefs}, self.served.guest
+        granted = {gref: entry for gref, entry in enumerate(guest.table.entries.tolist()) if entry and gref not in ring}
+        return {gref: guest.page(entry >> 32) for gref, entry in granted.items()}
+
 
 each_grants = pytest.mark.parametrize("persistent", [False, True], ids=["granted anew", "persistent"])
 each_load = pytest.mark.parametrize("load", ["full rings", "several pages", "all kinds"])
@@ -246,6 +274,75 @@ def test_a_wrong_response_is_noticed(tmp_path: Path, load: str, lie: Any) -> Non
         machine.lie_in_ring(lie)
         with pytest.raises(BackendMisbehaved, match="response"):
             machine.run(load, SOON)
+
+
+def data_later(machine: Machine, give_back: Call) -> Call | None:
+    """Answer a read before its data are in the guest's page."""
+    pages = machine.pages()
+    before = {gref: bytes(page) for gref, page in pages.items()}
+    give_back()
+    for gref, page in pages.items():
+        if page != before[gref]:
+            data = bytes(page)
+            page[:] = before[gref]
+            return partial(page.__setitem__, slice(None), data)
+    return None
+
+
+def unmapped_later(machine: Machine, give_back: Call) -> Call:
+    """Answer before the grants are given back."""
+    table, grefs = machine.served.guest.table, [*machine.pages()]
+    give_back()
+    for gref in grefs:
+        table.mark(gref, GTF_READING)
+    return lambda: [table.mark(gref, 0) for gref in grefs]
+
+
+def written_later(machine: Machine, give_back: Call) -> Call:
+    """Raise the producer index before the response is in its slot."""
+    ring = machine.served.engine.queues[0].ring
+    start = ring.places[ring.answered % ring.size]
+    slot = ring.pages[start : start + ring.layout.response.size]
+    before = bytes(slot)
+    give_back()
+    response = bytes(slot)
+    slot[:] = before
+    return partial(slot.__setitem__, slice(None), response)
+
+
+@each_load
+@pytest.mark.parametrize(
+    ("lie", "persistent", "error", "problem"),
+    [
+        (data_later, False, WrongData, r"foreign bytes \(a5a5"),
+        (data_later, True, WrongData, r"foreign bytes \(a5a5"),
+        (unmapped_later, False, BackendMisbehaved, "still mapped"),
+        (written_later, False, BackendMisbehaved, "a response "),
+    ],
+)
+def test_an_answer_that_comes_too_early_is_noticed(
+    tmp_path: Path, load: str, lie: Any, error: type[Exception], problem: str, *, persistent: bool
+) -> None:
+    """An answer comes after its bytes, its data and the end of its mappings: a run ends even if they follow soon."""
+    machine = Machine(tmp_path, LyingDisk(None), Wishes(persistent=persistent))
+    with machine.served:
+        machine.run(load, SOON)
+        machine.answer_in_parts(lie)
+        with pytest.raises(error, match=problem):
+            machine.run(load, 2 * SOON)
+
+
+@each_load
+@each_grants
+def test_answers_in_parts_are_accepted(tmp_path: Path, load: str, *, persistent: bool) -> None:
+    """A disk that tells the truth passes, however few answers come at a time."""
+    machine = Machine(tmp_path, LyingDisk(None), Wishes(persistent=persistent))
+    with machine.served:
+        machine.answer_in_parts(lambda _machine, give_back: give_back())
+        machine.run_and_read_all(load, 2 * SOON)
+
+    assert 0 == machine.model.failures
+    assert machine.model.verified > SOON
 
 
 @each_load
