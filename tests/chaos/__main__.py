@@ -40,21 +40,7 @@ _KILLS, _KILL_ALL = ("kill a worker", "kill a worker twice"), "kill every worker
 
 def main(arguments: Sequence[str]) -> int:
     """Run, print a table, and return 0 if no guest noticed more than a pause."""
-    parser = argparse.ArgumentParser(prog="tests.chaos", description="Kill what serves guests under verified load.")
-    parser.add_argument("--kills", type=int, default=1000, help="of workers (%(default)s)")
-    parser.add_argument("--hours", type=float, help="go on for so long instead")
-    parser.add_argument(
-        "--operations", type=int, default=0, help="verify so many requests, too, with the kills spread over them"
-    )
-    parser.add_argument("--guests", type=int, choices=range(1, 9), help="(8, and 4 with an engine)")
-    parser.add_argument("--engine", choices=[*KINDS], default="", help="serve their disks from servers, or a cluster")
-    parser.add_argument("--seed", type=int, default=1, help="(%(default)s)")
-    parser.add_argument(
-        "--only", choices=[*ACTIONS, *ENGINE_ACTIONS], action="append", help="only this; may be given again"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
-    args = parser.parse_args(arguments)
-    args.guests = min(args.guests or 8, 4 if args.engine else 8)
+    args = parse(arguments)
     console = Console()
     if args.engine and (lacks := missing(args.engine)):
         console.print(f"skipped: there is no {', '.join(lacks)} here")
@@ -77,6 +63,26 @@ def main(arguments: Sequence[str]) -> int:
     if args.json:
         args.json.write_text(json.dumps({**figures, **counted, **stamp()}, indent=1) + "\n")
     return 1 if figures[ERRORS] or figures[UNTRUE] else 0
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Return what `run` gets. Raises: SystemExit."""
+    parser = argparse.ArgumentParser(prog="tests.chaos", description="Kill what serves guests under verified load.")
+    parser.add_argument("--kills", type=int, default=1000, help="of workers (%(default)s)")
+    parser.add_argument("--hours", type=float, help="go on for so long instead")
+    parser.add_argument(
+        "--operations", type=int, default=0, help="verify so many requests, too, with the kills spread over them"
+    )
+    parser.add_argument("--guests", type=int, choices=range(1, 9), help="(8, and 4 with an engine)")
+    parser.add_argument("--engine", choices=[*KINDS], default="", help="serve their disks from servers, or a cluster")
+    parser.add_argument("--seed", type=int, default=1, help="(%(default)s)")
+    parser.add_argument(
+        "--only", choices=[*ACTIONS, *ENGINE_ACTIONS], action="append", help="only this; may be given again"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    args = parser.parse_args(arguments)
+    args.guests = min(args.guests or 8, 4 if args.engine else 8)
+    return args
 
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
-
 import pytest
 from rich.console import Console
 
-from tests.chaos.__main__ import run
+from tests.chaos.__main__ import parse, run
 
 
 @pytest.mark.slow
@@ -15,8 +13,8 @@ def test_guests_notice_nothing_but_a_pause(request: pytest.FixtureRequest) -> No
     """Guests under verified load see no error, no wrong sector and no second answer, whatever dies below them; orders
     given meanwhile are answered truthfully.
     """
-    args = Namespace(kills=12, hours=None, guests=4, engine="", seed=request.config.getoption("--seed"), only=None)
-    figures = run(args, Console(quiet=True))
+    args = ["--kills", "12", "--guests", "4", "--seed", str(request.config.getoption("--seed"))]
+    figures = run(parse(args), Console(quiet=True))
 
     assert 0 == figures["errors that guests saw"]
     assert [] == figures["lies"]
