@@ -126,14 +126,16 @@ def test_a_file_that_is_the_same_is_opened_through_what_is_kept(undo: ExitStack,
 
 
 def test_a_size_that_changes_is_that_of_the_file_in_service(undo: ExitStack, tmp_path: Path) -> None:
-    """If the job keeps the chain's files (`resize`), names of the second chain are not looked up either."""
+    """If the job keeps the chain's files (`resize`), names of the second chain are not looked up either; the supervisor
+    is told that this chain has them, too.
+    """
     image = make(tmp_path / "image", b"former")
     disk = Disk(image, chains=[f"aio:{image}", f"aio:{image}"], keeps=True)
     undo.callback(disk.access.close)
     make(tmp_path / "image", b"another")
 
     assert b"former" == disk.content(image, 1)
-    assert [] == disk.told
+    assert [(image, 1)] == disk.told
 
 
 def test_a_refused_file_is_not_opened(undo: ExitStack, tmp_path: Path) -> None:

@@ -395,6 +395,19 @@ def test_a_parent(
         assert b"G" * 4096 == disk.frontend.read(64, 8)
 
 
+@pytest.mark.parametrize("act", [kill, upgrade], ids=lambda act: act.__name__)
+def test_a_size_that_was_looked_up(machine: Machine, tmp_path: Path, act: Callable[[Disk], object]) -> None:
+    """After `resize`, which opens the chain again, the next worker has the same files, whatever their names mean."""
+    image, other = tmp_path / "image", tmp_path / "other"
+    image.write_bytes(OURS)
+    other.write_bytes(THEIRS)
+    with serving(machine, tmp_path, f"aio:{image}") as disk:
+        assert "ok" == disk.order("resize")["code"]
+        other.rename(image)
+        act(disk)
+        assert OURS[:4096] == disk.frontend.read(0, 8)
+
+
 @pytest.mark.parametrize("act", [kill, upgrade, stop_and_start], ids=lambda act: act.__name__)
 def test_a_record(machine: Machine, tmp_path: Path, act: Callable[[Disk], dict[str, Any] | None]) -> None:
     """`log:` keeps recording into the file that it had opened, as an image is kept."""

@@ -119,6 +119,15 @@ def test_it_is_kept_until_it_is_detached(machine: Machine, tmp_path: Path, scrat
         until(lambda: room(scratch) == 0)
 
 
+def test_a_size_that_is_looked_up_does_not_lose_it(machine: Machine, tmp_path: Path) -> None:
+    """After `resize`, which opens the chain again, the next worker still has the unnamed file."""
+    with serving(machine, tmp_path) as disk:
+        assert "ok" == disk.order("resize")["code"]
+        disk.kill()
+
+        assert disk.has_written()
+
+
 def test_a_stop_does_not_lose_it_by_mistake(machine: Machine, tmp_path: Path) -> None:
     """`stop` is refused and names the disk; after `stop --force` the disk waits for good, even after `resume`."""
     with serving(machine, tmp_path) as disk:

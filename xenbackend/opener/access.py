@@ -44,9 +44,7 @@ class Access:
         self._rules = [Rules(text, read_only=job.read_only, shareable=job.shareable) for text in job.chains]
         identities = {each.name: each for each in job.kept}
         self._kept = {name: _Held(fd, identities[name].identity) for name, fd in kept.items()}
-        self._held: list[dict[str, _Held]] = [
-            dict(self._kept) if job.keeps or not number else {} for number in range(len(job.chains))
-        ]
+        self._held: list[dict[str, _Held]] = [{} if number else dict(self._kept) for number in range(len(job.chains))]
         self._led: dict[tuple[int, str, str], str] = {}  # by which act, by chain, image and the path it led to
 
     def look(self, name: str, chain: int) -> Facts:
@@ -187,6 +185,8 @@ class Access:
         """Return the file that an image is followed to, which is held from now on. Raises: DriverError."""
         held, identity = self._held[chain], steps.identify(allowed.fd)
         path = former or allowed.path
+        if path not in held and self._stays(path, chain):
+            held[path] = self._take_kept(path, chain)
         if path not in held:
             held[path] = self._take_over(path, chain, os.dup(allowed.fd), identity)
         elif _differ(held[path].identity, identity):
@@ -243,6 +243,8 @@ class Access:
 
     def _look_up(self, name: str, chain: int, rule: Rule, *, create: bool) -> _Held:
         """Return the file that a name means now, once the supervisor keeps it."""
+        if self._stays(name, chain):
+            return self._take_kept(name, chain)
         if rule.is_unnamed:
             fd = self._hold_unnamed(chain)
         elif rule.is_record:
@@ -269,6 +271,15 @@ class Access:
 
     def _facts(self, name: str, held: _Held) -> Facts:
         return steps.look(held.fd, self._job.scratch if name == UNNAMED else name)
+
+    def _stays(self, name: str, chain: int) -> bool:
+        """Return whether a name of another chain means a kept file, whatever it means now."""
+        return bool(chain and self._job.keeps and name in self._kept)
+
+    def _take_kept(self, name: str, chain: int) -> _Held:
+        """Return a kept file, once the supervisor knows that another chain has it, too. Raises: DriverError."""
+        kept = self._kept[name]
+        return self._take_over(name, chain, os.dup(kept.fd), kept.identity)
 
     def _take_over(self, name: str, chain: int, fd: int, identity: str) -> _Held:
         """Return the file behind `fd`, ours from now on, once the supervisor keeps it. Raises: DriverError."""

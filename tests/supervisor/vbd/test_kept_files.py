@@ -208,9 +208,9 @@ def test_an_exchange_keeps_the_files_of_the_chain_that_is_in_service(
     opener.opens(handover, image)
     opener.opens(handover, record)
     begin_exchange(handover)
-    before = len(open_descriptors())
+    before = len(kept.fds), len(open_descriptors())  # the keeper has taken all, as descriptors on their way count, too
     assert "" == opener.opens(handover, image, is_next=True)
-    assert before == len(open_descriptors())
+    assert before == (len(kept.fds), len(open_descriptors()))
     assert "" == opener.opens(handover, parent, is_next=True)
     assert {image, record} == inodes(handover).keys()
     handover.leave()
@@ -266,6 +266,26 @@ def test_a_partition_that_grows_stays_the_same_disk(handover: Handover, opener: 
     handover.exchange_is_done()
     assert {"/dev/sda1": larger} == handover.files.identities()
     assert "" == take(larger)
+    handover.close()
+
+
+def test_a_device_that_grows_while_a_chain_is_put_in_is_kept_once(handover: Handover, opener: Opener) -> None:
+    """A new chain's device may be found larger after it was found the same: then only the larger one is in service. If
+    the chain is not put in, it is the former one.
+    """
+    part = DeviceIdentity(2049, 40, 1 << 20, 1 << 20)
+    same, larger, image = to_text(part), to_text(replace(part, size=2 << 20)), opener.make("image")
+
+    def take(identity: str, **how: bool) -> str:
+        return handover.files.take("/dev/sda1", identity, os.open(image, os.O_PATH), **how)
+
+    assert "" == take(same)
+    for identity, is_done in ((same, False), (larger, True)):
+        begin_exchange(handover)
+        assert ["", ""] == [take(each, is_next=True, may_grow=True) for each in (same, larger)]
+        handover.exchange_is_done() if is_done else handover.exchange_is_not_done()
+        assert {"/dev/sda1": identity} == handover.files.identities()
+        assert 1 == len(handover.files.kept())
     handover.close()
 
 

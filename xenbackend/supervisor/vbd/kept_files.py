@@ -205,6 +205,8 @@ class KeptFiles:
             slot = former[0] if former is not None else self.slots.free()
             file = NotedFile(name, identity, Of.NEXT if is_next else Of.SERVED)
         files = {**self.slots.noted(), slot: str(file)}
+        if served is not None and not is_served and is_next:  # once it was the same: a device that has grown since
+            files[served[0]] = str(replace(served[1], of=Of.SERVED))
         if len(files) > MAX_FILES:
             return (
                 f"{printable(name)} is one file too many: the service keeps {MAX_FILES} for each disk; merge some of "
