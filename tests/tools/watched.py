@@ -7,7 +7,6 @@ for each: what it said, and the events. An audit hook cannot be taken back, nor 
 
 from __future__ import annotations
 
-import codecs
 import json
 import os
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 
 from tests.helpers_block import Machine, read
 from xenbackend.errors import XenbackendError
+from xenbackend.worker.preload import preload
 
 WATCHED = ("open", "socket.", "subprocess.", "os.exec", "os.posix_spawn", "os.system", "os.fork", "os.listdir",
            "os.scandir", "os.rename", "os.remove", "os.link", "os.symlink", "os.truncate", "ctypes.dlopen")  # fmt: skip
@@ -58,8 +58,7 @@ def main(sound: str, *places: str) -> None:
     for chain in sound.split("\n"):
         said = look(machine, chain)
         assert said == "opened: [0]", said
-    for each in ("utf-16-le", "utf-16-be"):  # loaded when they are first used
-        codecs.lookup(each)
+    preload("xenbackend.kernel.xen")  # what is imported when it is first used
     sys.addaudithook(hook)
     for chain in sys.stdin.read().split("\0"):
         is_watching = True

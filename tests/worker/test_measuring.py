@@ -92,10 +92,12 @@ def test_another_chain_is_not_measured(driven: Driven, images: list[Path]) -> No
     """A chain that is put in during a measurement is not measured; the times are those of the chain it began with."""
     one, two = images
     driven.connect(f"log:|aio:{one}")
-    number = driven.worker.put(messages.Measure(500))
+    number = driven.worker.put(messages.Measure(60_000))
+    driven.worker.ask(messages.Command("nosuch", "get", []))  # it has begun
     driven.frontend.write(0, DATA)
     swapped = driven.worker.ask(messages.Swap(f"aio:{two}", replaces=True, order=3))
     driven.frontend.write(0, DATA)
+    driven.worker.put(messages.Measure(0))
     reply = driven.worker.expect_reply(number)
     driven.frontend.write(8, DATA)
 

@@ -27,9 +27,10 @@ def find_unzstd() -> Unpack:
             from compression import zstd
 
             return OfLibrary(zstd)
-        import zstandard
+        else:  # noqa: RET505 - what follows a `return` would be unreachable to mypy
+            import zstandard
 
-        return OfPackage(zstandard)
+            return OfPackage(zstandard)
     except ImportError as error:
         problem = "its clusters are compressed by zstd, for which this Python has no package"
         raise DriverError(f"{problem}; install python3-zstandard, or zstandard with pip") from error
