@@ -32,7 +32,7 @@ from tests.xen.bed.release import DECOMPRESS, NEWEST, RELEASES
 from tests.xen.bed.report import Failure, Report
 from tests.xen.bed.session import DIED, NO_TESTS, together
 from tests.xen.bed.share import Given, Watch
-from tests.xen.tools.counts import GRANT_TABLE_OP, HYPERCALL, LOST, SUBCALL, hypercalls, notifications
+from tests.xen.tools.counts import GRANT_TABLE_OP, HYPERCALL, LOST, SUBCALL, hypercalls, notifications, system_calls
 
 
 def test_each_release_has_an_image_of_its_own() -> None:
@@ -414,3 +414,24 @@ _INTERRUPTS = """\
 def test_notifications_are_counted() -> None:
     """Those of blkfront, blkback and programs count, also of a program whose name has a space; xenstored's do not."""
     assert 7 + 3 + 20 + 5 + 6 == notifications(_INTERRUPTS)
+
+
+_HISTOGRAM = """\
+# event histogram
+#
+# trigger info: hist:keys=common_pid,id.syscall:vals=hitcount:sort=hitcount:size=8192 [active]
+#
+
+{ common_pid:        412, id: sys_preadv2                   [327] } hitcount:         56
+{ common_pid:        413, id: sys_preadv2                   [327] } hitcount:          4
+{ common_pid:        412, id: sys_epoll_wait                [232] } hitcount:          3
+{ common_pid:       4120, id: sys_write                     [  1] } hitcount:          9
+
+Totals:
+    Hits: 72
+"""
+
+
+def test_system_calls_are_counted() -> None:
+    """Those of the threads that were asked for count, by the name of the call."""
+    assert {"preadv2": 60, "epoll_wait": 3} == system_calls(_HISTOGRAM, {"412", "413"})

@@ -11,7 +11,7 @@ import signal
 import struct
 import subprocess
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,8 @@ INTERRUPTS = Path("/proc/interrupts")
 SYSTEM_CALLS = TRACEFS / "events/raw_syscalls/sys_enter"
 # Xen's public/trace.h: a hypercall of a PV domain, one that is part of a multicall, and records that were lost.
 HYPERCALL, SUBCALL, LOST = 0x0020100D, 0x0020200E, 0x0001F001
+_HISTOGRAM = "hist:keys=common_pid,id.syscall:size=8192"
+_ENTRY = re.compile(r"\{ common_pid: *(?P<thread>\d+), id: (?:sys_)?(?P<call>\w+) .*\} hitcount: *(?P<count>\d+)")
 _MASK, _PAGES = 0x00203000, 1024  # what PV domains do; the buffer of each CPU
 # Xen's public/xen.h
 GRANT_TABLE_OP, EVENT_CHANNEL_OP = 20, 32
@@ -36,12 +38,12 @@ class Counts:
 
     Attributes:
         hypercalls: by their number, of all of dom0, the frontend's included.
-        system_calls: of the processes asked for.
+        system_calls: by their name, of the processes asked for.
         notifications: that dom0 took: those of its blkfront, of blkback, and of programs that have event channels.
     """
 
     hypercalls: Counter[int] = field(default_factory=Counter)
-    system_calls: int = 0
+    system_calls: Counter[str] = field(default_factory=Counter)
     notifications: int = 0
 
 
@@ -59,14 +61,14 @@ def counted(pids: Iterable[int], trace: Path) -> Iterator[Counts]:
         run("mount", "-t", "tracefs", "tracefs", TRACEFS)
     hypervisor = subprocess.Popen(["xentrace", "-D", "-e", f"{_MASK:#x}", "-S", str(_PAGES), str(trace)])
     until("xentrace writes", lambda: trace.exists() and trace.stat().st_size > 0)
-    trigger.write_text("hist:keys=common_pid:size=8192")
+    trigger.write_text(_HISTOGRAM)
     before = notifications(INTERRUPTS.read_text())
     try:
         yield counts
     finally:
         counts.notifications = notifications(INTERRUPTS.read_text()) - before
         counts.system_calls = _system_calls(pids)
-        trigger.write_text("!hist:keys=common_pid:size=8192")
+        trigger.write_text(f"!{_HISTOGRAM}")
         hypervisor.send_signal(signal.SIGTERM)
         hypervisor.wait()
     counts.hypercalls = hypercalls(trace.read_bytes())
@@ -93,15 +95,19 @@ def hypercalls(trace: bytes) -> Counter[int]:
     return found
 
 
-def _system_calls(pids: Iterable[int]) -> int:
-    """Return how many calls the processes, with all their threads, have made since the trigger was set."""
+def _system_calls(pids: Iterable[int]) -> Counter[str]:
+    """Return how often the processes, with all their threads, have made each call since the trigger was set."""
     threads = {task for pid in pids for task in os.listdir(f"/proc/{pid}/task")}
-    calls = 0
-    for line in (SYSTEM_CALLS / "hist").read_text().splitlines():
-        if line.startswith("{ common_pid:"):  # { common_pid:   1234 } hitcount:   56
-            words = line.replace("}", " ").split()
-            calls += int(words[-1]) if words[2] in threads else 0
-    return calls
+    return system_calls((SYSTEM_CALLS / "hist").read_text(), threads)
+
+
+def system_calls(histogram: str, threads: Collection[str]) -> Counter[str]:
+    """Return how often the threads have made each call, by the text of the histogram."""
+    found: Counter[str] = Counter()
+    for line in histogram.splitlines():
+        if (entry := _ENTRY.match(line)) and entry["thread"] in threads:
+            found[entry["call"]] += int(entry["count"])
+    return found
 
 
 def notifications(interrupts: str) -> int:
