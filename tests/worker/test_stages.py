@@ -121,6 +121,17 @@ def test_a_last_flush_that_fails_keeps_the_chain(driven: Driven, images: list[Pa
     assert ("", 0) == (driven.worker.stand().flush_failed, journal.poisoned(driven.worker.journal))
 
 
+def test_a_server_that_is_away_keeps_the_chain(driven: Driven, images: list[Path]) -> None:
+    """If the former chain's server is away, the exchange fails, but no flush has: the disk goes on with that chain."""
+    driven.connect(f"fault:op=flush,errno=ENOLINK,limit=1|aio:{images[0]}")
+    reply = driven.worker.ask(messages.Swap(f"aio:{images[1]}", replaces=True))
+    driven.frontend.write(0, DATA)
+    driven.frontend.flush()
+
+    assert (Code.FAILED, "the last flush failed: the server of the disk is away") == (reply.code, reply.sentence)
+    assert ("", 0) == (driven.worker.stand().flush_failed, journal.poisoned(driven.worker.journal))
+
+
 def test_two_exchanges_at_once_are_one_too_many(driven: Driven, images: list[Path]) -> None:
     """While a chain is being exchanged, a second exchange or a snapshot is refused; the first one is done."""
     driven.connect("delay:write=100ms|null:1M")

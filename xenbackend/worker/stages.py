@@ -182,7 +182,7 @@ class Stages:
             yield connection.quiet(Hold.SWAP)
         code = yield from self._flush()
         if code:
-            if connection is not None:
+            if connection is not None and code != AWAY:  # then the former chain does the guest's next flush
                 connection.engine.flush_failed(code)
             self._go_on(connection)
             raise DriverError(_describe(code), errno=code)
@@ -406,4 +406,4 @@ class Stages:
 
 def _describe(code: int) -> str:
     """Return a sentence about a last flush that failed: nobody waits for its answer."""
-    return f"the last flush failed: {os.strerror(code)}"
+    return f"the last flush failed: {'the server of the disk is away' if code == AWAY else os.strerror(code)}"
