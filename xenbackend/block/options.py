@@ -150,7 +150,7 @@ def _check_target(options: type, target: str, layer: Layer, first: Item, chain: 
     if is_file and key in kinds:
         raise ChainError(_missing(options, layer.name, target), chain, first.start, length)
     if is_file:
-        problem = _unknown(layer.name, key, kinds, target, f"; a file of that name is ./{first.text}")
+        problem = _unknown(layer.name, key, kinds, target, " (a file needs its whole path)")
         raise ChainError(problem, chain, first.start, length)
 
 
@@ -185,7 +185,7 @@ def _parse_value(kind: Kind, driver: str, name: str, text: str, chain: str, star
 def _unknown(driver: str, key: str, kinds: Mapping[str, Kind], target: str, aside: str = "") -> str:
     known = [name for name in kinds if name != target]
     has = f"it knows {', '.join(known)}" if known else "it has none"
-    return f"{driver}: unknown option {key!r}; {has}{aside}{nearest(key, known)}"
+    return f"{driver}: unknown option {key!r}{aside}; {has}{nearest(key, known)}"
 
 
 def _missing(options: type, driver: str, name: str) -> str:
