@@ -17,7 +17,7 @@ XEN_OF = $(if $(XEN),--xen $(XEN))
 PART_OF = $(if $(FAILED),,$(if $(PART),--part $(PART)))
 FAILED_OF = -o cache_dir=build/failed/$1 $(if $(FAILED),--last-failed --last-failed-no-failures=none,--cache-clear)
 
-.PHONY: run test test-system test-all test-images test-fuzz test-model test-orders fuzz test-xen test-chroots chaos chaos-engines soak scoreboard figures bench-xen bench
+.PHONY: run test test-system test-all test-images test-fuzz test-model test-orders fuzz test-xen test-chroots chaos chaos-engines soak scoreboard figures bench-xen bench-kills bench
 .PHONY: deb deb-former dist docs clean
 
 run: $(VENV)/.run  ## show the whole thing at work on a simulated Xen
@@ -70,6 +70,11 @@ chaos-engines: $(VENV)/.dev  ## the same with disks on real NBD servers and a re
 	mkdir -p build
 	for engine in $(or $(ENGINE),nbdkit qemu-nbd rbd); do $(CONTAINED) $(BIN)/python -m tests.chaos --engine $$engine \
 		--kills $(or $(KILLS),1000) --seed $(or $(S),1) --json build/chaos-$$engine.json || exit 1; done
+
+# KILLS=number of each. It means something only on a host that does nothing else.
+bench-kills: $(VENV)/.dev  ## how long a guest waits for its next answer after a kill, below nbdkit and Ceph; the figures are build/pauses.json
+	mkdir -p build
+	exec $(CONTAINED) $(BIN)/python -m tests.engines.pauses --kills $(or $(KILLS),100) --json build/pauses.json
 
 # HOURS=number, DISKS=number. It takes 1.5 GiB of memory; the figure is of 128 disks, and of no fewer.
 soak: $(VENV)/.dev  ## 128 disks under verified load for an hour, and nothing that grows; the figures are build/soak.json
