@@ -540,6 +540,32 @@ def test_a_file_that_another_program_makes_shorter(reactor: Reactor, path: str, 
     files.close()
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_a_file_that_is_cut_off_while_it_is_opened(
+    reactor: Reactor, path: str, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """F2: a file of which another program cuts off the end while we open it is not made as long again, so what was lost
+    is an error.
+    """
+    examine = blockdev.examine
+
+    def examine_before_it_is_cut_off(*arguments: Any, **named: Any) -> blockdev.Medium:
+        medium = examine(*arguments, **named)
+        os.truncate(path, 65536)
+        return medium
+
+    monkeypatch.setattr(blockdev, "examine", examine_before_it_is_cut_off)
+    files = HostFiles(reactor)
+    image = files.open(path, read_only=False, step=65536, **WAYS[way])
+    reads = [request(Op.READ, 61440, 4096), request(Op.READ, SIZE - 4096, 4096)]
+    serve(reactor, image, [reads])
+
+    assert [0, errno.EIO] == [each.status for each in reads]
+    assert 65536 == Path(path).stat().st_size
+    image.close()
+    files.close()
+
+
 def test_a_file_that_is_shorter_is_not_taken_over(reactor: Reactor, path: str) -> None:
     """F2: another chain of the same disk must not open a file that has become shorter in service: its new end would be
     that of the disk, and what was lost would be read as zeros.

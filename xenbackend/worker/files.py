@@ -182,7 +182,7 @@ class HostFiles:
                         raise _cut_off(path, medium.size, length.size, "restore the file, or detach the disk")
                     if step and not (read_only or medium.is_device):
                         size = round_up(medium.size, step)
-                        if not drops:
+                        if size > medium.size and not drops:  # else it would bring back zeros for what was just cut off
                             os.ftruncate(fd, size)
                         medium = replace(medium, size=size, end=medium.end if drops else size)
                     image = self._choose(fd, medium, direct=direct, blocking=blocking)
