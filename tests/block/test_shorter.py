@@ -12,6 +12,7 @@ import pytest
 
 from tests import places
 from tests.helpers_block import Machine, content, flush, image, read, write
+from tests.qcow_images import qcow2
 from xenbackend.block.chain import Chain
 from xenbackend.errors import DriverError, XenbackendError
 from xenbackend.image.create import create
@@ -140,6 +141,38 @@ def test_a_successor_refuses_an_image_that_was_cut_off(home: Path, image_format:
     file.rename(home / "former")
     create(image_format, str(file), SIZE)
     machine.open(chain_text).close()
+    machine.close()
+
+
+@pytest.mark.parametrize("loses", [100, SIZE // 2])
+def test_a_successor_refuses_a_data_file_that_was_cut_off(home: Path, loses: int) -> None:
+    """F2: an external data file is compared, too: one that lost a part of a sector would be made whole by zeros, and
+    nobody is told to extend by zeros what has lost data. It takes one that was restored.
+    """
+    file, data, machine = home / "file", home / "data", Machine()
+    file.write_bytes(qcow2(SIZE, data_name=b"data"))
+    image(data, SIZE)
+    chain_text = f"qcow2:{file},data_file={data}"
+    memories: dict[str, int] = {}
+    machine.make_env = EnvFactory(
+        machine.reactor, machine.files, serves=True, keep=lambda name, _, fd: memories.update({name: os.dup(fd)})
+    )
+    chain = machine.open(chain_text)
+    assert [0, 0] == [*machine.do(chain, write(0, os.urandom(SIZE))), *machine.do(chain, flush())]
+    chain.close()
+    whole = data.read_bytes()
+    os.truncate(data, SIZE - loses)
+    machine.make_env.close()
+    machine.make_env = EnvFactory(machine.reactor, machine.files, memories, serves=True, resumes=True, continues=True)
+    for _ in range(2):
+        with pytest.raises(DriverError, match=f"it has {SIZE - loses} of the {SIZE} bytes that it had in service"):
+            machine.open(chain_text)
+    assert whole[:-loses] == data.read_bytes()
+
+    data.write_bytes(whole)
+    chain = machine.open(chain_text)
+    assert whole == machine.everything(chain)
+    chain.close()
     machine.close()
 
 

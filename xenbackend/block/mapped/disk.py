@@ -59,6 +59,17 @@ class ChangedOptions(ChildOptions):
     changed: Literal["refuse", "accept"] = option("what to do if the parent was changed or replaced", default="refuse")
 
 
+def length_in_memory(env: Env, name: str) -> memoryview:
+    """Return the memory called `name` for `Files.open`, of a file that is written; new if no guest has written to it.
+
+    Raises: OSError.
+    """
+    noted = env.memory(name, PAGE)
+    if not env.resumes:
+        noted[:] = bytes(PAGE)
+    return noted
+
+
 class MappedDisk(Driver):
     """The base of mapped formats: a subclass reads the headers, calls `start`, and implements the hooks below.
 
@@ -84,18 +95,14 @@ class MappedDisk(Driver):
     def open_file(self, env: Env, path: str = "", *, read_only: bool = False) -> File:
         """Open a file of the disk, by default the image itself. Raises: DriverError, OSError."""
         options = self.options
-        noted = None
-        if self.notes_length and not (path or read_only or env.read_only):
-            noted = env.memory("length", PAGE)
-            if not env.resumes:  # no guest has written there
-                noted[:] = bytes(PAGE)
+        notes = self.notes_length and not (path or read_only or env.read_only)
         return env.files.open(
             path or options.file,
             read_only=read_only or env.read_only,
             shareable=env.shareable,
             direct=not options.cache,
             step=self.step,
-            noted=noted,
+            noted=length_in_memory(env, "length") if notes else None,
         )
 
     def start(

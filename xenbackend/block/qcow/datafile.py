@@ -15,6 +15,7 @@ from collections.abc import Callable
 from xenbackend.block.driver import Env, File, Lookup
 from xenbackend.block.formats.qcow2 import Header
 from xenbackend.block.grammar import format_item
+from xenbackend.block.mapped.disk import length_in_memory
 from xenbackend.block.mapped.parents import DATA_FILE, is_file_name
 from xenbackend.errors import DriverError, printable
 from xenbackend.units import format_size
@@ -71,8 +72,14 @@ def unchosen(path: str, advice: str) -> str:
 
 
 def open_data(env: Env, path: str, header: Header, *, direct: bool) -> File:
-    """Open a data file in the same mode as the image, with a lock of its own. Raises: DriverError, OSError."""
-    file = env.files.open(path, read_only=env.read_only, shareable=env.shareable, direct=direct, step=_STEP)
+    """Open a data file in the same mode as the image, with a lock of its own. Raises: DriverError, OSError.
+
+    A successor refuses one that was cut off: less than a sector would be filled with zeros.
+    """
+    noted = None if env.read_only else length_in_memory(env, "data length")
+    file = env.files.open(
+        path, read_only=env.read_only, shareable=env.shareable, direct=direct, step=_STEP, noted=noted
+    )
     try:
         if not env.read_only:
             check_length(path, file.size, header.size)
