@@ -5,15 +5,13 @@ Must not know its content beyond the header (`formats.beside`).
 
 from __future__ import annotations
 
-import hashlib
 import os
 
 from xenbackend.block.driver import Env, File, HostFile
 from xenbackend.block.formats.beside import HEADER_SIZE, MAX_BLOCK, MIN_BLOCK, Header
+from xenbackend.block.length import Length, length_in_memory
 from xenbackend.errors import DriverError
 from xenbackend.units import PAGE, format_size
-
-_DIGEST = 32  # bytes, of a file's identity
 
 
 def check_block(block: int) -> None:
@@ -43,21 +41,22 @@ def is_new(file: File, first: bytes, size: int) -> bool:
 
 
 def refuse_emptied(env: Env, path: str) -> None:
-    """Refuse a new file if a predecessor had data of this layer in it (`note_in_use`). Raises: DriverError."""
-    if env.resumes and env.memory("file", PAGE)[:_DIGEST] == _digest(env, path):
+    """Refuse a new file if a predecessor had data of this layer in it (`note_in_use`). Raises: DriverError, OSError."""
+    if _length(env, path).size:
         raise DriverError(
             "it is empty, and had data that the guest wrote: another program has truncated it; restore the file, or "
             "detach the disk, which loses these data"
         )
 
 
-def note_in_use(env: Env, path: str) -> None:
-    """Note for successors that a file is initialised, and has data of this layer from now on."""
-    env.memory("file", PAGE)[:_DIGEST] = _digest(env, path)
+def note_in_use(env: Env, path: str, file: File) -> None:
+    """Note for successors that a file is initialised, and has data of this layer from now on. Raises: OSError."""
+    _length(env, path).size = file.size
 
 
-def _digest(env: Env, path: str) -> bytes:
-    return hashlib.sha256(env.files.look(path).identity.encode(errors="surrogateescape")).digest()
+def _length(env: Env, path: str) -> Length:
+    """Return the size of an initialised file, as a predecessor noted it."""
+    return Length(length_in_memory(env, "length"), env.files.look(path).identity)
 
 
 def begin(file: File, header: Header, *, size: int, written: int) -> None:

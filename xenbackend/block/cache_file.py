@@ -32,7 +32,7 @@ def open_back(driver: Filter, path: str, size: int, block: int) -> tuple[HostFil
     try:
         header = _header_of(file, driver, path, wanted, changed_at)
         if header is not None:
-            note_in_use(env, path)
+            note_in_use(env, path, file)
         return file, header
     except BaseException:
         file.close()

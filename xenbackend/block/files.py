@@ -200,9 +200,9 @@ class Files(Lookup, Protocol):
                 for writing is first increased to a multiple of so many bytes, by a hole.
             sector_size: bytes of a sector of the disk; 0 for that of the medium. A file that is opened for reading only
                 may end inside its last sector, which is then filled with zeros.
-            noted: a page of memory that outlives the process, for a file that is written: its identity and size are
-                noted there, also when it grows. If the same file is shorter than it was, another program has cut off
-                the rest; it is refused, and stays as it is.
+            noted: memory from `length.length_in_memory`, for a file that is written: its size is noted there, also
+                when it grows. If the same file is shorter than it was, another program has cut off the rest; it is
+                refused, and stays as it is.
 
         Raises: OSError, as open(2) would; DriverError if the file cannot be an image, or is locked.
         """

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from xenbackend.block.driver import Found
 from xenbackend.block.keys import Derivation
+from xenbackend.block.length import Length
 from xenbackend.block.servers import Account, After, Endpoint
 from xenbackend.errors import DriverError, KernelError, printable
 from xenbackend.kernel import blockdev, locks
@@ -31,7 +32,6 @@ from xenbackend.units import round_up
 from xenbackend.worker.cached import CachedImage
 from xenbackend.worker.direct import DirectImage
 from xenbackend.worker.image import Image
-from xenbackend.worker.length import Length
 from xenbackend.worker.spares import Spares
 
 if TYPE_CHECKING:

@@ -25,9 +25,9 @@ from xenbackend.units import round_up
 from xenbackend.worker.extent import Extent, shorter
 
 if TYPE_CHECKING:
+    from xenbackend.block.length import Length
     from xenbackend.loop.reactor import Reactor
     from xenbackend.worker.io_queue import IoQueue
-    from xenbackend.worker.length import Length
 
 MAX_IOVECS = 1024  # IOV_MAX: pieces of one call
 _ANYTHING = Alignment(1, 1)

@@ -120,7 +120,7 @@ class Cow(Filter):
         self._bits = header.block.bit_length() - 1
         if file and file.size >= header.file_size:  # otherwise it is new, and open for reading only
             self._map = DurableMap(env, file, HEADER_SIZE, header.map_size, header.token)
-            note_in_use(env, self.options.file)
+            note_in_use(env, self.options.file, file)
         self._states = self._map.states if self._map else memoryview(bytes(header.map_size))
         self._pool = Pool()
         self._back: list[Request] = []

@@ -24,6 +24,7 @@ from functools import partial
 from typing import Any, ClassVar, Literal
 
 from xenbackend.block.driver import Driver, Env, File, Geometry
+from xenbackend.block.length import length_in_memory
 from xenbackend.block.mapped.io import ImageIO
 from xenbackend.block.mapped.owners import Gathered, Memo, Owners
 from xenbackend.block.mapped.pieces import Shape, Way, pieces_of
@@ -31,7 +32,6 @@ from xenbackend.block.mapped.shared import Once, Then
 from xenbackend.block.mapped.tables import PLACE, Table, Tables
 from xenbackend.block.options import FilePath, option
 from xenbackend.block.request import PENDING, Op, Request, clear
-from xenbackend.units import PAGE
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,17 +57,6 @@ class ChangedOptions(ChildOptions):
     """The options of an image that can tell whether its parent was changed."""
 
     changed: Literal["refuse", "accept"] = option("what to do if the parent was changed or replaced", default="refuse")
-
-
-def length_in_memory(env: Env, name: str) -> memoryview:
-    """Return the memory called `name` for `Files.open`, of a file that is written; new if no guest has written to it.
-
-    Raises: OSError.
-    """
-    noted = env.memory(name, PAGE)
-    if not env.resumes:
-        noted[:] = bytes(PAGE)
-    return noted
 
 
 class MappedDisk(Driver):

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from xenbackend.block.driver import Env, File, Lookup
 from xenbackend.block.formats.qcow2 import Header
 from xenbackend.block.grammar import format_item
-from xenbackend.block.mapped.disk import length_in_memory
+from xenbackend.block.length import length_in_memory
 from xenbackend.block.mapped.parents import DATA_FILE, is_file_name
 from xenbackend.errors import DriverError, printable
 from xenbackend.units import format_size

@@ -1,6 +1,6 @@
-"""Tests of `xenbackend.worker.length`; test_shorter.py in tests/block checks what a successor refuses."""
+"""Tests of `xenbackend.block.length`; test_shorter.py checks what a successor refuses."""
 
-from xenbackend.worker.length import Length
+from xenbackend.block.length import Length
 
 
 def test_a_size_is_of_one_file() -> None:

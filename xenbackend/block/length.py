@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import hashlib
 
+from xenbackend.block.env import Env
+from xenbackend.units import PAGE
+
 _DIGEST = 32  # bytes, of the file's identity; the size follows
 
 
@@ -29,3 +32,14 @@ class Length:
     @size.setter
     def size(self, size: int) -> None:
         self._size[0] = size
+
+
+def length_in_memory(env: Env, name: str) -> memoryview:
+    """Return a layer's memory called `name` for a `Length`; nothing is noted there if no guest has written yet.
+
+    Raises: OSError.
+    """
+    memory = env.memory(name, PAGE)
+    if not env.resumes:
+        memory[:] = bytes(PAGE)
+    return memory
