@@ -176,6 +176,35 @@ def test_a_successor_refuses_a_data_file_that_was_cut_off(home: Path, loses: int
     machine.close()
 
 
+@pytest.mark.parametrize("keeps", [0, 0.5])
+@pytest.mark.parametrize("mode", ["read", "writethrough"])
+def test_a_copy_that_was_cut_off_is_not_missed(home: Path, mode: str, keeps: float) -> None:
+    """A cache that only has copies may become shorter: no request fails, the disk does not pause, and `set` opens the
+    file again, which begins empty.
+    """
+    chain_text, file = f"cache:{home / 'file'},size=4M,mode={mode}|aio:{home / 'below'}", home / "file"
+    image(home / "below", SIZE)
+    machine, said = Machine(), []
+    machine.files.on_short = said.append
+    chain = machine.open(chain_text)
+    model = {place: os.urandom(PIECE) for place in range(0, SIZE, PIECE)}
+    for change in (lambda: None, lambda: os.truncate(file, int(file.stat().st_size * keeps))):
+        change()
+        for _ in range(2):
+            reads = [read(place, PIECE) for place in model]
+            writes = [write(place, data) for place, data in model.items()]
+            assert {0} == {*machine.do(chain, *writes), *machine.do(chain, flush()), *machine.do(chain, *reads)}
+            assert [*model.values()] == [content(each) for each in reads]
+    machine.reactor.call_soon(machine.reactor.stop)
+    machine.reactor.run()
+    assert [] == said
+
+    machine.files.check_free(str(file), read_only=False, shareable=False)
+    chain.close()
+    machine.open(chain_text).close()
+    machine.close()
+
+
 def check(machine: Machine, chain: Chain, model: dict[int, bytes]) -> None:
     """Check that each read returns what was written, or an error."""
     for place, data in model.items():

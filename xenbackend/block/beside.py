@@ -20,10 +20,10 @@ def check_block(block: int) -> None:
         raise ValueError(f"block is {format_size(block)}; it must be 4K, 8K, ... up to 1M")
 
 
-def have(env: Env, path: str, *, read_only: bool) -> tuple[HostFile, int]:
+def have(env: Env, path: str, *, read_only: bool, is_copy: bool = False) -> tuple[HostFile, int]:
     """Open a file, creating it if necessary; return it and when it was changed last, in nanoseconds since 1970.
 
-    Raises: DriverError, OSError.
+    `is_copy`: as for `Files.open`. Raises: DriverError, OSError.
     """
     made = env.files.open_record(path)
     try:
@@ -32,7 +32,7 @@ def have(env: Env, path: str, *, read_only: bool) -> tuple[HostFile, int]:
             os.ftruncate(made, HEADER_SIZE)
     finally:
         os.close(made)
-    return env.files.open(path, read_only=read_only, step=PAGE), found.st_mtime_ns
+    return env.files.open(path, read_only=read_only, step=PAGE, is_copy=is_copy), found.st_mtime_ns
 
 
 def is_new(file: File, first: bytes, size: int) -> bool:

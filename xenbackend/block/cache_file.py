@@ -44,7 +44,7 @@ def open_read(driver: Filter, path: str, size: int, block: int) -> tuple[HostFil
 
     It is opened for writing even if the disk is read-only, as reads are cached, too. Raises: DriverError, OSError.
     """
-    file, _ = have(driver.env, path, read_only=False)
+    file, _ = have(driver.env, path, read_only=False, is_copy=True)
     try:
         header = Header(size // block * block, block, "", os.urandom(16))
         first = file.read_at(0, HEADER_SIZE)

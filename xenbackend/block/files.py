@@ -187,6 +187,7 @@ class Files(Lookup, Protocol):
         step: int = 0,
         sector_size: int = 0,
         noted: memoryview | None = None,
+        is_copy: bool = False,
     ) -> HostFile:
         """Open an image.
 
@@ -203,6 +204,8 @@ class Files(Lookup, Protocol):
             noted: memory from `length.length_in_memory`, for a file that is written: its size is noted there, also
                 when it grows. If the same file is shorter than it was, another program has cut off the rest; it is
                 refused, and stays as it is.
+            is_copy: the disk has everything elsewhere, too. If another program cuts such a file off, only requests for
+                it fail: the disk does not pause, and the file may be opened again.
 
         Raises: OSError, as open(2) would; DriverError if the file cannot be an image, or is locked.
         """

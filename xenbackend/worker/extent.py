@@ -30,7 +30,8 @@ class Extent:
 
     end       bytes from here up to the image's size are not there, and read as zeros
     is_short  another program has made the file shorter
-    on_short  is called about that once, in the loop, with the bytes that the file had and those it has
+    on_short  is called about that once, in the loop, with the bytes that the file had and those it has; None: nothing
+              that is lost there is missed
     """
 
     def __init__(self, fd: int, medium: Medium, reactor: Reactor) -> None:

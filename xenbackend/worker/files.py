@@ -157,6 +157,7 @@ class HostFiles:
         step: int = 0,
         sector_size: int = 0,
         noted: memoryview | None = None,
+        is_copy: bool = False,
     ) -> Image:
         """Open an image, as `block.driver.Files.open` says."""
         access = locks.access(read_only=read_only, shareable=shareable)
@@ -189,7 +190,8 @@ class HostFiles:
                     image.path, image.drops = path, drops
                     if length is not None:
                         image.length, length.size = length, image.size
-                    image.extent.on_short = partial(self._tell_of_short, path)
+                    if not is_copy:
+                        image.extent.on_short = partial(self._tell_of_short, path)
                     opened.pop_all()
                     self._changed[path] = facts.mtime_ns
                     held.callback(self._changed.pop, path, None)
@@ -208,7 +210,7 @@ class HostFiles:
             held.callback(self.opener.release, path)
             if (image := self._spares.find(self.opener.look(path).identity)) is not None:
                 kept = image.extent.look(image.size)
-                if image.extent.is_short:
+                if image.extent.is_short and image.extent.on_short is not None:
                     raise _cut_off(path, kept, image.extent.end, "detach the disk")
                 return
             fd, _ = self._open(path, access, timeout_s=0.0)
