@@ -178,9 +178,7 @@ class HostFiles:
                         )  # fmt: skip
                     if self._whole:
                         blockdev.refuse_part_of_a_sector(medium, path)
-                    length = None if noted is None else Length(noted, facts.identity)
-                    if length is not None and medium.size < length.size:
-                        raise _cut_off(path, medium.size, length.size, "restore the file, or detach the disk")
+                    length = None if noted is None else _compared(Length(noted, facts.identity), medium, path)
                     if step and not (read_only or medium.is_device):
                         size = round_up(medium.size, step)
                         if size > medium.size and not drops:  # else it would bring back zeros for what was just cut off
@@ -358,6 +356,13 @@ class HostFiles:
         except KernelError:
             return None
         return queue
+
+
+def _compared(length: Length, medium: Medium, path: str) -> Length:
+    """Return what was noted about a file that is as long as noted, or longer. Raises: DriverError, if it is shorter."""
+    if medium.size < length.size:
+        raise _cut_off(path, medium.size, length.size, "restore the file, or detach the disk")
+    return length
 
 
 def _cut_off(path: str, has: int, had: int, advice: str) -> DriverError:
