@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+from xenbackend.block import length
 from xenbackend.block.chain import Chain, open_chain, parse_chain
 from xenbackend.block.driver import Driver, Env, Filter, Geometry, ParentRef
 from xenbackend.block.options import FilePath, Kind, option
@@ -173,6 +174,10 @@ class StepEnv:
         if len(self.memories.get(name, b"")) != size:
             self.memories[name] = bytearray(size)
         return memoryview(self.memories[name])
+
+    def lengths(self) -> memoryview:
+        """See `Env`."""
+        return self.memory("lengths", length.SIZE)
 
     def report(self, key: str, value: str) -> None:
         """See `Env`."""

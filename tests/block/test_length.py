@@ -1,14 +1,30 @@
 """Tests of `xenbackend.block.length`; test_shorter.py checks what a successor refuses."""
 
-from xenbackend.block.length import Length
+from xenbackend.block.length import SIZE, Length
 
 
 def test_a_size_is_of_one_file() -> None:
     """A successor finds the size of the same file; for another file there is none yet."""
-    memory = memoryview(bytearray(4096))
+    memory = memoryview(bytearray(SIZE))
     first = Length(memory, "file device=1 inode=2")
     assert first.size == 0
     first.size = 1 << 40
 
     assert Length(memory, "file device=1 inode=2").size == 1 << 40
     assert Length(memory, "file device=1 inode=3").size == 0
+
+
+def test_there_is_room_for_the_files_of_two_chains() -> None:
+    """An image with 32 parents keeps its sizes while another such chain is opened. If there is no more room, sizes are
+    forgotten, and never those of other files found.
+    """
+    memory = memoryview(bytearray(SIZE))
+    for number in range(70):
+        Length(memory, f"file {number}").size = number + 1
+    assert [*range(1, 71)] == [Length(memory, f"file {number}").size for number in range(70)]
+
+    for number in range(70, 300):
+        length = Length(memory, f"file {number}")
+        assert length.size == 0
+        length.size = number + 1
+    assert {*range(1, 301), 0} >= {Length(memory, f"file {number}").size for number in range(300)}

@@ -16,6 +16,7 @@ from tests.qcow_images import qcow2
 from xenbackend.block.chain import Chain
 from xenbackend.errors import DriverError, XenbackendError
 from xenbackend.image.create import create
+from xenbackend.image.names import image_of_file
 from xenbackend.worker.env import EnvFactory
 
 SIZE, PIECE = 1 << 20, 16384
@@ -176,6 +177,36 @@ def test_a_successor_refuses_a_data_file_that_was_cut_off(home: Path, loses: int
     machine.close()
 
 
+@pytest.mark.parametrize("base_format", ["raw", "qcow2"])
+def test_a_successor_refuses_a_file_that_is_only_read(home: Path, base_format: str) -> None:
+    """F2: what a parent, or a disk that is only read, has lost is not read as zeros by a worker's successor, either.
+    The files of a chain have one memory for that.
+    """
+    below, file = home / "below", home / "file"
+    image(below, SIZE) if base_format == "raw" else create("qcow2", str(below), SIZE)
+    create("qcow2", str(file), None, parent=image_of_file(base_format, str(below)))
+    layer = "aio" if base_format == "raw" else base_format
+    for text, read_only in ((f"qcow2:{file}", False), (f"{layer}:{below}", True)):
+        machine, memories = Machine(), {}
+        machine.make_env = EnvFactory(
+            machine.reactor,
+            machine.files,
+            serves=True,
+            keep=lambda name, _, fd, to=memories: to.update({name: os.dup(fd)}),
+        )
+        machine.open(text, read_only=read_only).close()
+        whole = below.read_bytes()
+        os.truncate(below, len(whole) - 512)
+        machine.make_env.close()
+        machine.make_env = EnvFactory(machine.reactor, machine.files, memories, serves=True, resumes=True)
+        with pytest.raises(DriverError, match=f"it has {len(whole) - 512} of the {len(whole)} bytes that it had"):
+            machine.open(text, read_only=read_only)
+        below.write_bytes(whole)
+        machine.open(text, read_only=read_only).close()
+        assert ["lengths"] == [*memories]
+        machine.close()
+
+
 @pytest.mark.parametrize("keeps", [0, 0.5])
 @pytest.mark.parametrize("mode", ["read", "writethrough"])
 def test_a_copy_that_was_cut_off_is_not_missed(home: Path, mode: str, keeps: float) -> None:
@@ -186,22 +217,25 @@ def test_a_copy_that_was_cut_off_is_not_missed(home: Path, mode: str, keeps: flo
     image(home / "below", SIZE)
     machine, said = Machine(), []
     machine.files.on_short = said.append
-    chain = machine.open(chain_text)
     model = {place: os.urandom(PIECE) for place in range(0, SIZE, PIECE)}
-    for change in (lambda: None, lambda: os.truncate(file, int(file.stat().st_size * keeps))):
-        change()
+    for is_cut_off in (False, True):
+        chain = machine.open(chain_text)
+        if is_cut_off:
+            os.truncate(file, int(file.stat().st_size * keeps))
         for _ in range(2):
             reads = [read(place, PIECE) for place in model]
             writes = [write(place, data) for place, data in model.items()]
             assert {0} == {*machine.do(chain, *writes), *machine.do(chain, flush()), *machine.do(chain, *reads)}
             assert [*model.values()] == [content(each) for each in reads]
+        chain.close()  # after its last writes to the file
     machine.reactor.call_soon(machine.reactor.stop)
     machine.reactor.run()
     assert [] == said
 
+    chain = machine.open(chain_text)
+    os.truncate(file, 0)
     machine.files.check_free(str(file), read_only=False, shareable=False)
     chain.close()
-    machine.open(chain_text).close()
     machine.close()
 
 

@@ -9,7 +9,7 @@ import os
 
 from xenbackend.block.driver import Env, File, HostFile
 from xenbackend.block.formats.beside import HEADER_SIZE, MAX_BLOCK, MIN_BLOCK, Header
-from xenbackend.block.length import Length, length_in_memory
+from xenbackend.block.length import Length
 from xenbackend.errors import DriverError
 from xenbackend.units import PAGE, format_size
 
@@ -56,7 +56,7 @@ def note_in_use(env: Env, path: str, file: File) -> None:
 
 def _length(env: Env, path: str) -> Length:
     """Return the size of an initialised file, as a predecessor noted it."""
-    return Length(length_in_memory(env, "length"), env.files.look(path).identity)
+    return Length(env.lengths(), env.files.look(path).identity)
 
 
 def begin(file: File, header: Header, *, size: int, written: int) -> None:

@@ -60,6 +60,12 @@ class Env(Protocol):
     def unwatch(self, fd: int) -> None:
         """Stop watching `fd`; call this before closing it."""
 
+    def lengths(self) -> memoryview:
+        """Return the memory of all layers in which sizes of files are noted for a successor (`block.length`).
+
+        Raises: OSError.
+        """
+
     def memory(self, name: str, size: int) -> memoryview:
         """Return `size` bytes of memory that outlive this process: zeros at first; a successor gets the same bytes.
 

@@ -186,7 +186,7 @@ class Files(Lookup, Protocol):
         blocking: bool = False,
         step: int = 0,
         sector_size: int = 0,
-        noted: memoryview | None = None,
+        lengths: memoryview | None = None,
         is_copy: bool = False,
     ) -> HostFile:
         """Open an image.
@@ -201,9 +201,8 @@ class Files(Lookup, Protocol):
                 for writing is first increased to a multiple of so many bytes, by a hole.
             sector_size: bytes of a sector of the disk; 0 for that of the medium. A file that is opened for reading only
                 may end inside its last sector, which is then filled with zeros.
-            noted: memory from `length.length_in_memory`, for a file that is written: its size is noted there, also
-                when it grows. If the same file is shorter than it was, another program has cut off the rest; it is
-                refused, and stays as it is.
+            lengths: from `Env.lengths`: the file's size is noted there, also when it grows. If the same file is shorter
+                than it was, another program has cut off the rest; it is refused, and stays as it is.
             is_copy: the disk has everything elsewhere, too. If another program cuts such a file off, only requests for
                 it fail: the disk does not pause, and the file may be opened again.
 

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
+from xenbackend.block import length
 from xenbackend.block.driver import Files
 from xenbackend.block.env import Connected
 from xenbackend.block.servers import After, Endpoint
@@ -66,6 +67,10 @@ class WorkerEnv:
         Raises: OSError, if the host has no memory for it.
         """
         return self._factory.memory(f"{self._layer}:{name}", size)
+
+    def lengths(self) -> memoryview:
+        """As `block.driver.Env.lengths`."""
+        return self._factory.lengths()
 
     def connect(self, endpoint: Endpoint, place: int = 0) -> socket.socket:
         """As `block.driver.Env.connect`."""
@@ -166,6 +171,7 @@ class EnvFactory:
         self.connections = connections
         self.is_first = True  # chain of this process: connections of a predecessor may have to be drained
         self.on_report, self.on_stopped, self.give_up, self.alarm = on_report, on_stopped, give_up, alarm
+        self._has_lengths = False
         self._wanted: set[str] = set()  # by the layers that are being opened
         self._envs: list[WorkerEnv] = []  # of the layers that were opened last
 
@@ -192,6 +198,14 @@ class EnvFactory:
             return memfd.map_sealed(fd, size)
         except KernelError as error:
             raise OSError(error.errno, str(error)) from None
+
+    def lengths(self) -> memoryview:
+        """As `block.driver.Env.lengths`. Raises: OSError."""
+        memory = self.memory("lengths", length.SIZE)
+        if not (self.resumes or self._has_lengths):  # no guest has written by what is noted there
+            memory[:] = bytes(length.SIZE)
+        self._has_lengths = True
+        return memory
 
     def connect(self, endpoint: Endpoint, place: int) -> socket.socket:
         """Return a connected socket, as `block.driver.Env.connect`. Raises: DriverError."""

@@ -4,8 +4,8 @@ Must not read or write the file, nor know its name.
 
 What was cut off stays lost until the file is closed, even if it becomes longer again: it held data that were answered.
 The kernel offers only to look, so this is missed: a file that was cut off and made as long again between two looks, and
-one that was cut off between the look and the write after it, which makes it grow again. On NFS another
-host's change is known only once our kernel knows it.
+one that was cut off between the look and the write after it, which makes it grow again. On NFS a change by another host
+counts from when our kernel knows of it.
 """
 
 from __future__ import annotations

@@ -156,7 +156,7 @@ class HostFiles:
         blocking: bool = False,
         step: int = 0,
         sector_size: int = 0,
-        noted: memoryview | None = None,
+        lengths: memoryview | None = None,
         is_copy: bool = False,
     ) -> Image:
         """Open an image, as `block.driver.Files.open` says."""
@@ -178,7 +178,7 @@ class HostFiles:
                         )  # fmt: skip
                     if self._whole:
                         blockdev.refuse_part_of_a_sector(medium, path)
-                    length = None if noted is None else _compared(Length(noted, facts.identity), medium, path)
+                    length = None if lengths is None else _compared(Length(lengths, facts.identity), medium, path)
                     if step and not (read_only or medium.is_device):
                         size = round_up(medium.size, step)
                         if size > medium.size and not drops:  # else it would bring back zeros for what was just cut off
@@ -187,7 +187,7 @@ class HostFiles:
                     image = self._choose(fd, medium, direct=direct, blocking=blocking)
                     image.path, image.drops = path, drops
                     if length is not None:
-                        image.length, length.size = length, image.size
+                        image.length, length.size = length, image.extent.end
                     if not is_copy:
                         image.extent.on_short = partial(self._tell_of_short, path)
                     opened.pop_all()
@@ -360,8 +360,8 @@ class HostFiles:
 
 def _compared(length: Length, medium: Medium, path: str) -> Length:
     """Return what was noted about a file that is as long as noted, or longer. Raises: DriverError, if it is shorter."""
-    if medium.size < length.size:
-        raise _cut_off(path, medium.size, length.size, "restore the file, or detach the disk")
+    if medium.end < length.size:
+        raise _cut_off(path, medium.end, length.size, "restore the file, or detach the disk")
     return length
 
 

@@ -111,6 +111,7 @@ class Aio(Driver):
             shareable=env.shareable,
             direct=not self.options.cache,
             blocking=self.blocking,
+            lengths=env.lengths() if env.read_only else None,  # the size of a writable disk is compared anyway
             sector_size=0 if self.options.sector == "medium" else int(self.options.sector),
         )
         file.complete = self._complete

@@ -75,7 +75,6 @@ class Vhd(Blocks):
     """See the head of this file."""
 
     name = "vhd"
-    notes_length = True  # else a file without its end would be mended with the copy of its footer
 
     Options = ChangedOptions
     options: ChangedOptions

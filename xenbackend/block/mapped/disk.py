@@ -24,7 +24,6 @@ from functools import partial
 from typing import Any, ClassVar, Literal
 
 from xenbackend.block.driver import Driver, Env, File, Geometry
-from xenbackend.block.length import length_in_memory
 from xenbackend.block.mapped.io import ImageIO
 from xenbackend.block.mapped.owners import Gathered, Memo, Owners
 from xenbackend.block.mapped.pieces import Shape, Way, pieces_of
@@ -67,7 +66,6 @@ class MappedDisk(Driver):
     """
 
     Options: ClassVar[type] = ImageOptions
-    notes_length: ClassVar[bool] = False  # a successor has to notice by itself that the file was cut off
     step: ClassVar[int] = 0  # bytes: the file's size is made a multiple of this; 0: it is left as it is
 
     def open(self, env: Env) -> Geometry:
@@ -84,14 +82,13 @@ class MappedDisk(Driver):
     def open_file(self, env: Env, path: str = "", *, read_only: bool = False) -> File:
         """Open a file of the disk, by default the image itself. Raises: DriverError, OSError."""
         options = self.options
-        notes = self.notes_length and not (path or read_only or env.read_only)
         return env.files.open(
             path or options.file,
             read_only=read_only or env.read_only,
             shareable=env.shareable,
             direct=not options.cache,
             step=self.step,
-            noted=length_in_memory(env, "length") if notes else None,
+            lengths=None if path else env.lengths(),
         )
 
     def start(

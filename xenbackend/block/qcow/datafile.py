@@ -15,7 +15,6 @@ from collections.abc import Callable
 from xenbackend.block.driver import Env, File, Lookup
 from xenbackend.block.formats.qcow2 import Header
 from xenbackend.block.grammar import format_item
-from xenbackend.block.length import length_in_memory
 from xenbackend.block.mapped.parents import DATA_FILE, is_file_name
 from xenbackend.errors import DriverError, printable
 from xenbackend.units import format_size
@@ -76,9 +75,8 @@ def open_data(env: Env, path: str, header: Header, *, direct: bool) -> File:
 
     A successor refuses one that was cut off: less than a sector would be filled with zeros.
     """
-    noted = None if env.read_only else length_in_memory(env, "data length")
     file = env.files.open(
-        path, read_only=env.read_only, shareable=env.shareable, direct=direct, step=_STEP, noted=noted
+        path, read_only=env.read_only, shareable=env.shareable, direct=direct, step=_STEP, lengths=env.lengths()
     )
     try:
         if not env.read_only:

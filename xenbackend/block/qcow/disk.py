@@ -45,7 +45,6 @@ class QcowDisk(MappedDisk):
         parent_format: QemuName = option("format of the parent, if the image does not say", default="")
 
     options: Options
-    notes_length = True  # the format does not say where a file ends, and what is behind its end reads as zeros
     step = 64 * 1024  # suits the sectors of any medium
     allocator: Allocator | None = None
 
