@@ -597,6 +597,32 @@ def test_the_next_service_goes_on_with_what_can_be_ordered_twice(
     assert (verb == "pause") == after
 
 
+@pytest.mark.parametrize("verb", ["pause", "detach"])
+def test_an_order_for_a_former_disk_is_not_carried_out_on_another_one(
+    xenstored: Xenstored, toolstack: Store, guest: Store, kept: Kept, verb: str
+) -> None:
+    """If a disk was detached, and another one attached in its place, while no service was there, the next service does
+    not carry out on that one what was ordered for the former one, nor wait for its end. Orders for that one go on.
+    """
+    former = serve(Stepped(xenstored.address, Settings(), keeper=kept.keeper()), toolstack, guest)
+    number = former.context.ledger.open(verb, PATH.disk, {}, {})
+    former.leave()
+    toolstack.remove(PATH.backend)
+    write_like_libxl(toolstack)
+    answers: list[Answer] = []
+    with closing(Stepped(xenstored.address, Settings(), keeper=kept.keeper())) as stepped:
+        stepped.until(lambda: toolstack.read_optional(f"{PATH.backend}/hotplug-status") == "connected")
+        later = stepped.context.ledger.open(verb, PATH.disk, {}, {})
+        stepped.vbd().orders.go_on(verb, "", number, answers.append)
+        is_paused = stepped.vbd().orders.paused_by
+        is_under_way = [each.number for each in stepped.vbd().orders.under_way]
+        stepped.vbd().orders.go_on(verb, "", later, answers.append)
+        begun = [each.number for each in stepped.vbd().orders.under_way]
+
+    assert ([Code.GONE], "", []) == ([each.code for each in answers[:1]], is_paused, is_under_way)
+    assert [later] == begun
+
+
 def test_the_next_service_knows_which_exchange_was_the_last(
     xenstored: Xenstored, toolstack: Store, guest: Store, kept: Kept
 ) -> None:

@@ -68,6 +68,11 @@ class Ledger:
             self._words[0] = MAGIC
         self._last = max((word >> 1 for word in self._slots()), default=0)
 
+    @property
+    def last(self) -> int:
+        """The number of the last order; 0 if there was none."""
+        return self._last
+
     def open(self, verb: str, vbd: str, who: Mapping[str, Any], given: Mapping[str, Any]) -> int:
         """Note an order that begins, and return its number.
 

@@ -64,6 +64,7 @@ class Notes:
     exchanged_by  number of the order that last put a chain in
     in_service    files that a worker of the last release had open for this disk, which stay allowed
     undecided     a chain that may be in service instead of `chain`: an earlier service ended before it knew; else empty
+    begun_after   number of the last order that was given before this disk was in its place: that was for another disk
     """
 
     chain: str = ""
@@ -80,6 +81,7 @@ class Notes:
     exchanged_by: int = 0
     in_service: list[HeldFile] = field(default_factory=list)
     undecided: str = ""
+    begun_after: int = 0
 
 
 def write(memory: memoryview, notes: Notes) -> None:

@@ -169,12 +169,12 @@ class Orders:
     def go_on(self, verb: str, to: str, number: int, reply: Reply) -> None:
         """Go on with an order that an earlier service did not live to answer; `to` is the chain or policy it asked for.
 
-        Raises: ConfigError, as `give`.
+        One that was for a former disk in this place is not carried out on this one. Raises: ConfigError, as `give`.
         """
         notes = self._vbd.handover.notes
         if notes.exchanged_by == number:
             reply(Answer(Code.OK, data=self.chain_data()))
-        elif verb in _AGAIN:
+        elif verb in _AGAIN and number > notes.begun_after:
             self.give(verb, {"policy": to, "by": notes.paused}, number, reply)
         elif not self._is_noted(number):
             if verb == "measure":

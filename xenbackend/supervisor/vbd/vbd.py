@@ -79,6 +79,8 @@ class Vbd:
 
     def _compose(self, context: Context, *, is_heir: bool) -> None:
         path = self.path
+        if not is_heir:
+            self.handover.note(begun_after=context.ledger.last)
         self._nodes = VbdNodes(context.store, path)
         self.ending = Ending(self, context, self._nodes, self.log)
         has_past = self.ending.find(is_heir=is_heir)
