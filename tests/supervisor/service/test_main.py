@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -95,12 +96,16 @@ def _environment(**more: str) -> dict[str, str]:
 
 
 def _start(xenstored: Xenstored, control_socket: Path, systemd: Systemd, *more: str) -> subprocess.Popen[str]:
-    arguments = ("run", "--store", xenstored.address, "--socket", str(control_socket), "--log", "journal", *more)
-    service = subprocess.Popen(
-        [*_COMMAND, *arguments], env=_environment(**systemd.environment), stderr=subprocess.PIPE, text=True
-    )
+    service = _begin(xenstored, control_socket, systemd, *more)
     systemd.wait_for("READY=1")
     return service
+
+
+def _begin(xenstored: Xenstored, control_socket: Path, systemd: Systemd, *more: str) -> subprocess.Popen[str]:
+    arguments = ("run", "--store", xenstored.address, "--socket", str(control_socket), "--log", "journal", *more)
+    return subprocess.Popen(
+        [*_COMMAND, *arguments], env=_environment(**systemd.environment), stderr=subprocess.PIPE, text=True
+    )
 
 
 def _stop(service: subprocess.Popen[str]) -> str:
@@ -131,6 +136,31 @@ def test_a_service_from_start_to_stop(xenstored: Xenstored, toolstack: Store, sy
     assert [] == toolstack.directory("/local/domain/0/xenbackend")
     assert not control_socket.exists()
     assert {"<6>"} == {line[:3] for line in log.splitlines()}
+
+
+def test_systemd_hears_that_a_service_is_ready_once_it_listens(
+    xenstored: Xenstored, systemd: Systemd, tmp_path: Path
+) -> None:
+    """A service that starts while systemd takes no messages serves, and tells systemd so as soon as it takes some."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as others:
+        others.connect(systemd.environment["NOTIFY_SOCKET"])
+        with suppress(BlockingIOError):
+            while others.send(b"another unit's"):
+                pass
+    del systemd.environment["WATCHDOG_USEC"]
+    control_socket = tmp_path / "control.sock"
+    service = _begin(xenstored, control_socket, systemd)
+
+    def answers() -> bool:
+        with suppress(ServiceError):
+            return call(str(control_socket), {"verb": "ping"}).code is Code.OK
+        return False
+
+    until(answers)
+    systemd.wait_for("READY=1")
+    _stop(service)
+
+    assert set(systemd.heard) <= {"another unit's", "READY=1", "STATUS=serving 0 vbds"}
 
 
 def test_requests_that_cannot_be_are_answered(xenstored: Xenstored, systemd: Systemd, tmp_path: Path) -> None:

@@ -85,6 +85,7 @@ class Service:
         self._bugs = Bugs()
         self._loop = Reactor(clock, on_bug=self._bugs.note)
         keeper.send_again_from(self._loop)
+        notifier.send_again_from(self._loop)
         self._store = Store(settings.store or None)
         self._ledger = Ledger(keeper, wall_clock)
         inherited = keeper.inherited.pop(_CONTROL, -1)  # the rest is the registry's
