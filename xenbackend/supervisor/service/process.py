@@ -103,11 +103,9 @@ class Process:
         if self.is_there:
             loop.add(self.pidfd, on_end)
             self._is_watched = True
-        self._loop, self._on_end = loop, on_end
-        if self.is_there:
-            return
-        if self.far is None:
+        elif self.far is None:
             loop.call_soon(self._tell_end)
+        self._loop, self._on_end = loop, on_end
 
     def unwatch(self) -> None:
         """Undo `watch`."""
