@@ -11,7 +11,7 @@ from xenbackend.bench import plot
 from xenbackend.bench.plan import WORKS, Sample
 from xenbackend.bench.report import summarise
 from xenbackend.bench.session import Measured
-from xenbackend.errors import ConfigError
+from xenbackend.errors import ConfigError, XenbackendError
 
 ROWS = summarise(
     [
@@ -41,3 +41,14 @@ def test_a_picture(tmp_path: Path) -> None:
     for path in (tmp_path / "no" / "picture.png", tmp_path / "picture.xyz"):
         with pytest.raises(ConfigError, match="cannot be written"):
             plot.save(ROWS, path)
+
+
+@pytest.mark.slow
+def test_a_full_file_system_is_no_mistake(tmp_path: Path) -> None:
+    """If the file system is full, that is a failure, and not a mistake of the operator, who gets the reason."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    (tmp_path / "picture.png").symlink_to("/dev/full")
+    with pytest.raises(XenbackendError, match=r"picture.png cannot be written: No space left on device$") as caught:
+        plot.save(ROWS, tmp_path / "picture.png")
+
+    assert not isinstance(caught.value, ConfigError)

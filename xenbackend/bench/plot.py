@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from xenbackend.bench.report import Row, Spread
-from xenbackend.errors import ConfigError
+from xenbackend.errors import ConfigError, unwritable
 
 _GROUP = 0.8  # the share of a group's width that its bars take
 
@@ -24,7 +24,7 @@ def check() -> None:
 
 
 def save(rows: Sequence[Row], path: Path) -> None:
-    """Write the picture to `path`, in the format that its suffix names. Raises: ConfigError."""
+    """Write the picture to `path`, in the format that its suffix names. Raises: XenbackendError."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -38,9 +38,16 @@ def save(rows: Sequence[Row], path: Path) -> None:
     below.set_ylabel("backend CPU µs per request (less is better)")
     above.set_title("median of the rounds; the lines reach from the least to the greatest")
     figure.legend(*above.get_legend_handles_labels(), loc="outside right upper")
+    write(figure, path)
+
+
+def write(figure: Any, path: Path) -> None:
+    """Write a figure of matplotlib in the format that the path's ending names. Raises: XenbackendError."""
     try:
         figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise unwritable(f"the picture {path} cannot be written: {error.strerror or error}", error) from None
+    except ValueError as error:  # of a format that matplotlib does not know
         raise ConfigError(f"the picture {path} cannot be written: {error}") from None
 
 

@@ -10,9 +10,10 @@ import time
 from pathlib import Path
 
 from xenbackend import __version__
+from xenbackend.bench.plot import write
 from xenbackend.cli.histogram import Histogram
 from xenbackend.client import Disk
-from xenbackend.errors import ConfigError, printable, unwritable
+from xenbackend.errors import printable
 from xenbackend.units import format_duration, format_time
 
 
@@ -36,9 +37,4 @@ def save(known: Disk, histogram: Histogram, path: Path) -> None:
     below = f"{platform.node()}, xenbackend {known.worker_version or __version__}, {when}"
     chain = printable(known.chain).replace("$", r"\$")  # which would begin a formula
     axes.set_title(f"{title}\n{chain}\n{below}", fontsize=9)
-    try:
-        figure.savefig(path, dpi=120)
-    except OSError as error:
-        raise unwritable(f"the picture {path} cannot be written: {error.strerror or error}", error) from None
-    except ValueError as error:  # of a format that matplotlib does not know
-        raise ConfigError(f"the picture {path} cannot be written: {error}") from None
+    write(figure, path)
