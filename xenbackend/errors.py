@@ -98,12 +98,12 @@ def is_shortage(problem: BaseException) -> bool:
     return is_short or isinstance(problem, KernelError | MemoryError)
 
 
-_OF_STORAGE = {errno_module.ENOSPC, errno_module.EDQUOT, errno_module.EROFS, errno_module.EIO}
+_OF_STORAGE = {errno_module.EDQUOT, errno_module.EROFS, errno_module.EIO}
 
 
 def unwritable(sentence: str, error: OSError) -> XenbackendError:
-    """Return the error for a file that cannot be written: a ConfigError, unless the storage is at fault."""
-    return (XenbackendError if error.errno in _OF_STORAGE else ConfigError)(sentence)
+    """Return the error for a file that cannot be written: a ConfigError, unless storage or host are at fault."""
+    return (XenbackendError if is_shortage(error) or error.errno in _OF_STORAGE else ConfigError)(sentence)
 
 
 def sentence_of(problem: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -16,7 +17,7 @@ from threading import Event
 import pytest
 
 from tests.until import PATIENCE_S, until
-from xenbackend.errors import ConfigError
+from xenbackend.errors import ConfigError, XenbackendError
 from xenbackend.loop.reactor import Reactor
 from xenbackend.supervisor.service import listening
 from xenbackend.supervisor.service.listening import alone_at, check_place, listen, take_over
@@ -123,7 +124,9 @@ def test_a_service_whose_socket_was_removed_leaves_the_path_to_the_next(tmp_path
 
 
 def test_a_holder_that_is_stopped_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A service that waits too long for the lock of another process gives up, and says which process to continue."""
+    """A service that waits too long for the lock of another process gives up, and says which process to continue. It is
+    started again: it does not end as after a mistake, when systemd would drop what it keeps of the disks in service.
+    """
     monkeypatch.setattr(listening, "PATIENCE_S", 0.1)
     place = tmp_path / "x"
     code = "import sys; from pathlib import Path; from xenbackend.supervisor.service.listening import alone_at\n"
@@ -134,14 +137,34 @@ def test_a_holder_that_is_stopped_is_named(tmp_path: Path, monkeypatch: pytest.M
         holder.stdout.readline()
         holder.send_signal(signal.SIGSTOP)
         try:
-            with pytest.raises(
-                ConfigError, match=f"process {holder.pid} has held the lock .*x.lock for 0.1 s; continue"
-            ):
+            with pytest.raises(XenbackendError) as caught:
                 listen(place)
         finally:
             holder.send_signal(signal.SIGCONT)
             holder.communicate()
     listen(place).close()
+
+    assert f"process {holder.pid} has held the lock {place}.lock for 0.1 s; continue" in str(caught.value)
+    assert not isinstance(caught.value, ConfigError)
+
+
+@pytest.mark.parametrize(("code", "is_mistake"), [(errno.ENOSPC, False), (errno.EMFILE, False), (errno.EACCES, True)])
+def test_a_host_that_is_short_of_something_is_no_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, *, is_mistake: bool
+) -> None:
+    """If the file system is full or no descriptor is left, a service ends so that it is started again; only after a
+    mistake it is not.
+    """
+
+    def fail(*_: object) -> int:
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", fail)
+        with pytest.raises(XenbackendError, match=os.strerror(code)) as caught:
+            listen(tmp_path / "x")
+
+    assert is_mistake == isinstance(caught.value, ConfigError)
 
 
 @pytest.mark.parametrize("kind", ["link", "directory"])

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from xenbackend.errors import ConfigError, sentence_of
+from xenbackend.errors import ConfigError, XenbackendError, sentence_of, unwritable
 from xenbackend.protocol.client import DEFAULT_SOCKET
 
 BACKLOG = 256  # connections that wait to be accepted
@@ -27,7 +27,7 @@ OWN_DIRECTORY = Path(DEFAULT_SOCKET).parent
 def check_place(path: str, inherited: int = -1) -> None:
     """Check that a service can listen at `path`, where a socket inherited from a former service may still listen.
 
-    Raises: ConfigError.
+    Raises: XenbackendError, a ConfigError if it is a mistake.
     """
     if inherited >= 0:
         with socket.socket(fileno=os.dup(inherited)) as near:
@@ -38,7 +38,7 @@ def check_place(path: str, inherited: int = -1) -> None:
 
 
 def listen(path: Path) -> socket.socket:
-    """Return a socket that listens at `path`; replace one on which nobody listens any more. Raises: ConfigError."""
+    """Return a socket that listens at `path`; replace one on which nobody listens any more. Raises: XenbackendError."""
     with alone_at(path):
         return _listen(path)
 
@@ -89,7 +89,8 @@ def _listener(near: socket.socket) -> bytes:
 def alone_at(path: Path) -> Iterator[None]:
     """Hold a lock beside `path`, without which no service listens there or removes a socket.
 
-    Raises: ConfigError, also if the holder does not release it, such as a process that is stopped.
+    Raises: ConfigError; XenbackendError, if a later attempt may succeed: the host is short of something, or the holder
+    does not release it, such as a process that is stopped.
 
     It is needed because between bind and listen a socket looks like one that a dead service has left. OWN_DIRECTORY is
     created if it does not exist.
@@ -101,7 +102,7 @@ def alone_at(path: Path) -> Iterator[None]:
     try:
         fd = _lock(file)
     except TimeoutError as error:
-        raise ConfigError(f"{path}: cannot listen: {error}") from None
+        raise XenbackendError(f"{path}: cannot listen: {error}") from None
     except OSError as error:
         raise _cannot_listen(path, error) from None
     try:
@@ -184,7 +185,7 @@ def check_free(path: Path, kind: socket.SocketKind, who: str) -> None:
     raise ConfigError(f"{path}: another {who} listens there already")
 
 
-def _cannot_listen(path: Path, error: OSError) -> ConfigError:
+def _cannot_listen(path: Path, error: OSError) -> XenbackendError:
     if error.errno == errno.ENOENT:
         return ConfigError(f"{path}: cannot listen: {error.strerror}; make the directory {path.parent}")
-    return ConfigError(f"{path}: cannot listen: {sentence_of(error)}")
+    return unwritable(f"{path}: cannot listen: {sentence_of(error)}", error)

@@ -77,7 +77,7 @@ class Service:
         """Connect to xenstore and listen; `complaint` says why these are the settings of an earlier service, if so.
 
         `state_directory` is where files are left for the next service, by default the control socket's directory.
-        Raises: StoreError, ConfigError, KernelError.
+        Raises: XenbackendError.
         """
         self._log = log.get_logger("service")
         self._notifier = notifier
@@ -359,7 +359,7 @@ class Service:
 
 
 def check(settings: Settings) -> None:
-    """Check what can be checked while the operator still looks. Raises: ConfigError, StoreError."""
+    """Check what can be checked while the operator still looks. Raises: XenbackendError."""
     check_place(settings.socket)
     access.group_number(settings.group)
     with Store(settings.store or None) as store:

@@ -39,7 +39,7 @@ class Store:
     """The kept descriptors by name, filled by datagrams on `socket`."""
 
     def __init__(self, path: Path) -> None:
-        """Listen at `path`. Raises: OSError; ConfigError, if that is not possible, or another process does."""
+        """Listen at `path`. Raises: OSError; XenbackendError, also if another process does."""
         self.fds: dict[str, int] = {}
         self.path = path
         with alone_at(path):
@@ -181,7 +181,7 @@ def _raise_limit() -> None:
 
 
 def run(arguments: Sequence[str], socket_path: str, environment: Mapping[str, str]) -> int:
-    """Run the service with these arguments for ``xenbackend``. Raises: ConfigError."""
+    """Run the service with these arguments for ``xenbackend``. Raises: XenbackendError."""
     try:
         store = Store(Path(f"{socket_path}.keep"))
     except OSError as error:

@@ -114,7 +114,7 @@ class Server:
         Members of `group` may connect, too; `handler` decides what they may ask. `gates` has a gate for each verb whose
         requests may have to wait before they are handled.
 
-        Raises: ConfigError, if another service listens already or the socket cannot be made.
+        Raises: XenbackendError, if the socket cannot be made; a ConfigError if another service listens already.
         """
         self._path = Path(path)
         self._loop = loop
