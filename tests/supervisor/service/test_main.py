@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -366,6 +367,33 @@ def test_a_service_that_finds_a_newer_one_s_disks_rests(systemd: Systemd) -> Non
     os.close(pidfd)
 
     assert (True, -signal.SIGTERM) == (rests, status)
+
+
+@pytest.mark.parametrize("kept", [(), ("newer",), ("disk",), ("disk", "settings")])
+def test_a_service_that_cannot_begin_harms_no_disk(
+    xenstored: Xenstored, systemd: Systemd, tmp_path: Path, capfd: pytest.CaptureFixture[str], kept: tuple[str, ...]
+) -> None:
+    """A service whose place another one has taken, or that finds disks of a newer version, ends with the status of a
+    mistake only if no disk is in service: after that status, nothing starts it again, and what is kept of the disks is
+    dropped.
+    """
+    settings = {"socket": str(tmp_path / "control.sock"), "store": xenstored.address, "serve": "all"}
+    made = {each: os.memfd_create(each) for each in ("newer", "disk", "settings")}
+    os.write(made["settings"], json.dumps({**asdict(Settings()), **settings}).encode())
+    names = {"newer": "vbd-0-5-51712.journal.9", "disk": "vbd-0-5-51712.journal.3", "settings": "settings"}
+    command = [*_COMMAND, "run", "--socket", settings["socket"], "--store", xenstored.address]
+    environment = _environment(**systemd.environment, FDSTORE="64")
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(settings["socket"])
+        other.listen()
+        pid, pidfd = parent._spawn(command, {names[each]: made[each] for each in kept}, environment)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    for fd in (pidfd, *made.values()):
+        os.close(fd)
+
+    assert (1 if kept else 2) == status
+    sentence = "served by a newer version" if "newer" in kept else "another xenbackend service listens there already"
+    assert sentence in capfd.readouterr().err
 
 
 def test_orders_go_to_a_vbd(xenstored: Xenstored, toolstack: Store, systemd: Systemd, tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ from xenbackend.supervisor.service.xentop import Xentop
 from xenbackend.supervisor.vbd import ending
 from xenbackend.supervisor.vbd.claim import Bus
 from xenbackend.supervisor.vbd.context import Context
-from xenbackend.supervisor.vbd.inheritance import check_versions
+from xenbackend.supervisor.vbd.inheritance import check_versions, is_of_a_disk
 from xenbackend.supervisor.vbd.last_chains import LastChains, state_directory
 from xenbackend.supervisor.vbd.orders import ORDERS
 from xenbackend.supervisor.vbd.requests import only_reads, text_of, token_of
@@ -367,13 +367,25 @@ def check(settings: Settings) -> None:
 
 
 def run(read: Callable[[], Settings], environment: Mapping[str, str]) -> int:
-    """Serve in the foreground, by the settings that `read` returns. Raises: XenbackendError, if that cannot begin."""
+    """Serve in the foreground, by the settings that `read` returns. Raises: XenbackendError, if that cannot begin.
+
+    It is no ConfigError if disks are in service: its exit status makes the keeper drop everything.
+    """
     keeper = Keeper(environment)
+    has_disks = any(is_of_a_disk(name) for name in keeper.inherited)
     try:
         check_versions(keeper.inherited)
-    except XenbackendError as problem:
+        service = _make(read, keeper, environment)
+    except ConfigError as problem:
+        if not has_disks:
+            raise
         _rest(str(problem), environment)
-        raise
+        raise XenbackendError(str(problem)) from None
+    return service.run()
+
+
+def _make(read: Callable[[], Settings], keeper: Keeper, environment: Mapping[str, str]) -> Service:
+    """Return the service, by the settings that `read` returns, or else former ones. Raises: XenbackendError."""
 
     def read_usable() -> Settings:
         settings = read()
@@ -385,7 +397,7 @@ def run(read: Callable[[], Settings], environment: Mapping[str, str]) -> int:
     settings, complaint = former_settings.choose(read_usable, keeper)
     log.configure(settings.log, settings.log_level)
     directory = state_directory(environment, settings.socket)
-    return Service(settings, Notifier(environment), keeper, complaint, state_directory=directory).run()
+    return Service(settings, Notifier(environment), keeper, complaint, state_directory=directory)
 
 
 def _rest(sentence: str, environment: Mapping[str, str]) -> None:
@@ -399,5 +411,5 @@ def _rest(sentence: str, environment: Mapping[str, str]) -> None:
         return
     process.unboost(os.getpid())
     Notifier(environment).status(sentence)
-    print(f"xenbackend: {sentence}; until then it is tried again every {rest_s} s", file=sys.stderr, flush=True)
+    print(f"xenbackend: {sentence}; it is tried again every {rest_s} s", file=sys.stderr, flush=True)
     time.sleep(float(rest_s))

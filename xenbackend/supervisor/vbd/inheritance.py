@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 
 from xenbackend import journal
-from xenbackend.errors import KernelError, XenbackendError
+from xenbackend.errors import ConfigError, KernelError
 from xenbackend.kernel.process import kill
 from xenbackend.protocol import messages
 from xenbackend.supervisor.service.keeper import Keeper
@@ -70,12 +70,12 @@ def check_versions(names: Iterable[str]) -> None:
     """Refuse to go on if one of these names of the keeper's is of a newer version than ours.
 
     Nothing has been touched then: the workers go on, and that version finds them when it is started again. Raises:
-    XenbackendError; not ConfigError, because its exit status makes the keeper drop everything.
+    ConfigError.
     """
     for name in names:
         path, (kind, version) = _parse_name(name)
         if path is not None and version > (version_of(kind) or former.VERSION):
-            raise XenbackendError(
+            raise ConfigError(
                 f"{path} is served by a newer version of xenbackend, whose {kind} this one does not understand; "
                 "install that version again, which continues to serve it, or stop its service before you start this one"
             )
