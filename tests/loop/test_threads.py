@@ -1,6 +1,7 @@
 """Tests of `xenbackend.loop.threads`."""
 
 import threading
+import weakref
 from collections.abc import Callable
 from queue import SimpleQueue
 
@@ -28,6 +29,27 @@ def test_then_comes_after_function() -> None:
     threads.close()
 
     assert (before, order) == (["function"], ["function", "then"])
+
+
+def test_an_idle_thread_keeps_nothing() -> None:
+    """Once `then` has been handed over, a thread that waits for work keeps neither call, nor what they belong to: with
+    a request of a chain that was closed, it would keep all of that chain's memory.
+    """
+
+    class Chain:
+        def do(self) -> None:
+            pass
+
+    calls: Calls = SimpleQueue()
+    threads = Threads(calls.put)
+    chain = Chain()
+    kept = weakref.ref(chain)
+    threads.run(chain.do, chain.do, never)
+    del chain
+    calls.get(timeout=10)()
+
+    assert kept() is None
+    threads.close()
 
 
 def test_threads_are_started_as_needed_and_bounded() -> None:

@@ -6,6 +6,7 @@ Must not touch anything of the loop but the one function that hands a call over 
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
 
@@ -27,6 +28,7 @@ class Threads:
         self._limit = limit
         self._work: SimpleQueue[Work | None] = SimpleQueue()
         self._threads: list[threading.Thread] = []
+        self._done: deque[Call] = deque()  # the `then` of each call that has ended
         self._busy = 0  # calls whose `then` has not been called yet
 
     def run(self, function: Call, then: Call, on_error: Callable[[Exception], Call]) -> None:
@@ -62,8 +64,10 @@ class Threads:
                 function()
             except Exception as error:  # the loop decides how to handle it
                 self._hand_over(on_error(error))
-            self._hand_over(lambda then=then: self._finish(then))  # type: ignore[misc]  # bound now, used later; `then` changes
+            self._done.append(then)
+            del work, function, then, on_error  # an idle thread must not keep what they belong to, such as a chain
+            self._hand_over(self._finish)
 
-    def _finish(self, then: Call) -> None:
+    def _finish(self) -> None:
         self._busy -= 1
-        then()
+        self._done.popleft()()
