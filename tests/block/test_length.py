@@ -1,5 +1,9 @@
 """Tests of `xenbackend.block.length`; test_shorter.py checks what a successor refuses."""
 
+from typing import Any
+
+import pytest
+
 from xenbackend.block.length import SIZE, Length
 
 
@@ -28,3 +32,31 @@ def test_there_is_room_for_the_files_of_two_chains() -> None:
         assert length.size == 0
         length.size = number + 1
     assert {*range(1, 301), 0} >= {Length(memory, f"file {number}").size for number in range(300)}
+
+
+class Killed:
+    """Memory whose process is killed before it notes of which file a row is."""
+
+    def __init__(self, content: memoryview) -> None:
+        self._content = content
+
+    def __getitem__(self, place: slice) -> "memoryview | Killed":
+        part = self._content[place]
+        return Killed(part) if len(self._content) == SIZE and len(part) > 32 else part
+
+    def __setitem__(self, place: slice, value: bytes) -> None:
+        raise KeyboardInterrupt
+
+
+def test_a_kill_leaves_no_size_of_another_file() -> None:
+    """If the process is killed while a file takes another one's row, neither has the other one's size afterwards: that
+    size must not be left beside the identity of the file that takes the row.
+    """
+    content = memoryview(bytearray(SIZE))
+    for number in range(102):
+        Length(content, f"file {number}").size = number + 1
+    killed: Any = Killed(content)
+    with pytest.raises(KeyboardInterrupt):
+        Length(killed, "another file")
+
+    assert [0] == [size for number in range(102) if (size := Length(content, f"file {number}").size) != number + 1]

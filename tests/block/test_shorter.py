@@ -109,9 +109,19 @@ def test_a_successor_refuses_a_file_that_was_emptied(home: Path, text: str, size
     machine.close()
 
 
-@pytest.mark.parametrize("loses", [512, 65536, SIZE // 2])
+def fill(machine: Machine, chain_text: str) -> None:
+    """Write to each sector of a disk."""
+    chain = machine.open(chain_text)
+    assert [0] == machine.do(chain, write(0, os.urandom(SIZE)))
+    assert [0] == machine.do(chain, flush())
+    chain.close()
+
+
+@pytest.mark.parametrize(("loses", "grows"), [(512, True), (65536, True), (SIZE // 2, True), (512, False)])
 @pytest.mark.parametrize("image_format", ["qcow2", "qcow", "vhd"])
-def test_a_successor_refuses_an_image_that_was_cut_off(home: Path, image_format: str, loses: int) -> None:
+def test_a_successor_refuses_an_image_that_was_cut_off(
+    home: Path, image_format: str, loses: int, *, grows: bool
+) -> None:
     """F2: QCOW does not say where its file ends, VHD mends an end that is missing, and what is behind reads as zeros.
     So a worker's successor compares the file's size with what it was at last, also after it had grown; it refuses a
     shorter one each time, and does not make it longer. It takes one that was restored, and another file.
@@ -119,14 +129,16 @@ def test_a_successor_refuses_an_image_that_was_cut_off(home: Path, image_format:
     file, machine = home / "file", Machine()
     chain_text = f"{image_format}:{file}"
     create(image_format, str(file), SIZE)
+    if not grows:
+        fill(machine, chain_text)
     memories: dict[str, int] = {}
     machine.make_env = EnvFactory(
         machine.reactor, machine.files, serves=True, keep=lambda name, _, fd: memories.update({name: os.dup(fd)})
     )
-    chain = machine.open(chain_text)
-    assert [0] == machine.do(chain, write(0, os.urandom(SIZE)))
-    assert [0] == machine.do(chain, flush())
-    chain.close()
+    if grows:
+        fill(machine, chain_text)
+    else:
+        machine.open(chain_text).close()
     whole = file.read_bytes()
     os.truncate(file, len(whole) - loses)
     machine.make_env.close()

@@ -165,6 +165,21 @@ def test_a_parent_that_lost_its_name_is_found(undo: ExitStack, tmp_path: Path) -
     assert [(other, 0)] == disk.told
 
 
+def test_a_parent_stays_when_a_size_changes(undo: ExitStack, tmp_path: Path) -> None:
+    """If the job keeps the chain's files (`resize`), a kept parent stays the second chain's parent, too, whatever has
+    its name now and is allowed; the supervisor is told that this chain has it.
+    """
+    image, parent = (make(tmp_path / name, name.encode()) for name in ("image", "parent"))
+    chain = f"qcow2:{image}"
+    disk = Disk(image, parent, chains=[chain, chain], keeps=True, parents=[str(tmp_path)])
+    undo.callback(disk.access.close)
+    make(tmp_path / "parent", b"another")
+
+    assert Found(parent, IN_SERVICE) == disk.access.find(PARENT, image, ["parent"], 1)
+    assert b"parent" == disk.content(parent, 1)
+    assert {(image, 1), (parent, 1)} == set(disk.told)
+
+
 def test_a_parent_that_is_kept_needs_no_further_act(undo: ExitStack, tmp_path: Path) -> None:
     """A kept parent is allowed, by any name, even if nothing else allows it, since the disk is served from it; no mark
     is made.

@@ -84,6 +84,23 @@ def test_cold_read_does_not_block(reactor: Reactor, image: Image) -> None:
     assert [each.iov[0][0] for each in batch] == [48, 16, 32, 0]
 
 
+def test_what_was_lost_is_not_mapped(reactor: Reactor, image: Image) -> None:
+    """F2: once the file of a cache was cut off, a block in it is read as any request of that file, which fails for what
+    was lost, even if another program has made the file longer again; nothing is copied from the page cache.
+    """
+    os.truncate(image.fd, 4096)
+    image.extent.look(image.size)
+    os.truncate(image.fd, len(CONTENT))
+    index = Places(16, 12, 0)
+    index.put(5, 3)
+    lost = request_of(Op.READ, 5 * 4096)
+
+    assert ([], [(lost, 3 * 4096)], []) == image.read_mapped([lost], index)
+    lost.offset = 3 * 4096
+    serve(reactor, image, [lost])
+    assert errno.EIO == lost.status
+
+
 def test_neighbours_are_joined(reactor: Reactor, image: Image, monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests for adjacent places are done in one call, and each gets its own bytes."""
     calls: list[int] = []

@@ -1,12 +1,14 @@
 """Tests of `xenbackend.worker.extent`; test_files.py checks what requests for lost bytes get."""
 
 import os
+import select
 import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,32 @@ def test_what_was_cut_off_stays_lost(fd: int) -> None:
         assert [False, True] == [fails(lambda end=end: extent.check(end)) for end in (4096, 4097)]
         assert [False, True] == [fails(lambda end=end: extent.check_read(end)) for end in (4096, 4097)]
         assert [True, False] == [fails(extent.flushed) for _ in range(2)]
+
+
+def test_a_thread_that_finds_the_loss_wakes_the_loop(fd: int) -> None:
+    """If a thread finds that something was cut off, the loop is told even if it sleeps."""
+    with closing(Reactor()) as reactor:
+        extent, told = extent_of(fd, reactor), list[tuple[int, int]]()
+        extent.on_short = lambda had, has: told.append((had, has))
+        os.truncate(fd, 4096)
+        with ThreadPoolExecutor() as threads:
+            assert threads.submit(fails, lambda: extent.check(SIZE)).result()
+        assert [reactor.fileno()] == select.select([reactor.fileno()], [], [], 0)[0]
+        reactor.call_soon(reactor.stop)
+        reactor.run()
+
+        assert [(SIZE, 4096)] == told
+
+
+def test_a_block_device_is_always_there(fd: int) -> None:
+    """A block device, whose node has no size, has lost nothing."""
+    medium = replace(blockdev.examine(fd, "", read_only=False), is_device=True)
+    with closing(Reactor()) as reactor:
+        extent = Extent(fd, medium, reactor)
+        os.truncate(fd, 0)
+        extent.check(SIZE)
+
+        assert (SIZE, False) == (extent.look(SIZE), extent.is_short)
 
 
 def test_a_file_that_we_make_longer(fd: int) -> None:

@@ -566,6 +566,20 @@ def test_a_file_that_is_cut_off_while_it_is_opened(
     files.close()
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_a_flush_looks_for_what_was_lost(reactor: Reactor, path: str, way: str) -> None:
+    """F2: a flush fails if another program has made the file shorter, even if nothing was written since."""
+    files = HostFiles(reactor)
+    image = files.open(path, read_only=False, **WAYS[way])
+    os.truncate(path, 65536)
+    flush = request(Op.FLUSH)
+    serve(reactor, image, [[flush]])
+    image.close()
+    files.close()
+
+    assert errno.EIO == flush.status
+
+
 def test_a_file_that_is_shorter_is_not_taken_over(reactor: Reactor, path: str) -> None:
     """F2: another chain of the same disk must not open a file that has become shorter in service: its new end would be
     that of the disk, and what was lost would be read as zeros.

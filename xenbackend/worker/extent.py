@@ -74,7 +74,7 @@ class Extent:
 
     def check_read(self, end: int) -> None:
         """Check that nothing before byte `end` is known to be lost. Raises: OSError."""
-        if self.is_short and min(end, self.end) > self._kept:
+        if self.is_short and end > self._kept:
             raise shorter()
 
     def grown(self, size: int) -> None:
