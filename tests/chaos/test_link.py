@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import select
 import socket
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from queue import SimpleQueue
 from random import Random
+from threading import Event
+from types import SimpleNamespace
 
 import pytest
 
+from tests.chaos import link
 from tests.chaos.link import Fault, Link
 from tests.until import until
 
@@ -65,13 +70,41 @@ def test_what_passes_is_whole_and_in_order(ends: Ends) -> None:
     assert b"" == ends.worker.recv(1)
 
 
+class Held:
+    """Takes the place of the event by which a connection waits, and lets it wait until `go`."""
+
+    def __init__(self) -> None:
+        self.waits: SimpleQueue[float] = SimpleQueue()  # seconds
+        self.go = Event()
+        self.is_set = self.go.is_set
+        self.set = self.go.set
+
+    def wait(self, seconds: float) -> None:
+        """Wait until `go`."""
+        self.waits.put(seconds)
+        self.go.wait(PATIENCE_S)
+
+
 @pytest.mark.parametrize("fault", [Fault.STALL, Fault.DELAY])
-def test_what_is_held_comes_later(ends: Ends, fault: Fault) -> None:
-    """A link that stalls or delays loses nothing, ends nothing, and is over by itself."""
+def test_what_is_held_comes_later(ends: Ends, monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
+    """A link that stalls or delays holds what is sent, loses nothing, ends nothing, and is over by itself."""
+    now, held = [10**9], Held()
+    monkeypatch.setattr(link, "time", SimpleNamespace(monotonic_ns=lambda: now[0]))
+    [lane] = ends.link._alive()
+    monkeypatch.setattr(lane, "_is_over", held)
     ends.fail(fault)
-    assert ends.link.has_fault(0)
-    ends.pass_on(ends.worker, ends.server)
+    assert ends.link.has_fault(now[0])
+    ends.worker.sendall(MESSAGE)
+    assert 0 < held.waits.get(timeout=PATIENCE_S) <= link._LONGEST_S
+    assert [] == select.select([ends.server], [], [], 0)[0]
+
+    now[0] += int(link._LONGEST_S * 1e9)
+    held.go.set()
+    assert MESSAGE == ends.server.recv(len(MESSAGE), socket.MSG_WAITALL)
+    assert not ends.link.has_fault(now[0])
     ends.pass_on(ends.server, ends.worker)
+    ends.pass_on(ends.worker, ends.server)
+    assert held.waits.empty()
 
 
 @pytest.mark.parametrize("fault", [Fault.DROP, Fault.CUT_REQUEST])

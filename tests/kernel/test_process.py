@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.privileges import MAY_COME_FIRST
+from xenbackend.kernel import process
 from xenbackend.kernel.process import AHEAD, OpenFile, boost, files_of, is_ending, state_of, unboost
 
 # The shell in between ends first; then its child does, with status 7.
@@ -121,6 +122,15 @@ def test_a_process_ends_with_its_parent(parent: str, status: int) -> None:
     program = f"import os; from xenbackend.kernel.process import end_with; end_with({parent}, 15)"
 
     assert status == subprocess.run([sys.executable, "-c", program], check=False).returncode
+
+
+def test_a_process_that_the_kernel_cannot_end_yet_is_ending(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A killed process that still waits for what it has in flight sleeps, and has the flag PF_EXITING."""
+    monkeypatch.setattr(process, "text_of", lambda _: f"7 (a) b) D 1 7 7 0 -1 {flags} 0 0 0")
+    flags = 0x40_0104
+    assert is_ending(7)
+    flags -= 4
+    assert not is_ending(7)
 
 
 def test_a_process_has_a_state() -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from tests.supervisor.helpers import FAKE_OPENER, FAKE_WORKER, PATIENCE_S, settle
+from tests.until import until
 from xenbackend import journal
 from xenbackend.errors import KernelError
 from xenbackend.kernel.process import is_ending
@@ -196,7 +197,8 @@ def test_a_worker_that_hangs_up_and_stays_is_killed(hear: Callable[..., Heard], 
     """A worker that closes its socket gets the time that a worker needs to end, and is killed after that: it could
     serve for ever, and nobody could tell it anything.
     """
-    heard = hear(_python(tmp_path, f"channel.{how}\nimport time; time.sleep(1000)"))
+    heard = hear(_python(tmp_path, f"channel.recv(9999)\nchannel.{how}\nimport time; time.sleep(1000)"))
+    heard.worker.send(messages.Report(5))  # it was told something, but not to close
     heard.until(lambda: not heard.worker._is_heard)
     assert [] == heard.ends
     heard.ahead_s = HANG_UP_S
@@ -227,7 +229,7 @@ def test_a_worker_that_hangs_up_is_killed_whatever_is_known_of_it(
     heard.until(lambda: not heard.worker._is_heard)
     former = resource.getrlimit(resource.RLIMIT_NOFILE)
     if first_ends:
-        heard.until(lambda: is_ending(heard.worker.pid))
+        until(lambda: is_ending(heard.worker.pid))  # not by the loop: it would sleep until the worker is killed
         assert [] == heard.ends
     elif why == "its number is not known":
         heard.worker._process.pid = 0

@@ -182,6 +182,15 @@ def test_a_service_that_ends_sends_for_the_last_time(busy: Busy, lines: io.Strin
     assert takes == ("the next service will lack" not in lines.getvalue())
 
 
+def test_a_service_that_takes_its_disks_along_waits_for_nothing(busy: Busy, lines: io.StringIO) -> None:
+    """A service that leaves nothing to a next one does not wait for a busy keeper when it ends, nor complain."""
+    busy.fill()
+    busy.keeper.close(waits=False)
+
+    assert (False, {}) == (busy.waits[-1], busy.keeper._untaken)
+    assert "the next service will lack" not in lines.getvalue()
+
+
 def test_what_there_is_no_room_for_is_an_error(kept: Kept) -> None:
     """A full keeper would drop a descriptor in silence, so one too many is an error. What the keeper already has, even
     from the former service, counts; what is forgotten makes room.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import signal
 import socket
@@ -61,6 +62,7 @@ def test_of_two_that_start_at_once_one_listens(tmp_path: Path, monkeypatch: pyte
     assert [place] == [*tmp_path.iterdir()]
 
 
+@pytest.mark.usefixtures("descriptors")
 def test_the_lock_is_the_file_that_has_its_name(tmp_path: Path) -> None:
     """Whoever waited for the lock while its holder removed the file holds a file that the next one finds."""
     place, lock = tmp_path / "x", tmp_path / "x.lock"
@@ -82,6 +84,25 @@ def test_the_lock_is_the_file_that_has_its_name(tmp_path: Path) -> None:
 
     assert found
     assert [] == [*tmp_path.iterdir()]
+
+
+def test_the_lock_is_held_until_its_file_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The holder removes the file before it releases the lock: else it would remove the file that the next holder has
+    locked, and a third one would lock another file.
+    """
+    really_unlink, held = Path.unlink, list[bool]()
+
+    def unlink(path: Path, *, missing_ok: bool = False) -> None:
+        with path.open() as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held.append(True)
+        really_unlink(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    with alone_at(tmp_path / "x"):
+        pass
+
+    assert [True] == held
 
 
 def test_a_place_is_tried_by_nobody_else_meanwhile(tmp_path: Path) -> None:
@@ -123,6 +144,7 @@ def test_a_service_whose_socket_was_removed_leaves_the_path_to_the_next(tmp_path
             assert 0 == client.connect_ex(str(place))
 
 
+@pytest.mark.usefixtures("descriptors")
 def test_a_holder_that_is_stopped_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A service that waits too long for the lock of another process gives up, and says which process to continue. It is
     started again: it does not end as after a mistake, when systemd would drop what it keeps of the disks in service.
@@ -132,13 +154,16 @@ def test_a_holder_that_is_stopped_is_named(tmp_path: Path, monkeypatch: pytest.M
     code = "import sys; from pathlib import Path; from xenbackend.supervisor.service.listening import alone_at\n"
     code += "with alone_at(Path(sys.argv[1])): print(flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", code, str(place)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+    with (
+        ThreadPoolExecutor() as threads,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder,
+    ):
         assert holder.stdout
         holder.stdout.readline()
         holder.send_signal(signal.SIGSTOP)
         try:
             with pytest.raises(XenbackendError) as caught:
-                listen(place)
+                threads.submit(listen, place).result(PATIENCE_S)
         finally:
             holder.send_signal(signal.SIGCONT)
             holder.communicate()
@@ -196,6 +221,22 @@ def test_whoever_accepts_nobody_is_not_replaced(tmp_path: Path) -> None:
             code = client.connect_ex(str(place))
         with pytest.raises(ConfigError, match="listens there already"):
             listen(place)
+
+
+def test_whoever_accepts_nobody_keeps_its_own_place(tmp_path: Path) -> None:
+    """An inherited socket for which many clients wait is no other service's."""
+    place = tmp_path / "x"
+    with listen(place) as near, ExitStack() as clients:
+        near.listen(0)
+        code = 0
+        while not code:
+            client = clients.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK))
+            code = client.connect_ex(str(place))
+        check_place(str(place), near.fileno())
+        taken = take_over(place, os.dup(near.fileno()))
+
+        assert taken is not None
+        taken.close()
 
 
 def test_missing_directory_is_named(tmp_path: Path) -> None:
