@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from xenbackend.block import length
 from xenbackend.block.chain import Chain, open_chain, parse_chain
 from xenbackend.block.driver import Driver, Env, Filter, Geometry, ParentRef
+from xenbackend.block.length import SIZE as LENGTHS_SIZE
+from xenbackend.block.length import Lengths
 from xenbackend.block.options import FilePath, Kind, option
 from xenbackend.block.request import PENDING, Op, Request
 from xenbackend.block.servers import Endpoint
@@ -40,6 +41,7 @@ class Machine:
 
     def open(self, text: str, *, read_only: bool = False, checked: bool = True, shareable: bool = False) -> Chain:
         """Open a chain, with the asserting layer unless told otherwise."""
+        self.make_env.begin()
         return open_chain(
             parse_chain(text),
             self.make_env,
@@ -175,9 +177,9 @@ class StepEnv:
             self.memories[name] = bytearray(size)
         return memoryview(self.memories[name])
 
-    def lengths(self) -> memoryview:
+    def lengths(self) -> Lengths:
         """See `Env`."""
-        return self.memory("lengths", length.SIZE)
+        return Lengths(self.memory("lengths", LENGTHS_SIZE))
 
     def report(self, key: str, value: str) -> None:
         """See `Env`."""

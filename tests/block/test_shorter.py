@@ -219,6 +219,24 @@ def test_a_successor_refuses_a_file_that_is_only_read(home: Path, base_format: s
         machine.close()
 
 
+def test_an_image_that_the_disk_had_left_may_be_shorter(home: Path) -> None:
+    """F2: an image that comes back to the disk after another one was in service may have been made anew meanwhile."""
+    machine = Machine()
+    machine.make_env = EnvFactory(machine.reactor, machine.files, serves=True, resumes=True)
+    images = [home / "first", home / "second"]
+    for each in images:
+        create("qcow2", str(each), SIZE)
+    new = images[0].read_bytes()
+    fill(machine, f"qcow2:{images[0]}")
+    for each in images:
+        machine.open(f"qcow2:{each}").close()
+        machine.make_env.drop_unwanted()
+    images[0].write_bytes(new)
+
+    machine.open(f"qcow2:{images[0]}").close()
+    machine.close()
+
+
 @pytest.mark.parametrize("keeps", [0, 0.5])
 @pytest.mark.parametrize("mode", ["read", "writethrough"])
 def test_a_copy_that_was_cut_off_is_not_missed(home: Path, mode: str, keeps: float) -> None:

@@ -56,7 +56,7 @@ def note_in_use(env: Env, path: str, file: File) -> None:
 
 def _length(env: Env, path: str) -> Length:
     """Return the size of an initialised file, as a predecessor noted it."""
-    return Length(env.lengths(), env.files.look(path).identity)
+    return env.lengths().of(env.files.look(path).identity)
 
 
 def begin(file: File, header: Header, *, size: int, written: int) -> None:

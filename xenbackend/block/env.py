@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import socket
 
     from xenbackend.block.driver import Files
+    from xenbackend.block.length import Lengths
 
 Connected = Callable[["socket.socket | None", "DriverError | None"], None]  # gets a socket, or why there is none
 
@@ -60,8 +61,8 @@ class Env(Protocol):
     def unwatch(self, fd: int) -> None:
         """Stop watching `fd`; call this before closing it."""
 
-    def lengths(self) -> memoryview:
-        """Return the memory of all layers in which sizes of files are noted for a successor (`block.length`).
+    def lengths(self) -> Lengths:
+        """Return the sizes of the chain's files, which all its layers note for a successor.
 
         Raises: OSError.
         """

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from xenbackend.block.keys import Derivation
+from xenbackend.block.length import Lengths
 from xenbackend.block.places import Places
 from xenbackend.block.request import Complete, Request
 from xenbackend.block.servers import Account, After, Endpoint
@@ -186,7 +187,7 @@ class Files(Lookup, Protocol):
         blocking: bool = False,
         step: int = 0,
         sector_size: int = 0,
-        lengths: memoryview | None = None,
+        lengths: Lengths | None = None,
         is_copy: bool = False,
     ) -> HostFile:
         """Open an image.

@@ -9,9 +9,9 @@ import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
-from xenbackend.block import length
 from xenbackend.block.driver import Files
 from xenbackend.block.env import Connected
+from xenbackend.block.length import SIZE, Lengths
 from xenbackend.block.servers import After, Endpoint
 from xenbackend.errors import DriverError, KernelError
 from xenbackend.kernel import memfd
@@ -68,7 +68,7 @@ class WorkerEnv:
         """
         return self._factory.memory(f"{self._layer}:{name}", size)
 
-    def lengths(self) -> memoryview:
+    def lengths(self) -> Lengths:
         """As `block.driver.Env.lengths`."""
         return self._factory.lengths()
 
@@ -171,7 +171,7 @@ class EnvFactory:
         self.connections = connections
         self.is_first = True  # chain of this process: connections of a predecessor may have to be drained
         self.on_report, self.on_stopped, self.give_up, self.alarm = on_report, on_stopped, give_up, alarm
-        self._has_lengths = False
+        self._lengths: Lengths | None = None  # of the chain that is being opened, or was opened last
         self._wanted: set[str] = set()  # by the layers that are being opened
         self._envs: list[WorkerEnv] = []  # of the layers that were opened last
 
@@ -199,13 +199,13 @@ class EnvFactory:
         except KernelError as error:
             raise OSError(error.errno, str(error)) from None
 
-    def lengths(self) -> memoryview:
+    def lengths(self) -> Lengths:
         """As `block.driver.Env.lengths`. Raises: OSError."""
-        memory = self.memory("lengths", length.SIZE)
-        if not (self.resumes or self._has_lengths):  # no guest has written by what is noted there
-            memory[:] = bytes(length.SIZE)
-        self._has_lengths = True
-        return memory
+        if self._lengths is None:
+            self._lengths = Lengths(self.memory("lengths", SIZE))
+            if self.is_first and not self.resumes:  # no guest has written
+                self._lengths.clear()
+        return self._lengths
 
     def connect(self, endpoint: Endpoint, place: int) -> socket.socket:
         """Return a connected socket, as `block.driver.Env.connect`. Raises: DriverError."""
@@ -236,6 +236,7 @@ class EnvFactory:
         """Prepare for a chain that is about to be opened."""
         self._wanted.clear()
         self._envs.clear()
+        self._lengths = None
 
     def resume(self) -> None:
         """Resume the callbacks of layers that were stopped."""
@@ -245,6 +246,8 @@ class EnvFactory:
     def drop_unwanted(self) -> None:
         """Drop the memories that no layer has asked for since `begin`: they miss what is written from now on."""
         self.is_first = False
+        if self._lengths is not None:
+            self._lengths.drop_unwanted()
         for name in [name for name in self._memories if name not in self._wanted]:
             os.close(self._memories.pop(name))
             self._drop(name)

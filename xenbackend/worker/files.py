@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from xenbackend.block.driver import Found
 from xenbackend.block.keys import Derivation
-from xenbackend.block.length import Length
+from xenbackend.block.length import Length, Lengths
 from xenbackend.block.servers import Account, After, Endpoint
 from xenbackend.errors import DriverError, KernelError, printable
 from xenbackend.kernel import blockdev, locks
@@ -156,7 +156,7 @@ class HostFiles:
         blocking: bool = False,
         step: int = 0,
         sector_size: int = 0,
-        lengths: memoryview | None = None,
+        lengths: Lengths | None = None,
         is_copy: bool = False,
     ) -> Image:
         """Open an image, as `block.driver.Files.open` says."""
@@ -178,7 +178,7 @@ class HostFiles:
                         )  # fmt: skip
                     if self._whole:
                         blockdev.refuse_part_of_a_sector(medium, path)
-                    length = None if lengths is None else _compared(Length(lengths, facts.identity), medium, path)
+                    length = None if lengths is None else _compared(lengths.of(facts.identity), medium, path)
                     if step and not (read_only or medium.is_device):
                         size = round_up(medium.size, step)
                         if size > medium.size and not drops:  # else it would bring back zeros for what was just cut off

@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain as chain_of
+from itertools import repeat
 
 from xenbackend.block.chain import Chain, open_chain, parse_chain
 from xenbackend.loop.reactor import Reactor
@@ -36,12 +38,13 @@ def probing(chain: str, reactor: Reactor, opener: Opener, *, read_only: bool) ->
     """Open a chain within this context, to look at it. Raises: as `probe`."""
     source = HostFiles(reactor, opener, use_queues=False, locks=False, whole=not read_only)
     files = HostFiles(reactor, opener, use_queues=False, locks=False)
-    env = EnvFactory(reactor, files)
-    factories = [EnvFactory(reactor, source)]  # of the source, opened first; what comes after it is not written to
+    factories = [EnvFactory(reactor, source), EnvFactory(reactor, files)]
+    ways = chain_of(
+        factories[:1], repeat(factories[1])
+    )  # the source is opened first; what comes after is not written to
 
     def make_env(layer: str, *, read_only: bool, shareable: bool) -> WorkerEnv:
-        factory = factories.pop() if factories else env
-        return factory(layer, read_only=read_only, shareable=shareable)
+        return next(ways)(layer, read_only=read_only, shareable=shareable)
 
     try:
         found = open_chain(parse_chain(chain), make_env, read_only=True, shareable=True)
@@ -50,6 +53,7 @@ def probing(chain: str, reactor: Reactor, opener: Opener, *, read_only: bool) ->
         finally:
             found.close()
     finally:
-        env.close()
+        for factory in factories:
+            factory.close()
         files.close()
         source.close()
