@@ -309,17 +309,17 @@ class Host:
         raise ChaosError(f"nobody serves {guest.vbd}\n{self._last_words()}")
 
     def _kill_worker(self, guest: GuestProcess) -> None:
-        pid = self._worker(guest)
-        with suppress(ProcessLookupError):
+        self._kill("workers", self._worker(guest))
+
+    def _kill(self, kind: str, pid: int) -> None:
+        with suppress(ProcessLookupError):  # it may have ended since it was asked for
             os.kill(pid, signal.SIGKILL)
-            self.kills["workers"] += 1
+            self.kills[kind] += 1
 
     def _kill_all(self, _guest: GuestProcess) -> None:
         for each in self._ask({"verb": "status"}):
             if each["worker"]:
-                with suppress(ProcessLookupError):
-                    os.kill(int(each["worker"]), signal.SIGKILL)
-                    self.kills["workers"] += 1
+                self._kill("workers", int(each["worker"]))
 
     def _kill_worker_twice(self, guest: GuestProcess) -> None:
         """Kill a worker, and its successor at whatever point it has reached."""
@@ -331,15 +331,12 @@ class Host:
         self._kill_worker(guest)
 
     def _kill_service(self, _guest: GuestProcess) -> None:
-        os.kill(int(self._ask({"verb": "ping"})["pid"]), signal.SIGKILL)
-        self.kills["services"] += 1
+        self._kill("services", int(self._ask({"verb": "ping"})["pid"]))
 
     def _kill_both(self, guest: GuestProcess) -> None:
         service, worker = int(self._ask({"verb": "ping"})["pid"]), self._worker(guest)
-        os.kill(service, signal.SIGKILL)
-        os.kill(worker, signal.SIGKILL)
-        self.kills["services"] += 1
-        self.kills["workers"] += 1
+        self._kill("services", service)
+        self._kill("workers", worker)
 
     def _stop_worker(self, guest: GuestProcess) -> None:
         pid = self._worker(guest)
