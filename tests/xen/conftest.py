@@ -62,7 +62,8 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     report = yield
     if report.failed and _began in item.stash:
         for name in names():
-            run("xl", "sysrq", name, "w", check=False)
+            for key in "8w":  # a guest that was started with "quiet" prints the tasks at this level only
+                run("xl", "sysrq", name, key, check=False)
         report.sections.append(("the service's journal", service.journal(item.stash[_began])))
         report.sections.append(("its disks", run("xenbackend", "status", "--json", check=False).out))
         nodes = xenstore.tree("/local/domain/0/backend")
