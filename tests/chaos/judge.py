@@ -83,6 +83,8 @@ def untrue(before: Truth, told: Sequence[Told], entries: Sequence[Entry], after:
 
 def _of_answer(told: Told, answer: Answer, ended: Sequence[Entry], chains: Sequence[str], after: Truth) -> list[str]:
     """Return what is wrong with one answer."""
+    if answer.code is Code.BUG:  # also to a command that only reads, of which the ledger has nothing
+        return ["no answer may be that"]
     if answer.order is None:  # a service that went away before it could say so much, or a command that only reads
         has_none = answer.code in (Code.UNDER_WAY, Code.UNREACHABLE, Code.GONE) or told.verb == "command"
         return [] if has_none else ["the answer has no number"]

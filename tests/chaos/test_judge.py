@@ -91,6 +91,7 @@ LIES: dict[str, tuple[list[Told], list[dict[str, Any]], Truth]] = {
     "the same worker": ([told("upgrade", data={"worker": 7})], [entry("upgrade")], after()),
     "another worker": ([told("upgrade", data={"worker": 9})], [entry("upgrade")], after(worker=8, since=90.0)),
     "a bug": ([told("set", Code.BUG)], [entry("set", Code.BUG)], after()),
+    "a bug of a command that only reads": ([told("command", Code.BUG, number=None)], [], after()),
     "no number": ([told("set", Code.FAILED, number=None)], [], after()),
 }
 
