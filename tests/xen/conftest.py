@@ -57,12 +57,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     """Add to a failure what the service has logged since, what it says of its disks, and the backends; each guest
-    prints which of its tasks are blocked, and where.
+    prints where its tasks are, the blocked ones first, and its timers.
     """
     report = yield
     if report.failed and _began in item.stash:
         for name in names():
-            for key in "8w":  # a guest that was started with "quiet" prints the tasks at this level only
+            for key in "8wtq":  # at this level also one that was started with "quiet"; all tasks, and timers
                 run("xl", "sysrq", name, key, check=False)
         report.sections.append(("the service's journal", service.journal(item.stash[_began])))
         report.sections.append(("its disks", run("xenbackend", "status", "--json", check=False).out))
