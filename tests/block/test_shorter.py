@@ -89,10 +89,7 @@ def test_a_successor_refuses_a_file_that_was_emptied(home: Path, text: str, size
     """
     chain_text, file = made(text, home)
     machine = Machine()
-    memories: dict[str, int] = {}
-    machine.make_env = EnvFactory(
-        machine.reactor, machine.files, serves=True, keep=lambda name, _, fd: memories.update({name: os.dup(fd)})
-    )
+    memories = begin(machine)
     chain = machine.open(chain_text)
     assert [0] == machine.do(chain, write(0, b"d" * PIECE))
     chain.close()
@@ -100,13 +97,27 @@ def test_a_successor_refuses_a_file_that_was_emptied(home: Path, text: str, size
     os.truncate(file, 0)
     if size == "keep":
         os.truncate(file, length)
-    machine.make_env.close()
-    machine.make_env = EnvFactory(machine.reactor, machine.files, memories, serves=True, resumes=True, continues=True)
+    succeed(machine, memories)
     with pytest.raises(DriverError, match="it is empty, and had data"):
         machine.open(chain_text)
     file.rename(home / "former")
     machine.open(chain_text).close()
     machine.close()
+
+
+def begin(machine: Machine) -> dict[str, int]:
+    """Have the machine be the first worker of a disk; return the memories that it leaves for a successor, by name."""
+    memories: dict[str, int] = {}
+    machine.make_env = EnvFactory(
+        machine.reactor, machine.files, serves=True, keep=lambda name, _, fd: memories.update({name: os.dup(fd)})
+    )
+    return memories
+
+
+def succeed(machine: Machine, memories: dict[str, int]) -> None:
+    """Have the machine be the successor of a worker that left these memories."""
+    machine.make_env.close()
+    machine.make_env = EnvFactory(machine.reactor, machine.files, memories, serves=True, resumes=True, continues=True)
 
 
 def fill(machine: Machine, chain_text: str) -> None:
@@ -131,18 +142,14 @@ def test_a_successor_refuses_an_image_that_was_cut_off(
     create(image_format, str(file), SIZE)
     if not grows:
         fill(machine, chain_text)
-    memories: dict[str, int] = {}
-    machine.make_env = EnvFactory(
-        machine.reactor, machine.files, serves=True, keep=lambda name, _, fd: memories.update({name: os.dup(fd)})
-    )
+    memories = begin(machine)
     if grows:
         fill(machine, chain_text)
     else:
         machine.open(chain_text).close()
     whole = file.read_bytes()
     os.truncate(file, len(whole) - loses)
-    machine.make_env.close()
-    machine.make_env = EnvFactory(machine.reactor, machine.files, memories, serves=True, resumes=True, continues=True)
+    succeed(machine, memories)
     for _ in range(2):
         with pytest.raises(DriverError, match=f"it has {len(whole) - loses} of the {len(whole)} bytes that it had"):
             machine.open(chain_text)
@@ -166,17 +173,13 @@ def test_a_successor_refuses_a_data_file_that_was_cut_off(home: Path, loses: int
     file.write_bytes(qcow2(SIZE, data_name=b"data"))
     image(data, SIZE)
     chain_text = f"qcow2:{file},data_file={data}"
-    memories: dict[str, int] = {}
-    machine.make_env = EnvFactory(
-        machine.reactor, machine.files, serves=True, keep=lambda name, _, fd: memories.update({name: os.dup(fd)})
-    )
+    memories = begin(machine)
     chain = machine.open(chain_text)
     assert [0, 0] == [*machine.do(chain, write(0, os.urandom(SIZE))), *machine.do(chain, flush())]
     chain.close()
     whole = data.read_bytes()
     os.truncate(data, SIZE - loses)
-    machine.make_env.close()
-    machine.make_env = EnvFactory(machine.reactor, machine.files, memories, serves=True, resumes=True, continues=True)
+    succeed(machine, memories)
     for _ in range(2):
         with pytest.raises(DriverError, match=f"it has {SIZE - loses} of the {SIZE} bytes that it had in service"):
             machine.open(chain_text)
@@ -199,24 +202,37 @@ def test_a_successor_refuses_a_file_that_is_only_read(home: Path, base_format: s
     create("qcow2", str(file), None, parent=image_of_file(base_format, str(below)))
     layer = "aio" if base_format == "raw" else base_format
     for text, read_only in ((f"qcow2:{file}", False), (f"{layer}:{below}", True)):
-        machine, memories = Machine(), {}
-        machine.make_env = EnvFactory(
-            machine.reactor,
-            machine.files,
-            serves=True,
-            keep=lambda name, _, fd, to=memories: to.update({name: os.dup(fd)}),
-        )
+        machine = Machine()
+        memories = begin(machine)
         machine.open(text, read_only=read_only).close()
         whole = below.read_bytes()
         os.truncate(below, len(whole) - 512)
-        machine.make_env.close()
-        machine.make_env = EnvFactory(machine.reactor, machine.files, memories, serves=True, resumes=True)
+        succeed(machine, memories)
         with pytest.raises(DriverError, match=f"it has {len(whole) - 512} of the {len(whole)} bytes that it had"):
             machine.open(text, read_only=read_only)
         below.write_bytes(whole)
         machine.open(text, read_only=read_only).close()
         assert ["lengths"] == [*memories]
         machine.close()
+
+
+def test_a_worker_s_own_next_chain_is_compared(home: Path) -> None:
+    """F2: what a chain in service has lost is not read as zeros by the next one of the same worker, either, such as the
+    former chain after a failed exchange. Before the first chain is in service, no guest has lost anything.
+    """
+    file, machine = home / "file", Machine()
+    create("qcow2", str(file), SIZE)
+    new = file.read_bytes()
+    fill(machine, f"qcow2:{file}")
+    file.write_bytes(new)
+    machine.open(f"qcow2:{file}").close()
+    machine.make_env.drop_unwanted()
+    fill(machine, f"qcow2:{file}")
+    os.truncate(file, file.stat().st_size - 512)
+
+    with pytest.raises(DriverError, match="bytes that it had in service"):
+        machine.open(f"qcow2:{file}")
+    machine.close()
 
 
 def test_an_image_that_the_disk_had_left_may_be_shorter(home: Path) -> None:
