@@ -193,7 +193,7 @@ def test_counts(on_tmpfs: Path, the_service: Service) -> None:
     for load in COUNTED_LOADS:
         ours, theirs = rows[load, "aio:"], rows[load, "blkback"]
         for each in ("to and fro", "grants"):
-            assert ours[each] <= theirs[each] + 0.1, f"{load}: {each}"  # a few come from elsewhere
+            assert ours[each] <= 1.1 * theirs[each] + 0.1, f"{load}: {each}"  # a few come from elsewhere
         for backend in ("aio:", "qdisk"):  # else nothing was counted, and no limit means anything
             assert rows[load, backend]["system calls"] > 0.5, f"{load}: {backend}"
             assert rows[load, backend]["to and fro"] > 0, f"{load}: {backend}"
