@@ -105,6 +105,25 @@ class RecordedFile:
                 done.append(request)
         return done, late, rest
 
+    def do_moved(self, batch: list[Request], by: int) -> tuple[list[Request], list[Request]]:
+        """See `HostFile`: some of these are done at once, some are late."""
+        done, late = list[Request](), list[Request]()
+        for request in batch:
+            end = request.offset + by + request.length
+            is_late = self.fails(request) or self.chance.random() < 0.5 or end > self.size
+            if is_late or (request.op == Op.WRITE and self.read_only):
+                late.append(request)
+                continue
+            if request.op == Op.READ:
+                found = self.read_at(request.offset + by, request.length)
+                for view in request.iov:
+                    view[:], found = found[: len(view)], found[len(view) :]
+            else:
+                self.write_at(request.offset + by, content(request))
+            request.status = 0
+            done.append(request)
+        return done, late
+
     def read_at(self, offset: int, length: int) -> bytes:
         """See `File`."""
         return bytes(self.bytes[offset : offset + length])

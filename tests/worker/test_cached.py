@@ -96,9 +96,38 @@ def test_what_was_lost_is_not_mapped(reactor: Reactor, image: Image) -> None:
     lost = request_of(Op.READ, 5 * 4096)
 
     assert ([], [(lost, 3 * 4096)], []) == image.read_mapped([lost], index)
+    assert ([], [lost]) == image.do_moved([lost], -2 * 4096)
     lost.offset = 3 * 4096
     serve(reactor, image, [lost])
     assert errno.EIO == lost.status
+
+
+def test_what_memory_has_is_done_further_on(reactor: Reactor, image: Image) -> None:
+    """Reads and writes are done at once that many bytes further on, neighbours by one call. What would reach past the
+    end, or is neither, is returned as it was, and nothing else is written.
+    """
+    serve(reactor, image, [request_of(Op.READ, 0)])  # a file system may turn out not to know RWF_NOWAIT
+    by, end = 8 * 4096, len(CONTENT) - 8 * 4096
+    done = [request_of(Op.READ, place * 4096, pieces=2) for place in (5, 6, 7, 20)]
+    done += [request_of(Op.WRITE, place) for place in (4096, 8192, end - 4096)]
+    late = [request_of(Op.WRITE, end), request_of(Op.READ, end), request_of(Op.WRITE, end - 512)]
+    late += [request_of(Op.FLUSH, 0, 0), request_of(Op.DISCARD, 0, 4096)]
+    for each in done + late:
+        for view in each.iov if each.op == Op.WRITE else ():
+            view[:] = b"w" * len(view)
+    image.complete = pytest.fail
+    batch = [*done[:3], late[0], *done[3:6], *late[1:], done[6]]
+    got_done, got_late = image.do_moved(list(batch), by)
+
+    assert {id(each) for each in done} == {id(each) for each in got_done}
+    assert late == got_late
+    assert [(0, 0)] * len(done) == [(each.status, each.offset % 4096) for each in done]
+    assert [(PENDING, True)] * len(late) == [(each.status, each.offset in (0, end, end - 512)) for each in late]
+    assert [13, 14, 15, 28] == [each.iov[1][2047] for each in done[:4]]
+    expected = bytearray(CONTENT)
+    expected[by + 4096 : by + 12288] = b"w" * 8192
+    expected[-4096:] = b"w" * 4096
+    assert expected == os.pread(image.fd, len(CONTENT) + 4096, 0)
 
 
 def test_neighbours_are_joined(reactor: Reactor, image: Image, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,6 +200,8 @@ def test_what_memory_has_is_read_through_a_map_of_blocks(reactor: Reactor, *, di
     for block, slot in ((3, 5), (5, len(CONTENT) >> 13), (0, 0)):
         known.put(block, slot)
     done, late, left = image.read_mapped([rest[0], inside, *rest[1:], behind], known)
+    further = request_of(Op.READ, 0)
+    moved = image.do_moved([further], 4096)
     path.unlink()
     image.close()
     files.close()
@@ -179,5 +210,6 @@ def test_what_memory_has_is_read_through_a_map_of_blocks(reactor: Reactor, *, di
     assert [inside] * is_cached == done
     assert [(inside, 45056)] * (not is_cached) + [(behind, len(CONTENT))] == late, "nothing is there to be read at once"
     assert rest == left
+    assert moved == (([further], []) if is_cached else ([], [further])), "direct I/O does nothing at once"
     assert {PENDING} == {each.status for each in (behind, *left)}
     assert (0, CONTENT[45056:49152]) == (inside.status, b"".join(inside.iov)) or not is_cached

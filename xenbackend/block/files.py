@@ -87,6 +87,16 @@ class HostFile(File, Protocol):
         in no such block, or is no read, in its order. These two as they were.
         """
 
+    def do_moved(self, batch: list[Request], by: int) -> tuple[list[Request], list[Request]]:
+        """Do those reads and writes of a batch that the host's memory can do at once, `by` bytes further on.
+
+        Args:
+            batch: of the owner, who gets it back by this return, and not by `complete`.
+            by: what is added to each offset.
+
+        Returns: requests that were done, with status 0; those that take longer or failed, as they were.
+        """
+
 
 @dataclass(frozen=True, slots=True)
 class Found:

@@ -35,17 +35,15 @@ class CachedImage(Image):
             for request in batch:
                 self.start(request)
             return
-        done: list[Request] = []
-        if len(batch) > 1 and (_are_neighbours(batch[0], batch[1]) or _are_neighbours(batch[-2], batch[-1])):
-            batch = self._do_joined(batch, done)
-        odd = self._do_each(batch)
-        done = done + batch if done else batch
-        if odd:
-            done = [request for request in done if request not in odd]
-            for request in odd:
-                self._do_odd(request, done)
+        done, odd = self._do_now(batch, 0)
+        for request in odd:
+            self._do_odd(request, done)
         if done:
             self.complete(done)
+
+    def do_moved(self, batch: list[Request], by: int) -> tuple[list[Request], list[Request]]:
+        """See `block.driver.HostFile`."""
+        return ([], batch) if self.extent.is_short else self._do_now(batch, by)
 
     def read_mapped(
         self, batch: list[Request], places: Places
@@ -73,22 +71,31 @@ class CachedImage(Image):
             late.append((request, place))
         return [request for request in batch if not request.status] if late or rest else batch, late, rest
 
-    def _do_each(self, batch: list[Request]) -> list[Request]:
+    def _do_now(self, batch: list[Request], by: int) -> tuple[list[Request], list[Request]]:
+        """Execute requests, `by` bytes further on; return those that a system call has completed, and the others."""
+        done: list[Request] = []
+        if len(batch) > 1 and (_are_neighbours(batch[0], batch[1]) or _are_neighbours(batch[-2], batch[-1])):
+            batch = self._do_joined(batch, done, by)
+        odd = self._do_each(batch, by)
+        done = done + batch if done else batch
+        return [request for request in done if request not in odd] if odd else done, odd
+
+    def _do_each(self, batch: list[Request], by: int) -> list[Request]:
         """Execute each request that a single call completes, and return the others. Nearly all requests end here."""
         preadv, pwritev, fd, flags = os.preadv, os.pwritev, self.fd, self._read_flags
-        end = -1  # of the file, once the first write has asked for it
+        end = -1  # where a request has to end, once the first write has asked for it
         odd: list[Request] = []
         for request in batch:
             op = request.op
             moved = -1
             try:
                 if op == 0:  # Op.READ, and below Op.WRITE: looking the names up would cost a tenth of the loop
-                    moved = preadv(fd, request.iov, request.offset, flags)
+                    moved = preadv(fd, request.iov, request.offset + by, flags)
                 elif op == 1:
                     if end < 0:
-                        end = self.extent.look(self.size)
+                        end = self.extent.look(self.size) - by
                     if request.offset + request.length <= end:
-                        moved = pwritev(fd, request.iov, request.offset)
+                        moved = pwritev(fd, request.iov, request.offset + by)
             except OSError as error:
                 if error.errno == errno.EOPNOTSUPP and op == Op.READ:
                     flags = self._read_flags = 0
@@ -108,30 +115,30 @@ class CachedImage(Image):
                 self.extent.look(self.size)
             self.start(request)
 
-    def _do_joined(self, batch: list[Request], done: list[Request]) -> list[Request]:
+    def _do_joined(self, batch: list[Request], done: list[Request], by: int) -> list[Request]:
         """Execute each run of neighbours by one call; return the requests in no run, or in a run that failed."""
         rest: list[Request] = []
         for run in _runs(batch):
-            if len(run) > 1 and self._do_run(run):
+            if len(run) > 1 and self._do_run(run, by):
                 done += run
             else:
                 rest += run
         return rest
 
-    def _do_run(self, run: list[Request]) -> bool:
+    def _do_run(self, run: list[Request], by: int) -> bool:
         first, last = run[0], run[-1]
         iov = [view for request in run for view in request.iov]
-        end = last.offset + last.length
+        start, end = first.offset + by, last.offset + last.length + by
         try:
             if first.op == Op.READ:
-                moved = os.preadv(self.fd, iov, first.offset, self._read_flags)
+                moved = os.preadv(self.fd, iov, start, self._read_flags)
             elif end <= self.extent.look(self.size):
-                moved = os.pwritev(self.fd, iov, first.offset)
+                moved = os.pwritev(self.fd, iov, start)
             else:
                 return False
         except OSError:  # then each request is executed by itself, and gets its own status
             return False
-        if first.offset + moved != end:
+        if start + moved != end:
             return False
         for request in run:
             request.status = 0

@@ -101,6 +101,10 @@ class Image:
                 late.append((request, place))
         return [], late, rest
 
+    def do_moved(self, batch: list[Request], by: int) -> tuple[list[Request], list[Request]]:  # noqa: ARG002 - as there
+        """See `block.driver.HostFile`: past the page cache nothing is done at once."""
+        return [], batch
+
     def start(self, request: Request) -> None:
         """Do one request without blocking, by the queue or in a thread; `finished` gets it back."""
         if self._queue is None or request.op == Op.DISCARD or self.extent.is_short:

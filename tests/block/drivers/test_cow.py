@@ -12,8 +12,7 @@ import pytest
 from tests.helpers_block import Machine, again, discard, flush, read, write
 from tests.lives import Life
 from tests.recorded import Disk, RecordedFile, RecordedFiles, Session, after_power_loss, at, state, tears
-from xenbackend.block.chain import Chain
-from xenbackend.block.formats.cow import OWN, ZEROS, Header
+from xenbackend.block.formats.cow import Header
 from xenbackend.block.request import Op
 from xenbackend.cli.main import main
 from xenbackend.errors import ChainError, DriverError
@@ -241,44 +240,6 @@ def test_a_flush_puts_nothing_into_the_map_that_is_not_durable(tmp_path: Path) -
 
     assert [("flush", 0), ("write", 4096), ("flush", 0)] == kinds[:3]
     assert {("flush", 0)} >= set(kinds[3:])
-
-
-def states(chain: Chain) -> bytes:
-    """Return the map of a chain whose top is cow."""
-    return bytes(chain.layers[0].driver._states)
-
-
-def test_a_whole_block_is_not_read_first(machine: Machine, tmp_path: Path) -> None:
-    """A write of a whole block reads nothing from below, and a discard of whole blocks writes nothing."""
-    chain = machine.open(f"cow:{tmp_path}/cow,block=4K|fault:op=read|ram:1M")
-    assert [0, 0, 5] == machine.do(chain, write(4096, bytes(4096)), discard(8192, 8192), write(0, bytes(512)))
-    assert bytes([0, OWN, ZEROS, ZEROS, 0]) == states(chain)[:5]
-    chain.close()
-
-
-def test_a_discard_goes_by_runs(tmp_path: Path) -> None:
-    """A discard is one request to FILE for each run of its blocks that no write interrupts, however long.
-
-    A block that is just being written is waited for, so that the discard comes after its first write.
-    """
-    first, path, file = Random(6).randbytes(1 << 20), at(tmp_path / "cow"), RecordedFile(bytearray(4096))
-    file.can_discard, file.discard_granularity = True, 4096
-    files = RecordedFiles(**{path: file, "base": RecordedFile(bytearray(first))})
-    disk = Disk(f"cow:{path},block=4K|aio:base", files)
-    assert [0, 0, 0] == disk.do(write(5 * BLOCK, bytes(2 * BLOCK)), write(20 * BLOCK, b"x" * 512), flush())
-    model, late = bytearray(first), write(100 * BLOCK, b"late" * 128)
-    disk.chain.submit([late])
-    disk.chain.submit([discard(512, (1 << 20) - 1024)])
-    assert [(Op.DISCARD, 16 * BLOCK)] == [(each.op, each.length) for each in file.waiting]
-    assert 200 > sum(len(each.waiting) for each in files.files.values())
-    while disk.step():
-        pass
-    model[512:-512] = bytes((1 << 20) - 1024)
-
-    assert [0, 0] == [each.status for each in disk.back]
-    assert {"own": 6, "zeros": 251 - 1} == disk.chain.layers[0].driver.figures()
-    disk.back.clear()
-    assert model == disk.everything()
 
 
 def test_what_was_written_can_be_kept(machine: Machine, tmp_path: Path, base: Path) -> None:
