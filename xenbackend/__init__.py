@@ -1,3 +1,3 @@
 """xenbackend: disks for Xen guests, made of chains of block drivers."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

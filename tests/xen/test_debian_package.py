@@ -13,6 +13,7 @@ from tests.xen.tools.disks import blank, head
 from tests.xen.tools.guest import Guest
 from tests.xen.tools.load import Load
 from tests.xen.tools.service import Service, attached
+from xenbackend import __version__
 
 PACKAGE = next(Path("/parcel").glob("xenbackend_*_all.deb"), None)
 FORMER = next(Path("/parcel/former").glob("xenbackend_*_all.deb"), None)
@@ -88,7 +89,7 @@ def test_from_one_version_to_the_next(linux: Guest, nothing_installed: None, on_
 
     A downgrade is refused while the guest has its disk, and disturbs nothing.
     """
-    following, later = renumbered("0.1.0+1", tmp_path), renumbered("0.1.0+2", tmp_path)
+    following, later = renumbered(f"{__version__}+1", tmp_path), renumbered(f"{__version__}+2", tmp_path)
     run("dpkg", "--install", FORMER)
     image, since = blank(on_ext4 / "disk.raw", 64), len(linux.log)
     services, chain = [Service().pid], f"log:|aio:{image}"
@@ -118,6 +119,6 @@ def test_from_one_version_to_the_next(linux: Guest, nothing_installed: None, on_
     assert 0 not in services
     assert 3 == len(set(services[:3]))  # debhelper's postinst starts it again even after a refusal
     assert (2, workers[1]) == (len(set(workers)), workers[3])
-    assert (True, "0.1.0+2") == (refused.status != 0, version)
+    assert (True, f"{__version__}+2") == (refused.status != 0, version)
     assert f"guests have disks: {linux.domid}/xvdb" in refused.err + refused.out
     assert "cannot take over disks" in refused.err + refused.out
