@@ -6,6 +6,7 @@ tests/xen/test_debian_package.py has a running system, with systemd, Xen and a g
 from __future__ import annotations
 
 import json
+import os
 import re
 import tomllib
 from collections.abc import Iterator
@@ -98,6 +99,19 @@ def test_an_upgrade_keeps_what_the_admin_wrote(fresh: Chroot) -> None:
         assert (fresh.root / unit).is_file(), unit
     fresh.run("xenbackend", "run", "--check")
     fresh.run("xenbackend", "demo", "--area", "4M")
+
+
+def test_its_pages_lead_to_files_that_it_has(fresh: Chroot) -> None:
+    """Each link of an installed page leads to an installed file, except to sources and to what is for contributors."""
+    fresh.run("dpkg", "--install", fresh.put(package(DIST)))
+    top = fresh.root / "usr/share/doc/xenbackend"
+    pages = sorted(top.rglob("*.md"))
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#\s]+)", page.read_text())]
+    named = {os.path.normpath(page.parent.relative_to(top) / link) for page, link in links if "://" not in link}
+    missing = {name for name in named if not (top / name).exists()}
+
+    assert {"CHANGELOG.md", "docs/upgrade.md", "docs/prometheus/dashboard.json"} <= named
+    assert {"CONTRIBUTING.md"} >= {name for name in missing if not name.startswith("xenbackend/")}
 
 
 def test_purged_it_leaves_nothing(fresh: Chroot) -> None:
