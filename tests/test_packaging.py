@@ -99,10 +99,11 @@ def test_a_service_that_stops_ends_before_systemd_ends_it() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
 def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
-    """Systemd-analyze finds no fault once the program is where the unit expects it."""
+    """Systemd-analyze finds no fault once the program is where the unit expects it; Xen's manual may be missing."""
     unit = tmp_path / UNIT.name
     unit.write_text(UNIT.read_text().replace("/usr/bin/xenbackend", shutil.which("true") or "/bin/true"))
-    result = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False)
+    verify = ["systemd-analyze", "verify", "--man=no", str(unit)]
+    result = subprocess.run(verify, capture_output=True, text=True, check=False)
 
     assert (0, "") == (result.returncode, "".join(line for line in result.stderr.splitlines() if UNIT.name in line))
 
