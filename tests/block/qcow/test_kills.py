@@ -183,5 +183,5 @@ def test_for_long(tmp_path: Path, request: pytest.FixtureRequest, name: str) -> 
     if not turns:
         pytest.skip("as the tests above, at greater length; --requests 20000, or make test-images")
     for turn in range(turns):
-        kill_everywhere(Bed(SHAPES[name], tmp_path, seed + turn), requests=20, most=30, by_qemu=30)
+        kill_everywhere(Bed(SHAPES[name], tmp_path, seed + turn), requests=20, most=36, by_qemu=36)
         lose_power(Bed(SHAPES[name], tmp_path, seed + turn), requests=10, times=40)
