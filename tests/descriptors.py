@@ -9,7 +9,7 @@ import os
 def open_descriptors() -> list[str]:
     """Return this process's descriptors, once no garbage is left, which also closes those of earlier tests.
 
-    Python 3.14 does not find all of it at once.
+    One collection may leave something to the next: what a finalizer let go.
     """
     while gc.collect():
         pass

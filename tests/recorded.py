@@ -72,10 +72,10 @@ class RecordedFile:
         self.complete(batch)
         return True
 
-    def _do(self, request: Request) -> int:
-        end = request.offset + request.length
+    def _do(self, request: Request, by: int = 0) -> int:
+        start, end = request.offset + by, request.offset + by + request.length
         if request.op == Op.READ:
-            found = bytes(self.bytes[request.offset : end]).ljust(request.length, b"\0")
+            found = self.read_at(start, request.length).ljust(request.length, b"\0")
             for view in request.iov:
                 view[:], found = found[: len(view)], found[len(view) :]
         elif request.op == Op.FLUSH:
@@ -83,7 +83,7 @@ class RecordedFile:
         elif self.read_only or end > self.size or (request.op == Op.DISCARD and not self.can_discard):
             return errno.EINVAL
         else:
-            self.write_at(request.offset, content(request) if request.op == Op.WRITE else bytes(request.length))
+            self.write_at(start, content(request) if request.op == Op.WRITE else bytes(request.length))
         return 0
 
     def read_mapped(
@@ -98,10 +98,7 @@ class RecordedFile:
             elif self.fails(request) or self.chance.random() < 0.5:
                 late.append((request, place))
             else:
-                found = self.read_at(place, request.length)
-                for view in request.iov:
-                    view[:], found = found[: len(view)], found[len(view) :]
-                request.status = 0
+                request.status = self._do(request, place - request.offset)
                 done.append(request)
         return done, late, rest
 
@@ -109,19 +106,12 @@ class RecordedFile:
         """See `HostFile`: some of these are done at once, some are late."""
         done, late = list[Request](), list[Request]()
         for request in batch:
-            end = request.offset + by + request.length
-            is_late = self.fails(request) or self.chance.random() < 0.5 or end > self.size
-            if is_late or (request.op == Op.WRITE and self.read_only):
+            is_late = self.fails(request) or self.chance.random() < 0.5 or request.op > Op.WRITE
+            if is_late or request.offset + by + request.length > self.size or self._do(request, by):
                 late.append(request)
-                continue
-            if request.op == Op.READ:
-                found = self.read_at(request.offset + by, request.length)
-                for view in request.iov:
-                    view[:], found = found[: len(view)], found[len(view) :]
             else:
-                self.write_at(request.offset + by, content(request))
-            request.status = 0
-            done.append(request)
+                request.status = 0
+                done.append(request)
         return done, late
 
     def read_at(self, offset: int, length: int) -> bytes:

@@ -16,7 +16,7 @@ BLOCK = 4096
 
 def states(chain: Chain) -> bytes:
     """Return the map of a chain whose top is cow."""
-    return bytes(chain.layers[0].driver._blocks._states)
+    return bytes(chain.layers[0].driver._requests._states)
 
 
 def test_a_whole_block_is_not_read_first(machine: Machine, tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_a_part_of_a_cow_above_is_a_request_like_others(tmp_path: Path) -> None:
     assert expected[:12288] == content(requests[0])
     expected[20480:20992] = b"y" * 512
     assert expected == disk.everything()
-    assert [0, 0] == [layer.driver._blocks._parts_below for layer in disk.chain.layers[:2]]
+    assert [0, 0] == [layer.driver._requests._parts_below for layer in disk.chain.layers[:2]]
 
 
 def test_a_discard_goes_by_runs(tmp_path: Path) -> None:

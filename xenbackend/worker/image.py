@@ -101,7 +101,7 @@ class Image:
                 late.append((request, place))
         return [], late, rest
 
-    def do_moved(self, batch: list[Request], by: int) -> tuple[list[Request], list[Request]]:  # noqa: ARG002 - as there
+    def do_moved(self, batch: list[Request], by: int) -> tuple[list[Request], list[Request]]:  # noqa: ARG002 - others need it
         """See `block.driver.HostFile`: past the page cache nothing is done at once."""
         return [], batch
 

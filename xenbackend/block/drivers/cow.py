@@ -105,7 +105,7 @@ class Cow(Filter):
 
     options: Options
     _file: HostFile | None = None
-    _blocks: CowBlocks
+    _requests: CowBlocks
 
     def open(self, env: Env) -> Geometry:
         """Open FILE, and initialise it if it is new. Raises: DriverError, OSError."""
@@ -117,7 +117,7 @@ class Cow(Filter):
             known = DurableMap(env, file, HEADER_SIZE, header.map_size, header.token)
             note_in_use(env, self.options.file, file)
         can_discard = bool(file and file.can_discard and not env.read_only)
-        self._blocks = CowBlocks(self, file, header, known, can_discard=can_discard)
+        self._requests = CowBlocks(self, file, header, known, can_discard=can_discard)
         return replace(
             geometry,
             read_only=env.read_only,
@@ -175,20 +175,20 @@ class Cow(Filter):
 
     def submit(self, batch: list[Request]) -> None:
         """Take requests; FILE, the layer below, or both execute them."""
-        self._blocks.submit(batch)
+        self._requests.submit(batch)
 
     def on_complete(self, batch: list[Request]) -> None:
         """Continue with what the layer below gives back."""
-        self._blocks.take_back(batch)
+        self._requests.take_back(batch)
 
     def figures(self) -> dict[str, int]:
         """See `Driver`."""
-        return self._blocks.figures()
+        return self._requests.figures()
 
     def close(self) -> None:
         """Write the map to FILE, and close FILE. Raises: OSError."""
         try:
-            self._blocks.close(writes=not self.env.read_only)
+            self._requests.close(writes=not self.env.read_only)
         finally:
             if self._file is not None:
                 self._file.close()
