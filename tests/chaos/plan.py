@@ -87,7 +87,7 @@ def disks(directory: Path, slow: Path, make: Make) -> list[Disk]:
 
 ORDERS = "administrators order"
 ACTIONS = {  # with their frequencies, in percent
-    "kill a worker": 40,
+    "kill a worker": 38,
     "kill every worker": 13,
     "kill a worker twice": 5,
     "kill the service": 6,
@@ -95,7 +95,7 @@ ACTIONS = {  # with their frequencies, in percent
     "stop a worker for a moment": 4,
     "replace the service": 3,
     ORDERS: 22,
-    "xenstore goes away": 2,
+    "xenstore goes away": 4,
 }
 KILL_SERVER, STOP_SERVER, REFUSE = "kill a server", "stop a server for a moment", "the cluster refuses a worker"
 LINK_FAULT = "a link fails"
