@@ -22,9 +22,10 @@ import zstandard
 from rich.console import Console
 
 from tests.ci import flaky
+from tests.interruption import INTERRUPTED
 from tests.until import until
 from tests.xen.bed import machine, parcel, portions, recipe
-from tests.xen.bed.__main__ import BROKEN, INTERRUPTED, main
+from tests.xen.bed.__main__ import BROKEN, main
 from tests.xen.bed.again import FAILED, PASSED, repeat
 from tests.xen.bed.boot import Machine, command
 from tests.xen.bed.progress import Progress

@@ -26,6 +26,7 @@ from tests.chaos.engines import GOALS_MS, KINDS, missing
 from tests.chaos.host import ChaosError, Host
 from tests.chaos.orders import Tally
 from tests.chaos.plan import ACTIONS, ENGINE_ACTIONS, LINK_FAULT, ORDERS, UNNAMED_VERBS, VERBS, Step, next_step
+from tests.interruption import INTERRUPTED, heard_once
 from tests.stamp import stamp
 
 ERRORS, UNTRUE = "errors that guests saw", "untrue replies"
@@ -48,10 +49,14 @@ def main(arguments: Sequence[str]) -> int:
     if args.json:
         args.json.unlink(missing_ok=True)  # a run that fails has no figures
     try:
-        figures = run(args, console)
+        with heard_once():
+            figures = run(args, console)
     except ChaosError as problem:
         console.print(f"[red]failed[/] with --seed {args.seed}: {problem}", highlight=False, markup=True)
         return 1
+    except KeyboardInterrupt:
+        console.print("interrupted: a run that is not over has no figures")
+        return INTERRUPTED
     for lie in figures.pop(_LIES):
         console.print(f"[red]untrue[/]: {escape(lie)}", highlight=False, markup=True)
     counted = figures.pop(_COUNTED)

@@ -79,6 +79,7 @@ class GuestProcess:
             ],
             stdout=subprocess.PIPE,
             text=True,
+            process_group=0,  # Ctrl-C reaches only us, who end it
         )  # fmt: skip
 
     @property

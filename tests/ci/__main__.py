@@ -11,8 +11,8 @@ import sys
 from collections.abc import Sequence
 
 from tests.ci import blame, full, small
-from tests.ci.contained import INTERRUPTED
 from tests.ci.runner import Interrupted, Runner
+from tests.interruption import INTERRUPTED
 
 
 def main(arguments: Sequence[str]) -> int:

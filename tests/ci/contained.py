@@ -26,12 +26,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from tests.interruption import INTERRUPTED
 from tests.places import OUTSIDE
 
 PATIENCE_S = 20.0  # after an interruption, for the suite to tidy up
 DEAD_S = 30.0  # for killed processes to be gone; the kernel may have to wait for a disk first
 LOOK_S = 0.02
-INTERRUPTED = 130  # exit status, as shells have it
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests import places
-from tests.ci.contained import INTERRUPTED
+from tests.interruption import INTERRUPTED
 
 ROOT = Path(__file__).parents[2]
 COMMAND = (sys.executable, "-m", "tests.ci.contained", "--settle", "0.1")

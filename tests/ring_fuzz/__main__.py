@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tests import places
+from tests.interruption import INTERRUPTED, heard_once
 from tests.ring_fuzz import messages
 from tests.ring_fuzz.bed import Bed
 from tests.ring_fuzz.episode import LENGTH, Episode, Tally
@@ -184,17 +185,12 @@ def _run_all(arguments: argparse.Namespace) -> int:
     figures = Figures(arguments.json, arguments.seed, anew=arguments.anew)
     begun, before = time.monotonic(), figures.known["seconds"]
     busy: Batches = []
-
-    def interrupt(*_: object) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # once: a terminal and `make` each send one
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, interrupt)
     try:
-        failed = _run_batches(arguments, figures, busy, begun - before)
+        with heard_once():
+            failed = _run_batches(arguments, figures, busy, begun - before)
     except KeyboardInterrupt:
         _tell(figures, time.monotonic() - begun, 0)
-        return 130
+        return INTERRUPTED
     finally:
         for process, *_ in busy:
             process.terminate()

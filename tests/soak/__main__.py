@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tests import places
+from tests.interruption import INTERRUPTED, heard_once
 from tests.soak.guest import PATIENCE_S, SECTORS
 from tests.stamp import stamp
 from xenbackend.embedded.machine import Machine
@@ -55,6 +56,7 @@ class GuestProcess:
             ],
             stdout=subprocess.PIPE,
             text=True,
+            process_group=0,  # Ctrl-C reaches only us, who end it
         )  # fmt: skip
 
     def hear(self, *expected: str) -> None:
@@ -90,10 +92,14 @@ def main(arguments: Sequence[str]) -> int:
     if args.json and args.disks >= DISKS:
         args.json.unlink(missing_ok=True)  # a run that fails has no figures
     try:
-        figures = run(args.hours, args.disks, args.seed)
+        with heard_once():
+            figures = run(args.hours, args.disks, args.seed)
     except SoakError as problem:
         print(f"failed with --seed {args.seed}: {problem}")
         return 1
+    except KeyboardInterrupt:
+        print("interrupted: a run that is not over has no figures")
+        return INTERRUPTED
     for name, value in figures.items():
         print(f"{name:<44}{value:g}")
     if args.json and args.disks >= DISKS:

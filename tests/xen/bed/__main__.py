@@ -11,7 +11,6 @@ import fcntl
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from pathlib import Path
 from rich.console import Console
 
 from tests.ci import flaky
+from tests.interruption import INTERRUPTED, heard_once
 from tests.part import Part
 from tests.xen.bed import machine, portions, recipe
 from tests.xen.bed.again import FAILED, Outcome, repeat
@@ -30,7 +30,7 @@ from tests.xen.bed.report import Failure
 from tests.xen.bed.session import NO_TESTS, Bed
 
 LAST = "failed.json"  # among the results: what failed, and why
-SKIPPED, BROKEN, INTERRUPTED = 0, 1, 130  # the last one as in shells
+SKIPPED, BROKEN = 0, 1
 
 
 def main(argv: Sequence[str]) -> int:
@@ -43,9 +43,9 @@ def main(argv: Sequence[str]) -> int:
         is_error = args.must or bool(os.environ.get("CI"))
         console.print(f"{'error' if is_error else 'skipped'}: no Xen to test on: {reason}", markup=False)
         return BROKEN if is_error else SKIPPED
-    former = signal.signal(signal.SIGINT, _interrupt)
     try:
-        return _run(args, console, place)
+        with heard_once():
+            return _run(args, console, place)
     except subprocess.CalledProcessError as error:
         console.print(f"error: {error}\n{error.stderr or ''}", markup=False, highlight=False)
         return BROKEN
@@ -53,14 +53,6 @@ def main(argv: Sequence[str]) -> int:
         sentence = "interrupted: the machines are off, and nothing is known of what has no line above"
         console.print(sentence, markup=False, soft_wrap=True)
         return INTERRUPTED
-    finally:
-        signal.signal(signal.SIGINT, former)
-
-
-def _interrupt(_number: int, _frame: object) -> None:
-    """Begin to end, once: the terminal and `tests.ci.contained` both send a signal, while machines are switched off."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    raise KeyboardInterrupt
 
 
 def _parser() -> argparse.ArgumentParser:
