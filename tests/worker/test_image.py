@@ -44,6 +44,23 @@ def test_image_that_became_shorter(image: Image) -> None:
     assert read.status == errno.EIO
 
 
+def test_a_read_while_the_image_grows(image: Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where another thread makes the file longer after a read has come to its end, the read has lost nothing."""
+    preadv = os.preadv
+
+    def read_then_grow(fd: int, views: list[memoryview], offset: int) -> int:
+        moved = preadv(fd, views, offset)
+        if not moved:
+            image.grow(131072)
+        return moved
+
+    monkeypatch.setattr(os, "preadv", read_then_grow)
+    read = read_of(61440, 8192)
+    image.do(read)
+
+    assert (0, b"x" * 4096 + bytes(4096)) == (read.status, bytes(read.iov[0]))
+
+
 @pytest.mark.rows("R10")
 def test_long_read_past_the_end_is_cleared(image: Image) -> None:
     """The part of a read past the end is zeros, however long it is."""

@@ -238,6 +238,7 @@ class Image:
         if self._covers_part(request.offset, request.length):
             self._read_copied(request)
             return
+        had = self.extent.end  # before the call: where another thread makes the file longer meanwhile, nothing is lost
         try:
             rest = _whole(os.preadv, self.fd, request.iov, request.offset)
         except OSError as error:
@@ -245,8 +246,8 @@ class Image:
                 raise
             self._read_copied(request)
             return
-        if rest and request.offset + request.length - sum(map(len, rest)) < self.extent.end:
-            self.extent.check(self.extent.end)
+        if rest and request.offset + request.length - sum(map(len, rest)) < had:
+            self.extent.check(had)
             raise shorter()
         clear(rest)  # past the end: a frontend must not see what the buffer held before
 
