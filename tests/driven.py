@@ -99,13 +99,17 @@ class WorkerProcess:
         self.number = 0
         self._last_id = 0
         self.said: list[messages.FromWorker] = []
-        self.kept: dict[str, int] = {}
         self.openers = Openers()
         self._job = opening.Job("vbd/5/51712", [], read_only=False)  # of the last `open`
         self._may_wait = False
         self._successor = ""  # the chain that is being put in
         self._drivers = drivers or {}
         BUILT_IN.update(self._drivers)  # for the openers, which are in this process
+
+    @property
+    def kept(self) -> dict[str, int]:
+        """Return the memories that openers have made for the worker, by name."""
+        return self.openers.memories
 
     @property
     def lines(self) -> list[messages.Log]:
@@ -157,7 +161,7 @@ class WorkerProcess:
         if not select.select([self.socket], [], [], timeout_s)[0]:
             raise TimeoutError(f"the worker said nothing but {self.said}")
         try:
-            datagram, fds, _, _ = socket.recv_fds(self.socket, messages.MAX_MESSAGE, 8)
+            datagram = self.socket.recv(messages.MAX_MESSAGE)
         except ConnectionResetError:  # it ended before it had read all messages
             return None
         if not datagram:
@@ -165,8 +169,6 @@ class WorkerProcess:
         message = codec.from_worker(datagram)
         if isinstance(message, messages.Standing) and message.chain == self._successor:
             self._job = replace(self._job, chains=[message.chain])
-        if isinstance(message, messages.Keep):
-            (self.kept[message.name],) = fds
         if isinstance(message, messages.Disconnected):
             self.openers.disconnected(message.server, message.place, message.inode)
         return message
@@ -178,8 +180,7 @@ class WorkerProcess:
             assert message is not None, f"the worker ended; it had said {self.said}"
             if is_wanted(message):
                 return message
-            if not isinstance(message, messages.Keep):
-                self.said.append(message)
+            self.said.append(message)
 
     def expect_standing(self, *stages: Stage) -> messages.Standing:
         """Return where it stands after the last order, once that is one of `stages` or the order has failed."""
@@ -246,8 +247,7 @@ class WorkerProcess:
         self.openers.close()
         for name in self._drivers:
             BUILT_IN.pop(name, None)
-        for fd in (self.memfd, *self.kept.values()):
-            os.close(fd)
+        os.close(self.memfd)
 
 
 class Driven:
@@ -331,7 +331,7 @@ class Driven:
         """Start another worker in the place of one that was killed, with the journal and the memories that it left."""
         old = self.worker
         self.worker = WorkerProcess(old.host, left=os.dup(old.memfd), command=self.command)
-        self.worker.kept, old.kept = old.kept, {}
+        self.worker.openers.memories, old.openers.memories = old.openers.memories, {}
         self.worker.openers.connections, old.openers.connections = old.openers.connections, {}
         old.drop()
 

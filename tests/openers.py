@@ -82,6 +82,7 @@ class Openers:
 
     kept     O_PATH descriptors by name
     opened   what was opened for the first time, in order
+    memories   by name
     connections   sockets by server and place; `undrained`: those that could not be drained
     ends     exit statuses
     """
@@ -89,6 +90,7 @@ class Openers:
     def __init__(self) -> None:
         self.kept: dict[str, int] = {}
         self.opened: list[opening.Opened] = []
+        self.memories: dict[str, int] = {}
         self.connections: dict[tuple[str, int], int] = {}
         self.undrained: list[opening.Undrained] = []
         self.ends: list[int] = []
@@ -141,6 +143,8 @@ class Openers:
         for fd in self.kept.values():
             os.close(fd)
         self.kept.clear()
+        while self.memories:
+            os.close(self.memories.popitem()[1])
 
     def _start(self, function: object, *arguments: object) -> None:
         thread = threading.Thread(target=function, args=arguments, daemon=True)
@@ -164,6 +168,10 @@ class Openers:
                         self._identities[message.name] = message.identity
                         os.close(self.kept.pop(message.name, None) or os.dup(fds[0]))
                         self.kept[message.name] = fds[0]
+                    case opening.Made():
+                        if message.name in self.memories:
+                            os.close(self.memories[message.name])
+                        self.memories[message.name] = fds[0]
                     case opening.Connected():
                         gone = list(self.connections) if message.is_alone else [(message.server, message.place)]
                         for key in gone:

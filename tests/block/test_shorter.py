@@ -12,6 +12,7 @@ import pytest
 
 from tests import places
 from tests.helpers_block import Machine, content, flush, image, read, write
+from tests.memories import Memories
 from tests.qcow_images import qcow2
 from xenbackend.block.chain import Chain
 from xenbackend.errors import DriverError, XenbackendError
@@ -107,11 +108,9 @@ def test_a_successor_refuses_a_file_that_was_emptied(home: Path, text: str, size
 
 def begin(machine: Machine) -> dict[str, int]:
     """Have the machine be the first worker of a disk; return the memories that it leaves for a successor, by name."""
-    memories: dict[str, int] = {}
-    machine.make_env = EnvFactory(
-        machine.reactor, machine.files, serves=True, keep=lambda name, _, fd: memories.update({name: os.dup(fd)})
-    )
-    return memories
+    memories = Memories()
+    machine.make_env = EnvFactory(machine.reactor, machine.files, serves=True, make=memories.make)
+    return memories.kept
 
 
 def succeed(machine: Machine, memories: dict[str, int]) -> None:

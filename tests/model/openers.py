@@ -52,13 +52,13 @@ class LocalOpener(Attendant):
             self._is_gone = True
             raise OpenerGone from None
 
-    def _tell(self, name: str, identity: str, chain: int, fd: int) -> str:
+    def _say(self, found: opening.Found, fds: Sequence[int]) -> str:
         service = self._service
         if self._on_found is None:
             raise SupervisorGone
         refusal: str | None = None
         with suppress(Died), service.running():
-            refusal = self._on_found(opening.Opened(name, identity, chain), [os.dup(fd)])
+            refusal = self._on_found(found, [os.dup(fd) for fd in fds])
         if refusal is None:  # not before: an exception that is being handled keeps objects alive that must be collected
             service.kill("killed")
             raise SupervisorGone

@@ -37,6 +37,7 @@ from xenbackend.worker.channel import Channel
 from xenbackend.worker.connection import Connection
 from xenbackend.worker.disk import Disk
 from xenbackend.worker.files import HostFiles
+from xenbackend.worker.opener import RemoteOpener
 
 if TYPE_CHECKING:
     from tests.model.world import World
@@ -178,7 +179,7 @@ def _hooks(world: World) -> list[tuple[Any, str, Any]]:
         around(Connection, "close", before="worker: before rings are unmapped", after="worker: rings were unmapped"),
         around(Channel, "stand", before="worker: before it says where it stands", after="worker: said where it stands"),
         around(Channel, "reply", before="worker: before a reply", after="worker: after a reply"),
-        around(Channel, "keep", after="worker: handed over a memory"),
+        around(RemoteOpener, "make_memory", after="worker: has a new memory"),
         around(Handover, "_write", before="service: before a note", after="service: after a note"),
         around(Ledger, "open", after="service: after an order was entered"),
         around(

@@ -20,7 +20,9 @@ from xenbackend.block.keys import MAX_ITERATIONS, Derivation
 from xenbackend.block.mapped.parents import PARENT
 from xenbackend.block.servers import DISK, Account
 from xenbackend.errors import ConfigError, DriverError
+from xenbackend.kernel import memfd
 from xenbackend.opener.main import BREACH
+from xenbackend.protocol.messages import MAX_MEMORIES
 from xenbackend.protocol.opening import Job
 from xenbackend.worker.opener import RemoteOpener
 
@@ -243,6 +245,43 @@ def test_without_a_supervisor_nothing_new_is_opened(image: Path) -> None:
         assert 0 == status
         assert isinstance(answer, opening.Given)
         assert (errno.ECONNABORTED, None) == (answer.errno, answer.facts)
+
+
+def test_a_memory_is_kept_before_the_worker_has_it(openers: Openers, image: Path) -> None:
+    """The supervisor gets each memory, sealed and of zeros, before the worker does; one that it does not keep is not
+    given.
+    """
+    opener = openers.remote(job(f"log:|aio:{image}"))
+    fd = opener.make_memory("log:dirty", 8192)
+    assert memfd.is_sealed(fd, 8192)
+    memfd.map_sealed(fd, 8192)[8188:] = b"same"
+    assert bytes(8188) + b"same" == os.pread(openers.memories["log:dirty"], 9000, 0)
+    os.close(fd)
+    openers.refusal = "a disk has at most 64 memories"
+    with pytest.raises(DriverError, match="at most 64 memories"):
+        opener.make_memory("log:other", 8192)
+    opener.close()
+
+
+@pytest.mark.parametrize("size", [0, -1, 1 << 63, 1 << 70])
+def test_a_memory_of_an_impossible_size_is_an_answer(openers: Openers, image: Path, size: int) -> None:
+    """A worker that asks for no bytes, or for more than there can be, gets an error, and nothing is kept."""
+    opener = openers.remote(job(f"aio:{image}"))
+    with pytest.raises((DriverError, OSError)):
+        opener.make_memory("x", size)
+    opener.close()
+
+    assert {} == openers.memories
+
+
+def test_a_worker_has_so_many_memories_made_and_no_more(openers: Openers, image: Path) -> None:
+    """E4: an opener makes no more memories than two chains can have, whatever becomes of the former ones."""
+    opener = openers.remote(job(f"aio:{image}"))
+    for _ in range(2 * MAX_MEMORIES):
+        os.close(opener.make_memory("again", 4096))
+    with pytest.raises(DriverError, match="one order makes at most 128 memories"):
+        opener.make_memory("again", 4096)
+    opener.close()
 
 
 def test_keys_of_a_passphrase(openers: Openers, image: Path, tmp_path: Path) -> None:

@@ -187,14 +187,6 @@ class Wild:
     def _drop(self) -> None:
         self._say(messages.Drop(self._random.choice([*NAMES, "", "nothing", "\udcff" * 4096])))
 
-    def _keep(self) -> None:
-        fd = os.memfd_create("wild", os.MFD_ALLOW_SEALING)
-        os.ftruncate(fd, self._random.choice([0, 1, PAGE, 1 << 40]))
-        self._send(codec.encode(messages.Keep(self._random.choice(NAMES), self._random.choice([0, -1, 1 << 62]))), [fd])
-        with suppress(OSError):
-            os.ftruncate(fd, self._random.choice([0, PAGE]))
-        os.close(fd)
-
     def _ask(self) -> None:
         self._say(messages.Ask(self._random.choice([0, 1, -5, 2**63]), messages.Command("0", "get", [])))
         self._obey(1.0)
@@ -204,7 +196,7 @@ class Wild:
     def _valid(self) -> dict[str, Any]:
         said = self._random.choice([
             self._fake.standing, messages.Log("info", "x"), messages.Drop("x"), messages.Reply(1, Code.OK),
-            messages.Ask(1, messages.Command("0", "get", [])), messages.Keep("x", 1),
+            messages.Ask(1, messages.Command("0", "get", [])),
         ])  # fmt: skip
         return dict(json.loads(codec.encode(said)))
 
@@ -274,21 +266,13 @@ class Wild:
         one, other = socket.socketpair()
         epoll = select.epoll()
         kinds = [near, far, one.fileno(), other.fileno(), epoll.fileno(), self._near.fileno(), self._fds[0], 0]
-        fds = self._random.choices(kinds, k=self._random.choice([0, 1, 1, 2, 60, 253]))
-        message = self._random.choice([messages.Keep("odd", 1), messages.Log("info", "x"), self._fake.standing])
+        fds = self._random.choices(kinds, k=self._random.choice([1, 1, 2, 60, 253]))
+        message = self._random.choice([messages.Drop("odd"), messages.Log("info", "x"), self._fake.standing])
         self._send(codec.encode(message), fds)
         for each in (one, other, epoll):
             each.close()
         os.close(near)
         os.close(far)
-
-    def _too_many_memories(self) -> None:
-        for number in range(messages.MAX_MEMORIES + 1):
-            fd = os.memfd_create("wild")
-            self._send(codec.encode(messages.Keep(f"another-{number}", 1)), [fd])
-            os.close(fd)
-        for number in range(messages.MAX_MEMORIES + 1):
-            self._say(messages.Drop(f"another-{number}"))
 
     def _flood(self) -> None:
         self._near.setblocking(False)
@@ -335,7 +319,7 @@ class Wild:
     def _end(self) -> None:
         os._exit(self._random.randrange(256))
 
-    _HARMLESS = (_stand, *[_stand_as_before] * 3, *[_log] * 4, *[_drop] * 4, _keep, _ask)
+    _HARMLESS = (_stand, *[_stand_as_before] * 3, *[_log] * 4, *[_drop] * 4, _ask)
     DEEDS: dict[str, Callable[[Wild], None]] = {  # noqa: RUF012 - a table
         "random bytes": _random_bytes,
         "an empty datagram": _empty,
@@ -351,7 +335,6 @@ class Wild:
         "a reply to nobody": _reply_to_nobody,
         "wrong reply": _wrong_reply,
         "odd descriptors": _odd_descriptors,
-        "too many memories": _too_many_memories,
         "a flood": _flood,
         "reads nothing": _read_nothing,
         "scribbles into the journal": _scribble_journal,

@@ -38,9 +38,8 @@ MESSAGES = {
     "nothing": 'send(b"")',
     "another chain": f'stand(chain="{FOREIGN}")',
     "a reply to nothing": 'say("Reply", id=2**63, code="ok")',
-    "no descriptor": 'say("Keep", name="x", size=1)',
-    "a descriptor of no memory": 'say("Keep", os.open("/dev/null", os.O_RDWR), name="x", size=1)',
-    "a descriptor too many": 'say("Drop", 0, name="x")',
+    "a descriptor": 'say("Drop", 0, name="x")',
+    "a descriptor beside nothing": 'send(b"", 0)',
 }
 MEMORIES = {
     "a block of 255 requests": """
@@ -57,11 +56,6 @@ agree(json.dumps({{"chain": "{FOREIGN}", "connect": connect}}).encode())""",
     "a flush that failed with 2**64": "poke(4096 + 24, words(2**64 - 1))",
     "a journal cut short": 'cut("xenbackend-journal", 0)',
     "a memory cut short": 'cut("xenbackend", 0)',
-    "an unsealed memory cut short": """
-fd = os.memfd_create("xenbackend")
-os.ftruncate(fd, 8192)
-say("Keep", fd, name=record, size=8192)
-os.ftruncate(fd, 0)""",
 }
 
 

@@ -68,7 +68,7 @@ class Watched(Driven):
         """See `Driven`."""
         old = self.worker
         self.worker = WorkerProcess(old.host, left=os.dup(old.memfd), command=self._command)
-        self.worker.kept, old.kept = old.kept, {}
+        self.worker.openers.memories, old.openers.memories = old.openers.memories, {}
         old.drop()
 
     @property

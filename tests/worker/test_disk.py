@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from tests.qcow_images import qcow2
 from xenbackend.block.drivers import BUILT_IN
 from xenbackend.block.request import PENDING, Request
 from xenbackend.errors import ConfigError, DriverError, XenbackendError
-from xenbackend.kernel import users
+from xenbackend.kernel import memfd, users
 from xenbackend.loop.reactor import Reactor
 from xenbackend.opener.local import LocalOpener
 from xenbackend.protocol import messages
@@ -27,7 +27,16 @@ SIZE = 1 << 20
 
 
 class AnyChain(LocalOpener):
-    """An opener that opens everything in this process, for whichever chain."""
+    """An opener that opens everything in this process, for whichever chain; `made` gets the names of memories."""
+
+    def __init__(self, parents: Callable[[], list[str]], made: list[str]) -> None:
+        super().__init__(parents)
+        self._made = made
+
+    def make_memory(self, name: str, size: int) -> int:
+        """Make one, and note its name."""
+        self._made.append(name)
+        return memfd.make("test", size)
 
     def for_chain(self, _chain: int) -> LocalOpener:
         """Return this opener."""
@@ -37,18 +46,18 @@ class AnyChain(LocalOpener):
 class Bench:
     """A disk without a ring, its loop, and what it would have told the supervisor.
 
-    kept, dropped: names of memories; bugs: what layers have raised; parents: the directories that openers allow for
+    made, dropped: names of memories; bugs: what layers have raised; parents: the directories that openers allow for
     parents.
     """
 
     def __init__(self, chain: str, **wishes: Any) -> None:
-        self.kept: list[str] = []
+        self.made: list[str] = []
         self.dropped: list[str] = []
         self.bugs: list[Exception] = []
         self.parents: list[str] = []
         self.reactor = Reactor()
         message = messages.Open(1, "vbd/5/51712", "", 5, chain, **{"read_only": False, **wishes})
-        self.disk = Disk(message, {}, self.reactor, self._keep, self.dropped.append, self.bugs.append)
+        self.disk = Disk(message, {}, self.reactor, self.dropped.append, self.bugs.append)
         self.reactor.before_sleep(self.disk.files.kick)
 
     def do(self, request: Request) -> int:
@@ -92,16 +101,13 @@ class Bench:
         return self._opening(self.disk.exchange, chain)
 
     def _opening(self, function: Any, *arguments: Any, **named: Any) -> Any:
-        with self.disk.opening_by(AnyChain(lambda: self.parents)):
+        with self.disk.opening_by(AnyChain(lambda: self.parents, self.made)):
             return function(*arguments, **named)
 
     def close(self) -> None:
         """Close everything."""
         self.disk.close()
         self.reactor.close()
-
-    def _keep(self, name: str, _size: int, _fd: int) -> None:
-        self.kept.append(name)
 
 
 @pytest.fixture
@@ -320,14 +326,14 @@ def test_memories_of_layers_that_are_gone_are_dropped(benches: Any, tmp_path: Pa
     """The memory of a layer that the new chain lacks is dropped once that chain is in service; others stay."""
     one = image(tmp_path / "one")
     bench = benches(f"log:|aio:{one}")
-    kept = bench.kept[:]
+    kept = bench.made[:]
     bench.exchange(f"aio:{one}")
 
     assert kept
     assert kept == bench.dropped
     bench.exchange("ram:1M")
     bench.exchange(f"aio:{one}")
-    assert bench.kept[len(kept) :] == bench.dropped[len(kept) :]
+    assert bench.made[len(kept) :] == bench.dropped[len(kept) :]
 
 
 def test_memories_of_a_chain_that_was_refused_are_dropped(benches: Any) -> None:
@@ -336,8 +342,8 @@ def test_memories_of_a_chain_that_was_refused_are_dropped(benches: Any) -> None:
     with pytest.raises(DriverError):
         bench.exchange("ram:512K")
 
-    assert 1 == len(bench.kept)
-    assert bench.kept == bench.dropped
+    assert 1 == len(bench.made)
+    assert bench.made == bench.dropped
 
 
 def test_no_chain_at_all_is_another_error(benches: Any, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 from descriptors import open_descriptors
 
+from tests.memories import Memories
 from xenbackend.block.driver import Env
 from xenbackend.kernel import memfd
 from xenbackend.loop.reactor import Reactor
@@ -39,15 +40,15 @@ def test_env_is_what_the_contract_asks_for(reactor: Reactor) -> None:
 
 def test_memory_outlives_the_process_that_made_it(reactor: Reactor) -> None:
     """A successor that gets the kept descriptors finds the same bytes under the same layer and name."""
-    kept: dict[str, int] = {}
+    memories = Memories()
     files = HostFiles(reactor)
-    first = EnvFactory(reactor, files, keep=lambda name, _size, fd: kept.update({name: os.dup(fd)}))
+    first = EnvFactory(reactor, files, make=memories.make)
     view = first("0 log:").memory("dirty", 8192)
     zero = bytes(view)
     view[5000:5005] = b"dirty"
     first.close()
 
-    again = EnvFactory(reactor, files, memories=kept, keep=lambda *_: pytest.fail("kept already"))
+    again = EnvFactory(reactor, files, memories=memories.kept, make=lambda *_: pytest.fail("there already"))
     second = again("0 log:").memory("dirty", 8192)
     again.close()
 
@@ -86,17 +87,20 @@ def test_a_layer_may_alarm(reactor: Reactor) -> None:
 
 
 def test_memory_of_another_layer_or_size_is_fresh(reactor: Reactor) -> None:
-    """Memory of another layer, or of another size, is new and zero, and is kept anew."""
-    kept: list[tuple[str, int]] = []
+    """Memory of another layer, or of another size, is made anew."""
+    made: list[tuple[str, int]] = []
+
+    def make(name: str, size: int) -> int:
+        made.append((name, size))
+        return memfd.make("test", size)
+
     old = memfd.make("old", 4096)
     os.pwrite(old, b"x" * 4096, 0)
-    factory = EnvFactory(
-        reactor, HostFiles(reactor), memories={"a:m": old}, keep=lambda name, size, _fd: kept.append((name, size))
-    )
+    factory = EnvFactory(reactor, HostFiles(reactor), memories={"a:m": old}, make=make)
 
     assert bytes(factory("b").memory("m", 4096)) == bytes(4096)
     assert bytes(factory("a").memory("m", 8192)) == bytes(8192)
-    assert kept == [("b:m", 4096), ("a:m", 8192)]
+    assert made == [("b:m", 4096), ("a:m", 8192)]
     factory.close()
 
 
@@ -104,16 +108,29 @@ def test_memory_that_could_be_cut_short_is_fresh(reactor: Reactor) -> None:
     """A kept memory whose size can change is not used, since a hostile predecessor may have left it: touching it could
     kill us.
     """
-    kept: list[str] = []
     old = os.memfd_create("old")
     os.pwrite(old, b"x" * 4096, 0)
-    factory = EnvFactory(
-        reactor, HostFiles(reactor), memories={"a:m": old}, keep=lambda name, _size, fd: kept.append(name)
-    )
+    factory = EnvFactory(reactor, HostFiles(reactor), memories={"a:m": old}, make=lambda _, size: memfd.make("m", size))
     view = factory("a").memory("m", 4096)
 
-    assert (["a:m"], bytes(4096)) == (kept, bytes(view))
+    assert bytes(4096) == bytes(view)
     assert memfd.is_sealed(factory._memories["a:m"], 4096)
+    factory.close()
+
+
+def test_who_only_looks_needs_no_descriptor(reactor: Reactor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Private memory is of zeros, the same for a layer that asks again, fresh in another size, and no memfd: a worker
+    behind its walls cannot make one, and probes chains, too.
+    """
+    monkeypatch.delattr(os, "memfd_create")
+    factory = EnvFactory(reactor, HostFiles(reactor))
+    view = factory("a").memory("m", 4096)
+    zero = bytes(view)
+    view[:4] = b"same"
+    view.release()
+
+    assert (bytes(4096), b"same") == (zero, bytes(factory("a").memory("m", 4096)[:4]))
+    assert bytes(8192) == bytes(factory("a").memory("m", 8192))
     factory.close()
 
 
@@ -121,7 +138,8 @@ def test_no_descriptor_is_leaked(reactor: Reactor) -> None:
     """No memory leaves a descriptor open, not even one that no layer has asked for."""
     files = HostFiles(reactor)
     before = open_descriptors()
-    factory = EnvFactory(reactor, files, memories={"gone:m": os.memfd_create("m")})
+    gone = {"gone:m": os.memfd_create("m")}
+    factory = EnvFactory(reactor, files, memories=gone, make=lambda _, size: memfd.make("m", size))
     view = factory("a").memory("m", 4096)
     factory.close()
     del view

@@ -135,7 +135,7 @@ def test_command_that_cannot_be_answered_is_told(driven: Driven, size: str, code
 
 def test_most_memories_can_be_handed_over(driven: Driven) -> None:
     """The largest number of memories and the journal fit beside one message."""
-    driven.worker.kept = {str(number): os.memfd_create("kept") for number in range(messages.MAX_MEMORIES)}
+    driven.worker.openers.memories = {str(number): os.memfd_create("kept") for number in range(messages.MAX_MEMORIES)}
 
     assert Stage.OPEN == driven.worker.open("ram:1M").stage
     assert messages.MAX_MEMORIES < len(driven.worker.kept)

@@ -70,7 +70,8 @@ class Env(Protocol):
     def memory(self, name: str, size: int) -> memoryview:
         """Return `size` bytes of memory that outlive this process: zeros at first; a successor gets the same bytes.
 
-        `name` is unique within the layer. If the predecessor asked for another size, the memory is fresh zeros.
+        For `open` only, as an opener makes it. `name` is unique within the layer. If the predecessor asked for another
+        size, the memory is fresh zeros. Raises: DriverError, OSError.
         """
 
     def connect(self, endpoint: Endpoint, place: int = 0) -> socket.socket:

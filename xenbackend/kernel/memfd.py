@@ -36,6 +36,11 @@ def make(name: str, size: int) -> int:
     return fd
 
 
+def private(size: int) -> memoryview:
+    """Return `size` zero bytes that have no descriptor: only this process has them. Raises: OSError."""
+    return memoryview(mmap.mmap(-1, size))
+
+
 def is_memory(fd: int) -> bool:
     """Return whether a descriptor is a memory, sealed or not. Closing a memory never blocks."""
     try:

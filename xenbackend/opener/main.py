@@ -32,9 +32,10 @@ from xenbackend.opener.listening import listen
 from xenbackend.opener.newfile import NewFile
 from xenbackend.opener.watch import Watch
 from xenbackend.protocol import codec, datagrams, opening
-from xenbackend.protocol.messages import SENTENCE_MAX
+from xenbackend.protocol.messages import MAX_MEMORIES, SENTENCE_MAX
 from xenbackend.protocol.opening import Given
 
+_MOST_MEMORIES = 2 * MAX_MEMORIES  # for one order: of another chain, and of the former one where that fails
 BREACH = 3  # exit status: the worker sent what no worker of ours sends
 
 
@@ -62,6 +63,7 @@ class Attendant:
         self._access: Access | None = None  # made at the first question, whose answer tells what is wrong with a chain
         self._new: NewFile | None = None
         self._work = Work()
+        self._memories = 0  # that were made
 
     def serve(self) -> int:
         """Answer until the worker closes its end, and return the exit status."""
@@ -129,8 +131,8 @@ class Attendant:
                 return self._do_with_new_file(access, question, fds)
             case opening.OpenDevices() if job.host:
                 fds += open_devices(job.host, job.frontend_domid)
-            case opening.Listen() if job.export:
-                fds.append(listen(job.export))
+            case opening.Listen() | opening.MakeMemory():
+                fds.append(self._make(question))
             case opening.Derive():
                 access.check_key(question.source, question.chain)
                 fds.append(_derive(question, job.turns, self._work))
@@ -156,6 +158,31 @@ class Attendant:
             return Given(is_marked=is_marked)
         return Given(errno.EACCES, f"the job is of no {type(question).__name__}")
 
+    def _make(self, question: opening.Listen | opening.MakeMemory) -> int:
+        """Return a socket that listens, or a memory. Raises: DriverError, OSError, KernelError, SupervisorGone."""
+        if isinstance(question, opening.MakeMemory):
+            return self._make_memory(question)
+        if not self._job.export:
+            raise DriverError("the job is of no Listen", errno=errno.EACCES)
+        return listen(self._job.export)
+
+    def _make_memory(self, question: opening.MakeMemory) -> int:
+        """Return a memory that the supervisor keeps, too. Raises: DriverError, KernelError, SupervisorGone."""
+        if self._memories >= _MOST_MEMORIES:
+            raise DriverError(f"one order makes at most {_MOST_MEMORIES} memories", errno=errno.ENOSPC)
+        if question.size <= 0:
+            raise DriverError(f"no memory has {question.size} bytes", errno=errno.EINVAL)
+        self._memories += 1
+        fd = memfd.make("xenbackend", question.size)
+        try:
+            refusal = self._say(opening.Made(question.name), [fd])
+            if refusal:
+                raise DriverError(refusal, errno=errno.ENOSPC)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
     def _about(self, question: opening.Question) -> str:
         """Return the name of the file that a question is about."""
         match question:
@@ -173,6 +200,8 @@ class Attendant:
                 return question.directory
             case opening.OpenDevices() | opening.Listen():
                 return self._job.host or self._job.export
+            case opening.MakeMemory():
+                return self._job.vbd
         return question.name
 
     def _say_waits(self, name: str, *, makes_key: bool) -> None:

@@ -1,13 +1,14 @@
 """The messages between a supervisor and a worker, as plain values; `protocol.codec` makes datagrams of them.
 
-Must not open a socket. Descriptors travel beside a message (SCM_RIGHTS), in the order that its docstring gives.
+Must not open a socket. Descriptors travel beside a supervisor's message (SCM_RIGHTS), in the order that its docstring
+gives. A worker sends none: closing one that storage stands behind could take for ever.
 
     supervisor                                  worker
       Open, Serve, Leave, Close, Report   ->
                                           <-      Standing    once it has taken one, and after each change
       Ask                                 ->
                                           <-      Reply       exactly one for each id
-                                          <-      Keep, Drop, Disconnected, Log   at any time
+                                          <-      Drop, Disconnected, Log   at any time
 
 An order (`Open` to `Report`) has a larger number than all earlier orders, of any service. A `Standing` has the number
 of the last order that the worker has taken: the supervisor uses it only if that is the supervisor's last order. It says
@@ -27,7 +28,7 @@ from enum import StrEnum
 
 from xenbackend.protocol.codes import Code
 
-VERSION = 5
+VERSION = 6
 MAX_MESSAGE = 256 * 1024  # bytes of one datagram
 MAX_MEMORIES = 64  # that are kept for one vbd at most
 SENTENCE_MAX = 4000  # characters of any sentence
@@ -291,16 +292,8 @@ class Reply:
 
 
 @dataclass(frozen=True, slots=True)
-class Keep:
-    """Keep a memory for a successor. Descriptors: the memory."""
-
-    name: str
-    size: int
-
-
-@dataclass(frozen=True, slots=True)
 class Drop:
-    """Forget a memory: no layer wants it any longer."""
+    """Forget a memory (`opening.MakeMemory`): no layer wants it any longer."""
 
     name: str
 
@@ -328,5 +321,5 @@ class Log:
 
 Order = Open | Serve | Leave | Close | Report
 FromSupervisor = Order | Ask | Reply
-FromWorker = Standing | Ask | Reply | Keep | Drop | Disconnected | Log
-Message = Order | Ask | Reply | Standing | Keep | Drop | Disconnected | Log
+FromWorker = Standing | Ask | Reply | Drop | Disconnected | Log
+Message = Order | Ask | Reply | Standing | Drop | Disconnected | Log

@@ -5,7 +5,7 @@ Must not open anything, nor know how files are told apart: `kernel.identity` wri
     supervisor                        opener                              worker
       Job                        ->
                                         <-  LookAt, FindFile, OpenFile ...   one at a time
-                                 <-     Opened, Connected, Undrained   what it has found, to be kept; it waits for ...
+                                 <-     Opened, Made, Connected, Undrained   what it has, to be kept; it waits for ...
       Ack                        ->
                                  <-     Waits         a step has not returned for a second, or has now
                                         Given  ->                            exactly one for each question
@@ -131,6 +131,13 @@ class Opened:
     name: str
     identity: str
     chain: int
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A memory was made. Descriptors: the memory, to be kept in place of a former one of that name."""
+
+    name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,6 +270,17 @@ class Publish:
 
 
 @dataclass(frozen=True, slots=True)
+class MakeMemory:
+    """Make a sealed memory of zeros, which the supervisor keeps for the worker's successors. The answer has it.
+
+    size   bytes
+    """
+
+    name: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
 class OpenDevices:
     """Open the devices of `Job.host`. The answer has their descriptors, in the order of `kernel.ports.open_devices`."""
 
@@ -382,6 +400,7 @@ Question = (
     | Resolve
     | MakeFile
     | Publish
+    | MakeMemory
     | OpenDevices
     | Listen
     | ConnectTo
@@ -389,7 +408,7 @@ Question = (
     | ReadCluster
     | ReadCertificates
 )
-Found = Opened | Connected | Undrained
+Found = Opened | Made | Connected | Undrained
 FromOpener = Found | Given | Meaning | Waits
 FromSupervisor = Job | Ack | Look
 

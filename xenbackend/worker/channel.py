@@ -1,4 +1,4 @@
-"""What a worker says to its supervisor: where it stands, replies, memories to keep, log lines within a budget.
+"""What a worker says to its supervisor: where it stands, replies, memories to drop, log lines within a budget.
 
 Must not wait for a supervisor that does not read, nor let a guest fill the log: each line is taken from a budget that
 refills slowly. Complaints about a guest and alarms have separate budgets, since a guest may find out how to cause them.
@@ -9,9 +9,7 @@ are left out. If the supervisor is gone, nothing is sent: the next one asks wher
 
 from __future__ import annotations
 
-import os
 import socket
-from array import array
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
@@ -52,7 +50,7 @@ class Channel:
         self._now = reactor.now
         self._standing = standing
         self._stood: messages.Standing | None = None  # the last one that was sent
-        self._unsent: list[tuple[messages.Message, list[int]]] = []  # with duplicates of the descriptors
+        self._unsent: list[messages.Message] = []
         self._retry = reactor.timer(self._send_again)
         self._complaints = Bucket(BURST, REFILL_S, reactor.now)
         self._alarms = Bucket(BURST, REFILL_S, reactor.now)
@@ -64,16 +62,12 @@ class Channel:
         standing = self._standing()
         if standing != self._stood:
             self._stood = standing
-            self._unsent = [each for each in self._unsent if not isinstance(each[0], messages.Standing)]
+            self._unsent = [each for each in self._unsent if not isinstance(each, messages.Standing)]
             self._send(_fitting(standing))
 
     def reply(self, number: int, code: Code, sentence: str = "", data: str = "") -> None:
         """Reply to the question with this id."""
         self._send(messages.Reply(number, code, plain(sentence), data))
-
-    def keep(self, name: str, size: int, fd: int) -> None:
-        """Hand over a memory that is to be kept for a successor."""
-        self._send(messages.Keep(name, size), fd)
 
     def drop(self, name: str) -> None:
         """Say that no layer wants a memory any longer."""
@@ -94,27 +88,24 @@ class Channel:
     def _log(self, bucket: Bucket, level: str, sentence: str) -> None:
         unsaid = bucket.take()
         if unsaid is not None and not self._unsent:
-            self._try(messages.Log(level, sentence, unsaid), [])
+            self._try(messages.Log(level, sentence, unsaid))
 
-    def _send(self, message: messages.Message, *fds: int) -> None:
-        """Send a message with the descriptors that belong to it, now or later."""
-        if self._unsent or not self._try(message, fds):
-            self._unsent.append((message, [os.dup(fd) for fd in fds]))
+    def _send(self, message: messages.Message) -> None:
+        """Send a message, now or later."""
+        if self._unsent or not self._try(message):
+            self._unsent.append(message)
             self._retry.set(self._now() + RETRY_S)
 
     def _send_again(self) -> None:
-        while self._unsent and self._try(*self._unsent[0]):
-            for fd in self._unsent.pop(0)[1]:
-                os.close(fd)
+        while self._unsent and self._try(self._unsent[0]):
+            del self._unsent[0]
         if self._unsent:
             self._retry.set(self._now() + RETRY_S)
 
-    def _try(self, message: messages.Message, fds: list[int] | tuple[int, ...]) -> bool:
+    def _try(self, message: messages.Message) -> bool:
         """Send a message; False if the socket is full. True also if the supervisor is gone."""
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
         try:
-            # Not `socket.send_fds`, which drops the flags that it is given, and so would wait.
-            self._socket.sendmsg([codec.encode(message)], rights, socket.MSG_DONTWAIT)
+            self._socket.send(codec.encode(message), socket.MSG_DONTWAIT)
         except BlockingIOError:
             return False
         except (BrokenPipeError, ConnectionResetError):

@@ -20,7 +20,7 @@ from xenbackend.block.successor import keeps_content, shows_the_same
 from xenbackend.errors import ConfigError, DriverError, XenbackendError
 from xenbackend.loop.reactor import Reactor
 from xenbackend.protocol import messages
-from xenbackend.worker.env import Connections, EnvFactory, Keep, tell_nobody
+from xenbackend.worker.env import Connections, EnvFactory, tell_nobody
 from xenbackend.worker.facts import facts_of
 from xenbackend.worker.files import HostFiles, Opener
 from xenbackend.worker.opener import NoOpener
@@ -35,6 +35,9 @@ class ChainOpener(Opener, Protocol):
     def for_chain(self, chain: int) -> Opener:
         """Return the same opener for another chain of its job."""
 
+    def make_memory(self, name: str, size: int) -> int:
+        """Return the descriptor of a new memory of `size` bytes, which successors get. Raises: DriverError, OSError."""
+
 
 class Disk:
     """The disk that the supervisor wants open. `text` is the text of its chain; `chain` is None until it is open."""
@@ -44,7 +47,6 @@ class Disk:
         message: messages.Open,
         memories: Mapping[str, int],
         reactor: Reactor,
-        keep: Keep,
         drop: Callable[[str], None],
         on_bug: Callable[[Exception], None],
         connections: Connections | None = None,
@@ -70,7 +72,7 @@ class Disk:
         self._read_only, self._shareable = message.read_only, message.shareable
         self._reactor = reactor
         self._env = EnvFactory(
-            reactor, self.files, memories, keep, drop, connections=connections,
+            reactor, self.files, memories, self._make_memory, drop, connections=connections,
             on_report=on_report, on_stopped=on_stopped, give_up=give_up, alarm=alarm, resumes=message.resumes,
             continues=message.resumes and not message.may_wait,  # else an earlier worker may have only probed
             serves=True,
@@ -224,6 +226,11 @@ class Disk:
             yield
         finally:
             self.files.opener = former
+
+    def _make_memory(self, name: str, size: int) -> int:
+        if self._opener is None:
+            raise OSError(errno.EPERM, f"the memory {name} was to be made while no order under way may open files")
+        return self._opener.make_memory(name, size)
 
     def _for_chain(self, number: int) -> Opener:
         assert self._opener is not None  # noqa: S101 - callers are within `opening_by`

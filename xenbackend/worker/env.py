@@ -22,11 +22,7 @@ if TYPE_CHECKING:
 
     from xenbackend.loop.reactor import Reactor
 
-Keep = Callable[[str, int, int], None]  # name, size in bytes, descriptor: lent for the call
-
-
-def keep_nothing(name: str, size: int, fd: int) -> None:
-    """Keep no memory for a successor: for a process that only looks at a chain."""
+Make = Callable[[str, int], int]  # by name and size in bytes: the descriptor of a sealed memory of zeros
 
 
 def drop_nothing(name: str) -> None:
@@ -126,7 +122,8 @@ class EnvFactory:
         reactor: the worker's loop.
         files: opens the layers' images.
         memories: descriptors of a predecessor's memories by name; the factory owns and closes them.
-        keep: tells the supervisor of a memory, so that a successor can get it. By default a memory is private.
+        make: makes a memory that a successor can get, while a chain is opened; by default memories are private, without
+            descriptors.
         drop: tells the supervisor that no layer wants a memory any longer.
         connections: keeps connections to servers for a successor; None: there will be no successor.
         on_report: called when a layer has published a fact.
@@ -145,7 +142,7 @@ class EnvFactory:
         reactor: Reactor,
         files: Files,
         memories: Mapping[str, int] | None = None,
-        keep: Keep = keep_nothing,
+        make: Make | None = None,
         drop: Callable[[str], None] = drop_nothing,
         *,
         connections: Connections | None = None,
@@ -166,7 +163,8 @@ class EnvFactory:
         self.is_check = is_check
         self.is_draft = is_draft
         self._memories = dict(memories or {})
-        self._keep = keep
+        self._make = make
+        self._private: dict[str, memoryview] = {}
         self._drop = drop
         self.connections = connections
         self.is_first = True  # chain of this process: connections of a predecessor may have to be drained
@@ -184,20 +182,26 @@ class EnvFactory:
     def memory(self, name: str, size: int) -> memoryview:
         """Return the memory called `name`: the predecessor's if it is sealed at `size` bytes, else a new one of zeros.
 
-        Raises: OSError.
+        Raises: DriverError, OSError.
         """
         self._wanted.add(name)
         fd = self._memories.get(name, -1)
         if fd >= 0 and not memfd.is_sealed(fd, size):
             os.close(self._memories.pop(name))
             fd = -1
+        if fd < 0 and self._make is None:
+            return self._private_memory(name, size)
         try:
-            if fd < 0:
-                fd = self._memories[name] = memfd.make("xenbackend", size)
-                self._keep(name, size, fd)
+            if fd < 0 and self._make is not None:
+                fd = self._memories[name] = self._make(name, size)
             return memfd.map_sealed(fd, size)
         except KernelError as error:
             raise OSError(error.errno, str(error)) from None
+
+    def _private_memory(self, name: str, size: int) -> memoryview:
+        if len(self._private.get(name, b"")) != size:
+            self._private[name] = memfd.private(size)
+        return memoryview(self._private[name])  # which a layer releases
 
     def lengths(self) -> Lengths:
         """As `block.driver.Env.lengths`. Raises: OSError."""
@@ -251,9 +255,13 @@ class EnvFactory:
         for name in [name for name in self._memories if name not in self._wanted]:
             os.close(self._memories.pop(name))
             self._drop(name)
+        for name in self._private.keys() - self._wanted:
+            del self._private[name]
+            self._drop(name)
 
     def close(self) -> None:
         """Release the descriptors; what is mapped stays."""
         for fd in self._memories.values():
             os.close(fd)
         self._memories.clear()
+        self._private.clear()

@@ -243,6 +243,10 @@ class RemoteOpener:
         except DriverError as problem:
             raise ConfigError(problem.problem) from problem
 
+    def make_memory(self, name: str, size: int) -> int:
+        """Return the descriptor of a new memory, as `opening.MakeMemory`. Raises: DriverError, OSError."""
+        return self._ask(opening.MakeMemory(name, size), 1)[1][0]
+
     def open_devices(self) -> list[int]:
         """Return the devices' descriptors, as `kernel.ports.open_devices`. Raises: DriverError, OSError."""
         return self._ask(opening.OpenDevices(), None)[1]

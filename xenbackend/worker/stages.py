@@ -79,7 +79,7 @@ class Stages:
         self._stopped = ""  # why a layer's callbacks were stopped
         self.connector = Connector(reactor, channel.stand, channel.disconnected)
         self._disk = Disk(
-            order, memories, reactor, channel.keep, channel.drop, on_bug,
+            order, memories, reactor, channel.drop, on_bug,
             self.connector, self._layer_reported, self._layer_stopped, self._layer_gave_up,
             alarm=channel.alarm,
         )  # fmt: skip

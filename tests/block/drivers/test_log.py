@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from random import Random
 import pytest
 
 from tests.helpers_block import SIZE, Bottom, Machine, StepEnv, discard, flush, image, read, write
+from tests.memories import Memories
 from xenbackend.block import record
 from xenbackend.block.chain import Chain
 from xenbackend.block.dirty import CHUNK_BITS, DirtyMap, memory_size
@@ -321,14 +321,12 @@ def test_impossible_options(machine: Machine, option: str, value: str) -> None:
 
 def test_successor_goes_on_where_the_dead_worker_was(machine: Machine) -> None:
     """A successor has the map and the tracking state of the dead worker, whatever the option `track` says."""
-    kept: dict[str, int] = {}
-    machine.make_env = EnvFactory(
-        machine.reactor, machine.files, keep=lambda name, _, fd: kept.update({name: os.dup(fd)})
-    )
+    memories = Memories()
+    machine.make_env = EnvFactory(machine.reactor, machine.files, make=memories.make)
     dead = machine.open("log:,track=on|ram:1M")
     machine.do(dead, write(512, b"x" * 1024))
     dead.control("log", "stop", [])
-    machine.make_env = EnvFactory(machine.reactor, machine.files, kept)
+    machine.make_env = EnvFactory(machine.reactor, machine.files, memories.kept)
     successor = machine.open("log:,track=on|ram:1M")
 
     assert [(1, 2)] == page(successor, "peek")[0]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers_block import Machine, StepEnv, content, discard, image, read, write
+from tests.memories import Memories
 from xenbackend.block.drivers.ram import Ram
 from xenbackend.errors import ChainError, DriverError
 from xenbackend.worker.env import EnvFactory
@@ -76,17 +77,18 @@ def test_a_discard_is_exact(machine: Machine) -> None:
 
 def test_a_discard_gives_memory_back_and_takes_none(machine: Machine) -> None:
     """A discard returns whole pages to the host, and one of ranges that were never written allocates no pages."""
-    kept: list[int] = []
-    machine.make_env = EnvFactory(machine.reactor, machine.files, keep=lambda name, size, fd: kept.append(os.dup(fd)))
+    memories = Memories()
+    machine.make_env = EnvFactory(machine.reactor, machine.files, make=memories.make)
     chain = machine.open("ram:4M")
-    empty = os.fstat(kept[0]).st_blocks
+    [kept] = memories.kept.values()
+    empty = os.fstat(kept).st_blocks
     machine.do(chain, discard(0, 4 << 20))
-    untouched = os.fstat(kept[0]).st_blocks
+    untouched = os.fstat(kept).st_blocks
     machine.do(chain, write(0, b"x" * (2 << 20)))
     machine.do(chain, discard(0, 4 << 20))
-    given_back = os.fstat(kept[0]).st_blocks
+    given_back = os.fstat(kept).st_blocks
     chain.close()
-    os.close(kept[0])
+    os.close(kept)
 
     assert [empty, empty] == [untouched, given_back]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import socket
 from collections.abc import Sequence
 from functools import partial
@@ -107,7 +106,7 @@ class Owner:
     def __init__(self) -> None:
         self.heard: list[Any] = []
         self.breaches = 0
-        self.handover = SimpleNamespace(keep=self._keep, drop=lambda name: self.heard.append(("drops", name)))
+        self.handover = SimpleNamespace(drop=lambda name: self.heard.append(("drops", name)))
         self.log = SimpleNamespace(say_for_worker=self._say)
 
     def stands(self, standing: messages.Standing, *, is_last: bool) -> None:
@@ -115,11 +114,6 @@ class Owner:
         self.heard.append(standing if is_last else ("before", standing.number))
         if standing.failure == "bug":
             raise ZeroDivisionError
-
-    def _keep(self, name: str, fd: int) -> bool:
-        os.close(fd)
-        self.heard.append(("keeps", name))
-        return name != "no memory"
 
     def _say(self, level: str, event: str, **fields: str) -> None:
         self.heard.append((level, event, fields))
@@ -163,10 +157,10 @@ def test_only_what_answers_the_last_order_is_heard(linked: Linked) -> None:
     linked.link.order(messages.Leave)
     numbers = [each.number for each in linked.process.sent]
     for number in numbers:
-        linked.fleet.say(standing(number), [])
+        linked.fleet.say(standing(number))
     assert numbers == sorted(set(numbers))
     assert [("before", numbers[0]), standing(numbers[-1])] == linked.owner.heard
-    linked.fleet.say(standing(numbers[-1] + 1), [])
+    linked.fleet.say(standing(numbers[-1] + 1))
 
     assert ["the worker was killed: it answers order 1003, which nobody gave"] == linked.process.killed
 
@@ -189,8 +183,8 @@ def test_what_a_worker_is_behind_is_noted(linked: Linked) -> None:
     """
     linked.link.order(messages.Report)
     number = linked.process.sent[-1].number
-    linked.fleet.say(standing(number, walls=["user"]), [])
-    linked.fleet.say(standing(number + 1, walls=[]), [])
+    linked.fleet.say(standing(number, walls=["user"]))
+    linked.fleet.say(standing(number + 1, walls=[]))
 
     assert ["user"] == linked.process.walls
 
@@ -201,18 +195,18 @@ def test_each_question_has_one_reply(linked: Linked) -> None:
     linked.link.ask(messages.Pause(), replies.append)
     linked.link.ask(messages.Resume(), replies.append)
     second, first = (messages.Reply(ask.id, Code.OK) for ask in reversed(linked.process.sent))
-    linked.fleet.say(second, [])
-    linked.fleet.say(first, [])
+    linked.fleet.say(second)
+    linked.fleet.say(first)
     assert [second, first] == replies
     assert not linked.process.killed
-    linked.fleet.say(first, [])
+    linked.fleet.say(first)
 
     assert 1 == len(linked.process.killed)
 
 
 def test_a_reply_to_an_earlier_service_is_passed_over(linked: Linked) -> None:
     """A reply of an inherited worker to a question of the earlier service is ignored."""
-    linked.fleet.say(messages.Reply(999, Code.OK), [])
+    linked.fleet.say(messages.Reply(999, Code.OK))
 
     assert not linked.process.killed
 
@@ -243,27 +237,19 @@ def test_what_cannot_be_sent_is_answered(linked: Linked) -> None:
 
 
 def test_what_a_worker_may_say_at_any_time(linked: Linked) -> None:
-    """Memories and log lines are handed on at any time; a question from a worker is refused."""
-    linked.fleet.say(messages.Keep("map", 4096), [os.open("/dev/null", os.O_RDONLY)])
-    linked.fleet.say(messages.Drop("map"), [])
-    linked.fleet.say(messages.Log("info", "x" * 10_000, unsaid=3), [])
-    linked.fleet.say(messages.Ask(7, messages.Pause()), [])
+    """Memories to drop and log lines are handed on at any time; a question from a worker is refused."""
+    linked.fleet.say(messages.Drop("map"))
+    linked.fleet.say(messages.Log("info", "x" * 10_000, unsaid=3))
+    linked.fleet.say(messages.Ask(7, messages.Pause()))
 
-    assert [("keeps", "map"), ("drops", "map"), ("info", "x" * 4000, {"unsaid": "3"})] == linked.owner.heard
+    assert [("drops", "map"), ("info", "x" * 4000, {"unsaid": "3"})] == linked.owner.heard
     assert (7, Code.INVALID) == (linked.process.sent[0].id, linked.process.sent[0].code)
-
-
-def test_a_memory_that_is_none_ends_its_sender(linked: Linked) -> None:
-    """A worker that offers a descriptor that cannot be kept as a memory is killed."""
-    linked.fleet.say(messages.Keep("no memory", 4096), [os.open("/dev/null", os.O_RDONLY)])
-
-    assert 1 == len(linked.process.killed)
 
 
 def test_a_message_that_finds_a_fault_of_ours_ends_its_sender(linked: Linked) -> None:
     """If the handling of a message raises an exception, the vbd is told, and the worker is killed."""
     linked.link.order(messages.Report)
-    linked.fleet.say(standing(linked.process.sent[-1].number, failure="bug"), [])
+    linked.fleet.say(standing(linked.process.sent[-1].number, failure="bug"))
 
     assert ("fault", ZeroDivisionError) == linked.owner.heard[-1]
     assert linked.process.killed
@@ -276,8 +262,8 @@ def test_nothing_is_heard_of_a_worker_that_was_let_go(linked: Linked) -> None:
     replies: list[messages.Reply] = []
     linked.link.ask(messages.Pause(), replies.append)
     linked.link.let_go("the service is being replaced", leaves=True)
-    linked.fleet.say(messages.Log("info", "late"), [])
-    linked.fleet.say(messages.Reply(12345, Code.OK), [])
+    linked.fleet.say(messages.Log("info", "late"))
+    linked.fleet.say(messages.Reply(12345, Code.OK))
 
     assert linked.process.is_left
     assert (["the service is being replaced"], [], []) == (

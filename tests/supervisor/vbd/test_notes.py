@@ -60,7 +60,7 @@ def test_names_of_memories_leave_room_for_what_counts() -> None:
     handover = Handover(Keeper({}), PATH)
     handover.descriptors("null:1G")
     for number in range(8):
-        assert handover.keep(f"{number}{'x' * 8000}", memfd.make("test", 4096))
+        assert not handover.keep(f"{number}{'x' * 8000}", memfd.make("test", 4096))
     handover.note(paused="root", program="1.2.3", exchange=Exchange(1, "\udcff" * 2048, "\udcff" * 2048))
 
     assert 8 == len(handover.descriptors("null:1G")[1])

@@ -215,7 +215,7 @@ def test_a_worker_that_says_it_has_done_what_it_has_not_is_replaced(serving: Ste
     assert worker is not None
     os.kill(worker.pid, signal.SIGSTOP)
     answers = begin(serving, "set", chain="null:3G")
-    vbd.link._take(messages.Reply(vbd.link._last, Code.OK), [])
+    vbd.link._take(messages.Reply(vbd.link._last, Code.OK))
     serving.until(is_served(serving, worker.pid))
 
     assert [(Code.FAILED, "null:1G")] == [(each.code, each.data["chain"]) for each in answers]

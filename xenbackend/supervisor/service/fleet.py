@@ -6,21 +6,20 @@ A worker is never forked from here (`births`). It can be talked to before its pr
 worker's first opener is started together with it. A worker gets one end of a datagram socket pair, over which the
 messages of `xenbackend.protocol.messages` travel, with descriptors beside them.
 
-What a worker sends is as hostile as what a guest writes. A datagram that is no message of a worker's, was cut off, or
-comes with descriptors that its kind does not carry, is a breach of the protocol: the worker is killed, nothing else
-that it has sent is looked at, and its end is reported like any other.
+What a worker sends is as hostile as what a guest writes. A datagram that is no message of a worker's, is too long, or
+has descriptors beside it is a breach of the protocol: the worker is killed, nothing else that it has sent is looked at,
+and its end is reported like any other. The kernel drops the descriptors, which this process never gets: closing one
+that hanging storage stands behind would stop all disks.
 """
 
 from __future__ import annotations
 
 import errno
-import os
 import select
 import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
-from xenbackend.budget import Bucket
 from xenbackend.errors import KernelError
 from xenbackend.kernel.process import is_ending
 from xenbackend.log import get_logger
@@ -37,14 +36,10 @@ from xenbackend.walls.raising import describe
 COMMAND = (sys.executable, "-m", "xenbackend.worker.main")
 OPENER = (sys.executable, "-m", "xenbackend.opener.main")
 HANG_UP_S = 5.0  # for a worker that has closed its socket to end
-_SHORTAGES = 10, 600.0  # lines at once, and seconds for one more
 _MESSAGES_PER_TURN = 64  # so that one talkative worker does not hold up the others
 _LAST_MESSAGES = 1024  # of a worker that has ended: more than its socket holds
-_CARRIED: dict[type[messages.Message], int] = {messages.Keep: 1}  # descriptors beside a message; none beside others
-_MOST_CARRIED = max(_CARRIED.values())
 
-# With the descriptors beside it: the callee takes out those that it keeps, and the rest is closed.
-OnMessage = Callable[[messages.FromWorker, list[int]], None]
+OnMessage = Callable[[messages.FromWorker], None]
 OnEnd = Callable[[str], None]
 
 
@@ -66,7 +61,6 @@ class Worker:
         self.walls: list[str] = []
         self.no_walls: dict[str, str] = {}
         self.needs: list[str] = []
-        self._is_short_of_descriptors = False
         self.is_boosted = False
         self.has_broken_protocol = False
         self._is_heard = self._is_held = True  # we listen; it is ours
@@ -191,48 +185,31 @@ class Worker:
             if not self._is_heard:
                 return  # it was left, or broke the protocol
             try:
-                datagram, fds, is_whole = datagrams.receive(self._process.socket, messages.MAX_MESSAGE, _MOST_CARRIED)
+                datagram, _, is_whole = datagrams.receive(self._process.socket, messages.MAX_MESSAGE, 0)
             except BlockingIOError:
                 return
             except OSError:
                 self._hear_no_more()
                 return
-            if datagram or fds or not is_whole:
-                self._take(datagram, fds, is_whole=is_whole)
+            if not is_whole:
+                self._breach("a datagram that is too long, or has descriptors beside it")
+            elif datagram:
+                self._take(datagram)
             elif _has_hung_up(self._process.socket):
                 self._hear_no_more()
             else:
                 self._breach("an empty datagram")
 
-    def _take(self, datagram: bytes, fds: list[int], *, is_whole: bool) -> None:
+    def _take(self, datagram: bytes) -> None:
         try:
             message = codec.from_worker(datagram)
         except codec.NotAMessage as problem:
             self._breach(str(problem))
-        else:
-            self._hand_on(message, fds, is_whole=is_whole)
-        finally:
-            for fd in fds:
-                os.close(fd)
-
-    def _hand_on(self, message: messages.FromWorker, fds: list[int], *, is_whole: bool) -> None:
-        carried = _CARRIED.get(type(message), 0)
-        if len(fds) < carried and not is_whole:
-            self._note_shortage()
-        elif len(fds) != carried or not is_whole:
-            self._breach(f"{type(message).__name__} with descriptors other than the {carried} that belong to it")
-        else:
-            try:
-                self._on_message(message, fds)
-            except Exception as bug:  # this message alone is lost; the next one is handled
-                self._loop.bug(bug)
-
-    def _note_shortage(self) -> None:
-        """Do without a descriptor for which our process has no room, which is not the worker's fault."""
-        if not self._is_short_of_descriptors:
-            self._is_short_of_descriptors = True
-            if self._fleet.shortages.take() is not None:
-                self._fleet.log.warning("a memory cannot be kept: too many open files", worker=self.pid)
+            return
+        try:
+            self._on_message(message)
+        except Exception as bug:  # this message alone is lost; the next one is handled
+            self._loop.bug(bug)
 
     def _reap(self) -> None:
         """Handle the last messages, collect the exit status, close everything, and call `on_end`."""
@@ -263,7 +240,6 @@ class Fleet:
         """
         self.loop = loop
         self.log = get_logger("fleet")
-        self.shortages = Bucket(*_SHORTAGES, loop.now)  # budget of lines about them, which a worker can provoke
         self.breaches = 0
         self._command = command
         self._opener_command = opener

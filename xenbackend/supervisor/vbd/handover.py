@@ -253,15 +253,15 @@ class Handover:
         self._forget(current("worker"))
         self._forget(current("pidfd"))
 
-    def keep(self, name: str, fd: int) -> bool:
-        """Take over the descriptor of a memory, in place of a former one of that name.
+    def keep(self, name: str, fd: int) -> str:
+        """Take over the descriptor of a memory that an opener has made, in place of a former one of that name.
 
-        Return False, after closing it, if it is no memory, or one too many. No worker of ours sends such a descriptor.
+        Return why it is not kept, after closing it; empty: it is.
         """
         self.drop(name)
-        if len(self._memories) >= MAX_MEMORIES or not memfd.is_memory(fd):
+        if len(self._memories) >= MAX_MEMORIES:
             os.close(fd)
-            return False
+            return f"a disk has at most {MAX_MEMORIES} memories"
         self._memories[name] = fd
         slots = self.notes.memories
         slot = next(f"m{number}" for number in range(MAX_MEMORIES + 1) if f"m{number}" not in slots)
@@ -270,7 +270,7 @@ class Handover:
             self.note(memories={**slots, slot: name})
         except ConfigError:  # it outlives the worker, not the service
             self._forget(current(slot))
-        return True
+        return ""
 
     def drop(self, name: str) -> None:
         """Wipe and close the memory of that name, if there is one. It may hold a key."""

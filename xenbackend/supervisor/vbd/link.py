@@ -175,25 +175,21 @@ class Link:
         for opener in list(self._openers):
             opener.kill()
 
-    def _take(self, message: messages.FromWorker, fds: list[int]) -> None:
-        """Handle a message with the descriptors beside it; the caller closes those that are left in `fds`."""
+    def _take(self, message: messages.FromWorker) -> None:
         if self.worker is None:
             return  # `let_go` was called
         try:
-            self._hear(message, fds)
+            self._hear(message)
         except Exception as bug:  # even if its message hits a bug of ours, the other disks must be served
             self._vbd.fault(bug)
             self.breach("it sent a message that the service could not handle")
 
-    def _hear(self, message: messages.FromWorker, fds: list[int]) -> None:
+    def _hear(self, message: messages.FromWorker) -> None:
         match message:
             case messages.Standing():
                 self._hear_standing(message)
             case messages.Reply():
                 self._hear_reply(message)
-            case messages.Keep():
-                if not self._vbd.handover.keep(message.name, fds.pop()):
-                    self.breach("it sent something to keep that is not a memory, or is one too many")
             case messages.Drop():
                 self._vbd.handover.drop(message.name)
             case messages.Disconnected():

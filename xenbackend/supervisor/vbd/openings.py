@@ -12,7 +12,7 @@ from pathlib import Path
 
 from xenbackend import journal
 from xenbackend.protocol import messages
-from xenbackend.protocol.opening import Connected, Found, Job, KeptFile, Opened, Undrained
+from xenbackend.protocol.opening import Connected, Found, Job, KeptFile, Made, Opened, Undrained
 from xenbackend.supervisor.vbd.context import Context
 from xenbackend.supervisor.vbd.device import Device
 from xenbackend.supervisor.vbd.handover import Handover
@@ -93,6 +93,8 @@ class Openings:
         match found:
             case Opened():
                 return self._opened(question, found, fds[0])
+            case Made():
+                return self._handover.keep(found.name, fds[0])
             case Connected():
                 return connections.take(found.server, found.place, fds[0], is_alone=found.is_alone)
             case Undrained():
