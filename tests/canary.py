@@ -27,6 +27,7 @@ _libc.syscall.restype = ctypes.c_long
 _NEWNS = 0x20000
 _REC_PRIVATE = 1 << 14 | 1 << 18
 # x86_64, asm/unistd_64.h
+_SENDMSG, _SETSOCKOPT = 46, 54
 _MMAP, _MPROTECT, _EXECVE, _CHROOT, _SETHOSTNAME = 9, 10, 59, 161, 170
 _SHMGET, _SHMCTL, _PTRACE, _CAPSET, _PIVOT_ROOT, _MOUNT, _ADD_KEY, _UNSHARE = 29, 31, 101, 126, 155, 165, 248, 272
 _PERF_EVENT_OPEN, _SETNS, _PROCESS_VM_READV, _BPF, _EXECVEAT, _USERFAULTFD = 298, 308, 310, 321, 322, 323
@@ -127,6 +128,10 @@ def attempts(at: Surroundings) -> dict[str, Callable[[], object]]:
         "connect to the control socket": lambda: _connect(at.control),
         "connect to an abstract socket": lambda: _connect(at.abstract),
         "see the network's devices": _devices,
+        "send a descriptor": lambda: _call(_SENDMSG, -1, None, 0, but={errno.EBADF}),
+        "have a socket's end take long": lambda: _call(
+            _SETSOCKOPT, -1, socket.SOL_SOCKET, socket.SO_LINGER, None, 0, but={errno.EBADF}
+        ),
         # what the kernel offers besides
         "mount": lambda: _call(_MOUNT, b"none", f"{at.place}/empty".encode(), b"tmpfs", 0, None),
         "change the root": lambda: _chroot(at),
@@ -142,6 +147,7 @@ def attempts(at: Surroundings) -> dict[str, Callable[[], object]]:
         "userfaultfd": lambda: _closed(_call(_USERFAULTFD, 0)),
         "watch the CPU's events": lambda: _call(_PERF_EVENT_OPEN, None, 0, -1, -1, 0, but={errno.EFAULT}),
         "read the kernel's log": lambda: _call(_SYSLOG, 10, None, 0),
+        "make a memory of its own": lambda: os.close(os.memfd_create("canary")),
         "make memory executable": lambda: _call(_MMAP, None, 4096, 7, 0x22, -1, 0),
         "ask for Landlock": lambda: _call(_LANDLOCK, None, 0, 1),
         # itself

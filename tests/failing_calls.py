@@ -36,6 +36,7 @@ OS_CALLS = {
     "memfd_create": errno.EMFILE, "readlink": errno.EIO,
     "pread": errno.EIO, "preadv": errno.EIO, "pwrite": errno.EIO, "pwritev": errno.EIO, "set_blocking": errno.EIO,
     "set_inheritable": errno.EIO, "stat": errno.EIO, "statvfs": errno.EIO, "umask": errno.EIO,
+    "writev": errno.ECONNRESET,
 }  # fmt: skip
 CALLS = {
     **{f"os.{name}": number for name, number in OS_CALLS.items()},

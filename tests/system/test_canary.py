@@ -153,7 +153,7 @@ def test_a_canary_without_walls_gets_everything(tmp_path: Path, at: canary.Surro
 @pytest.mark.parametrize(
     ("word", "expected"),
     [
-        ("canary-of-network", {"socket of IPv4"}),
+        ("canary-of-network", {"socket of IPv4", "send a descriptor"}),
         ("canary-of-files", {"list the root", "see the host's files"}),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import socket
 import struct
 
 import pytest
@@ -78,8 +79,8 @@ def test_what_a_policy_names_is_allowed_and_nothing_else(machine: str) -> None:
         ("fcntl", (3, 8), REFUSED),  # F_SETOWN
         ("prlimit64", (0,), ALLOW),
         ("prlimit64", (1,), REFUSED),
-        ("setsockopt", (3, 1), ALLOW),
-        ("setsockopt", (3, 0), REFUSED),  # SOL_IP
+        ("sendmsg", (3,), REFUSED),  # which could send descriptors
+        ("setsockopt", (3, 1, VALUES["SO_SNDBUF"]), REFUSED),
     ],
 )
 def test_arguments_decide(machine: str, call: str, arguments: tuple[int, ...], expected: int) -> None:
@@ -97,7 +98,8 @@ def test_a_need_adds_to_what_is_allowed_before() -> None:
     def ask(call: str, *arguments: int) -> int:
         return answer(program, MACHINES["x86_64"], numbers[call] or 0, *arguments)
 
-    assert [ALLOW, ALLOW] == [ask("setsockopt", 3, 6), ask("socket", VALUES["AF_INET6"])]
+    assert [ALLOW, ALLOW] == [ask("setsockopt", 3, 6, VALUES["TCP_NODELAY"]), ask("socket", VALUES["AF_INET6"])]
+    assert REFUSED == ask("setsockopt", 3, 1, socket.SO_LINGER)
     assert [REFUSED, REFUSED] == [ask("socket", 1), ask("socket", 16)]  # AF_UNIX, AF_NETLINK
     assert [ALLOW, REFUSED, REFUSED] == [ask("openat", 0, 0, flags) for flags in (0, 1, 0o100)]
 

@@ -78,7 +78,6 @@ _NUMBERS: dict[str, tuple[int | None, int | None]] = {
     "mremap": (25, 216),
     "madvise": (28, 233),
     "brk": (12, 214),
-    "memfd_create": (319, 279),
     "futex": (202, 98),
     "clone": (56, 220),
     "clone3": (435, 435),
@@ -131,6 +130,22 @@ _NUMBERS: dict[str, tuple[int | None, int | None]] = {
 NUMBERS = {
     machine: {name: numbers[place] for name, numbers in _NUMBERS.items()} for place, machine in enumerate(MACHINES)
 }
+_OPTIONS = (
+    "IPV6_TCLASS",
+    "IPV6_V6ONLY",
+    "SO_KEEPALIVE",
+    "SO_PRIORITY",
+    "SO_RCVBUF",
+    "SO_RCVTIMEO",
+    "SO_REUSEADDR",
+    "SO_SNDBUF",
+    "SO_SNDTIMEO",
+    "TCP_KEEPCNT",
+    "TCP_KEEPIDLE",
+    "TCP_KEEPINTVL",
+    "TCP_NODELAY",
+    "TCP_USER_TIMEOUT",
+)
 VALUES = {
     "BLKDISCARD": blockdev.BLKDISCARD,
     "BLKGETDISKSEQ": 0x80081280,  # linux/fs.h
@@ -148,7 +163,6 @@ VALUES = {
     "FIOCLEX": 0x5451,
     "FIONBIO": 0x5421,
     "FIONCLEX": 0x5450,
-    "F_ADD_SEALS": fcntl.F_ADD_SEALS,
     "F_DUPFD": fcntl.F_DUPFD,
     "F_DUPFD_CLOEXEC": fcntl.F_DUPFD_CLOEXEC,
     "F_GETFD": fcntl.F_GETFD,
@@ -167,7 +181,7 @@ VALUES = {
     "O_WRONLY": O_WRONLY,
     "PROT_EXEC": 4,  # asm-generic/mman-common.h
     "PR_SET_NAME": 15,  # linux/prctl.h
-    "SOL_SOCKET": socket.SOL_SOCKET,
+    **{name: int(getattr(socket, name)) for name in _OPTIONS},
     # linux/sched.h: VM, FS, FILES, SYSVSEM, SIGHAND, THREAD, SETTLS, PARENT_SETTID, CHILD_CLEARTID; and musl's DETACHED
     "THREAD_OF_GLIBC": 0x3D0F00,
     "THREAD_OF_MUSL": 0x7D0F00,

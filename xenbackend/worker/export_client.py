@@ -6,6 +6,7 @@ again only once it has taken its answers.
 
 from __future__ import annotations
 
+import os
 import select
 import socket
 from collections import deque
@@ -250,7 +251,7 @@ class Client:
             return
         try:
             while self._out:
-                self._sent(self._socket.sendmsg([piece for piece, _ in islice(self._out, _PIECES)]))
+                self._sent(os.writev(self._socket.fileno(), [piece for piece, _ in islice(self._out, _PIECES)]))
         except BlockingIOError:
             self._wait_until_writable()
             return

@@ -8,6 +8,7 @@ the connection (`NbdError`), and has no other effect. A read is done when all it
 
 from __future__ import annotations
 
+import os
 import socket
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -43,7 +44,7 @@ from xenbackend.nbd.client import Offer
 
 Stream = socket.socket | TlsSocket
 _KINDS = (CMD_READ, CMD_WRITE, CMD_FLUSH, CMD_TRIM)  # by Op
-_IOV_MAX = 1024  # pieces of one sendmsg(2)
+_IOV_MAX = 1024  # pieces of one writev(2); a worker may make no sendmsg(2)
 _ROOM = 64 * 1024  # bytes of the receive buffer, for the heads of replies and small data
 _MAX_SMALL = 8192  # bytes of a chunk without data
 MAX_ERRORS = 64  # error chunks in reply to one request; the servers that we know send one
@@ -114,7 +115,7 @@ class Connection:
         try:
             while out:
                 pieces = list(out) if len(out) <= _IOV_MAX else [out[place] for place in range(_IOV_MAX)]
-                sent = self._socket.sendmsg(pieces)
+                sent = os.writev(self._socket.fileno(), pieces) if self._tls is None else self._tls.writev(pieces)
                 for piece in pieces:
                     if sent < len(piece):
                         break

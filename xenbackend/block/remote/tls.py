@@ -128,7 +128,7 @@ class TlsSocket:
                 self._unsent = memoryview(self._outgoing.read())
             self._unsent = self._unsent[self._socket.send(self._unsent) :]
 
-    def sendmsg(self, pieces: Iterable[bytes | memoryview]) -> int:
+    def writev(self, pieces: Iterable[bytes | memoryview]) -> int:
         """Encrypt the beginning of `pieces`, send that, and return its length; `flush` sends what is left over."""
         self.flush()
         taken, size = [], 0
@@ -149,7 +149,7 @@ class TlsSocket:
         """Encrypt and send all data; the socket blocks, or accepts that much."""
         left = memoryview(data)
         while left:
-            left = left[self.sendmsg([left]) :]
+            left = left[self.writev([left]) :]
         self.flush()
 
     def recv(self, size: int) -> bytes:
