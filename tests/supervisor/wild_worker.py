@@ -249,6 +249,11 @@ class Wild:
             replace(self._fake.standing, chain=self._random.choice(["", "aio:/etc/shadow", "null:9G", "|" * 2000]))
         )
 
+    def _wrong_export(self) -> None:
+        path = self._random.choice(["/run/nbd/vbd-1-51712.sock", "/x,file=/etc/shadow", "?", "x" * 100])
+        self._say(replace(self._fake.standing, export=path))
+        select.select([], [], [], _PATIENCE_S)  # so that it stays if it is believed
+
     def _reply_to_nobody(self) -> None:
         self._say(messages.Reply(self._random.choice([2**62, 2**63]), Code.OK))
 
@@ -332,6 +337,7 @@ class Wild:
         "a number that nobody gave": _wrong_number,
         "a stage that cannot be": _wrong_stage,
         "a chain that nobody ordered": _wrong_chain,
+        "an export that nobody ordered": _wrong_export,
         "a reply to nobody": _reply_to_nobody,
         "wrong reply": _wrong_reply,
         "odd descriptors": _odd_descriptors,

@@ -42,6 +42,7 @@ class Bed:
         self.words = words.words
         self.random = Random(seed)
         self.longest_s = 0.0
+        self.disks: list[str] = []  # the wild ones' backend directories
         self.service = int(self.ask({"verb": "ping"})["pid"])
         assert machine.service is not None
         self.processes = (self.service, machine.service.pid)  # and the keeper of its descriptors
@@ -55,6 +56,7 @@ class Bed:
         store = Store(self.machine.xenstored.add_domain_socket(domid))
         self.machine.store.write(f"/local/domain/{domid}/name", f"wild-{domid}")
         path = self.machine.attach(domid, "xvda", "null:1G")
+        self.disks.append(path.backend)
         offer_ring(store, path)
         self.until(lambda: self.machine.store.read(f"{path.backend}/state") == "4")
         store.write(f"{path.frontend}/state", "4")
@@ -83,6 +85,11 @@ class Bed:
                 with suppress(ServiceError):
                     self.ask({"verb": "resume", "vbd": vbd, "wait": 0})
         return {"serving"} == {*phases.values()}
+
+    def mislead(self) -> list[str]:
+        """Return where wild disks say that they serve a device model, although none was told to."""
+        said = [self.machine.store.read_optional(f"{each}/physical-device-path") for each in self.disks]
+        return [each for each in said if each is not None]
 
     def has_openers(self) -> bool:
         """Return whether each wild worker's opener has begun; none of them is let go."""
@@ -157,6 +164,7 @@ def test_any_bytes_of_a_worker_harm_nobody_else(
                 bed.load.run(64)
                 bed.ask({"verb": "ping"})
                 bed.are_served()
+                assert [] == bed.mislead()
                 is_over.wait(0.02)  # let other threads run
         finally:
             is_over.set()

@@ -68,6 +68,10 @@ class NoOpenings:
         """Return a job for a new image, and None for any other question."""
         return Job("vbd/5/51712", ["null:1G"], read_only=False) if isinstance(question, messages.Branch) else None
 
+    def believed_export(self, path: str) -> str | None:
+        """Believe that none is served, and do not show another service's path."""
+        return {"": "", "/former": ""}.get(path)
+
     def kept(self) -> list[int]:
         """Return no descriptors."""
         return []
@@ -163,6 +167,20 @@ def test_only_what_answers_the_last_order_is_heard(linked: Linked) -> None:
     linked.fleet.say(standing(numbers[-1] + 1))
 
     assert ["the worker was killed: it answers order 1003, which nobody gave"] == linked.process.killed
+
+
+def test_a_device_model_is_not_led_to_a_path_that_nobody_named(linked: Linked) -> None:
+    """A worker that says that it serves a device model at a path that nobody has named is killed, whichever order it
+    answers, and the path goes no further.
+    """
+    linked.link.order(messages.Report)
+    number = linked.process.sent[-1].number
+    for each in (standing(number, export="/former"), standing(number, export="/theirs"), standing(1, export="/x")):
+        linked.fleet.say(each, [])
+    sentence = "the worker was killed: it says that it serves a device model at a path that nobody named"
+
+    assert [standing(number)] == linked.owner.heard
+    assert [sentence] * 2 == linked.process.killed
 
 
 def test_a_worker_is_told_of_third_parties(linked: Linked) -> None:

@@ -139,6 +139,34 @@ def test_a_connection_is_kept_and_what_has_no_end_is_noted(tmp_path: Path) -> No
     assert [(("unix:/s", 1, 9), {"is_alone": True}), (("unix:/s", 2), {"is_broken": False})] == taken
 
 
+def test_a_device_model_is_served_where_that_was_ordered_or_not_at_all(tmp_path: Path) -> None:
+    """A worker may say that it serves a device model at the path that it was told, until it has said that this is over;
+    at any other path none is. The next worker may do so only if it is told so.
+    """
+    it = openings(tmp_path)
+    it.for_order(replace(OPEN, export=it.export))
+    assert [it.export, "", None, None] == [
+        it.believed_export(each) for each in (it.export, "", "/run/xenbackend/nbd/other.sock", f"{it.export},x=y")
+    ]
+    it.saw_export(it.export)
+    assert it.export == it.believed_export(it.export)
+    it.saw_export("")
+    assert ["", None] == [it.believed_export(each) for each in ("", it.export)]
+    it.for_order(replace(OPEN, export=it.export))
+    assert it.export == it.believed_export(it.export)
+    it.remove_export()
+    it.for_order(OPEN)
+    assert ["", None] == [it.believed_export(each) for each in ("", it.export)]
+
+
+def test_what_an_earlier_service_has_named_is_shown_if_it_is_ours(tmp_path: Path) -> None:
+    """A worker of an earlier service may serve a device model where that one has told it to. Nobody is led to a path
+    other than our own, and the worker is not to blame for it: the settings may have changed.
+    """
+    it = openings(tmp_path)
+    assert [it.export, "", ""] == [it.believed_export(each) for each in (it.export, "", "/former/nbd/vbd-0-5.sock")]
+
+
 def test_the_socket_of_an_export_is_removed_once_it_is_over(tmp_path: Path) -> None:
     """The export's socket is removed when the export is over, but not before it was there: the worker may be about to
     open it.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -207,9 +208,13 @@ class Link:
         if standing.number > self._told:
             self.breach(f"it answers order {standing.number}, which nobody gave")
             return
+        export = self._openings.believed_export(standing.export)
+        if export is None:
+            self.breach("it says that it serves a device model at a path that nobody named")
+            return
         if self.worker is not None:
             self.worker.note_walls(standing)
-        self._vbd.stands(standing, is_last=standing.number == self._told)
+        self._vbd.stands(replace(standing, export=export), is_last=standing.number == self._told)
 
     def _hear_reply(self, reply: messages.Reply) -> None:
         then, opener = self._asked.pop(reply.id, None), self._asked_with.pop(reply.id, None)

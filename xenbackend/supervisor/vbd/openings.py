@@ -34,6 +34,7 @@ class Openings:
         self._mode: tuple[bool, bool] | None = None  # read_only, shareable: as the worker was told
         self._comes = False  # the guest is migrated here, and may write at its source until then
         self._has_export = False  # the worker's socket for a device model was there
+        self._may_export: str | None = None  # at which path, as the worker was told; None: by an earlier service
 
     @property
     def export(self) -> str:
@@ -58,6 +59,7 @@ class Openings:
         if isinstance(order, messages.Open):
             self.may_wait, self._mode = order.may_wait, (order.read_only, order.shareable)
             self._comes |= order.may_wait
+            self._may_export = order.export
             job = self._job([order.chain])
             return replace(job, host=order.host, frontend_domid=order.frontend_domid, export=order.export)
         if not self.may_wait:
@@ -111,8 +113,20 @@ class Openings:
             found.name, found.identity, fd, is_next=is_next, replaces=swap.replaces, may_grow=swap.is_resize
         )
 
+    def believed_export(self, path: str) -> str | None:
+        """Return at which path a worker that says `path` serves a device model; None if nobody has named that path.
+
+        A toolstack has QEMU connect there, as root. So nothing but our own path is returned, or an empty one, not even
+        the path that an earlier service with another `socket` in its settings may have named to its worker.
+        """
+        if not path or path == self._may_export:
+            return path
+        if self._may_export is None:
+            return path if path == self.export else ""
+        return None
+
     def saw_export(self, path: str) -> None:
-        """Note whether the worker serves a device model; remove the socket once it no longer does."""
+        """Note whether the worker serves a device model; remove the socket for good once it no longer does."""
         if path:
             self._has_export = True
         elif self._has_export:
@@ -120,7 +134,7 @@ class Openings:
 
     def remove_export(self) -> None:
         """Remove the socket, which no worker uses any more."""
-        self._has_export = False
+        self._has_export, self._may_export = False, ""
         with suppress(OSError):  # the next opener replaces it
             Path(self.export).unlink(missing_ok=True)
 
