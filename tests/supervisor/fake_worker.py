@@ -39,9 +39,10 @@ def main() -> int:
 
 
 class FakeWorker:
-    """The standing and journal of a fake worker."""
+    """The standing and journal of a fake worker; `no_walls` is told from its first standing on."""
 
     def __init__(self) -> None:
+        self.no_walls: dict[str, str] = {}
         self.journal = memoryview(b"")
         self.standing = messages.Standing(-1, Stage.IDLE, "", read_only=False, shareable=False)
 
@@ -67,6 +68,7 @@ class FakeWorker:
             case messages.Open():
                 self.standing = messages.Standing(-1, Stage.OPEN, order.chain, order.read_only, order.shareable)
                 self.standing = replace(self.standing, is_paused=order.is_paused, export=order.export)
+                self.standing = replace(self.standing, no_walls=self.no_walls)
                 if order.chain == "null:2G":
                     self.standing = replace(
                         self.standing,

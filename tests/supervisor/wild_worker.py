@@ -31,7 +31,7 @@ from xenbackend.protocol import codec, messages
 from xenbackend.protocol.codes import Code
 from xenbackend.protocol.messages import Stage
 from xenbackend.units import PAGE
-from xenbackend.walls.raising import Walls
+from xenbackend.walls.raising import Wall, Walls
 from xenbackend.worker import birth, zygote
 from xenbackend.worker import main as real
 
@@ -152,6 +152,7 @@ class Wild:
         self._row = self._words.words[DISK_WORDS * disk : DISK_WORDS * (disk + 1)]
         self._random = Random(f"{self._words.words[SEED]} {disk} {self._row[0]}")
         self._row[0] += 1
+        self._fake.no_walls = self._no_walls()
 
     def _progress(self) -> None:
         """Let the guest seem to have got an answer, so that a successor comes at once."""
@@ -254,6 +255,17 @@ class Wild:
         self._say(replace(self._fake.standing, export=path))
         select.select([], [], [], _PATIENCE_S)  # so that it stays if it is believed
 
+    def _no_walls(self) -> dict[str, str]:
+        """Return reasons that nobody has told yet."""
+        reason = f"no {self._random.random()}" + self._random.choice(["", "x" * 3000, "\0\n\t" * 300])
+        return {str(wall): reason for wall in self._random.sample([*Wall], self._random.choice([0, 1, 1, 11]))}
+
+    def _other_walls(self) -> None:
+        for _ in range(self._random.choice([1, 1000])):
+            walls = [str(each) for each in self._random.sample([*Wall, "", "x" * 3000], 2)]
+            number = self._random.choice([0, self._fake.standing.number])
+            self._say(replace(self._fake.standing, number=number, walls=walls, no_walls=self._no_walls()))
+
     def _reply_to_nobody(self) -> None:
         self._say(messages.Reply(self._random.choice([2**62, 2**63]), Code.OK))
 
@@ -338,6 +350,7 @@ class Wild:
         "a stage that cannot be": _wrong_stage,
         "a chain that nobody ordered": _wrong_chain,
         "an export that nobody ordered": _wrong_export,
+        "other walls": _other_walls,
         "a reply to nobody": _reply_to_nobody,
         "wrong reply": _wrong_reply,
         "odd descriptors": _odd_descriptors,

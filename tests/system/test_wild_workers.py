@@ -188,11 +188,10 @@ def _look(log: Path, known: dict[str, Any], words: Words, passed_s: float, bed: 
     """Compare what the service has logged with what was done."""
     lines = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
     broken = [line["worker"] for line in lines if line["event"].startswith("a worker broke the protocol")]
-    said = Counter[str]()  # bytes, by disk
+    said = Counter[str]()  # bytes, by disk; those about none are the service's own lines
     for line in log.read_text().splitlines():
         if line.startswith("{"):
             said[json.loads(line).get("vbd", "")] += len(line) + 1
-    del said[""]
     deeds = words.deeds()
     print(
         f"{words.words[HEARD]} messages of {words.lives()} workers in {passed_s:.0f} s, {len(broken)} breaches, {deeds}"

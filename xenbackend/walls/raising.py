@@ -40,7 +40,7 @@ _TABLE = "/proc/self/fd"
 
 
 class Wall(StrEnum):
-    """Each wall, in the order in which they are raised."""
+    """Each wall, in the order in which they are raised. Another one needs a new `protocol.messages.VERSION`."""
 
     DESCRIPTORS = "descriptors"  # only those of a list are open; standard input, output and error are /dev/null
     ENVIRONMENT = "environment"  # empty

@@ -493,29 +493,79 @@ def _children() -> list[int]:
     return [int(each) for each in task.read_text().split()]
 
 
+def stand(**walls: Any) -> messages.Standing:
+    """Return the standing of a worker with these walls."""
+    return messages.Standing(1, messages.Stage.OPEN, "", read_only=False, shareable=False, **walls)
+
+
 def test_walls_that_are_missing_are_said_once(hear: Callable[..., Heard], capsys: pytest.CaptureFixture[str]) -> None:
     """Missing walls are logged once for all workers, and again only if other walls are missing. Each worker's own are
     shown.
     """
     heard = hear(FAKE_WORKER)
-
-    def stand(**walls: Any) -> None:
-        heard.worker.note_walls(
-            messages.Standing(1, messages.Stage.OPEN, "", read_only=False, shareable=False, **walls)
-        )
-
-    stand(walls=["user"])
-    stand(walls=["limits"], no_walls={"user": "become user 7: no", "capabilities": "become user 7: no"})
-    stand(walls=[])
-    stand(walls=["limits"], no_walls={"user": "become user 7: no", "capabilities": "become user 7: no"})
-    stand(walls=["user"], no_walls={"landlock": "use Landlock: no"})
+    missing = stand(walls=["limits"], no_walls={"user": "become user 7: no", "capabilities": "become user 7: no"})
+    other = stand(walls=["user"], no_walls={"landlock": "use Landlock: no"}, needs=["files"])
+    for each in (stand(walls=["user"]), missing, stand(), missing, other):
+        assert all(heard.worker.note_walls(each) for _ in range(2))
+        heard.kill()
+        last = heard.worker
+        heard.start()
     lines = [line for line in capsys.readouterr().out.splitlines() if "walls" in line]
     heard.kill()
 
     assert 2 == len(lines)
     assert "user, capabilities (become user 7: no)" in lines[0]
     assert "landlock (use Landlock: no)" in lines[1]
-    assert {"landlock": "use Landlock: no"} == heard.worker.no_walls
+    assert (["user"], {"landlock": "use Landlock: no"}, ["files"]) == (last.walls, last.no_walls, last.needs)
+    assert 0 == heard.fleet.breaches
+
+
+def test_workers_that_tell_of_ever_other_walls_fill_no_log(hear: Callable[..., Heard], lines: io.StringIO) -> None:
+    """However many workers say which walls are missing, and however long their reasons are, the log has a few short
+    lines an hour about it.
+    """
+    heard = hear(FAKE_WORKER)
+    for hour in range(2):
+        lines.truncate(lines.seek(0))
+        for number in range(1000):
+            heard.fleet.note_walls({"user": f"hour {hour}, {number}: " + "\udcff\n" * 30_000})
+        said = lines.getvalue().splitlines()
+        assert 0 < len(said) <= 10
+        assert max(map(len, said)) < 1000
+        heard.ahead_s += 3600
+    heard.kill()
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        [stand(walls=["user"]), stand()],
+        [stand(walls=["user"]), stand(walls=["limits"])],
+        [stand(), stand(no_walls={"user": "no"})],
+        [stand(no_walls={"user": "no"}), stand(no_walls={"user": "it cannot be"})],
+        [stand(), stand(needs=["network"])],
+        [stand(walls=["Jericho"])],
+        [stand(no_walls={"x" * 5000: "no"})],
+        [stand(walls=["user", "user"])],
+        [stand(walls=["user"], no_walls={"user": "no"})],
+        [stand(needs=["everything"])],
+        [stand(needs=["files", "files"])],
+    ],
+)
+def test_a_worker_has_the_walls_that_it_was_born_with(
+    hear: Callable[..., Heard], told: list[messages.Standing], lines: io.StringIO
+) -> None:
+    """A worker's walls never change. One that tells of other walls than before, or of walls or needs that there are
+    not, is killed for that breach, and nothing is logged about its last walls.
+    """
+    heard = hear(FAKE_WORKER)
+    assert all(heard.worker.note_walls(each) for each in told[:-1])
+    before = (heard.worker.walls, heard.worker.no_walls, heard.worker.needs), lines.getvalue()
+    assert not heard.worker.note_walls(told[-1])
+
+    assert f"{BREACH}walls other than a worker's, or than it has told before" == heard.until_end()
+    assert before == ((heard.worker.walls, heard.worker.no_walls, heard.worker.needs), lines.getvalue())
+    assert heard.worker.has_broken_protocol
 
 
 def test_a_worker_by_exec_is_told_of_third_parties(hear: Callable[..., Heard], tmp_path: Path) -> None:

@@ -45,9 +45,10 @@ class FakeProcess:
         """Record it."""
         self.is_left = True
 
-    def note_walls(self, standing: messages.Standing) -> None:
-        """Record the walls."""
+    def note_walls(self, standing: messages.Standing) -> bool:
+        """Record the walls; no worker is behind none."""
         self.walls = standing.walls
+        return self.walls != ["none"]
 
 
 class Clock:
@@ -197,7 +198,7 @@ def test_a_worker_is_told_of_third_parties(linked: Linked) -> None:
 
 def test_what_a_worker_is_behind_is_noted(linked: Linked) -> None:
     """The walls in the last valid standing are those that `status` shows; a standing with a wrong number changes
-    nothing.
+    nothing. One with walls that cannot be is not passed on.
     """
     linked.link.order(messages.Report)
     number = linked.process.sent[-1].number
@@ -205,6 +206,8 @@ def test_what_a_worker_is_behind_is_noted(linked: Linked) -> None:
     linked.fleet.say(standing(number + 1, walls=[]))
 
     assert ["user"] == linked.process.walls
+    linked.fleet.say(standing(number, walls=["none"]), [])
+    assert [standing(number, walls=["user"])] == linked.owner.heard
 
 
 def test_each_question_has_one_reply(linked: Linked) -> None:

@@ -18,8 +18,10 @@ import errno
 import select
 import socket
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 
+from xenbackend.block.driver import NEEDS
+from xenbackend.budget import Bucket
 from xenbackend.errors import KernelError
 from xenbackend.kernel.process import is_ending
 from xenbackend.log import get_logger
@@ -31,11 +33,13 @@ from xenbackend.supervisor.service.opener import OnEnd as OnOpenerEnd
 from xenbackend.supervisor.service.opener import OnFound, OnWaits, Opener
 from xenbackend.supervisor.service.openers import Openers
 from xenbackend.supervisor.service.process import Process
-from xenbackend.walls.raising import describe
+from xenbackend.walls.raising import Wall, describe
 
 COMMAND = (sys.executable, "-m", "xenbackend.worker.main")
 OPENER = (sys.executable, "-m", "xenbackend.opener.main")
 HANG_UP_S = 5.0  # for a worker that has closed its socket to end
+_LINES = 10, 600.0  # about walls, which a worker can provoke: at once, and seconds for one more
+_LONGEST_REASON = 500  # characters of the reason why a wall is not up
 _MESSAGES_PER_TURN = 64  # so that one talkative worker does not hold up the others
 _LAST_MESSAGES = 1024  # of a worker that has ended: more than its socket holds
 
@@ -61,6 +65,7 @@ class Worker:
         self.walls: list[str] = []
         self.no_walls: dict[str, str] = {}
         self.needs: list[str] = []
+        self._has_told_walls = False
         self.is_boosted = False
         self.has_broken_protocol = False
         self._is_heard = self._is_held = True  # we listen; it is ours
@@ -128,11 +133,25 @@ class Worker:
         self.is_boosted = False
         self._process.unboost()
 
-    def note_walls(self, standing: messages.Standing) -> None:
-        """Note which walls it says it is behind, as each standing tells, the first one included."""
-        if (standing.walls, standing.needs) != (self.walls, self.needs):
-            self.walls, self.no_walls, self.needs = standing.walls, standing.no_walls, standing.needs
-            self._fleet.note_walls(self.no_walls)
+    def note_walls(self, standing: messages.Standing) -> bool:
+        """Note which walls it says it is behind; False: no worker is, and it is killed.
+
+        Walls are up before a worker says anything, so that each of its standings tells the same.
+        """
+        no_walls = {wall: why[:_LONGEST_REASON] for wall, why in standing.no_walls.items()}
+        said = (standing.walls, no_walls, standing.needs)
+        if self._has_told_walls:
+            is_sound = said == (self.walls, self.no_walls, self.needs)
+        else:
+            walls = [*standing.walls, *no_walls]
+            is_sound = _are_of(walls, {wall.value for wall in Wall}) and _are_of(standing.needs, NEEDS)
+        if not is_sound:
+            self._breach("walls other than a worker's, or than it has told before")
+        elif not self._has_told_walls:
+            self._has_told_walls = True
+            self.walls, self.no_walls, self.needs = said
+            self._fleet.note_walls(no_walls)
+        return is_sound
 
     def leave(self) -> None:
         """Close our ends; the worker goes on, and the keeper has its socket for the next service."""
@@ -240,6 +259,7 @@ class Fleet:
         """
         self.loop = loop
         self.log = get_logger("fleet")
+        self._wall_lines = Bucket(*_LINES, loop.now)
         self.breaches = 0
         self._command = command
         self._opener_command = opener
@@ -313,9 +333,12 @@ class Fleet:
             raise
 
     def note_walls(self, no_walls: Mapping[str, str]) -> None:
-        """Log which walls this host cannot raise around workers, and why; the same only once."""
+        """Log which walls this host cannot raise around workers, and why; the same only once.
+
+        A worker says so itself, and each may say something else: the lines have a budget.
+        """
         missing = describe(no_walls) if no_walls else ""
-        if missing and missing != self._missing_walls:
+        if missing and missing != self._missing_walls and self._wall_lines.take() is not None:
             self._missing_walls = missing
             self.log.warning("workers are not behind all of their walls", missing=missing)
 
@@ -331,6 +354,11 @@ class Fleet:
         """
         self._births.close()
         self.openers.close()
+
+
+def _are_of(names: Sequence[str], known: Set[str]) -> bool:
+    """Return whether all names are known ones, each there at most once."""
+    return len(names) == len(set(names)) and set(names) <= known
 
 
 def _has_hung_up(near: socket.socket) -> bool:

@@ -212,8 +212,8 @@ class Link:
         if export is None:
             self.breach("it says that it serves a device model at a path that nobody named")
             return
-        if self.worker is not None:
-            self.worker.note_walls(standing)
+        if self.worker is not None and not self.worker.note_walls(standing):
+            return
         self._vbd.stands(replace(standing, export=export), is_last=standing.number == self._told)
 
     def _hear_reply(self, reply: messages.Reply) -> None:
