@@ -145,7 +145,7 @@ class WorkerProcess:
                 if not question.is_dry_run:
                     self._successor = question.chain
             case messages.Reconnect():
-                self._send_with_opener(ask, self._job)
+                self._send_with_opener(ask, replace(self._job, only_connects=True))
             case messages.Branch():
                 self._send_with_opener(ask, replace(self._job, makes=question.file))
             case _:

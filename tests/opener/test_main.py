@@ -18,7 +18,7 @@ from tests.openers import Openers
 from xenbackend.block.driver import Found
 from xenbackend.block.keys import MAX_ITERATIONS, Derivation
 from xenbackend.block.mapped.parents import PARENT
-from xenbackend.block.servers import DISK, Account
+from xenbackend.block.servers import DISK, Account, After, Endpoint
 from xenbackend.errors import ConfigError, DriverError
 from xenbackend.kernel import memfd
 from xenbackend.opener.main import BREACH
@@ -302,6 +302,34 @@ def test_keys_of_a_passphrase(openers: Openers, image: Path, tmp_path: Path) -> 
     with pytest.raises(DriverError, match="is not opened"):
         opener.open(str(passphrase), write=False)
     opener.close()
+
+
+def test_one_for_lost_connections_does_nothing_else(openers: Openers, image: Path, tmp_path: Path) -> None:
+    """An opener for lost connections connects to the chain's servers, and does nothing else that the chain allows:
+    a worker gets such openers again and again, only because it says so, each with new limits on its work.
+    """
+    passphrase = key_file(tmp_path / "key")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "server"))
+        server.listen()
+        chain = f"luks:key={passphrase}|cow:{tmp_path}/record|nbd:nbd+unix:///?socket={tmp_path}/server"
+        opener = openers.remote(job(chain, only_connects=True))
+        for function in (
+            lambda: opener.derive(
+                str(passphrase), Derivation("pbkdf2", b"s" * 32, 64, 1000, "sha256"), without_newline=False
+            ),
+            lambda: opener.open_record(f"{tmp_path}/record"),
+            lambda: opener.look(f"{tmp_path}/record"),
+            lambda: opener.resolve(f"{tmp_path}/record"),
+        ):
+            with pytest.raises(DriverError, match="the job is of no"):
+                function()
+        opener.connect(Endpoint(path=f"{tmp_path}/server"), 0, After.LOSS, keeps=True).close()
+        opener.close()
+    openers.close()
+
+    assert [] == openers.opened
+    assert not (tmp_path / "record").exists()
 
 
 def test_a_worker_has_so_many_keys_made_and_no_more(openers: Openers, image: Path, tmp_path: Path) -> None:

@@ -37,7 +37,8 @@ from xenbackend.worker import main as real
 
 ENVIRONMENT = "WILD"
 HEARD, IS_CALM, SEED = 0, 1, 2  # words: messages taken by the service; 1: be calm; the seed
-DISK_WORDS = 64  # per disk: its lives, then how often each deed was done
+DISK_WORDS = 64  # per disk: its lives, then how often each deed was done; last OPENERS
+OPENERS = 63  # how many openers came to connect it to servers, of which it has none
 DISKS = 7
 NAMES = [f"memory-{number}" for number in range(messages.MAX_MEMORIES // 2)]
 ODD: list[Any] = [
@@ -45,6 +46,7 @@ ODD: list[Any] = [
     [[]], {"kind": "Open"}, ["x"] * 4097, {"": ""}, "aio:/etc/shadow", "null:3G", "serving", "ok", [0] * 100,
 ]  # fmt: skip
 _WILD = 60  # one of so many messages is a deed
+_WANTS_S = 1.0  # for which it wants connections
 _PATIENCE_S = 20.0  # if it is not killed by then it ends, and the test fails
 
 
@@ -67,6 +69,10 @@ class Words:
         """Return how often each deed was done."""
         rows = [self.words[DISK_WORDS * disk : DISK_WORDS * (disk + 1)] for disk in range(1, DISKS + 1)]
         return {name: sum(row[1 + place] for row in rows) for place, name in enumerate(Wild.DEEDS)}
+
+    def openers(self) -> int:
+        """Return how many openers have come to connect a wild worker to a server."""
+        return sum(self.words[DISK_WORDS * disk + OPENERS] for disk in range(1, DISKS + 1))
 
     def lives(self) -> int:
         """Return how many wild workers there have been."""
@@ -107,7 +113,8 @@ class Wild:
             if self._random.randrange(_WILD):
                 self._random.choice(self._HARMLESS)(self)
             else:
-                self._do([*self.DEEDS][(3 * self._disk + sum(self._row[1:])) % len(self.DEEDS)])  # each has its turn
+                done = sum(self._row[1:OPENERS])
+                self._do([*self.DEEDS][(3 * self._disk + done) % len(self.DEEDS)])  # each has its turn
         os._exit(7)
 
     def _is_calm(self) -> bool:
@@ -121,12 +128,26 @@ class Wild:
         """Take one message, if one comes in time, and mostly obey it; return False if the service has gone."""
         if not select.select([self._near], [], [], timeout_s)[0]:
             return True
+        message = self._take()
+        if message is None:
+            return False
+        if isinstance(message, messages.Close):
+            self._say(*self._fake.answers(message))
+            return False
+        if isinstance(message, messages.Ask) and not self._is_calm() and not self._random.randrange(3):
+            self._do("wrong reply")
+        elif not isinstance(message, messages.Reply):
+            self._say(*self._fake.answers(message))
+        return True
+
+    def _take(self) -> messages.FromSupervisor | None:
+        """Take a message that has come; return None if the service has gone."""
         try:
             datagram, fds, _, _ = socket.recv_fds(self._near, messages.MAX_MESSAGE, 70)
         except OSError:
-            return False
+            return None
         if not datagram:
-            return False
+            return None
         self._heard = [*self._heard[-9:], datagram]
         message = codec.from_supervisor(datagram)
         if isinstance(message, messages.Open):
@@ -136,14 +157,8 @@ class Wild:
                 os.close(fd)
         if isinstance(message, messages.Ask):
             self._asked.append(message.id)
-        if isinstance(message, messages.Close):
-            self._say(*self._fake.answers(message))
-            return False
-        if isinstance(message, messages.Ask) and not self._is_calm() and not self._random.randrange(3):
-            self._do("wrong reply")
-        elif not isinstance(message, messages.Reply):
-            self._say(*self._fake.answers(message))
-        return True
+            self._row[OPENERS] += isinstance(message.question, messages.Reconnect)
+        return message
 
     def _open(self, message: messages.Open, fds: list[int]) -> None:
         self._fake.journal = memoryview(mmap.mmap(fds[0], journal.SIZE))
@@ -260,6 +275,16 @@ class Wild:
         reason = f"no {self._random.random()}" + self._random.choice(["", "x" * 3000, "\0\n\t" * 300])
         return {str(wall): reason for wall in self._random.sample([*Wall], self._random.choice([0, 1, 1, 11]))}
 
+    def _wants_connections(self) -> None:
+        self._fake.standing = replace(self._fake.standing, wants_connections=True)
+        self._say(self._fake.standing)
+        give_up = time.monotonic() + _WANTS_S
+        while (left_s := give_up - time.monotonic()) > 0 and select.select([self._near], [], [], left_s)[0]:
+            message = self._take()
+            if message is None:
+                return
+            self._say(*self._fake.answers(message))
+
     def _other_walls(self) -> None:
         for _ in range(self._random.choice([1, 1000])):
             walls = [str(each) for each in self._random.sample([*Wall, "", "x" * 3000], 2)]
@@ -350,6 +375,7 @@ class Wild:
         "a stage that cannot be": _wrong_stage,
         "a chain that nobody ordered": _wrong_chain,
         "an export that nobody ordered": _wrong_export,
+        "wants connections": _wants_connections,
         "other walls": _other_walls,
         "a reply to nobody": _reply_to_nobody,
         "wrong reply": _wrong_reply,

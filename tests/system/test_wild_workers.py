@@ -203,5 +203,6 @@ def _look(log: Path, known: dict[str, Any], words: Words, passed_s: float, bed: 
     assert DISKS <= len(broken) <= known["breaches"]  # the log has as many as each disk's budget allows
     assert 0 == bed.model.failures
     assert bed.longest_s < MAX_ANSWER_S
+    assert 0 == words.openers()
     assert max(said.values()) <= PER_HOUR
     assert [] == [name for name, number in deeds.items() if not number]

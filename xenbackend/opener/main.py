@@ -100,6 +100,8 @@ class Attendant:
     def answer(self, question: opening.Question) -> tuple[Given, list[int]]:
         """Return the answer to one question, and the descriptors that were opened for it, the caller's."""
         fds: list[int] = []
+        if self._job.only_connects and not isinstance(question, opening.ConnectTo):
+            return _refusal(question), fds
         try:
             answer = self._do(question, fds)
         except XenbackendError as problem:
@@ -143,7 +145,7 @@ class Attendant:
             case opening.ReadCluster() | opening.ReadCertificates():
                 return Given(settings=_read_settings(access, question, job.vbd))
             case _:
-                return Given(errno.EACCES, f"the job is of no {type(question).__name__}")
+                return _refusal(question)
         return Given()
 
     def _do_with_new_file(self, access: Access, question: opening.MakeFile | opening.Publish, fds: list[int]) -> Given:
@@ -156,7 +158,7 @@ class Attendant:
             is_marked = access.mark_child(self._new.fd)
             self._new.publish()
             return Given(is_marked=is_marked)
-        return Given(errno.EACCES, f"the job is of no {type(question).__name__}")
+        return _refusal(question)
 
     def _make(self, question: opening.Listen | opening.MakeMemory) -> int:
         """Return a socket that listens, or a memory. Raises: DriverError, OSError, KernelError, SupervisorGone."""
@@ -278,6 +280,10 @@ def main(arguments: list[str]) -> int:
         print("an opener is started by the service, with --socket and the number of a descriptor", file=sys.stderr)
         return 2
     return serve(datagrams.inherited(int(arguments[1])))
+
+
+def _refusal(question: opening.Question) -> Given:
+    return Given(errno.EACCES, f"the job is of no {type(question).__name__}")
 
 
 def _do_with_file(

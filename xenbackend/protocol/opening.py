@@ -84,6 +84,7 @@ class Job:
     scratch          directory for the disk's unnamed file (`block.files.UNNAMED`)
     names_unnamed    path that the unnamed file of the chain in service gets, for the second chain; empty: none
     renews_unnamed   the second chain gets an unnamed file of its own
+    only_connects    nothing but `ConnectTo` is answered: a worker gets such an opener when it says that it wants one
     """
 
     vbd: str
@@ -103,6 +104,7 @@ class Job:
     scratch: str = ""
     names_unnamed: str = ""
     renews_unnamed: bool = False
+    only_connects: bool = False
 
 
 @dataclass(frozen=True, slots=True)

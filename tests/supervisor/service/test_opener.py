@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.supervisor.helpers import FAKE_OPENER
+from tests.supervisor.helpers import FAKE_OPENER, settle
 from xenbackend.errors import DriverError, KernelError
 from xenbackend.loop.reactor import Reactor
 from xenbackend.protocol.opening import Found, Job, Opened
 from xenbackend.supervisor.service.fleet import OPENER, Fleet
-from xenbackend.supervisor.service.opener import Opener
+from xenbackend.supervisor.service.opener import GRACE_S, Opener
 from xenbackend.worker.opener import OpenerGone, RemoteOpener
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("descriptors")]
@@ -27,7 +27,8 @@ class Service:
 
     def __init__(self, command: tuple[str, ...] = OPENER) -> None:
         self.bugs: list[Exception] = []
-        self.loop = Reactor(on_bug=self.bugs.append)
+        self.ahead_s = 0.0  # how far the loop's clock is ahead
+        self.loop = Reactor(lambda: time.monotonic() + self.ahead_s, on_bug=self.bugs.append)
         self.fleet = Fleet(self.loop, opener=command)
         self.opened: list[Opened] = []
         self.ends: list[str] = []
@@ -162,6 +163,33 @@ def test_what_it_finds_too_late_is_not_kept(service: Service, tmp_path: Path) ->
 
     assert [] == service.opened
     assert [OpenerGone] == ends
+
+
+def test_one_that_its_worker_does_not_let_go_is_killed(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the worker has replied to the question that the opener was for, the opener has GRACE_S to end, and is
+    killed if its worker keeps it. One that waits for storage is not killed before the storage has answered.
+    """
+    opener, remote = service.begin("null:1G")
+    until_begun(service, opener)
+    assert opener._process is not None
+    opener.note_over()
+    settle(service.loop)
+    assert [] == service.ends
+    with monkeypatch.context() as patched:
+        patched.setattr("xenbackend.supervisor.service.opener.state_of", lambda _: "D")
+        service.ahead_s += GRACE_S
+        settle(service.loop)
+        assert opener._is_heard
+        assert opener.hangs()
+    service.ahead_s += GRACE_S
+    service.until_end()
+    with pytest.raises(OpenerGone):
+        remote.look("/img")
+    remote.close()
+
+    assert [""] == service.ends
 
 
 def test_a_worker_that_asks_nonsense_is_told_of(service: Service) -> None:

@@ -66,8 +66,10 @@ class NoOpenings:
         """Return None."""
 
     def for_question(self, question: Any) -> Job | None:
-        """Return a job for a new image, and None for any other question."""
-        return Job("vbd/5/51712", ["null:1G"], read_only=False) if isinstance(question, messages.Branch) else None
+        """Return a job for a new image or lost connections, and None for any other question."""
+        is_reconnect = isinstance(question, messages.Reconnect)
+        job = Job("vbd/5/51712", ["null:1G"], read_only=False, only_connects=is_reconnect)
+        return job if is_reconnect or isinstance(question, messages.Branch) else None
 
     def believed_export(self, path: str) -> str | None:
         """Believe that none is served, and do not show another service's path."""
@@ -88,6 +90,7 @@ class FakeFleet:
     def __init__(self) -> None:
         self.process = FakeProcess()
         self.loop = Clock()
+        self.hangs = False  # whether its openers do
 
     def start(self, on_message: Any, on_end: Any, drivers: Sequence[str] = ()) -> FakeProcess:
         """Record the callbacks, and return a fake process."""
@@ -98,7 +101,7 @@ class FakeFleet:
 
     def open(self, _job: Job, _kept: Any, _found: Any, on_end: OnEnd, _waits: Any) -> tuple[Any, socket.socket]:
         """Record the callback, and return an opener that does nothing."""
-        opener: Any = SimpleNamespace(kill=lambda: None, hangs=lambda: False)
+        opener: Any = SimpleNamespace(kill=lambda: None, hangs=lambda: self.hangs, note_over=lambda: None)
         self.end_opener = partial(on_end, opener)
         near, far = socket.socketpair()
         far.close()
@@ -307,6 +310,30 @@ def test_a_successor_has_not_asked_what_its_predecessor_did(linked: Linked) -> N
 
     assert ["the worker was killed: it asks for nonsense"] == linked.process.killed
     assert [] == linked.fleet.process.killed
+
+
+def test_one_opener_at_a_time_connects_again(linked: Linked) -> None:
+    """A worker that wants connections gets no other opener while it keeps the one that it had for that, unless storage
+    makes that one hang: two that hang are the most.
+    """
+    replies: list[messages.Reply] = []
+
+    def ask() -> int:
+        """Ask, have the worker answer if it can, and return how many questions it got."""
+        linked.link.ask(messages.Reconnect(), replies.append)
+        if len(linked.process.sent) > len(answered):
+            answered.append(linked.process.sent[-1].id)
+            linked.fleet.say(messages.Reply(answered[-1], Code.OK), [])
+        return len(answered)
+
+    answered: list[int] = []
+    assert (1, 1) == (ask(), ask())
+    assert [Code.OK, Code.FAILED] == [each.code for each in replies]
+    linked.fleet.end_opener("")
+    assert (2, 2) == (ask(), ask())
+    linked.fleet.hangs = True
+    assert (3, 3) == (ask(), ask())
+    assert "its storage has failed to answer 2 times" in replies[-1].sentence
 
 
 def test_a_breach_is_told_with_the_end(linked: Linked) -> None:

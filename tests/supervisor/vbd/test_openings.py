@@ -7,6 +7,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from tests.supervisor.helpers import PATH
 from xenbackend import journal
 from xenbackend.protocol import messages
@@ -126,17 +128,33 @@ def test_what_becomes_of_an_unnamed_file_the_notes_say(tmp_path: Path) -> None:
 
 
 def test_a_connection_is_kept_and_what_has_no_end_is_noted(tmp_path: Path) -> None:
-    """A reconnection is made for the chain in service, with what is kept. What the opener reports is kept or noted."""
+    """A reconnection is made for the chain in service, with what is kept, and its opener does nothing else. What the
+    opener reports is kept or noted.
+    """
     taken: list[Any] = []
     it = openings(tmp_path, taken)
     job = it.for_question(messages.Reconnect())
 
     assert job is not None
-    assert (["aio:/img"], [KeptConnection("unix:/s", 0)]) == (job.chains, job.connections)
+    assert (["aio:/img"], [KeptConnection("unix:/s", 0)], True) == (job.chains, job.connections, job.only_connects)
     assert [7, 8] == it.kept()
     assert "no" == it.found(None, Connected("unix:/s", 1, is_alone=True), [9])
     assert "" == it.found(None, Undrained("unix:/s", 2, is_broken=False), [])
     assert [(("unix:/s", 1, 9), {"is_alone": True}), (("unix:/s", 2), {"is_broken": False})] == taken
+
+
+@pytest.mark.parametrize(
+    ("chain", "may"),
+    [
+        ("log:|nbd:nbd://host/a", True), ("nbd:nbd+unix:///?socket=/s", True), ("aio:/img", False),
+        ("luks:key=/k|aio:/img", False), ("rbd:a/b,id=x", False), ("", False), ("nonsense:", False),
+    ],
+)  # fmt: skip
+def test_who_has_no_server_has_lost_no_connection(tmp_path: Path, chain: str, *, may: bool) -> None:
+    """Only the worker of a chain that names a server can want another connection, whatever else it says."""
+    it = openings(tmp_path)
+    it._handover.chain_in_service = lambda: chain  # type: ignore[method-assign]  # of a stand-in
+    assert may == it.may_reconnect()
 
 
 def test_a_device_model_is_served_where_that_was_ordered_or_not_at_all(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def test_a_worker_that_wants_connections_is_given_an_opener_now_and_then() -> No
         loop.call_soon(loop.stop)
         loop.run()
 
-    reconnecting = Reconnecting(loop, lambda question, then: asked.append(then))
+    reconnecting = Reconnecting(loop, lambda question, then: asked.append(then), lambda: True)
     reconnecting.stands(STANDING)
     assert not asked
     reconnecting.stands(WANTS)
@@ -48,4 +48,19 @@ def test_a_worker_that_wants_connections_is_given_an_opener_now_and_then() -> No
     now[0] += REST_S
     turn()
     assert 3 == len(asked)
+    loop.close()
+
+
+def test_a_worker_that_cannot_have_lost_a_connection_is_given_no_opener() -> None:
+    """A worker gets no opener while its chain names no server. If another chain is put in, its next standing counts."""
+    asked: list[Then] = []
+    may = [False, True]
+    loop = Reactor(clock=lambda: 100.0)
+    reconnecting = Reconnecting(loop, lambda question, then: asked.append(then), lambda: may.pop(0))
+    reconnecting.stands(WANTS)
+    loop.call_soon(loop.stop)
+    loop.run()
+    assert not asked
+    reconnecting.stands(WANTS)
+    assert 1 == len(asked)
     loop.close()

@@ -20,6 +20,7 @@ from xenbackend.protocol import codec, datagrams, opening
 from xenbackend.supervisor.service.process import Process
 
 PATIENCE_S = 1.0  # for killed openers to end
+GRACE_S = 5.0  # to end by itself, for one whose worker has what it wanted; a worker could keep it for ever
 _ENDING_S = 10.0  # enough for any opener to end that does not hang, however busy the host is
 _UNINTERRUPTIBLE = "D"  # proc_pid_stat(5)
 BREACH = 3  # exit status, `opener.main.BREACH`
@@ -83,6 +84,7 @@ class Opener:
         self._is_boosted = False
         self.over_since: float | None = None  # by the loop's clock
         self._is_held, self._is_heard = True, False
+        self._overdue = loop.timer(self._end_at_last)
 
     def begin(self, started: Process) -> None:
         """Become this process, and give it its job.
@@ -126,6 +128,7 @@ class Opener:
             self._deafen(self._process)
             self._process.kill()
             self.note_over()
+            self._overdue.set(None)
 
     def give_up(self) -> None:
         """End before it has begun; its worker finds the socket closed."""
@@ -139,6 +142,14 @@ class Opener:
             self.give_up()
         elif self.over_since is None:
             self.over_since = self._loop.now()
+            self._overdue.set(self.over_since + GRACE_S)
+
+    def _end_at_last(self) -> None:
+        """Kill one that has not ended by itself, but not one that is waiting for storage, which then ends."""
+        if self._process is not None and state_of(self._process.pid) == _UNINTERRUPTIBLE:
+            self._overdue.set(self._loop.now() + GRACE_S)
+        else:
+            self.kill()
 
     def hangs(self) -> bool:
         """Return whether it should have ended, but is in an uninterruptible call, or should have ended long ago.
@@ -218,6 +229,7 @@ class Opener:
 
     def _let_go(self, started: Process) -> None:
         self._is_held = False
+        self._overdue.set(None)
         started.unwatch()
         self._deafen(started)
 

@@ -61,6 +61,7 @@ class Link:
         self._asked_with: dict[int, Opener] = {}  # of questions that may open something
         self._openings = openings
         self._openers: list[Opener] = []
+        self._reconnects: Opener | None = None  # the one for the last `Reconnect`, until it has ended
 
     def start(self, chain: str = "") -> Worker:
         """Start and return a worker, which first loads those drivers of the chain that must be loaded ahead.
@@ -75,6 +76,11 @@ class Link:
         """Raise StorageHangs if _MOST_HANGING openers hang."""
         if sum(opener.hangs() for opener in self._openers) >= _MOST_HANGING:
             raise StorageHangs
+
+    def _check_reconnects(self) -> None:
+        """Raise KernelError if the opener for the last `Reconnect` is still there: a worker wants one when it likes."""
+        if self._reconnects is not None and not self._reconnects.hangs():
+            raise KernelError("connect again while the former opener has not ended", errno.EBUSY)
 
     def adopt(self, fds: tuple[int, int]) -> None:
         """Adopt a worker that an earlier service started, by its `Worker.descriptors`."""
@@ -112,9 +118,13 @@ class Link:
             job = self._openings.for_question(question)
             if job is not None:
                 self._check_hanging()
+            if job is not None and job.only_connects:
+                self._check_reconnects()
             opener = self._send(messages.Ask(self._last, question), [], job)
             if opener is not None:
                 self._asked_with[self._last] = opener
+            if job is not None and job.only_connects:
+                self._reconnects = opener
         except KernelError as error:
             self._asked.pop(self._last)
             then(messages.Reply(self._last, Code.FAILED, str(error)))
@@ -161,6 +171,8 @@ class Link:
 
     def _opener_ended(self, worker: Worker, opener: Opener, breach: str) -> None:
         self._openers.remove(opener)
+        if opener is self._reconnects:
+            self._reconnects = None
         if breach and worker is self.worker:  # else that worker has gone already, and its successor is not at fault
             self.breach(breach)
 

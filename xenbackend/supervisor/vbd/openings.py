@@ -8,9 +8,13 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 from xenbackend import journal
+from xenbackend.block.servers import servers_of
+from xenbackend.block.spec import parse_chain
+from xenbackend.errors import ConfigError
 from xenbackend.protocol import messages
 from xenbackend.protocol.opening import Connected, Found, Job, KeptFile, Made, Opened, Undrained
 from xenbackend.supervisor.vbd.context import Context
@@ -79,8 +83,15 @@ class Openings:
             case messages.Branch() if messages.own_snapshot(question.file) is None:
                 return replace(self._job([chain]), makes=question.file)
             case messages.Reconnect():
-                return self._job([self._handover.chain_in_service()])
+                return replace(self._job([self._handover.chain_in_service()]), only_connects=True)
         return None
+
+    def may_reconnect(self) -> bool:
+        """Return whether a worker may have lost a connection: whether the chain in service names a server."""
+        try:
+            return _names_server(self._handover.chain_in_service())
+        except ConfigError:
+            return False
 
     def kept(self) -> list[int]:
         """Return the descriptors of a job's kept files and connections, which stay ours."""
@@ -149,3 +160,9 @@ class Openings:
             connections=[each for each, _ in self._handover.connections.kept()], turns=self._turns,
             scratch=self._context.settings.scratch,
         )  # fmt: skip
+
+
+@lru_cache(maxsize=512)  # a worker can make us ask for each of its standings
+def _names_server(chain: str) -> bool:
+    """Return whether a chain's text names a server. Raises: ConfigError."""
+    return any(servers_of(layer.options) for layer in parse_chain(chain).layers)

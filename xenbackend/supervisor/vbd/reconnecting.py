@@ -20,11 +20,12 @@ Ask = Callable[[messages.Question, Then], None]
 
 
 class Reconnecting:
-    """The reconnecting of one vbd's worker; `ask` asks the worker."""
+    """The reconnecting of one vbd's worker; `ask` asks the worker, `may` says whether it can have lost a connection."""
 
-    def __init__(self, loop: Reactor, ask: Ask) -> None:
+    def __init__(self, loop: Reactor, ask: Ask, may: Callable[[], bool]) -> None:
         self._loop = loop
         self._ask = ask
+        self._may = may
         self._is_wanted = self._is_asked = False
         self._asked_at = float("-inf")
         self._timer = loop.timer(self._try)
@@ -46,6 +47,8 @@ class Reconnecting:
         if now < self._asked_at + REST_S:
             self._timer.set(self._asked_at + REST_S)
             return
+        if not self._may():
+            return  # after an exchange of the chain another standing comes
         self._is_asked, self._asked_at = True, now
         self._ask(messages.Reconnect(), self._answered)
 

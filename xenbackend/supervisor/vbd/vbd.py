@@ -87,7 +87,7 @@ class Vbd:
         self.device = Device(path, context.settings.limits, os.getpid(), has_past=has_past)
         self._openings = Openings(path, context, self.device, self.handover)
         self.link = Link(self, context.fleet, self._openings)
-        self._reconnecting = Reconnecting(context.loop, self.link.ask)
+        self._reconnecting = Reconnecting(context.loop, self.link.ask, self._openings.may_reconnect)
         self.orders = Orders(self, context.settings.on_error, context.loop.now)
         self.exchanges = Exchanges(self.handover, self.orders, context.ledger, self.handle)
         self.lives = Lives(journal.progress(self.handover.page))
