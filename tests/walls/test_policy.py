@@ -14,8 +14,8 @@ from xenbackend.walls.policy import DIRECTORY, WORKER, Policy, Rule, Test, load,
 Test.__test__ = False
 NEVER = {  # calls that no worker may make
     "execve", "execveat", "fork", "vfork", "ptrace", "kill", "tkill", "tgkill", "pidfd_open", "mount", "unshare",
-    "setns", "io_uring_setup", "io_uring_register", "socketpair", "chroot", "bpf", "keyctl", "userfaultfd", "setuid",
-    "capset",
+    "setns", "io_setup", "io_uring_setup", "io_uring_register", "socketpair", "chroot", "bpf", "keyctl", "userfaultfd",
+    "setuid", "capset",
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import places
 from tests.behind_walls import inspect
 from tests.openers import Openers
 from xenbackend import journal
@@ -117,6 +118,41 @@ def test_a_worker_is_behind_all_walls_before_it_hears_a_message() -> None:
         "null", "anon_inode:[eventpoll]", "anon_inode:[eventfd]", "socket", "schedstat", "stat",
         "memfd:journal (deleted)",
     }  # fmt: skip
+
+
+@needs_root
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("option", "words", "mode"),
+    [
+        ("", "aio", "O_DIRECT, Linux AIO"),
+        ("", "", "O_DIRECT, Linux AIO"),
+        ("", "nbd", "O_DIRECT, threads"),
+        (",cache=on", "aio,log", "page cache, preadv and pwritev"),
+    ],
+)
+def test_asynchronous_io_is_there_before_the_walls(option: str, words: str, mode: str) -> None:
+    """Behind its walls a worker uses the context of Linux AIO and the ring that it made before them, one of each. If
+    no driver of its chain opened an image then, it has no context, and threads serve an image that comes later.
+    """
+    with places.directory(places.DISK) as place, zygote("on") as channel, worker_of(channel, words) as (near, pid):
+        image = place / "image"
+        image.write_bytes(bytes(1 << 20))
+        near.send(codec.encode(messages.Report(0)))
+        near.recv(messages.MAX_MESSAGE)
+        before = _contexts_and_rings(pid)
+        standing = open_chain(near, f"aio:{image}{option}")
+        after = _contexts_and_rings(pid)
+
+    assert (mode, "") == (standing.layers[0].facts["mode"], standing.failure)
+    assert (0 if words == "nbd" else 1, 1) == before == after
+
+
+def _contexts_and_rings(pid: int) -> tuple[int, int]:
+    """Return how many contexts of Linux AIO and how many rings of io_uring a process has."""
+    contexts = Path(f"/proc/{pid}/maps").read_text().count("[aio]")
+    links = [each.readlink().name for each in Path(f"/proc/{pid}/fd").iterdir()]
+    return contexts, links.count("anon_inode:[io_uring]")
 
 
 @needs_root
@@ -262,7 +298,7 @@ def test_a_library_is_loaded_ahead_only_where_it_is_needed(monkeypatch: pytest.M
 
     monkeypatch.setattr(drivers, "_ahead", None)
     monkeypatch.setattr(find_driver("rbd"), "prepare", prepare)
-    assert [{"ceph", "network"}] == [each.needs for each in load_ahead(["rbd"])]
+    assert [{"ceph", "network"}] == [each.needs for each in load_ahead(["log", "rbd", "vhdsync"])]
     assert ["rbd"] == prepared
     assert "rbd" == find_driver("rbd").name
 

@@ -21,8 +21,6 @@ _NUMBERS: dict[str, tuple[int | None, int | None]] = {
     "io_getevents": (208, 4),
     "io_pgetevents": (333, 292),
     "io_uring_enter": (426, 426),
-    "io_setup": (206, 0),
-    "io_destroy": (207, 1),
     "ioctl": (16, 29),
     "read": (0, 63),
     "write": (1, 64),

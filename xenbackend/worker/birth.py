@@ -4,7 +4,7 @@ Must not know how walls work (`walls.raising` does), nor open or import anything
 
     import          what is imported late elsewhere, all built-in drivers, the third-party drivers that the chain names
     close           every descriptor but the supervisor's socket
-    open            what needs only its descriptor later: the loop, files that tell CPU times, a restricted io_uring
+    open            what it can make no more later: the loop, files that tell CPU times, its asynchronous I/O
     raise           the remaining walls
 """
 
@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import os
 import socket
-from contextlib import suppress
 from dataclasses import dataclass
 
-from xenbackend.block.drivers import load_ahead
-from xenbackend.errors import KernelError
+from xenbackend.block.drivers import load_ahead, may_open_images
 from xenbackend.walls.raising import Raised, Walls
 from xenbackend.worker import io_queue
 from xenbackend.worker.preload import preload
@@ -27,7 +25,7 @@ class Birth:
     """What a new worker is told about itself.
 
     pid             its process id, as the host knows it
-    drivers         words of its chain that name third-party drivers
+    drivers         words of its chain, which name drivers; empty if they are not known
     why_not_alone   why it can see other processes: empty if it cannot, None if nobody tried to prevent it
     """
 
@@ -54,10 +52,9 @@ def close_everything_but(near: socket.socket, walls: Walls, birth: Birth) -> Rai
 
 
 def raise_walls(walls: Walls, birth: Birth, raised: Raised) -> None:
-    """Open what needs only its descriptor later, then raise all walls."""
+    """Open what can be opened no more later, then raise all walls."""
     if walls.mode != "off":
-        with suppress(KernelError):  # the host offers us no io_uring: threads do its work
-            io_queue.set_aside()
+        io_queue.set_aside(direct=may_open_images(birth.drivers))
     walls.raise_all(birth.pid, raised, why_not_alone=birth.why_not_alone)
 
 

@@ -9,9 +9,11 @@ Must not decide which requests come here, nor what becomes of an odd result: the
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol
 
 from xenbackend.block.request import Request
+from xenbackend.errors import KernelError
 from xenbackend.kernel.aio import MAX_IOVECS, Aio
 from xenbackend.kernel.memory import address_of, addresses
 from xenbackend.kernel.uring import Uring
@@ -21,12 +23,21 @@ if TYPE_CHECKING:
 
 _EAGER = 8  # queued: with more the disk would be idle meanwhile; measured, a fifth more I/O than without
 _POLL = 1 << 63  # the user_data of no request
-_set_aside: list[Uring] = []  # made before the walls, behind which none can be made
+# Made before the walls go up, as none can be made behind them.
+_direct: list[Aio] = []
+_cached: list[Uring] = []
 
 
-def set_aside() -> None:
-    """Make the io_uring of this worker now, for the first `CachedQueue`. Raises: KernelError."""
-    _set_aside.append(Uring())
+def set_aside(*, direct: bool) -> None:
+    """Make now what the first `CachedQueue` needs, and, if `direct`, the first `DirectQueue`.
+
+    If the host does not offer it, threads do the work.
+    """
+    with suppress(KernelError):
+        _cached.append(Uring())
+    if direct:
+        with suppress(KernelError):
+            _direct.append(Aio())
 
 
 class Owner(Protocol):
@@ -147,7 +158,7 @@ class DirectQueue(IoQueue):
     name = "Linux AIO"
 
     def __init__(self, reactor: Reactor) -> None:
-        self._aio = Aio()
+        self._aio = _direct.pop() if _direct else Aio()
         super().__init__(reactor, self._aio)
         self._is_polling = False  # for the loop's descriptors
         reactor.sleep_by(self)
@@ -184,7 +195,7 @@ class CachedQueue(IoQueue):
     name = "io_uring"
 
     def __init__(self, reactor: Reactor) -> None:
-        self._uring = _set_aside.pop() if _set_aside else Uring()
+        self._uring = _cached.pop() if _cached else Uring()
         super().__init__(reactor, self._uring)
         reactor.add(self._uring.fileno(), self._take)
         reactor.before_sleep(self.kick)

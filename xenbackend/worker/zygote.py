@@ -4,7 +4,7 @@ Must not start a thread, open a device or a file, or import what a third party w
 that it holds for its workers are the empty namespaces of their walls.
 
 Over the socket whose number is given the zygote says ``ready``. Then each datagram asks for processes: a letter for
-each, ``w`` or ``o``, and the words of third-party drivers, as in ``wo xor``; beside it comes, for each process, one end
+each, ``w`` or ``o``, and the words of its chain, as in ``wo xor,aio``; beside it comes, for each process, one end
 of a socket, its cord. The zygote sends ``pidfd`` with a pidfd of each, and ``born`` once init, or whatever adopts
 orphans, is their parent; or ``failed``. It ends when the other end of its socket is closed. A new process gets the
 socket that it serves over its cord, beside a datagram. If the cord is closed before, nobody waits for the process any

@@ -10,6 +10,7 @@ import pytest
 
 from xenbackend.block import drivers
 from xenbackend.block.driver import Driver
+from xenbackend.block.options import FILE, describe_options
 
 needs_third_party = pytest.mark.skipif(
     not metadata.entry_points(group=drivers.GROUP, name="xor"),
@@ -31,12 +32,26 @@ def test_no_word_is_both_built_and_unbuilt_to_the_operator() -> None:
     assert set() == set(drivers.BUILT_IN) & set(drivers.UNBUILT)
 
 
+def test_what_opens_no_image_is_known_without_loading_it() -> None:
+    """Of a chain's words alone it is known whether one of its drivers may open an image; it may if it is not known."""
+    without = {
+        name
+        for name in drivers.BUILT_IN
+        if FILE.noun not in {each.kind for each in describe_options(drivers.find_driver(name).Options)}
+    }
+
+    assert without | {"log"} == drivers.WITHOUT_IMAGES, "a record is a file, and no image"
+    for words in ([], ["aio"], ["log", "vhdsync"], ["nbd", "xor"]):
+        assert drivers.may_open_images(words)
+    for words in (["nbd"], ["valve", "rbd"]):
+        assert not drivers.may_open_images(words)
+
+
 def test_words_of_blktap_lead_to_a_driver_or_to_what_takes_their_place() -> None:
     """Every driver name of blktap is another name of a driver here, or its error says what to use instead."""
     for name in ("bc", "lc", "llp", "qed", "remus", "valve", "vhdi", "vhdsync"):
         if name in drivers.ALIASES:
             assert drivers.ALIASES[name] == drivers.find_driver(name).name
-            assert [] == drivers.to_load_ahead(f"{name}:|null:1G")
             continue
         with pytest.raises(LookupError, match=r"is known but not built in this version; .{30}"):
             drivers.find_driver(name)

@@ -14,8 +14,8 @@ import pytest
 
 from tests.helpers_block import Machine
 from xenbackend.block.chain import parse_chain
+from xenbackend.block.drivers import LOADED_AHEAD, words_of
 from xenbackend.block.drivers import rbd as driver
-from xenbackend.block.drivers import to_load_ahead
 from xenbackend.block.drivers.rbd import Rbd
 from xenbackend.block.servers import Account
 from xenbackend.errors import ChainError, DriverError
@@ -113,9 +113,9 @@ def test_what_was_connected_is_let_go_of_when_opening_fails(
 
 
 def test_a_worker_is_told_of_it_before_its_walls() -> None:
-    """A chain with rbd says before the walls that it is to be loaded, and what it needs. Other drivers are not."""
-    assert ["rbd"] == to_load_ahead("log:|throttle:iops=5|rbd:a/b")
-    assert [] == to_load_ahead("log:|aio:/img")
+    """A worker is told the words of its chain before its walls go up, so that it loads rbd, and what that needs."""
+    assert ["log", "rbd", "throttle"] == words_of("log:|throttle:iops=5|rbd:a/b")
+    assert "rbd" in LOADED_AHEAD
     assert frozenset({"ceph", "network"}) == Rbd.needs
 
 

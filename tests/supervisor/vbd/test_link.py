@@ -180,23 +180,23 @@ def test_a_device_model_is_not_led_to_a_path_that_nobody_named(linked: Linked) -
     linked.link.order(messages.Report)
     number = linked.process.sent[-1].number
     for each in (standing(number, export="/former"), standing(number, export="/theirs"), standing(1, export="/x")):
-        linked.fleet.say(each, [])
+        linked.fleet.say(each)
     sentence = "the worker was killed: it says that it serves a device model at a path that nobody named"
 
     assert [standing(number)] == linked.owner.heard
     assert [sentence] * 2 == linked.process.killed
 
 
-def test_a_worker_is_told_of_third_parties(linked: Linked) -> None:
-    """A new worker is told which third parties' drivers its chain has, to import them before it serves; for an invalid
-    chain there are none.
+def test_a_worker_is_told_of_the_drivers_of_its_chain(linked: Linked) -> None:
+    """A new worker is told which drivers its chain has, each once, to get what they need before its walls go up; for
+    an invalid chain there are none.
     """
     told = []
     for chain in ("xor:|log:|canary:|xor:|aio:/img", "aio:/img", "no chain"):
         linked.link.start(chain)
         told.append(linked.fleet.drivers)
 
-    assert [["canary", "xor"], [], []] == told
+    assert [["aio", "canary", "log", "xor"], ["aio"], []] == told
 
 
 def test_what_a_worker_is_behind_is_noted(linked: Linked) -> None:

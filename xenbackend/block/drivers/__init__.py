@@ -20,7 +20,7 @@ from xenbackend.block.options import OptionHelp, describe_options, nearest
 from xenbackend.errors import ChainError, DriverError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping
     from importlib.metadata import EntryPoint
 
 GROUP = "xenbackend.drivers"
@@ -68,19 +68,25 @@ UNBUILT = {  # words of blktap2 and libxl for which there is no driver: what the
 
 
 LOADED_AHEAD = {"rbd"}  # our drivers with `needs`, which a worker has to know before its walls go up
+WITHOUT_IMAGES = {  # our drivers that open no image by `env.files`
+    "delay", "fault", "log", "luks", "nbd", "null", "offset", "partition", "ram", "rbd", "readahead", "throttle",
+}  # fmt: skip
 
 _ahead: dict[str, type[Driver] | LookupError] | None = None  # what `load_ahead` found; None: it was not called
 
 
 def load_ahead(names: Iterable[str]) -> list[type[Driver]]:
-    """Load drivers and all that they need, and return their classes.
+    """Load those drivers that must be loaded ahead, third parties' and some of ours, and return their classes.
 
-    For a process that will not be able to import anything later. From then on `find_driver` finds no other drivers of
-    third parties or of LOADED_AHEAD. A name that cannot be used is an error only when it is asked for.
+    All that they need is loaded, too. For a process that will not be able to import anything later. From then on
+    `find_driver` finds no other drivers of third parties or of LOADED_AHEAD. A name that cannot be used is an error
+    only when it is asked for.
     """
     global _ahead  # noqa: PLW0603 - it is about the whole process, which cannot import afterwards
     found: dict[str, type[Driver] | LookupError] = {}
     for name in names:
+        if (name in BUILT_IN or name in ALIASES) and name not in LOADED_AHEAD:
+            continue
         try:
             driver = found[name] = find_driver(name)
             with suppress(DriverError):  # opening the layer will report the same
@@ -91,16 +97,17 @@ def load_ahead(names: Iterable[str]) -> list[type[Driver]]:
     return [each for each in found.values() if isinstance(each, type)]
 
 
-def to_load_ahead(chain: str) -> list[str]:
-    """Return the drivers of a chain's text that must be loaded by `load_ahead`: third parties', and some of ours.
-
-    A text that is not a chain has none.
-    """
+def words_of(chain: str) -> list[str]:
+    """Return the words by which a chain's text names its drivers; a text that is not a chain has none."""
     try:
-        words = {layer.name for layer in parse(chain)}
+        return sorted({layer.name for layer in parse(chain)})
     except ChainError:
         return []
-    return sorted(words - (BUILT_IN.keys() | ALIASES.keys()) | words & LOADED_AHEAD)
+
+
+def may_open_images(words: Collection[str]) -> bool:
+    """Return whether one of these drivers may open an image; so it is if no words are known, or one is not ours."""
+    return not words or not {ALIASES.get(each, each) for each in words} <= WITHOUT_IMAGES
 
 
 def driver_names() -> list[str]:

@@ -76,7 +76,7 @@ class Births:
         self._begins = loop.timer(self._has_begun_late)
 
     def start(self, children: Sequence[Child], drivers: Sequence[str] = ()) -> None:
-        """Have processes started together, in their turn. A worker first imports these drivers of third parties.
+        """Have processes started together, in their turn. A worker is for a chain of these drivers.
 
         Raises: KernelError, if a process has to be started by exec now, and cannot be.
         """

@@ -269,7 +269,7 @@ class Fleet:
         self._missing_walls = ""  # as last said
 
     def start(self, on_message: OnMessage, on_end: OnEnd, drivers: Sequence[str] = ()) -> Worker:
-        """Start a worker, which first imports these drivers of third parties, and perhaps an opener for `open`.
+        """Start a worker for a chain of these drivers, and perhaps an opener for `open`.
 
         Raises: KernelError.
         """

@@ -63,7 +63,7 @@ class Zygote:
     def ask(self, kinds: str, drivers: Sequence[str], processes: Sequence[Process]) -> None:
         """Ask for one process for each letter of `kinds`, as `worker.zygote` knows them; it must be ready.
 
-        A worker first imports these drivers of third parties. A process that is not wanted any more when it comes ends.
+        A worker is for a chain of these drivers. A process that is not wanted any more when it comes ends.
         """
         far: list[socket.socket] = []
         try:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from xenbackend.block.drivers import to_load_ahead
+from xenbackend.block.drivers import words_of
 from xenbackend.errors import KernelError
 from xenbackend.protocol import messages
 from xenbackend.protocol.codes import Code
@@ -64,12 +64,12 @@ class Link:
         self._reconnects: Opener | None = None  # the one for the last `Reconnect`, until it has ended
 
     def start(self, chain: str = "") -> Worker:
-        """Start and return a worker, which first loads those drivers of the chain that must be loaded ahead.
+        """Start and return a worker, which first gets what it needs for the drivers of a chain and cannot get later.
 
         Raises: KernelError; StorageHangs, if openers of earlier workers hang, as this one's would.
         """
         self._check_hanging()
-        self.worker = worker = self._fleet.start(self._take, self._end, to_load_ahead(chain))
+        self.worker = worker = self._fleet.start(self._take, self._end, words_of(chain))
         return worker
 
     def _check_hanging(self) -> None:
