@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import math
 import os
 import signal
 import time
@@ -97,7 +98,7 @@ def _machine(world: World) -> list[tuple[Any, str, Any]]:
         (time, "sleep", lambda _: None),
         (os, "_exit", leave),
         (signal, "pidfd_send_signal", send_signal),
-        (fleet.Worker._receive, "__defaults__", (world.random.choice([1, 1, 64]),)),
+        (fleet.Worker._receive, "__defaults__", (world.random.choice([1, 1, 64]), math.inf)),
         (main, "taking_signals", lambda *_: nullcontext()),
         (gc, "collect", lambda *_: 0),
         (gc, "freeze", lambda *_: None),

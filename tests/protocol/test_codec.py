@@ -11,9 +11,12 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 
+from xenbackend.block.grammar import MAX_LAYERS
+from xenbackend.block.opening import MAX_PARENTS
 from xenbackend.protocol import codec, messages, opening
 from xenbackend.protocol.codec import MAX_ITEMS, NotAMessage, as_fields, encode, restore
 from xenbackend.protocol.messages import VERSION, RingParameters
+from xenbackend.walls.raising import Wall
 
 DECODERS = {
     messages.FromWorker: codec.from_worker,
@@ -126,11 +129,44 @@ def test_fields_have_their_types(kind: Any, decode: Any) -> None:
 
 def test_nothing_is_longer_than_its_bound() -> None:
     """A list with more than MAX_ITEMS items is refused, whatever they are."""
+    values = plain(messages.Ask(1, messages.Command("log", "get", [])))
+
+    def datagram(count: int) -> bytes:
+        return json.dumps({**values, "question": {**values["question"], "arguments": ["x"] * count}}).encode()
+
+    codec.from_worker(datagram(MAX_ITEMS))
+    with pytest.raises(NotAMessage):
+        codec.from_worker(datagram(MAX_ITEMS + 1))
+
+
+@pytest.mark.parametrize(
+    ("field", "most"),
+    [("layers", 64), ("facts", 64), ("figures", 204), ("walls", 32), ("no_walls", 32), ("needs", 32)],
+)
+def test_a_standing_is_bounded_by_what_a_chain_can_have(field: str, most: int) -> None:
+    """No field of a standing has more items than any chain of ours gives it: each costs the service time."""
     values = plain(messages.Standing(1, messages.Stage.OPEN, "x", read_only=False, shareable=False))
     layer = as_fields(messages.LayerFacts("x", 1, 512, False, False, False, 0, 0, 512))
-    codec.from_worker(json.dumps({**values, "layers": [layer] * 10}).encode())
-    with pytest.raises(NotAMessage):
-        codec.from_worker(json.dumps({**values, "layers": [layer] * (MAX_ITEMS + 1)}).encode())
+
+    def datagram(count: int) -> bytes:
+        if field == "layers":
+            changed = {**values, "layers": [layer] * count}
+        else:
+            names = [str(number) for number in range(count)]
+            content = dict.fromkeys(names, "") if field in ("facts", "no_walls") else names
+            inside = field in layer
+            changed = {**values, "layers": [{**layer, field: content}]} if inside else {**values, field: content}
+        return json.dumps(changed).encode()
+
+    codec.from_worker(datagram(most))
+    with pytest.raises(NotAMessage, match=f"with {most + 1} {field}, of at most {most}"):
+        codec.from_worker(datagram(most + 1))
+
+
+def test_a_standing_has_room_for_any_chain() -> None:
+    """A chain may have as many layers, and its source as many parents, as a standing has room for."""
+    assert MAX_LAYERS + MAX_PARENTS == messages.MAX_LAYERS
+    assert len(Wall) <= messages.MAX_WALLS
 
 
 @pytest.mark.parametrize("version", [None, 0, VERSION + 1, str(VERSION), True, float(VERSION), [VERSION]])

@@ -291,6 +291,13 @@ class Wild:
             number = self._random.choice([0, self._fake.standing.number])
             self._say(replace(self._fake.standing, number=number, walls=walls, no_walls=self._no_walls()))
 
+    def _long_standings(self) -> None:
+        """Say what takes the service longest to read, and at last more than that."""
+        facts = {str(number): "x" * 8 for number in range(messages.MAX_FACTS)}
+        layer = replace(self._fake.standing.layers[0], facts=facts)
+        for count in [messages.MAX_LAYERS] * 20 + [messages.MAX_LAYERS + 1]:
+            self._say(replace(self._fake.standing, layers=[layer] * count))
+
     def _reply_to_nobody(self) -> None:
         self._say(messages.Reply(self._random.choice([2**62, 2**63]), Code.OK))
 
@@ -377,6 +384,7 @@ class Wild:
         "an export that nobody ordered": _wrong_export,
         "wants connections": _wants_connections,
         "other walls": _other_walls,
+        "long standings": _long_standings,
         "a reply to nobody": _reply_to_nobody,
         "wrong reply": _wrong_reply,
         "odd descriptors": _odd_descriptors,

@@ -16,9 +16,9 @@ from functools import cache
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from xenbackend.protocol.messages import MAX_MESSAGE, VERSION, FromSupervisor, FromWorker
+from xenbackend.protocol.messages import MAX_MESSAGE, MOST, VERSION, FromSupervisor, FromWorker
 
-MAX_ITEMS = 4096  # of a list or dictionary: the longest are a ring's grant refs and a chain's layers
+MAX_ITEMS = 4096  # of a list or dictionary whose field says nothing else (`messages.MOST`)
 MAX_TEXT = MAX_MESSAGE  # characters
 _KIND = "kind"
 
@@ -132,7 +132,10 @@ def _restore_fields(kind: Any, value: Any) -> Any:
     found, left = {}, dict(value)
     for each, wanted in _fields_of(kind):
         if each.name in left:
-            found[each.name] = _restore(wanted, left.pop(each.name))
+            inner = left.pop(each.name)
+            if MOST in each.metadata and isinstance(inner, list | dict) and len(inner) > each.metadata[MOST]:
+                raise NotAMessage(f"{kind.__name__} with {len(inner)} {each.name}, of at most {each.metadata[MOST]}")
+            found[each.name] = _restore(wanted, inner)
         elif each.default is MISSING and each.default_factory is MISSING:
             raise NotAMessage(f"{kind.__name__} without {each.name}")
     if left:

@@ -26,12 +26,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from xenbackend.counters import MOST_FIGURES
 from xenbackend.protocol.codes import Code
 
 VERSION = 6
 MAX_MESSAGE = 256 * 1024  # bytes of one datagram
 MAX_MEMORIES = 64  # that are kept for one vbd at most
 SENTENCE_MAX = 4000  # characters of any sentence
+MAX_LAYERS = 64  # of an open chain, with the parents of its source
+MAX_FACTS = 64  # of one layer
+MAX_WALLS = 32
+MOST = "most"  # in a field's metadata: how many items it may have, if fewer than any list
 
 
 class Stage(StrEnum):
@@ -151,8 +156,9 @@ class LayerFacts:
     discard_alignment: int
     physical_sector_size: int
     parent_of: str = ""  # the layer whose image named this one as its parent
-    facts: dict[str, str] = field(default_factory=dict)
-    figures: list[str] = field(default_factory=list)  # their names; the values are in the counters' page
+    facts: dict[str, str] = field(default_factory=dict, metadata={MOST: MAX_FACTS})
+    # Names; the values are in the counters' page.
+    figures: list[str] = field(default_factory=list, metadata={MOST: MOST_FIGURES})
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +185,7 @@ class Standing:
     chain: str
     read_only: bool
     shareable: bool
-    layers: list[LayerFacts] = field(default_factory=list)
+    layers: list[LayerFacts] = field(default_factory=list, metadata={MOST: MAX_LAYERS})
     failure: str = ""
     errno: int = 0
     is_mistake: bool = False
@@ -188,9 +194,9 @@ class Standing:
     flush_failed: str = ""
     trouble: str = ""
     is_paused: bool = False
-    walls: list[str] = field(default_factory=list)
-    no_walls: dict[str, str] = field(default_factory=dict)
-    needs: list[str] = field(default_factory=list)
+    walls: list[str] = field(default_factory=list, metadata={MOST: MAX_WALLS})
+    no_walls: dict[str, str] = field(default_factory=dict, metadata={MOST: MAX_WALLS})
+    needs: list[str] = field(default_factory=list, metadata={MOST: MAX_WALLS})
     wants_connections: bool = False
 
 

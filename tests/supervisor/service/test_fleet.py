@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import io
+import itertools
 import os
 import resource
 import signal
 import sys
+import termios
 import threading
 import time
+from array import array
 from collections.abc import Callable, Iterator
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -260,9 +263,50 @@ def test_a_bug_over_a_message_concerns_no_other(hear: Callable[..., Heard], tmp_
     assert (["a bug of ours"], 0) == ([str(each) for each in heard.bugs], heard.fleet.breaches)
 
 
+def test_a_worker_has_the_loop_for_a_moment_only(hear: Callable[..., Heard], tmp_path: Path) -> None:
+    """However many messages a worker has sent, and however long each takes, the loop handles them for 20 ms in a pass,
+    and the rest in later ones.
+    """
+    heard = hear(_python(tmp_path, f"for _ in range(40): channel.send({LOG!r})\nchannel.recv(1)"))
+    heard.until(lambda: heard.worker.is_there)
+    heard.worker._deafen()
+    until(lambda: _waiting(heard.worker) == 40 * len(LOG))
+    heard.worker._is_heard = True
+    heard.loop.add(heard.worker._process.socket.fileno(), heard.worker._receive)
+    passes: list[int] = []
+
+    def take(message: messages.FromWorker) -> None:
+        heard.hear(message)
+        heard.ahead_s += 0.006
+
+    def note() -> bool:
+        passes.append(len(heard.messages))
+        return False
+
+    heard.on_message = take
+    heard.loop.before_sleep(note)
+    heard.until(lambda: len(heard.messages) == 40)
+    heard.kill()
+
+    assert max(after - before for before, after in itertools.pairwise(passes)) <= 4
+
+
+def _waiting(worker: Worker) -> int:
+    """Return how many bytes of messages wait in the supervisor's end of the socket."""
+    count = array("i", [0])
+    fcntl.ioctl(worker.descriptors[0], termios.FIONREAD, count)
+    return count[0]
+
+
 def test_last_words_are_heard(hear: Callable[..., Heard], tmp_path: Path) -> None:
-    """All messages that a worker sent before it died are handled before its end is reported."""
+    """All messages that a worker sent before it died are handled before its end is reported, even if it takes long."""
     heard = hear(_python(tmp_path, f"for _ in range(200): channel.send({LOG!r})\nos._exit(1)"))
+
+    def take(message: messages.FromWorker) -> None:
+        heard.hear(message)
+        heard.ahead_s += 0.006
+
+    heard.on_message = take
     os.waitid(os.P_PID, heard.worker.pid, os.WEXITED | os.WNOWAIT)  # all messages and the end have come
     heard.worker._reap()
 
@@ -336,7 +380,7 @@ def test_a_worker_that_cannot_be_watched_is_not_adopted(
     heard = hear(FAKE_WORKER)
     near, pidfd = (os.dup(fd) for fd in heard.worker.descriptors)
     heard.worker.leave()
-    add, places, watched = heard.loop.add, count(1), len(heard.loop._callbacks)
+    add, places, watched = heard.loop.add, itertools.count(1), len(heard.loop._callbacks)
 
     def fail_once(fd: int, callback: Callable[[], object]) -> None:
         if next(places) == which:
@@ -364,7 +408,7 @@ def test_a_worker_that_cannot_be_watched_is_not_started(
     """
     heard = hear(FAKE_WORKER)
     heard.kill()
-    add, places, watched = heard.loop.add, count(1), len(heard.loop._callbacks)
+    add, places, watched = heard.loop.add, itertools.count(1), len(heard.loop._callbacks)
 
     def fail_once(fd: int, callback: Callable[[], object]) -> None:
         if next(places) == which:
@@ -374,7 +418,7 @@ def test_a_worker_that_cannot_be_watched_is_not_started(
     with monkeypatch.context() as patch:
         patch.setattr(heard.loop, "add", fail_once)
         for _ in range(births.BY_EXEC + 1):
-            places = count(1)
+            places = itertools.count(1)
             with pytest.raises(KernelError, match="watch a worker process: No space left"):
                 heard.start()
     heard.fleet.openers.drop_spare()

@@ -209,7 +209,7 @@ def test_what_a_worker_is_behind_is_noted(linked: Linked) -> None:
     linked.fleet.say(standing(number + 1, walls=[]))
 
     assert ["user"] == linked.process.walls
-    linked.fleet.say(standing(number, walls=["none"]), [])
+    linked.fleet.say(standing(number, walls=["none"]))
     assert [standing(number, walls=["user"])] == linked.owner.heard
 
 
@@ -323,7 +323,7 @@ def test_one_opener_at_a_time_connects_again(linked: Linked) -> None:
         linked.link.ask(messages.Reconnect(), replies.append)
         if len(linked.process.sent) > len(answered):
             answered.append(linked.process.sent[-1].id)
-            linked.fleet.say(messages.Reply(answered[-1], Code.OK), [])
+            linked.fleet.say(messages.Reply(answered[-1], Code.OK))
         return len(answered)
 
     answered: list[int] = []

@@ -15,6 +15,7 @@ that hanging storage stands behind would stop all disks.
 from __future__ import annotations
 
 import errno
+import math
 import select
 import socket
 import sys
@@ -40,7 +41,7 @@ OPENER = (sys.executable, "-m", "xenbackend.opener.main")
 HANG_UP_S = 5.0  # for a worker that has closed its socket to end
 _LINES = 10, 600.0  # about walls, which a worker can provoke: at once, and seconds for one more
 _LONGEST_REASON = 500  # characters of the reason why a wall is not up
-_MESSAGES_PER_TURN = 64  # so that one talkative worker does not hold up the others
+_MESSAGES_PER_TURN, _TURN_S = 64, 0.02  # of each pass of the loop: a worker that says much must not hold up others
 _LAST_MESSAGES = 1024  # of a worker that has ended: more than its socket holds
 
 OnMessage = Callable[[messages.FromWorker], None]
@@ -197,9 +198,13 @@ class Worker:
             self._note_breach()
             self.kill("the worker was killed: it closed its socket, and did not end")
 
-    def _receive(self, most: int = _MESSAGES_PER_TURN) -> None:
-        """Read what the worker has sent, at most so many messages, and pass it on."""
+    def _receive(self, most: int = _MESSAGES_PER_TURN, turn_s: float = _TURN_S) -> None:
+        """Read what the worker has sent, at most so many messages and for about so long, and pass it on.
+
+        The loop calls this again for what is left.
+        """
         self._fleet.has_begun(self._process)
+        end = self._loop.now() + turn_s
         for _ in range(most):
             if not self._is_heard:
                 return  # it was left, or broke the protocol
@@ -218,6 +223,8 @@ class Worker:
                 self._hear_no_more()
             else:
                 self._breach("an empty datagram")
+            if self._loop.now() >= end:
+                return
 
     def _take(self, datagram: bytes) -> None:
         try:
@@ -232,7 +239,7 @@ class Worker:
 
     def _reap(self) -> None:
         """Handle the last messages, collect the exit status, close everything, and call `on_end`."""
-        self._receive(_LAST_MESSAGES)
+        self._receive(_LAST_MESSAGES, math.inf)
         if self._is_held:
             self._let_go()
             sentence = self._process.describe_end()
