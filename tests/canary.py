@@ -32,7 +32,7 @@ _MMAP, _MPROTECT, _EXECVE, _CHROOT, _SETHOSTNAME = 9, 10, 59, 161, 170
 _SHMGET, _SHMCTL, _PTRACE, _CAPSET, _PIVOT_ROOT, _MOUNT, _ADD_KEY, _UNSHARE = 29, 31, 101, 126, 155, 165, 248, 272
 _PERF_EVENT_OPEN, _SETNS, _PROCESS_VM_READV, _BPF, _EXECVEAT, _USERFAULTFD = 298, 308, 310, 321, 322, 323
 _IO_URING_SETUP, _IO_URING_REGISTER, _PIDFD_OPEN, _PIDFD_GETFD = 425, 427, 434, 438
-_IO_SETUP, _IO_DESTROY = 206, 207
+_IO_SETUP, _IO_DESTROY, _FALLOCATE = 206, 207, 285
 _SYSLOG, _OPEN_BY_HANDLE, _CLONE3, _LANDLOCK = 103, 304, 435, 444
 
 
@@ -141,6 +141,8 @@ def attempts(at: Surroundings) -> dict[str, Callable[[], object]]:
         "enter a namespace": lambda: _call(_SETNS, -1, 0, but={errno.EBADF}),
         "name the host": lambda: _in_child(_name_the_host),
         "shared memory": lambda: _call(_SHMCTL, _call(_SHMGET, 0, 4096, 0o1600), 0, None),
+        "reserve space for a file": lambda: _reserve(0),
+        "reserve space behind a file's end": lambda: _reserve(1),  # KEEP_SIZE
         "make a context of Linux AIO": _make_aio_context,
         "make an io_uring": lambda: _closed(_call(_IO_URING_SETUP, 4, bytes(120))),
         "change an io_uring": lambda: _call(_IO_URING_REGISTER, -1, 0, None, 0, but={errno.EBADF, errno.EINVAL}),
@@ -297,6 +299,14 @@ def _run_memory() -> None:
     memory = os.memfd_create("program", 0)
     os.write(memory, content)
     _call(_EXECVEAT, memory, b"", _arguments(), None, 0x1000)
+
+
+def _reserve(mode: int) -> None:
+    memory = os.memfd_create("reserved", 0)
+    try:
+        _call(_FALLOCATE, memory, mode, 0, 4096)
+    finally:
+        os.close(memory)
 
 
 def _make_aio_context() -> None:

@@ -148,6 +148,21 @@ def test_asynchronous_io_is_there_before_the_walls(option: str, words: str, mode
     assert (0 if words == "nbd" else 1, 1) == before == after
 
 
+@needs_root
+@pytest.mark.slow
+def test_a_worker_can_discard_behind_its_walls() -> None:
+    """A worker that can reserve no space behind its walls can still give back that of an image, as without walls."""
+    can = {}
+    with places.directory(places.DISK) as place:
+        image = place / "image"
+        image.write_bytes(bytes(1 << 20))
+        for walls in ("on", "off"):
+            with zygote(walls) as channel, worker_of(channel, "aio") as (near, _):
+                can[walls] = open_chain(near, f"aio:{image}").layers[0].can_discard
+
+    assert {"on": True, "off": True} == can
+
+
 def _contexts_and_rings(pid: int) -> tuple[int, int]:
     """Return how many contexts of Linux AIO and how many rings of io_uring a process has."""
     contexts = Path(f"/proc/{pid}/maps").read_text().count("[aio]")

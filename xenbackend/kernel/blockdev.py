@@ -22,7 +22,7 @@ BLKSSZGET = 0x1268  # linux/fs.h
 BLKDISCARD = 0x1277
 BLKPBSZGET = 0x127B
 BLKGETSIZE64 = 0x80081272
-_PUNCH_HOLE_KEEP_SIZE = 3  # linux/falloc.h
+PUNCH_HOLE_KEEP_SIZE = 3  # linux/falloc.h
 _AT_EMPTY_PATH = 0x1000  # linux/fcntl.h
 _AT_STATX_DONT_SYNC = 0x4000
 _STATX_MEASURE = 0x200  # STATX_SIZE
@@ -204,7 +204,7 @@ def _queue_limit(number: int, name: str) -> int:
 
 def _can_punch(fd: int, size: int) -> bool:
     """Return whether the file system can punch holes: try it behind the end of the file, where no data can be lost."""
-    return bool(_libc.fallocate(fd, _PUNCH_HOLE_KEEP_SIZE, size, mmap.PAGESIZE) == 0)
+    return bool(_libc.fallocate(fd, PUNCH_HOLE_KEEP_SIZE, size, mmap.PAGESIZE) == 0)
 
 
 def discard(fd: int, medium: Medium, offset: int, length: int) -> None:
@@ -216,7 +216,7 @@ def discard(fd: int, medium: Medium, offset: int, length: int) -> None:
         first, end = round_up(offset, medium.unit), (offset + length) // medium.unit * medium.unit
         if first < end:
             fcntl.ioctl(fd, BLKDISCARD, struct.pack("QQ", first, end - first))
-    elif _libc.fallocate(fd, _PUNCH_HOLE_KEEP_SIZE, offset, length) != 0:
+    elif _libc.fallocate(fd, PUNCH_HOLE_KEEP_SIZE, offset, length) != 0:
         error = ctypes.get_errno()
         raise OSError(error, os.strerror(error))
 

@@ -180,6 +180,7 @@ VALUES = {
     "PROT_EXEC": 4,  # asm-generic/mman-common.h
     "PR_SET_NAME": 15,  # linux/prctl.h
     **{name: int(getattr(socket, name)) for name in _OPTIONS},
+    "PUNCH_HOLE_KEEP_SIZE": blockdev.PUNCH_HOLE_KEEP_SIZE,
     # linux/sched.h: VM, FS, FILES, SYSVSEM, SIGHAND, THREAD, SETTLS, PARENT_SETTID, CHILD_CLEARTID; and musl's DETACHED
     "THREAD_OF_GLIBC": 0x3D0F00,
     "THREAD_OF_MUSL": 0x7D0F00,
