@@ -73,16 +73,39 @@ def machine(tmp_path: Path, scratch: Path) -> Iterator[Machine]:
 
 
 @contextmanager
-def serving(machine: Machine, tmp_path: Path) -> Iterator[Disk]:
+def serving(machine: Machine, tmp_path: Path, layer: str = "cow:block=8K") -> Iterator[Disk]:
     """Attach the disk to a guest that has written to it."""
     with closing(machine.create_guest(5)) as guest:
-        path = machine.attach(guest.domid, "xvda", f"cow:block=8K|aio:{tmp_path}/base")
+        path = machine.attach(guest.domid, "xvda", f"{layer}|aio:{tmp_path}/base")
         disk = Disk(machine, path, guest.connect(path, Wishes()))
         disk.frontend.write(64, OURS)
         try:
             yield disk
         finally:
             disk.frontend.crash()
+
+
+@contextmanager
+def without_worker(disk: Disk, base: Path) -> Iterator[None]:
+    """Keep the chain from being opened while the block lasts: the layer below looks as if it had been changed."""
+    before = base.stat()
+    os.utime(base, ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))
+    os.kill(disk.status()["worker"], signal.SIGKILL)
+    until(lambda: "has been replaced or changed" in disk.status()["error"], disk.status)
+    yield
+    os.utime(base, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def set_alone(disk: Disk, chain: str) -> dict[str, Any]:
+    """Put a chain in between two workers' attempts to open the former one, and return the answer."""
+    answers: list[dict[str, Any]] = []
+
+    def is_alone() -> bool:
+        answers.append(disk.order("set", chain=chain, replace=True))
+        return "is not in service" not in answers[-1].get("sentence", "")
+
+    until(is_alone)
+    return answers[-1]
 
 
 def room(scratch: Path) -> int:
@@ -197,3 +220,35 @@ def test_what_was_written_can_be_dropped(machine: Machine, tmp_path: Path) -> No
         disk.frontend.write(0, OURS)
         disk.kill()
         assert [OURS, BASE[:4096]] == [disk.frontend.read(0, 8), disk.frontend.read(64, 8)]
+
+
+@pytest.mark.parametrize("file", ["", "named.cow,"], ids=["unnamed", "named"])
+def test_another_chain_without_a_worker_keeps_what_was_written(machine: Machine, tmp_path: Path, file: str) -> None:
+    """D2: `set --replace` while there is no worker keeps the unnamed file, and for either file what the guest wrote
+    since the last flush, for a new chain with the same layer.
+    """
+    layer = f"cow:{tmp_path}/{file}block=8K" if file else "cow:block=8K"
+    with serving(machine, tmp_path, layer) as disk:
+        chain = f"delay:read=0ms|{layer}|aio:{tmp_path}/base"
+        with without_worker(disk, tmp_path / "base"):
+            set_alone(disk, chain)
+            assert chain == disk.status()["chain"]
+        disk.order("resume")
+        until(lambda: disk.status()["phase"] == "serving", disk.status)
+
+        assert disk.has_written()
+
+
+def test_a_chain_without_a_place_for_it_is_refused(machine: Machine, tmp_path: Path) -> None:
+    """D2: while there is no worker, `set --replace` refuses a chain without an unnamed file, and changes nothing."""
+    with serving(machine, tmp_path) as disk:
+        with without_worker(disk, tmp_path / "base"):
+            for chain in (f"aio:{tmp_path}/base", f"cow:{tmp_path}/other|aio:{tmp_path}/base"):
+                answer = set_alone(disk, chain)
+                assert "invalid" == answer["code"], answer
+                assert "unnamed file, and would be lost" in answer["sentence"]
+            assert f"cow:block=8K|aio:{tmp_path}/base" == disk.status()["chain"]
+        disk.order("resume")
+        until(lambda: disk.status()["phase"] == "serving", disk.status)
+
+        assert disk.has_written()

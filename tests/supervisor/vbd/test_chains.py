@@ -27,6 +27,14 @@ def test_a_chain_without_an_unnamed_file_is_refused(chain: str) -> None:
         chains.with_unnamed(chain)
 
 
+def test_a_chain_has_a_place_for_an_unnamed_file_or_not() -> None:
+    """A chain with a layer for the unnamed file keeps it, whatever else it has; any other chain is refused."""
+    chains.check_keeps_unnamed("log:|cow:block=8K|aio:/other")
+    for chain in ("aio:/img", "log:|cow:/a|aio:/img"):
+        with pytest.raises(ConfigError, match=r"would be lost: in .* there is no cow: without a file"):
+            chains.check_keeps_unnamed(chain)
+
+
 def test_what_does_not_fit_into_xenstore_is_refused() -> None:
     """A chain that is longer than xenstore's quota for a value, 2048 characters, is refused."""
     assert "a" * 2048 == chains.short("a" * 2048)

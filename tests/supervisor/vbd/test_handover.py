@@ -413,7 +413,7 @@ def test_a_chain_that_was_put_in_is_told_from_one_that_was_only_asked_for(kept: 
 
 def test_a_chain_is_put_in_without_a_worker(kept: Kept) -> None:
     """If a chain is put in without a worker, what the frontend had agreed with the last worker is kept, even for the
-    same chain, where only the order number changes. Another chain's memories are dropped.
+    same chain, where only the order number changes. The memories stay for the next worker, which knows what it wants.
     """
     for chain, former in (("null:2G", ["params", "null:1G"]), ("null:1G", [])):
         handover = Handover(kept.keeper(), PATH)
@@ -428,8 +428,8 @@ def test_a_chain_is_put_in_without_a_worker(kept: Kept) -> None:
 
         assert agreed is not None
         assert (chain, CONNECT, 4) == (agreed.chain, agreed.connect, agreed.order)
-        memories = {} if former else {"m0": "map"}
-        assert Notes(chain, stale_params=former, memories=memories, exchanged_by=4) == heir.notes
+        assert Notes(chain, stale_params=former, memories={"m0": "map"}, exchanged_by=4) == heir.notes
+        assert ["map"] == [*heir.descriptors(chain)[1]]
         heir.close()
 
 

@@ -42,6 +42,11 @@ class Opener:
         fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
         return handover.files.take(path, to_text(identify(fd)), fd, is_next=is_next, replaces=replaces)
 
+    def opens_unnamed(self, handover: Handover, *, is_next: bool = False, replaces: bool = False) -> str:
+        """Do the same for a new file without a name."""
+        fd = steps.hold_unnamed(str(self.home))
+        return handover.files.take(UNNAMED, to_text(identify(fd)), fd, is_next=is_next, replaces=replaces)
+
 
 @pytest.fixture
 def opener(tmp_path: Path) -> Opener:
@@ -248,6 +253,46 @@ def test_another_file_of_the_same_name_needs_an_administrators_word(handover: Ha
     handover.close()
 
 
+@pytest.mark.parametrize("dies", [False, True])
+def test_only_the_unnamed_file_stays_where_no_worker_puts_the_chain_in(
+    kept: Kept, opener: Opener, monkeypatch: pytest.MonkeyPatch, *, dies: bool
+) -> None:
+    """D2: if another chain is put in without a worker, its names are looked up anew, but the unnamed file has none and
+    stays. A service that dies before the chain is in has dropped nothing.
+    """
+    handover = Handover(kept.keeper(), PATH)
+    handover.descriptors(A)
+    image = opener.make("image")
+    opener.opens(handover, image)
+    opener.opens_unnamed(handover)
+    before = inodes(handover)
+    if dies:
+        monkeypatch.setattr(handover, "exchange_is_done", lambda: None)
+    handover.exchange_alone(Exchange(1, A, B))
+    handover.leave()
+    heir = next_one(kept)
+    if dies:
+        heir.exchange_is_not_done()
+
+    assert (before if dies else {UNNAMED: before[UNNAMED]}) == inodes(heir)
+    assert inodes(heir).keys() == heir.files.identities().keys()
+    assert "was lost" in opener.opens_unnamed(heir)
+    heir.close()
+
+
+def test_an_unnamed_file_that_was_lost_is_not_waited_for_by_another_chain(handover: Handover, opener: Opener) -> None:
+    """If the unnamed file was lost, a chain that is put in without a worker begins with a new one."""
+    opener.opens_unnamed(handover)
+    lost = Handover(Keeper({}), PATH)
+    lost.expect(A, handover.files.identities())
+    handover.close()
+    assert "was lost" in opener.opens_unnamed(lost)
+    lost.exchange_alone(Exchange(1, A, B))
+
+    assert "" == opener.opens_unnamed(lost)
+    lost.close()
+
+
 def test_a_partition_that_grows_stays_the_same_disk(handover: Handover, opener: Opener) -> None:
     """`resize` accepts a partition that has become larger, whose new size counts from then on. Without that order it is
     taken for another partition.
@@ -366,21 +411,16 @@ def test_an_unnamed_file_that_was_lost_is_never_another_one(handover: Handover, 
     """
     image = opener.make("image")
 
-    def opens_unnamed(*, is_next: bool = False, replaces: bool = False) -> str:
-        fd = steps.hold_unnamed(str(opener.home))
-        identity = to_text(identify(fd))
-        return handover.files.take(UNNAMED, identity, fd, is_next=is_next, replaces=replaces)
-
-    assert "" == opens_unnamed()
+    assert "" == opener.opens_unnamed(handover)
     assert handover.files.has_unnamed()
     opener.opens(handover, image)
     first = inodes(handover)[UNNAMED]
     handover.files.accept_others()
     assert {UNNAMED: first} == inodes(handover)
     for _ in range(2):
-        assert "was lost when the service was stopped; detach the disk" in opens_unnamed()
+        assert "was lost when the service was stopped; detach the disk" in opener.opens_unnamed(handover)
         handover.files.accept_others()
     assert {UNNAMED: first} == inodes(handover)
-    assert "was lost" in opens_unnamed(is_next=True)
-    assert "" == opens_unnamed(is_next=True, replaces=True)
+    assert "was lost" in opener.opens_unnamed(handover, is_next=True)
+    assert "" == opener.opens_unnamed(handover, is_next=True, replaces=True)
     handover.close()

@@ -48,7 +48,9 @@ Behaviour:
     `xenbackend set --replace`.
 
     `set` needs `--replace` to insert or remove this layer, because the disk's content is different afterwards, and
-    `snapshot` is refused below it. `xenbackend status --json` shows how many blocks are `own` and `zeros`.
+    `snapshot` is refused below it. If the disk cannot be opened at the time, `set --replace` keeps the unnamed file for
+    the new chain, and refuses a chain without one. `xenbackend status --json` shows how many blocks are `own` and
+    `zeros`.
 
 Example:
     cow:/srv/guests/1.cow|aio:/srv/images/template.raw

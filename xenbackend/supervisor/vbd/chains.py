@@ -60,6 +60,15 @@ def with_named(chain: str, file: str) -> str:
     return "|".join(texts)
 
 
+def check_keeps_unnamed(chain: str) -> None:
+    """Check that a chain has a layer for an unnamed file that there is already. Raises: ConfigError, if not."""
+    if not any(map(_has_unnamed, parse_chain(chain).layers)):
+        raise ConfigError(
+            f"what the guest wrote is in an unnamed file, and would be lost: in {chain} there is no cow: without a "
+            "file; name a chain that has one, or detach the disk if nobody needs the data"
+        )
+
+
 def _layers_with_unnamed(chain: str) -> tuple[LayerSpec, ...]:
     layers = parse_chain(chain).layers
     if not any(map(_has_unnamed, layers)):

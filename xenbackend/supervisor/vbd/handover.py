@@ -182,17 +182,16 @@ class Handover:
     def exchange_alone(self, exchange: Exchange) -> None:
         """Put another chain in while there is no worker, in the steps of a worker, so that a death between two is safe.
 
-        The memories of the former chain are of no use to another one. Raises: ConfigError; then nothing was changed.
+        Names are looked up anew, so only the unnamed file stays, which has none. All memories stay until a worker has
+        opened the chain, and drops those that no layer of it wants. Raises: ConfigError; then nothing was changed.
         """
-        self.note(exchange=exchange)
-        left, is_another = self._left(), exchange.chain != self.notes.chain
+        self.note(exchange=exchange, files=self.files.before_exchange_alone())
+        left = self._left()
         if left is not None:
             values = codec.as_fields(replace(left, chain=exchange.chain, order=exchange.order))
             journal.AGREED.write(self.page, values)
         self.exchange_is_done()
-        self.files.let_go()
-        for name in list(self._memories) if is_another else ():
-            self.drop(name)
+        self.files.forget_refusals()
 
     def saw_params(self, params: str) -> None:
         """Take note of the value of ``params``; if it is not a stale one, it has followed the chain."""

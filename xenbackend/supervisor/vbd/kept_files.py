@@ -169,6 +169,22 @@ class KeptFiles:
                     self.slots.drop(slot)
         self._refused.clear()
 
+    def before_exchange_alone(self) -> dict[str, str]:
+        """Return what to note before another chain is put in without a worker: it has the unnamed file, too.
+
+        All other names are looked up anew. An unnamed file that was lost is no longer expected.
+        """
+        both = {
+            slot: str(replace(file, of=Of.BOTH))
+            for slot, file in self._files().items()
+            if file.name == UNNAMED and slot in self.slots
+        }
+        return {**self.slots.noted(), **both}
+
+    def forget_refusals(self) -> None:
+        """Forget which names were refused: other files than those are in service from now on."""
+        self._refused.clear()
+
     def after_exchange(self, *, is_done: bool) -> dict[str, str]:
         """Return what to note once an exchange has been done or not. Then call `slots.drop_unnoted`."""
         gone = Of.SERVED if is_done else Of.NEXT

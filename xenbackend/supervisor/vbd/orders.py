@@ -288,6 +288,8 @@ class Orders:
         if not replaces:
             said = f"the disk is not in service: {self._vbd.device.error}"
             raise ConfigError(f"{said}; add --replace, as another chain cannot be compared with its own now")
+        if self._vbd.handover.files.has_unnamed():
+            chains.check_keeps_unnamed(text)
         order.chain = text
         params = (self._vbd.device.sight.keys or {}).get("params", "")
         self._vbd.handover.exchange_alone(Exchange(order.number, params, text))
