@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import replace
 
 import pytest
@@ -173,6 +174,22 @@ def test_what_an_inherited_worker_says_after_it_told_where_it_stands_counts() ->
 
     assert (Phase.SERVING, "a flush failed") == (world.device.phase, world.device.error)
     assert "a flush failed" == (world.node or {})["flush-failed"]
+
+
+def test_an_inherited_worker_that_cannot_serve_before_the_first_look_is_replaced() -> None:
+    """An inherited worker that cannot go on with the rings is replaced, even if the service has not seen yet that a
+    guest waits for the disk: the guest is not disconnected.
+    """
+    world = connected()
+    world.replace_service()
+    world.inbox.clear()
+    world.is_connected = False
+    world.say(stage=Stage.CONNECTING)
+    world.say(stage=Stage.OPEN, failure="the image is in use", errno=errno.EBUSY)
+    world.see()
+    world.settle()
+
+    assert ("4", True) == (world.state, world.is_connected)
 
 
 @pytest.mark.parametrize("state", ["1", "2"])

@@ -24,7 +24,7 @@ from tests.supervisor.helpers import (
 from xenbackend import journal
 from xenbackend.blkif.features import Limits, publish_at_probe
 from xenbackend.blkif.handshake import XenbusState
-from xenbackend.errors import KernelError
+from xenbackend.errors import KernelError, StoreError
 from xenbackend.kernel import memfd
 from xenbackend.rig.store import Xenstored
 from xenbackend.supervisor.service.brake import BURST
@@ -509,6 +509,71 @@ def test_a_chain_that_could_not_be_opened_leaves_no_file_behind(stepped: Stepped
     assert {} == vbd.handover.files.identities()
 
 
+def look_fails(patch: pytest.MonkeyPatch) -> None:
+    """Let every look at a vbd fail, as if xenstore were slow."""
+
+    def fail(*_: object) -> None:
+        raise StoreError("xenstore has not answered", errno.EAGAIN)
+
+    patch.setattr(VbdNodes, "keys", fail)
+
+
+def serve_file(stepped: Stepped, toolstack: Store, guest: Store) -> None:
+    """Serve a guest from a file."""
+    write_like_libxl(toolstack)
+    stepped.until(lambda: toolstack.read_optional(f"{PATH.backend}/hotplug-status") == "connected")
+    keep_file(stepped.vbd())
+    offer_ring(guest)
+    stepped.until(lambda: toolstack.read(f"{PATH.backend}/state") == "4")
+    toolstack.write(f"{PATH.frontend}/state", "4")
+
+
+def test_a_worker_that_dies_before_the_first_look_loses_no_file(
+    xenstored: Xenstored, kept: Kept, toolstack: Store, guest: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If an inherited worker dies before the service has seen whether a guest needs the disk, its files stay kept and
+    noted, and its successor is served from them.
+    """
+    first = Stepped(xenstored.address, Settings(), keeper=kept.keeper())
+    serve_file(first, toolstack, guest)
+    first.until(lambda: first.vbd().device.phase is Phase.SERVING)
+    first.leave()
+    with monkeypatch.context() as patch:
+        look_fails(patch)
+        second = Stepped(xenstored.address, Settings(), keeper=kept.keeper())
+        vbd = second.vbd()
+        assert vbd.worker is not None
+        vbd.worker.kill("the test wants it")
+        second.until(lambda: vbd.worker is None)
+        found = [file.name for file, _ in vbd.handover.files.kept()]
+        assert not vbd.device.sight.has_looked
+    second.until(lambda: vbd.device.phase is Phase.SERVING)
+
+    assert ["/img"] == found == [file.name for file, _ in vbd.handover.files.kept()]
+    assert f"{IDENTITY}|/img" == toolstack.read(f"/local/domain/0/xenbackend-files/{PATH}/1")
+    second.close()
+
+
+def test_a_service_that_never_looked_leaves_the_notes_about_the_files(
+    xenstored: Xenstored, toolstack: Store, guest: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A service that ends before its first look at a disk leaves in xenstore what an earlier one noted of its files."""
+    first = Stepped(xenstored.address, Settings())
+    serve_file(first, toolstack, guest)
+    first.close()
+    with monkeypatch.context() as patch:
+        look_fails(patch)
+        second = Stepped(xenstored.address, Settings())
+        vbd = second.vbd()
+        second.close()
+        assert not vbd.device.sight.has_looked
+    third = Stepped(xenstored.address, Settings())
+    third.until(lambda: third.vbd().worker is not None)
+
+    assert {"/img": IDENTITY} == third.vbd().handover.files.identities()
+    third.close()
+
+
 def test_the_next_service_knows_the_files_of_a_disk_that_goes_on(
     xenstored: Xenstored, toolstack: Store, guest: Store
 ) -> None:
@@ -516,12 +581,7 @@ def test_the_next_service_knows_the_files_of_a_disk_that_goes_on(
     file until `resume`. Nothing is left of a disk that is gone.
     """
     first = Stepped(xenstored.address, Settings())
-    write_like_libxl(toolstack)
-    first.until(lambda: toolstack.read_optional(f"{PATH.backend}/hotplug-status") == "connected")
-    keep_file(first.vbd())
-    offer_ring(guest)
-    first.until(lambda: toolstack.read(f"{PATH.backend}/state") == "4")
-    toolstack.write(f"{PATH.frontend}/state", "4")
+    serve_file(first, toolstack, guest)
     first.close()
     assert [] == toolstack.directory("/local/domain/0/xenbackend")
     second = Stepped(xenstored.address, Settings())

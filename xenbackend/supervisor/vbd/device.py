@@ -297,7 +297,8 @@ class Device:
     def _fail(self, sentence: str, code: int) -> None:
         """Note what the worker could not do. Its process still runs, and is told to close next."""
         is_opening, self.phase = self.phase is Phase.OPENING, Phase.OPEN
-        is_wanted = self.is_waited_for() or (is_opening and self.sight.hotplug == "connected")
+        is_wanted = self.is_waited_for() or not self.sight.has_looked  # then a guest may wait
+        is_wanted |= is_opening and self.sight.hotplug == "connected"
         if is_wanted and is_opening and code == errno.ESTALE:
             self._reasons.say(Reason.OTHER_FILE, sentence)
         elif is_wanted:

@@ -201,7 +201,7 @@ class Vbd:
         if worker.has_broken_protocol:
             self.log.say("error", "a worker broke the protocol and is killed", worker=str(worker.pid), reason=sentence)
         self.handover.forget_worker()
-        if not self.device.is_promised():
+        if self.device.sight.has_looked and not self.device.is_promised():
             self.handover.files.let_go()  # a chain that could not be opened may be put right by another file
         self._openings.remove_export()
         self._reconnecting.stop()
@@ -364,7 +364,7 @@ class Vbd:
         if leaves:
             self._guarded(self.handover.leave)  # the registry removes what is shown of all vbds at once
         else:
-            goes_on = self.device.is_promised() and not self.device.sight.is_over
+            goes_on = not self.device.sight.is_over and (self.device.is_promised() or not self.device.sight.has_looked)
             self._guarded(self.handover.close)
             self._guarded(partial(self._nodes.forget, goes_on=goes_on))
         self._on_forgotten(self)
@@ -402,7 +402,8 @@ class Vbd:
             self._look_at.set(self._context.loop.now() + _RETRY_S)
 
     def _show(self) -> None:
-        self._nodes.note_files(self.handover.notes.chain, self.handover.files.identities())
+        if self.device.sight.has_looked:  # else what an earlier service noted there is not known yet
+            self._nodes.note_files(self.handover.notes.chain, self.handover.files.identities())
         self._nodes.show_status(describe_briefly(self))
 
     def _has_arrived(self, problem: XenbackendError | None) -> None:
