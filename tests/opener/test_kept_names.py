@@ -23,7 +23,7 @@ from xenbackend.opener import marks, steps
 from xenbackend.opener.access import Access
 from xenbackend.opener.main import Attendant
 from xenbackend.opener.parents import IN_SERVICE, MARK
-from xenbackend.protocol.opening import HeldFile, Job, KeptFile
+from xenbackend.protocol.opening import HeldFile, Job, KeptFile, Opened
 from xenbackend.worker.opener import RemoteOpener
 
 
@@ -34,15 +34,17 @@ class Disk:
 
     def __init__(self, *names: str, chains: list[str], keeps: bool = False, **more: Any) -> None:
         self.told: list[tuple[str, int]] = []
+        self.again: list[str] = []  # those of them that take the place of a kept descriptor
         self.refusal = ""
         held = {name: steps.hold(name) for name in names}
         kept = [KeptFile(name, steps.identify(fd)) for name, fd in held.items()]
         job = Job("vbd/5/51712", chains, read_only=False, keeps=keeps, kept=kept, **more)
         self.access = Access(job, held, self._tell)
 
-    def _tell(self, name: str, identity: str, chain: int, fd: int) -> str:
-        assert identity == steps.identify(fd)
-        self.told.append((name, chain))
+    def _tell(self, found: Opened, fd: int) -> str:
+        assert found.identity == steps.identify(fd)
+        self.told.append((found.name, found.chain))
+        self.again += [found.name] * found.is_again
         return self.refusal
 
     def content(self, name: str, chain: int = 0) -> bytes:
@@ -148,6 +150,75 @@ def test_a_refused_file_is_not_opened(undo: ExitStack, tmp_path: Path) -> None:
         disk.content(image, 1)
 
     assert errno.ESTALE == caught.value.errno
+
+
+def goes_stale(patch: pytest.MonkeyPatch, path: str, *, at: str) -> None:
+    """Let every descriptor of the file that a name means now be unknown to its server, at the step of that name."""
+    stale, step = Path(path).stat(), getattr(steps, at)
+
+    def fail(fd: int, *arguments: Any, **more: Any) -> Any:
+        if os.path.samestat(stale, os.fstat(fd)) and fd not in fresh:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return step(fd, *arguments, **more)
+
+    fresh: set[int] = set()
+    hold = steps.hold
+
+    def hold_fresh(name: str) -> int:
+        fd = hold(name)
+        fresh.add(fd)
+        return fd
+
+    patch.setattr(steps, at, fail)
+    patch.setattr(steps, "hold", hold_fresh)
+
+
+@pytest.mark.parametrize("at", ["look", "reopen"])
+@pytest.mark.parametrize("chain", [0, 1])
+def test_a_kept_file_that_its_server_has_lost_is_looked_up_again(
+    undo: ExitStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str, chain: int
+) -> None:
+    """If the kept descriptor of one file is useless (ESTALE), its name is looked up again, and the supervisor is told
+    that the same file, found there, takes its place; nothing becomes of the other files.
+    """
+    image, other = make(tmp_path / "image", b"former"), make(tmp_path / "other", b"other")
+    disk = Disk(image, other, chains=[f"log:{other}|aio:{image}"] * 2)
+    undo.callback(disk.access.close)
+    goes_stale(monkeypatch, image, at=at)
+    Path(other).unlink()
+
+    assert b"former" == disk.content(image, chain)
+    assert [image] == disk.again
+    assert b"other" == disk.content(other)
+    monkeypatch.undo()
+    assert [b"former"] * 2 == [disk.content(image, number) for number in (0, 1)]
+    assert [image] == disk.again
+
+
+@pytest.mark.parametrize("becomes", ["another", "nothing", "a directory"])
+def test_a_kept_file_that_is_lost_and_has_lost_its_name_is_not_replaced(
+    undo: ExitStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, becomes: str
+) -> None:
+    """If the name does not lead to the lost file either, the error names the file. If another file is there, the
+    supervisor is asked, whose sentence says what to do.
+    """
+    image = make(tmp_path / "image", b"former")
+    disk = Disk(image, chains=[f"aio:{image}"])
+    undo.callback(disk.access.close)
+    goes_stale(monkeypatch, image, at="look")
+    (tmp_path / "image").rename(tmp_path / "renamed")
+    disk.refusal = "it is another one"
+    if becomes == "another":
+        make(tmp_path / "image", b"another")
+    elif becomes == "a directory":
+        (tmp_path / "image").mkdir()
+    for _ in range(2):
+        with pytest.raises((OSError, DriverError)) as caught:
+            disk.content(image)
+        assert errno.ESTALE == caught.value.errno
+        if isinstance(caught.value, OSError):
+            assert image == caught.value.filename
+        assert ("it is another one" in str(caught.value)) == (becomes == "another") == bool(disk.again)
 
 
 def test_a_parent_that_lost_its_name_is_found(undo: ExitStack, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ import pytest
 
 from tests import fuse
 from tests.until import until
+from xenbackend.cli.main import main
 from xenbackend.embedded.machine import GuestDomain, Machine
 from xenbackend.errors import XenbackendError
 from xenbackend.rig.frontend import Frontend, Wishes
@@ -329,4 +330,31 @@ def test_a_file_that_the_server_has_lost_pauses_the_disk(host: Host, moment: str
 
     assert str(host.remote) in sentence
     assert request.status == 0
+    disk.close()
+
+
+@pytest.mark.parametrize("becomes", ["nothing", "a backup"])
+def test_no_other_file_is_given_up_for_one_that_the_server_has_lost(host: Host, becomes: str) -> None:
+    """If the server does not know a parent any more, `resume` keeps the image above it: its name is gone, or leads to a
+    backup by now, and only what is kept leads to what the guest wrote.
+    """
+    leaf = host.home / "leaf.qcow2"
+    create = ["image", "create", "qcow2", str(leaf), "--parent-format", "raw", "--parent", str(host.remote)]
+    assert 0 == main(create)
+    path = host.machine.attach(5, "xvda", f"qcow2:{leaf},parents={host.remote.parent}")
+    backup = leaf.read_bytes()
+    disk = host.connect(path)
+    disk.write(64, DATA)
+    leaf.unlink()
+    if becomes == "a backup":
+        leaf.write_bytes(backup)
+    host.server.fail(errno.ESTALE, fuse.GETATTR)
+    host.kill()
+    until(lambda: host.status()["reason"] == "other-file", host.status)
+    assert str(host.remote) in host.status()["error"]
+    host.server.fail(0, fuse.GETATTR)
+    host.machine.ask({"verb": "resume", "vbd": "5/xvda"})
+    until(lambda: host.status()["phase"] == "serving", host.status)
+
+    assert DATA == disk.read(64, 8)
     disk.close()

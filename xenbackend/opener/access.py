@@ -10,22 +10,25 @@ import os
 import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 from xenbackend.block.driver import Found
 from xenbackend.block.files import UNNAMED
 from xenbackend.block.mapped.parents import PARENT
 from xenbackend.block.servers import Account
-from xenbackend.errors import DriverError, printable
+from xenbackend.errors import DriverError, KernelError, printable
 from xenbackend.kernel import locks, openat
 from xenbackend.kernel.identity import difference, from_text
 from xenbackend.kernel.inuse import InUse
 from xenbackend.opener import marks, parents, steps
 from xenbackend.opener.rules import Rule, Rules, Server
-from xenbackend.protocol.opening import Facts, HeldFile, Job, KeptFile
+from xenbackend.protocol.opening import Facts, HeldFile, Job, KeptFile, Opened
 
-# Hands over a file that was opened for the first time: name, identity, place of the chain, descriptor, lent for the
-# call. Returns a sentence if the worker may not have it.
-Tell = Callable[[str, str, int, int], str]
+# Hands over a file that was looked up, with a descriptor of it, which is lent for the call. Returns a sentence if the
+# worker may not have it.
+Tell = Callable[[Opened, int], str]
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +52,7 @@ class Access:
 
     def look(self, name: str, chain: int) -> Facts:
         """Return what a file is. Raises: DriverError, OSError."""
-        return self._facts(name, self._hold(name, chain, create=False))
+        return self._with_held(name, chain, partial(self._facts, name), create=False)
 
     def find(self, what: str, named_by: str, names: list[str], chain: int) -> Found:
         """Return the file that an image names, if it may be followed there, as `parents.find`. Raises: DriverError.
@@ -88,14 +91,17 @@ class Access:
         if write and not (claims or rule.is_shared or rule.is_record):
             problem = f"{printable(name)} must not be written to by others at the same time"
             raise DriverError(problem, path=name, errno=errno.EACCES)
-        held = self._hold(name, chain, create=create)
-        fd = steps.reopen(held.fd, name, write=write, claims=claims)
-        try:
-            self._check_medium(name, chain, held, fd)
-            return fd, self._facts(name, held)
-        except BaseException:
-            os.close(fd)
-            raise
+
+        def reopen(held: _Held) -> tuple[int, Facts]:
+            fd = steps.reopen(held.fd, name, write=write, claims=claims)
+            try:
+                self._check_medium(name, chain, held, fd)
+                return fd, self._facts(name, held)
+            except BaseException:
+                os.close(fd)
+                raise
+
+        return self._with_held(name, chain, reopen, create=create)
 
     def is_used_beside(self, name: str, chain: int, access: locks.Access) -> bool:
         """Return whether a file is in use by another face, as `steps.is_used_beside`. Raises: DriverError, OSError."""
@@ -223,11 +229,14 @@ class Access:
             return
         again = os.dup(held.fd)
         try:
-            refusal = self._tell(name, identity, chain, again)
+            self._check_told(Opened(name, identity, chain), again)
         finally:
             os.close(again)
-        if refusal:
-            raise DriverError(refusal, path=name, errno=errno.ESTALE)
+
+    def _check_told(self, found: Opened, fd: int) -> None:
+        """Tell the supervisor of a file, which is behind `fd`. Raises: DriverError, if the worker may not have it."""
+        if refusal := self._tell(found, fd):
+            raise DriverError(refusal, path=found.name, errno=errno.ESTALE)
 
     def _chain(self, number: int) -> Rules:
         if not 0 <= number < len(self._rules):
@@ -239,6 +248,49 @@ class Access:
         held = self._held[chain].get(name)
         if held is None:
             held = self._held[chain][name] = self._look_up(name, chain, rule, create=create)
+        return held
+
+    def _with_held(self, name: str, chain: int, use: Callable[[_Held], _T], *, create: bool) -> _T:
+        """Return what `use` makes of a file. A kept one that its server does not know any more is looked up again.
+
+        Raises: DriverError, OSError; ESTALE, if the name does not lead to it either.
+        """
+        held = self._hold(name, chain, create=create)
+        try:
+            return use(held)
+        except (OSError, KernelError) as error:
+            if error.errno != errno.ESTALE:
+                raise
+        return use(self._hold_again(name, chain, held))
+
+    def _hold_again(self, name: str, chain: int, former: _Held) -> _Held:
+        """Return a kept file once more, by its name.
+
+        Raises: DriverError, if the name means another file; OSError with ESTALE, if no file is found.
+        """
+        lost = OSError(errno.ESTALE, os.strerror(errno.ESTALE), name)
+        if name == UNNAMED or former is not self._kept.get(name):
+            raise lost
+        is_record = self._chain(chain).of(name).is_record
+        try:
+            fd = steps.hold_record(name, create=False) if is_record else steps.hold(name)
+        except (OSError, DriverError) as error:
+            raise lost from error
+        try:
+            held = _Held(fd, steps.identify(fd))
+            self._check_told(Opened(name, held.identity, chain, is_again=True), fd)
+            if _differ(former.identity, held.identity):  # a chain that is being put in may have it, but by another step
+                raise lost
+        except KernelError as error:
+            os.close(fd)
+            raise lost from error
+        except BaseException:
+            os.close(fd)
+            raise
+        for names in [self._kept, *self._held]:
+            if names.get(name) is former:
+                names[name] = held
+        os.close(former.fd)
         return held
 
     def _look_up(self, name: str, chain: int, rule: Rule, *, create: bool) -> _Held:
@@ -285,9 +337,7 @@ class Access:
         """Return the file behind `fd`, ours from now on, once the supervisor keeps it. Raises: DriverError."""
         try:
             identity = identity or steps.identify(fd)
-            refusal = self._tell(name, identity, chain, fd)
-            if refusal:
-                raise DriverError(refusal, path=name, errno=errno.ESTALE)
+            self._check_told(Opened(name, identity, chain), fd)
         except BaseException:
             os.close(fd)
             raise

@@ -210,9 +210,9 @@ class Attendant:
         with suppress(OSError):  # the supervisor has gone, or does not read now
             self._supervisor.send(opening.encode(opening.Waits(name, makes_key)), socket.MSG_DONTWAIT)
 
-    def _tell(self, name: str, identity: str, chain: int, fd: int) -> str:
+    def _tell(self, found: opening.Opened, fd: int) -> str:
         """Hand a file to the supervisor, wait for its answer, and return why the worker may not have it, if so."""
-        return self._say(opening.Opened(name, identity, chain), [fd])
+        return self._say(found, [fd])
 
     def _say(self, found: opening.Found, fds: Sequence[int]) -> str:
         """Send what was found, with its descriptors; after the answer return why the worker may not have it, if so."""

@@ -127,12 +127,14 @@ class Meaning:
 class Opened:
     """A name was looked up. Descriptors: an O_PATH one of its file, to be kept while the disk lives.
 
-    `chain` is the index in `Job.chains` of the chain that has led to it.
+    chain      index in `Job.chains` of the chain that has led to it
+    is_again   the descriptor that was kept leads to no file any more (ESTALE); this one of the same file replaces it
     """
 
     name: str
     identity: str
     chain: int
+    is_again: bool = False
 
 
 @dataclass(frozen=True, slots=True)

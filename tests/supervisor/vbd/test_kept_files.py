@@ -37,10 +37,10 @@ class Opener:
         new.rename(path)
         return str(path)
 
-    def opens(self, handover: Handover, path: str, *, is_next: bool = False, replaces: bool = False) -> str:
+    def opens(self, handover: Handover, path: str, **how: bool) -> str:
         """Tell the supervisor of a file that is being opened, and return why it must not be, or an empty text."""
         fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
-        return handover.files.take(path, to_text(identify(fd)), fd, is_next=is_next, replaces=replaces)
+        return handover.files.take(path, to_text(identify(fd)), fd, **how)
 
     def opens_unnamed(self, handover: Handover, *, is_next: bool = False, replaces: bool = False) -> str:
         """Do the same for a new file without a name."""
@@ -128,21 +128,70 @@ def test_an_administrator_accepts_only_what_was_refused(handover: Handover, open
     handover.close()
 
 
-def test_where_nothing_was_refused_the_names_are_looked_up_anew_and_compared(
-    handover: Handover, opener: Opener
-) -> None:
-    """If nothing was refused, `accept_others` drops the descriptors, and the names are looked up again; they still have
-    to mean the same files.
+def test_where_nothing_was_refused_nothing_is_dropped(kept: Kept, opener: Opener) -> None:
+    """If nothing was refused, `accept_others` drops no file: nothing else may lead to what a guest wrote to it."""
+    handover = Handover(kept.keeper(), PATH)
+    handover.descriptors(A)
+    image, parent = opener.make("image"), opener.make("parent")
+    for path in (image, parent):
+        opener.opens(handover, path)
+    before = inodes(handover)
+    Path(image).unlink()
+    opener.make("parent", "another")
+    handover.files.accept_others()
+
+    assert before == inodes(handover)
+    assert "is another file" in opener.opens(handover, parent)
+    handover.leave()
+    heir = next_one(kept)
+    assert before == inodes(heir)
+    heir.close()
+
+
+def test_a_useless_descriptor_is_replaced_by_one_of_the_same_file(kept: Kept, opener: Opener) -> None:
+    """A file that is found again takes the place of its descriptor, here and with the keeper, if it is the same one.
+    Another file is refused, and takes the place only after `accept_others`.
+    """
+    handover = Handover(kept.keeper(), PATH)
+    handover.descriptors(A)
+    image = opener.make("image")
+    opener.opens(handover, image)
+    [(_, former)] = handover.files.kept()
+    again = os.open(image, os.O_PATH | os.O_CLOEXEC)
+    identity = to_text(identify(again))
+    os.set_inheritable(former, True)  # so that the descriptors can be told apart
+    assert "" == handover.files.take(image, identity, again, is_again=True)
+    [(_, present)] = handover.files.kept()
+    assert (again, False) == (present, os.get_inheritable(present))
+    opener.make("image", "another")
+    before = inodes(handover)
+
+    assert "is another file" in opener.opens(handover, image, is_again=True)
+    assert before == inodes(handover)
+    handover.files.accept_others()
+    assert "" == opener.opens(handover, image)
+    assert {image: inode(image)} == inodes(handover) != before
+    assert 1 == sum(name.startswith(f"{prefix_of(PATH)}.f") for name in kept.fds)
+    handover.close()
+
+
+def test_an_accepted_file_may_be_exchanged_until_the_disk_is_served(handover: Handover, opener: Opener) -> None:
+    """If the disk cannot be opened with a file that was accepted, `accept_others` accepts yet another one. Once a guest
+    was served from it, another file is refused.
     """
     image = opener.make("image")
     opener.opens(handover, image)
+    opener.make("image", "wrong")
+    assert opener.opens(handover, image)
+    for content in ("wrong", "right"):
+        opener.make("image", content)
+        handover.files.accept_others()
+        assert "" == opener.opens(handover, image)
+        assert {image: inode(image)} == inodes(handover)
+    handover.files.forget_refusals()
+    opener.make("image", "another")
     handover.files.accept_others()
 
-    assert {} == inodes(handover)
-    assert "" == opener.opens(handover, image)
-    assert {image: inode(image)} == inodes(handover)
-    handover.files.accept_others()
-    opener.make("image", "another")
     assert "is another file" in opener.opens(handover, image)
     handover.close()
 
@@ -414,13 +463,13 @@ def test_an_unnamed_file_that_was_lost_is_never_another_one(handover: Handover, 
     assert "" == opener.opens_unnamed(handover)
     assert handover.files.has_unnamed()
     opener.opens(handover, image)
-    first = inodes(handover)[UNNAMED]
+    first = inodes(handover)
     handover.files.accept_others()
-    assert {UNNAMED: first} == inodes(handover)
+    assert first == inodes(handover)
     for _ in range(2):
         assert "was lost when the service was stopped; detach the disk" in opener.opens_unnamed(handover)
         handover.files.accept_others()
-    assert {UNNAMED: first} == inodes(handover)
+    assert first == inodes(handover)
     assert "was lost" in opener.opens_unnamed(handover, is_next=True)
     assert "" == opener.opens_unnamed(handover, is_next=True, replaces=True)
     handover.close()

@@ -554,6 +554,26 @@ def test_a_worker_that_dies_before_the_first_look_loses_no_file(
     second.close()
 
 
+def test_what_was_refused_before_the_disk_is_served_is_not_given_up_later(
+    stepped: Stepped, toolstack: Store, guest: Store
+) -> None:
+    """Once the disk is served from its former file again, a later `resume` does not give that file up for another one
+    that was refused before.
+    """
+    serve_file(stepped, toolstack, guest)
+    vbd = stepped.vbd()
+    stepped.until(lambda: vbd.device.phase is Phase.SERVING)
+    assert "is another file" in keep_file(vbd, "file device=1 inode=3")
+    former = vbd.worker
+    assert former is not None
+    former.kill("the test wants it")
+    stepped.until(lambda: vbd.device.phase is Phase.SERVING and vbd.worker not in (None, former))
+    vbd.handover.files.accept_others()
+
+    assert ["/img"] == [file.name for file, _ in vbd.handover.files.kept()]
+    assert {"/img": IDENTITY} == vbd.handover.files.identities()
+
+
 def test_a_service_that_never_looked_leaves_the_notes_about_the_files(
     xenstored: Xenstored, toolstack: Store, guest: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

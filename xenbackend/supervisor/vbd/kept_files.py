@@ -76,7 +76,7 @@ class KeptFiles:
 
     def __init__(self, slots: Slots) -> None:
         self.slots = slots
-        self._refused: set[str] = set()  # names that now lead to another file
+        self._refused: set[str] = set()  # names that led to another file since the disk was last served
         self._texts: Mapping[str, str] = {}  # from which `_parsed` was made
         self._parsed: dict[str, NotedFile] = {}
 
@@ -134,8 +134,11 @@ class KeptFiles:
         is_next: bool = False,
         replaces: bool = False,
         may_grow: bool = False,
+        is_again: bool = False,
     ) -> str:
         """Keep a file that is being opened, by its O_PATH descriptor, ours from now on; the rest is as for `check`.
+
+        `is_again`: it takes the place of the descriptor that we have of the same file, which has become useless.
 
         Returns: why it may not be opened; empty if it is kept. Raises: ValueError, if `identity` is none.
         """
@@ -144,7 +147,7 @@ class KeptFiles:
             if sentence and not is_next:
                 self._refused.add(name)
             if not sentence:
-                sentence = self._add(name, identity, fd, is_next=is_next)
+                sentence = self._add(name, identity, fd, is_next=is_next, is_again=is_again)
         except BaseException:
             os.close(fd)
             raise
@@ -155,19 +158,13 @@ class KeptFiles:
     def accept_others(self) -> None:
         """Accept the files that refused names lead to now: an administrator wants the disk to be served again.
 
-        If no name was refused, a descriptor may have become useless (ESTALE): the names are looked up anew, and
-        compared. The unnamed file stays: it cannot be found again, and no other file has its content.
+        All other files stay, even if the disk could not be opened with one of them: their names may be gone, or lead to
+        other files, so that nothing else has what the guest wrote. This is true of the unnamed file at all times.
+        Until the disk is served, a name that was refused stays accepted, so that yet another file may be tried.
         """
-        files = self._files()
-        refused = self._refused - {UNNAMED}
-        if refused:
-            self.slots.note({slot: str(file) for slot, file in files.items() if file.name not in refused})
-            self.slots.drop_unnoted()
-        else:
-            for slot in self.slots.descriptors():
-                if files[slot].name != UNNAMED:
-                    self.slots.drop(slot)
-        self._refused.clear()
+        files, refused = self._files(), self._refused - {UNNAMED}
+        self.slots.note({slot: str(file) for slot, file in files.items() if file.name not in refused})
+        self.slots.drop_unnoted()
 
     def before_exchange_alone(self) -> dict[str, str]:
         """Return what to note before another chain is put in without a worker: it has the unnamed file, too.
@@ -182,7 +179,7 @@ class KeptFiles:
         return {**self.slots.noted(), **both}
 
     def forget_refusals(self) -> None:
-        """Forget which names were refused: other files than those are in service from now on."""
+        """Forget which names were refused: the disk is served from what is kept, or from another chain."""
         self._refused.clear()
 
     def after_exchange(self, *, is_done: bool) -> dict[str, str]:
@@ -211,7 +208,7 @@ class KeptFiles:
                 return slot, file
         return None
 
-    def _add(self, name: str, identity: str, fd: int, *, is_next: bool) -> str:
+    def _add(self, name: str, identity: str, fd: int, *, is_next: bool, is_again: bool) -> str:
         """Note a file that may be opened, and have its descriptor kept. Return why that failed; empty if it did not."""
         served, former = self._file(name, is_next=False), self._file(name, is_next=True)
         is_served = served is not None and not difference(from_text(served[1].identity), from_text(identity))
@@ -232,6 +229,6 @@ class KeptFiles:
             self.slots.note(files)
         except ConfigError as error:
             return f"{printable(name)} cannot be opened: {error}"
-        if not (is_served and slot in self.slots):
+        if is_again or not (is_served and slot in self.slots):
             self.slots.put(slot, fd)
         return ""

@@ -121,8 +121,9 @@ class Openings:
             os.close(fd)
             return files.check(found.name, found.identity, is_next=True, replaces=swap.replaces)
         return files.take(
-            found.name, found.identity, fd, is_next=is_next, replaces=swap.replaces, may_grow=swap.is_resize
-        )
+            found.name, found.identity, fd,
+            is_next=is_next, replaces=swap.replaces, may_grow=swap.is_resize, is_again=found.is_again,
+        )  # fmt: skip
 
     def believed_export(self, path: str) -> str | None:
         """Return at which path a worker that says `path` serves a device model; None if nobody has named that path.

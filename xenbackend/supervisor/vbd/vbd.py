@@ -343,7 +343,8 @@ class Vbd:
             self.link.kill(str(error))
 
     def _served(self) -> None:
-        """End the worker's boost, and log how long a guest has waited for a successor."""
+        """Forget which files were refused, end the worker's boost, and log how long a guest has waited for it."""
+        self.handover.files.forget_refusals()
         if self.worker is not None:
             self.worker.unboost()
         if self.lives.ended:
