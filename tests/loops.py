@@ -83,22 +83,34 @@ def remounted(device: str, place: Path, *options: str) -> Iterator[None]:
 
 
 @contextmanager
-def partition(device: str) -> Iterator[str]:
-    """Add a partition of 4 MiB to a device, at 1 MiB, without a table: linux/blkpg.h."""
-    _ask(device, _ADD, 4 << 20)
+def bound(path: Path, place: Path) -> Iterator[Path]:
+    """Mount a file on another one, which is made, within this context, and yield its second name."""
+    place.touch()
+    subprocess.run(["mount", "--bind", path, place], check=True)
     try:
-        yield f"{device}p1"
+        yield place
     finally:
-        _ask(device, _DELETE, 4 << 20)
+        subprocess.run(["umount", "--lazy", place], check=True)  # an opener may hold the file for a while
+
+
+@contextmanager
+def partition(device: str, number: int = 1) -> Iterator[str]:
+    """Add a partition of 4 MiB to a device, without a table: linux/blkpg.h. The first one is at 1 MiB."""
+    _ask(device, _ADD, number, 4 << 20)
+    try:
+        yield f"{device}p{number}"
+    finally:
+        _ask(device, _DELETE, number, 4 << 20)
 
 
 def grow_partition(device: str, size: int) -> None:
-    """Enlarge the partition, even while it is open."""
-    _ask(device, _RESIZE, size)
+    """Enlarge the first partition, even while it is open."""
+    _ask(device, _RESIZE, 1, size)
 
 
-def _ask(device: str, what: int, size: int) -> None:
-    values = ctypes.create_string_buffer(struct.pack("=qqi64s64s4x", 1 << 20, size, 1, b"", b""))
+def _ask(device: str, what: int, number: int, size: int) -> None:
+    start = (1 << 20) + (number - 1) * (4 << 20)
+    values = ctypes.create_string_buffer(struct.pack("=qqi64s64s4x", start, size, number, b"", b""))
     with Path(device).open("r+b", buffering=0) as disk:
         call = struct.pack("iiiP", what, 0, len(values), ctypes.addressof(values))
         fcntl.ioctl(disk, _BLKPG, call)

@@ -155,6 +155,54 @@ def test_partitions(files: HostFiles, device: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_readers_of_partitions(files: HostFiles, device: str) -> None:
+    """A reader claims nothing, and is seen by its locks: whoever reads a partition is in the way of those who write to
+    its disk, and the reverse; other readers, and users of another partition, are not disturbed.
+    """
+    with loops.partition(device) as part, loops.partition(device, 2) as other:
+        for one, two in ((part, device), (device, part)):
+            with opened(files, one, read_only=True):
+                assert f"as {one}, which has some of the same data" in refusal(files, two)
+                assert "" == refusal(files, two, read_only=True)
+            with opened(files, one):
+                assert refusal(files, two, read_only=True)
+            assert "" == refusal(files, two)
+        for read_only in (False, True):
+            with opened(files, part, read_only=read_only):
+                assert "" == refusal(files, other)
+                assert "" == refusal(files, other, read_only=True)
+
+
+@pytest.mark.slow
+def test_a_partition_of_a_loop_device(files: HostFiles, backing: Path, device: str, tmp_path: Path) -> None:
+    """A file is in use while a partition of a loop device over it is, and such a partition while the file is; what the
+    host does with another partition does no harm.
+    """
+    with loops.partition(device) as part, loops.partition(device, 2) as other:
+        with opened(files, backing):
+            assert f"as {backing}, which has some of the same data" in refusal(files, part)
+            assert refusal(files, part, read_only=True)
+        with opened(files, part):
+            assert refusal(files, backing)
+            assert refusal(files, backing, read_only=True)
+        with opened(files, part, read_only=True):
+            assert f"as {part}, which has some of the same data" in refusal(files, backing)
+            assert "" == refusal(files, backing, read_only=True)
+        with loops.mounted(other, tmp_path / "place"):
+            assert "" == refusal(files, part)
+            assert "" == refusal(files, part, read_only=True)
+            assert f"mounted at {tmp_path / 'place'}" in refusal(files, backing)
+
+
+def test_a_file_that_is_mounted_under_another_name(files: HostFiles, backing: Path, tmp_path: Path) -> None:
+    """A file below a loop device that is in use is recognised by each of its names."""
+    with loops.bound(backing, tmp_path / "another name") as other:
+        for below, asked in ((backing, other), (other, backing)):
+            with loops.over(below) as device, opened(files, device):
+                assert f"as {device}, which is the same image" in refusal(files, asked)
+
+
+@pytest.mark.slow
 def test_another_node_of_a_device(files: HostFiles, device: str, tmp_path: Path) -> None:
     """A device is refused through another node too: locks belong to the node, but the claim to the device. Readers may
     share it.

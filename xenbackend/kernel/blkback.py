@@ -14,6 +14,7 @@ from contextlib import suppress
 
 from xenbackend.disks import disk_of
 from xenbackend.errors import ConfigError
+from xenbackend.kernel import partitions
 
 BUS = "/sys/bus/xen-backend/devices"
 _VBD = re.compile(r"vbd-([0-9]{1,5})-([0-9]{1,10})")
@@ -40,21 +41,8 @@ def disks_on(number: int, *, by_writers: bool = False) -> Iterator[str]:
 
 def _family(number: int) -> set[int]:
     """Return the numbers of a device, of its partitions, and of the disk of which it is a partition."""
-    found = {number}
-    own = f"/sys/dev/block/{os.major(number)}:{os.minor(number)}"
-    with suppress(OSError):
-        own = os.path.realpath(own)
-        if os.path.exists(f"{own}/partition"):  # noqa: PTH110 - as above
-            found.add(_number(os.path.dirname(own)))  # noqa: PTH120 - as above
-        for name in os.listdir(own):  # noqa: PTH208 - as above
-            if os.path.exists(f"{own}/{name}/partition"):  # noqa: PTH110 - as above
-                found.add(_number(f"{own}/{name}"))
-    return found
-
-
-def _number(device: str) -> int:
-    major, minor = _read(f"{device}/dev").split(":")
-    return os.makedev(int(major), int(minor))
+    disk = partitions.within(number)
+    return {number, *(each.number for each in partitions.of(number)), *((disk.number,) if disk else ())}
 
 
 def _read(path: str) -> str:

@@ -45,26 +45,27 @@ class Naming:
         with loops.faces(fd) as faces:
             for face in faces:
                 if _is_used(face, access):
-                    who = next(_served_by_qemu(face.fd, access), "") or self._users_of(face.fd) or _UNKNOWN
+                    who = next(_served_by_qemu(face.fd, access), "") or self._users_of(face.fd, face) or _UNKNOWN
                     user = f"{who} as {printable(face.path)}"
-                    return InUse(f"{path} is in use by {user}, which is the same image; {_WAY_OUT}", path, user)
+                    same = ", which is the same image" if face.is_whole else ", which has some of the same data"
+                    return InUse(f"{path} is in use by {user}{same}; {_WAY_OUT}", path, user)
         user = self._users_of(fd)
         sentence = f"{path} is locked by {user or 'another process'}; one writer at a time, or readers only"
         return InUse(sentence, path, user)
 
-    def _users_of(self, fd: int) -> str:
+    def _users_of(self, fd: int, face: Face | None = None) -> str:
         if not self.with_names:
             return ""
         from xenbackend.kernel.users import users_of  # late: most images are free
 
-        return users_of(fd)
+        return users_of(fd, by_claim=face is None or not face.shares_claim)
 
 
 def is_used_by_another_face(fd: int, access: Access) -> bool:
     """Return whether an image is used through another face, or by Xen's QEMU, in a way that conflicts with `access`.
 
-    The caller has locked the image already. So if two processes come through different faces at once, at least one sees
-    the other. Xen's QEMU respects no lock, so its descriptors are looked at. Raises: OSError.
+    The caller has locked and claimed the image already. So if two processes come through different faces at once, at
+    least one sees the other. Xen's QEMU respects no lock, so its descriptors are looked at. Raises: OSError.
     """
     if any(_served_by_qemu(fd, access)):
         return True
@@ -75,7 +76,9 @@ def is_used_by_another_face(fd: int, access: Access) -> bool:
 def _is_used(face: Face, access: Access) -> bool:
     if not locks.is_free(face.fd, access) or any(_served_by_qemu(face.fd, access)):
         return True
-    return face.is_device and not access.is_shared and claims.is_in_use(face.fd, by_writers=not access.writes)
+    if not face.is_device or face.shares_claim:
+        return False
+    return not access.is_shared and claims.is_in_use(face.fd, by_writers=not access.writes)
 
 
 def _served_by_qemu(fd: int, access: Access) -> Iterator[str]:

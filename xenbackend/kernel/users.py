@@ -25,11 +25,14 @@ _LONGEST = 60  # characters of a command
 _OCTAL = re.compile(r"\\([0-7]{3})")
 
 
-def users_of(fd: int) -> str:
-    """Return who else uses an open file or block device, in words that follow "it is used by"; empty if not known."""
+def users_of(fd: int, *, by_claim: bool = True) -> str:
+    """Return who else uses an open file or block device, in words that follow "it is used by"; empty if not known.
+
+    `by_claim`: also users within the kernel, which claim a device.
+    """
     with suppress(OSError):
         status = os.fstat(fd)
-        found = _kernel_users(status.st_rdev) if stat.S_ISBLK(status.st_mode) else iter(())
+        found = _kernel_users(status.st_rdev) if by_claim and stat.S_ISBLK(status.st_mode) else iter(())
         named = [*islice(found, _MOST)] or [*islice(_processes(status), _MOST)]
         return ", ".join(dict.fromkeys(named))
     return ""

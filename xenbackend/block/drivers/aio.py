@@ -25,9 +25,9 @@ Behaviour:
     A block device is also refused while the host uses it: while it is mounted, used for swap, below LVM, device mapper
     or md, opened through another device node, served to another guest by the kernel's own backend, or used through one
     of its partitions or through the disk of which it is a partition. While it is served for writing, the host cannot
-    use it in any of these ways; only the kernel's backend does not check. A file is refused while a loop device over it
-    is used, and a loop device while its file is used. The refusal names the user if that is known. A reader is never
-    refused a medium that nobody can write to, such as an ISO image that is mounted.
+    use it in any of these ways; only the kernel's backend does not check. A file is refused while a loop device over
+    it, or a partition of such a device, is used, and either of them while the file is used. The refusal names the user
+    if that is known. A reader is never refused a medium that nobody can write to, such as an ISO image that is mounted.
 
     With `share=on` the image is opened although the host uses it, and together with others that share it; so it is
     with the mode `w!`, which is for a whole disk, and `image convert --overwrite` accepts `share=on` in the layer, too.
