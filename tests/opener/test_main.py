@@ -22,8 +22,9 @@ from xenbackend.block.servers import DISK, Account, After, Endpoint
 from xenbackend.errors import ConfigError, DriverError
 from xenbackend.kernel import memfd
 from xenbackend.opener.main import BREACH
+from xenbackend.protocol import opening
 from xenbackend.protocol.messages import MAX_MEMORIES
-from xenbackend.protocol.opening import Job
+from xenbackend.protocol.opening import MAX_NAMES, MAX_REFUSED, Job
 from xenbackend.worker.opener import RemoteOpener
 
 
@@ -169,6 +170,35 @@ def test_what_an_image_names_may_be_opened_once_it_was_found(openers: Openers, i
     opener.close()
 
 
+def test_how_often_a_worker_may_ask_for_what_is_refused(openers: Openers, image: Path, tmp_path: Path) -> None:
+    """R18: a worker that was taken over learns little of the host by asking what an image could lead to: after a few
+    refusals, and for a question with too many names, the opener no longer looks. Files that may be found do not count.
+    """
+    (tmp_path / "base").write_bytes(bytes(512))
+    opener = openers.remote(job(f"qcow2:{image},parents={tmp_path / 'base'}"))
+    for _ in range(2 * MAX_REFUSED):
+        assert str(tmp_path / "base") == opener.find(PARENT, str(image), ["base"]).path
+    for number in range(MAX_REFUSED):
+        with pytest.raises(DriverError, match="/etc/passwd is named only by the image" if number else "is not there"):
+            opener.find(PARENT, str(image), ["/etc/passwd" if number else "/etc/gone"])
+    for name in ("/etc/passwd", "/etc/gone", "base"):
+        with pytest.raises(DriverError, match=r"were to be looked for$"):
+            opener.find(PARENT, str(image), [name])
+    assert b"first" == read(opener, image)  # it goes on
+    opener.close()
+
+
+def test_how_many_names_an_image_may_have_for_one_file(openers: Openers, image: Path) -> None:
+    """A question with more names than any image of ours has is refused without a look at them."""
+    near = openers.begin(job(f"qcow2:{image}"))
+    answers = []
+    for names in (["/etc/gone"] * MAX_NAMES, ["/etc/gone"] * (MAX_NAMES + 1)):
+        near.send(opening.encode(opening.FindFile(PARENT, str(image), names)))
+        answers.append(opening.from_opener(near.recv(opening.MAX_MESSAGE)).errno)
+    near.close()
+    assert [errno.ENOENT, errno.EACCES] == answers
+
+
 def test_what_is_kept_counts_and_not_the_name(openers: Openers, image: Path) -> None:
     """The chain in service gets the kept files; names of a chain that is to replace it are looked up."""
     first = openers.remote(job(f"aio:{image}"))
@@ -231,7 +261,7 @@ def test_a_chain_that_cannot_be_is_an_answer(openers: Openers) -> None:
 def test_without_a_supervisor_nothing_new_is_opened(image: Path) -> None:
     """Without a supervisor no new file is opened, as nobody would keep it for the next worker."""
     from xenbackend.opener.main import Attendant
-    from xenbackend.protocol import datagrams, opening
+    from xenbackend.protocol import datagrams
 
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -278,7 +278,6 @@ def test_only_files_are_followed(place: Place) -> None:
             (".", "is a directory"),
             ("/", "is a directory"),
             ("/dev/null", "is not a file or block device"),
-            ("/proc/self/root", "is a directory"),
         ):
             place.refuse(name, match=sentence, within="/", trusts=True)
     place.refuse("/dev/null", match="is not a file$", within="/dev/null", what=EXTENT)
@@ -325,14 +324,35 @@ def test_a_place_for_files_below_dev(place: Place) -> None:
         file.unlink()
 
 
-def test_magic_links_are_not_followed(place: Place) -> None:
-    """Files that this or another process has open cannot be reached through names in /proc."""
+def test_nothing_in_proc_is_looked_at(place: Place) -> None:
+    """What a process has open cannot be reached through names in /proc, whatever is allowed. The refusal is the same
+    for whatever is there or is not there, and does not say where it leads to.
+    """
+    (place.images / "link").symlink_to(f"/proc/{os.getpid()}/root")
+    (place.images / "loop").symlink_to("loop")
     with (place.elsewhere / "base").open("rb") as secret:
-        for name in (f"/proc/self/fd/{secret.fileno()}", f"/dev/fd/{secret.fileno()}"):
-            place.refuse(name, match="named only by the image|not there", within=f"{place.images}:/proc")
-        place.refuse(
-            f"/proc/self/root{place.elsewhere}/base", match="named only by the image|not there", within="/proc"
-        )
+        opened = f"fd/{secret.fileno()}"
+        for name in (
+            f"/proc/self/{opened}", f"/proc/{os.getpid()}/{opened}", f"/dev/{opened}",
+            f"/dev/fd/../../{os.getpid()}/cwd", "/proc/self/root", "/proc/nothing", "link",
+            f"/proc/self/root{place.elsewhere}/base", "/proc/self/status",
+        ):  # fmt: skip
+            error = place.refuse(name, match="is in /proc, where no image can be$", within="/:/proc", trusts=True)
+            assert "elsewhere/base" not in str(error).replace(name, "")
+    place.refuse("loop", match="cannot be looked at: Too many levels of symbolic links")
+
+
+def test_proc_under_another_name(place: Place) -> None:
+    """Links in a proc file system are not followed, wherever it is mounted."""
+    mount = place.top / "mount"
+    mount.mkdir()
+    subprocess.run(["mount", "--bind", "/proc", mount], check=True)
+    try:
+        with (place.elsewhere / "base").open("rb") as secret:
+            error = place.refuse(f"{mount}/self/fd/{secret.fileno()}", match="Too many levels", within="/")
+        assert "elsewhere" not in str(error)
+    finally:
+        subprocess.run(["umount", mount], check=True)
 
 
 def test_where_no_mark_can_be_the_sentence_says_what_to_do(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from xenbackend.kernel.identity import difference, from_text
 from xenbackend.kernel.inuse import InUse
 from xenbackend.opener import marks, parents, steps
 from xenbackend.opener.rules import Rule, Rules, Server
-from xenbackend.protocol.opening import Facts, HeldFile, Job, KeptFile, Opened
+from xenbackend.protocol.opening import MAX_NAMES, MAX_REFUSED, Facts, HeldFile, Job, KeptFile, Opened
 
 # Hands over a file that was looked up, with a descriptor of it, which is lent for the call. Returns a sentence if the
 # worker may not have it.
@@ -49,6 +49,7 @@ class Access:
         self._kept = {name: _Held(fd, identities[name].identity) for name, fd in kept.items()}
         self._held: list[dict[str, _Held]] = [{} if number else dict(self._kept) for number in range(len(job.chains))]
         self._led: dict[tuple[int, str, str], str] = {}  # by which act, by chain, image and the path it led to
+        self._refused = 0  # questions about what an image names
 
     def look(self, name: str, chain: int) -> Facts:
         """Return what a file is. Raises: DriverError, OSError."""
@@ -57,8 +58,12 @@ class Access:
     def find(self, what: str, named_by: str, names: list[str], chain: int) -> Found:
         """Return the file that an image names, if it may be followed there, as `parents.find`. Raises: DriverError.
 
-        If the disk is served from a file of that name already, it is that file, whatever the name means by now.
+        If the disk is served from a file of that name already, it is that file, whatever the name means by now. After
+        MAX_REFUSED refusals nothing is looked for any more: each one tells what is at a path of the host.
         """
+        if self._refused >= MAX_REFUSED or len(names) > MAX_NAMES:
+            problem = f"more than {MAX_REFUSED} refused files, or {MAX_NAMES} names of one, were to be looked for"
+            raise DriverError(problem, path=named_by, errno=errno.EACCES)
         rules = self._chain(chain)
         rule = rules.of(named_by)
         named = parents.Named(what, named_by, names, rule.places_for(what))
@@ -68,6 +73,7 @@ class Access:
             allowed = parents.find(child.fd, named, self._job.parents, self._is_in_service)
         except (DriverError, OSError):
             if not former:
+                self._refused += 1
                 raise
             found = Found(former, parents.IN_SERVICE)
         else:

@@ -14,6 +14,9 @@ not a name, so that nobody can exchange the file meanwhile.
 
 Beneath /dev, only a device that the administrator's own text names can be a parent. /dev/shm is a place for files.
 
+The caller tells a worker, which a guest may have taken over, why a name was refused. So names in /proc, which lead to
+whatever a process has open, are refused without a look, and links there are not followed.
+
 Must not open anything for reading or writing, nor look at what is in an image.
 """
 
@@ -31,6 +34,8 @@ from xenbackend.errors import DriverError, KernelError, printable
 from xenbackend.kernel import openat
 from xenbackend.opener import marks
 
+_PROC = "/proc"
+_MOST_LINKS = 40  # in one path, as the kernel follows: path_resolution(7)
 MARK, IN_SERVICE, TRUSTED = "its mark", "the disk in service", "image trust"  # acts, besides places
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 _ELSE = {  # what else can be done if it is not there
@@ -133,6 +138,8 @@ class _Acts:
 
         Raises: DriverError, OSError, KernelError.
         """
+        if real.startswith(f"{_PROC}/"):
+            raise self.refusal(shown, real, f"is in {_PROC}, where no image can be")
         fd = openat.open_beneath(self._root, real.lstrip("/") or ".")
         try:
             mode = os.fstat(fd).st_mode
@@ -241,11 +248,35 @@ def paths_of(named: Named) -> Iterator[tuple[str, str]]:
 
 
 def _without_links(path: str) -> str:
-    """Return where a path leads at this moment; the path itself, if a link is exchanged meanwhile.
+    """Return where an absolute path leads at this moment; what is missing, or in a proc file system, stands as it is.
 
     This is only a guess: the result is opened without following a link.
     """
+    proc = os.lstat(_PROC).st_dev
+    done, rest, links = "/", path.split("/")[::-1], 0
+    while rest:
+        step = rest.pop()
+        if step in ("", "."):
+            continue
+        if step == "..":
+            done = os.path.dirname(done)  # noqa: PTH120 - as above
+            continue
+        here = os.path.join(done, step)  # noqa: PTH118 - as above
+        target = _target_of(here, proc)
+        if not target:
+            done = here
+            continue
+        links += 1
+        if links > _MOST_LINKS:
+            return path
+        done = "/" if target.startswith("/") else done
+        rest += target.split("/")[::-1]
+    return done
+
+
+def _target_of(path: str, proc: int) -> str:
+    """Return what a link says; empty if there is none, or if it is in the file system with the number `proc`."""
     try:
-        return os.path.realpath(path)
-    except OSError:
-        return path
+        return "" if os.lstat(path).st_dev == proc else os.readlink(path)  # noqa: PTH115 - as above
+    except (OSError, ValueError):
+        return ""

@@ -30,6 +30,7 @@ MAX_CARRIED = 250  # descriptors beside one datagram; SCM_MAX_FD of net/scm.h is
 MAX_FILES = 640  # of one job at most: a VMDK disk has up to 512 extents, a chain 32 parents
 MAX_CONNECTIONS = 16  # to servers, of one disk at a time
 MAX_NAMES = 16  # by which an image may name one parent
+MAX_REFUSED = 8  # files that images name, of one job; a chain is not opened after the first, and its former one next
 WAITS_S = 1.0  # after which `Waits` says that storage does not answer
 
 
@@ -200,7 +201,7 @@ class FindFile:
 
     what       `block.mapped.parents`: PARENT, DATA_FILE or EXTENT
     named_by   the path of the image, which may be opened itself
-    names      what it says, relative to its own directory, or absolute
+    names      what it says, relative to its own directory, or absolute; MAX_NAMES at most
     """
 
     what: str
