@@ -51,7 +51,7 @@ class EachRemote:
         """Look at what the name means now."""
         return self._begin(path).look(path)
 
-    def open_record(self, path: str) -> int:
+    def open_record(self, path: str, *, creates: bool = True) -> int:
         """Refuse: there are no record files here."""
         raise NotImplementedError(path)
 

@@ -129,6 +129,42 @@ def test_nothing_else_is_opened(openers: Openers, image: Path, tmp_path: Path) -
     opener.close()
 
 
+def test_what_stands_for_a_record(openers: Openers, image: Path, tmp_path: Path) -> None:
+    """For a chain that is to be put in, another file may stand for a record that is not there, or empty, until it is to
+    be made. It is the same one for all questions, and not one of a chain in service.
+    """
+    new, empty, full = (tmp_path / name for name in ("new", "empty", "full"))
+    empty.touch()
+    full.write_bytes(b"data")
+    chain = "".join(f"log:{each}|" for each in (new, empty, full)) + f"aio:{image}"
+    opener = openers.remote(job(f"aio:{image}", chain))
+    later = opener.for_chain(1)
+
+    def record(path: Path, *, creates: bool) -> tuple[int, bytes]:
+        fd = later.open_record(str(path), creates=creates)
+        try:
+            os.pwrite(fd, b"more", os.fstat(fd).st_size)
+            return os.fstat(fd).st_ino, os.pread(fd, 100, 0)
+        finally:
+            os.close(fd)
+
+    for path in (new, empty):
+        inode, content = record(path, creates=False)
+        assert (b"more", (inode, b"moremore")) == (content, record(path, creates=False))
+        assert 8 == later.look(str(path)).size
+    assert [False, 0] == [new.exists(), empty.stat().st_size]
+    assert (full.stat().st_ino, b"datamore") == record(full, creates=False)
+    for path in (new, empty):
+        found = record(path, creates=True)
+        assert (path.stat().st_ino, b"more") == found == (path.stat().st_ino, path.read_bytes())
+    opener.close()
+
+    opener = openers.remote(job(f"log:{tmp_path / 'now'}|aio:{image}"))
+    os.close(opener.open_record(str(tmp_path / "now"), creates=False))
+    assert (tmp_path / "now").exists()
+    opener.close()
+
+
 def test_certificates_are_read(openers: Openers, tmp_path: Path) -> None:
     """A worker gets the certificates in the directory that its chain names, and no others."""
     (tmp_path / "ca-cert.pem").write_text("ours")

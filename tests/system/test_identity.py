@@ -533,3 +533,31 @@ def test_status_says_what_a_name_means_by_now(
         assert [{"file": str(image), "now": "same", "difference": ""}] == before
         assert [(str(image), now)] == [(each["file"], each["now"]) for each in after]
         disk.goes_on(fd)
+
+
+@pytest.mark.parametrize("layer", ["cow", "checksum"])
+def test_the_file_that_an_order_creates(machine: Machine, tmp_path: Path, layer: str) -> None:
+    """A dry run and a refused order create no file. The one that an order creates is the disk's from then on: what
+    stood for it meanwhile is not, and neither kill nor exchange needs its name any more.
+    """
+    image, file, short = tmp_path / "image", tmp_path / "file", tmp_path / "short"
+    image.write_bytes(OURS)
+    short.write_bytes(OURS[:4096])
+    chain = f"{layer}:{file}|aio:{image}"
+    with serving(machine, tmp_path, f"aio:{image}") as disk:
+        looked = disk.order("set", chain=chain, replace=True, dry_run=True)
+        refused = disk.order("set", chain=f"{layer}:{file}|aio:{short}", replace=True)
+        assert ("ok", "cannot shrink" in refused["sentence"]) == (looked["code"], True)
+        assert [image, short] == sorted(tmp_path.iterdir())
+        assert "ok" == disk.order("set", chain=chain, replace=True)["code"]
+        disk.frontend.write(0, b"w" * 4096)
+        moved = file.rename(tmp_path / "moved")
+        disk.kill()
+        until(disk.is_served)
+        assert [b"w" * 4096, OURS[:4096]] == [disk.frontend.read(0, 8), disk.frontend.read(8, 8)]
+        gone = disk.order("set", chain=f"log:|{chain}", dry_run=True)
+        assert f"{file} is not the file in service" in gone["sentence"]
+        moved.rename(file)
+        assert "ok" == disk.order("set", chain=f"log:|{chain}")["code"]
+        assert b"w" * 4096 == disk.frontend.read(0, 8)
+    assert [file, image, short] == sorted(tmp_path.iterdir())

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +14,7 @@ from tests.descriptors import open_descriptors
 from tests.driven import Driven, WorkerProcess
 from tests.qcow_images import qcow2
 from xenbackend.errors import DriverError
+from xenbackend.kernel import blockdev
 from xenbackend.loop.reactor import Reactor
 from xenbackend.opener.local import LocalOpener
 from xenbackend.protocol.messages import Stage
@@ -46,6 +49,21 @@ def former(tmp_path: Path, image: Path) -> Iterator[WorkerProcess]:
     assert Stage.OPEN == former.open(f"aio:{image}").stage
     yield former
     former.drop()
+
+
+def test_a_look_sets_back_nothing(image: Path, reactor: Reactor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another writer changes during a look stays changed, with its time."""
+    examine = blockdev.examine
+
+    def examine_while_it_changes(*arguments: Any, **named: Any) -> blockdev.Medium:
+        os.utime(image, ns=(5, 7))
+        return examine(*arguments, **named)
+
+    monkeypatch.setattr(blockdev, "examine", examine_while_it_changes)
+    opener = LocalOpener()
+    probe(f"aio:{image}", reactor, opener, read_only=False)
+    opener.close()
+    assert 7 == image.stat().st_mtime_ns
 
 
 def test_a_guest_that_migrates_gets_its_disk_from_its_former_self(

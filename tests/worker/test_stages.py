@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 from pathlib import Path
 
@@ -66,6 +67,36 @@ def test_a_chain_that_cannot_be_taken_changes_nothing(driven: Driven, chain: str
     assert chain.rsplit(":", maxsplit=1)[-1] in reply.sentence
     assert DATA == driven.frontend.read(0, 8)
     assert "ram:1M" == driven.worker.stand().chain
+
+
+@pytest.mark.parametrize("layer", ["cow:{}", "log:{}", "checksum:{}", "cache:{},size=1M,mode=writeback"])
+def test_only_an_exchange_creates_files(driven: Driven, images: list[Path], tmp_path: Path, layer: str) -> None:
+    """A dry run creates no file and begins no empty one, nor does an exchange that is refused; one that is done creates
+    and begins what it needs, even after a dry run.
+    """
+    (place := tmp_path / "records").mkdir()
+    (tmp_path / "empty").touch()
+    driven.connect(f"aio:{images[0]}").write(0, DATA)
+    for file in (place / "new", tmp_path / "empty"):
+        chain = f"{layer.format(file)}|aio:{images[0]}"
+        looked = driven.worker.ask(messages.Swap(chain, replaces=True, is_dry_run=True))
+        refused = driven.worker.ask(messages.Swap(f"{layer.format(file)}|ram:512K", replaces=True))
+        assert (chain.split("|"), "cannot shrink" in refused.sentence) == (json.loads(looked.data), True)
+        assert [] == list(place.iterdir())
+        assert b"" == (tmp_path / "empty").read_bytes()
+    missing = driven.worker.ask(
+        messages.Swap(f"{layer.format(place / 'no' / 'file')}|aio:{images[0]}", replaces=True, is_dry_run=True)
+    )
+    assert (Code.INVALID, True) == (missing.code, f"there is no directory {place / 'no'}" in missing.sentence)
+
+    chain = f"{layer.format(place / 'new')}|aio:{images[0]}"
+    assert Code.OK == driven.worker.ask(messages.Swap(chain, replaces=True)).code
+    assert chain == driven.worker.stand().chain
+    driven.frontend.write(8, DATA)
+    assert 2 * DATA == driven.frontend.read(0, 16)
+    assert (place / "new").exists()
+    kept = driven.worker.openers.kept[str(place / "new")]
+    assert (place / "new").stat().st_ino == os.fstat(kept).st_ino
 
 
 @pytest.mark.parametrize("is_early", [True, False], ids=["before it is served", "in service"])

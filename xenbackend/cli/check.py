@@ -93,7 +93,7 @@ def open_once(spec: ChainSpec, *, read_only: bool) -> tuple[list[LayerFacts], li
     from xenbackend.worker.files import HostFiles
 
     reactor = Reactor()
-    opener = LocalOpener(creates=False)
+    opener = LocalOpener()
     files = HostFiles(reactor, opener, changes=False)
     try:
         chain = open_chain(spec, EnvFactory(reactor, files, is_check=True), read_only=read_only)

@@ -50,6 +50,7 @@ class Access:
         self._held: list[dict[str, _Held]] = [{} if number else dict(self._kept) for number in range(len(job.chains))]
         self._led: dict[tuple[int, str, str], str] = {}  # by which act, by chain, image and the path it led to
         self._refused = 0  # questions about what an image names
+        self._stand_ins: dict[tuple[str, int], _Held] = {}  # files that stand for record files, by name and chain
 
     def look(self, name: str, chain: int) -> Facts:
         """Return what a file is. Raises: DriverError, OSError."""
@@ -85,10 +86,12 @@ class Access:
         self._led[chain, named_by, found.path] = found.by
         return found
 
-    def open(self, name: str, chain: int, *, write: bool, create: bool, claims: bool) -> tuple[int, Facts]:
+    def open(
+        self, name: str, chain: int, *, write: bool, create: bool, claims: bool, stands_in: bool = False
+    ) -> tuple[int, Facts]:
         """Return a descriptor of a new open file description, as `steps.reopen`, and the facts of its file.
 
-        The caller closes it. Raises: DriverError, OSError.
+        The caller closes it. `stands_in`: as in `OpenFile`. Raises: DriverError, OSError.
         """
         rule = self._chain(chain).of(name)
         if (write and not rule.may_write) or (create and not rule.is_record):
@@ -107,6 +110,10 @@ class Access:
                 os.close(fd)
                 raise
 
+        if create and stands_in and chain:
+            self._let_stand_in(name, chain)
+        elif create and (former := self._stand_ins.pop((name, chain), None)):
+            os.close(former.fd)
         return self._with_held(name, chain, reopen, create=create)
 
     def is_used_beside(self, name: str, chain: int, access: locks.Access) -> bool:
@@ -180,10 +187,12 @@ class Access:
 
     def close(self) -> None:
         """Close all descriptors."""
-        for fd in {each.fd for names in [self._kept, *self._held] for each in names.values()}:
+        held = [each for names in (self._kept, *self._held) for each in names.values()]
+        for fd in {each.fd for each in (*held, *self._stand_ins.values())}:
             os.close(fd)
         self._kept.clear()
         self._held.clear()
+        self._stand_ins.clear()
 
     def _led_before(self, named: parents.Named, chain: int) -> str:
         """Return which of the paths that an image names it has led to, even if no file is there now; else empty."""
@@ -251,7 +260,7 @@ class Access:
 
     def _hold(self, name: str, chain: int, *, create: bool) -> _Held:
         rule = self._chain(chain).of(name)
-        held = self._held[chain].get(name)
+        held = self._stand_ins.get((name, chain)) or self._held[chain].get(name)
         if held is None:
             held = self._held[chain][name] = self._look_up(name, chain, rule, create=create)
         return held
@@ -298,6 +307,17 @@ class Access:
                 names[name] = held
         os.close(former.fd)
         return held
+
+    def _let_stand_in(self, name: str, chain: int) -> None:
+        """Have another file stand for a record file, if that would be made. Raises: DriverError, OSError."""
+        is_known = name in (UNNAMED, self._job.names_unnamed) or self._stays(name, chain)
+        if is_known or (name, chain) in self._stand_ins or name in self._held[chain]:
+            return
+        fd, stands_in = steps.hold_record_or_stand_in(name, is_in_service=name in self._kept)
+        if stands_in:
+            self._stand_ins[name, chain] = self._take_over(name, chain, fd, "")
+        else:
+            self._held[chain][name] = self._take_over(name, chain, fd, "")
 
     def _look_up(self, name: str, chain: int, rule: Rule, *, create: bool) -> _Held:
         """Return the file that a name means now, once the supervisor keeps it."""

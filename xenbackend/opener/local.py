@@ -61,12 +61,9 @@ class LocalOpener:
         settings: returns the places in which the settings allow parents; called when an image names another file.
         trusts: follow images wherever they lead to, as an administrator has said.
         scratch: returns the directory of unnamed files. Such a file exists only while it is open.
-        creates: create record files that do not exist. If not, an unnamed file in the same directory stands for such a
-            file, so whatever fails there would have failed. For an empty file, which is a new one, too, a temporary one
-            stands, once it has been opened for writing.
 
     `followed`: if it trusts images, those that led to other files, in order.
-    `missing`: if it does not create files, those that it would have created, in order.
+    `missing`: record files that were not created, but would have been, in order.
     """
 
     def __init__(
@@ -75,12 +72,10 @@ class LocalOpener:
         *,
         trusts: bool = False,
         scratch: Callable[[], str] = scratch_of_settings,
-        creates: bool = True,
     ) -> None:
         self._settings = settings
         self._scratch = scratch
         self._trusts = trusts
-        self._creates = creates
         self.followed: list[Followed] = []
         self.missing: list[str] = []
         self._fds: dict[str, int] = {}  # O_PATH, by name
@@ -113,12 +108,15 @@ class LocalOpener:
         """Return the error for an image that is held, which somebody else claims or has locked. Raises: OSError."""
         return steps.why_in_use(self.descriptor(path), path, access, is_claimed=is_claimed, with_names=with_names)
 
-    def open_record(self, path: str) -> int:
-        """Return a descriptor of a record file, which is made if it is not there. Raises: DriverError, OSError."""
+    def open_record(self, path: str, *, creates: bool = True) -> int:
+        """Return a descriptor of a record file, which is made if it is not there. Raises: DriverError, OSError.
+
+        If not `creates`, another file stands for such a file, as in `steps.hold_record_or_stand_in`.
+        """
         if path == UNNAMED:
             self._have_unnamed()
             return steps.reopen(self._fds[path], path, write=True)
-        held = steps.hold_record(path, create=True) if self._creates else self._hold_or_stand_in(path)
+        held = self._create(path) if creates else self._hold_or_stand_in(path)
         try:
             return steps.reopen(held, path, write=True)
         finally:
@@ -226,23 +224,22 @@ class LocalOpener:
         if UNNAMED not in self._fds:
             self._fds[UNNAMED] = steps.hold_unnamed(self._scratch())
 
+    def _create(self, path: str) -> int:
+        """Return a descriptor of a record file, which is made if it is not there; no other one stands for it then."""
+        if path in self._stand_ins:
+            self._stand_ins.discard(path)
+            os.close(self._fds.pop(path))
+        return steps.hold_record(path, create=True)
+
     def _hold_or_stand_in(self, path: str) -> int:
         """Return a descriptor of a record file, or of the one that stands for it, which is made if necessary."""
         if path not in self._stand_ins:
-            try:
-                held = steps.hold_record(path, create=False)
-            except FileNotFoundError:
+            held, stands_in = steps.hold_record_or_stand_in(path)
+            if not stands_in:
+                return held
+            if not os.path.lexists(path):
                 self.missing.append(path)
-                stand_in = steps.hold_stand_in(path)
-            else:
-                if os.fstat(held).st_size:
-                    return held
-                try:
-                    os.close(steps.reopen(held, path, write=True))  # it may be immutable, or mounted read-only
-                finally:
-                    os.close(held)
-                stand_in = steps.hold_temporary()
-            self._keep(path, stand_in)
+            self._keep(path, held)
             self._stand_ins.add(path)
         return os.dup(self._fds[path])
 

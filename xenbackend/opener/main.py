@@ -297,8 +297,9 @@ def _do_with_file(
             return Given(path=found.path, by=found.by)
         case opening.OpenFile():
             fd, facts = access.open(
-                question.name, question.chain, write=question.write, create=question.create, claims=question.claims
-            )
+                question.name, question.chain, write=question.write, create=question.create, claims=question.claims,
+                stands_in=question.stands_in,
+            )  # fmt: skip
             fds.append(fd)
             return Given(facts=facts)
         case opening.Resolve():

@@ -52,11 +52,31 @@ def hold_record(path: str, *, create: bool) -> int:
     return fd
 
 
-def hold_stand_in(path: str) -> int:
-    """Return an O_PATH descriptor of a new, empty file without a name, where `hold_record` would make a file.
+def hold_record_or_stand_in(path: str, *, is_in_service: bool = False) -> tuple[int, bool]:
+    """Return an O_PATH descriptor of a record file, or of one that stands for it, so that no file is made or begun.
 
-    Raises: DriverError, OSError, as for the file itself.
+    A new, empty file without a name stands for one that is not there, in the same directory, so that whatever would
+    fail there fails. One among the temporary files stands for an empty file, which is a new one, too, unless that
+    `is_in_service`.
+
+    Returns: the descriptor, and whether the file is another one. Raises: DriverError, OSError, as `hold_record`.
     """
+    try:
+        held = hold_record(path, create=False)
+    except FileNotFoundError:
+        return _hold_stand_in(path), True
+    if is_in_service or os.fstat(held).st_size:
+        return held, False
+    import tempfile  # late: few look at a new file
+
+    try:
+        os.close(reopen(held, path, write=True))  # it may be immutable, or mounted read-only
+        return _unnamed(tempfile.gettempdir()), True
+    finally:
+        os.close(held)
+
+
+def _hold_stand_in(path: str) -> int:
     try:
         return _unnamed(os.path.split(path)[0] or ".")
     except OSError as error:
@@ -64,13 +84,6 @@ def hold_stand_in(path: str) -> int:
         if error.errno == errno.ENOENT:
             _check_directory(path)
         raise
-
-
-def hold_temporary() -> int:
-    """Return an O_PATH descriptor of a new, empty file without a name among the temporary files. Raises: OSError."""
-    import tempfile  # late: few look at a new file
-
-    return _unnamed(tempfile.gettempdir())
 
 
 def _check_directory(path: str) -> None:

@@ -214,9 +214,11 @@ class FindFile:
 class OpenFile:
     """Open a file. The answer has a descriptor of a new open file description.
 
-    create   make it if it is not there, as a regular file for its owner only
-    claims   claim a block device, as `kernel.claims.open_medium`; the answer is EBUSY if somebody else uses it. This is
-             required for writing, unless the disk or the layer is shared
+    create     make it if it is not there, as a regular file for its owner only
+    claims     claim a block device, as `kernel.claims.open_medium`; the answer is EBUSY if somebody else uses it. This
+               is required for writing, unless the disk or the layer is shared
+    stands_in  with `create`, and for a chain that is to be put in: make nothing yet. Until the same is asked without
+               this, the name means an unnamed file, if there is none or an empty one
     """
 
     name: str
@@ -224,6 +226,7 @@ class OpenFile:
     create: bool = False
     claims: bool = False
     chain: int = 0
+    stands_in: bool = False
 
 
 @dataclass(frozen=True, slots=True)

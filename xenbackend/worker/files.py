@@ -67,11 +67,11 @@ class Opener(Protocol):
     def why_in_use(self, path: str, access: locks.Access, *, is_claimed: bool, with_names: bool) -> DriverError:
         """Return the error for an image that somebody else claims or has locked. Raises: DriverError, OSError."""
 
-    def open_record(self, path: str) -> int:
-        """As `block.driver.Files.open_record`."""
+    def open_record(self, path: str, *, creates: bool = True) -> int:
+        """As `block.driver.Files.open_record`; if not `creates`, an unnamed file stands for one that would be made."""
 
     def is_stand_in(self, path: str) -> bool:
-        """Return whether an unnamed file stands for this one, which an opener that changes nothing has not created."""
+        """Return whether an unnamed file stands for this one, which was not to be created."""
 
     def look(self, path: str) -> Facts:
         """As `block.driver.Files.look`."""
@@ -110,8 +110,9 @@ class HostFiles:
         whole: refuse an image that ends inside a sector, which only a reader can open.
         names_users: say who uses an image that is in use. That looks at every process: not for callers that ask often.
         disk: a number that no other disk has, for `kernel.locks.take`.
-        changes: if False, no file is changed: what is written by `File`'s own methods is dropped, except for files that
-            stand for others (`Opener.is_stand_in`), and the time of a file's last change (mtime) is as before.
+        creates: if False, no file is created: unnamed files stand for those that would be (`Opener.is_stand_in`).
+        changes: if False, no file is created or changed: what is written by `File`'s own methods is dropped, except for
+            files that stand for others, and the time of a file's last change (mtime) is as before.
     """
 
     def __init__(
@@ -126,6 +127,7 @@ class HostFiles:
         whole: bool = False,
         names_users: bool = True,
         disk: int = -1,
+        creates: bool = True,
         changes: bool = True,
     ) -> None:
         self._own: LocalOpener | None = None
@@ -140,6 +142,7 @@ class HostFiles:
         self._whole = whole
         self._names_users = names_users
         self._disk = disk
+        self._creates = creates and changes
         self._changes = changes
         self._queues: list[IoQueue] = []
         self._spares = Spares()
@@ -227,7 +230,7 @@ class HostFiles:
 
     def open_record(self, path: str) -> int:
         """See `block.driver.Files`."""
-        return self.opener.open_record(path)
+        return self.opener.open_record(path, creates=self._creates)
 
     def look(self, path: str) -> Facts:
         """See `block.driver.Files`."""

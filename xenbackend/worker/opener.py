@@ -63,10 +63,10 @@ class NoOpener:
         raise _refusal(path)
 
     def is_stand_in(self, path: str) -> bool:
-        """See `worker.files.Opener`: a worker's files are created."""
+        """See `worker.files.Opener`: nothing is open."""
         return False
 
-    def open_record(self, path: str) -> int:
+    def open_record(self, path: str, *, creates: bool = True) -> int:
         """Refuse it."""
         raise _refusal(path)
 
@@ -157,12 +157,16 @@ class RemoteOpener:
         raise OpenerGone
 
     def is_stand_in(self, path: str) -> bool:
-        """See `worker.files.Opener`: a worker's files are created."""
+        """See `worker.files.Opener`: it is not known here, and nothing is written to files that must not be created."""
         return False
 
-    def open_record(self, path: str) -> int:
-        """Return a descriptor of a record file, which is made if it is not there. Raises: DriverError, OSError."""
-        return self._ask(opening.OpenFile(path, write=True, create=True, chain=self.chain), 1)[1][0]
+    def open_record(self, path: str, *, creates: bool = True) -> int:
+        """Return a descriptor of a record file, which is made if it is not there. Raises: DriverError, OSError.
+
+        If not `creates`, another file stands for one that a chain which is to be put in would make.
+        """
+        question = opening.OpenFile(path, write=True, create=True, chain=self.chain, stands_in=not creates)
+        return self._ask(question, 1)[1][0]
 
     def look(self, path: str) -> Facts:
         """Return what a file is. Raises: DriverError, OSError."""

@@ -1,4 +1,4 @@
-"""Looks at a chain whose image another worker still writes to, without locking or changing it.
+"""Looks at a chain whose image another worker still writes to, without locking or changing anything.
 
 Must not serve a guest's requests: the chain is open only for as long as the look takes.
 
@@ -36,8 +36,8 @@ def probe(chain: str, reactor: Reactor, opener: Opener, *, read_only: bool) -> l
 @contextmanager
 def probing(chain: str, reactor: Reactor, opener: Opener, *, read_only: bool) -> Iterator[Chain]:
     """Open a chain within this context, to look at it. Raises: as `probe`."""
-    source = HostFiles(reactor, opener, use_queues=False, locks=False, whole=not read_only)
-    files = HostFiles(reactor, opener, use_queues=False, locks=False)
+    source = HostFiles(reactor, opener, use_queues=False, locks=False, whole=not read_only, creates=False)
+    files = HostFiles(reactor, opener, use_queues=False, locks=False, creates=False)
     factories = [EnvFactory(reactor, source), EnvFactory(reactor, files)]
     ways = chain_of(
         factories[:1], repeat(factories[1])

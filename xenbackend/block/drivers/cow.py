@@ -59,9 +59,9 @@ Example:
 
 Limits:
     FILE must be a regular file, and not a symbolic link. Anything that opens the chain creates it, except for
-    `xenbackend check`. A chain that is only read has no unnamed file, and shows the content of the layer below. If a
-    chain has two layers without FILE, the upper one is written to. The directory of unnamed files needs space for what
-    guests write: when it is full, their disks pause.
+    `xenbackend check`, `set --dry-run` and a `set` that is refused. A chain that is only read has no unnamed file, and
+    shows the content of the layer below. If a chain has two layers without FILE, the upper one is written to. The
+    directory of unnamed files needs space for what guests write: when it is full, their disks pause.
     Changes to a block device below cannot be detected, since its time does not show them. The map takes 16 MiB of
     memory for each TiB of disk with the default block. What was written since the last flush is lost if the host
     crashes, or if service and worker end together and nothing keeps their memory. The layer below cannot grow while

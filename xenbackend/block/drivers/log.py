@@ -67,8 +67,8 @@ Limits:
     written or discarded as a whole take no memory. `status` counts dirty bytes in steps of 8192 times the granularity.
     A record holds at most 2 TiB of sectors: a discard of more shows as that much. Two disks must not share one FILE.
     FILE must not be a symbolic link. FILE and FILE.1 are created if they do not exist whenever the chain is opened,
-    except by `xenbackend check`. A request that a bug of a layer below has lost counts as in flight until the worker
-    ends.
+    except by `xenbackend check`, `set --dry-run` and a `set` that is refused. A request that a bug of a layer below has
+    lost counts as in flight until the worker ends.
 """
 
 from __future__ import annotations
