@@ -7,6 +7,7 @@ tests/xen/test_driver_domain.py.
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -19,6 +20,7 @@ from xenbackend.disks import parse_disk
 from xenbackend.errors import ConfigError, StoreError, XenbackendError
 from xenbackend.rig.store import Xenstored
 from xenbackend.rig.tree import Quota
+from xenbackend.supervisor.service.brake import BURST
 from xenbackend.supervisor.service.settings import Settings
 from xenbackend.supervisor.vbd.claim import TIMEOUT_S, Bus, Claim
 from xenbackend.supervisor.vbd.phase import Phase
@@ -71,15 +73,15 @@ def driver(address: str) -> Iterator[Stepped]:
     stepped.close()
 
 
-def _has(store: Store, key: str, value: str) -> Callable[[], bool]:
-    return lambda: store.read_optional(f"{PATH.backend}/{key}") == value
+def _has(store: Store, key: str, value: str, path: VbdPath = PATH) -> Callable[[], bool]:
+    return lambda: store.read_optional(f"{path.backend}/{key}") == value
 
 
-def _serve(driver: Stepped, toolstack: Store, guest: Store) -> None:
-    write_like_libxl(toolstack, PATH)
-    driver.until(_has(toolstack, "hotplug-status", "connected"))
-    offer_ring(guest, PATH)
-    driver.until(_has(toolstack, "state", "4"))
+def _serve(driver: Stepped, toolstack: Store, guest: Store, path: VbdPath = PATH) -> None:
+    write_like_libxl(toolstack, path)
+    driver.until(_has(toolstack, "hotplug-status", "connected", path))
+    offer_ring(guest, path)
+    driver.until(_has(toolstack, "state", "4", path))
 
 
 @pytest.mark.slow
@@ -247,3 +249,42 @@ def test_the_quota_of_nodes(tmp_path: Path, lines: io.StringIO) -> None:
         driver.until(lambda: "connected" == toolstack.read_optional(f"{other.backend}/hotplug-status"))
 
     assert "1" == refused
+
+
+@pytest.mark.slow
+@pytest.mark.rows("C11")
+@pytest.mark.parametrize("lines", ["json"], indirect=True)
+def test_the_quota_of_watches(tmp_path: Path, lines: io.StringIO) -> None:
+    """C11: a disk whose frontend xenstore refuses to watch is served all the same: it is looked at now and then, the
+    log says once what to do, and the watch is set as soon as there is room. A watch that was removed because its guest
+    writes too often may find its place taken, and then the same holds for its disk.
+    """
+    first, other = PATH, VbdPath("vbd", 2, 6, 51712)
+    with (
+        Xenstored(tmp_path / "small", quota=Quota(watches=len(Settings().kinds) + 1)) as xenstored,
+        Store(xenstored.address) as toolstack,
+        Store(introduce(xenstored, toolstack, 5)) as guest,
+        Store(introduce(xenstored, toolstack, 6)) as another,
+        closing(Stepped(introduce(xenstored, toolstack, 2), Settings())) as driver,
+    ):
+        served = [(first, guest), (other, another)]
+        for path, frontend in served:
+            _serve(driver, toolstack, frontend, path)
+        nodes = [driver.registry.vbds[path]._nodes for path, _ in served]
+        unwatched = [[each.is_unwatched for each in nodes]]
+        for number in range(2 * BURST):
+            guest.write(f"{first.frontend}/state", "4" if number % 2 else "3")
+        driver.until(lambda: nodes[0].is_unwatched and not nodes[1].is_unwatched)
+        for path, frontend in served:
+            frontend.write(f"{path.frontend}/state", "6")
+            driver.until(_has(toolstack, "state", "6", path))
+        unwatched.append([each.is_unwatched for each in nodes])
+        toolstack.remove(other.frontend)
+        remove_like_libxl(toolstack, other)
+        driver.until(_has(toolstack, "state", "6", other))
+        toolstack.remove(other.backend)
+        driver.until(lambda: list(driver.registry.vbds) == [first] and not nodes[0].is_unwatched)
+
+    written = [json.loads(line) for line in lines.getvalue().splitlines()]
+    said = [each["vbd"] for each in written if "quota set watches" in each["event"]]
+    assert ([[False, True], [True, False]], ["6/xvda", "5/xvda"]) == (unwatched, said)

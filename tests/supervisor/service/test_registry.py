@@ -321,6 +321,35 @@ def test_what_cannot_be_taken_into_service_is_tried_again(
     assert ["see its log: ValueError: a bug" in each.sentence for each in replies] == [True]
 
 
+def test_a_watch_that_was_refused_with_the_connection_is_set_later(
+    xenstored: Xenstored, toolstack: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If xenstored refuses the watch that finds new disks when the connection comes back, the service connects again
+    until it is set.
+    """
+    place = Place(xenstored.address)
+    try:
+        place.start()
+        watch, refusals = place.store.watch, [StoreError("xenstore: watch: No space left")] * 2
+
+        def refuse(path: str, token: str) -> None:
+            if refusals:
+                raise refusals.pop()
+            watch(path, token)
+
+        monkeypatch.setattr(place.store, "watch", refuse)
+        place.store._forget_watch("/local/domain/0/backend/vbd", "vbds")  # as `reconnect` does with a refused one
+        place.store.disconnect()
+        for _ in range(8):
+            place.settle(RETRY_S)
+        write_like_libxl(toolstack)
+        place.settle()
+
+        assert ([], {PATH}) == (refusals, set(place.registry.vbds))
+    finally:
+        place.close()
+
+
 def test_what_xenstore_refuses_of_one_place_keeps_no_other(
     xenstored: Xenstored, toolstack: Store, lines: io.StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ from pyxs.connection import Packet
 
 from tests.supervisor.helpers import PATH, write_like_libxl
 from xenbackend.blkif.handshake import XenbusState
+from xenbackend.errors import StoreError
 from xenbackend.rig.store import Xenstored
 from xenbackend.supervisor.vbd.events import Write
 from xenbackend.supervisor.vbd.kept_files import key_of
@@ -153,6 +154,35 @@ def test_a_change_of_the_frontend_wakes_us(nodes: VbdNodes, toolstack: Store) ->
     store.own_domid()
 
     assert [] == store.events()
+
+
+def test_a_watch_that_is_lost_with_the_connection_is_set_by_the_next_look(
+    xenstored: Xenstored, toolstack: Store
+) -> None:
+    """If xenstored goes away while the frontend's watch is being set, the look fails, and the next one sets it."""
+
+    class Lost(Store):
+        """A store that is lost before its first watch."""
+
+        def watch(self, path: str, token: str) -> None:
+            if not self.why_lost:
+                self._lost("the test wants that")
+            super().watch(path, token)
+
+    write_like_libxl(toolstack)
+    with Lost(xenstored.address) as store:
+        nodes = VbdNodes(store, PATH)
+        keys = nodes.keys()
+        with pytest.raises(StoreError, match="not connected"):
+            nodes.look(keys)
+        store.reconnect()
+        nodes.doubt()
+        nodes.look(keys)
+        store.events()
+        toolstack.write(STATE, "3")
+        store.own_domid()  # its answer comes after the event
+
+        assert [(STATE, nodes.token)] == store.events()
 
 
 def test_what_stays_as_it_is_is_read_once(nodes: VbdNodes, toolstack: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from pyxs._internal import Op, Packet
 
 from xenbackend.errors import StoreError
 from xenbackend.rig.store import Xenstored
+from xenbackend.rig.tree import Quota
 from xenbackend.supervisor.xenstore import store as module
 from xenbackend.supervisor.xenstore.nodes import Nodes
 from xenbackend.supervisor.xenstore.store import Store, find_address
@@ -498,6 +499,30 @@ def test_a_refused_watch_is_not_set_again_later(xenstored: Xenstored, store: Sto
     store.reconnect()
 
     assert drained(store) == []
+
+
+def test_a_watch_that_is_refused_after_all_can_be_set_anew(tmp_path: Path) -> None:
+    """A watch for which there is no room any more, when it is set again, is forgotten: it is set anew once there is
+    room, and the others are there as before.
+    """
+    with (
+        Xenstored(tmp_path / "small", quota=Quota(watches=2)) as xenstored,
+        Store(xenstored.add_domain_socket(5)) as store,
+        Store(xenstored.address) as toolstack,
+    ):
+        toolstack.mkdir("/a")
+        toolstack.set_permissions("/a", ["n5"])
+        for path in ("/a/kept", "/a/muted"):
+            store.watch(path, path)
+        store.mute("/a/muted")
+        store.watch("/a/third", "third")
+        with pytest.raises(StoreError, match="watch /a/muted"):
+            store.unmute("/a/muted")
+        store.reconnect()
+        store.unwatch("/a/third", "third")
+        store.watch("/a/muted", "/a/muted")
+
+        assert [(path, path) for path in ("/a/kept", "/a/muted")] == sorted(drained(store))
 
 
 def test_what_the_wire_cannot_carry_is_refused_before_sending(store: Store) -> None:

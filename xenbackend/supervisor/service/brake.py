@@ -12,7 +12,6 @@ causes some six events.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 
 from xenbackend.errors import StoreError
 from xenbackend.loop.reactor import Reactor
@@ -61,13 +60,22 @@ class Brake:
     """The brake for all watches of a store, except for those that no guest can make fire."""
 
     def __init__(
-        self, loop: Reactor, store: Store, exempt: frozenset[str], on_begin: Callable[[str], None] = lambda _: None
+        self,
+        loop: Reactor,
+        store: Store,
+        exempt: frozenset[str],
+        on_begin: Callable[[str], None] = lambda _: None,
+        on_refused: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """`exempt` are the tokens of those. `on_begin` gets the token of each other watch that stops being calm."""
+        """`exempt` are the tokens of those. `on_begin` gets the token of each other watch that stops being calm.
+
+        `on_refused` gets the tokens of watches of which xenstored may have refused to set one again: their owners look.
+        """
         self._loop = loop
         self._store = store
         self._exempt = exempt
         self._on_begin = on_begin
+        self._on_refused = on_refused
         self._paces: dict[str, _Pace] = {}  # by token
         self._due: dict[str, float] = {}  # when a watch is set again, by token
         self._most = _MOST
@@ -111,8 +119,12 @@ class Brake:
         released = [token for token, due in self._due.items() if due <= now]
         for token in released:
             del self._due[token]
-        with suppress(StoreError):
+        try:
             self._store.unmute(*released)
+        except StoreError:
+            if self._store.is_connected:
+                for token in released:
+                    self._on_refused(token)
         self._timer.set(min(self._due.values(), default=None))
 
     def _forget_calm(self, now: float) -> None:

@@ -86,7 +86,8 @@ class Registry:
         self._retry = self._loop.timer(self._try_again)
         self._xentop = XentopUpdates(self._loop, xentop, self._counters)
         self._link: StoreLink | None = None
-        self._brake = Brake(self._loop, self._store, frozenset({_TOKEN}), self._begin_to_brake)
+        exempt = frozenset({_TOKEN})
+        self._brake = Brake(self._loop, self._store, exempt, self._begin_to_brake, self._look_at_frontend)
         self._is_stopping = False
         self._is_finding = True  # not all that was there at the start has been looked at
         self._asking: deque[Callable[[], object]] = deque()  # functions to call once it has
@@ -97,8 +98,7 @@ class Registry:
         self._store.remove(status_root(self.domid))  # of a service that had no time to tidy up
         forget_notes(self._store, self.domid)
         self._make_status_root()
-        for kind in self._kinds():
-            self._store.watch(self._kind_path(kind), _TOKEN)
+        self._watch_kinds()
         self._link = StoreLink(
             self._store, self._loop, follow=self._follow, has_work=self._has_work, on_back=self._begin_anew
         )
@@ -224,7 +224,13 @@ class Registry:
         if vbd is not None:
             vbd.log.say("warning", _BRAKED, seconds=f"{PAUSE_S[1]:.0f}")
 
+    def _watch_kinds(self) -> None:
+        for kind in self._kinds():
+            self._store.watch(self._kind_path(kind), _TOKEN)
+
     def _begin_anew(self) -> None:
+        """Look at everything again, as xenstore was away. Raises: StoreError, if it refuses what nothing replaces."""
+        self._watch_kinds()  # those that were refused with the connection are not set
         with suppress(StoreError):
             self._make_status_root()
         for vbd in list(self.vbds.values()):
@@ -232,10 +238,8 @@ class Registry:
 
     def _sort(self, events: Iterable[tuple[str, str]]) -> None:
         for path, token in events:
-            vbd = self.vbds.of_token(token)
-            if vbd is not None:
-                self._contained(vbd, partial(vbd.look_soon, node=False, theirs=True))
-            elif token == _TOKEN:
+            self._look_at_frontend(token)
+            if token == _TOKEN:
                 found = parse_backend_path(path, self.domid)
                 domain = parse_domain_directory(path)
                 if found is not None:
@@ -244,6 +248,12 @@ class Registry:
                     self._changed_domains[domain] = None
                 else:
                     self._must_scan = True
+
+    def _look_at_frontend(self, token: str) -> None:
+        """Have the vbd whose watch has this token, if any, look at its frontend."""
+        vbd = self.vbds.of_token(token)
+        if vbd is not None:
+            self._contained(vbd, partial(vbd.look_soon, node=False, theirs=True))
 
     def _mark(self, path: VbdPath) -> None:
         """Have a place looked at soon: by its vbd, or, if it has none, for a new one."""

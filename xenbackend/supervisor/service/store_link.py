@@ -89,9 +89,9 @@ class StoreLink:
     def _reconnect(self) -> None:
         try:
             self._store.reconnect()
+            self._on_back()
         except StoreError as error:
             self._lose(error)
             return
         self._log.info("xenstore is back")
         self._back_off_s = _BACK_OFF_S[0]
-        self._on_back()

@@ -65,7 +65,7 @@ class Vbd:
         self._context = context
         self._on_forgotten = on_forgotten
         self.log = VbdLog(path, context.loop.now)
-        self.handover = Handover(context.keeper, path, inherited, lambda sentence: self.log.say("warning", sentence))
+        self.handover = Handover(context.keeper, path, inherited, self.log.warn)
         try:
             self._compose(context, is_heir=bool(inherited))
         except Exception as problem:
@@ -81,7 +81,7 @@ class Vbd:
         path = self.path
         if not is_heir:
             self.handover.note(begun_after=context.ledger.last)
-        self._nodes = VbdNodes(context.store, path)
+        self._nodes = VbdNodes(context.store, path, self.log.warn)
         self.ending = Ending(self, context, self._nodes, self.log)
         has_past = self.ending.find(is_heir=is_heir)
         self.device = Device(path, context.settings.limits, os.getpid(), has_past=has_past)
@@ -113,7 +113,7 @@ class Vbd:
         if self.is_forgotten:
             return
         self._must_look |= {each for each, is_meant in (("node", node), ("theirs", theirs)) if is_meant}
-        if self._look_at.due is None:
+        if self._look_at.due is None or self._nodes.is_unwatched:  # else it is about to look, or has to wait
             self._look_at.set(self._context.loop.now())
 
     def handle(self, event: events.Event) -> None:
@@ -385,6 +385,8 @@ class Vbd:
         if seen.keys is not None:
             self.ending.saw(seen.keys)
         self.handle(seen)
+        if self._nodes.is_unwatched and self._look_at.due is None:
+            self._look_again("theirs")
 
     def _guarded(self, function: Callable[..., object], *arguments: object) -> None:
         """Call a function. If it fails because of xenstore or a bug of ours, look again later, to put things right."""
@@ -397,9 +399,9 @@ class Vbd:
         except Exception as bug:
             self.fault(bug)
 
-    def _look_again(self) -> None:
+    def _look_again(self, what: str = "node") -> None:
         if not self.is_forgotten:
-            self._must_look.add("node")
+            self._must_look.add(what)
             self._look_at.set(self._context.loop.now() + _RETRY_S)
 
     def _show(self) -> None:

@@ -36,6 +36,10 @@ class VbdLog:
         """Write a line, unless there were too many. The next line that is written says how many were not."""
         self._say(self._ours, level, event, fields)
 
+    def warn(self, event: str) -> None:
+        """Write a warning."""
+        self.say("warning", event)
+
     def say_for_worker(self, level: str, event: str, **fields: str) -> None:
         """Write a line that the worker asks for, within the worker's budget."""
         self._say(self._workers, level if level in LEVELS else "warning", event, fields)

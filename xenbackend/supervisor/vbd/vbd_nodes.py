@@ -9,7 +9,7 @@ a file of the host: otherwise a guest whose image names parents would learn whic
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from xenbackend.blkif.features import IN_PLURAL
 from xenbackend.blkif.handshake import XenbusState, parse_state
@@ -33,20 +33,30 @@ _FIXED = frozenset({
 _FEW = 3  # attempts of a transaction that a guest can have fail
 _INCOMING = "--incoming"  # xl's: appended to the name until the guest runs here
 _LEFT = "--migratedaway"  # xl's, too, once the guest runs elsewhere
+_QUOTA = (errno.E2BIG, errno.ENOSPC)  # a watch is refused by the C xenstored, and by oxenstored: see `nodes.error_of`
+_POLLED = "xenstore refuses to watch the guest's end of the disk, which is looked at once a second instead"
+_RAISE = (
+    "this domain has all the watches that xenstore's quota allows it; raise it in dom0 by "
+    "`xenstore-control quota set watches N`, or by `quota-maxwatch` in oxenstored.conf"
+)
 
 
 class VbdNodes:
     """The nodes of one vbd; every method raises StoreError, unless it says otherwise.
 
-    frontend   the frontend's directory once a look has found it, else empty
-    token      of the watch on the frontend's state
+    frontend      the frontend's directory once a look has found it, else empty
+    is_unwatched  whether xenstore has refused to watch the frontend's state, which must then be looked at now and then
+    token         of the watch on the frontend's state
     """
 
-    def __init__(self, store: Store, path: VbdPath) -> None:
+    def __init__(self, store: Store, path: VbdPath, warn: Callable[[str], None] = lambda _: None) -> None:
+        """`warn` gets a sentence for the log."""
         self.frontend = ""
+        self.is_unwatched = False
         self.token = f"frontend/{path}"
         self._store = store
         self._path = path
+        self._warn = warn
         self._home = own_root(path.backend_domid)
         self._ours = private(path.backend_domid)
         self._notes_path = f"{self._home}/{NOTES}/{path}"
@@ -88,7 +98,10 @@ class VbdNodes:
         return Seen(keys, theirs, has_left=is_taken_away and self._guests_name().endswith(_LEFT))
 
     def theirs(self, keys: Mapping[str, str]) -> XenbusState:
-        """Return the frontend's state, UNKNOWN if there is none that we may read; it is watched from now on."""
+        """Return the frontend's state, UNKNOWN if there is none that we may read.
+
+        It is watched from now on, unless xenstore refuses that, and then each call tries again.
+        """
         try:
             frontend = frontend_path(self._path, keys) or ""
         except ConfigError:
@@ -96,8 +109,8 @@ class VbdNodes:
         if frontend != self.frontend:
             self._unwatch()
             self.frontend = frontend
-            if frontend:
-                self._store.watch(f"{frontend}/state", self.token)
+        if frontend:
+            self._watch()
         return parse_state(self._store.read_if_allowed(f"{frontend}/state") if frontend else None)
 
     def read_frontend(self, key: str) -> str | None:
@@ -235,7 +248,24 @@ class VbdNodes:
         self._store.prune(self._status_path, status_root(self._path.backend_domid))
         self._store.prune(self._error_path, self._errors_home)
 
+    def _watch(self) -> None:
+        """Watch the frontend's state, unless that is watched already: the store knows, and forgets a watch that failed.
+
+        A watch that is refused is said once. Raises: StoreError, if xenstore is away.
+        """
+        try:
+            self._store.watch(f"{self.frontend}/state", self.token)
+        except StoreError as error:
+            if not self._store.is_connected:
+                raise
+            if not self.is_unwatched:
+                self._warn(f"{_POLLED}: {_RAISE if error.errno in _QUOTA else error}")
+            self.is_unwatched = True
+        else:
+            self.is_unwatched = False
+
     def _unwatch(self) -> None:
+        self.is_unwatched = False
         frontend, self.frontend = self.frontend, ""
         if frontend:
             self._store.unwatch(f"{frontend}/state", self.token)

@@ -14,6 +14,7 @@ from xenbackend.errors import StoreError
 Ask = Callable[[str, Sequence[str], bytes], bytes]  # (operation, NUL-terminated strings, raw tail) -> reply's payload
 Request = tuple[str, bytes]  # a path, and what follows it
 AskMany = Callable[[str, Sequence[Request]], list[bytes | StoreError]]  # payload or error of each
+XENSTORE_PAYLOAD_MAX = 4096  # io/xs_wire.h
 SENTENCE_MAX = 1000  # characters of a sentence for people: values end at 2048 bytes (quota)
 _BY_QUOTA = "xenstore's quota for this domain allows no more"
 _RESTARTS = 8  # tries to list a directory in parts while others change it
@@ -202,3 +203,16 @@ def decode(value: bytes) -> str:
 def strings(payload: bytes) -> list[str]:
     """Return the NUL-terminated strings of a payload."""
     return [decode(each) for each in payload.split(b"\0")[:-1]]
+
+
+def payload(what: str, texts: Sequence[str], tail: bytes) -> bytes:
+    """Return NUL-terminated strings and a raw tail as one payload. Raises: StoreError, if xenstore cannot carry it."""
+    if any("\0" in each for each in texts):
+        raise StoreError(f"{what!r}: a path, token or permission must not hold NUL", errno_module.EINVAL)
+    whole = b"".join(encode(each) + b"\0" for each in texts) + tail
+    if len(whole) > XENSTORE_PAYLOAD_MAX:
+        raise StoreError(
+            f"{what}: {len(whole)} bytes of path and value; xenstore carries at most {XENSTORE_PAYLOAD_MAX}",
+            errno_module.E2BIG,
+        )
+    return whole

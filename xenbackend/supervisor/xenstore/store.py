@@ -35,7 +35,6 @@ from xenbackend.supervisor.xenstore.nodes import Nodes, Request
 
 T = TypeVar("T")
 
-XENSTORE_PAYLOAD_MAX = 4096  # io/xs_wire.h
 _ANSWER_MAX = 1 << 20  # bytes; over a socket oxenstored sends a long directory in one piece, beyond the header's limit
 _NUMBERS = dict(zip(Op._fields, Op, strict=True)) | {"DIRECTORY_PART": 22}  # io/xs_wire.h; the last one is not in pyxs
 _HEADER = struct.Struct("=IIII")  # io/xs_wire.h, "struct xsd_sockmsg": type, req_id, tx_id, len
@@ -212,7 +211,7 @@ class Store(Nodes):
     def reconnect(self) -> None:
         """Connect anew and set all watches again. As always in xenstore, each fires at once, so re-read everything.
 
-        Raises: StoreError; the watches are remembered for the next try.
+        Raises: StoreError; the watches are remembered for the next try, but for those that xenstored has refused.
         """
         self.disconnect()
         self._events.clear()
@@ -257,7 +256,10 @@ class Store(Nodes):
         self._of_each("UNWATCH", loud)
 
     def unmute(self, *tokens: str) -> None:
-        """Set the watches with these tokens again; each fires at once. If this fails, `reconnect` sets them."""
+        """Set the watches with these tokens again; each fires at once.
+
+        Raises: StoreError. If the connection is lost, `reconnect` sets them; one that xenstored refuses is forgotten.
+        """
         muted = [each for each in tokens if each in self._muted]
         self._muted.difference_update(muted)
         self._of_each("WATCH", muted)
@@ -315,8 +317,14 @@ class Store(Nodes):
             raise StoreError(f"xenstore at {self.address}: cannot connect: {error.strerror}") from None
 
     def _of_each(self, operation: str, tokens: Sequence[str]) -> None:
-        watches = [(path, nodes.encode(token) + b"\0") for token in tokens for path in self._watches[token]]
-        for problem in [each for each in self._exchange_many(0, operation, watches) if isinstance(each, StoreError)]:
+        watches = [(path, token) for token in tokens for path in self._watches[token]]
+        requests = [(path, nodes.encode(token) + b"\0") for path, token in watches]
+        answers = zip(self._exchange_many(0, operation, requests), watches, strict=True)
+        refused = [(answer, watch) for answer, watch in answers if isinstance(answer, StoreError)]
+        if operation == "WATCH":
+            for _, watch in refused:
+                self._forget_watch(*watch)
+        for problem, _ in refused:
             raise problem
 
     def _forget_watch(self, path: str, token: str) -> None:
@@ -329,7 +337,7 @@ class Store(Nodes):
     def _exchange(self, transaction: int, operation: str, strings: Sequence[str], tail: bytes) -> bytes:
         """Send one request and return the payload of its reply. Events that come in between are noted."""
         what = f"xenstore: {operation.lower().replace('_', ' ')} {strings[0]}"
-        payload = _payload(what, strings, tail)
+        payload = nodes.payload(what, strings, tail)
         return self._take_reply(operation, self._send(transaction, operation, payload), what)
 
     def _exchange_many(self, transaction: int, operation: str, requests: Sequence[Request]) -> list[bytes | StoreError]:
@@ -342,7 +350,7 @@ class Store(Nodes):
         for first in range(0, len(requests), self._connection.at_once):
             part = requests[first : first + self._connection.at_once]
             whats = [f"xenstore: {operation.lower()} {path}" for path, _ in part]
-            payloads = [_payload(what, (path,), tail) for what, (path, tail) in zip(whats, part, strict=True)]
+            payloads = [nodes.payload(what, (path,), tail) for what, (path, tail) in zip(whats, part, strict=True)]
             numbers = [self._send(transaction, operation, payload) for payload in payloads]
             for number, what in zip(numbers, whats, strict=True):
                 try:
@@ -405,16 +413,3 @@ class Store(Nodes):
         self.disconnect()
         self.why_lost = f"xenstore at {self.address}: connection lost: {reason}"
         return StoreError(self.why_lost)
-
-
-def _payload(what: str, strings: Sequence[str], tail: bytes) -> bytes:
-    """Return NUL-terminated strings and a raw tail as one payload. Raises: StoreError, if xenstore cannot carry it."""
-    if any("\0" in each for each in strings):
-        raise StoreError(f"{what!r}: a path, token or permission must not hold NUL", errno_module.EINVAL)
-    payload = b"".join(nodes.encode(each) + b"\0" for each in strings) + tail
-    if len(payload) > XENSTORE_PAYLOAD_MAX:
-        raise StoreError(
-            f"{what}: {len(payload)} bytes of path and value; xenstore carries at most {XENSTORE_PAYLOAD_MAX}",
-            errno_module.E2BIG,
-        )
-    return payload
