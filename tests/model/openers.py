@@ -81,6 +81,9 @@ class LocalOpener(Attendant):
     def note_over(self) -> None:
         """Do nothing: the service does not need it any more."""
 
+    def hear(self) -> None:
+        """Do nothing: what it says is handled at once."""
+
     def hangs(self) -> bool:
         """Return False: nothing hangs here."""
         return False

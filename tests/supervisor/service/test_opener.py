@@ -116,6 +116,35 @@ def test_it_ends_when_its_worker_lets_go(service: Service, tmp_path: Path) -> No
     assert [""] == service.ends
 
 
+def test_what_it_has_said_is_heard_without_the_loop() -> None:
+    """What an opener has said can be handled before the loop comes to it, as when a time limit is over."""
+    text = (
+        "import socket, sys\n"
+        "from xenbackend.protocol import opening\n"
+        "near = socket.socket(fileno=int(sys.argv[2]))\n"
+        "near.recv(1 << 18)\n"
+        "for name in ('/one', '/other'): near.send(opening.encode(opening.Waits(name, False)))\n"
+        "while near.recv(1 << 18): pass"
+    )
+    service = Service((sys.executable, "-c", text))
+    waits: list[str] = []
+    job = Job("vbd/5/51712", ["null:1G"], read_only=False)
+    opener, near = service.fleet.open(job, [], service._keep, service._end, lambda each: waits.append(each.name))
+    opener.hear()
+    until_begun(service, opener)
+    while len(waits) < 2:
+        assert opener._process is not None
+        assert select.select([opener._process.socket], [], [], 20)[0]
+        opener.hear()
+    opener.kill()
+    opener.hear()
+    service.until_end()
+    near.close()
+    service.close()
+
+    assert ["/one", "/other"] == waits
+
+
 def test_what_is_not_kept_is_not_given(service: Service, tmp_path: Path) -> None:
     """If the supervisor refuses to keep a file, the worker does not get it, but the reason."""
     (tmp_path / "image").write_bytes(b"x" * 512)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import select
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -24,7 +24,11 @@ class Limited:
         self.clock, self.over = Clock(), 0
         self.loop = Reactor(self.clock)
         self.progress, self.is_busy = 0, False
-        self.limit = Limit(self.loop, self._note, lambda: (self.progress, self.is_busy))
+        self.unheard: Callable[[], object] = int  # what follows once the worker is heard
+        self.limit = Limit(self.loop, self._note, lambda: (self.progress, self.is_busy), self._hear)
+
+    def _hear(self) -> None:
+        self.unheard()
 
     def _note(self) -> None:
         self.over += 1
@@ -72,6 +76,19 @@ def test_a_guest_that_is_quiet_ends_it_before(limited: Limited) -> None:
     busy = [turns(9), turns(2)]
 
     assert ([0, 1], [1, 2], [2, 3]) == (quiet, progressed, busy)
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(5.0, 1), (None, 0)])
+def test_what_was_said_in_time_counts(limited: Limited, seconds: float | None, expected: int) -> None:
+    """If the loop comes late, the worker is heard first. If what it has said sets another limit, or none, that one
+    counts from now on.
+    """
+    limited.limit.set(Wanted(10.0))
+    limited.unheard = lambda: limited.limit.set(Wanted(seconds))
+    late = limited.after(60.0)
+    limited.unheard = int
+
+    assert (0, 0, expected) == (late, limited.after(4.0), limited.after(1.0))
 
 
 @pytest.mark.slow

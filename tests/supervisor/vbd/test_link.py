@@ -26,6 +26,7 @@ class FakeProcess:
     def __init__(self) -> None:
         self.sent: list[Any] = []
         self.killed: list[str] = []
+        self.heard = 0
         self.is_left = False
         self.is_there = True
         self.has_broken_protocol = self.is_boosted = self.host_is_short = False
@@ -40,6 +41,10 @@ class FakeProcess:
         """Record it."""
         self.killed.append(sentence)
         self.has_broken_protocol |= is_breach
+
+    def hear(self) -> None:
+        """Record it."""
+        self.heard += 1
 
     def leave(self) -> None:
         """Record it."""
@@ -185,6 +190,15 @@ def test_a_device_model_is_not_led_to_a_path_that_nobody_named(linked: Linked) -
 
     assert [standing(number)] == linked.owner.heard
     assert [sentence] * 2 == linked.process.killed
+
+
+def test_a_worker_is_heard_as_long_as_there_is_one(linked: Linked) -> None:
+    """A link has its worker heard when it is asked to, and nobody once the worker has ended."""
+    linked.link.hear()
+    linked.fleet.end("it has ended")
+    linked.link.hear()
+
+    assert 1 == linked.process.heard
 
 
 def test_a_worker_is_told_of_the_drivers_of_its_chain(linked: Linked) -> None:

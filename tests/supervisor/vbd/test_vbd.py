@@ -5,6 +5,10 @@ from __future__ import annotations
 import errno
 import io
 import os
+import select
+import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +19,22 @@ from tests.supervisor.helpers import (
     FAKE_WORKER,
     NEVER_READY,
     PATH,
+    PATIENCE_S,
     Kept,
     Stepped,
     offer_ring,
     remove_like_libxl,
+    settle,
     write_like_libxl,
 )
+from tests.until import until
 from xenbackend import journal
 from xenbackend.blkif.features import Limits, publish_at_probe
 from xenbackend.blkif.handshake import XenbusState
 from xenbackend.errors import KernelError, StoreError
 from xenbackend.kernel import memfd
+from xenbackend.kernel.process import state_of
+from xenbackend.protocol.codes import Code
 from xenbackend.rig.store import Xenstored
 from xenbackend.supervisor.service.brake import BURST
 from xenbackend.supervisor.service.fleet import Fleet, Worker
@@ -35,6 +44,7 @@ from xenbackend.supervisor.vbd import vbd as vbd_module
 from xenbackend.supervisor.vbd.device import Phase
 from xenbackend.supervisor.vbd.ending import Ending
 from xenbackend.supervisor.vbd.handover import Handover
+from xenbackend.supervisor.vbd.phase import LIMIT_S
 from xenbackend.supervisor.vbd.vbd import Vbd, events
 from xenbackend.supervisor.vbd.vbd_log import PER_HOUR
 from xenbackend.supervisor.vbd.vbd_nodes import VbdNodes
@@ -286,6 +296,91 @@ def test_a_worker_that_waits_for_its_turn_is_not_too_slow(xenstored: Xenstored, 
     stepped.close()
 
     assert ((None, False, ""), (True, True)) == (before, after)
+
+
+class Late(Stepped):
+    """A registry whose service can be held up."""
+
+    def hold_up(self, worker: Worker, fd: int | None) -> None:
+        """Hold it up until a descriptor is readable, and the worker has no more to say, and by the loop's clock for
+        longer than any limit.
+        """
+        if fd is not None:
+            assert select.select([fd], [], [], PATIENCE_S)[0]
+            until(lambda: state_of(worker.pid) in ("S", "Z", ""))
+        self.loop.now = lambda: time.monotonic() + 2 * max(LIMIT_S.values())
+
+
+def _socket(worker: Worker) -> int:
+    return worker.descriptors[0]
+
+
+def _end(worker: Worker) -> int:
+    return worker.descriptors[1]
+
+
+@pytest.mark.parametrize(("chain", "survives"), [("null:1G", True), ("null:4G", False)])
+def test_a_service_that_takes_long_to_begin_kills_no_worker_that_has_answered(
+    xenstored: Xenstored, toolstack: Store, kept: Kept, chain: str, *, survives: bool
+) -> None:
+    """A worker that was taken over and has answered in time is heard before its time is over, however long the service
+    takes until it listens. A worker that has not answered is killed.
+    """
+    write_like_libxl(toolstack, params=chain)
+    former = Late(xenstored.address, Settings(), keeper=kept.keeper())
+    former.until(lambda: toolstack.read_optional(f"{PATH.backend}/hotplug-status") == "connected")
+    assert former.vbd().worker
+    pid = former.vbd().worker.pid
+    former.leave()
+    service = Late(xenstored.address, Settings(), keeper=kept.keeper(), starts=False)
+    service.registry.start()
+    adopted = service.vbd().worker
+    assert adopted
+    service.hold_up(adopted, _socket(adopted) if survives else None)
+    service.until(lambda: service.vbd().device.phase not in (Phase.ADOPTING, Phase.NONE, Phase.OPENING))
+    found = service.vbd().worker
+    assert found
+    after = found.pid
+    service.close()
+
+    assert survives == (pid == after)
+
+
+@pytest.mark.parametrize(
+    ("chain", "heard", "phase", "error"),
+    [
+        ("null:1G", _socket, Phase.SERVING, ""),
+        ("null:3G", _end, Phase.OPENING, "the worker ended unexpectedly with exit status 3"),
+    ],
+)
+def test_a_service_that_was_held_up_hears_its_workers_first(
+    xenstored: Xenstored,
+    toolstack: Store,
+    guest: Store,
+    chain: str,
+    heard: Callable[[Worker], int],
+    phase: Phase,
+    error: str,
+) -> None:
+    """If a service was stopped for longer than a limit, as by SIGSTOP, a worker that has answered meanwhile is not
+    killed, and the end of one that has died is told as it was.
+    """
+    write_like_libxl(toolstack, params=chain)
+    service = Late(xenstored.address, Settings())
+    service.until(lambda: toolstack.read_optional(f"{PATH.backend}/hotplug-status") == "connected")
+    worker = service.vbd().worker
+    assert worker is not None
+    os.kill(worker.pid, signal.SIGSTOP)  # so that it answers when the service does not listen any more
+    offer_ring(guest)
+    service.until(lambda: service.vbd().device.phase is Phase.CONNECTING)
+    os.kill(worker.pid, signal.SIGCONT)
+    service.hold_up(worker, heard(worker))
+    settle(service.loop, 1)
+    seen = (service.vbd().device.phase, service.vbd().worker is worker, service.vbd().device.error)
+    lives = service.give("pause").code is Code.OK and service.vbd().worker is worker
+    service.close()
+
+    assert ((phase, not error, error), not error) == (seen, lives)
 
 
 def test_a_disk_that_waits_for_its_turn_is_detached_at_once(xenstored: Xenstored, toolstack: Store) -> None:

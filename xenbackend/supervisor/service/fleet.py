@@ -113,6 +113,13 @@ class Worker:
         except OSError as error:
             raise KernelError(f"send {type(message).__name__} to a worker", error.errno or errno.EIO) from None
 
+    def hear(self) -> None:
+        """Handle what it has sent, and its end, before the loop comes to that."""
+        if _has_ended(self._process.pidfd):
+            self._reap()
+        else:
+            self._receive(_LAST_MESSAGES)
+
     def kill(self, sentence: str, *, is_breach: bool = False) -> None:
         """Kill the process; `on_end` gets the sentence once it is gone.
 
@@ -366,6 +373,14 @@ class Fleet:
 def _are_of(names: Sequence[str], known: Set[str]) -> bool:
     """Return whether all names are known ones, each there at most once."""
     return len(names) == len(set(names)) and set(names) <= known
+
+
+def _has_ended(pidfd: int) -> bool:
+    """Return whether a process has ended, by its pidfd; -1: there is none."""
+    poll = select.poll()
+    if pidfd >= 0:
+        poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def _has_hung_up(near: socket.socket) -> bool:

@@ -22,6 +22,7 @@ from xenbackend.supervisor.service.process import Process
 PATIENCE_S = 1.0  # for killed openers to end
 GRACE_S = 5.0  # to end by itself, for one whose worker has what it wanted; a worker could keep it for ever
 _ENDING_S = 10.0  # enough for any opener to end that does not hang, however busy the host is
+_MESSAGES = 8  # more than it says without waiting for an answer
 _UNINTERRUPTIBLE = "D"  # proc_pid_stat(5)
 BREACH = 3  # exit status, `opener.main.BREACH`
 
@@ -119,6 +120,12 @@ class Opener:
         self._is_boosted = True
         if self._process is not None:
             self._process.boost()
+
+    def hear(self) -> None:
+        """Handle what it has said before the loop comes to that."""
+        for _ in range(_MESSAGES):
+            if self._process is not None and self._is_heard:
+                self._receive(self._process)
 
     def kill(self) -> None:
         """Kill it and stop listening to it, because the worker that it is for has ended."""

@@ -2,6 +2,10 @@
 
 Must not know phases. The time of a phase begins when its worker's process is there, not while that waits for its turn
 to be started, as many do at once on a slow host. It is sure to get its turn (`service.births`).
+
+The loop may come late, and then calls timers before it reads what has arrived meanwhile: the service may have been
+stopped, or have waited for xenstore, or have taken over many disks. So the worker is heard before its time is over, and
+what it has said by then may lead to another limit.
 """
 
 from __future__ import annotations
@@ -19,13 +23,21 @@ class Limit:
     """The limit of one vbd; the loop calls `on_over` when the time is over."""
 
     def __init__(
-        self, loop: Reactor, on_over: Callable[[], object], activity: Callable[[], tuple[object, bool]]
+        self,
+        loop: Reactor,
+        on_over: Callable[[], object],
+        activity: Callable[[], tuple[object, bool]],
+        hear: Callable[[], object],
     ) -> None:
-        """`activity` returns a value that changes with each request of the guest, and whether one is in flight."""
+        """`activity` returns a value that changes with each request of the guest, and whether one is in flight.
+
+        `hear` handles what the worker has said, and its end, without waiting.
+        """
         self._loop = loop
         self._timer = loop.timer(self._look)
         self._on_over = on_over
         self._activity = activity
+        self._hear = hear
         self._wanted = Wanted(None)
         self._end = self._quiet_since = 0.0
         self._seen: object = None
@@ -52,7 +64,10 @@ class Limit:
         now = self._loop.now()
         if now < self._end and not self._is_quiet(now):
             self._timer.set(self._next(now))
-        else:
+            return
+        wanted = self._wanted
+        self._hear()
+        if self._wanted is wanted:
             self._on_over()
 
     def _is_quiet(self, now: float) -> bool:

@@ -129,6 +129,13 @@ class Link:
             self._asked.pop(self._last)
             then(messages.Reply(self._last, Code.FAILED, str(error)))
 
+    def hear(self) -> None:
+        """Handle what the worker and its openers have said, and the worker's end, before the loop comes to that."""
+        for opener in list(self._openers):
+            opener.hear()
+        if self.worker is not None:
+            self.worker.hear()
+
     def breach(self, what: str) -> None:
         """Kill the worker, because it said something that it was not asked for, or that is impossible."""
         self.kill(f"the worker was killed: {what}", is_breach=True)

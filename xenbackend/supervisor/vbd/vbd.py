@@ -93,8 +93,8 @@ class Vbd:
         self.lives = Lives(journal.progress(self.handover.page))
         self._must_look = {"node", "theirs"}
         self._look_at = context.loop.timer(self._look_if_due)
-        page = self.handover.page
-        self._limit = Limit(context.loop, lambda: self.handle(events.Expired()), lambda: journal.activity(page))
+        expire, activity = partial(self.handle, events.Expired()), partial(journal.activity, self.handover.page)
+        self._limit = Limit(context.loop, expire, activity, self.link.hear)
         self._events: deque[events.Event] = deque()
         self._arrival = Arrival(path, context, self.handover, self._has_arrived)
 
