@@ -18,7 +18,7 @@ from tests.until import until
 from xenbackend.blkif.abi import BLKIF_OP_FLUSH_DISKCACHE, BLKIF_OP_READ, BLKIF_OP_WRITE
 from xenbackend.embedded.machine import Machine
 from xenbackend.errors import XenbackendError
-from xenbackend.rig.frontend import Wishes
+from xenbackend.rig.frontend import Frontend, Wishes
 
 PATIENCE_S = 20.0  # limit for events that must happen; only a failing test takes this long
 _PAGE = 4096
@@ -87,6 +87,35 @@ def test_a_second_kernel_may_have_fewer_rings() -> None:
 
     assert b"1" * _PAGE == found
     assert b"1" * _PAGE + b"2" * _PAGE == after
+
+
+@pytest.mark.slow
+def test_a_second_kernel_may_begin_while_no_service_runs() -> None:
+    """A kernel that is started by kexec while no service runs finds the backend Connected, and connects to it. The next
+    service has its rings served, whose keys are others than the former kernel's.
+    """
+    with Machine() as machine, closing(machine.create_guest(5)) as guest:
+        path = machine.attach(5, "xvda", "ram:1M")
+        first = guest.connect(path, Wishes())
+        first.write(0, b"1" * _PAGE)
+        worker = _known(machine)["worker"]
+        service = machine.service_pid
+        assert machine.service is not None
+        machine.service.send_signal(signal.SIGSTOP)  # so that no other service follows
+        os.kill(service, signal.SIGKILL)
+        first.crash()
+        second = Frontend(guest.memory, guest.store, path.frontend, Wishes())
+        second.announce()
+        state = second.backend_state()
+        second.read_facts()
+        guest.store.write(f"{path.frontend}/state", "4")
+        machine.service.send_signal(signal.SIGCONT)
+        found = second.read(0, 8)
+        known = _known(machine)
+        second.close()
+
+    assert (4, b"1" * _PAGE) == (state, found)
+    assert (True, "Connected", "") == (worker != known["worker"], known["state"], known["error"])
 
 
 def test_a_worker_that_dies_is_no_more_than_a_pause(tmp_path: Path) -> None:

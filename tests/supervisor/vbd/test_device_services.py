@@ -138,6 +138,28 @@ def test_the_next_service_takes_the_worker_over(*, looks_first: bool) -> None:
     assert "null:1G" == world.device.layers[0].text
 
 
+@pytest.mark.parametrize(
+    ("theirs", "is_replaced"), [(S.INITIALISED, True), (S.CONNECTED, True), (S.CLOSING, False), (S.CLOSED, False)]
+)
+def test_rings_that_no_service_has_seen_are_a_successors(theirs: XenbusState, *, is_replaced: bool) -> None:
+    """A worker that was taken over hands over to a successor if a frontend offers other rings than those that it
+    serves. That is looked for once, when the worker has said that it serves.
+    """
+    world = connected()
+    must_compare = [world.device.sight.must_compare]
+    world.replace_service()
+    world.see()
+    must_compare.append(world.device.sight.must_compare)
+    world.answer()
+    must_compare.append(world.device.sight.must_compare)
+    world.theirs = theirs
+    world.send(events.Seen(world.node, theirs, has_moved=True))
+    must_compare.append(world.device.sight.must_compare)
+
+    assert [False, False, True, False] == must_compare
+    assert is_replaced == (events.Close(hands_over=True) in world.inbox)
+
+
 def test_nothing_is_decided_before_the_first_look() -> None:
     """While xenstore is away, an inherited worker goes on serving, and one that dies is replaced when xenstore is back.
     Only a service that stops does not wait for xenstore.

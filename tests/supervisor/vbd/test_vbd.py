@@ -9,6 +9,7 @@ import select
 import signal
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,32 @@ def test_rings_are_gone_on_with_where_they_are_the_same(
         lines.getvalue().count("connecting") - (not is_the_same),
         "rejoining" in lines.getvalue(),
     )
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "is_replaced"), [("ring-ref", "9", True), ("ring-ref", "8", False), ("ring-ref", "x", False)]
+)
+def test_a_worker_is_taken_over_with_the_rings_that_the_frontend_uses(
+    xenstored: Xenstored, toolstack: Store, guest: Store, kept: Kept, lines: io.StringIO, *,
+    key: str, value: str, is_replaced: bool,
+) -> None:  # fmt: skip
+    """If a frontend has begun anew while no service ran, and both ends are Connected, the next service has a successor
+    serve the new rings. A worker whose rings are the same, or whose frontend has written nonsense, serves on.
+    """
+    stepped = Stepped(xenstored.address, Settings(), keeper=kept.keeper())
+    vbd = _serve(stepped, toolstack, guest)
+    assert vbd.worker is not None
+    former = vbd.worker.pid
+    stepped.leave()
+    guest.write(f"{PATH.frontend}/{key}", value)
+    with closing(Stepped(xenstored.address, Settings(), keeper=kept.keeper())) as following:
+        vbd = following.vbd()
+        following.until(lambda: vbd.device.phase is Phase.SERVING and not vbd.device.sight.must_compare)
+        assert vbd.worker is not None
+        found = vbd.worker.pid
+
+    assert "4" == toolstack.read(f"{PATH.backend}/state")
+    assert is_replaced == (found != former) == ("grefs=[9]" in lines.getvalue())
 
 
 def test_a_successor_comes_before_others_until_it_serves(

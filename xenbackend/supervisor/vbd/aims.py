@@ -36,6 +36,7 @@ class WorkerFacts:
     has_hung        it did not open the chain in time
     is_replaceable  another process is to take its place
     lingers         the frontend's directory is gone, but its rings are served until its driver is quiet
+    is_adopted      an earlier service started it
     """
 
     phase: Phase = Phase.NONE
@@ -47,6 +48,7 @@ class WorkerFacts:
     has_hung: bool = False
     is_replaceable: bool = False
     lingers: bool = False
+    is_adopted: bool = False
 
 
 class Aims:

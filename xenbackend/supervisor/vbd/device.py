@@ -187,7 +187,7 @@ class Device:
             case events.Waits():
                 return self._wait(event)
             case events.Inherited():
-                self.phase = Phase.ADOPTING
+                self._aims.worker = WorkerFacts(Phase.ADOPTING, is_adopted=True)
                 self.sight.had_state = self.sight.had_keys = True
             case events.Refused() if self.phase is Phase.CONNECTING:
                 self._fail(event.sentence, errno.EINVAL)
@@ -229,6 +229,7 @@ class Device:
         causes = self.sight.look(seen)
         is_taken_away = seen.theirs is _S.UNKNOWN and not (self.sight.is_online or self.sight.is_over or seen.has_left)
         worker.lingers = had_rings and is_taken_away
+        worker.is_replaceable |= self.sight.has_moved and self.phase is Phase.SERVING
         for cause in causes:
             self._clear(cause)
         if Cause.KEYS in causes:
@@ -271,7 +272,7 @@ class Device:
         if self.phase is Phase.SERVING and former is not Phase.SERVING:
             self._clear(Cause.SERVED)
             self._backoff.served()
-            worker.has_rings, self._is_unfinished = True, False
+            worker.has_rings, self._is_unfinished, self.sight.must_compare = True, False, worker.is_adopted
         elif former is Phase.DISCONNECTING and self.phase is Phase.OPEN:
             worker.has_rings = False
         return []

@@ -17,11 +17,13 @@ class Seen:
     """Both ends as a fresh look found them. `keys` are the backend's directory's, None if that is gone.
 
     `has_left`: the guest was migrated to another place, and asks for nothing here any more.
+    `has_moved`: its keys name other rings than those that are served; not looked at unless `Sight.must_compare`.
     """
 
     keys: dict[str, str] | None
     theirs: XenbusState
     has_left: bool = False
+    has_moved: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ from xenbackend.errors import ConfigError, KernelError
 from xenbackend.kernel import memfd
 from xenbackend.kernel.process import kill
 from xenbackend.protocol import codec
-from xenbackend.protocol.messages import MAX_MEMORIES, Agreed
+from xenbackend.protocol.messages import MAX_MEMORIES, Agreed, Connect
 from xenbackend.supervisor.service.keeper import Keeper
 from xenbackend.supervisor.vbd import former, notes
 from xenbackend.supervisor.vbd.inheritance import OPEN_FILES, What, current, is_memory, name_of
@@ -125,6 +125,10 @@ class Handover:
         """Return the chain in service and what is agreed with the frontend; None if nothing is agreed now."""
         left = self._left()
         return left if left is not None and left.connect is not None else None
+
+    def connect(self) -> Connect | None:
+        """Return what is agreed with the frontend now, None if nothing is."""
+        return agreed.connect if (agreed := self.agreed()) is not None else None
 
     def _left(self) -> Agreed | None:
         """Return what the last worker noted in the journal.

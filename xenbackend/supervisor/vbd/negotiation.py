@@ -5,17 +5,20 @@ Must not know how far a worker is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from xenbackend.blkif.features import (
     MAX_SEGMENTS,
+    MAXIMA,
     Disk,
     Frontend,
     Limits,
+    parse_frontend,
     publish_at_connect,
     publish_at_probe,
 )
 from xenbackend.blkif.handshake import XenbusState, parse_state
+from xenbackend.errors import GuestError
 from xenbackend.protocol import messages
 from xenbackend.supervisor.vbd.events import Join
 from xenbackend.supervisor.vbd.spec import Spec
@@ -124,9 +127,25 @@ def connect_of(chosen: Frontend, join: Join) -> messages.Connect:
     """Return the message that has a worker serve the rings as a frontend has chosen."""
     return messages.Connect(
         chosen.protocol,
-        [messages.RingParameters(list(ring.grefs), ring.event_channel) for ring in chosen.rings],
+        _rings(chosen),
         chosen.persistent,
         can_discard=join.can_discard,
         max_segments=join.max_segments,
         goes_on=join.goes_on,
     )
+
+
+def has_moved(read: Callable[[str], str | None], agreed: messages.Connect) -> bool:
+    """Return whether a frontend's keys, of which `read` returns one, name other rings than those that were agreed.
+
+    Nonsense names none, and cannot take back what was agreed.
+    """
+    try:
+        chosen = parse_frontend(read, MAXIMA)
+    except GuestError:
+        return False
+    return _rings(chosen) != agreed.rings
+
+
+def _rings(chosen: Frontend) -> list[messages.RingParameters]:
+    return [messages.RingParameters(list(ring.grefs), ring.event_channel) for ring in chosen.rings]

@@ -24,6 +24,7 @@ from xenbackend.supervisor.xenstore.paths import VbdPath
 
 _S = XenbusState
 _OURS = frozenset(publish_at_probe(Limits()))
+_OFFERING = (_S.INITIALISED, _S.CONNECTED)  # the frontend's states in which its keys name the rings that it uses
 
 
 class Sight:
@@ -35,6 +36,8 @@ class Sight:
     has_looked   whether there was a look
     is_over      whether the node is gone, or is another vbd's
     is_called    whether the toolstack's hotplug script has come to this service
+    has_moved    whether the last look found that a frontend offers other rings than those that are served
+    must_compare   the next look has to find that out: nobody has seen what the frontend did while no service ran
     """
 
     def __init__(self, path: VbdPath, *, has_past: bool) -> None:
@@ -43,7 +46,7 @@ class Sight:
         self.theirs = _S.UNKNOWN
         self.spec: Spec | None = None
         self.problem = ""
-        self.has_looked = self.is_over = self.is_called = False
+        self.has_looked = self.is_over = self.is_called = self.has_moved = self.must_compare = False
         self.had_state = self.had_keys = has_past  # the node was seen with a state, and with keys, that only we write
         self._path = path
         self._follows: tuple[frozenset[str], str] | None = None  # texts of `params`, and the chain that replaces them
@@ -89,6 +92,7 @@ class Sight:
     def look(self, seen: Seen) -> set[Cause]:
         """Take in a look at both ends, and return the causes by which it clears reasons."""
         self.has_looked = True
+        self.has_moved, self.must_compare = seen.has_moved and seen.theirs in _OFFERING, False
         if self.is_over or seen.keys is None or self._is_anothers(seen.keys):
             self.is_over, self.keys, self.spec, self.theirs, self._follows = True, None, None, _S.UNKNOWN, None
             return {Cause.LET_GO}

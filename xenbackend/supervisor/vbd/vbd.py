@@ -195,6 +195,8 @@ class Vbd:
         self._reconnecting.stands(standing)
         if is_adopted:
             self.exchanges.conclude(standing)
+        if self.device.sight.must_compare:
+            self.look_soon(theirs=True)
 
     def ends(self, worker: Worker, sentence: str) -> None:
         """Take note that the worker has ended."""
@@ -319,7 +321,7 @@ class Vbd:
         if self._arrival.takes_from_kernel():
             self.handle(events.Postponed())
             return
-        agreed = self.handover.agreed() if action.goes_on else None
+        agreed = self.handover.connect() if action.goes_on else None
         try:
             # A connected frontend goes by what an earlier service offered.
             chosen = parse_frontend(self._nodes.read_frontend, MAXIMA if action.goes_on else self._arrival.limits)
@@ -333,8 +335,7 @@ class Vbd:
             self.handle(events.Postponed())
             raise
         connect = connect_of(chosen, action)
-        is_known = agreed is not None and agreed.connect is not None and agreed.connect.rings == connect.rings
-        self._serve(None if is_known else connect)
+        self._serve(None if agreed is not None and agreed.rings == connect.rings else connect)
 
     def _serve(self, connect: messages.Connect | None) -> None:
         try:
@@ -378,7 +379,8 @@ class Vbd:
         must_look, self._must_look = self._must_look, set()
         self._look_at.set(None)
         try:
-            seen = self._nodes.look(self._nodes.keys() if "node" in must_look else self.device.sight.keys)
+            keys = self._nodes.keys() if "node" in must_look else self.device.sight.keys
+            seen = self._nodes.look(keys, self.handover.connect() if self.device.sight.must_compare else None)
         except StoreError:
             self._must_look |= must_look
             raise

@@ -14,9 +14,10 @@ from collections.abc import Callable, Mapping
 from xenbackend.blkif.features import IN_PLURAL
 from xenbackend.blkif.handshake import XenbusState, parse_state
 from xenbackend.errors import ConfigError, StoreError
+from xenbackend.protocol.messages import Connect
 from xenbackend.supervisor.vbd.events import Seen, Write
 from xenbackend.supervisor.vbd.kept_files import key_of
-from xenbackend.supervisor.vbd.negotiation import PRIVATE
+from xenbackend.supervisor.vbd.negotiation import PRIVATE, has_moved
 from xenbackend.supervisor.vbd.spec import frontend_path
 from xenbackend.supervisor.xenstore.nodes import SENTENCE_MAX, Nodes, private
 from xenbackend.supervisor.xenstore.paths import VbdPath, domain_path, own_root, status_root
@@ -84,10 +85,11 @@ class VbdNodes:
         fixed = {key: known[key] for key in names if key in known}
         return fixed | nodes.read_many(self._path.backend, [key for key in names if key not in fixed])
 
-    def look(self, keys: dict[str, str] | None) -> Seen:
+    def look(self, keys: dict[str, str] | None, agreed: Connect | None = None) -> Seen:
         """Look at the frontend, and return both ends; `keys` are the backend's directory's.
 
-        If the frontend has just gone, the keys are read again: a toolstack changes both in one transaction.
+        If `agreed` is given, the frontend's rings are compared with it. If the frontend has just gone, the keys are
+        read again: a toolstack changes both in one transaction.
         """
         was, theirs = self._theirs, self.theirs(keys or {})
         if theirs is XenbusState.UNKNOWN is not was:
@@ -95,7 +97,12 @@ class VbdNodes:
             theirs = self.theirs(keys or {})
         self._theirs = theirs
         is_taken_away = theirs is XenbusState.UNKNOWN and keys is not None and keys.get("online") == "0"
-        return Seen(keys, theirs, has_left=is_taken_away and self._guests_name().endswith(_LEFT))
+        return Seen(
+            keys,
+            theirs,
+            has_left=is_taken_away and self._guests_name().endswith(_LEFT),
+            has_moved=agreed is not None and bool(self.frontend) and has_moved(self.read_frontend, agreed),
+        )
 
     def theirs(self, keys: Mapping[str, str]) -> XenbusState:
         """Return the frontend's state, UNKNOWN if there is none that we may read.
