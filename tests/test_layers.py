@@ -73,7 +73,7 @@ HOMES = {
     "argon2": ("opener/deriving",),  # up to 4 GiB and minutes: no worker, no service
     "datetime": ("cli/log", "cli/report", "units"),  # times for people: `units.format_time`
     "ctypes": ("bench/blkif_native", "block/luks/cipher", "block/remote/tls", "ceph/", "kernel/"),
-    "fcntl": ("kernel/", "rig/", "supervisor/service/listening", "supervisor/service/parent", "walls/calls"),
+    "fcntl": ("kernel/", "rig/", "supervisor/service/listening", "walls/calls"),
     "importlib": (
         "block/drivers/__init__",
         "block/formats/table",

@@ -17,7 +17,7 @@ from xenbackend.protocol.answers import Answer, Reply
 from xenbackend.protocol.codes import Code
 from xenbackend.supervisor.service import parent
 from xenbackend.supervisor.service.fleet import Fleet
-from xenbackend.supervisor.service.keeper import Keeper
+from xenbackend.supervisor.service.keeper import Keeper, length_of
 from xenbackend.supervisor.service.ledger import Ledger
 from xenbackend.supervisor.service.registry import Registry
 from xenbackend.supervisor.service.server import Peer, Server
@@ -241,6 +241,7 @@ class Kept:
         keeper = Keeper({**self._environment, "FDSTORE": str(room)})
         keeper.inherited |= {name: os.dup(fd) for name, fd in self.fds.items()}
         keeper._names |= keeper.inherited.keys()
+        keeper._length = length_of(keeper._names)
         return keeper
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ from tests.supervisor.helpers import Kept
 from xenbackend.errors import KernelError
 from xenbackend.loop.reactor import Reactor
 from xenbackend.protocol import datagrams
-from xenbackend.supervisor.service.keeper import _AGAIN_S, FIRST, Keeper, forget_inheritance
+from xenbackend.supervisor.service.keeper import _AGAIN_S, FIRST, MAX_NAMES, Keeper, forget_inheritance
 
 
 def test_what_is_kept_is_the_same_open_file(kept: Kept) -> None:
@@ -206,6 +206,26 @@ def test_what_there_is_no_room_for_is_an_error(kept: Kept) -> None:
     os.close(keeper.inherited["a"])
 
     assert {"a", "c", "e"} == set(kept.fds)
+
+
+def test_names_that_no_program_could_be_started_with_are_an_error(kept: Kept) -> None:
+    """A name for which the list of all has no room is an error: no service could be started any more. Names from the
+    former service count, and what is forgotten makes room.
+    """
+    names = [f"{number:0254}" for number in range(MAX_NAMES // 255)]
+    for name in names[:10]:
+        kept.keeper().keep(name, 0)
+    keeper = kept.keeper()
+    for name in names[10:]:
+        keeper.keep(name, 0)
+    with pytest.raises(KernelError, match=r"names of 513 are as long as one variable may be: No space left on device"):
+        keeper.keep("x" * 254, 0)
+    keeper.forget(names[0])
+    keeper.keep("x" * 254, 0)
+    for fd in keeper.inherited.values():
+        os.close(fd)
+
+    assert {*names[1:], "x" * 254} == set(kept.fds)
 
 
 @pytest.mark.slow

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import resource
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing
@@ -19,6 +21,7 @@ from tests.descriptors import open_descriptors
 from xenbackend.errors import ConfigError
 from xenbackend.loop.reactor import Reactor
 from xenbackend.supervisor.service import parent
+from xenbackend.supervisor.service.keeper import FIRST, MAX_NAMES
 from xenbackend.supervisor.service.parent import Parent, Store
 
 pytestmark = pytest.mark.slow  # every one starts processes
@@ -211,9 +214,11 @@ def test_a_service_that_nobody_could_watch_is_not_left_running(runs: Runs, monke
         os.kill(started[0], 0)
 
 
-def test_a_service_that_cannot_be_started_leaves_no_descriptor(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the descriptors do not suffice to pass on all that are kept, the start is tried again until they do; no failed
-    try leaves one open.
+def test_a_service_that_cannot_be_started_leaves_no_descriptor(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """If the descriptors that are kept cannot be passed on, the start is tried again until they can; no failed try
+    leaves one open. One line says why, once.
     """
     for number in range(30):
         runs.store.fds[str(number)] = os.memfd_create("x")
@@ -224,7 +229,7 @@ def test_a_service_that_cannot_be_started_leaves_no_descriptor(runs: Runs, monke
         tries.append(len(open_descriptors()))
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if len(tries) < 3:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (tries[-1] + 10, hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (FIRST + 10, hard))
         try:
             return real(*arguments)
         finally:
@@ -232,8 +237,86 @@ def test_a_service_that_cannot_be_started_leaves_no_descriptor(runs: Runs, monke
 
     monkeypatch.setattr(parent, "_spawn", spawn)
     status = runs.run("say(len(left()))")
+    line = "no service can be started with the 30 descriptors that are kept: Bad file descriptor; it is tried again"
 
     assert (0, ["30"], [tries[0]] * 3) == (status, runs.said, tries)
+    assert f"xenbackend: {line}\n" == capfd.readouterr().err
+
+
+def test_what_is_kept_is_passed_on_without_copies(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service is started although no other descriptors are left than the kept ones and a few, and gets each of them
+    under its name.
+    """
+    fds = [os.memfd_create("x") for _ in range(100)]
+    for number, fd in enumerate(random.Random(1).sample(fds, 100)):
+        os.write(fd, str(number).encode())
+        runs.store.fds[str(number)] = fd
+    real = parent._spawn
+
+    def spawn(*arguments: Any) -> tuple[int, int]:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(fds) + 9, hard))
+        try:
+            return real(*arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    monkeypatch.setattr(parent, "_spawn", spawn)
+    status = runs.run("say(run == 1 and {name: content for name, (content, _) in left().items()})")
+
+    assert 0 == status
+    assert {str(number): str(number) for number in range(100)} == eval(runs.said[0])  # noqa: S307 - as above
+
+
+@pytest.mark.parametrize(
+    ("is_privileged", "hard", "limit", "room"),
+    [(True, 4096, 6272, 4096), (True, 10000, 10000, 4096), (False, 4096, 4096, 2645), (False, 64, 64, 0)],
+)
+def test_as_many_are_kept_as_a_service_can_take_over(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, *, is_privileged: bool, hard: int, limit: int, room: int
+) -> None:
+    """A privileged parent raises the hard limit of descriptors to what it needs. Another one keeps fewer: a service
+    that inherits them needs more for the same disks.
+    """
+    limits = [(64, hard)]
+
+    def setrlimit(_: int, wanted: tuple[int, int]) -> None:
+        if wanted[1] > limits[-1][1] and not is_privileged:
+            raise ValueError("not allowed to raise maximum limit")
+        limits.append(wanted)
+
+    monkeypatch.setattr(resource, "setrlimit", setrlimit)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])
+    runs.store.make_room()
+
+    assert ((limit, limit), room) == (limits[-1], runs.store.room)
+
+
+def test_a_service_is_told_how_many_can_be_kept(runs: Runs) -> None:
+    """A service hears how many descriptors its parent can pass on; it does not give more to it."""
+    runs.run("say(os.environ['FDSTORE'])")
+
+    assert [str(runs.store.room)] == runs.said
+
+
+@pytest.mark.parametrize("is_closed", [True, False])
+def test_a_parent_without_streams_keeps_nothing_in_their_place(tmp_path: Path, *, is_closed: bool) -> None:
+    """A parent that was started without stdin, stdout and stderr keeps no descriptor under their numbers."""
+    program = """
+import os, sys
+from xenbackend.supervisor.service import parent
+place = sys.argv[1]
+if sys.argv[2] == "True":
+    os.closerange(0, 3)
+parent._fill_streams()
+fds = os.open("/", os.O_RDONLY)
+with open(place, "w") as file:
+    file.write(f"{fds >= 3} {[os.get_inheritable(fd) for fd in range(3)]}")
+"""
+    place = tmp_path / "said"
+    subprocess.run([sys.executable, "-c", program, str(place), str(is_closed)], stdin=subprocess.DEVNULL, check=True)
+
+    assert "True [True, True, True]" == place.read_text()
 
 
 def test_a_place_that_cannot_be_listened_at_is_said(tmp_path: Path) -> None:
@@ -282,6 +365,22 @@ def test_a_parent_removes_no_other_ones_place(tmp_path: Path) -> None:
         heard = second.take()
 
     assert "READY=1" == heard
+
+
+def test_names_are_kept_as_far_as_a_program_can_be_started_with_them(runs: Runs) -> None:
+    """A descriptor is not kept if a service could not be told the names of all: Linux bounds a variable's length."""
+    others = MAX_NAMES // 256
+    for number in range(others):
+        runs.store.fds[f"{number:0255}"] = os.memfd_create("x")
+    room = MAX_NAMES - 256 * others - 1
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as near:
+        near.connect(str(runs.store.path))
+        for name in ("x" * (room + 1), "y" * room):
+            socket.send_fds(near, [f"FDSTORE=1\nFDNAME={name}".encode()], [0])
+            runs.store.take()
+    status = runs.run("say(sorted(map(len, left()))[0])")
+
+    assert (0, [str(room)]) == (status, runs.said)
 
 
 def test_kept_descriptors_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import errno
 import os
 import socket
 import time
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from contextlib import suppress
 
 from xenbackend.errors import KernelError
@@ -22,6 +22,7 @@ from xenbackend.supervisor.service.notify import address_of
 
 FIRST = 3  # descriptor that a service inherits, SD_LISTEN_FDS_START
 MAX_NAME = 255  # characters
+MAX_NAMES = (128 << 10) - len("LISTEN_FDNAMES=")  # bytes: Linux starts no program with a longer variable
 _TIMEOUT_S = 1.0  # for a keeper to take a message
 _AGAIN_S = 1.0  # between two tries to send what was not taken
 _LAST_S = 5.0  # for a keeper to take all of it when the service ends
@@ -45,6 +46,7 @@ class Keeper:
         self.is_there = bool(self._address) and self._room > 0
         self.inherited = _inherited(environment) if self.is_there else {}
         self._names = set(self.inherited)  # of what is kept now, or will be
+        self._length = length_of(self._names)
         self._untaken: dict[str, int] = {}  # duplicates by name; -1: the name is to be forgotten
         self._loop: Reactor | None = None
         self._again: Timer | None = None
@@ -59,10 +61,15 @@ class Keeper:
 
         Raises: KernelError, also if there is no room, which the keeper would not report.
         """
-        if self.is_there and name not in self._names and len(self._names) >= self._room:
+        is_new = self.is_there and name not in self._names
+        if is_new and len(self._names) >= self._room:
             operation = f"keep more than {self._room} descriptors in the process that started the service (FDSTORE)"
             raise KernelError(operation, errno.ENOSPC)
+        if is_new and self._length + length_of([name]) > MAX_NAMES:
+            operation = f"keep another descriptor: the names of {len(self._names)} are as long as one variable may be"
+            raise KernelError(operation, errno.ENOSPC)
         self._change(name, fd)
+        self._length += length_of([name]) if is_new else 0
         self._names.add(name)
 
     def replace(self, name: str, fd: int) -> None:
@@ -76,6 +83,7 @@ class Keeper:
     def forget(self, name: str) -> None:
         """Have the keeper close a descriptor. Raises: KernelError."""
         self._change(name)
+        self._length -= length_of([name]) if name in self._names else 0
         self._names.discard(name)
 
     def close(self, *, waits: bool) -> None:
@@ -141,6 +149,11 @@ class Keeper:
             near.settimeout(timeout_s)
             near.connect(self._address)
             socket.send_fds(near, [state.encode()], [fd] if fd >= 0 else [])
+
+
+def length_of(names: Iterable[str]) -> int:
+    """Return how many bytes names take in ``LISTEN_FDNAMES``, where MAX_NAMES have room."""
+    return sum(len(name) + 1 for name in names)
 
 
 def forget_inheritance(environment: MutableMapping[str, str]) -> None:

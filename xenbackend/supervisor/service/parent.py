@@ -10,7 +10,6 @@ To the service it looks like systemd: ``NOTIFY_SOCKET``, ``FDSTORE``, ``LISTEN_F
 
 from __future__ import annotations
 
-import fcntl
 import os
 import resource
 import signal
@@ -24,15 +23,17 @@ from xenbackend.errors import ConfigError
 from xenbackend.loop.reactor import Reactor
 from xenbackend.loop.signals import taking_signals
 from xenbackend.protocol import datagrams
-from xenbackend.supervisor.service.keeper import FIRST
+from xenbackend.supervisor.service.keeper import FIRST, MAX_NAMES, length_of
 from xenbackend.supervisor.service.listening import alone_at, check_free, identity_of
 from xenbackend.supervisor.service.notify import address_of
 
 MAX_KEPT = 4096
+_OTHERS = 128  # descriptors of a service, or of ours, that have nothing to do with a disk
 RESTART_S = 1.0  # before a service is restarted that died sooner than this; doubled each time
 MAX_RESTART_S = 60.0
 _MISTAKE = 2  # exit status for a mistake of the operator, which no restart mends
 _MESSAGE = 4096  # bytes
+_STDERR = 2
 
 
 class Store:
@@ -41,6 +42,7 @@ class Store:
     def __init__(self, path: Path) -> None:
         """Listen at `path`. Raises: OSError; XenbackendError, also if another process does."""
         self.fds: dict[str, int] = {}
+        self.room = MAX_KEPT  # how many are kept at most; `make_room` says how many can be passed on
         self.path = path
         with alone_at(path):
             check_free(path, socket.SOCK_DGRAM, "`xenbackend run --keep`")
@@ -54,6 +56,22 @@ class Store:
                 raise
             self._place = identity_of(path)
 
+    def make_room(self) -> None:
+        """Raise the limit of open descriptors as far as we need and may, and keep no more than a service can take over.
+
+        A service has the same limit. All that is kept is open in it, too, and up to half as much for the same disks.
+        """
+        wanted = MAX_KEPT * 3 // 2 + _OTHERS
+        with suppress(OSError, ValueError):
+            most = int(Path("/proc/sys/fs/nr_open").read_text(encoding="ascii"))
+            hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+            for limit in (max(hard, min(wanted, most)), hard):  # only a privileged process may raise the hard one
+                with suppress(OSError, ValueError):
+                    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+                    break
+        left = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _OTHERS
+        self.room = max(0, min(MAX_KEPT, left * 2 // 3))
+
     def take(self) -> str:
         """Take one message, do what it asks for, and return it, so that it can be passed on.
 
@@ -65,7 +83,8 @@ class Store:
         name = fields.get("FDNAME", "")
         if fields.get("FDSTOREREMOVE") == "1" or fds:
             self._forget(name)
-        if fields.get("FDSTORE") == "1" and fds and len(self.fds) < MAX_KEPT:
+        has_room = len(self.fds) < self.room and length_of([*self.fds, name]) <= MAX_NAMES
+        if fields.get("FDSTORE") == "1" and fds and has_room:
             self.fds[name] = fds.pop()
         for fd in fds:
             os.close(fd)
@@ -92,7 +111,7 @@ class Parent:
         """Run `command`; `environment` is our own, and its ``NOTIFY_SOCKET`` is told what the service says."""
         self._command = command
         self._store = store
-        self._environment = {**environment, "NOTIFY_SOCKET": str(store.path), "FDSTORE": str(MAX_KEPT)}
+        self._environment = {**environment, "NOTIFY_SOCKET": str(store.path)}
         self._environment.pop("LISTEN_PID", None)  # our number, if systemd gave us descriptors; the service has another
         self._above = address_of(environment)
         self._loop = loop
@@ -103,10 +122,12 @@ class Parent:
         self._rest_s = RESTART_S
         self._status = 0
         self._is_ending = self._is_replacing = False
+        self._said: set[int] = set()  # errnos of starts that failed since the last one that did not
 
     def run(self) -> int:
         """Run until the service ends by itself, or as we told it, and return its exit status."""
-        _raise_limit()
+        self._store.make_room()
+        self._environment["FDSTORE"] = str(self._store.room)
         self._loop.add(self._store.socket.fileno(), self._listen)
         with taking_signals(self._loop, _SIGNALS, self._on_signal):
             self._start()
@@ -118,10 +139,20 @@ class Parent:
         self._began = self._loop.now()
         try:
             self._pid, self._pidfd = _spawn(self._command, self._store.fds, self._environment)
-        except OSError:  # no process or descriptor is available now: try later
+        except OSError as problem:  # no process or descriptor is available now: try later
+            self._complain(problem)
             self._follow(1)
         else:
+            self._said.clear()
             self._loop.add(self._pidfd, self._reap)
+
+    def _complain(self, problem: OSError) -> None:
+        """Say why no service could be started, once for each kind of failure."""
+        if problem.errno not in self._said:
+            self._said.add(problem.errno or 0)
+            line = f"xenbackend: no service can be started with the {len(self._store.fds)} descriptors that are kept"
+            with suppress(OSError):
+                os.write(_STDERR, f"{line}: {problem.strerror}; it is tried again\n".encode())
 
     def _reap(self) -> None:
         self._listen()  # its last messages count, before it is started again
@@ -173,16 +204,17 @@ def _tell(address: str, message: str) -> None:
         near.sendto(message.encode(), address)
 
 
-def _raise_limit() -> None:
-    """Raise our limit of open descriptors as far as we may: a disk takes three or more."""
-    with suppress(OSError, ValueError):
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+def _fill_streams() -> None:
+    """Open what we were started without of stdin, stdout and stderr: nothing that is kept may have their numbers."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) < FIRST:
+        os.set_inheritable(fd, True)
+    os.close(fd)
 
 
 def run(arguments: Sequence[str], socket_path: str, environment: Mapping[str, str]) -> int:
     """Run the service with these arguments for ``xenbackend``. Raises: XenbackendError."""
     try:
+        _fill_streams()
         store = Store(Path(f"{socket_path}.keep"))
     except OSError as error:
         raise ConfigError(f"{socket_path}.keep: cannot listen there: {error.strerror or error}") from None
@@ -193,24 +225,20 @@ def run(arguments: Sequence[str], socket_path: str, environment: Mapping[str, st
 def _spawn(command: Sequence[str], kept: Mapping[str, int], environment: Mapping[str, str]) -> tuple[int, int]:
     """Start a process that inherits the kept descriptors, from `FIRST` on; return its number and its pidfd.
 
-    Raises: OSError; then no process is left.
+    In the order of their numbers, each gets a number that is not larger than its own. So no descriptor takes the place
+    of one that comes later, and no copies are needed. Raises: OSError; then no process is left.
     """
-    high: list[int] = []
-    try:
-        for fd in kept.values():  # copied out of the way first: another one may be at the number that one gets
-            high.append(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, FIRST + len(kept)))  # noqa: PERF401 - each may fail
-        pid = os.posix_spawn(
-            command[0],
-            list(command),
-            {**environment, "LISTEN_FDS": str(len(kept)), "LISTEN_FDNAMES": ":".join(kept)},
-            file_actions=[(os.POSIX_SPAWN_DUP2, fd, FIRST + place) for place, fd in enumerate(high)],
-            setsid=True,  # a terminal's signals, and its session's share of the CPU, are for us
-            setsigmask=[],
-            setsigdef=_SIGNALS,
-        )
-    finally:
-        for fd in high:
-            os.close(fd)
+    ordered = sorted(kept.items(), key=lambda item: item[1])
+    names = ":".join(name for name, _ in ordered)
+    pid = os.posix_spawn(
+        command[0],
+        list(command),
+        {**environment, "LISTEN_FDS": str(len(kept)), "LISTEN_FDNAMES": names},
+        file_actions=[(os.POSIX_SPAWN_DUP2, fd, FIRST + place) for place, (_, fd) in enumerate(ordered)],
+        setsid=True,  # a terminal's signals, and its session's share of the CPU, are for us
+        setsigmask=[],
+        setsigdef=_SIGNALS,
+    )
     try:
         return pid, os.pidfd_open(pid)
     except OSError:  # we would not hear of its end, and would start another service beside it
