@@ -24,7 +24,7 @@ from xenbackend.blkif.abi import BLKIF_OP_WRITE
 from xenbackend.blkif.features import Disk, Limits, parse_frontend, publish_at_connect, publish_at_probe
 from xenbackend.block.drivers import BUILT_IN
 from xenbackend.kernel import memfd
-from xenbackend.protocol import codec, messages, opening
+from xenbackend.protocol import codec, jobs, messages
 from xenbackend.protocol.messages import Stage
 from xenbackend.rig.frontend import Frontend, Wishes
 from xenbackend.rig.guest import Guest
@@ -100,7 +100,7 @@ class WorkerProcess:
         self._last_id = 0
         self.said: list[messages.FromWorker] = []
         self.openers = Openers()
-        self._job = opening.Job("vbd/5/51712", [], read_only=False)  # of the last `open`
+        self._job = jobs.Job("vbd/5/51712", [], read_only=False)  # of the last `open`
         self._may_wait = False
         self._successor = ""  # the chain that is being put in
         self._drivers = drivers or {}
@@ -152,7 +152,7 @@ class WorkerProcess:
                 self.send(ask)
         return self._last_id
 
-    def _send_with_opener(self, message: messages.FromSupervisor, job: opening.Job, *fds: int) -> None:
+    def _send_with_opener(self, message: messages.FromSupervisor, job: jobs.Job, *fds: int) -> None:
         with self.openers.begin(job) as opener:
             self.send(message, *fds[:1], opener.fileno(), *fds[1:])
 

@@ -16,7 +16,7 @@ from xenbackend.block.driver import Found
 from xenbackend.kernel.inuse import InUse
 from xenbackend.kernel.locks import Access
 from xenbackend.opener.main import serve
-from xenbackend.protocol import datagrams, opening
+from xenbackend.protocol import datagrams, jobs, opening
 from xenbackend.worker.opener import RemoteOpener
 
 
@@ -72,7 +72,7 @@ class EachRemote:
         key = path, threading.get_ident()
         if key in self._remotes:
             self._remotes[key].close()
-        remote = self._openers.remote(opening.Job("vbd/5/51712", [f"aio:{path}"], False, shareable))
+        remote = self._openers.remote(jobs.Job("vbd/5/51712", [f"aio:{path}"], False, shareable))
         self._remotes[key] = remote
         return remote
 
@@ -98,11 +98,11 @@ class Openers:
         self.refusal = ""  # for whatever is opened from now on
         self._threads: list[threading.Thread] = []
 
-    def begin(self, job: opening.Job, kept: Mapping[str, int] = {}) -> socket.socket:
+    def begin(self, job: jobs.Job, kept: Mapping[str, int] = {}) -> socket.socket:
         """Start an opener on a job, and return its worker's end of the socket."""
         near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        connections = [opening.KeptConnection(*key) for key in self.connections]
+        connections = [jobs.KeptConnection(*key) for key in self.connections]
         job = replace(job, connections=connections)
         with far:
             datagrams.send(ours, opening.encode(job), [far.fileno(), *kept.values(), *self.connections.values()])
@@ -110,13 +110,13 @@ class Openers:
         self._start(self._keep, ours)
         return near
 
-    def remote(self, job: opening.Job) -> RemoteOpener:
+    def remote(self, job: jobs.Job) -> RemoteOpener:
         """Start an opener for this process itself."""
         return RemoteOpener(self.begin(job))
 
-    def remote_of(self, job: opening.Job) -> RemoteOpener:
+    def remote_of(self, job: jobs.Job) -> RemoteOpener:
         """Start an opener that gets the files which earlier openers have left."""
-        kept = [opening.KeptFile(name, self._identities[name]) for name in self.kept]
+        kept = [jobs.KeptFile(name, self._identities[name]) for name in self.kept]
         return RemoteOpener(self.begin(replace(job, kept=kept), self.kept))
 
     def now(self) -> float:

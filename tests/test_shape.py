@@ -19,6 +19,7 @@ DRIVERS = ROOT / "block" / "drivers"  # their head docstrings are manual pages, 
 
 TESTED_ELSEWHERE = {
     "block/remote/disk.py": "block/drivers/test_nbd.py",
+    "protocol/opening.py": "protocol/test_codec.py sends each of its messages; test_jobs.py tests the largest",
     "block/servers.py": "block/remote/test_target.py",
     "__main__.py": "a line that calls cli/main.py",
     "bench/blkif_native.py": "bench/test_blkif.py holds both generators to the same tests",

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tests.model.machine import Died
 from xenbackend.opener.main import Attendant, SupervisorGone
-from xenbackend.protocol import opening
+from xenbackend.protocol import jobs, opening
 from xenbackend.worker.opener import OpenerGone, RemoteOpener
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class LocalOpener(Attendant):
     """An opener as the service sees it, in the place of `supervisor.service.opener.Opener`."""
 
     def __init__(
-        self, world: World, job: opening.Job, kept: Sequence[int], on_found: Callable[[opening.Found, list[int]], str]
+        self, world: World, job: jobs.Job, kept: Sequence[int], on_found: Callable[[opening.Found, list[int]], str]
     ) -> None:
         nobody: Any = None
         super().__init__(job, nobody, nobody, {})
@@ -120,7 +120,7 @@ class Asked(RemoteOpener):
         os.close(self._socket.detach())  # which is taken note of
 
 
-def begin(world: World, job: opening.Job, kept: Sequence[int], on_found: Any) -> tuple[Any, socket.socket]:
+def begin(world: World, job: jobs.Job, kept: Sequence[int], on_found: Any) -> tuple[Any, socket.socket]:
     """Start an opener, and return it with the socket that its worker gets."""
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     far.close()

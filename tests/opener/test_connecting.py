@@ -18,7 +18,8 @@ from xenbackend.opener import connecting
 from xenbackend.opener.connecting import Connections, End, connect, drain
 from xenbackend.opener.rules import Server
 from xenbackend.protocol import opening
-from xenbackend.protocol.opening import Connected, ConnectTo, Job, KeptConnection, Undrained
+from xenbackend.protocol.jobs import Job, KeptConnection
+from xenbackend.protocol.opening import Connected, ConnectTo, Undrained
 
 
 @pytest.fixture

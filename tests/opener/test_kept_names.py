@@ -23,7 +23,8 @@ from xenbackend.opener import marks, steps
 from xenbackend.opener.access import Access
 from xenbackend.opener.main import Attendant
 from xenbackend.opener.parents import IN_SERVICE, MARK
-from xenbackend.protocol.opening import HeldFile, Job, KeptFile, Opened
+from xenbackend.protocol.jobs import HeldFile, Job, KeptFile
+from xenbackend.protocol.opening import Opened
 from xenbackend.worker.opener import RemoteOpener
 
 

@@ -23,8 +23,9 @@ from xenbackend.errors import ConfigError, DriverError
 from xenbackend.kernel import memfd
 from xenbackend.opener.main import BREACH
 from xenbackend.protocol import opening
+from xenbackend.protocol.jobs import Job
 from xenbackend.protocol.messages import MAX_MEMORIES
-from xenbackend.protocol.opening import MAX_NAMES, MAX_REFUSED, Job
+from xenbackend.protocol.opening import MAX_NAMES, MAX_REFUSED
 from xenbackend.worker.opener import RemoteOpener
 
 

@@ -10,7 +10,7 @@ from xenbackend.block.mapped.parents import DATA_FILE, EXTENT, PARENT
 from xenbackend.block.servers import Account
 from xenbackend.errors import DriverError
 from xenbackend.opener.rules import Rule, Rules
-from xenbackend.protocol.opening import MAX_FILES
+from xenbackend.protocol.jobs import MAX_FILES
 
 
 def test_what_the_chain_names_may_be_opened() -> None:

@@ -20,7 +20,7 @@ from tests.openers import Openers
 from tests.stamp import stamp
 from xenbackend import journal
 from xenbackend.kernel import memfd
-from xenbackend.protocol import codec, messages, opening
+from xenbackend.protocol import codec, jobs, messages
 from xenbackend.protocol.codes import Code
 
 pytestmark = [
@@ -50,7 +50,7 @@ class Taken:
         memory = memfd.make("journal", journal.SIZE)
         order = messages.Open(1, "vbd/5/51712", HOST, 5, chain, read_only=False)
         openers = Openers()
-        with openers.begin(opening.Job(order.vbd, [chain], read_only=False)) as opener:
+        with openers.begin(jobs.Job(order.vbd, [chain], read_only=False)) as opener:
             socket.send_fds(self._near, [codec.encode(order)], [memory, opener.fileno()])
         os.close(memory)
         while True:

@@ -23,7 +23,7 @@ from xenbackend.block import drivers
 from xenbackend.block.drivers import find_driver, load_ahead
 from xenbackend.errors import DriverError
 from xenbackend.kernel import memfd
-from xenbackend.protocol import codec, messages, opening
+from xenbackend.protocol import codec, jobs, messages
 from xenbackend.walls.raising import Wall
 from xenbackend.worker import birth, preload
 
@@ -83,7 +83,7 @@ def open_chain(near: socket.socket, chain: str = "null:1G") -> messages.Standing
     """Let a worker open a chain, and return its standing then."""
     fd = memfd.make("journal", journal.SIZE)
     openers = Openers()
-    opener = openers.begin(opening.Job("vbd/5/51712", [chain], read_only=False))
+    opener = openers.begin(jobs.Job("vbd/5/51712", [chain], read_only=False))
     order = messages.Open(1, "vbd/5/51712", HOST, 5, chain, read_only=False)
     with opener:
         socket.send_fds(near, [codec.encode(order)], [fd, opener.fileno()])

@@ -14,7 +14,7 @@ from xenbackend.block.drivers import BUILT_IN
 from xenbackend.block.servers import After, Endpoint
 from xenbackend.errors import DriverError
 from xenbackend.loop.reactor import Reactor
-from xenbackend.protocol.opening import Job
+from xenbackend.protocol.jobs import Job
 from xenbackend.worker.connector import Connector
 from xenbackend.worker.opener import RemoteOpener
 

@@ -15,7 +15,7 @@ from tests.vhd_images import image
 from xenbackend.block.chain import Chain
 from xenbackend.errors import ConfigError, DriverError
 from xenbackend.opener import marks
-from xenbackend.protocol import opening
+from xenbackend.protocol import jobs
 from xenbackend.worker.leaf import make_leaf
 
 SIZE = 4 << 20
@@ -44,7 +44,7 @@ def openers() -> Iterator[Openers]:
 def make(openers: Openers, machine: Machine, chain: Chain, path: str, image_format: str = "") -> str:
     """Make a leaf through an opener; meanwhile this process opens nothing else."""
     text = "|".join(each.text for each in chain.layers if not each.parent_of)
-    opener = openers.remote(opening.Job("vbd/5/51712", [text], read_only=False, makes=path))
+    opener = openers.remote(jobs.Job("vbd/5/51712", [text], read_only=False, makes=path))
     former, machine.files.opener = machine.files.opener, opener
     try:
         return make_leaf(chain, opener, path, image_format)

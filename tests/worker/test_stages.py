@@ -17,7 +17,7 @@ from xenbackend.kernel import memfd
 from xenbackend.kernel.ports import open_host
 from xenbackend.loop.reactor import Reactor
 from xenbackend.loop.steps import run
-from xenbackend.protocol import messages, opening
+from xenbackend.protocol import jobs, messages
 from xenbackend.protocol.codes import Code
 from xenbackend.protocol.messages import Stage
 from xenbackend.rig.frontend import Wishes
@@ -392,7 +392,7 @@ def test_bugs_of_an_earlier_connection_are_remembered(tmp_path: Path) -> None:
         host = f"xenbackend.rig.host:{tmp_path}"
         order = messages.Open(1, "vbd/5/51712", host, DOMID, "null:1M", read_only=False)
         stages = Stages(order, [memory], reactor, Channel(theirs, reactor), lambda bug: pytest.fail(str(bug)), None)
-        job = opening.Job(order.vbd, [order.chain], read_only=False, host=host, frontend_domid=DOMID)
+        job = jobs.Job(order.vbd, [order.chain], read_only=False, host=host, frontend_domid=DOMID)
         opener = openers.remote(job)
         stages.open(opener)
         opener.close()

@@ -16,7 +16,7 @@ from xenbackend import counters, journal
 from xenbackend.bench.plan import BenchError
 from xenbackend.bench.server import Server
 from xenbackend.kernel import memfd
-from xenbackend.protocol import codec, datagrams, messages, opening
+from xenbackend.protocol import codec, datagrams, jobs, messages, opening
 from xenbackend.protocol.messages import Stage
 
 _PATIENCE = 20.0  # seconds for an answer; a worker retries for ten seconds to open a chain
@@ -75,7 +75,7 @@ class Worker:
                 log = rig / f"opener-{order.frontend_domid}.log"
                 opener = Server(self.name, arguments, log, cpu=None, keep=[theirs.fileno()])
             try:
-                job = opening.Job(
+                job = jobs.Job(
                     order.vbd,
                     [order.chain],
                     order.read_only,

@@ -23,7 +23,8 @@ from xenbackend.kernel.identity import difference, from_text
 from xenbackend.kernel.inuse import InUse
 from xenbackend.opener import marks, parents, steps
 from xenbackend.opener.rules import Rule, Rules, Server
-from xenbackend.protocol.opening import MAX_NAMES, MAX_REFUSED, Facts, HeldFile, Job, KeptFile, Opened
+from xenbackend.protocol.jobs import HeldFile, Job, KeptFile
+from xenbackend.protocol.opening import MAX_NAMES, MAX_REFUSED, Facts, Opened
 
 # Hands over a file that was looked up, with a descriptor of it, which is lent for the call. Returns a sentence if the
 # worker may not have it.

@@ -27,7 +27,7 @@ from enum import Enum
 from xenbackend.block.servers import After, Endpoint
 from xenbackend.errors import DriverError
 from xenbackend.opener.rules import Server
-from xenbackend.protocol import opening
+from xenbackend.protocol import jobs, opening
 
 CONNECT_S = 5.0  # for each address of a server
 DRAIN_S = 10.0  # for all former connections
@@ -56,7 +56,7 @@ class _Former:
 class Connections:
     """The connections that came with a job, and those that are made for it."""
 
-    def __init__(self, job: opening.Job, fds: Sequence[int]) -> None:
+    def __init__(self, job: jobs.Job, fds: Sequence[int]) -> None:
         """Take the descriptors of `job.connections`, ours from now on."""
         self._vbd = job.vbd
         self._former = {

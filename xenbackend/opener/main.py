@@ -31,7 +31,7 @@ from xenbackend.opener.deriving import Work, derive
 from xenbackend.opener.listening import listen
 from xenbackend.opener.newfile import NewFile
 from xenbackend.opener.watch import Watch
-from xenbackend.protocol import codec, datagrams, opening
+from xenbackend.protocol import codec, datagrams, jobs, opening
 from xenbackend.protocol.messages import MAX_MEMORIES, SENTENCE_MAX
 from xenbackend.protocol.opening import Given
 
@@ -48,7 +48,7 @@ class Attendant:
 
     def __init__(
         self,
-        job: opening.Job,
+        job: jobs.Job,
         supervisor: socket.socket,
         worker: socket.socket,
         kept: dict[str, int],
@@ -263,7 +263,7 @@ def serve(supervisor: socket.socket) -> int:
     if isinstance(job, opening.Look):
         look_up(supervisor, job)
         return 0
-    assert isinstance(job, opening.Job)  # noqa: S101 - a supervisor sends nothing else at first
+    assert isinstance(job, jobs.Job)  # noqa: S101 - a supervisor sends nothing else at first
     while len(fds) < 1 + len(job.kept) + len(job.connections):
         datagram, more, _ = datagrams.receive(supervisor, opening.MAX_MESSAGE, opening.MAX_CARRIED)
         if not datagram:

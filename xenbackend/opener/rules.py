@@ -16,7 +16,7 @@ from xenbackend.block.options import KEY, RECORD, files_of, uses_of
 from xenbackend.block.servers import Account, Endpoint, account_of, certificates_of, servers_of
 from xenbackend.block.spec import only_read_from, parse_chain
 from xenbackend.errors import DriverError, printable
-from xenbackend.protocol.opening import MAX_FILES
+from xenbackend.protocol.jobs import MAX_FILES
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,8 @@ import pytest
 from tests.supervisor.helpers import FAKE_OPENER, settle
 from xenbackend.errors import DriverError, KernelError
 from xenbackend.loop.reactor import Reactor
-from xenbackend.protocol.opening import Found, Job, Opened
+from xenbackend.protocol.jobs import Job
+from xenbackend.protocol.opening import Found, Opened
 from xenbackend.supervisor.service.fleet import OPENER, Fleet
 from xenbackend.supervisor.service.opener import GRACE_S, Opener
 from xenbackend.worker.opener import OpenerGone, RemoteOpener

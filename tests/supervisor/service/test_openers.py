@@ -13,7 +13,7 @@ from tests.supervisor.helpers import FAKE_OPENER, PATIENCE_S, settle
 from xenbackend.errors import KernelError
 from xenbackend.kernel.identity import identify, to_text
 from xenbackend.loop.reactor import Reactor
-from xenbackend.protocol.opening import Job, KeptFile
+from xenbackend.protocol.jobs import Job, KeptFile
 from xenbackend.supervisor.service import openers as module
 from xenbackend.supervisor.service.fleet import OPENER, Fleet
 from xenbackend.supervisor.service.opener import Opener

@@ -10,7 +10,7 @@ import pytest
 
 from tests.descriptors import open_descriptors
 from tests.supervisor.helpers import PATH, Kept
-from xenbackend.protocol.opening import MAX_CONNECTIONS, KeptConnection
+from xenbackend.protocol.jobs import MAX_CONNECTIONS, KeptConnection
 from xenbackend.supervisor.service.keeper import Keeper
 from xenbackend.supervisor.vbd.handover import Handover
 from xenbackend.supervisor.vbd.inheritance import sort_inherited

@@ -14,8 +14,8 @@ import pytest
 from xenbackend.errors import KernelError
 from xenbackend.protocol import messages
 from xenbackend.protocol.codes import Code
+from xenbackend.protocol.jobs import Job
 from xenbackend.protocol.messages import Stage
-from xenbackend.protocol.opening import Job
 from xenbackend.supervisor.service.opener import OnEnd
 from xenbackend.supervisor.vbd.link import Link
 

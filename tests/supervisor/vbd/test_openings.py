@@ -12,7 +12,8 @@ import pytest
 from tests.supervisor.helpers import PATH
 from xenbackend import journal
 from xenbackend.protocol import messages
-from xenbackend.protocol.opening import Connected, HeldFile, KeptConnection, Opened, Undrained
+from xenbackend.protocol.jobs import HeldFile, KeptConnection
+from xenbackend.protocol.opening import Connected, Opened, Undrained
 from xenbackend.supervisor.service.settings import Settings
 from xenbackend.supervisor.vbd.notes import Exchange
 from xenbackend.supervisor.vbd.openings import Openings

@@ -27,7 +27,7 @@ from xenbackend.errors import KernelError
 from xenbackend.kernel.process import is_ending
 from xenbackend.log import get_logger
 from xenbackend.loop.reactor import Reactor
-from xenbackend.protocol import codec, datagrams, messages, opening
+from xenbackend.protocol import codec, datagrams, jobs, messages
 from xenbackend.supervisor.service import births
 from xenbackend.supervisor.service.births import Births, Child
 from xenbackend.supervisor.service.opener import OnEnd as OnOpenerEnd
@@ -300,7 +300,7 @@ class Fleet:
 
     def open(
         self,
-        job: opening.Job,
+        job: jobs.Job,
         kept: Sequence[int],
         on_found: OnFound,
         on_end: OnOpenerEnd,

@@ -16,7 +16,7 @@ from functools import partial
 
 from xenbackend.kernel.process import state_of
 from xenbackend.loop.reactor import Reactor
-from xenbackend.protocol import codec, datagrams, opening
+from xenbackend.protocol import codec, datagrams, jobs, opening
 from xenbackend.supervisor.service.process import Process
 
 PATIENCE_S = 1.0  # for killed openers to end
@@ -35,7 +35,7 @@ OnWaits = Callable[[opening.Waits], None]
 class Assignment:
     """A job, the socket of the worker that it is for, and descriptors of what the job has kept."""
 
-    def __init__(self, job: opening.Job, worker: socket.socket, kept: Sequence[int]) -> None:
+    def __init__(self, job: jobs.Job, worker: socket.socket, kept: Sequence[int]) -> None:
         """Own the worker's socket from now on; the descriptors `kept` stay the caller's."""
         self.job = job
         self.worker = worker

@@ -18,7 +18,7 @@ from xenbackend.errors import KernelError
 from xenbackend.kernel.process import boost, unboost
 from xenbackend.log import Logger
 from xenbackend.loop.reactor import Reactor
-from xenbackend.protocol import opening
+from xenbackend.protocol import jobs
 from xenbackend.supervisor.service import process
 from xenbackend.supervisor.service.opener import PATIENCE_S, Assignment, OnEnd, OnFound, OnWaits, Opener
 from xenbackend.supervisor.service.process import Process
@@ -51,7 +51,7 @@ class Openers:
         return self.spare is None and self._turns.is_free
 
     def open(
-        self, job: opening.Job, kept: Sequence[int], on_found: OnFound, on_end: OnEnd, on_waits: OnWaits
+        self, job: jobs.Job, kept: Sequence[int], on_found: OnFound, on_end: OnEnd, on_waits: OnWaits
     ) -> tuple[Opener, socket]:
         """See `Fleet.open`."""
         near, far = process.pair()

@@ -278,10 +278,7 @@ class Device:
         return []
 
     def _was_told_of(self, chain: str) -> bool:
-        """Return whether the guest was told the size of this chain, as far as is known.
-
-        If the toolstack names another chain below a guest, as when a medium is changed, the guest is told the new size.
-        """
+        """Return whether the guest was told the size of this chain, as far as is known; of another medium it is now."""
         return self._told_of in ("", chain)
 
     def _believe(self, standing: messages.Standing) -> None:

@@ -23,7 +23,7 @@ from xenbackend.errors import ConfigError
 from xenbackend.kernel import memfd, process
 from xenbackend.note import MAGIC, Note
 from xenbackend.protocol import codec
-from xenbackend.protocol.opening import HeldFile
+from xenbackend.protocol.jobs import HeldFile
 from xenbackend.supervisor.vbd.notes import Notes
 from xenbackend.units import PAGE
 

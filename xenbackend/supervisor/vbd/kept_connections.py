@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from xenbackend.errors import ConfigError, printable
-from xenbackend.protocol.opening import MAX_CONNECTIONS, KeptConnection
+from xenbackend.protocol.jobs import MAX_CONNECTIONS, KeptConnection
 from xenbackend.supervisor.vbd.slots import Slots
 
 

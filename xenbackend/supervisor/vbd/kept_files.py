@@ -26,7 +26,7 @@ from enum import StrEnum
 from xenbackend.block.files import UNNAMED
 from xenbackend.errors import ConfigError, printable
 from xenbackend.kernel.identity import difference, from_text, has_grown
-from xenbackend.protocol.opening import MAX_FILES
+from xenbackend.protocol.jobs import MAX_FILES
 from xenbackend.supervisor.vbd.slots import Slots
 
 _MAX_KEY = 1500  # bytes; a value in xenstore has 2048

@@ -18,7 +18,8 @@ from xenbackend.block.drivers import words_of
 from xenbackend.errors import KernelError
 from xenbackend.protocol import messages
 from xenbackend.protocol.codes import Code
-from xenbackend.protocol.opening import WAITS_S, Job, Waits
+from xenbackend.protocol.jobs import Job
+from xenbackend.protocol.opening import WAITS_S, Waits
 from xenbackend.supervisor.service.fleet import Fleet, Worker
 from xenbackend.supervisor.service.opener import OnWaits, Opener
 from xenbackend.supervisor.vbd import events

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from xenbackend.note import Note
 from xenbackend.protocol import codec
-from xenbackend.protocol.opening import HeldFile
+from xenbackend.protocol.jobs import HeldFile
 from xenbackend.supervisor.vbd.kept_files import Of
 from xenbackend.units import PAGE
 

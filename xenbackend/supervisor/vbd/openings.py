@@ -16,7 +16,8 @@ from xenbackend.block.servers import servers_of
 from xenbackend.block.spec import parse_chain
 from xenbackend.errors import ConfigError
 from xenbackend.protocol import messages
-from xenbackend.protocol.opening import Connected, Found, Job, KeptFile, Made, Opened, Undrained
+from xenbackend.protocol.jobs import Job, KeptFile
+from xenbackend.protocol.opening import Connected, Found, Made, Opened, Undrained
 from xenbackend.supervisor.vbd.context import Context
 from xenbackend.supervisor.vbd.device import Device
 from xenbackend.supervisor.vbd.handover import Handover

@@ -133,17 +133,13 @@ class Vbd:
                 self._guarded(self._arrival.tell, self.device)
 
     def hotplug(self, reply: Reply) -> None:
-        """Serve the vbd, as the toolstack's hotplug script asks.
-
-        `reply` gets `Code.OK` once the chain is open, else another code with a sentence.
-        """
+        """Serve the vbd, as a hotplug script asks. `reply` gets `Code.OK` once the chain is open, or why it is not."""
         self._arrival.scripts.append(reply)
         self._must_look.add("node")  # what was seen last may be of a former vbd in the same place
         if not self._arrival.is_under_way:  # else the directory may be away
             self._guarded(self._look)
-        if self.is_forgotten or self.device.sight.is_over:
-            return  # the registry brings the script to the next one
-        if not self._arrival.takes_from_kernel():
+        is_gone = self.is_forgotten or self.device.sight.is_over  # the registry brings the script to the next one
+        if not (is_gone or self._arrival.takes_from_kernel()):
             self.handle(events.Called())
 
     def give_up_scripts(self) -> list[Reply]:
