@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.answering import answering
+from tests.answering import Request, answering
 from xenbackend.cli.attach import join_place
 from xenbackend.cli.main import main
 from xenbackend.protocol.answers import Answer
@@ -151,6 +151,47 @@ def test_an_attach_that_is_not_done_yet_goes_on(
         assert status == main(["attach", "5/xvdb", "null:1G", "--timeout", "2", *where])
 
     assert 2.0 == control.asked[-1]["wait"]
+    assert is_there == ({FRONTEND, BACKEND} <= paths(xenstored))
+
+
+@pytest.mark.parametrize(
+    ("answers", "status", "is_there"),
+    [
+        ([b"", Answer(Code.OK)], 0, True),
+        ([b"", Answer(Code.FAILED, sentence="no lock")], 1, False),
+        ([b"", b""], 75, True),
+        ([b""], 75, True),
+        ([Answer(Code.UNDER_WAY, order=17)], 75, True),
+    ],
+)
+def test_the_next_service_is_asked_once(
+    tmp_path: Path,
+    xenstored: Xenstored,
+    monkeypatch: pytest.MonkeyPatch,
+    answers: list[Answer | bytes],
+    status: int,
+    is_there: bool,
+) -> None:
+    """If a service ends before it answers, the next one is asked for the same order, by its token. Without an answer,
+    or without a next service, the attach may be under way.
+    """
+    monkeypatch.setattr(toolstack, "_wait_for", lambda *_: None)  # no service runs
+    left, tokens = list(answers), set()
+
+    def answer(request: Request) -> Answer | bytes:
+        if request["verb"] == "ping":
+            return Answer(Code.OK)
+        tokens.add(request["token"])
+        found = left.pop(0)
+        if not left:
+            Path(control.path).unlink()  # so that there is no other service
+        return found
+
+    with answering(tmp_path / "x", answer) as control:
+        where = ["--store", xenstored.address, "--socket", control.path]
+        assert status == main(["attach", "5/xvdb", "null:1G", *where])
+
+    assert ([], 1) == (left, len(tokens))
     assert is_there == ({FRONTEND, BACKEND} <= paths(xenstored))
 
 

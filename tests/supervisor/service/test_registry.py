@@ -212,25 +212,28 @@ def test_a_script_is_told_why_nobody_serves_its_vbd(place: Place, toolstack: Sto
         place.registry.hotplug(f"{PATH.backend}/state", replies.append)
 
 
-def test_a_service_that_stops_serves_nobody_new(place: Place, toolstack: Store) -> None:
-    """When the service stops, each vbd is told how it ends, waiting scripts are answered, and new nodes are left to the
-    next service.
+@pytest.mark.parametrize("leaves", [True, False])
+def test_a_service_that_stops_serves_nobody_new(place: Place, toolstack: Store, *, leaves: bool) -> None:
+    """When the service stops, each vbd is told how it ends, and new nodes are left to the next service. Scripts that
+    wait, and those that still come, are told that the service is stopping, but are not answered if there will be
+    another one, which they can ask.
     """
     write_like_libxl(toolstack)
     write_like_libxl(toolstack, OTHER)
     place.start()
     replies: list[Answer] = []
     place.registry.hotplug(PATH.backend, replies.append)
-    place.registry.stop(leaves=True)
+    place.registry.stop(leaves=leaves)
     stopped = [place.vbd(path).stopped for path in (PATH, OTHER)]
     for path in (PATH, OTHER):
         place.vbd(path).end()
     place.settle()
+    place.registry.hotplug(PATH.backend, replies.append)
 
-    assert ([[True], [True]], {}) == (stopped, dict(place.registry.vbds))
-    assert [Code.GONE] == [each.code for each in replies]
-    with pytest.raises(ConfigError, match="the service is stopping"):
-        place.registry.hotplug(PATH.backend, replies.append)
+    assert ([[leaves], [leaves]], {}) == (stopped, dict(place.registry.vbds))
+    assert ([] if leaves else 2 * [(Code.GONE, "the service is stopping")]) == [
+        (each.code, each.sentence) for each in replies
+    ]
 
 
 @pytest.mark.parametrize("method", ["look_soon", "doubt", "hotplug", "counters_page", "stop"])

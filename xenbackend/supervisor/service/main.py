@@ -106,6 +106,7 @@ class Service:
         self._last_chains.on_change = self._leave_soon
         self._leave_at = self._loop.timer(self._let_go)
         self._stops: list[Reply] = []  # to the clients that ordered the stop
+        self._attaches: dict[str, int] = {}  # that a former service did not live to end: numbers by token
         self._reads = 0  # orders that only read, which have no number in the ledger
         self._status_timer = self._loop.timer(self._tell_status)
         self._alive_timer = self._loop.timer(self._tell_alive)
@@ -137,7 +138,9 @@ class Service:
             self._fleet.prepare()
             self._registry.start()
             Sharing(self._loop, self._registry.vbds).look()
-            self._go_on_with_orders([each for each in self._ledger.entries() if each["ended"] is None])
+            left = [each for each in self._ledger.entries() if each["ended"] is None]
+            self._attaches = {each["token"]: each["number"] for each in left if each["verb"] == "attach"}
+            self._go_on_with_orders(left)
             self._notifier.ready()
             self._log.info("serving", domid=self._registry.domid)
             if self._complaint:
@@ -283,12 +286,12 @@ class Service:
         if "chain" not in request or found is None:  # a toolstack's script
             self._registry.hotplug(path, reply)
             return
-        chain = text_of(request, "chain")  # of `xenbackend attach`
-        number = reply.order = self._ledger.open("attach", found[0].disk, asdict(peer), {"to": chain})
+        given = {"to": text_of(request, "chain"), "token": token_of(request)}  # of `xenbackend attach`
+        number = self._attaches.get(given["token"]) if given["token"] else None  # it has asked a former service first
+        number = reply.order = number or self._ledger.open("attach", found[0].disk, asdict(peer), given)
 
         def answer(how: Answer) -> None:
-            if not (how.code is Code.GONE and self._leaves):  # the next service says what became of it
-                self._ledger.close(number, how)
+            self._ledger.close(number, how)
             reply(replace(how, order=number))
 
         try:

@@ -88,7 +88,7 @@ class Registry:
         self._link: StoreLink | None = None
         exempt = frozenset({_TOKEN})
         self._brake = Brake(self._loop, self._store, exempt, self._begin_to_brake, self._look_at_frontend)
-        self._is_stopping = False
+        self._is_stopping = self._leaves = False
         self._is_finding = True  # not all that was there at the start has been looked at
         self._asking: deque[Callable[[], object]] = deque()  # functions to call once it has
         self._found_at = self._loop.timer(self._tell_found)
@@ -107,9 +107,10 @@ class Registry:
     def stop(self, *, leaves: bool = False) -> None:
         """Let every vbd finish what is in flight and close; `vbds` is empty when they have.
 
-        With `leaves` the workers go on, for the next service to take over.
+        With `leaves` the workers go on, for the next service to take over. A script that waits then gets no answer: it
+        asks the next service once its connection is closed.
         """
-        self._is_stopping = True
+        self._is_stopping, self._leaves = True, leaves
         for vbd in list(self.vbds.values()):
             if self._contained(vbd, partial(vbd.stop, leaves=leaves), default=self) is self:
                 self._forget(vbd)
@@ -124,7 +125,7 @@ class Registry:
         self._found_at.set(None)
         self._brake.close()
         for reply in self._takeover.close():
-            reply(Answer(Code.GONE, None, "the service is stopping"))
+            self._refuse(reply)
         self._bring_scripts()
         self._xentop.close()
         with suppress(StoreError):
@@ -170,11 +171,12 @@ class Registry:
     def hotplug(self, path: str, reply: Reply) -> None:
         """Serve the vbd whose backend directory a hotplug script names; `reply` gets the answer, maybe later.
 
-        Raises: ConfigError, if the path is no vbd's, or the service is stopping; StoreError.
+        Raises: ConfigError, if the path is no vbd's; StoreError.
         """
         found = parse_backend_path(path, self.domid)
         if self._is_stopping:
-            raise ConfigError("the service is stopping")
+            self._refuse(reply)
+            return
         if found is None or found[1]:
             raise ConfigError(f"{path[:80]!r} is not the directory of a vbd of domain {self.domid}")
         self._consider(found[0])  # the script may be faster than the watch
@@ -359,7 +361,7 @@ class Registry:
         """Bring a script to its vbd, which answers it, or answer why there is none."""
         vbd = self.vbds.get(path)
         if self._is_stopping:
-            reply(Answer(Code.GONE, None, f"{path}: the service is stopping"))
+            self._refuse(reply)
         elif vbd is not None:
             if self._contained(vbd, partial(vbd.hotplug, reply), default=self) is self:
                 reply(Answer(Code.BUG, None, f"{path}: the service failed to do that, see its log"))
@@ -371,6 +373,11 @@ class Registry:
             scripts = ", ".join(self._context.settings.scripts)
             sentence = f"{path} is not served: it is gone, or its key script does not name one of {scripts}"
             reply(Answer(Code.GONE, None, sentence))
+
+    def _refuse(self, reply: Reply) -> None:
+        """Tell a script that the service is stopping, unless there is a next service, which the script is to ask."""
+        if not self._leaves:
+            reply(Answer(Code.GONE, None, "the service is stopping"))
 
     def _counters(self) -> dict[VbdPath, memoryview | None]:
         """Return the counters of the disks that `xentop` shows."""

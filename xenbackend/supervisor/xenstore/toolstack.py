@@ -13,6 +13,7 @@ Source of the keys: libxl `device_disk_add`, `libxl__device_generic_add`, `libxl
 
 from __future__ import annotations
 
+import os
 import select
 import time
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from xenbackend.block.chain import parse_chain
 from xenbackend.disks import DiskName, devid_to_vdev, vdev_to_devid
 from xenbackend.errors import ConfigError, XenbackendError
 from xenbackend.protocol.answers import Answer
-from xenbackend.protocol.client import TICK_S, ServiceError, Waiting, call, give_order
+from xenbackend.protocol.client import TICK_S, ServiceError, UnderWay, Unreachable, Waiting, call, give_order
 from xenbackend.protocol.codes import Code
 from xenbackend.supervisor.xenstore.nodes import Nodes
 from xenbackend.supervisor.xenstore.paths import VbdPath, domain_path, libxl_path, parse_backend_path
@@ -117,9 +118,8 @@ def attach(
     store.transact(lambda nodes: _check_place(nodes, wanted))
     call(service, {"verb": "ping"})
     store.transact(lambda nodes: _write_backend(nodes, wanted))
-    request = {"verb": "hotplug", "action": "add", "path": wanted.path.backend, "chain": wanted.chain}
     try:
-        answer = give_order(service, request, f"{wanted.path.disk}: attach", timeout_s, waiting)
+        answer = _have_served(service, wanted, timeout_s, waiting)
     except BaseException as problem:
         if isinstance(problem, ServiceError) and problem.answer.code is Code.UNDER_WAY:
             store.transact(lambda nodes: _write_frontend(nodes, wanted))
@@ -128,6 +128,26 @@ def attach(
         raise
     store.transact(lambda nodes: _write_frontend(nodes, wanted))
     return answer
+
+
+def _have_served(service: str, wanted: Attachment, timeout_s: float | None, waiting: Waiting | None) -> Answer:
+    """Have the service open the chain, and return its answer. Raises: ServiceError.
+
+    A service that is being replaced may end before it answers. Unless the time is limited, the next one is then asked,
+    which knows the order by its token.
+    """
+    token = os.urandom(8).hex()
+    path, what = wanted.path.backend, f"{wanted.path.disk}: attach"
+    request = {"verb": "hotplug", "action": "add", "path": path, "chain": wanted.chain, "token": token}
+    try:
+        return give_order(service, request, what, timeout_s, waiting)
+    except UnderWay as problem:
+        if timeout_s is not None or problem.order is not None:
+            raise
+        try:
+            return give_order(service, request, what, None, waiting)
+        except Unreachable:
+            raise problem from None
 
 
 def wait_until_connected(store: Store, path: VbdPath, timeout_s: float) -> None:
