@@ -200,10 +200,13 @@ class Served:
         connection.engine.queues.clear()
         connection._by_port.clear()
 
-    def disconnect(self) -> bool:
-        """Leave the rings; False if something is still in flight after a few passes of the loop."""
+    def disconnect(self, *, goes_on: bool = False) -> bool:
+        """Leave the rings; False if something is still in flight after a few passes of the loop.
+
+        `goes_on`: the frontend stays connected.
+        """
         assert self.connection is not None
-        run(self._leave(self.connection), lambda *_: None)
+        run(self._leave(self.connection, goes_on=goes_on), lambda *_: None)
         self.step(8)
         return self.connection is None
 
@@ -219,12 +222,12 @@ class Served:
         self.xen.close()
         self.nodes.close()
 
-    def _leave(self, connection: Connection) -> Steps[None]:
+    def _leave(self, connection: Connection, *, goes_on: bool) -> Steps[None]:
         yield connection.quiet(Hold.END)
         self.flushes_at_end += 1
         self.connection = None
         try:
-            connection.close()
+            connection.close(goes_on=goes_on)
         except Exception as bug:
             self.bugs.append(bug)
 

@@ -162,6 +162,23 @@ def test_a_worker_is_replaced_while_its_server_is_away(guest: Guest, engine: Eng
     guest.end()
 
 
+def test_a_service_is_stopped_while_the_server_is_away(guest: Guest, engine: Engine) -> None:
+    """A service that is stopped while a server is away answers nothing; the next one serves the disk when the server
+    is back: no `resume` is needed, since no flush of the guest has failed.
+    """
+    guest.load.run(50)
+    engine.kill()
+    guest.load.top_up()
+    until(lambda: "cannot be reached" in guest.connection())
+    guest.machine.ask({"verb": "stop"})
+    guest.machine.stop_service()
+    engine.start()
+    guest.machine.start_service()
+    guest.load.run(100)
+    guest.end()
+    assert "" == guest.status()["error"]
+
+
 def test_exports_are_called_as_libnbd_calls_them(tmp_path: Path) -> None:
     """For each URI, we ask nbdkit for the same export as nbdinfo does."""
     asked = tmp_path / "asked"

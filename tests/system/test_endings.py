@@ -299,30 +299,68 @@ def test_a_stop_ends_no_request_that_a_dead_worker_had_taken(tmp_path: Path, die
 @pytest.mark.slow
 def test_the_next_service_pauses_a_paused_disk_again(tmp_path: Path) -> None:
     """A disk that is paused after a failed flush is paused again by the next service, which learns of it from xenstore;
-    `resume` continues it.
+    `resume` continues it. The flush that failed is not answered before it has succeeded.
     """
     image = tmp_path / "img"
     image.write_bytes(bytes(1 << 20))
     with Machine() as machine, closing(machine.create_guest(5)) as guest:
         path = machine.attach(5, "xvda", f"fault:op=flush|aio:{image}")
         frontend = guest.connect(path, Wishes())
-        frontend.submit(BLKIF_OP_FLUSH_DISKCACHE)
+        flush = frontend.submit(BLKIF_OP_FLUSH_DISKCACHE)
         until(lambda: _known(machine)["error"])
         paused = _known(machine)
         machine.stop_service()
         left = machine.store.read_optional(f"{path.backend}/flush-failed")
+        machine.store.write(f"{path.backend}/params", f"aio:{image}")
         machine.start_service()
         until(lambda: _known(machine)["phase"] == "serving")
         again = _known(machine)
         read = frontend.submit(BLKIF_OP_READ, 0, 8)
+        frontend.poll()
+        before = flush.status
         machine.ask({"verb": "resume", "vbd": "5/xvda"})
-        frontend.wait([read], PATIENCE_S)
+        frontend.wait([flush, read], PATIENCE_S)
 
+        assert (None, 0) == (before, flush.status)
         assert "a flush failed (EIO); the disk is paused" == paused["error"] == left == again["error"]
         assert ("Connected", "Connected") == (paused["state"], again["state"])
         assert (0, "") == (read.status, _known(machine)["error"])
         assert machine.store.read_optional(f"{path.backend}/flush-failed") is None
         frontend.crash()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["by order", "in order", "keeper and service are killed"])
+def test_requests_that_are_held_back_outlive_the_service(tmp_path: Path, how: str) -> None:
+    """Requests that the disk could not do, and tries again, are not answered when the service ends: the next one does
+    them. The guest sees no error, only a pause.
+    """
+    image = tmp_path / "img"
+    image.write_bytes(bytes(1 << 20))
+    with Machine() as machine, closing(machine.create_guest(5)) as guest:
+        path = machine.attach(5, "xvda", f"fault:op=write,errno=ENOSPC|aio:{image}")
+        frontend = guest.connect(path, Wishes())
+        writes = [frontend.submit(BLKIF_OP_WRITE, 8 * n, data=bytes([n + 1]) * _PAGE) for n in range(8)]
+        frontend.wait([frontend.submit(BLKIF_OP_READ, 128, 8) for _ in range(8)], PATIENCE_S)
+        until(lambda: "make space" in _known(machine)["error"])
+        worker, service = _known(machine)["worker"], machine.service_pid
+        if how == "by order":
+            machine.ask({"verb": "stop"})
+        elif how != "in order":
+            assert machine.service is not None
+            machine.service.kill()
+            os.kill(service, signal.SIGKILL)
+        machine.stop_service()
+        _until_ended(worker)
+        frontend.poll()
+        held = {request.status for request in writes}
+        machine.store.write(f"{path.backend}/params", f"aio:{image}")
+        machine.start_service()
+        frontend.wait(writes, PATIENCE_S)
+
+        assert ({None}, {0}) == (held, {request.status for request in writes})
+        assert [bytes([n + 1]) * _PAGE for n in range(8)] == [frontend.read(8 * n, 8) for n in range(8)]
+        frontend.close()
 
 
 @pytest.mark.slow

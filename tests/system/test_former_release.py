@@ -30,7 +30,7 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed"),
 ]
 SECTORS = 4096
-NEXT = ("xenbackend/protocol/messages.py", "\nVERSION = 5\n", "\nVERSION = 6\n")  # how a later release may differ
+NEXT = ("xenbackend/protocol/messages.py", "\nVERSION = 6\n", "\nVERSION = 7\n")  # how a later release may differ
 
 
 @pytest.fixture(scope="session")

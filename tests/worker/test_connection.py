@@ -13,9 +13,11 @@ from xenbackend.blkif.abi import (
     BLKIF_OP_FLUSH_DISKCACHE,
     BLKIF_OP_READ,
     BLKIF_OP_WRITE,
+    BLKIF_OP_WRITE_BARRIER,
     BLKIF_RSP_EOPNOTSUPP,
     BLKIF_RSP_ERROR,
     BLKIF_RSP_OKAY,
+    X86_32,
 )
 from xenbackend.block.request import Op
 from xenbackend.errors import KernelError
@@ -238,6 +240,69 @@ def test_what_was_lost_earlier_holds_the_disk(vbd: Served) -> None:
 
     assert (None, BLKIF_RSP_OKAY) == (held, read.status)
     assert [describe_failed_flush(errno.EIO)] == vbd.alarms
+
+
+@pytest.mark.parametrize(
+    "wishes", [Wishes(), Wishes(layout=X86_32, start_index=2**32 - 9), Wishes(queues=2, persistent=True, indirect=32)]
+)
+def test_what_was_held_back_is_found_in_the_ring(vbd: Served, wishes: Wishes) -> None:
+    """Requests that were held back when a worker left a connected frontend are found by the next one, without a
+    journal, however often that happens: each is done in its order and answered once, before later ones.
+    """
+    vbd.offered, vbd.policy = {"goes_on": True}, "enospc=pause"
+    vbd.disk.errors = {Op.WRITE: errno.ENOSPC}
+    frontend = vbd.connect(wishes)
+    held, done = [], []
+    for place in range(6):
+        pages = 16 if wishes.indirect and place == 3 else 1
+        held.append(frontend.submit(BLKIF_OP_WRITE, 256 * place, data=bytes([place + 1]) * 4096 * pages))
+        done.append(frontend.submit(BLKIF_OP_READ, 0, 8))
+    frontend.wait(done)
+    for _ in range(2):
+        assert vbd.disconnect(goes_on=True)
+        frontend.poll()
+        assert [None] * len(held) == [request.status for request in held]
+        vbd.journal[:] = bytes(len(vbd.journal))
+        vbd.connect_rings()
+        vbd.step(4)
+        held.append(frontend.submit(BLKIF_OP_WRITE, 256 * len(held), data=bytes([len(held) + 1]) * 4096))
+        vbd.step(4)
+    vbd.disk.errors = {}
+    vbd.pass_time(2.0)
+    frontend.wait(held)
+    found = [frontend.read(256 * place, 8)[0] for place in range(8)]
+    frontend.poll()
+
+    assert [BLKIF_RSP_OKAY] * 14 == [request.status for request in [*held, *done]]
+    assert [1, 2, 3, 4, 5, 6, 7, 8] == found
+    assert [] == vbd.halted
+
+
+@pytest.mark.parametrize("op", [BLKIF_OP_FLUSH_DISKCACHE, BLKIF_OP_WRITE_BARRIER])
+def test_a_failed_flush_is_never_answered_while_its_frontend_stays(vbd: Served, op: int) -> None:
+    """A worker that leaves a connected frontend does not answer a flush that failed, nor what is behind a barrier. The
+    next worker does them after `resume`.
+    """
+    vbd.disk.errors = {Op.FLUSH: errno.EIO}
+    frontend = vbd.connect(Wishes(flush=op == BLKIF_OP_FLUSH_DISKCACHE))
+    data = b"" if op == BLKIF_OP_FLUSH_DISKCACHE else b"x" * 4096
+    requests = [frontend.submit(op, 0, data=data, push=False), frontend.submit(BLKIF_OP_READ, 0, 8)]
+    vbd.step(6)
+    assert vbd.disconnect(goes_on=True)
+    vbd.journal[:] = bytes(len(vbd.journal))
+    poison(vbd.journal, errno.EIO)  # as the next service does, by what xenstore says
+    vbd.offered, vbd.disk.errors = {"goes_on": True}, {}
+    vbd.connect_rings()
+    vbd.step(6)
+    frontend.poll()
+    before = requests[0].status
+    assert vbd.connection is not None
+    vbd.connection.resume()
+    frontend.wait(requests)
+
+    assert (None, [BLKIF_RSP_OKAY] * 2) == (before, [request.status for request in requests])
+    assert not data or data == requests[1].data
+    vbd.alarms.clear()
 
 
 def test_a_ring_is_gone_on_with_in_its_order(vbd: Served) -> None:

@@ -109,6 +109,11 @@ class BackRing:
         """Write response number `place` into its slot, with zeroed padding; `publish` makes it visible."""
         self.write_response(self.pages, self.places[place & (self.size - 1)], guest_id, operation, status)
 
+    def put_back(self, place: int, slot: memoryview) -> None:
+        """Write a request that was taken into the slot of response number `place`, which the frontend does not read."""
+        start = self.places[place & (self.size - 1)]
+        self.pages[start : start + self._stride] = slot
+
     def publish(self, answered: int) -> bool:
         """Make all responses before number `answered` visible (R5, R9). Return whether to notify the frontend (R6)."""
         before = self.answered

@@ -129,10 +129,13 @@ class Close:
     """Leave the frontend if it is served, close the chain, end.
 
     `hands_over`: what was agreed with the frontend stays in the journal, and requests held back stay unanswered.
+    `goes_on`: there is no successor, but the frontend stays connected. Requests held back go back into the ring, where
+    a later service finds them. Otherwise they are answered with an error.
     """
 
     number: int
     hands_over: bool = False
+    goes_on: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -173,20 +173,27 @@ class Connection:
         """Return a step (`loop.steps`) that stops taking requests, and is done when nothing is in flight."""
         return lambda done: self.engine.hold(why, lambda: self._reactor.call_soon(partial(done, 0)))
 
-    def close(self, *, hands_over: bool = False) -> None:
-        """Release everything; nothing is in flight. `hands_over`: requests held back stay unanswered, for a successor.
+    def close(self, *, hands_over: bool = False, goes_on: bool = False) -> None:
+        """Release everything; nothing is in flight. Requests held back are answered with an error.
+
+        They are not if somebody does them later: with `hands_over` a successor, which has the journal; with `goes_on`
+        whoever joins the rings anew.
 
         Raises: any error met meanwhile; everything is released all the same.
         """
         self._closed = True
         self._undo.callback(self._counters.publish)
         if not hands_over:
-            self._undo.callback(self.engine.fail_held)  # this runs first
+            self._undo.callback(self._put_back if goes_on else self.engine.fail_held)  # this runs first
         try:
             self._undo.close()
         finally:
             self.engine.queues.clear()  # a cycle of references ends here, else only the garbage collector would
             self._by_port.clear()
+
+    def _put_back(self) -> None:
+        for _, queue in self._by_port.values():
+            queue.put_back()
 
     def count_layers(self, figures: Callable[[], list[int]]) -> None:
         """Publish the figures of a chain's layers together with the counters, from now on."""

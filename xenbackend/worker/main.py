@@ -89,7 +89,7 @@ class Worker:
         if not datagram:
             if not self._has_ended:  # the supervisor is gone
                 self._reactor.remove(self._socket.fileno())
-                self._take_order(messages.Close(self._number), [])
+                self._take_order(messages.Close(self._number, goes_on=True), [])  # the guest waits for the next one
             return False
         message = codec.from_supervisor(datagram)
         if isinstance(message, messages.Ask):
@@ -204,7 +204,7 @@ class Worker:
             case messages.Leave() if self._stages is not None:
                 yield from self._stages.leave()
             case messages.Close():
-                yield from self._close(hands_over=order.hands_over)
+                yield from self._close(order)
         return False
 
     def _opened(self) -> Stages:
@@ -228,11 +228,11 @@ class Worker:
             return True
         return False
 
-    def _close(self, *, hands_over: bool) -> Steps[None]:
+    def _close(self, order: messages.Close) -> Steps[None]:
         self._measuring.give_up()
         try:
             if self._stages is not None:
-                yield from self._stages.leave(hands_over=hands_over, ends=True)
+                yield from self._stages.leave(hands_over=order.hands_over, goes_on=order.goes_on, ends=True)
                 self._stages.close()
         finally:  # whatever a layer raises, the process ends
             self._has_ended = True

@@ -221,6 +221,17 @@ class Queue:
         """Take note that a record's batch does not come back as one."""
         self._blocks[record.entry // BATCH].lent = None
 
+    def put_back(self) -> None:
+        """Write the requests that were not answered into the ring again, right behind the last response, in order.
+
+        Whoever joins the ring anew begins there, without the journal. Responses may have been given out of order, so
+        these slots may hold other requests, which were answered.
+        """
+        size = self._slot_size
+        for place, (_, entry) in enumerate(self._journal.unanswered(), self.ring.answered):
+            block, at = divmod(entry, BATCH)
+            self.ring.put_back(place, self._journal.block_slots(block)[at * size : (at + 1) * size])
+
     def release(self) -> None:
         """Release the ring and the journal."""
         for block in self._blocks:

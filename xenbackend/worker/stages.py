@@ -259,10 +259,11 @@ class Stages:
         """Do a layer's verb for an operator; return its answer. Raises: DriverError; whatever a layer's bug raises."""
         return self.opened().control(command.layer, command.verb, command.arguments)
 
-    def leave(self, *, hands_over: bool = False, ends: bool = False) -> Steps[None]:
+    def leave(self, *, hands_over: bool = False, goes_on: bool = False, ends: bool = False) -> Steps[None]:
         """Wait until nothing is in flight, flush, unmap the rings.
 
         hands_over: requests held back, and the note of what was agreed, are left to a successor.
+        goes_on: requests held back are put back into the ring.
         ends: the worker ends; if its last flush fails, a guest that continues with a successor has lost data.
         """
         yield from self._end_export()
@@ -271,8 +272,8 @@ class Stages:
             return
         yield connection.quiet(Hold.HAND_OVER if hands_over else Hold.END)
         code = yield from self._flush()
-        if code == AWAY and hands_over:
-            pass  # the server has all answered writes, and a successor does the guest's next flush
+        if code == AWAY and (hands_over or goes_on):
+            pass  # the server has all answered writes, and a later worker does the guest's next flush
         elif code and ends:
             connection.engine.flush_failed(code)
         elif code:
@@ -280,7 +281,7 @@ class Stages:
         self._had_bugs |= connection.engine.bugs > 0
         self.connection = None
         try:
-            connection.close(hands_over=hands_over)
+            connection.close(hands_over=hands_over, goes_on=goes_on)
         except Exception as bug:  # whatever goes wrong now, chain and image must still be closed
             self._on_bug(bug)
         if not hands_over:

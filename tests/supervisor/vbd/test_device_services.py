@@ -31,6 +31,31 @@ def test_stopped_service_leaves_the_state_and_the_next_one_serves_on() -> None:
     assert ("4", True) == (successor.state, successor.is_connected)
 
 
+@pytest.mark.parametrize(("theirs", "goes_on"), [(S.CONNECTED, True), (S.CLOSING, False), (S.UNKNOWN, False)])
+def test_only_a_guest_that_stays_waits_for_the_next_service(theirs: XenbusState, *, goes_on: bool) -> None:
+    """When a service stops, requests that its worker holds back are left to the next one, unless the guest is closing
+    its disk, or it is being taken away: then nobody would do them.
+    """
+    world = connected()
+    if theirs is S.UNKNOWN:
+        remove(world)
+    world.theirs = theirs
+    world.see()
+    world.send(events.Stop())
+
+    assert [events.Close(goes_on=goes_on)] == world.inbox
+
+
+def test_a_guest_that_was_never_seen_is_taken_to_stay() -> None:
+    """A service that stops before it has seen xenstore leaves to the next one what its worker holds back."""
+    world = connected()
+    world.replace_service()
+    world.answer()
+    world.send(events.Stop())
+
+    assert [events.Close(goes_on=True)] == world.inbox
+
+
 @pytest.mark.parametrize("dies", ["before the stop", "while it is drained"])
 def test_what_a_dead_worker_had_taken_is_done_before_the_service_ends(dies: str) -> None:
     """If a worker dies with requests in flight while its service stops, another worker finishes them and closes, since

@@ -67,6 +67,12 @@ class Aims:
         theirs = (_S.INITIALISED, _S.CONNECTED, _S.CLOSING) if self.worker.has_rings else (_S.CONNECTED,)
         return self.is_joined() and self._sight.theirs in theirs
 
+    def goes_on(self) -> bool:
+        """Return whether a guest, as far as was seen, waits for the next service to serve it by the same chain."""
+        sight = self._sight
+        is_known = self.is_waited_for() and sight.theirs is not _S.CLOSING  # else the next service joins no rings
+        return not sight.has_looked or (is_known and self.worker.serves in (None, sight.spec))
+
     def is_joined(self) -> bool:
         """Return whether our state tells a frontend that it is served, so that it may have requests for us."""
         return self._sight.ours in _JOINED

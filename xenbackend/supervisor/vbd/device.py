@@ -398,7 +398,7 @@ class Device:
             case Move.CLOSE if former in _OPENING and self._has_to_wait():
                 return [_kill_who_waits()]
             case Move.CLOSE | Move.HAND_OVER:
-                return [events.Close(hands_over=move is Move.HAND_OVER)]
+                return [events.Close(move is Move.HAND_OVER, goes_on=self._is_stopping and self._aims.goes_on())]
         return []
 
     def _set_limit(self) -> list[events.Action]:

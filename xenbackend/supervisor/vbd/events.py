@@ -175,9 +175,13 @@ class Leave:
 
 @dataclass(frozen=True, slots=True)
 class Close:
-    """Have the worker close the chain and end; `hands_over`: a successor continues on the same rings."""
+    """Have the worker close the chain and end; `hands_over`: a successor continues on the same rings.
+
+    `goes_on`: the frontend stays connected, and a later service serves it.
+    """
 
     hands_over: bool = False
+    goes_on: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -249,7 +249,7 @@ class Vbd:
             case events.Leave():
                 self.link.order(messages.Leave)
             case events.Close():
-                self.link.order(lambda number: messages.Close(number, hands_over=action.hands_over))
+                self.link.order(lambda number: messages.Close(number, action.hands_over, action.goes_on))
             case events.Kill():
                 self.link.kill(action.sentence, is_breach=action.is_breach)
             case events.Limit():
