@@ -335,6 +335,18 @@ def test_a_worker_that_waits_for_storage_is_not_asked_to_close(comes_late: bool)
     assert ["the worker was killed: it was no longer needed, and was waiting for a file or a key"] == world.inbox
 
 
+def test_each_successor_has_its_own_time_to_open() -> None:
+    """A worker that is started at once, because its predecessor died while it opened the chain, has a limit of its own,
+    which begins with it.
+    """
+    world = connected()
+    world.die("died", has_progressed=True)
+    world.limit = None
+    world.die("died again", has_progressed=True)
+
+    assert (["open"], LIMIT_S[Phase.OPENING]) == (world.inbox, world.limit)
+
+
 def test_workers_that_cannot_open_in_time_are_followed_for_ever() -> None:
     """Workers that are killed because opening took too long are replaced without end: the storage may be slow, and the
     disk is not given up.
@@ -347,7 +359,7 @@ def test_workers_that_cannot_open_in_time_are_followed_for_ever() -> None:
         world.die("the worker was killed: it was opening for too long")
         assert "interrupted" == world.device.reason
         world.rest()
-        assert ["open"] == world.inbox
+        assert (["open"], LIMIT_S[Phase.OPENING]) == (world.inbox, world.limit)
     world.settle()
 
     assert ("4", True, "") == (world.state, world.is_connected, world.device.error)

@@ -384,7 +384,7 @@ class Device:
         move, self.phase = MOVES.get((former, self._goal()), (None, former))
         match move:
             case Move.START if self.sight.spec is not None:
-                self._aims.worker.serves = self.sight.spec
+                self._aims.worker.serves, self._limit = self.sight.spec, _NO_LIMIT  # a successor has its own
                 return [
                     events.Start(self.sight.spec, self._reasons[Reason.FLUSH_FAILED] if self._aims.is_joined() else "")
                 ]
