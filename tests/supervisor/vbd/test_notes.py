@@ -21,7 +21,7 @@ from xenbackend.units import PAGE
 
 def test_notes_have_their_types(kept: Kept) -> None:
     """The next service reads the notes with their types. A value that cannot be stored is refused with a sentence, and
-    the former notes stay. So a memory with too long a name is not there for the next service.
+    the former notes stay. So a memory with too long a name is refused: no successor would get it.
     """
     noted = Notes(
         "null:1G", Exchange(2**63, "params", "null:\udcff"), ["stale"], "uid 0", "read=retry",
@@ -32,7 +32,7 @@ def test_notes_have_their_types(kept: Kept) -> None:
     for much in ("x" * notes.SIZE, "\ud800"):
         with pytest.raises(ConfigError, match="cannot record"):
             handover.note(policy=much)
-    handover.keep("x" * 100_000, os.memfd_create("long"))
+    assert "cannot record" in handover.keep("x" * 100_000, os.memfd_create("long"))
     handover.leave()
     keeper = kept.keeper()
     heir = Handover(keeper, PATH, sort_inherited(keeper, 0)[PATH])
@@ -56,14 +56,16 @@ def test_no_worker_is_given_the_notes() -> None:
 
 
 def test_names_of_memories_leave_room_for_what_counts() -> None:
-    """Names of memories, which a hostile worker may choose, leave enough room in the notes for everything else."""
+    """Names of memories, which a hostile worker may choose, leave enough room in the notes for all the rest; a memory
+    whose name has no room is refused.
+    """
     handover = Handover(Keeper({}), PATH)
     handover.descriptors("null:1G")
-    for number in range(8):
-        assert not handover.keep(f"{number}{'x' * 8000}", memfd.make("test", 4096))
+    refusals = [handover.keep(f"{number}{'x' * 8000}", memfd.make("test", 4096)) for number in range(8)]
     handover.note(paused="root", program="1.2.3", exchange=Exchange(1, "\udcff" * 2048, "\udcff" * 2048))
 
-    assert 8 == len(handover.descriptors("null:1G")[1])
+    assert refusals.count("") == len(handover.notes.memories) == len(handover.descriptors("null:1G")[1]) < 8
+    assert "cannot record" in refusals[-1]
     handover.close()
 
 

@@ -257,22 +257,21 @@ class Handover:
         self._forget(current("pidfd"))
 
     def keep(self, name: str, fd: int) -> str:
-        """Take over the descriptor of a memory that an opener has made, in place of a former one of that name.
-
-        Return why it is not kept, after closing it; empty: it is.
-        """
+        """Take over a new memory's descriptor, in place of a former one of that name; if it is not kept, return why."""
         self.drop(name)
         if len(self._memories) >= MAX_MEMORIES:
             os.close(fd)
             return f"a disk has at most {MAX_MEMORIES} memories"
-        self._memories[name] = fd
         slots = self.notes.memories
         slot = next(f"m{number}" for number in range(MAX_MEMORIES + 1) if f"m{number}" not in slots)
         self._keep(slot, fd)
         try:
             self.note(memories={**slots, slot: name})
-        except ConfigError:  # it outlives the worker, not the service
+        except ConfigError as problem:
+            os.close(fd)
             self._forget(current(slot))
+            return str(problem)
+        self._memories[name] = fd
         return ""
 
     def drop(self, name: str) -> None:
