@@ -9,6 +9,7 @@ import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ from xenbackend.block.mapped.parents import PARENT
 from xenbackend.block.servers import DISK, Account, After, Endpoint
 from xenbackend.errors import ConfigError, DriverError
 from xenbackend.kernel import memfd
-from xenbackend.opener.main import BREACH
+from xenbackend.opener.main import BREACH, Attendant
 from xenbackend.protocol import opening
 from xenbackend.protocol.jobs import Job
 from xenbackend.protocol.messages import MAX_MEMORIES
@@ -328,6 +329,15 @@ def test_a_memory_is_kept_before_the_worker_has_it(openers: Openers, image: Path
     with pytest.raises(DriverError, match="at most 64 memories"):
         opener.make_memory("log:other", 8192)
     opener.close()
+
+
+@pytest.mark.parametrize("question", [opening.MakeMemory("map", 1), opening.OpenDevices(), opening.Listen()])
+def test_what_no_storage_can_delay_is_not_said_to_wait_for_it(question: opening.Question) -> None:
+    """On a busy host, a memory, a device or a socket may take long, but nobody is told that storage does not answer."""
+    nobody: Any = None
+    attendant = Attendant(job("aio:/img", host="host", export="/export"), nobody, nobody, {})
+
+    assert "" == attendant._about(question)
 
 
 @pytest.mark.parametrize("size", [0, -1, 1 << 63, 1 << 70])

@@ -186,7 +186,7 @@ class Attendant:
         return fd
 
     def _about(self, question: opening.Question) -> str:
-        """Return the name of the file that a question is about."""
+        """Return the name of the file that a question is about; empty if it is about none."""
         match question:
             case opening.FindFile():
                 return question.named_by
@@ -200,10 +200,8 @@ class Attendant:
                 return question.conf
             case opening.ReadCertificates():
                 return question.directory
-            case opening.OpenDevices() | opening.Listen():
-                return self._job.host or self._job.export
-            case opening.MakeMemory():
-                return self._job.vbd
+            case opening.OpenDevices() | opening.Listen() | opening.MakeMemory():
+                return ""  # no storage can delay these
         return question.name
 
     def _say_waits(self, name: str, *, makes_key: bool) -> None:
