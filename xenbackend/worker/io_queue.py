@@ -40,6 +40,11 @@ def set_aside(*, direct: bool) -> None:
             _direct.append(Aio())
 
 
+def take_spare() -> Aio | None:
+    """Return what was set aside for a `DirectQueue`, the caller's now; None if one uses it, or there was none."""
+    return _direct.pop() if _direct else None
+
+
 class Owner(Protocol):
     """What queues requests for a file: an open image."""
 
@@ -158,7 +163,7 @@ class DirectQueue(IoQueue):
     name = "Linux AIO"
 
     def __init__(self, reactor: Reactor) -> None:
-        self._aio = _direct.pop() if _direct else Aio()
+        self._aio = take_spare() or Aio()
         super().__init__(reactor, self._aio)
         self._is_polling = False  # for the loop's descriptors
         reactor.sleep_by(self)
