@@ -42,7 +42,7 @@ def private(size: int) -> memoryview:
 
 
 def is_memory(fd: int) -> bool:
-    """Return whether a descriptor is a memory, sealed or not. Closing a memory never blocks."""
+    """Return whether a descriptor is a memory, sealed or not."""
     try:
         fcntl.fcntl(fd, fcntl.F_GET_SEALS)
     except OSError:

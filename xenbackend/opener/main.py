@@ -16,6 +16,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import assert_never
 
 from xenbackend.block.keys import Derivation
 from xenbackend.block.servers import DISK
@@ -131,10 +132,8 @@ class Attendant:
                 return _look_for_users(access, question)
             case opening.MakeFile() | opening.Publish():
                 return self._do_with_new_file(access, question, fds)
-            case opening.OpenDevices() if job.host:
-                fds += open_devices(job.host, job.frontend_domid)
-            case opening.Listen() | opening.MakeMemory():
-                fds.append(self._make(question))
+            case opening.OpenDevices() | opening.Listen() | opening.MakeMemory():
+                return self._do_without_file(question, fds)
             case opening.Derive():
                 access.check_key(question.source, question.chain)
                 fds.append(_derive(question, job.turns, self._work))
@@ -145,7 +144,7 @@ class Attendant:
             case opening.ReadCluster() | opening.ReadCertificates():
                 return Given(settings=_read_settings(access, question, job.vbd))
             case _:
-                return _refusal(question)
+                assert_never(question)
         return Given()
 
     def _do_with_new_file(self, access: Access, question: opening.MakeFile | opening.Publish, fds: list[int]) -> Given:
@@ -160,13 +159,19 @@ class Attendant:
             return Given(is_marked=is_marked)
         return _refusal(question)
 
-    def _make(self, question: opening.Listen | opening.MakeMemory) -> int:
-        """Return a socket that listens, or a memory. Raises: DriverError, OSError, KernelError, SupervisorGone."""
-        if isinstance(question, opening.MakeMemory):
-            return self._make_memory(question)
-        if not self._job.export:
-            raise DriverError("the job is of no Listen", errno=errno.EACCES)
-        return listen(self._job.export)
+    def _do_without_file(
+        self, question: opening.OpenDevices | opening.Listen | opening.MakeMemory, fds: list[int]
+    ) -> Given:
+        match question:
+            case opening.OpenDevices() if self._job.host:
+                fds += open_devices(self._job.host, self._job.frontend_domid)
+            case opening.Listen() if self._job.export:
+                fds.append(listen(self._job.export))
+            case opening.MakeMemory():
+                fds.append(self._make_memory(question))
+            case _:
+                return _refusal(question)
+        return Given()
 
     def _make_memory(self, question: opening.MakeMemory) -> int:
         """Return a memory that the supervisor keeps, too. Raises: DriverError, KernelError, SupervisorGone."""

@@ -1,6 +1,6 @@
 """The job of an opener: what may be opened for a worker, as plain values; `opening` has the other messages.
 
-Must not open anything, nor say what a worker wants: only names of kept files may come from its questions.
+Must not open anything. Nothing in a job was chosen by a worker but the names of parents that an opener had allowed.
 """
 
 from __future__ import annotations
