@@ -21,7 +21,7 @@ WATCHED = ("open", "socket.", "subprocess.", "os.exec", "os.posix_spawn", "os.sy
            "os.scandir", "os.rename", "os.remove", "os.link", "os.symlink", "os.truncate", "ctypes.dlopen")  # fmt: skip
 
 # Which loop devices there are, and over what; which images other backends of Xen serve: the same for every image.
-HOST = ("/sys/block", "/sys/bus/xen-backend/devices", "/run/xen")
+HOST = ("/sys/block", "/sys/bus/xen-backend/devices", "/run/xen", "/proc/self/mountinfo")
 
 events: list[tuple[str, str]] = []
 is_watching = False
