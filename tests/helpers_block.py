@@ -13,7 +13,7 @@ from xenbackend.block.chain import Chain, open_chain, parse_chain
 from xenbackend.block.driver import Driver, Env, Filter, Geometry, ParentRef
 from xenbackend.block.length import SIZE as LENGTHS_SIZE
 from xenbackend.block.length import Lengths
-from xenbackend.block.options import FilePath, Kind, option
+from xenbackend.block.options import Duration, FilePath, Kind, option
 from xenbackend.block.request import PENDING, Op, Request
 from xenbackend.block.servers import Endpoint
 from xenbackend.errors import DriverError
@@ -314,6 +314,25 @@ class Clumsy(Filter):
             raise OSError(errno.EIO, "close")
 
 
+class Lingering(Filter):
+    """A filter that lets the loop run while it closes, as a cache does until its last requests are back."""
+
+    name = "lingering"
+    is_transparent = True
+
+    @dataclass(frozen=True, slots=True)
+    class Options:
+        """See the class."""
+
+        close: Duration = option("how long it takes", default=0.2)  # longer than a message that was sent before
+
+    def close(self) -> None:
+        """Wait."""
+        over: list[bool] = []
+        self.env.call_later(self.options.close, lambda: over.append(True))
+        self.env.wait_for(lambda: bool(over))
+
+
 class Silent(Filter):
     """The empty filter."""
 
@@ -386,6 +405,7 @@ TEST_DRIVERS = {
     "busy": "tests.helpers_block:Busy",
     "clumsy": "tests.helpers_block:Clumsy",
     "coarse": "tests.helpers_block:Coarse",
+    "lingering": "tests.helpers_block:Lingering",
     "served": "tests.helpers_block:Served",
     "silent": "tests.helpers_block:Silent",
 }

@@ -23,7 +23,7 @@ def vbd(tmp_path: Path) -> Iterator[Served]:
 @pytest.fixture
 def driven(tmp_path: Path) -> Iterator[Driven]:
     """A worker's process that also knows a driver with bugs and one with large sectors."""
-    with Driven(tmp_path, drivers={name: TEST_DRIVERS[name] for name in ("clumsy", "coarse")}) as driven:
+    with Driven(tmp_path, drivers={name: TEST_DRIVERS[name] for name in ("clumsy", "coarse", "lingering")}) as driven:
         yield driven
 
 

@@ -328,6 +328,32 @@ def test_a_command_does_not_wait_for_an_exchange(driven: Driven, images: list[Pa
     assert "0" == replies[0].data
 
 
+@pytest.mark.parametrize(("after", "expected"), [("fault:|ram:1M", (Code.OK, "0")), ("", (Code.GONE, ""))])
+def test_a_command_waits_while_a_chain_closes(driven: Driven, after: str, expected: tuple[Code, str]) -> None:
+    """A command that comes while layers close reaches none of them: the next chain answers it, if there is one."""
+    driven.open("fault:|log:|lingering:|ram:1M", read_only=True)  # so that there is no flush to wait for
+    worker = driven.worker
+    if after:
+        worker.put(messages.Swap(after, replaces=True))
+    else:
+        worker.tell(messages.Close)
+    commands = [messages.Command("fault", "count", []), messages.Command("log", "peek", [])]
+    replies = [worker.expect_reply(number) for number in [worker.put(command) for command in commands]]
+
+    assert expected == (replies[0].code, replies[0].data)
+    assert (Code.INVALID if after else Code.GONE) == replies[1].code
+
+
+def test_closed_layers_are_not_counted(driven: Driven) -> None:
+    """What layers count is published once a second, but not while they close: that would be a bug of each one."""
+    driven.connect("throttle:iops=100000,group=g|lingering:close=1200ms|ram:1M")
+    reply = driven.worker.ask(messages.Swap("throttle:iops=10|ram:1M", replaces=True))
+
+    assert Code.OK == reply.code
+    assert [] == [each.event for each in driven.worker.lines if "bug" in each.event]
+    assert 0 == driven.worker.counters()["bugs"]
+
+
 def test_who_is_killed_during_an_exchange_leaves_the_former_chain(driven: Driven, images: list[Path]) -> None:
     """The journal has the former chain until a request can go to the new one, so that a successor serves the right
     chain.

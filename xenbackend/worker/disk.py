@@ -210,11 +210,11 @@ class Disk:
 
     def close(self) -> None:
         """Close the chain and release everything. Raises: the exception of the first layer that failed."""
+        chain, self.chain = self.chain, None  # first: messages may come while a layer waits for its last requests
         try:
-            if self.chain is not None:
-                self.chain.close()
+            if chain is not None:
+                chain.close()
         finally:
-            self.chain = None
             self._env.close()
             self.files.close()
 

@@ -5,7 +5,8 @@ closes its chain and ends. While a supervisor is only restarted, the socket stay
 and the next supervisor asks the worker where it stands.
 
 Orders and questions wait for their turn on one line, where each is a generator of steps; `Report` and `Command`, which
-change nothing, are answered at once, and so is the end of a measurement.
+change nothing, are answered at once, and so is the end of a measurement. Messages may come while a chain is opened or
+closed, because its layers let the loop run when they wait: then a `Command` waits for its turn, too.
 """
 
 from __future__ import annotations
@@ -246,7 +247,7 @@ class Worker:
             self._channel.stand()
             return
         steps = self._answer(ask, opener)
-        if isinstance(ask.question, messages.Command) or ask.question == messages.Measure(0):
+        if self._is_done_at_once(ask.question):
             run(steps)
         elif isinstance(ask.question, messages.Measure):
             self._line.add(self._measuring.in_turn(ask.id, steps))
@@ -256,6 +257,10 @@ class Worker:
                 opener.close()
         else:
             self._line.add(steps)
+
+    def _is_done_at_once(self, question: messages.Question) -> bool:
+        is_open = self._stages is not None and self._stages.is_open
+        return question == messages.Measure(0) or (isinstance(question, messages.Command) and is_open)
 
     def _what_excludes(self) -> str:
         """Return a sentence about why the chain must not be exchanged now; empty if it may be."""

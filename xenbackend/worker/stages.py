@@ -190,6 +190,8 @@ class Stages:
                 connection.engine.flush_failed(code)
             self._go_on(connection)
             raise DriverError(_describe(code), errno=code)
+        if connection is not None:
+            connection.count_layers(list)  # the loop may run while layers close, and they count no more
         try:
             with self._disk.opening_by(opener):
                 self._disk.exchange(text)
