@@ -406,6 +406,7 @@ def test_a_worker_that_cannot_be_watched_is_not_started(
     """If the host has no room to watch a new worker, the caller gets the error, and nothing of the worker is left: no
     process, and no place among those that begin, for which others would wait.
     """
+    before = set(_children())  # of earlier tests
     heard = hear(FAKE_WORKER)
     heard.kill()
     add, places, watched = heard.loop.add, itertools.count(1), len(heard.loop._callbacks)
@@ -422,7 +423,7 @@ def test_a_worker_that_cannot_be_watched_is_not_started(
             with pytest.raises(KernelError, match="watch a worker process: No space left"):
                 heard.start()
     heard.fleet.openers.drop_spare()
-    assert (watched, []) == (len(heard.loop._callbacks), children())
+    assert (watched, set()) == (len(heard.loop._callbacks), set(_children()) - before)
     heard.start().send(messages.Report(5))
     heard.until(lambda: heard.messages)
     heard.kill()
@@ -451,11 +452,6 @@ def test_a_worker_that_cannot_be_watched_when_it_comes_is_killed(
         patch.setattr(heard.loop, "add", add)
 
     assert "the worker was killed: it cannot be watched: No space left on device" == heard.until_end()
-
-
-def children() -> list[str]:
-    """Return the process numbers of our children."""
-    return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
 
 
 def test_workers_come_from_a_zygote_where_there_is_one(
