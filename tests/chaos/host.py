@@ -59,7 +59,6 @@ class GuestProcess:
         self.domid = FIRST_DOMID + number
         self.vbd = f"{self.domid}/xvda"
         self.images = directory  # where its snapshots go
-        self.workers: set[int] = set()  # that were seen to serve it
         self.rests = False  # an administrator has paused its disk, or is about to do so
         self.rested_ns = 0  # when that was over
         store = machine.xenstored.add_domain_socket(self.domid)

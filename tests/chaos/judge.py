@@ -7,7 +7,7 @@ truth before, each answer that a client got, the ledger's entry of each order, t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from xenbackend.block.policy import Policy
@@ -45,7 +45,7 @@ class Told:
     verb: str
     request: dict[str, Any]
     answer: Answer | None = None
-    workers: set[int] = field(default_factory=set)  # that had served the disk before it was given
+    worker: int = 0  # that served the disk when it was given; not all before it, as their numbers come again
 
     def __str__(self) -> str:
         heard = "nothing" if self.answer is None else f"{self.answer.code} {self.answer.data} {self.answer.sentence!r}"
@@ -130,8 +130,8 @@ def _of_success(told: Told, data: dict[str, Any], entry: Entry, after: Truth) ->
         case "policy":
             is_true = set(request["policy"].split(",")) <= set(data["policy"].split(","))
         case "upgrade":
-            is_later = after.since > entry["ended"] + _TICK_S  # that one has died since
-            is_true = data["worker"] not in told.workers and (is_later or data["worker"] == after.worker)
+            is_later = after.since > entry["ended"] - _TICK_S  # that one has died since
+            is_true = data["worker"] != told.worker and (is_later or data["worker"] == after.worker)
         case _:
             is_true = True
     return [] if is_true else [f"order {entry['number']} was to lead to {entry['to']!r}, and {after} is so"]

@@ -170,10 +170,8 @@ class Desk:
     def _give(self, guest: GuestProcess, wish: Wish) -> Told:
         """Give an order in the client's manner, and return what it was told."""
         _pause(wish.after_s)
-        told = Told(wish.verb, wish.request)
         [status] = self._statuses(guest.vbd)
-        told.workers = guest.workers | {status["worker"]}
-        guest.workers = told.workers
+        told = Told(wish.verb, wish.request, worker=status["worker"] or 0)
         request = {"verb": wish.verb, "vbd": guest.vbd, **wish.request}
         if wish.manner is Manner.GONE:
             self._go_away(request, wish.wait_s)

@@ -28,7 +28,7 @@ def entry(verb: str, code: Code = Code.OK, number: int = 1, to: str = "", error:
 
 def told(verb: str, code: Code = Code.OK, data: Any = None, number: int | None = 1, **request: Any) -> Told:
     """Return what an administrator was told."""
-    return Told(verb, request, Answer(code, data, "" if code is Code.OK else "no", number), {7})
+    return Told(verb, request, Answer(code, data, "" if code is Code.OK else "no", number), 7)
 
 
 SET = told("set", data={"chain": "log:|aio:/a"}, chain="log:|aio:/a")
@@ -59,6 +59,7 @@ TRUE: dict[str, tuple[list[Told], list[dict[str, Any]], Truth]] = {
     "paused": ([told("pause", data={"paused": True})], [PAUSE], after(is_paused=True)),
     "upgraded": ([told("upgrade", data={"worker": 9})], [entry("upgrade")], after(worker=9, since=90.0)),
     "killed since": ([told("upgrade", data={"worker": 9})], [entry("upgrade")], after(worker=11, since=101.0)),
+    "killed at once": ([told("upgrade", data={"worker": 9})], [entry("upgrade")], after(worker=11, since=100.01)),
     "a dry run": (
         [told("set", data={"chain": "aio:/a"}, chain="log:|aio:/a", dry_run=True)],
         [entry("set --dry-run")],
