@@ -345,7 +345,7 @@ def test_a_command_waits_while_a_chain_closes(driven: Driven, after: str, expect
 
 
 def test_closed_layers_are_not_counted(driven: Driven) -> None:
-    """What layers count is published once a second, but not while they close: that would be a bug of each one."""
+    """The figures of layers are published once a second, but not while layers close: a closed one may have none."""
     driven.connect("throttle:iops=100000,group=g|lingering:close=1200ms|ram:1M")
     reply = driven.worker.ask(messages.Swap("throttle:iops=10|ram:1M", replaces=True))
 

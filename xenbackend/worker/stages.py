@@ -191,7 +191,7 @@ class Stages:
             self._go_on(connection)
             raise DriverError(_describe(code), errno=code)
         if connection is not None:
-            connection.count_layers(list)  # the loop may run while layers close, and they count no more
+            connection.count_layers(list)  # the loop may run while layers close, and a closed one has no figures
         try:
             with self._disk.opening_by(opener):
                 self._disk.exchange(text)
